@@ -1,0 +1,89 @@
+# Everything runs in .venv, made here: a fresh clone needs Python 3.11+ and make, nothing else.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# Two times quiet: a machine's own pip configuration may print warnings that are not ours.
+INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+# Nothing is written into the user's home.
+export IPYTHONDIR := $(CURDIR)/build/ipython
+export MPLCONFIGDIR := $(CURDIR)/build/matplotlib
+export JUPYTER_PLATFORM_DIRS := 1
+
+.PHONY: help demo test lint pytest nbval format coverage lab clean distclean
+
+help:
+	@echo "make demo       run notebooks/quickstart.ipynb headless; leaves build/quickstart.ipynb and .html"
+	@echo "make test       lint, then every test, then every notebook"
+	@echo "make lint       format, lint, types, floors, notebooks"
+	@echo "make lab        JupyterLab on notebooks/"
+	@echo "make format     rewrite the code as 'make lint' wants it"
+	@echo "make coverage   the tests with coverage, engines and hub included"
+	@echo "make clean      remove build/ and caches; distclean removes .venv too"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    found=$$($(PYTHON) --version 2>/dev/null || echo "no Python at all"); \
+	    echo "dnb needs Python 3.11 or later; '$(PYTHON)' is $$found: make PYTHON=/path/to/python3.11" >&2; \
+	    exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo-stamp: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing dnb[demo] into $(VENV): a few minutes the first time"
+	$(INSTALL) -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev-stamp: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing dnb[dev] into $(VENV): a few minutes the first time"
+	$(INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.demo-stamp
+
+demo: $(VENV)/.demo-stamp
+	$(BIN)/python -m dnb.cli demo --output build
+
+lab: $(VENV)/.demo-stamp
+	$(BIN)/python -m jupyterlab --ServerApp.root_dir=notebooks
+
+test: lint pytest nbval
+
+pytest: $(VENV)/.dev-stamp
+	$(BIN)/python -m pytest tests
+
+# A call of its own: nbval collects by file and has its own options. Each notebook starts its own pool.
+nbval: $(VENV)/.dev-stamp
+ifneq ($(NOTEBOOKS),)
+	$(BIN)/python -m pytest --nbval --nbval-current-env \
+	    --nbval-sanitize-with tests/notebooks/sanitize.cfg $(NOTEBOOKS)
+endif
+
+lint: $(VENV)/.dev-stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+ifneq ($(NOTEBOOKS),)
+	$(BIN)/nbqa "ruff check" $(NOTEBOOKS) --nbqa-process-cells dtrain
+	$(BIN)/python .ci/check_notebooks.py $(NOTEBOOKS)
+endif
+
+format: $(VENV)/.dev-stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+coverage: $(VENV)/.dev-stamp
+	@mkdir -p build
+	$(BIN)/coverage run -m pytest tests
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)
