@@ -1,0 +1,63 @@
+"""Distributed training from a notebook: `%load_ext dnb`, then `%dtrain`."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dnb.errors import DnbError, RunError
+    from dnb.pool.engine_pool import Engine
+    from dnb.run import History, Run
+    from dnb.training import Pool, attach, fit, start
+    from dnb.transport.job import Sum
+
+__version__ = version("dnb")
+
+__all__ = [
+    "DnbError",
+    "Engine",
+    "History",
+    "Pool",
+    "Run",
+    "RunError",
+    "Sum",
+    "attach",
+    "fit",
+    "start",
+]
+
+# Where the public names live. They are imported when first used: the controller and the hub import this package
+# too, and must not wait seconds for torch before they answer.
+_HOMES = {
+    "DnbError": "dnb.errors",
+    "Engine": "dnb.pool.engine_pool",
+    "History": "dnb.run",
+    "Pool": "dnb.training",
+    "Run": "dnb.run",
+    "RunError": "dnb.errors",
+    "Sum": "dnb.transport.job",
+    "attach": "dnb.training",
+    "fit": "dnb.training",
+    "start": "dnb.training",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dnb' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def load_ipython_extension(ipython: Any) -> None:
+    """Register `%dtrain` and `%%dtrain`; called by `%load_ext dnb`."""
+    from dnb.notebook.magics import DtrainMagics
+
+    ipython.register_magics(DtrainMagics)

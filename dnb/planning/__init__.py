@@ -1,0 +1,1 @@
+"""Pure arithmetic: which samples, in which shards, on which engines."""

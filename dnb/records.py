@@ -1,0 +1,418 @@
+"""Frozen facts that cross processes; every one is typed, and validated where it arrives."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+RunStatus = Literal["starting", "running", "paused", "failed", "stopped", "finished"]
+WorkKind = Literal["step", "evaluation"]
+ENDED: frozenset[str] = frozenset({"failed", "stopped", "finished"})
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of plain facts."""
+
+
+class Message(Record, frozen=True, tag=True):
+    """Base of what is sent alone: its class name travels as the tag."""
+
+
+# Facts ---------------------------------------------------------------------------------------
+
+
+class Process(Record, frozen=True):
+    """One process on one host, so that a recycled pid is never taken for it."""
+
+    host: str
+    pid: int
+    create_time: float  # seconds since the epoch, as psutil gives it
+
+
+class EngineFacts(Record, frozen=True):
+    """What an engine says of itself when it joins."""
+
+    engine: int
+    process: Process
+    cores: int  # threads given to torch
+    memory_bytes: int  # physical memory of its host
+    device: str
+    torch_version: str
+
+
+class EngineStatus(Record, frozen=True):
+    """An engine as the hub sees it now."""
+
+    facts: EngineFacts
+    state: Literal["ready", "busy", "hung"]
+    rss_bytes: int | None = None
+    messages_in: int = 0  # from the engine to the hub, since it joined
+    messages_out: int = 0  # from the hub to the engine
+
+
+class Address(Record, frozen=True):
+    """Where the hub listens and what one needs to be let in (Z85 CurveZMQ keys)."""
+
+    url: str
+    server_public: str
+    public: str
+    secret: str
+
+
+class PoolFacts(Record, frozen=True):
+    """A pool as it lies on disk, enough to find every process it owns."""
+
+    cluster_id: str
+    hub: Process
+    controller: Process
+    helpers: tuple[Process, ...]  # other children of the controller and of the engines
+    engines: tuple[EngineFacts, ...]
+    owner: Process | None  # the kernel that may steer it
+    run: str | None = None  # name of the active run
+
+
+class TensorSlot(Record, frozen=True):
+    """Where one tensor lies in a flat buffer."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # "float32"
+    offset_bytes: int
+
+
+class Region(Record, frozen=True):
+    """All slots of one dtype, as one flat tensor."""
+
+    dtype: str
+    offset_bytes: int
+    num_elements: int
+
+
+class Layout(Record, frozen=True):
+    """A flat buffer cut into tensors, grouped by dtype."""
+
+    slots: tuple[TensorSlot, ...]
+    regions: tuple[Region, ...]
+    num_bytes: int
+
+
+class SegmentRef(Record, frozen=True):
+    """A piece of shared memory, by the file that backs it."""
+
+    path: str
+    num_bytes: int
+
+
+class BufferRef(Record, frozen=True):
+    """Where one out-of-band buffer of a parcel lies in its segment."""
+
+    offset_bytes: int
+    num_bytes: int
+
+
+class ParcelRef(Record, frozen=True):
+    """A pickle without its tensors, and where those lie."""
+
+    buffers: tuple[BufferRef, ...]
+    arrays: tuple[int, ...]  # those of `buffers` that are pickle's own out-of-band buffers, in order
+    segment: SegmentRef | None
+
+
+class Failure(Record, frozen=True):
+    """An exception of user code, as text."""
+
+    kind: str  # "IndexError"
+    message: str
+    traceback: str
+
+
+class RunEvent(Record, frozen=True):
+    """Something that happened to a run: joined, left, died, paused, failed, finished, ..."""
+
+    kind: str
+    text: str
+    step: int
+    time: float  # seconds since the epoch
+    engine: int | None = None
+
+
+class Sums(Record, frozen=True):
+    """What becomes the mean loss and the mean metrics, once the sums of all engines are added up."""
+
+    loss_total: float
+    loss_weight: float  # samples, or what a step function's Sum weighs
+    metric_totals: dict[str, float]  # each a sum over samples
+    num_samples: int
+
+
+class Telemetry(Record, frozen=True):
+    """What an engine measured since its last report; all times in seconds."""
+
+    compute_seconds: float
+    data_seconds: float
+    rss_bytes: int | None
+    cpu_percent: float | None
+
+
+class WorkerTotals(Record, frozen=True):
+    """One engine's account of a run so far; all times in seconds."""
+
+    engine: int
+    host: str
+    pid: int
+    state: Literal["ready", "busy", "dead"]
+    compute_seconds: float
+    data_seconds: float
+    wait_seconds: float  # for other engines or the hub, while it had a part in a step
+    alive_seconds: float  # since it joined the run; what is none of the above was idle
+    cpu_percent: float | None
+    rss_bytes: int | None
+    samples: int
+    steps: int
+
+
+class RunSpec(Record, frozen=True):
+    """What a run is, as numbers and names; the objects travel beside it in a parcel."""
+
+    name: str
+    folder: str  # of run.json, history and events, on the hub's host
+    num_samples: int  # of the training set
+    num_val_samples: int
+    num_steps: int
+    steps_per_epoch: int
+    batch_size: int
+    num_shards: int
+    seed: int
+    clip_norm: float | None
+    micro_batch: int | None
+    precision: str
+    linger_seconds: float  # how long an orphaned pool waits for somebody to attach
+    notes: tuple[str, ...]  # for the run's events, such as where shared memory had to go
+    sys_path: tuple[str, ...]
+    job: ParcelRef  # model, optimizer, loss, ...: unpickled by hub and engines
+    data: ParcelRef  # datasets: unpickled by engines only
+
+
+# Engine to hub -------------------------------------------------------------------------------
+
+
+class Join(Message, frozen=True):
+    """An engine asks to be taken in."""
+
+    facts: EngineFacts
+
+
+class Loaded(Message, frozen=True):
+    """An engine holds model and data of a run."""
+
+    run: str
+
+
+class LoadFailed(Message, frozen=True):
+    """User code raised while model or data were unpickled."""
+
+    run: str
+    failure: Failure
+
+
+class WorkReport(Message, frozen=True):
+    """One engine's account of its part of one step, or of one evaluation."""
+
+    run: str
+    kind: WorkKind
+    step: int
+    shards: tuple[int, ...]  # logical shards whose gradients are in the slab
+    sums: Sums
+    is_sum: bool  # the gradients in the slab are of a total, not yet divided by the weight
+    telemetry: Telemetry
+
+
+class WorkFailed(Message, frozen=True):
+    """User code raised in a step or an evaluation."""
+
+    run: str
+    kind: WorkKind
+    step: int
+    shards: tuple[int, ...]
+    failure: Failure
+
+
+class Leave(Message, frozen=True):
+    """The engine ends by its own will."""
+
+    reason: str
+
+
+EngineMessage = Join | Loaded | LoadFailed | WorkReport | WorkFailed | Leave
+
+
+# Hub to engine -------------------------------------------------------------------------------
+
+
+class Welcome(Message, frozen=True):
+    """The hub has taken the engine in."""
+
+
+class Load(Message, frozen=True):
+    """Take part in a run. Frames: spec and job pickle and data pickle as signed by the client, signature."""
+
+    run: str
+    parameters: SegmentRef
+    parameter_layout: Layout
+    slab: SegmentRef
+    gradient_layout: Layout
+    buffer_layout: Layout  # in the slab, behind the gradients
+
+
+class Work(Message, frozen=True):
+    """Compute these shards. Frame: int64 sample indices of all of them, in order."""
+
+    run: str
+    kind: WorkKind
+    step: int
+    shards: tuple[int, ...]
+    shard_sizes: tuple[int, ...]
+    batch_samples: int  # of the whole global batch
+    fresh: bool  # zero the slab first; else add to what is there
+
+
+class Unload(Message, frozen=True):
+    """Forget a run."""
+
+    run: str
+
+
+class Exit(Message, frozen=True):
+    """End the process: the pool is shut down."""
+
+
+HubMessage = Welcome | Load | Work | Unload | Exit
+
+
+# Client to hub -------------------------------------------------------------------------------
+
+
+class Hello(Message, frozen=True):
+    """The kernel says who it is; the pool follows its life."""
+
+    owner: Process
+
+
+class GetPool(Message, frozen=True):
+    """Ask for the pool and its engines."""
+
+
+class Submit(Message, frozen=True):
+    """Start a run. Frames: spec, job pickle, data pickle, signature."""
+
+
+class GetRun(Message, frozen=True):
+    """What is new in a run. Answered by RunState and raw float64 columns."""
+
+    run: str
+    seen: dict[str, int]  # rows already held, per column
+    seen_events: int
+
+
+class Control(Message, frozen=True):
+    """Pause, resume or stop a run between two steps."""
+
+    run: str
+    verb: Literal["pause", "resume", "stop"]
+
+
+class SetOptions(Message, frozen=True):
+    """Change what may change while a run goes on."""
+
+    run: str
+    lr: float
+
+
+class GetState(Message, frozen=True):
+    """Parameters and optimizer state, as frames."""
+
+    run: str
+    optimizer: bool
+
+
+class Shutdown(Message, frozen=True):
+    """End the pool."""
+
+
+Request = Hello | GetPool | Submit | GetRun | Control | SetOptions | GetState | Shutdown
+
+
+# Hub to client -------------------------------------------------------------------------------
+
+
+class Done(Message, frozen=True):
+    """The request was carried out."""
+
+
+class Refused(Message, frozen=True):
+    """The request was refused; says which error to raise."""
+
+    error: str  # name of a class in dnb.errors
+    message: str
+
+
+class PoolState(Message, frozen=True):
+    """The pool and its living engines."""
+
+    facts: PoolFacts
+    engines: tuple[EngineStatus, ...]
+
+
+class Column(Record, frozen=True):
+    """One column of the history, sent as raw float64."""
+
+    name: str
+    by: Literal["step", "evaluation"]
+    num_rows: int  # rows of the frame that follows
+
+
+class RunState(Message, frozen=True):
+    """Frames: one float64 array per column; evaluation columns interleave (step, value)."""
+
+    status: RunStatus
+    step: int
+    num_steps: int
+    steps_per_epoch: int
+    started: float  # seconds since the epoch: when the run was submitted
+    elapsed_seconds: float  # frozen when the run ends
+    error: str
+    remote_traceback: str
+    columns: tuple[Column, ...]
+    workers: tuple[WorkerTotals, ...]
+    events: tuple[RunEvent, ...]
+
+
+class StateTree(Message, frozen=True):
+    """A nested state as msgpack, its tensors replaced by {"tensor": i}. Frames: their bytes."""
+
+    tree: bytes
+    tensors: tuple[TensorSlot, ...]
+
+
+class HubConfig(Record, frozen=True):
+    """What the controller tells its hub, on standard input."""
+
+    cluster_id: str
+    key: str  # signs parcels
+    security_dir: str
+    log_dir: str
+    host: str  # the interface to bind
+    controller: Process
+    owner: Process | None
+
+
+class HubBinding(Record, frozen=True):
+    """What the hub answers once its sockets are bound."""
+
+    hub: Process
+    client: Address
+    engine: Address
+
+
+Reply = Done | Refused | PoolState | RunState | StateTree

@@ -1,0 +1,1 @@
+"""What hub, engines and kernel share: memory, parcels, sockets."""

@@ -1,0 +1,178 @@
+"""Framed sockets: one msgpack record, then raw frames; CurveZMQ with a key pair per role."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from dnb.errors import HubError
+from dnb.records import Address, Message
+
+T = TypeVar("T")
+
+ENGINE_ROLE = "engine"
+CLIENT_ROLE = "client"
+
+# How often a client that waits for an answer looks whether the hub still lives.
+LOOK_SECONDS = 0.25
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(record: Message, frames: Sequence[Any] = ()) -> list[Any]:
+    """The parts of one message."""
+    return [_encoder.encode(record), *frames]
+
+
+class RoleKeys:
+    """The server's key pair and one pair per role, made anew for every hub; kept in memory."""
+
+    def __init__(self) -> None:
+        self.server_public, self.server_secret = zmq.curve_keypair()
+        self.roles = {role: zmq.curve_keypair() for role in (ENGINE_ROLE, CLIENT_ROLE)}
+
+    def address(self, role: str, url: str) -> Address:
+        """What a peer of this role needs to connect."""
+        public, secret = self.roles[role]
+        return Address(
+            url=url,
+            server_public=self.server_public.decode(),
+            public=public.decode(),
+            secret=secret.decode(),
+        )
+
+
+class _RoleCheck:
+    """Lets in only the one key that belongs to a socket's role."""
+
+    def __init__(self, keys: RoleKeys) -> None:
+        self._keys = keys
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        public, _ = self._keys.roles[domain]
+        return key == public  # Z85 text, as the keys are
+
+
+def start_authenticator(context: zmq.Context[Any], keys: RoleKeys) -> ThreadAuthenticator:
+    """Answer CurveZMQ's question who may connect; stop it with `.stop()`."""
+    authenticator = ThreadAuthenticator(context)
+    authenticator.start()
+    for role in keys.roles:
+        authenticator.configure_curve_callback(domain=role, credentials_provider=_RoleCheck(keys))
+    return authenticator
+
+
+def bind_router(context: zmq.Context[Any], keys: RoleKeys, *, role: str, host: str) -> zmq.Socket[bytes]:
+    """A ROUTER on a free port that only peers of `role` may enter."""
+    router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
+    router.linger = 0
+    router.set_hwm(0)
+    router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+    router.curve_server = True
+    router.curve_secretkey = keys.server_secret
+    router.curve_publickey = keys.server_public
+    router.zap_domain = role.encode()
+    router.bind_to_random_port(f"tcp://{host}")
+    return router
+
+
+def connect_dealer(context: zmq.Context[Any], address: Address, *, identity: bytes | None = None) -> zmq.Socket[bytes]:
+    """A DEALER towards the hub."""
+    dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+    dealer.linger = 1000
+    dealer.set_hwm(0)
+    if identity is not None:
+        dealer.setsockopt(zmq.IDENTITY, identity)
+    dealer.curve_serverkey = address.server_public.encode()
+    dealer.curve_publickey = address.public.encode()
+    dealer.curve_secretkey = address.secret.encode()
+    dealer.connect(address.url)
+    return dealer
+
+
+class HubClient:
+    """Asks the hub and waits for its answer; may be shared by threads.
+
+    Args:
+        address: the hub's client address.
+        is_alive: asked while waiting, so that a dead hub is told at once.
+        timeout_seconds: how long an answer may take.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        *,
+        is_alive: Callable[[], bool] = lambda: True,
+        timeout_seconds: float = 30.0,
+    ) -> None:
+        self._is_alive = is_alive
+        self._timeout_seconds = timeout_seconds
+        self._lock = threading.Lock()
+        self._context = zmq.Context()
+        self._socket = connect_dealer(self._context, address)
+        self._count = 0
+
+    def ask(
+        self,
+        request: Message,
+        expect: type[T],
+        *,
+        frames: Sequence[Any] = (),
+        timeout_seconds: float | None = None,
+    ) -> tuple[T, list[bytes]]:
+        """Send one request and return the decoded reply and its raw frames.
+
+        Raises:
+            DnbError: the hub refused; of the class that the hub named.
+            HubError: no answer in time.
+        """
+        limit = self._timeout_seconds if timeout_seconds is None else timeout_seconds
+        with self._lock:
+            if self._socket.closed:
+                raise HubError("the connection to the hub is closed: %dtrain start opens a new pool")
+            self._count += 1
+            number = str(self._count).encode()
+            self._socket.send_multipart([number, *encode(request, frames)], copy=False)
+            reply = self._receive(number, limit, request=type(request).__name__)
+        return decode_reply(reply[0], expect), reply[1:]
+
+    def _receive(self, number: bytes, limit: float, *, request: str) -> list[bytes]:
+        deadline = time.monotonic() + limit
+        while (left := deadline - time.monotonic()) > 0:
+            if self._socket.poll(int(1000 * min(left, LOOK_SECONDS)) + 1):
+                got, *reply = self._socket.recv_multipart()
+                if got == number:  # an older number answers a request that was given up
+                    return reply
+            elif not self._is_alive():
+                raise HubError("the hub has died: %dtrain shutdown clears up, %dtrain start opens a new pool")
+        raise HubError(
+            f"the hub did not answer {request} within {limit:g} s: it is busy or dead; "
+            "%dtrain status looks again, %dtrain shutdown ends the pool"
+        )
+
+    def close(self) -> None:
+        """Close the socket; safe to call twice."""
+        with self._lock:
+            if not self._socket.closed:
+                self._socket.close(linger=0)
+                self._context.term()
+
+
+def decode_reply(data: bytes, expect: type[T]) -> T:
+    """Decode a reply, or raise what the hub refused with."""
+    from dnb import errors
+    from dnb.records import Refused
+
+    answer = msgspec.msgpack.decode(data, type=Refused | expect)
+    if isinstance(answer, Refused):
+        kind = getattr(errors, answer.error, HubError)
+        raise kind(answer.message)
+    return answer  # type: ignore[no-any-return]

@@ -1,0 +1,201 @@
+"""Parcels: user objects pickled once, their tensors and arrays beside the pickle in shared memory.
+
+Only a parcel signed with the cluster's key is ever opened: see `sign` and `verify`.
+"""
+
+from __future__ import annotations
+
+import hmac
+import io
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import numpy as np
+import torch
+from jupyter_client.session import Session
+
+from dnb.errors import HubError, ShippingError
+from dnb.records import BufferRef, ParcelRef
+from dnb.transport.segments import Segment, create_segment, open_segment
+
+ALIGNMENT_BYTES = 64
+
+
+class _StorageRef:
+    """Stands in the pickle for a tensor's memory."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+def _rebuild_tensor(
+    storage: torch.Tensor,
+    dtype: torch.dtype,
+    offset: int,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    requires_grad: bool,
+) -> torch.Tensor:
+    flat = storage.view(dtype) if storage.numel() else torch.empty(0, dtype=dtype)
+    return flat.as_strided(shape, stride, offset).requires_grad_(requires_grad)
+
+
+class _Packer(cloudpickle.Pickler):  # type: ignore[misc]
+    """A pickler that leaves CPU tensors and contiguous arrays out of the pickle."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        self.buffers: list[memoryview] = []
+        self.arrays: list[int] = []  # those of `buffers` that pickle itself put out of band
+        self._storages: dict[int, _StorageRef] = {}
+        self._alive: list[Any] = []  # owners of the memory that `buffers` shows
+        super().__init__(file, protocol=5, buffer_callback=self._keep_array)
+
+    def _keep_array(self, buffer: pickle.PickleBuffer) -> None:
+        self._alive.append(buffer)
+        self.buffers.append(buffer.raw())
+        self.arrays.append(len(self.buffers) - 1)
+
+    def persistent_id(self, obj: Any) -> int | None:
+        return obj.index if isinstance(obj, _StorageRef) else None
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is torch.Tensor and obj.layout is torch.strided and obj.device.type == "cpu" and obj.is_leaf:
+            return self._reduce_tensor(obj)
+        return super().reducer_override(obj)
+
+    def _reduce_tensor(self, tensor: torch.Tensor) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]:
+        whole = tensor.untyped_storage()
+        needed = tensor.numel() * tensor.element_size()
+        if whole.nbytes() > 2 * needed:  # a small view of something large: send only what it shows
+            tensor = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+            self._alive.append(tensor)
+            whole = tensor.untyped_storage()
+        ref = self._storages.get(whole._cdata)
+        if ref is None:
+            flat = torch.empty(0, dtype=torch.uint8).set_(whole)
+            self._alive.append(flat)
+            self.buffers.append(flat.numpy().data)
+            ref = self._storages[whole._cdata] = _StorageRef(len(self.buffers) - 1)
+        place = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+        return _rebuild_tensor, (ref, tensor.dtype, *place, tensor.requires_grad)
+
+
+class _Unpacker(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, *, buffers: Sequence[memoryview], arrays: Sequence[int]) -> None:
+        self._buffers = buffers
+        self._storages: dict[int, torch.Tensor] = {}
+        super().__init__(file, buffers=[buffers[index] for index in arrays])
+
+    def persistent_load(self, pid: Any) -> torch.Tensor:
+        if pid not in self._storages:
+            view = self._buffers[pid]
+            self._storages[pid] = (
+                torch.frombuffer(view, dtype=torch.uint8) if len(view) else torch.empty(0, dtype=torch.uint8)
+            )
+        return self._storages[pid]
+
+
+def pack(obj: Any, *, name: str, folders: Sequence[Path]) -> tuple[bytes, ParcelRef, Segment | None]:
+    """Pickle `obj`, its tensors and arrays into one new segment.
+
+    Args:
+        obj: anything cloudpickle takes.
+        name: of the segment's file.
+        folders: where the segment may lie.
+
+    Raises:
+        ShippingError: something in it cannot be pickled.
+        SpaceError: no room for the tensors.
+    """
+    file = io.BytesIO()
+    packer = _Packer(file)
+    packer.dump(obj)
+    refs: list[BufferRef] = []
+    offset = 0
+    for buffer in packer.buffers:
+        refs.append(BufferRef(offset_bytes=offset, num_bytes=buffer.nbytes))
+        offset += -(-buffer.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    segment = create_segment(name, offset, folders=folders) if refs else None
+    if segment is not None:
+        target = np.frombuffer(segment.memory, dtype=np.uint8)
+        for ref, buffer in zip(refs, packer.buffers, strict=True):
+            target[ref.offset_bytes : ref.offset_bytes + ref.num_bytes] = np.frombuffer(buffer, dtype=np.uint8)
+    parcel = ParcelRef(
+        buffers=tuple(refs),
+        arrays=tuple(packer.arrays),
+        segment=segment.ref if segment is not None else None,
+    )
+    return file.getvalue(), parcel, segment
+
+
+def unpack(data: bytes, parcel: ParcelRef) -> Any:
+    """Rebuild what `pack` took; tensors are views of the segment, copied only where written.
+
+    The caller has verified the signature.
+    """
+    if parcel.segment is None:
+        buffers: list[memoryview] = []
+    else:
+        whole = memoryview(open_segment(parcel.segment, private=True).memory)
+        buffers = [whole[ref.offset_bytes : ref.offset_bytes + ref.num_bytes] for ref in parcel.buffers]
+    return _Unpacker(io.BytesIO(data), buffers=buffers, arrays=parcel.arrays).load()
+
+
+def sign(key: bytes, frames: Sequence[bytes]) -> bytes:
+    """HMAC-SHA256 over the frames with the cluster's key, as ipyparallel signs its own messages."""
+    signature: bytes = Session(key=key, signature_scheme="hmac-sha256").sign(list(frames))
+    return signature
+
+
+def verify(key: bytes, frames: Sequence[bytes], signature: bytes) -> None:
+    """Refuse frames that the holder of the cluster's key did not sign.
+
+    Raises:
+        HubError: the signature does not fit.
+    """
+    if not key or not hmac.compare_digest(sign(key, frames), signature):
+        raise HubError("a parcel without this cluster's signature was refused")
+
+
+def explain_unpicklable(obj: Any, *, name: str) -> ShippingError | None:
+    """Find the innermost attribute of `obj` that cannot be pickled; None if all can."""
+    fault = _fault(obj)
+    if fault is None:
+        return None
+    path, kind, reason = _innermost(obj, name=name, reason=fault, depth=0)
+    return ShippingError(
+        f"{path} (a {kind}) cannot be sent to the engines: {reason}. "
+        f"Remove it from {name}, or create it inside the method that uses it"
+    )
+
+
+def _innermost(obj: Any, *, name: str, reason: str, depth: int) -> tuple[str, str, str]:
+    if depth < 6:
+        for part, child in _parts(obj):
+            fault = _fault(child)
+            if fault is not None:
+                return _innermost(child, name=f"{name}{part}", reason=fault, depth=depth + 1)
+    return name, type(obj).__name__, reason
+
+
+def _parts(obj: Any) -> list[tuple[str, Any]]:
+    if isinstance(obj, dict):
+        return [(f"[{key!r}]", value) for key, value in obj.items()]
+    if isinstance(obj, list | tuple):
+        return [(f"[{index}]", value) for index, value in enumerate(obj)]
+    if isinstance(obj, torch.nn.Module):
+        modules = list(obj.named_children())
+        own = {key: value for key, value in vars(obj).items() if not key.startswith("_")}
+        return [(f".{key}", value) for key, value in [*own.items(), *modules]]
+    return [(f".{key}", value) for key, value in getattr(obj, "__dict__", {}).items()]
+
+
+def _fault(obj: Any) -> str | None:
+    try:
+        _Packer(io.BytesIO()).dump(obj)
+    except Exception as error:  # noqa: BLE001 - a user's __reduce__ may raise anything; it is the answer
+        return f"{type(error).__name__}: {error}"
+    return None

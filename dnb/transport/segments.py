@@ -1,0 +1,138 @@
+"""Shared memory: files in a memory-backed folder, one folder per pool, reserved before use."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from dnb.errors import SpaceError
+from dnb.records import SegmentRef
+
+# Tests and containers name other folders here, separated like a PATH.
+FOLDERS_VARIABLE = "DNB_SEGMENT_FOLDERS"
+
+
+def segment_roots() -> list[Path]:
+    """Folders where pools may put segments, the best first."""
+    named = os.environ.get(FOLDERS_VARIABLE)
+    if named:
+        return [Path(folder) for folder in named.split(os.pathsep)]
+    roots = [Path("/dev/shm"), Path(tempfile.gettempdir())]
+    return [root for root in roots if root.is_dir()]
+
+
+def pool_folders(cluster_id: str) -> list[Path]:
+    """Where the segments of one pool lie, whether the folders exist or not."""
+    return [root / f"dnb-{cluster_id}" for root in segment_roots()]
+
+
+def remove_pool_folders(cluster_id: str) -> None:
+    """Remove every segment of a pool; processes that have one mapped keep it until they end."""
+    for folder in pool_folders(cluster_id):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class Segment:
+    """A mapped piece of shared memory. The file lives until `unlink`, the memory until the last view."""
+
+    def __init__(self, path: Path, memory: mmap.mmap, *, note: str = "") -> None:
+        self.path = path
+        self.memory = memory
+        self.note = note  # why this folder was chosen, if it was not the first
+
+    @property
+    def ref(self) -> SegmentRef:
+        """What another process needs to map the same memory."""
+        return SegmentRef(path=str(self.path), num_bytes=len(self.memory))
+
+    def unlink(self) -> None:
+        """Remove the name; what is mapped stays usable."""
+        self.path.unlink(missing_ok=True)
+
+
+def create_segment(name: str, num_bytes: int, *, folders: Sequence[Path]) -> Segment:
+    """Reserve `num_bytes` of zeros in the first folder that has room.
+
+    Args:
+        name: file name, new in the folder.
+        num_bytes: at least 1 is reserved.
+        folders: candidates, see `pool_folders`.
+
+    Raises:
+        SpaceError: no folder has room; says what each lacked.
+    """
+    lacks: list[str] = []
+    for folder in folders:
+        try:
+            memory = _reserve(folder / name, max(num_bytes, 1))
+        except OSError as error:
+            if error.errno not in (
+                errno.ENOSPC,
+                errno.EDQUOT,
+                errno.EFBIG,
+                errno.EACCES,
+                errno.EROFS,
+            ):
+                raise
+            lacks.append(f"{folder.parent} has {_free(folder.parent)} free ({error.strerror})")
+            continue
+        note = f"{name} needs {megabytes(num_bytes)}: {'; '.join(lacks)}; using {folder.parent}" if lacks else ""
+        return Segment(folder / name, memory, note=note)
+    raise SpaceError(
+        f"{name} needs {megabytes(num_bytes)} of shared memory, but {'; '.join(lacks)}: "
+        f"free some, start the container with a larger --shm-size, or set {FOLDERS_VARIABLE} to a folder with room"
+    )
+
+
+def open_segment(ref: SegmentRef, *, private: bool = False) -> Segment:
+    """Map a segment that another process made.
+
+    Args:
+        ref: as `Segment.ref` gave it.
+        private: writes stay in this process (copy on write).
+    """
+    access = mmap.ACCESS_COPY if private else mmap.ACCESS_WRITE
+    with open(ref.path, "r+b") as file:
+        memory = mmap.mmap(file.fileno(), ref.num_bytes, access=access)
+    return Segment(Path(ref.path), memory)
+
+
+def megabytes(num_bytes: int) -> str:
+    """For messages: 1 MB = 10^6 bytes."""
+    return f"{num_bytes / 1e6:,.1f} MB"
+
+
+def _reserve(path: Path, num_bytes: int) -> mmap.mmap:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        # Writing past a full tmpfs is SIGBUS, not an exception: the space must be there before it is mapped.
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(descriptor, 0, num_bytes)
+        else:
+            _write_zeros(descriptor, num_bytes)
+        return mmap.mmap(descriptor, num_bytes)
+    except OSError:
+        path.unlink()
+        raise
+    finally:
+        os.close(descriptor)
+
+
+def _write_zeros(descriptor: int, num_bytes: int) -> None:
+    block = bytes(1 << 20)
+    written = 0
+    while written < num_bytes:
+        written += os.write(descriptor, block[: num_bytes - written])
+
+
+def _free(folder: Path) -> str:
+    try:
+        return megabytes(shutil.disk_usage(folder).free)
+    except OSError as error:
+        return f"unknown space ({error.strerror})"
