@@ -1,0 +1,1 @@
+"""What runs in every engine: a thread that computes shards while the main thread stays free."""

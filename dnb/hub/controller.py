@@ -1,0 +1,132 @@
+"""ipyparallel's controller with the hub beside its schedulers; started by the launcher's `controller_cmd`.
+
+The hub is bound before the connection files are written, and its addresses and keys travel inside them: so a
+client or engine that has a connection file can reach the hub, under every launcher that brings such files around.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import msgspec
+from ipyparallel.controller.app import IPController
+from traitlets import Float, Integer, Unicode
+
+from dnb.records import HubBinding, HubConfig, Process
+from dnb.transport.lives import this_process
+
+
+class HubChild:
+    """The hub's process, as one more child of the controller."""
+
+    name = "dnb hub"
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def open(self, config: HubConfig) -> HubBinding:
+        """Start the process and wait until its sockets are bound.
+
+        Raises:
+            RuntimeError: it ended before that; its output is in the controller's log.
+        """
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "dnb.hub.service"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with self.process.stdin as pipe:
+            pipe.write(msgspec.json.encode(config) + b"\n")
+        with self.process.stdout as pipe:
+            line = pipe.readline()
+        if not line:
+            raise RuntimeError(f"the dnb hub ended with code {self.process.wait()} before it was bound")
+        return msgspec.json.decode(line, type=HubBinding)
+
+    def start(self) -> None:
+        """Nothing is left to do: it was started before the connection files were written."""
+
+    def terminate(self) -> None:
+        """Ask the hub to end the pool."""
+        if self.process is not None:
+            self.process.terminate()
+
+
+class DnbController(IPController):
+    """`ipcontroller` with a hub; same command line."""
+
+    owner_host = Unicode("", config=True, help="host of the kernel that owns the pool")
+    owner_pid = Integer(0, config=True, help="its pid")
+    owner_create_time = Float(0.0, config=True, help="its start, in seconds since the epoch")
+
+    _hub: HubChild | None = None
+    _binding: HubBinding | None = None
+
+    def save_connection_dict(self, fname: str, cdict: dict[str, Any]) -> None:
+        """Write a connection file, with the hub's address for its reader in it."""
+        binding = self._open_hub(cdict["key"])
+        address = binding.engine if fname == self.engine_json_file else binding.client
+        cdict["dnb"] = msgspec.to_builtins({"address": address, "hub": binding.hub})
+        super().save_connection_dict(fname, cdict)
+
+    def init_schedulers(self) -> None:
+        """Start the schedulers, and count the hub among the children."""
+        super().init_schedulers()
+        self.children.append(self._hub)
+
+    def terminate_children(self) -> None:
+        """End the schedulers and the hub."""
+        if self._hub is not None:
+            self._hub.terminate()
+        super().terminate_children()
+
+    def start(self) -> None:
+        """Serve until the hub or a signal ends the pool."""
+        self.loop.call_later(HUB_WATCH_SECONDS, self._watch_hub)
+        super().start()
+
+    def _watch_hub(self) -> None:
+        """Without its hub a pool is of no use: end it, and remove what a killed hub could not."""
+        assert self._hub is not None
+        assert self._hub.process is not None
+        if self._hub.process.poll() is None:
+            self.loop.call_later(HUB_WATCH_SECONDS, self._watch_hub)
+            return
+        from dnb.hub.pool_files import remove_pool_files
+        from dnb.transport.segments import remove_pool_folders
+
+        self.log.critical("the dnb hub ended with code %s: the pool ends", self._hub.process.returncode)
+        remove_pool_folders(self.cluster_id)
+        remove_pool_files(self._config_for_hub(""))
+        self.terminate_children()
+        self.loop.stop()
+
+    def _open_hub(self, key: str) -> HubBinding:
+        if self._binding is None:
+            self._hub = HubChild()
+            self._binding = self._hub.open(self._config_for_hub(key))
+        return self._binding
+
+    def _config_for_hub(self, key: str) -> HubConfig:
+        owner = None
+        if self.owner_pid:
+            owner = Process(host=self.owner_host, pid=self.owner_pid, create_time=self.owner_create_time)
+        return HubConfig(
+            cluster_id=self.cluster_id,
+            key=key,
+            security_dir=self.profile_dir.security_dir,
+            log_dir=self.profile_dir.log_dir,
+            host=self.client_ip or "127.0.0.1",
+            controller=this_process(),
+            owner=owner,
+        )
+
+
+# How soon the controller notices that the hub has died.
+HUB_WATCH_SECONDS = 0.2
+
+
+if __name__ == "__main__":
+    DnbController.launch_instance()

@@ -1,0 +1,147 @@
+"""What a run leaves on disk: run.json, and append-only history and events that survive a crash."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+from dnb.records import Record, RunEvent, RunSpec, RunStatus
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+RUN_FILE = "run.json"
+HISTORY_FILE = "history.jsonl"
+EVENTS_FILE = "events.jsonl"
+FORMAT = 1
+
+
+class HistoryRow(Record, frozen=True):
+    """One line of the history: a committed step, or an evaluation after one."""
+
+    kind: str  # "step" | "evaluation"
+    step: int
+    time: float  # seconds since the epoch
+    values: dict[str, float]
+
+
+class RunSummary(Record, frozen=True):
+    """What run.json says: the run's numbers, and how it stands."""
+
+    format: int
+    name: str
+    status: RunStatus
+    error: str
+    remote_traceback: str
+    started: float  # seconds since the epoch
+    elapsed_seconds: float
+    step: int
+    num_steps: int
+    steps_per_epoch: int
+    options: dict[str, Any]
+
+
+def summarize(spec: RunSpec, **state: Any) -> RunSummary:
+    """run.json of a run that has this spec and stands as `state` says."""
+    names = (
+        "num_samples",
+        "num_val_samples",
+        "batch_size",
+        "num_shards",
+        "seed",
+        "clip_norm",
+        "micro_batch",
+        "precision",
+    )
+    options = {name: getattr(spec, name) for name in names}
+    return RunSummary(
+        format=FORMAT,
+        name=spec.name,
+        num_steps=spec.num_steps,
+        steps_per_epoch=spec.steps_per_epoch,
+        options=options,
+        **state,
+    )
+
+
+class RunFolder:
+    """Writes the folder of one run. Every line goes to the system at once: a killed hub loses none.
+
+    Args:
+        path: made if it is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._history = _open_append(path / HISTORY_FILE)
+        self._events = _open_append(path / EVENTS_FILE)
+        self._encoder = msgspec.json.Encoder()
+
+    def append_row(self, row: HistoryRow) -> None:
+        """Add a line to the history."""
+        os.write(self._history, self._encoder.encode(row) + b"\n")
+
+    def append_event(self, event: RunEvent) -> None:
+        """Add a line to the events."""
+        os.write(self._events, self._encoder.encode(event) + b"\n")
+
+    def write_summary(self, summary: RunSummary) -> None:
+        """Replace run.json in one move, so that a reader never sees half of it."""
+        aside = self.path / f".{RUN_FILE}"
+        aside.write_bytes(msgspec.json.format(self._encoder.encode(summary), indent=2) + b"\n")
+        aside.replace(self.path / RUN_FILE)
+
+    def close(self) -> None:
+        """Close the files."""
+        os.close(self._history)
+        os.close(self._events)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_summary(path: Path) -> RunSummary:
+    """Read run.json.
+
+    Raises:
+        OSError: there is none.
+        msgspec.MsgspecError: it is not one.
+    """
+    return msgspec.json.decode((path / RUN_FILE).read_bytes(), type=RunSummary)
+
+
+def read_history(path: Path) -> list[HistoryRow]:
+    """Every whole line of the history; a torn last line is left out."""
+    return list(_read_lines(path / HISTORY_FILE, HistoryRow))
+
+
+def read_events(path: Path) -> list[RunEvent]:
+    """Every whole line of the events; a torn last line is left out."""
+    return list(_read_lines(path / EVENTS_FILE, RunEvent))
+
+
+def _read_lines(path: Path, kind: type[T]) -> Iterator[T]:
+    decoder = msgspec.json.Decoder(kind)
+    lines = path.read_bytes().split(b"\n")
+    for line in lines[:-1]:  # what follows the last line feed is empty, or torn
+        yield decoder.decode(line)
+
+
+def _open_append(path: Path) -> int:
+    if path.exists():
+        data = path.read_bytes()
+        os.truncate(path, data.rfind(b"\n") + 1)  # a torn line of an earlier life must not swallow the next one
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

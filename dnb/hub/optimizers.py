@@ -1,0 +1,82 @@
+"""Optimizers by name, and the scheduler that belongs to one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from dnb.errors import ArgumentError, nearest
+
+# LBFGS evaluates the loss several times in a step; SparseAdam takes sparse gradients only.
+_LEFT_OUT = {"optimizer", "lbfgs", "sparseadam"}
+
+
+def optimizer_classes() -> dict[str, type[torch.optim.Optimizer]]:
+    """The optimizers of `torch.optim` that take dense gradients, by lower-case name."""
+    found = {
+        name.lower(): value
+        for name, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer)
+    }
+    return {name: value for name, value in found.items() if name not in _LEFT_OUT}
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse what cannot be an optimizer.
+
+    Raises:
+        ArgumentError: an unknown name, or an object of the wrong kind.
+    """
+    if isinstance(optimizer, torch.optim.LBFGS) or (isinstance(optimizer, str) and optimizer.lower() == "lbfgs"):
+        raise ArgumentError(
+            "LBFGS evaluates the loss several times in one step, dnb once: use optimizer='adamw' or 'sgd'"
+        )
+    if isinstance(optimizer, str):
+        if optimizer.lower() not in optimizer_classes():
+            raise ArgumentError(f"no optimizer {optimizer!r}: {nearest(optimizer.lower(), optimizer_classes())}")
+    elif not isinstance(optimizer, torch.optim.Optimizer) and not callable(optimizer):
+        raise ArgumentError(
+            f"optimizer is a {type(optimizer).__name__}: give a name such as 'adamw', a torch Optimizer on "
+            "model.parameters(), or a callable that takes the parameters"
+        )
+
+
+def warm_up() -> None:
+    """Make torch import what it leaves until an optimizer first steps, which takes seconds."""
+    torch.set_num_threads(1)  # the engines have the other cores
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    torch.optim.AdamW([parameter], fused=True).step()
+
+
+def build_optimizer(
+    optimizer: Any, parameters: Iterable[torch.nn.Parameter], *, lr: float | None
+) -> torch.optim.Optimizer:
+    """Make the one optimizer of a run; by name, the fused implementation where torch has one."""
+    parameters = list(parameters)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer
+    if not isinstance(optimizer, str):
+        built = optimizer(parameters)
+        if not isinstance(built, torch.optim.Optimizer):
+            raise ArgumentError(f"optimizer(params) returned a {type(built).__name__}, not a torch Optimizer")
+        return built
+    kind: Any = optimizer_classes()[optimizer.lower()]
+    options: dict[str, Any] = {} if lr is None else {"lr": lr}
+    if "fused" in inspect.signature(kind).parameters and all(p.is_floating_point() for p in parameters):
+        options["fused"] = True
+    return kind(parameters, **options)  # type: ignore[no-any-return]
+
+
+def build_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
+    """Make the scheduler, which is stepped after every optimizer step."""
+    if scheduler is None or isinstance(scheduler, LRScheduler):
+        return scheduler
+    built = scheduler(optimizer)
+    if not isinstance(built, LRScheduler):
+        raise ArgumentError(f"scheduler(optimizer) returned a {type(built).__name__}, not an LRScheduler")
+    return built

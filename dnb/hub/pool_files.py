@@ -1,0 +1,57 @@
+"""What a pool leaves on disk while it lives: one record beside ipyparallel's connection files."""
+
+from __future__ import annotations
+
+import glob
+import logging
+import os
+from pathlib import Path
+
+import msgspec
+
+from dnb.records import HubConfig, PoolFacts
+
+log = logging.getLogger(__name__)
+
+PREFIX = "dnb-pool-"
+
+
+def write_pool_file(security_dir: Path, facts: PoolFacts) -> None:
+    """Replace the pool's record in one move, readable by its user only."""
+    path = security_dir / f"{PREFIX}{facts.cluster_id}.json"
+    aside = path.with_suffix(".new")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(msgspec.json.encode(facts))
+    aside.replace(path)
+
+
+def read_pool_files(security_dir: Path) -> list[PoolFacts]:
+    """The records of all pools of a profile, live or not; what is not a record is skipped and logged."""
+    found: list[PoolFacts] = []
+    for path in sorted(security_dir.glob(f"{PREFIX}*.json")):
+        try:
+            found.append(msgspec.json.decode(path.read_bytes(), type=PoolFacts))
+        except (OSError, msgspec.MsgspecError) as error:
+            log.warning("%s is not a pool's record: %s", path, error)
+    return found
+
+
+def remove_pool_files(config: HubConfig) -> None:
+    """Remove all that ipyparallel and dnb wrote for one cluster."""
+    remove_cluster_files(config.cluster_id, security_dir=Path(config.security_dir), log_dir=Path(config.log_dir))
+
+
+def remove_cluster_files(cluster_id: str, *, security_dir: Path, log_dir: Path) -> None:
+    """Remove connection files, cluster file, logs and the pool's record of one cluster."""
+    name = glob.escape(cluster_id)
+    patterns = [
+        security_dir / f"ipcontroller-{name}-*.json",
+        security_dir / f"cluster-{name}.json",
+        security_dir / f"{PREFIX}{name}.*",
+        log_dir / f"ip*-{name}-*.log",
+        log_dir / f"engines*{name}.json",
+    ]
+    for pattern in patterns:
+        for path in glob.glob(str(pattern)):
+            Path(path).unlink(missing_ok=True)

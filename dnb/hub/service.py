@@ -1,0 +1,398 @@
+"""The hub's process: sockets, the lives of engines and kernel, and at most one run at a time.
+
+Started by `dnb.hub.controller`; reads a `HubConfig` from standard input and answers with a `HubBinding`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import psutil
+import zmq
+
+from dnb.errors import ArgumentError, DnbError, HubError
+from dnb.hub.pool_files import remove_pool_files, write_pool_file
+from dnb.records import (
+    Control,
+    Done,
+    EngineFacts,
+    EngineMessage,
+    EngineStatus,
+    Exit,
+    GetPool,
+    GetRun,
+    GetState,
+    Hello,
+    HubBinding,
+    HubConfig,
+    Join,
+    Leave,
+    Loaded,
+    LoadFailed,
+    Message,
+    PoolFacts,
+    PoolState,
+    Process,
+    Refused,
+    Request,
+    RunSpec,
+    SetOptions,
+    Shutdown,
+    Submit,
+    Welcome,
+    WorkFailed,
+    WorkReport,
+)
+from dnb.transport.channels import (
+    CLIENT_ROLE,
+    ENGINE_ROLE,
+    RoleKeys,
+    bind_router,
+    encode,
+    start_authenticator,
+)
+from dnb.transport.lives import children_of, end_processes, is_alive, this_process
+from dnb.transport.segments import pool_folders, remove_pool_folders
+
+if TYPE_CHECKING:  # torch takes seconds to import: the sockets are bound first, see `main`
+    from dnb.hub.active_run import ActiveRun
+
+log = logging.getLogger(__name__)
+
+# How often lives are looked at; a killed local engine is noticed within this time.
+TICK_SECONDS = 0.1
+# How long engines get to end by themselves when the pool is shut down.
+EXIT_SECONDS = 3.0
+
+
+@dataclass(slots=True)
+class _Engine:
+    facts: EngineFacts
+    identity: bytes
+    messages_in: int = 0
+    messages_out: int = 0
+
+
+class Service:
+    """Serves engines and clients of one pool until the pool ends.
+
+    Args:
+        config: from the controller.
+        keys: made for this hub.
+    """
+
+    def __init__(self, config: HubConfig, keys: RoleKeys) -> None:
+        self._config = config
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._authenticator = start_authenticator(self._context, keys)
+        self._engine_socket = bind_router(self._context, keys, role=ENGINE_ROLE, host=config.host)
+        self._client_socket = bind_router(self._context, keys, role=CLIENT_ROLE, host=config.host)
+        self._keys = keys
+        self._process = this_process()
+        self._owner = config.owner
+        self._orphaned: float | None = None  # since when nobody steers a pool whose run does not advance
+        self._engines: dict[int, _Engine] = {}
+        self._run: ActiveRun | None = None
+        self._ending = ""
+        self._decode_engine = msgspec.msgpack.Decoder(EngineMessage).decode
+        self._decode_request = msgspec.msgpack.Decoder(Request).decode
+
+    @property
+    def binding(self) -> HubBinding:
+        """How to reach this hub."""
+        return HubBinding(
+            hub=self._process,
+            client=self._keys.address(CLIENT_ROLE, _endpoint(self._client_socket)),
+            engine=self._keys.address(ENGINE_ROLE, _endpoint(self._engine_socket)),
+        )
+
+    def end(self, reason: str) -> None:
+        """Let the loop end; safe from a signal handler."""
+        self._ending = self._ending or reason
+
+    def serve(self) -> None:
+        """Answer until the pool ends, then leave nothing of it behind."""
+        poller = zmq.Poller()
+        poller.register(self._engine_socket, zmq.POLLIN)
+        poller.register(self._client_socket, zmq.POLLIN)
+        next_tick = 0.0
+        try:
+            while not self._ending:
+                ready = dict(poller.poll(round(TICK_SECONDS * 1000)))
+                if self._engine_socket in ready:
+                    self._drain(self._engine_socket, self._take_from_engine)
+                if self._client_socket in ready:
+                    self._drain(self._client_socket, self._answer)
+                if time.monotonic() >= next_tick:
+                    self._tick()
+                    next_tick = time.monotonic() + TICK_SECONDS
+        finally:
+            self._end_pool()
+
+    def _drain(self, router: zmq.Socket[bytes], take: Any) -> None:
+        while router.poll(0):
+            take(*router.recv_multipart())
+
+    # engines
+
+    def _take_from_engine(self, identity: bytes, header: bytes, *_frames: bytes) -> None:
+        try:
+            message = self._decode_engine(header)
+        except msgspec.MsgspecError as error:
+            log.warning("a message from %r was refused: %s", identity, error)
+            return
+        if isinstance(message, Join):
+            self._join(message.facts, identity)
+            return
+        engine = next((e for e in self._engines.values() if e.identity == identity), None)
+        if engine is None:
+            log.warning("%s from an engine that was given up: %r", type(message).__name__, identity)
+            return
+        engine.messages_in += 1
+        number = engine.facts.engine
+        match message:
+            case Leave(reason=reason):
+                self._lose(number, reason)
+            case Loaded() | LoadFailed() | WorkReport() | WorkFailed():
+                if self._run is not None and self._run.spec.name == message.run:
+                    self._run.take(number, message)
+
+    def _join(self, facts: EngineFacts, identity: bytes) -> None:
+        self._engines[facts.engine] = _Engine(facts, identity)
+        self._send_to_engine(facts.engine, Welcome())
+        self._write_pool_file()
+        if self._run is not None and self._run.is_active:
+            self._run.add_engine(facts)
+
+    def _lose(self, engine: int, reason: str) -> None:
+        self._engines.pop(engine, None)
+        self._write_pool_file()
+        if self._run is not None:
+            self._run.lose_engine(engine, reason)
+
+    def _send_to_engine(self, engine: int, record: Message, frames: Sequence[Any] = ()) -> None:
+        entry = self._engines.get(engine)
+        if entry is None:
+            return
+        try:
+            self._engine_socket.send_multipart([entry.identity, *encode(record, frames)], copy=False)
+        except zmq.ZMQError as error:  # unreachable: the next tick sees the death
+            log.warning("engine %d cannot be reached: %s", engine, error)
+        else:
+            entry.messages_out += 1
+
+    # clients
+
+    def _answer(self, identity: bytes, number: bytes, header: bytes, *frames: bytes) -> None:
+        try:
+            request = self._decode_request(header)
+            reply, out = self._serve_request(request, frames)
+        except (DnbError, OSError, msgspec.MsgspecError) as error:
+            kind = type(error).__name__ if isinstance(error, DnbError) else HubError.__name__
+            reply, out = Refused(error=kind, message=str(error)), []
+        except Exception as error:
+            log.exception("a request failed")
+            reply, out = Refused(error="RunError", message=f"{type(error).__name__}: {error}"), []
+        try:
+            self._client_socket.send_multipart([identity, number, *encode(reply, out)], copy=False)
+        except zmq.ZMQError as error:
+            log.warning("a client left before its answer: %s", error)
+
+    def _serve_request(self, request: Request, frames: Sequence[bytes]) -> tuple[Message, Sequence[Any]]:
+        match request:
+            case Hello(owner=owner):
+                self._owner = owner
+                self._orphaned = None
+                self._write_pool_file()
+            case GetPool():
+                return PoolState(facts=self._facts(), engines=self._statuses()), []
+            case Submit():
+                self._submit(frames)
+            case GetRun(run=name):
+                return self._named(name).state(request)
+            case Control(run=name, verb=verb):
+                self._control(name, verb)
+            case SetOptions(run=name, lr=lr):
+                self._named(name).set_lr(lr)
+            case GetState(run=name, optimizer=optimizer):
+                return _state_of(self._named(name), optimizer=optimizer)
+            case Shutdown():
+                self.end("asked to")
+        return Done(), []
+
+    def _named(self, name: str) -> ActiveRun:
+        if self._run is None or self._run.spec.name != name:
+            raise HubError(f"the hub does not hold a run {name!r}: %dtrain status says which it holds")
+        return self._run
+
+    def _control(self, name: str, verb: Literal["pause", "resume", "stop"]) -> None:
+        run = self._named(name)
+        if verb == "pause" and run.status != "running":
+            raise ArgumentError(f"run {name!r} is {run.status}, not running: there is nothing to pause")
+        if verb == "resume" and run.status != "paused":
+            raise ArgumentError(f"run {name!r} is {run.status}, not paused: there is nothing to resume")
+        run.ask(verb)
+
+    def _submit(self, frames: Sequence[bytes]) -> None:
+        from dnb.hub.active_run import ActiveRun
+        from dnb.transport.parcels import unpack, verify
+
+        if len(frames) != 4:
+            raise HubError(f"a run comes in 4 frames, not {len(frames)}")
+        spec_bytes, job_bytes, data_bytes, signature = frames
+        verify(self._config.key.encode(), [spec_bytes, job_bytes, data_bytes], signature)
+        spec = msgspec.msgpack.decode(spec_bytes, type=RunSpec)
+        if self._run is not None:
+            if self._run.is_active:
+                raise ArgumentError(_still_active(self._run))
+            self._run.close()
+            self._run = None
+        sys.path.extend(path for path in spec.sys_path if path not in sys.path)
+        self._run = ActiveRun(
+            spec,
+            frames,
+            unpack(job_bytes, spec.job),
+            engines=[engine.facts for engine in self._engines.values()],
+            folders=pool_folders(self._config.cluster_id),
+            send=self._send_to_engine,
+        )
+        self._write_pool_file()
+        self._run.start()
+
+    # lives
+
+    def _tick(self) -> None:
+        if os.getppid() != self._config.controller.pid:
+            self.end("the controller is gone")
+        for number, engine in list(self._engines.items()):
+            if not is_alive(engine.facts.process):
+                self._lose(number, "died")
+        self._watch_owner()
+
+    def _watch_owner(self) -> None:
+        """The pool ends with its kernel, unless a run is advancing, or was and may still be asked for."""
+        if self._owner is None or is_alive(self._owner):
+            return
+        if self._run is None or (self._orphaned is None and not self._run.is_active):
+            self.end("its kernel is gone")
+        elif self._run.status in ("starting", "running") or self._orphaned is None:
+            self._orphaned = time.monotonic()
+        elif time.monotonic() - self._orphaned > self._run.spec.linger_seconds:
+            self.end("its kernel is gone, and nobody attached")
+
+    def _statuses(self) -> tuple[EngineStatus, ...]:
+        busy = self._run.working if self._run is not None else frozenset()
+        return tuple(_status(engine, is_busy=number in busy) for number, engine in sorted(self._engines.items()))
+
+    def _facts(self) -> PoolFacts:
+        is_active = self._run is not None and self._run.is_active
+        return PoolFacts(
+            cluster_id=self._config.cluster_id,
+            hub=self._process,
+            controller=self._config.controller,
+            helpers=self._helpers(),
+            engines=tuple(engine.facts for engine in self._engines.values()),
+            owner=self._owner,
+            run=self._run.spec.name if is_active and self._run is not None else None,
+        )
+
+    def _helpers(self) -> tuple[Process, ...]:
+        parents = [
+            self._config.controller,
+            *(engine.facts.process for engine in self._engines.values()),
+        ]
+        return tuple(child for child in children_of(parents) if child != self._process)
+
+    def _write_pool_file(self) -> None:
+        write_pool_file(Path(self._config.security_dir), self._facts())
+
+    def _end_pool(self) -> None:
+        """End every process of the pool and remove what it left; the controller goes last."""
+        log.info("the pool ends: %s", self._ending or "an error in the hub")
+        if self._run is not None and self._run.is_active:
+            self._run.ask("stop")
+        for number in list(self._engines):
+            self._send_to_engine(number, Exit())
+        helpers = self._helpers()
+        engines = [engine.facts.process for engine in self._engines.values()]
+        end_processes(engines, patience_seconds=EXIT_SECONDS)
+        if self._run is not None:
+            self._run.close()
+        self._authenticator.stop()
+        self._engine_socket.close()
+        self._client_socket.close()
+        self._context.term()
+        remove_pool_folders(self._config.cluster_id)
+        end_processes([self._config.controller], patience_seconds=EXIT_SECONDS, first_signal=signal.SIGTERM)
+        end_processes(helpers, patience_seconds=EXIT_SECONDS)
+        remove_pool_files(self._config)
+
+
+def _state_of(run: ActiveRun, *, optimizer: bool) -> tuple[Message, Sequence[Any]]:
+    from dnb.transport.states import encode_state
+
+    state: dict[str, Any] = {
+        "parameters": dict(run.master.model.named_parameters()),
+        "buffers": dict(run.master.model.named_buffers()),
+    }
+    if optimizer:
+        state["optimizer"] = run.master.optimizer.state_dict()
+    return encode_state(state)
+
+
+def _still_active(run: ActiveRun) -> str:
+    return (
+        f"run {run.spec.name!r} is {run.status}: wait for it with %dtrain wait, or end it with %dtrain stop, "
+        "before the next fit"
+    )
+
+
+def _status(engine: _Engine, *, is_busy: bool) -> EngineStatus:
+    state: Literal["ready", "busy", "hung"] = "busy" if is_busy else "ready"
+    rss_bytes = None
+    try:
+        process = psutil.Process(engine.facts.process.pid)
+        rss_bytes = process.memory_info().rss
+        if process.status() == psutil.STATUS_STOPPED:
+            state = "hung"
+    except psutil.Error as error:
+        log.info("engine %d cannot be looked at: %s", engine.facts.engine, error)
+    return EngineStatus(
+        facts=engine.facts,
+        state=state,
+        rss_bytes=rss_bytes,
+        messages_in=engine.messages_in,
+        messages_out=engine.messages_out,
+    )
+
+
+def _endpoint(bound: zmq.Socket[bytes]) -> str:
+    return bound.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
+
+
+def main() -> None:
+    """Bind, answer the controller, then serve."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=HubConfig)
+    service = Service(config, RoleKeys())
+    signal.signal(signal.SIGTERM, lambda *_: service.end("asked to, by a signal"))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stdout.buffer.write(msgspec.json.encode(service.binding) + b"\n")
+    sys.stdout.flush()
+    importlib.import_module("dnb.hub.optimizers").warm_up()  # torch takes seconds: engines load it meanwhile
+    sys.stdout = sys.stderr  # user code that prints must not fill a pipe that nobody reads
+    service.serve()
+
+
+if __name__ == "__main__":
+    main()
