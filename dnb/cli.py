@@ -1,0 +1,87 @@
+"""The command `dnb`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parent
+ACCURACY_WANTED = 0.97
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand; its exit code."""
+    parser = argparse.ArgumentParser(prog="dnb", description="Distributed training from a notebook.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="run the quickstart notebook headless, on a local pool")
+    demo.add_argument("--output", type=Path, default=Path("build"), help="folder for notebook and HTML")
+    demo.set_defaults(run=lambda options: run_demo(options.output))
+    options = parser.parse_args(arguments)
+    return int(options.run(options))
+
+
+def run_demo(output: Path) -> int:
+    """Execute the quickstart, and leave it with its outputs, and as HTML with the chart.
+
+    Args:
+        output: folder; made if it is not there.
+    """
+    try:
+        import nbformat
+        from nbclient import NotebookClient
+        from nbclient.exceptions import CellExecutionError
+        from nbconvert import HTMLExporter
+    except ImportError as error:
+        print(f"dnb demo needs {error.name}: pip install 'dnb[demo]'", file=sys.stderr)
+        return 1
+    output.mkdir(parents=True, exist_ok=True)
+    notebook = nbformat.read(quickstart_path(), as_version=4)
+    print("training on 2 engines: notebooks/quickstart.ipynb, headless", flush=True)
+    client = NotebookClient(
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(output)}},
+        extra_arguments=["--IPKernelApp.log_level=40"],  # TCP on loopback is fine here
+    )
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        print(error, file=sys.stderr)
+        return 1
+    finally:
+        nbformat.write(notebook, output / "quickstart.ipynb")
+        html, _ = HTMLExporter().from_notebook_node(notebook)
+        (output / "quickstart.html").write_text(html, encoding="utf-8")
+    return _report(notebook, output)
+
+
+def _report(notebook: Any, output: Path) -> int:
+    found = re.search(r"validation accuracy (\d\.\d+)", _printed(notebook))
+    if found is None:
+        print("the notebook printed no validation accuracy", file=sys.stderr)
+        return 1
+    print(f"validation accuracy {found[1]}")
+    print(f"see {output / 'quickstart.html'} for the chart, {output / 'quickstart.ipynb'} for the notebook")
+    if float(found[1]) < ACCURACY_WANTED:
+        print(f"that is below {ACCURACY_WANTED}: something is wrong", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _printed(notebook: Any) -> str:
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", ()))
+    return "".join(output.get("text", "") for output in outputs)
+
+
+def quickstart_path() -> Path:
+    """The quickstart notebook: beside the package in a checkout, inside it when installed."""
+    beside = PACKAGE.parent / "notebooks" / "quickstart.ipynb"
+    return beside if beside.exists() else PACKAGE / "quickstart.ipynb"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""What a user hands to `fit`: read, checked, and refused with the way out, before anything starts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    TensorDataset,
+    default_collate,
+)
+
+from dnb.errors import ArgumentError, PlanError, nearest
+from dnb.planning.sample_order import BatchOrder
+from dnb.transport.job import DataSource
+
+RESERVED_NAMES = frozenset({"loss", "lr", "samples_per_second", "step"})
+STRATEGIES = ("auto", "data", "hybrid", "pipeline", "tensor")
+SYNCS = ("allreduce", "hub", "local")
+PRECISIONS = ("bfloat16", "float32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A data set as the user gave it, read."""
+
+    data: DataSource
+    num_samples: int
+    order: BatchOrder | None  # of a DataLoader
+
+
+def read_source(value: Any, *, name: str, seed: int) -> Source:
+    """Read tensors, a map-style data set or a `DataLoader`.
+
+    Args:
+        value: as the user gave it.
+        name: of the argument, for messages.
+        seed: orders the samples of a loader that shuffles without a generator of its own.
+
+    Raises:
+        ArgumentError: it is none of these, is empty, or its parts differ in length.
+    """
+    if isinstance(value, DataLoader):
+        return _read_loader(value, name=name, seed=seed)
+    if isinstance(value, tuple | list) and value and all(isinstance(v, torch.Tensor | np.ndarray) for v in value):
+        return _read_tensors(value, name=name)
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return _read_tensors((value,), name=name)
+    return _read_dataset(value, name=name, collate=default_collate)
+
+
+def _read_tensors(values: Sequence[torch.Tensor | np.ndarray[Any, Any]], *, name: str) -> Source:
+    tensors = tuple(torch.from_numpy(v) if isinstance(v, np.ndarray) else v.detach() for v in values)
+    lengths = [len(tensor) if tensor.dim() else 0 for tensor in tensors]
+    if len(set(lengths)) > 1:
+        raise ArgumentError(
+            f"the parts of {name} differ in length: {' and '.join(map(str, lengths))} samples; "
+            "every sample needs an input and a target"
+        )
+    _check_not_empty(lengths[0], name=name)
+    return Source(data=DataSource(samples=tensors, collate=None), num_samples=lengths[0], order=None)
+
+
+def _read_dataset(value: Any, *, name: str, collate: Callable[..., Any]) -> Source:
+    if isinstance(value, IterableDataset):
+        raise ArgumentError(
+            f"{name} is an IterableDataset, whose samples have no index, so that none could be done again when "
+            "an engine dies: give a map-style Dataset (with __len__ and __getitem__)"
+        )
+    if not hasattr(value, "__getitem__") or not hasattr(value, "__len__"):
+        raise ArgumentError(
+            f"{name} is a {type(value).__name__}: give a pair (X, y) of tensors or arrays, a map-style Dataset, "
+            "or a DataLoader"
+        )
+    _check_not_empty(len(value), name=name)
+    if type(value) is TensorDataset and collate is default_collate:
+        return _read_tensors(value.tensors, name=name)
+    return Source(data=DataSource(samples=value, collate=collate), num_samples=len(value), order=None)
+
+
+def _read_loader(loader: DataLoader[Any], *, name: str, seed: int) -> Source:
+    source = _read_dataset(loader.dataset, name=f"{name}'s dataset", collate=loader.collate_fn)
+    common: dict[str, Any] = {
+        "num_samples": source.num_samples,
+        "drop_last": loader.drop_last,
+        "seed": seed,
+    }
+    sampler = loader.sampler
+    is_random = type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None
+    if loader.batch_size is None:
+        if loader.batch_sampler is None:
+            raise ArgumentError(f"{name} is a DataLoader without batches (batch_size=None): give it a batch_size")
+        order = BatchOrder(batch_size=1, batch_sampler=loader.batch_sampler, generator=loader.generator, **common)
+    elif type(sampler) is SequentialSampler:
+        order = BatchOrder(batch_size=loader.batch_size, shuffle=False, **common)
+    elif is_random:
+        order = BatchOrder(batch_size=loader.batch_size, shuffle=True, generator=loader.generator, **common)
+    else:
+        order = BatchOrder(batch_size=loader.batch_size, sampler=sampler, generator=loader.generator, **common)
+    return Source(data=source.data, num_samples=source.num_samples, order=order)
+
+
+def _check_not_empty(num_samples: int, *, name: str) -> None:
+    if num_samples == 0:
+        raise ArgumentError(f"{name} has no samples")
+
+
+def check_model(model: Any) -> torch.nn.Module:
+    """Refuse what cannot be trained.
+
+    Raises:
+        ArgumentError: not a module, nothing to train in it, or not on the CPU.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    parameters = list(model.parameters())
+    if any(isinstance(p, torch.nn.parameter.UninitializedParameter) for p in parameters):
+        raise ArgumentError("model has lazy parameters without a shape yet: run one batch through it first")
+    if not any(p.requires_grad and p.numel() for p in parameters):
+        frozen = f", all {len(parameters)} are frozen" if parameters else ""
+        raise ArgumentError(f"model has no trainable parameters{frozen}: set requires_grad_(True) on some")
+    elsewhere = {str(p.device) for p in parameters if p.device.type != "cpu"}
+    if elsewhere:
+        raise ArgumentError(f"model is on {', '.join(sorted(elsewhere))}: give it on the CPU, model.cpu()")
+    return model
+
+
+def check_batch_size(batch_size: Any, *, num_samples: int) -> int:
+    """Refuse a global batch that is not a positive integer, or larger than the data set."""
+    size = check_positive(batch_size, name="batch_size")
+    if size > num_samples:
+        raise ArgumentError(
+            f"batch_size={size} is larger than the data set of {num_samples} samples: use at most {num_samples}"
+        )
+    return size
+
+
+def check_positive(value: Any, *, name: str) -> int:
+    """Refuse all but integers of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ArgumentError(f"{name} must be a positive integer, not {value!r}")
+    return int(value)
+
+
+def check_number(value: Any, *, name: str) -> float:
+    """Refuse all but finite numbers above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
+        raise ArgumentError(f"{name} must be a positive number, not {value!r}")
+    return float(value)
+
+
+def check_choice(value: Any, *, name: str, known: Sequence[str], available: Sequence[str]) -> str:
+    """Refuse a word that is not known, or not in this release."""
+    if value not in known:
+        raise ArgumentError(f"no {name} {value!r}: {nearest(str(value), known)}")
+    if value not in available:
+        raise PlanError(f"{name}={value!r} is not in this release yet: use {name}={available[0]!r}")
+    return str(value)
+
+
+def read_loss(loss: Any, *, step: Any) -> Callable[..., Any] | None:
+    """The loss function that a name or callable stands for.
+
+    Raises:
+        ArgumentError: an unknown name, not a callable, or a step function beside it.
+    """
+    if loss is not None and step is not None:
+        raise ArgumentError("give loss or step, not both: a step function returns its own loss")
+    if step is not None and not callable(step):
+        raise ArgumentError(f"step is a {type(step).__name__}: give a callable(model, batch) that returns the loss")
+    if loss is None or callable(loss):
+        return loss  # type: ignore[no-any-return]
+    known = loss_names()
+    if loss not in known:
+        raise ArgumentError(f"no loss {loss!r}: {nearest(str(loss), known)}; or give a callable(output, target)")
+    return getattr(torch.nn.functional, loss)  # type: ignore[no-any-return]
+
+
+def loss_names() -> list[str]:
+    """The losses of `torch.nn.functional` that compare an output with a target."""
+    others = {"cross_entropy", "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div"}
+    three_inputs = {
+        "triplet_margin_loss",
+        "margin_ranking_loss",
+        "cosine_embedding_loss",
+        "ctc_loss",
+        "gaussian_nll_loss",
+    }
+    losses = {name for name in dir(torch.nn.functional) if name.endswith("_loss")}
+    return sorted((losses - three_inputs) | others)
+
+
+def check_loss_fits(loss: Any, *, step: Any, data: DataSource) -> None:
+    """Refuse batches for which nothing says what the loss is."""
+    if step is not None:
+        return
+    if data.collate is None:
+        parts = len(data.samples)
+    else:
+        sample = data.samples[0]
+        if isinstance(sample, Mapping):
+            if loss is not None:
+                raise ArgumentError(
+                    "the samples are dictionaries, so the model gets them whole and returns its own loss: "
+                    "leave loss out, or give step=callable(model, batch)"
+                )
+            return
+        parts = len(sample) if isinstance(sample, tuple | list) else 1
+    if loss is None:
+        raise ArgumentError("say what to minimise: loss='cross_entropy' (or another), or step=callable(model, batch)")
+    if parts < 2:
+        raise ArgumentError(
+            "the samples have no target: give pairs (X, y), or step=callable(model, batch) that returns the loss"
+        )
+
+
+def read_metrics(metrics: Any) -> dict[str, Callable[..., Any]]:
+    """The metrics by name; the word "accuracy" stands for that of classes.
+
+    Raises:
+        ArgumentError: a name that is taken, or something that cannot be called.
+    """
+    if metrics is None:
+        return {}
+    if isinstance(metrics, str):
+        metrics = [metrics]
+    if not isinstance(metrics, Mapping):
+        unknown = [name for name in metrics if name != "accuracy"]
+        if unknown:
+            raise ArgumentError(f"no metric {unknown[0]!r}: give 'accuracy', or {{'name': callable(output, target)}}")
+        metrics = dict.fromkeys(metrics, accuracy)
+    for name, metric in metrics.items():
+        _check_metric(name, metric)
+    return dict(metrics)
+
+
+def _check_metric(name: Any, metric: Any) -> None:
+    if not isinstance(name, str) or name in RESERVED_NAMES or name.startswith("val_"):
+        raise ArgumentError(f"{name!r} cannot be the name of a metric: the history uses it; choose another")
+    if hasattr(metric, "update") and hasattr(metric, "compute"):
+        raise ArgumentError(
+            f"metric {name!r} keeps a state of its own, which cannot be merged over engines in this release: "
+            "give a callable(output, target) that returns a mean over samples"
+        )
+    if not callable(metric):
+        raise ArgumentError(f"metric {name!r} is a {type(metric).__name__}: give a callable(output, target)")
+
+
+def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Share of samples whose largest output is the target class.
+
+    Args:
+        output: shape (batch, classes, ...).
+        target: class indices, shape (batch, ...).
+    """
+    return (output.argmax(dim=1) == target).float().mean()

@@ -1,0 +1,181 @@
+"""`%dtrain` and `%%dtrain`: every verb parses its line and calls the function of the same name."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
+
+from dnb import training
+from dnb.errors import ArgumentError, PoolError, nearest
+from dnb.notebook.arguments import bind
+from dnb.notebook.display import show
+from dnb.pool.engine_pool import describe_engines
+from dnb.run import Run
+
+NEXT_AFTER_START = """\
+next: %dtrain fit model train --loss cross_entropy    train on these engines
+      %px import os; os.getpid()                      run a line on every engine
+      %dtrain status    %dtrain shutdown"""
+
+
+@magics_class
+class DtrainMagics(Magics):
+    """One root, verbs as in the API; arguments name variables, or are expressions in braces."""
+
+    @no_var_expand
+    @line_cell_magic
+    def dtrain(self, line: str, cell: str | None = None) -> Any:
+        """%dtrain VERB [ARGUMENTS]: start, status, fit, wait, pause, resume, stop, set, attach, dashboard, shutdown.
+
+        As a cell magic, %%dtrain [--on 0,2-3|all] [--local] runs the cell on engines.
+        """
+        if cell is not None:
+            return self._call(self._cell, line, verb="(cell)", cell=cell)
+        verb, _, rest = line.strip().partition(" ")
+        verbs = {name.removeprefix("_do_"): getattr(self, name) for name in dir(self) if name.startswith("_do_")}
+        if verb not in verbs:
+            raise ArgumentError(f"%dtrain has no verb {verb!r}: {nearest(verb, verbs)}")
+        return self._call(verbs[verb], rest, verb=verb)
+
+    def _call(self, function: Callable[..., Any], line: str, *, verb: str, **more: Any) -> Any:
+        """Bind the line to a verb's own parameters; a verb that takes `options` binds them itself."""
+        if "line" in inspect.signature(function).parameters:
+            return function(line)
+        options = bind(function, line, names=self._names(), verb=verb, left_out=frozenset(more))
+        return function(**options, **more)
+
+    def _names(self) -> dict[str, Any]:
+        assert self.shell is not None
+        return dict(self.shell.user_ns)
+
+    # the pool
+
+    def _do_start(self, line: str) -> None:
+        defaults = {name: parameter.default for name, parameter in inspect.signature(training.start).parameters.items()}
+        options = bind(training.start, line, names=self._names(), verb="start")
+        pool, notices = training.open_pool(**(defaults | options))
+        view = pool.client.direct_view("all")
+        view.block = True
+        view.activate()  # registers %px
+        _say("\n".join([*notices, describe_engines(pool.engines), NEXT_AFTER_START]))
+
+    def _do_status(self) -> None:
+        pool = training.current_pool()
+        if pool is None:
+            _say("no pool is running: %dtrain start -n 2")
+            return
+        active = pool.facts.run
+        run = repr(pool.run) if pool.run is not None else f"run {active!r} is active: %dtrain attach shows it"
+        _say(describe_engines(pool.engines) + (f"\n{run}" if pool.run is not None or active else "\nno run"))
+
+    def _do_shutdown(self) -> None:
+        _say("the pool is shut down" if training.shutdown() else "no pool was running")
+
+    # runs
+
+    def _do_fit(self, line: str) -> Run:
+        options = bind(_fit_with_display, line, names=self._names(), verb="fit", left_out=frozenset({"pool"}))
+        display = options.pop("display", None)
+        model, train = options.pop("model"), options.pop("train")
+        run = training.fit(model, train, **options)
+        show(run, display=display)
+        return run
+
+    def _do_wait(self, timeout: float | None = None) -> Run:
+        run = _last_run()
+        run.wait(timeout)
+        return run
+
+    def _do_pause(self) -> None:
+        _last_run().pause()
+
+    def _do_resume(self) -> None:
+        _last_run().resume()
+
+    def _do_stop(self) -> Run:
+        run = _last_run()
+        run.stop()
+        return run.wait()
+
+    def _do_set(self, line: str) -> None:
+        options = bind(
+            _set_options,
+            " ".join(f"--{word}" for word in line.split()),
+            names=self._names(),
+            verb="set",
+        )
+        _last_run().set(**options)
+
+    def _do_attach(self, name: str | None = None, model: Any = None, display: str | None = None) -> Run:
+        run = training.attach(name, model=model)
+        show(run, display=display)
+        return run
+
+    def _do_dashboard(self, display: str | None = None) -> None:
+        show(_last_run(), display=display)
+
+    # cells on engines
+
+    def _cell(self, on: str = "all", *, local: bool = False, cell: str = "") -> None:
+        pool = training.current_pool()
+        if pool is None:
+            raise PoolError("no pool is running: %dtrain start -n 2")
+        targets = _targets(on, known=[engine.id for engine in pool.engines])
+        view = pool.client[targets]
+        result = view.execute(cell, silent=False, block=False)
+        if local:
+            assert self.shell is not None
+            self.shell.run_cell(cell)
+        result.wait()
+        result.display_outputs()
+        result.get()
+
+
+def _fit_with_display() -> None:
+    """Stands for `dnb.fit` with one flag more; its signature is what counts."""
+
+
+_fit_signature = inspect.signature(training.fit)
+_fit_with_display.__signature__ = _fit_signature.replace(  # type: ignore[attr-defined]
+    parameters=[
+        *_fit_signature.parameters.values(),
+        inspect.Parameter("display", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | None"),
+    ]
+)
+
+
+def _set_options(lr: float | None = None) -> None:
+    """What `%dtrain set` may change."""
+
+
+def _last_run() -> Run:
+    pool = training.current_pool()
+    if pool is None:
+        raise PoolError("no pool is running: %dtrain start -n 2")
+    if pool.run is None:
+        raise ArgumentError("there is no run yet: %dtrain fit model train --loss cross_entropy")
+    return pool.run
+
+
+def _targets(on: str, *, known: list[int]) -> list[int]:
+    """Engine ids from "all" or "0,2-3"."""
+    if on == "all":
+        return known
+    chosen: list[int] = []
+    for part in on.split(","):
+        first, _, last = part.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise ArgumentError(f"--on {on}: {part!r} is no engine id or range; such as --on 0,2-3")
+        chosen.extend(range(int(first), int(last or first) + 1))
+    missing = sorted(set(chosen) - set(known))
+    if missing:
+        raise ArgumentError(f"no engine {missing[0]}: there are {', '.join(map(str, known))}")
+    return chosen
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text.rstrip() + "\n")

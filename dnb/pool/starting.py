@@ -1,0 +1,194 @@
+"""Starting a pool, and taking over one that a dead kernel left."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ipyparallel
+import psutil
+from traitlets.config import Config
+
+from dnb.engine.worker import join_pool
+from dnb.errors import PoolError
+from dnb.planning.capacity import check_num_engines, choose_num_threads
+from dnb.pool.engine_pool import EnginePool
+from dnb.records import PoolFacts
+from dnb.transport.lives import this_process
+
+log = logging.getLogger(__name__)
+
+P = TypeVar("P", bound=EnginePool)
+MakePool = Callable[..., P]
+
+# A beat of ipyparallel's heart monitor registers a new engine: its default of 3 s makes every start 3 s longer.
+HEARTBEAT_MILLISECONDS = 250
+HEARTBEAT_MISSES = 120  # as long as the default allows: 30 s
+
+
+def start_pool(
+    make: MakePool[P],
+    *,
+    n: int,
+    profile_dir: Path,
+    launcher: str,
+    threads_per_engine: int | None,
+    timeout_seconds: float,
+) -> P:
+    """Start a controller with its hub, and engines; return when all of them have answered.
+
+    Args:
+        make: the pool class.
+        n: number of engines.
+        profile_dir: of IPython, see `profile_folder`.
+        launcher: "local", or another of ipyparallel's engine launchers.
+        threads_per_engine: for torch; None shares the host's cores out.
+        timeout_seconds: for the whole start.
+
+    Raises:
+        ArgumentError: n is not a number of engines that this host can hold.
+        PoolError: the pool did not come up; everything that had been started is ended.
+    """
+    check_num_engines(n, free_bytes=psutil.virtual_memory().available)
+    cores = os.cpu_count() or 1
+    num_threads = threads_per_engine or choose_num_threads(cores, num_engines=n)
+    _check_writable(profile_dir)
+    cluster = _cluster(profile_dir, launcher=launcher, num_threads=num_threads, timeout_seconds=timeout_seconds)
+    try:
+        return _bring_up(cluster, make, n=n, num_threads=num_threads, timeout_seconds=timeout_seconds)
+    except BaseException as error:
+        output = _output(cluster)
+        cluster.stop_cluster_sync()
+        if isinstance(error, TimeoutError | RuntimeError | OSError | ipyparallel.TimeoutError):
+            raise PoolError(f"the pool of {n} engines did not come up: {error}{output}") from error
+        raise
+
+
+def adopt_pool(make: MakePool[P], facts: PoolFacts, *, profile_dir: Path) -> P:
+    """Take over a living pool whose kernel is gone.
+
+    Raises:
+        PoolError: it cannot be reached.
+    """
+    path = profile_dir / "security" / f"ipcontroller-{facts.cluster_id}-client.json"
+    try:
+        connection = json.loads(path.read_text())
+        client = ipyparallel.Client(connection, profile_dir=str(profile_dir), cluster_id=facts.cluster_id)
+    except (OSError, ValueError, ipyparallel.TimeoutError) as error:
+        raise PoolError(f"the pool {facts.cluster_id} cannot be reached: {error}") from error
+    return make(client, connection, cluster=None, **_folders(profile_dir))
+
+
+def profile_folder(profile: str | None) -> Path:
+    """The folder of an IPython profile: the one named, else that of the notebook's own kernel."""
+    return Path(ipyparallel.Cluster(profile=profile or "", load_profile=False, log=_quiet()).profile_dir)
+
+
+def _bring_up(
+    cluster: ipyparallel.Cluster,
+    make: MakePool[P],
+    *,
+    n: int,
+    num_threads: int,
+    timeout_seconds: float,
+) -> P:
+    cluster.start_controller_sync()
+    cluster.start_engines_sync(n)
+    client = cluster.connect_client_sync()
+    try:
+        client.wait_for_engines(n, timeout=timeout_seconds, interactive=False)
+        profile_dir = Path(cluster.profile_dir)
+        connection = json.loads(
+            (profile_dir / "security" / f"ipcontroller-{cluster.cluster_id}-client.json").read_text()
+        )
+        _join_all(client, cluster, num_threads=num_threads, timeout_seconds=timeout_seconds)
+        return make(client, connection, cluster=cluster, **_folders(profile_dir))
+    except BaseException:
+        client.close(linger=False)
+        raise
+
+
+def _join_all(
+    client: ipyparallel.Client,
+    cluster: ipyparallel.Cluster,
+    *,
+    num_threads: int,
+    timeout_seconds: float,
+) -> None:
+    """Let every engine import torch, start its worker and meet the hub."""
+    file = f"{cluster.profile_dir}/security/ipcontroller-{cluster.cluster_id}-engine.json"
+    calls = [
+        client[engine].apply_async(
+            join_pool,
+            engine,
+            num_threads=num_threads,
+            connection_file=file,
+            timeout_seconds=timeout_seconds,
+        )
+        for engine in client.ids
+    ]
+    for call in calls:
+        call.get(timeout=timeout_seconds)
+
+
+def _cluster(profile_dir: Path, *, launcher: str, num_threads: int, timeout_seconds: float) -> ipyparallel.Cluster:
+    me = this_process()
+    options = Config()
+    options.ControllerLauncher.controller_cmd = [sys.executable, "-m", "dnb.hub.controller"]
+    options.ControllerLauncher.connection_info_timeout = timeout_seconds
+    options.EngineLauncher.environment = {
+        name: str(num_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    }
+    return ipyparallel.Cluster(
+        profile_dir=str(profile_dir),
+        engines=launcher,
+        config=options,
+        controller_args=[
+            # Schedulers as threads: one process instead of eight, and nothing of the training goes through them.
+            "--IPController.use_threads=True",
+            f"--HeartMonitor.period={HEARTBEAT_MILLISECONDS}",
+            f"--HeartMonitor.max_heartmonitor_misses={HEARTBEAT_MISSES}",
+            f"--DnbController.owner_host={me.host}",
+            f"--DnbController.owner_pid={me.pid}",
+            f"--DnbController.owner_create_time={me.create_time!r}",
+        ],
+        delay=0.0,
+        shutdown_atexit=False,  # the hub ends the pool, also when the kernel is killed
+        log=_quiet(),
+    )
+
+
+def _check_writable(profile_dir: Path) -> None:
+    for folder in (profile_dir, profile_dir / "security", profile_dir / "log"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise PoolError(
+                f"a pool keeps its connection files in {folder}, which cannot be written ({error.strerror}): "
+                "mend its permissions, or name another profile with %dtrain start --profile NAME"
+            ) from error
+
+
+def _output(cluster: ipyparallel.Cluster) -> str:
+    """The last lines of the controller's log, for the error message."""
+    text = cluster.controller.get_output() if cluster.controller is not None else ""
+    lines = text.strip().splitlines()[-12:]
+    return "\n" + "\n".join(lines) if lines else ""
+
+
+def _folders(profile_dir: Path) -> dict[str, Any]:
+    return {"security_dir": profile_dir / "security", "log_dir": profile_dir / "log"}
+
+
+def _quiet() -> logging.Logger:
+    """Ipyparallel prints its log into notebooks unless it is given another one."""
+    quiet = logging.getLogger("dnb.ipyparallel")
+    quiet.setLevel(logging.ERROR)
+    return quiet

@@ -1,0 +1,433 @@
+"""A run as the user holds it: a viewer and remote control of what lives in the hub."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import msgspec
+import numpy as np
+import torch
+
+from dnb.errors import ArgumentError, DnbError, HubError, RunError
+from dnb.hub.history import read_events, read_history, read_summary
+from dnb.records import (
+    ENDED,
+    Control,
+    Done,
+    GetRun,
+    GetState,
+    RunEvent,
+    RunState,
+    RunStatus,
+    SetOptions,
+    StateTree,
+    WorkerTotals,
+)
+from dnb.transport.channels import HubClient
+from dnb.transport.states import decode_state
+
+log = logging.getLogger(__name__)
+
+# How often the hub is asked what is new; the dashboard paints no faster.
+REFRESH_SECONDS = 0.25
+# The span over which recent shares and speed are taken.
+RECENT_SECONDS = 5.0
+# How often a waiting thread looks up, so that hooks can write and an interrupt is heard.
+WAIT_SECONDS = 0.2
+
+Listener = Callable[["Run"], None]
+
+
+class Worker(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine's part in a run; shares are of its time and sum to 1, or are all 0 before it did anything."""
+
+    engine: int
+    host: str
+    pid: int
+    state: Literal["ready", "busy", "dead"]
+    compute: float
+    wait: float
+    data: float
+    idle: float
+    cpu_percent: float | None
+    rss_bytes: int | None
+    samples: int
+    steps: int
+
+
+class History(Mapping[str, list[float]]):
+    """What was measured, by name.
+
+    "loss", "lr", "samples_per_second", metrics: one value per step;
+    "val_loss" and "val_<metric>": one value per evaluation.
+    """
+
+    def __init__(self) -> None:
+        self._steps: dict[str, list[int]] = {}
+        self._values: dict[str, list[float]] = {}
+
+    def __getitem__(self, name: str) -> list[float]:
+        if name not in self._values:
+            raise KeyError(f"{name!r} was not measured; there is: {', '.join(self._values) or 'nothing yet'}")
+        return list(self._values[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._values))
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name}: {len(values)}" for name, values in self._values.items())
+        return f"<dnb.History {sizes or 'empty'}>"
+
+    def column(self, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """Steps (int64, from 1) and values (float64) of one column; empty if there is none yet."""
+        values = self._values.get(name, [])[:]
+        steps = self._steps.get(name, [])[: len(values)]
+        return np.asarray(steps, dtype=np.int64), np.asarray(values, dtype=np.float64)
+
+    def to_pandas(self) -> Any:
+        """One row per step, indexed by it; what was not measured at a step is NaN.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import pandas as pd
+
+        columns = {name: pd.Series(values, index=steps) for name in self for steps, values in [self.column(name)]}
+        frame = pd.DataFrame(columns)
+        frame.index.name = "step"
+        return frame
+
+    def append(self, name: str, steps: list[int], values: list[float]) -> None:
+        """Add what is new; the steps come first, as a reader in another thread cuts them to the values."""
+        self._steps.setdefault(name, []).extend(steps)
+        self._values.setdefault(name, []).extend(values)
+
+    def num_rows(self, name: str) -> int:
+        """Values of one column so far."""
+        return len(self._values.get(name, ()))
+
+
+class Run:
+    """One training; made by `dnb.fit`. It goes on whether or not anybody looks.
+
+    Args:
+        name: of the run.
+        hub: where it lives; None if it has ended and is read from its folder.
+        folder: of run.json, history and events.
+        model: the notebook's own; gets the trained state when the run ends, pauses or stops.
+        optimizer: the notebook's own instance, likewise.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        hub: HubClient | None,
+        *,
+        folder: Path,
+        model: torch.nn.Module | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        self.name = name
+        self.folder = folder
+        self.history = History()
+        self.events: list[RunEvent] = []
+        self.num_steps = 0
+        self.steps_per_epoch = 0
+        self.step = 0
+        self._hub = hub
+        self._model = model
+        self._optimizer = optimizer
+        self._status: RunStatus = "starting"
+        self._error = ""
+        self._remote_traceback = ""
+        self._elapsed_seconds = 0.0
+        self._totals: tuple[WorkerTotals, ...] = ()
+        self._past: deque[tuple[float, int, dict[int, WorkerTotals]]] = deque()
+        self._listeners: list[Listener] = []
+        self._hooks: list[Listener] = []
+        self._changed = threading.Condition()
+        self._wake = threading.Event()
+        self._brought_home: tuple[str, int] | None = None
+        self._watcher = threading.Thread(target=self._watch, name=f"dnb-run-{name}", daemon=True)
+
+    @classmethod
+    def open(cls, folder: Path) -> Self:
+        """Read a run from its folder, as it was last written.
+
+        Raises:
+            ArgumentError: the folder holds no run.
+        """
+        try:
+            summary = read_summary(folder)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise ArgumentError(f"{folder} is not the folder of a run: {error}") from error
+        run = cls(summary.name, None, folder=folder)
+        for row in read_history(folder):
+            for name, value in row.values.items():
+                run.history.append(name, [row.step], [value])
+        run.events = read_events(folder)
+        run.num_steps, run.steps_per_epoch, run.step = (
+            summary.num_steps,
+            summary.steps_per_epoch,
+            summary.step,
+        )
+        run._elapsed_seconds = summary.elapsed_seconds
+        run._error, run._remote_traceback = summary.error, summary.remote_traceback
+        run._status = summary.status if summary.status in ENDED else "failed"
+        if run._status != summary.status:
+            run._error = f"the hub ended while the run was {summary.status}"
+        return run
+
+    def watch(self) -> Self:
+        """Start to follow the hub."""
+        self._watcher.start()
+        return self
+
+    # what is known
+
+    @property
+    def status(self) -> RunStatus:
+        """One of "starting", "running", "paused", "failed", "stopped", "finished"."""
+        return self._status
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the run has not ended."""
+        return self._status not in ENDED
+
+    @property
+    def error(self) -> str | None:
+        """What failed, or why it paused."""
+        return self._error or None
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Since it was submitted; stands still when it has ended."""
+        return self._elapsed_seconds
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """Over the last seconds; over the whole run when it has ended."""
+        steps_per_second = self._steps_per_second()
+        samples = sum(worker.samples for worker in self._totals)
+        return None if steps_per_second is None or not self.step else steps_per_second * samples / self.step
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the recent speed; None when it is not known."""
+        steps_per_second = self._steps_per_second()
+        if self._status != "running" or not steps_per_second:
+            return None
+        return (self.num_steps - self.step) / steps_per_second
+
+    @property
+    def workers(self) -> list[Worker]:
+        """Every engine's part since the run began."""
+        return [_worker(totals, None) for totals in self._totals]
+
+    @property
+    def recent_workers(self) -> list[Worker]:
+        """Every engine's part in the last seconds; in the whole run when it has ended."""
+        past = self._past[0][2] if self._past and self.is_active else {}
+        return [_worker(totals, past.get(totals.engine)) for totals in self._totals]
+
+    # what can be done
+
+    def wait(self, timeout_seconds: float | None = None) -> Self:
+        """Block until the run has ended, has paused, or the time is up; an interrupt ends only the waiting.
+
+        Raises:
+            RunError: it failed, or paused because of a fault; with the engine's traceback.
+        """
+        deadline = None if timeout_seconds is None else time.monotonic() + timeout_seconds
+        try:
+            while not self._is_settled() and (deadline is None or time.monotonic() < deadline):
+                with self._changed:
+                    self._changed.wait(WAIT_SECONDS)
+                self._call(self._hooks)
+        except KeyboardInterrupt:
+            log.warning("run %r goes on; %%dtrain stop ends it, %%dtrain wait waits again", self.name)
+            return self
+        self._call(self._hooks)
+        if self._is_settled() and self._error:
+            raise RunError(f"run {self.name!r}: {self._error}", remote_traceback=self._remote_traceback)
+        return self
+
+    def pause(self) -> None:
+        """Stand still after the step under way."""
+        self._control("pause")
+
+    def resume(self) -> None:
+        """Go on with the next step, or try the one again that was refused."""
+        self._control("resume")
+
+    def stop(self) -> None:
+        """End the run after the step under way; the notebook's model keeps what was trained."""
+        self._control("stop")
+
+    def set(self, *, lr: float) -> None:
+        """Change the learning rate from the next step on.
+
+        Raises:
+            ArgumentError: it is not a positive number.
+        """
+        if not isinstance(lr, int | float) or isinstance(lr, bool) or not 0 < lr < float("inf"):
+            raise ArgumentError(f"lr must be a positive number, not {lr!r}: run.set(lr=1e-3)")
+        self._require_hub().ask(SetOptions(run=self.name, lr=float(lr)), Done)
+
+    def add_listener(self, callback: Listener) -> None:
+        """Call back from the watching thread when something changed, and once more at the end."""
+        self._listeners.append(callback)
+
+    def remove_listener(self, callback: Listener) -> None:
+        """Call back no more."""
+        if callback in self._listeners:
+            self._listeners.remove(callback)
+
+    def add_wait_hook(self, callback: Listener) -> None:
+        """Call back from the thread that waits, several times a second and once at the end."""
+        self._hooks.append(callback)
+
+    def __repr__(self) -> str:
+        last = self.history.column("loss")[1][-1:]
+        loss = f", loss {last[0]:.4g}" if len(last) else ""
+        error = f": {self._error}" if self._error else ""
+        return f"<dnb.Run {self.name!r}: {self._status}, step {self.step} of {self.num_steps}{loss}{error}>"
+
+    # following the hub
+
+    def _watch(self) -> None:
+        while self.is_active:
+            try:
+                self._refresh()
+            except DnbError as error:
+                self._give_up(error)
+            self._call(self._listeners)
+            with self._changed:
+                self._changed.notify_all()
+            if self.is_active:
+                self._wake.wait(REFRESH_SECONDS)
+                self._wake.clear()
+
+    def _refresh(self) -> None:
+        seen = {name: self.history.num_rows(name) for name in self.history}
+        request = GetRun(run=self.name, seen=seen, seen_events=len(self.events))
+        state, frames = self._require_hub().ask(request, RunState)
+        self._take_columns(state, frames)
+        self.events.extend(state.events)
+        self.num_steps, self.steps_per_epoch, self.step = (
+            state.num_steps,
+            state.steps_per_epoch,
+            state.step,
+        )
+        self._elapsed_seconds = state.elapsed_seconds
+        self._totals = state.workers
+        self._remember(state)
+        if state.status in ENDED or state.status == "paused":
+            self._bring_home(state.status, state.step)
+        self._remote_traceback = state.remote_traceback
+        self._error = state.error
+        self._status = state.status  # last: who sees it ended finds the rest in place
+
+    def _take_columns(self, state: RunState, frames: list[bytes]) -> None:
+        for column, frame in zip(state.columns, frames, strict=True):
+            values = np.frombuffer(frame, dtype=np.float64)
+            if column.by == "step":
+                first = self.history.num_rows(column.name) + 1
+                self.history.append(column.name, list(range(first, first + len(values))), values.tolist())
+            else:
+                pairs = values.reshape(-1, 2)
+                self.history.append(column.name, pairs[:, 0].astype(np.int64).tolist(), pairs[:, 1].tolist())
+
+    def _remember(self, state: RunState) -> None:
+        now = time.monotonic()
+        self._past.append((now, state.step, {totals.engine: totals for totals in state.workers}))
+        while now - self._past[0][0] > RECENT_SECONDS:
+            self._past.popleft()
+
+    def _bring_home(self, status: str, step: int) -> None:
+        """Copy the trained state into the notebook's own model and optimizer, once per end or pause."""
+        if self._model is None or self._brought_home == (status, step):
+            return
+        request = GetState(run=self.name, optimizer=self._optimizer is not None)
+        tree, frames = self._require_hub().ask(request, StateTree, timeout_seconds=120.0)
+        state = decode_state(tree, frames)
+        with torch.no_grad():
+            own: dict[str, dict[str, torch.Tensor]] = {
+                "parameters": dict(self._model.named_parameters()),
+                "buffers": dict(self._model.named_buffers()),
+            }
+            for kind, tensors in own.items():
+                for name, tensor in tensors.items():
+                    tensor.copy_(state[kind][name])
+        if self._optimizer is not None:
+            self._optimizer.load_state_dict(state["optimizer"])
+        self._brought_home = (status, step)
+
+    def _give_up(self, error: DnbError) -> None:
+        self._error = f"the hub was lost at step {self.step}: {error}"
+        self._status = "failed"
+
+    def _control(self, verb: Literal["pause", "resume", "stop"]) -> None:
+        if not self.is_active:
+            if verb == "stop":
+                return
+            raise ArgumentError(f"run {self.name!r} is {self._status}: there is nothing to {verb}")
+        self._require_hub().ask(Control(run=self.name, verb=verb), Done)
+        if verb == "resume":
+            self._error, self._status, self._brought_home = "", "running", None
+        self._wake.set()
+
+    def _require_hub(self) -> HubClient:
+        if self._hub is None:
+            raise HubError(f"run {self.name!r} has ended and its hub is gone")
+        return self._hub
+
+    def _is_settled(self) -> bool:
+        return self._status in ENDED or self._status == "paused"
+
+    def _steps_per_second(self) -> float | None:
+        if not self.is_active:
+            return self.step / self._elapsed_seconds if self._elapsed_seconds else None
+        if len(self._past) < 2:
+            return None
+        (begin, first, _), (end, last, _) = self._past[0], self._past[-1]
+        return (last - first) / (end - begin) if end > begin else None
+
+    def _call(self, callbacks: list[Listener]) -> None:
+        for callback in list(callbacks):
+            try:
+                callback(self)
+            except Exception:
+                log.exception("a viewer of run %r failed", self.name)
+
+
+def _worker(now: WorkerTotals, past: WorkerTotals | None) -> Worker:
+    def grown(name: str) -> float:
+        return float(getattr(now, name)) - (float(getattr(past, name)) if past is not None else 0.0)
+
+    busy = {name: max(grown(f"{name}_seconds"), 0.0) for name in ("compute", "wait", "data")}
+    total = max(grown("alive_seconds"), sum(busy.values()))
+    shares = {name: seconds / total if total > 0 else 0.0 for name, seconds in busy.items()}
+    idle = max(1.0 - sum(shares.values()), 0.0) if total > 0 else 0.0
+    return Worker(
+        engine=now.engine,
+        host=now.host,
+        pid=now.pid,
+        state=now.state,
+        idle=idle,
+        cpu_percent=now.cpu_percent,
+        rss_bytes=now.rss_bytes,
+        samples=now.samples,
+        steps=now.steps,
+        **shares,
+    )

@@ -1,0 +1,425 @@
+"""What a user calls: start a pool, fit a model on it, find a run again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from dnb.errors import ArgumentError, PoolError, SpaceError
+from dnb.hub.optimizers import check_optimizer
+from dnb.inputs import (
+    PRECISIONS,
+    STRATEGIES,
+    SYNCS,
+    Source,
+    check_batch_size,
+    check_choice,
+    check_loss_fits,
+    check_model,
+    check_number,
+    check_positive,
+    read_loss,
+    read_metrics,
+    read_source,
+)
+from dnb.planning.sample_order import BatchOrder, count_batches
+from dnb.planning.shards import choose_num_shards
+from dnb.pool.engine_pool import EnginePool
+from dnb.pool.found import Found, find_pools, reap_dead
+from dnb.pool.starting import adopt_pool, profile_folder, start_pool
+from dnb.records import Done, ParcelRef, PoolFacts, RunSpec, Submit
+from dnb.run import Run
+from dnb.transport.job import Data, Job
+from dnb.transport.parcels import explain_unpicklable, pack, sign
+from dnb.transport.segments import Segment
+
+log = logging.getLogger(__name__)
+
+RUNS_FOLDER = Path(".dnb") / "runs"
+LINGER_SECONDS = 1800.0
+# More engines than this are started only when asked for.
+MOST_BY_DEFAULT = 4
+
+_pool: Pool | None = None
+
+
+class Pool(EnginePool):
+    """A pool that can train; made by `start`."""
+
+    linger_seconds = LINGER_SECONDS
+    run: Run | None = None  # the last one that this kernel submitted or attached to
+
+    def fit(self, model: torch.nn.Module, train: Any, **options: Any) -> Run:
+        """`dnb.fit` on this pool."""
+        return fit(model, train, pool=self, **options)
+
+
+def start(
+    n: int | None = None,
+    *,
+    profile: str | None = None,
+    launcher: str = "local",
+    threads_per_engine: int | None = None,
+    timeout_seconds: float = 60.0,
+    linger_seconds: float = LINGER_SECONDS,
+) -> Pool:
+    """Start a pool of engines with a hub, or return the one that is running.
+
+    Args:
+        n: number of engines; one per core, at most 4, if left out.
+        profile: IPython profile whose folder holds the connection files.
+        launcher: how ipyparallel starts engines: "local", or another of its launchers.
+        threads_per_engine: threads for torch in each engine; the host's cores are shared out if left out.
+        timeout_seconds: how long the start may take.
+        linger_seconds: how long the pool outlives a dead kernel after its run has ended.
+
+    Raises:
+        ArgumentError: n is not a number of engines that this host can hold.
+        PoolError: the pool did not come up.
+    """
+    pool, notices = open_pool(
+        n,
+        profile=profile,
+        launcher=launcher,
+        threads_per_engine=threads_per_engine,
+        timeout_seconds=timeout_seconds,
+        linger_seconds=linger_seconds,
+    )
+    for notice in notices:
+        log.warning(notice)
+    return pool
+
+
+def open_pool(
+    n: int | None,
+    *,
+    profile: str | None,
+    launcher: str,
+    threads_per_engine: int | None,
+    timeout_seconds: float,
+    linger_seconds: float,
+) -> tuple[Pool, list[str]]:
+    """`start`, with sentences on what was found: a running pool, one that a dead kernel left, remains."""
+    global _pool
+    num_engines = min(os.cpu_count() or 1, MOST_BY_DEFAULT) if n is None else n
+    if _pool is not None and _pool.is_open:
+        return _pool, [_already(_pool, asked=n)]
+    if threads_per_engine is not None:
+        check_positive(threads_per_engine, name="threads_per_engine")
+    check_number(timeout_seconds, name="timeout_seconds")
+    if _pool is not None:
+        _pool.shutdown()  # its hub has died: clear up what it left
+        _pool = None
+    profile_dir = profile_folder(profile)
+    found = find_pools(profile_dir / "security")
+    notices = _clear(found, profile_dir)
+    orphan = next((facts for facts in found.orphans if facts.run is not None), None)
+    if orphan is not None:
+        _pool = adopt_pool(Pool, orphan, profile_dir=profile_dir)
+        return _pool, [*notices, _adopted(orphan, _pool)]
+    _pool = start_pool(
+        Pool,
+        n=num_engines,
+        profile_dir=profile_dir,
+        launcher=launcher,
+        threads_per_engine=threads_per_engine,
+        timeout_seconds=timeout_seconds,
+    )
+    _pool.linger_seconds = linger_seconds
+    return _pool, notices
+
+
+def current_pool() -> Pool | None:
+    """The pool that this kernel steers, if it is open."""
+    return _pool if _pool is not None and _pool.is_open else None
+
+
+def shutdown() -> bool:
+    """End the pool of this kernel; whether there was one."""
+    global _pool
+    if _pool is None:
+        return False
+    _pool.shutdown()
+    _pool = None
+    return True
+
+
+def fit(
+    model: torch.nn.Module,
+    train: Any,
+    *,
+    val: Any = None,
+    loss: str | Callable[..., Any] | None = None,
+    step: Callable[..., Any] | None = None,
+    optimizer: Any = "adamw",
+    lr: float | None = None,
+    scheduler: Any = None,
+    batch_size: int = 64,
+    epochs: int = 1,
+    steps: int | None = None,
+    shuffle: bool = True,
+    seed: int = 0,
+    shards: int | None = None,
+    exact: bool = False,
+    micro_batch: int | None = None,
+    clip_norm: float | None = None,
+    precision: str = "float32",
+    metrics: str | Mapping[str, Callable[..., Any]] | None = None,
+    strategy: str = "auto",
+    sync: str = "hub",
+    checkpoint_every: int | None = None,
+    name: str | None = None,
+    pool: Pool | None = None,
+) -> Run:
+    """Train a model on the pool's engines; returns at once, while training goes on.
+
+    Args:
+        model: trained in place: it holds the trained state when the run ends, stops or pauses.
+        train: a pair (X, y) of tensors or arrays, a map-style Dataset, or a DataLoader (its data set, batch
+            size, sampler and collate_fn count).
+        val: likewise; evaluated at the end of every epoch, over all engines.
+        loss: callable(output, target) that returns a mean over samples, or a name of torch.nn.functional.
+        step: instead of loss: callable(model, batch) -> loss | (loss, {"metric": value}) | `Sum`.
+        optimizer: name, torch Optimizer on model.parameters(), or callable(params) -> Optimizer.
+        lr: learning rate of an optimizer given by name; torch's default if left out.
+        scheduler: LRScheduler on that optimizer, or callable(optimizer); stepped after every step.
+        batch_size: samples of the global batch, over all engines together.
+        epochs: passes over the data.
+        steps: optimizer steps, instead of epochs.
+        shuffle: as a DataLoader with a generator seeded by `seed` does.
+        seed: of sample order and of random numbers in the model.
+        shards: logical shards of a global batch; see `dnb.planning.shards.choose_num_shards`.
+        exact: not in this release.
+        micro_batch: most samples that go through forward at once.
+        clip_norm: largest global norm of the gradient.
+        precision: "float32", or "bfloat16" for autocast in forward.
+        metrics: {"name": callable(output, target) -> mean over samples}, or "accuracy".
+        strategy: "auto" or "data" in this release.
+        sync: "hub" in this release.
+        checkpoint_every: not in this release.
+        name: of the run and its folder .dnb/runs/<name>; made from the model's class if left out.
+        pool: where to train; the kernel's own if left out, started if there is none.
+
+    Raises:
+        ArgumentError: an argument is wrong, or a run is active; nothing was started.
+        PlanError: what is asked is not in this release.
+    """
+    check_model(model)
+    check_choice(strategy, name="strategy", known=STRATEGIES, available=("auto", "data"))
+    check_choice(sync, name="sync", known=SYNCS, available=("hub",))
+    check_choice(precision, name="precision", known=PRECISIONS, available=PRECISIONS)
+    _refuse_later_options(exact=exact, checkpoint_every=checkpoint_every)
+    loss_function = read_loss(loss, step=step)
+    _check_optimizer_fits(optimizer, model, lr=lr)
+    train_source = read_source(train, name="train", seed=seed)
+    val_source = None if val is None else read_source(val, name="val", seed=seed)
+    check_loss_fits(loss_function, step=step, data=train_source.data)
+    order = _order(train_source, batch_size=batch_size, shuffle=shuffle, seed=seed)
+    job = Job(
+        model=model,
+        loss=loss_function,
+        step=step,
+        metrics=read_metrics(metrics),
+        optimizer=optimizer,
+        lr=None if lr is None else check_number(lr, name="lr"),
+        scheduler=scheduler,
+        order=order,
+    )
+    data = Data(train=train_source.data, val=None if val_source is None else val_source.data)
+    steps_per_epoch = count_batches(order)
+    num_steps = steps_per_epoch * check_positive(epochs, name="epochs")
+    pool = pool or current_pool() or start()
+    _refuse_second_run(pool)
+    run_name = _free_name(name or type(model).__name__.lower())
+    spec = RunSpec(
+        name=run_name,
+        folder=str((RUNS_FOLDER / run_name).absolute()),
+        num_samples=train_source.num_samples,
+        num_val_samples=0 if val_source is None else val_source.num_samples,
+        num_steps=num_steps if steps is None else check_positive(steps, name="steps"),
+        steps_per_epoch=steps_per_epoch,
+        batch_size=order.batch_size,
+        num_shards=_num_shards(shards, pool=pool, batch_size=order.batch_size),
+        seed=seed,
+        clip_norm=None if clip_norm is None else check_number(clip_norm, name="clip_norm"),
+        micro_batch=None if micro_batch is None else check_positive(micro_batch, name="micro_batch"),
+        precision=precision,
+        linger_seconds=pool.linger_seconds,
+        notes=(),
+        sys_path=tuple(os.path.abspath(path) for path in ["", *sys.path]),
+        job=NOTHING,
+        data=NOTHING,
+    )
+    _submit(pool, spec, job, data)
+    own_optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
+    run = Run(run_name, pool.hub, folder=Path(spec.folder), model=model, optimizer=own_optimizer)
+    run.num_steps, run.steps_per_epoch = spec.num_steps, spec.steps_per_epoch
+    pool.run = run.watch()
+    return run
+
+
+def attach(name: str | None = None, *, model: torch.nn.Module | None = None) -> Run:
+    """Find a run again, after a kernel restart or in its folder.
+
+    Args:
+        name: of the run; the active one of the pool if left out.
+        model: gets the trained state when the run ends, like the one that was given to `fit`.
+
+    Raises:
+        PoolError: nothing is running, and no folder has that name.
+    """
+    pool = current_pool() or _adopt_any()
+    active = None if pool is None else pool.facts.run
+    if pool is not None and active is not None and name in (None, active):
+        if pool.run is not None and pool.run.name == active and model is None:
+            return pool.run
+        pool.run = Run(active, pool.hub, folder=RUNS_FOLDER / active, model=model).watch()
+        return pool.run
+    if name is not None:
+        return Run.open(RUNS_FOLDER / name)
+    raise PoolError(
+        "nothing to attach to: no run is active. dnb.attach('NAME') reads one that has ended from .dnb/runs"
+    )
+
+
+NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
+
+
+def _submit(pool: Pool, spec: RunSpec, job: Job, data: Data) -> None:
+    """Ship everything once; if the hub refuses, the shared memory is given back."""
+    segments: list[Segment] = []
+    try:
+        job_bytes, job_ref = _ship(job, f"{spec.name}-job", pool, segments)
+        data_bytes, data_ref = _ship(data, f"{spec.name}-data", pool, segments)
+        notes = tuple(segment.note for segment in segments if segment.note)
+        spec = msgspec.structs.replace(spec, job=job_ref, data=data_ref, notes=notes)
+        frames = [msgspec.msgpack.encode(spec), job_bytes, data_bytes]
+        pool.hub.ask(Submit(), Done, frames=[*frames, sign(pool.key, frames)], timeout_seconds=120.0)
+    except BaseException:
+        for segment in segments:
+            segment.unlink()
+        raise
+
+
+def _ship(obj: Job | Data, name: str, pool: Pool, segments: list[Segment]) -> tuple[bytes, ParcelRef]:
+    try:
+        pickled, ref, segment = pack(obj, name=name, folders=pool.segment_folders)
+    except (SpaceError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise _why_unpicklable(obj) or error from error
+    if segment is not None:
+        segments.append(segment)
+    return pickled, ref
+
+
+def _why_unpicklable(obj: Job | Data) -> Exception | None:
+    if isinstance(obj, Job):
+        named = {name: getattr(obj, name) for name in ("model", "loss", "step", "metrics", "optimizer", "scheduler")}
+        named["the sampler"] = obj.order
+    else:
+        named = {"train": obj.train.samples, "train's collate_fn": obj.train.collate}
+        if obj.val is not None:
+            named |= {"val": obj.val.samples, "val's collate_fn": obj.val.collate}
+    found = (explain_unpicklable(value, name=name) for name, value in named.items())
+    return next((error for error in found if error is not None), None)
+
+
+def _order(source: Source, *, batch_size: Any, shuffle: bool, seed: int) -> BatchOrder:
+    if source.order is not None:
+        return source.order
+    return BatchOrder(
+        num_samples=source.num_samples,
+        batch_size=check_batch_size(batch_size, num_samples=source.num_samples),
+        shuffle=shuffle,
+        seed=seed,
+    )
+
+
+def _num_shards(shards: Any, *, pool: Pool, batch_size: int) -> int:
+    if shards is None:
+        return choose_num_shards(max(len(pool.statuses), 1), batch_size=batch_size)
+    num_shards = check_positive(shards, name="shards")
+    if num_shards > batch_size:
+        raise ArgumentError(f"shards={num_shards} is more than the {batch_size} samples of a batch: use at most that")
+    return num_shards
+
+
+def _check_optimizer_fits(optimizer: Any, model: torch.nn.Module, *, lr: Any) -> None:
+    check_optimizer(optimizer)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return
+    if lr is not None:
+        raise ArgumentError("lr is for an optimizer given by name: this one has its own learning rate")
+    own = {id(parameter) for parameter in model.parameters()}
+    strangers = sum(id(p) not in own for group in optimizer.param_groups for p in group["params"])
+    if strangers:
+        raise ArgumentError(
+            f"{strangers} of the optimizer's parameters are not the model's: build it on model.parameters()"
+        )
+
+
+def _refuse_later_options(*, exact: bool, checkpoint_every: int | None) -> None:
+    if exact:
+        raise ArgumentError("exact=True is not in this release yet: leave it out")
+    if checkpoint_every is not None:
+        raise ArgumentError("checkpoint_every is not in this release yet: leave it out")
+
+
+def _refuse_second_run(pool: Pool) -> None:
+    active = pool.facts.run
+    if active is not None:
+        raise ArgumentError(
+            f"run {active!r} is active: wait for it with %dtrain wait, or end it with %dtrain stop, before the next fit"
+        )
+
+
+def _free_name(wish: str) -> str:
+    """The wish as a folder name, with a number behind it if that is taken."""
+    base = re.sub(r"[^A-Za-z0-9._-]+", "-", wish).strip("-.") or "run"
+    candidates = (base if number == 1 else f"{base}-{number}" for number in count(1))
+    return next(name for name in candidates if not (RUNS_FOLDER / name).exists())
+
+
+def _already(pool: Pool, *, asked: int | None) -> str:
+    num_engines = len(pool.engines)
+    differs = asked is not None and asked != num_engines
+    change = f"; %dtrain shutdown first to start {asked}" if differs else ""
+    return f"a pool of {num_engines} engines is already running, and is used{change}"
+
+
+def _adopted(facts: PoolFacts, pool: Pool) -> str:
+    return (
+        f"found a pool of {len(pool.engines)} engines with run {facts.run!r}, which a kernel that is gone left "
+        "training, and took it over: %dtrain attach shows the run, %dtrain shutdown ends both"
+    )
+
+
+def _clear(found: Found, profile_dir: Path) -> list[str]:
+    """Reap dead pools; say what else is there."""
+    notices: list[str] = []
+    num_dead = reap_dead(found, security_dir=profile_dir / "security", log_dir=profile_dir / "log")
+    if num_dead:
+        notices.append(f"cleared what {num_dead} dead pool{'s' if num_dead > 1 else ''} had left")
+    num_foreign = sum(len(facts.engines) for facts in found.foreign)
+    if num_foreign:
+        notices.append(f"another kernel runs {num_foreign} engines on this host, which share its cores")
+    return notices
+
+
+def _adopt_any() -> Pool | None:
+    global _pool
+    profile_dir = profile_folder(None)
+    orphans = [facts for facts in find_pools(profile_dir / "security").orphans if facts.run is not None]
+    if orphans:
+        _pool = adopt_pool(Pool, orphans[0], profile_dir=profile_dir)
+    return _pool
