@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import msgspec
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dnb.errors import ArgumentError, DnbError, HubError, RunError
 from dnb.hub.history import read_events, read_history, read_summary
@@ -69,13 +71,15 @@ class History(Mapping[str, list[float]]):
     """
 
     def __init__(self) -> None:
-        self._steps: dict[str, list[int]] = {}
-        self._values: dict[str, list[float]] = {}
+        self._lock = threading.Lock()  # an array that is being read cannot grow
+        self._steps: dict[str, array[int]] = {}
+        self._values: dict[str, array[float]] = {}
 
     def __getitem__(self, name: str) -> list[float]:
         if name not in self._values:
             raise KeyError(f"{name!r} was not measured; there is: {', '.join(self._values) or 'nothing yet'}")
-        return list(self._values[name])
+        with self._lock:
+            return self._values[name].tolist()
 
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._values))
@@ -87,11 +91,11 @@ class History(Mapping[str, list[float]]):
         sizes = ", ".join(f"{name}: {len(values)}" for name, values in self._values.items())
         return f"<dnb.History {sizes or 'empty'}>"
 
-    def column(self, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """Steps (int64, from 1) and values (float64) of one column; empty if there is none yet."""
-        values = self._values.get(name, [])[:]
-        steps = self._steps.get(name, [])[: len(values)]
-        return np.asarray(steps, dtype=np.int64), np.asarray(values, dtype=np.float64)
+    def column(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Steps (from 1) and values of one column; empty if there is none yet."""
+        with self._lock:
+            steps = np.array(self._steps.get(name, ()), dtype=np.int64)
+            return steps, np.array(self._values.get(name, ()), dtype=np.float64)
 
     def to_pandas(self) -> Any:
         """One row per step, indexed by it; what was not measured at a step is NaN.
@@ -106,10 +110,11 @@ class History(Mapping[str, list[float]]):
         frame.index.name = "step"
         return frame
 
-    def append(self, name: str, steps: list[int], values: list[float]) -> None:
-        """Add what is new; the steps come first, as a reader in another thread cuts them to the values."""
-        self._steps.setdefault(name, []).extend(steps)
-        self._values.setdefault(name, []).extend(values)
+    def append(self, name: str, steps: Iterable[int], values: Iterable[float]) -> None:
+        """Add what is new to one column."""
+        with self._lock:
+            self._steps.setdefault(name, array("q")).extend(steps)
+            self._values.setdefault(name, array("d")).extend(values)
 
     def num_rows(self, name: str) -> int:
         """Values of one column so far."""
@@ -343,7 +348,7 @@ class Run:
             values = np.frombuffer(frame, dtype=np.float64)
             if column.by == "step":
                 first = self.history.num_rows(column.name) + 1
-                self.history.append(column.name, list(range(first, first + len(values))), values.tolist())
+                self.history.append(column.name, range(first, first + len(values)), values.tolist())
             else:
                 pairs = values.reshape(-1, 2)
                 self.history.append(column.name, pairs[:, 0].astype(np.int64).tolist(), pairs[:, 1].tolist())

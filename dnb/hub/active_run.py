@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 
+from dnb.errors import SpaceError
 from dnb.hub import coordinator as machine
 from dnb.hub.history import HistoryRow, RunFolder, RunSummary, summarize
 from dnb.hub.reducer import Contribution, Master, NotFinite, mean_of
@@ -120,8 +121,16 @@ class ActiveRun:
         self.spec = spec
         self._frames = frames
         self._send = send
-        self._folder = RunFolder(Path(spec.folder))
+        self._workers = {facts.engine: _Worker(facts, time.monotonic()) for facts in engines}
         self.master = Master(job, folders=folders, prefix=spec.name, clip_norm=spec.clip_norm)
+        try:
+            for engine in self._workers:
+                self.master.add_slab(engine)
+            self._folder = RunFolder(Path(spec.folder))
+        except BaseException:
+            self.master.drop_slabs()
+            self.master.close()
+            raise
         self._batches = islice(iterate_batches(job.order), spec.num_steps)
         self._batch = torch.empty(0, dtype=torch.int64)
         self._batch_step = 0
@@ -132,7 +141,6 @@ class ActiveRun:
         self._reports: dict[tuple[int, tuple[int, ...]], WorkReport] = {}
         self._columns = _Columns()
         self._events: list[RunEvent] = []
-        self._workers = {facts.engine: _Worker(facts, time.monotonic()) for facts in engines}
         self._coordinator = machine.Coordinator(
             num_steps=spec.num_steps,
             num_shards=spec.num_shards,
@@ -213,7 +221,7 @@ class ActiveRun:
             error=self._coordinator.error,
             remote_traceback=self._remote_traceback,
             columns=columns,
-            workers=tuple(self._totals(worker) for worker in self._workers.values()),
+            workers=tuple(self._totals(worker) for _, worker in sorted(self._workers.items())),
             events=tuple(self._events[request.seen_events :]),
         )
         return state, frames
@@ -261,11 +269,15 @@ class ActiveRun:
 
     def _load(self, engine: int) -> machine.Event | None:
         master = self.master
+        try:
+            slab = master.add_slab(engine)
+        except SpaceError as error:
+            return machine.EngineLost(engine, f"cannot take part: {error}")
         record = Load(
             run=self.spec.name,
             parameters=master.parameters_ref,
             parameter_layout=master.parameter_layout,
-            slab=master.add_slab(engine),
+            slab=slab,
             gradient_layout=master.gradient_layout,
             buffer_layout=master.buffer_layout,
         )

@@ -65,6 +65,9 @@ class Master:
         self._folders = folders
         self._prefix = prefix
         self._clip_norm = clip_norm
+        # First, as user code may raise here, when there is no memory yet to give back.
+        self.optimizer = build_optimizer(job.optimizer, job.model.parameters(), lr=job.lr)
+        self.scheduler = build_scheduler(job.scheduler, self.optimizer)
         parameters = dict(job.model.named_parameters())
         buffers = dict(job.model.named_buffers())
         trainable = {name: p for name, p in parameters.items() if p.requires_grad}
@@ -80,8 +83,6 @@ class Master:
         self._trainable = list(trainable.values())
         self._bound: int | None = None  # the engine whose slab the gradients are views of
         self._slabs: dict[int, _Slab] = {}
-        self.optimizer = build_optimizer(job.optimizer, job.model.parameters(), lr=job.lr)
-        self.scheduler = build_scheduler(job.scheduler, self.optimizer)
 
     @property
     def parameters_ref(self) -> SegmentRef:

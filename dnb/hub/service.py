@@ -102,6 +102,7 @@ class Service:
         self._owner = config.owner
         self._orphaned: float | None = None  # since when nobody steers a pool whose run does not advance
         self._engines: dict[int, _Engine] = {}
+        self._known_helpers: set[Process] = set()
         self._run: ActiveRun | None = None
         self._ending = ""
         self._decode_engine = msgspec.msgpack.Decoder(EngineMessage).decode
@@ -311,7 +312,9 @@ class Service:
             self._config.controller,
             *(engine.facts.process for engine in self._engines.values()),
         ]
-        return tuple(child for child in children_of(parents) if child != self._process)
+        # Remembered, as the children of a controller that was killed can no longer be found.
+        self._known_helpers |= {child for child in children_of(parents) if child != self._process}
+        return tuple(helper for helper in self._known_helpers if is_alive(helper))
 
     def _write_pool_file(self) -> None:
         write_pool_file(Path(self._config.security_dir), self._facts())

@@ -12,7 +12,8 @@ from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_exp
 from dnb import training
 from dnb.errors import ArgumentError, PoolError, nearest
 from dnb.notebook.arguments import bind
-from dnb.notebook.display import show
+from dnb.notebook.display import show, warm_up
+from dnb.notebook.frontend import choose_display
 from dnb.pool.engine_pool import describe_engines
 from dnb.run import Run
 
@@ -57,6 +58,8 @@ class DtrainMagics(Magics):
     def _do_start(self, line: str) -> None:
         defaults = {name: parameter.default for name, parameter in inspect.signature(training.start).parameters.items()}
         options = bind(training.start, line, names=self._names(), verb="start")
+        if choose_display(shell=self.shell) == "widget":
+            warm_up()
         pool, notices = training.open_pool(**(defaults | options))
         view = pool.client.direct_view("all")
         view.block = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from dnb.records import SegmentRef
 
 # Tests and containers name other folders here, separated like a PATH.
 FOLDERS_VARIABLE = "DNB_SEGMENT_FOLDERS"
+
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS})
 
 
 def segment_roots() -> list[Path]:
@@ -59,7 +62,7 @@ def create_segment(name: str, num_bytes: int, *, folders: Sequence[Path]) -> Seg
     """Reserve `num_bytes` of zeros in the first folder that has room.
 
     Args:
-        name: file name, new in the folder.
+        name: begins the file's name; its end is random, so that no two segments are ever taken for each other.
         num_bytes: at least 1 is reserved.
         folders: candidates, see `pool_folders`.
 
@@ -67,22 +70,17 @@ def create_segment(name: str, num_bytes: int, *, folders: Sequence[Path]) -> Seg
         SpaceError: no folder has room; says what each lacked.
     """
     lacks: list[str] = []
+    file_name = f"{name}-{secrets.token_hex(4)}"
     for folder in folders:
         try:
-            memory = _reserve(folder / name, max(num_bytes, 1))
+            memory = _reserve(folder / file_name, max(num_bytes, 1))
         except OSError as error:
-            if error.errno not in (
-                errno.ENOSPC,
-                errno.EDQUOT,
-                errno.EFBIG,
-                errno.EACCES,
-                errno.EROFS,
-            ):
+            if error.errno not in _NO_ROOM:
                 raise
             lacks.append(f"{folder.parent} has {_free(folder.parent)} free ({error.strerror})")
             continue
         note = f"{name} needs {megabytes(num_bytes)}: {'; '.join(lacks)}; using {folder.parent}" if lacks else ""
-        return Segment(folder / name, memory, note=note)
+        return Segment(folder / file_name, memory, note=note)
     raise SpaceError(
         f"{name} needs {megabytes(num_bytes)} of shared memory, but {'; '.join(lacks)}: "
         f"free some, start the container with a larger --shm-size, or set {FOLDERS_VARIABLE} to a folder with room"

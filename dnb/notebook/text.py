@@ -1,0 +1,233 @@
+"""A run in words: one line while it goes on, a few at its end, and what prints them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from dnb.notebook.views import SHARES, RunView, WorkerView, has_ended
+
+_MEMBERSHIP = frozenset({"died", "left", "joined", "removed", "reassigned"})
+_MAX_MESSAGE = 300
+
+
+class Stream(Protocol):
+    """Where lines go."""
+
+    def write(self, text: str, /) -> object:
+        """Take some text."""
+
+    def flush(self) -> None:
+        """Let it be seen."""
+
+
+def number(value: float) -> str:
+    """A loss or metric with four decimals, or in powers of ten where those would say nothing."""
+    if not np.isfinite(value) or value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.4f}"
+    return f"{value:.3e}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person would say them."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def time_left(seconds: float) -> str:
+    """An estimate: whole seconds, since tenths would pretend to know."""
+    return (
+        "under 1 s left"
+        if seconds < 1
+        else f"{duration(max(round(seconds), 10))} left"
+        if (seconds >= 9.95)
+        else f"{round(seconds)} s left"
+    )
+
+
+def one_line(text: str, *, limit: int = _MAX_MESSAGE) -> str:
+    """Text of unknown origin on one line: no control characters, no more than `limit` characters."""
+    words = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return words if len(words) <= limit else words[: limit - 1].rstrip() + "…"
+
+
+def last_value(run: RunView, key: str) -> float | None:
+    """The newest value under `key`, or None if there is none."""
+    _, values = run.history.column(key)
+    return float(values[-1]) if len(values) else None
+
+
+def rate(run: RunView) -> float | None:
+    """Samples per second: recent while the run goes on, of the whole run when it has ended."""
+    total = sum(worker.samples for worker in run.workers)
+    if has_ended(run) and total and run.elapsed_seconds > 0:
+        return total / run.elapsed_seconds
+    return run.samples_per_second
+
+
+def status_sentence(run: RunView) -> str:
+    """How the run is doing, in one sentence of plain text (not yet escaped for HTML)."""
+    if run.status in {"failed", "paused"}:
+        return _reason(run)
+    if run.status == "finished":
+        return f"finished after {_steps(run.step)} in {duration(run.elapsed_seconds)}"
+    if run.status == "stopped":
+        return f"stopped at step {run.step:,} of {run.num_steps:,} after {duration(run.elapsed_seconds)}"
+    return _going_on(run)
+
+
+def progress_line(run: RunView) -> str:
+    """The run on one line, for logs and for front ends without widgets."""
+    if run.status not in {"starting", "running"}:
+        return f"{run.name}: {status_sentence(run)}"
+    parts = [f"{run.name}: step {run.step}/{run.num_steps}"]
+    for key in ("loss", "val_loss"):
+        value = last_value(run, key)
+        if value is not None:
+            parts.append(f"{key} {number(value)}")
+    return ", ".join(parts + pace(run))
+
+
+def pace(run: RunView) -> list[str]:
+    """Samples per second and time left, as far as they are known."""
+    per_second = rate(run)
+    known = [] if per_second is None else [f"{per_second:,.0f} samples/s"]
+    if run.seconds_left is not None and run.status == "running":
+        known.append(time_left(run.seconds_left))
+    return known
+
+
+def summary(run: RunView) -> str:
+    """All that a chart of the run shows, in words: what is stored beside it, and read out."""
+    lines = [f"{run.name}: {status_sentence(run)}"]
+    values = [text for key in _keys_to_tell(run) if (text := _column_in_words(run, key))]
+    lines += values or ["no step was committed" if has_ended(run) else "no step yet"]
+    per_second = rate(run)
+    if per_second is not None:
+        lines.append(f"{per_second:,.0f} samples/s{' on average' if has_ended(run) else ''}")
+    lines += [worker_line(worker) for worker in run.workers]
+    return "\n".join(lines)
+
+
+def worker_line(worker: WorkerView) -> str:
+    """One engine's shares of time and samples."""
+    shares = [(name, getattr(worker, name)) for name in SHARES]
+    told = ", ".join(f"{name} {share:.0%}" for name, share in shares)
+    if not any(share for _, share in shares):
+        told = "no shares of time yet"
+    state = " (dead)" if worker.state == "dead" else ""
+    where = f"engine {worker.engine}{state} on {one_line(worker.host, limit=60)}"
+    return f"{where}: {told}; {worker.samples:,} samples in {_steps(worker.steps)}"
+
+
+class TextReporter:
+    """A wait hook that writes a progress line now and then, and the summary at the end.
+
+    Args:
+        run: the run to report.
+        interval_seconds: the least time between two lines; a line that says nothing new is left out.
+        stream: where to write; standard output if None, looked up at each line (ipykernel may replace it).
+        clock: seconds from any origin.
+    """
+
+    def __init__(
+        self,
+        run: RunView,
+        *,
+        interval_seconds: float = 5.0,
+        stream: Stream | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._run = run
+        self._interval = interval_seconds
+        self._stream = stream
+        self._clock = clock
+        self._due = clock()
+        self._last_line = ""
+        self._is_over = False
+
+    def __call__(self, run: RunView) -> None:
+        """Write a line if one is due; called many times a second."""
+        if has_ended(run):
+            self.finish()
+        elif run.status == "paused" or self._clock() >= self._due:
+            self._due = self._clock() + self._interval
+            self._write(progress_line(run))
+
+    def finish(self) -> None:
+        """Write the summary, the first time only."""
+        if not self._is_over:
+            self._is_over = True
+            self._write(summary(self._run))
+
+    def _write(self, line: str) -> None:
+        if line == self._last_line:
+            return
+        self._last_line = line
+        stream: Stream = self._stream or sys.stdout
+        stream.write(line + "\n")
+        stream.flush()
+
+
+def _steps(count: int) -> str:
+    return "1 step" if count == 1 else f"{count:,} steps"
+
+
+def _engines(count: int) -> str:
+    return "1 engine" if count == 1 else f"{count} engines"
+
+
+def _reason(run: RunView) -> str:
+    """The error says where it happened, if it knows: in words that begin with the status or with the step."""
+    error = one_line(run.error or "")
+    if not error:
+        return f"{run.status} at step {run.step:,}"
+    if error.startswith(run.status):
+        return error
+    if error.startswith("step "):
+        return f"{run.status} at {error}"
+    return f"{run.status} at step {run.step:,}: {error}"
+
+
+def _going_on(run: RunView) -> str:
+    living = [worker for worker in run.workers if worker.state != "dead"]
+    where = f" on {_engines(len(living))}" if living else ""
+    verb = "starting" if run.status == "starting" else "training"
+    # engines that join before the first step are what was asked for
+    changes = [event for event in run.events if event.kind in _MEMBERSHIP and event.step > 0]
+    if not changes:
+        return f"{verb}{where}"
+    step = changes[-1].step
+    told = ", ".join(one_line(event.text) for event in changes if event.step == step)
+    return f"{verb}{where}; after step {step:,}: {one_line(told)}"
+
+
+def _keys_to_tell(run: RunView) -> list[str]:
+    extra = [key for key in run.history if key.startswith("val_") and key != "val_loss"]
+    return ["loss", "val_loss", *sorted(extra)]
+
+
+def _column_in_words(run: RunView, key: str) -> str | None:
+    """The last value, and the best if it is a loss, the range if it is a metric (its good end is not known)."""
+    steps, values = run.history.column(key)
+    if not len(values):
+        return None
+    last = f"{one_line(key, limit=60)} {number(float(values[-1]))} at step {steps[-1]:,}"
+    finite = np.isfinite(values)
+    if key == "loss" or not finite.any() or len(values) == 1:
+        return last
+    lowest = int(np.where(finite, values, np.inf).argmin())
+    highest = int(np.where(finite, values, -np.inf).argmax())
+    low = f"{number(float(values[lowest]))} at step {steps[lowest]:,}"
+    if key == "val_loss":
+        return f"{last}, best {low}"
+    return f"{last}, lowest {low}, highest {number(float(values[highest]))} at step {steps[highest]:,}"

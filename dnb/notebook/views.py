@@ -1,0 +1,110 @@
+"""What the notebook side needs to know of a run: protocols, so that pictures and texts need no pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+SHARES = ("compute", "wait", "data", "idle")
+ENDED = frozenset({"failed", "stopped", "finished"})
+
+
+class HistoryView(Protocol):
+    """The numbers of a run, one column per key."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def column(self, key: str, /) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """1-based step numbers and values; both empty if there is nothing under `key` yet."""
+
+
+class WorkerView(Protocol):
+    """One engine's part in a run; the four shares are 0 to 1 and all 0 while nothing is known."""
+
+    @property
+    def engine(self) -> int: ...
+    @property
+    def host(self) -> str: ...
+    @property
+    def pid(self) -> int: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def compute(self) -> float: ...
+    @property
+    def wait(self) -> float: ...
+    @property
+    def data(self) -> float: ...
+    @property
+    def idle(self) -> float: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def steps(self) -> int: ...
+
+
+class EventView(Protocol):
+    """Something that happened to a run."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def engine(self) -> int | None: ...
+
+
+class RunView(Protocol):
+    """What `dnb.run.Run` offers to whoever draws it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def num_steps(self) -> int: ...
+    @property
+    def error(self) -> str | None: ...
+    @property
+    def elapsed_seconds(self) -> float: ...
+    @property
+    def seconds_left(self) -> float | None: ...
+    @property
+    def samples_per_second(self) -> float | None: ...
+    @property
+    def history(self) -> HistoryView: ...
+    @property
+    def workers(self) -> Sequence[WorkerView]: ...
+    @property
+    def recent_workers(self) -> Sequence[WorkerView]: ...
+    @property
+    def events(self) -> Sequence[EventView]: ...
+
+    def stop(self) -> None:
+        """Ask the run to end; may block for a moment."""
+
+    def add_listener(self, callback: Callable[[RunView], None]) -> None:
+        """Call `callback` in the run's watcher thread while anything changes, and at the end."""
+
+    def remove_listener(self, callback: Callable[[RunView], None]) -> None:
+        """Undo `add_listener`."""
+
+    def add_wait_hook(self, callback: Callable[[RunView], None]) -> None:
+        """Call `callback` in the thread that waits for the run, and once when it has ended."""
+
+
+def has_ended(run: RunView) -> bool:
+    """Whether the run's status can no longer change."""
+    return run.status in ENDED
+
+
+def shown_workers(run: RunView) -> Sequence[WorkerView]:
+    """The engines with the shares to draw: of the last seconds, or of the whole run once it ended."""
+    return run.workers if has_ended(run) else run.recent_workers

@@ -1,0 +1,50 @@
+"""One browser and one JupyterLab per test file; a fresh page and fresh kernels per test."""
+
+import os
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+from tests.browser.lab import CHROMIUM_FLAGS, LabPage, LabServer, find_chromium
+
+
+@pytest.fixture(scope="module")
+def browser(leftovers):
+    """Chromium, per file: while playwright runs, its event loop owns the main thread."""
+    executable = find_chromium()
+    if executable is None:
+        message = "no browser: apt-get install chromium, or set DNB_CHROMIUM"
+        if os.environ.get("DNB_REQUIRE_BROWSER") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def lab_server(leftovers, tmp_path_factory):
+    home = tmp_path_factory.mktemp("lab")
+    root = home / "root"
+    root.mkdir()
+    with LabServer(root=root, home=home) as server:
+        yield server
+
+
+@pytest.fixture
+def notebook_folder(lab_server) -> Path:
+    """Where a test writes or copies the notebook that it opens by name."""
+    return lab_server.root
+
+
+@pytest.fixture
+def lab(browser, lab_server):
+    """A fresh page; `lab.open("name.ipynb")` comes first."""
+    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+    context.set_default_timeout(30_000)
+    page = LabPage(context, lab_server)
+    yield page
+    context.close()
+    lab_server.shut_down_kernels()

@@ -1,0 +1,126 @@
+"""Starting, looking at and ending pools."""
+
+import logging
+import os
+import socket
+
+import psutil
+import pytest
+
+from dnb import training
+from dnb.errors import ArgumentError, PoolError
+from dnb.pool.engine_pool import all_processes, describe_engines
+from dnb.pool.starting import profile_folder, start_pool
+from tests.models import digits, mlp
+
+pytestmark = pytest.mark.engines
+
+
+def fresh_pool(**options):
+    return start_pool(
+        training.Pool,
+        **{
+            "n": 1,
+            "profile_dir": profile_folder(None),
+            "launcher": "local",
+            "threads_per_engine": None,
+            "timeout_seconds": 60,
+            **options,
+        },
+    )
+
+
+def test_engines_are_living_processes_of_this_host(pool):
+    assert [(engine.host, psutil.pid_exists(engine.pid)) for engine in pool.engines] == [
+        (socket.gethostname(), True)
+    ] * 2
+
+
+def test_engines_share_the_cores_of_the_host(pool):
+    assert [engine.cores for engine in pool.engines] == [max(1, os.cpu_count() // 2)] * 2
+
+
+def test_torch_is_imported_and_keeps_to_its_threads_when_a_pool_is_ready(pool):
+    def look():
+        import sys
+
+        return "torch" in sys.modules and sys.modules["torch"].get_num_threads()
+
+    assert pool.client[:].apply_sync(look) == [engine.cores for engine in pool.engines]
+
+
+def test_the_table_has_one_line_per_engine_with_its_pid(pool):
+    lines = describe_engines(pool.engines).splitlines()
+    assert [str(engine.pid) in line for engine, line in zip(pool.engines, lines[1:], strict=True)] == [True, True]
+
+
+def test_a_second_start_returns_the_running_pool_and_says_so(pool, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert training.start(n=3) is pool
+    assert "a pool of 2 engines is already running, and is used; %dtrain shutdown first to start 3" in caplog.text
+
+
+def test_status_is_answered_while_the_engines_are_busy(pool):
+    run = pool.fit(mlp(), digits(), loss="cross_entropy", epochs=200)
+    states = set()
+    while run.is_active and "busy" not in states:
+        states |= {engine.state for engine in pool.engines}
+    assert "busy" in states
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.5, "two", True])
+def test_a_number_of_engines_that_is_none_is_refused(n):
+    with pytest.raises(ArgumentError, match="n must be an integer of at least 1"):
+        fresh_pool(n=n)
+
+
+def test_more_engines_than_memory_allows_are_refused_with_the_estimate():
+    with pytest.raises(
+        ArgumentError, match=r"100000 engines need about 30000\.3 GB .* GB is free: %dtrain start -n \d+"
+    ):
+        fresh_pool(n=100_000)
+
+
+def test_a_profile_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "security").write_text("a file where a folder should be")
+    with pytest.raises(PoolError, match=r"security, which cannot be written .*--profile NAME"):
+        fresh_pool(profile_dir=tmp_path)
+
+
+def test_a_taken_port_is_told_and_leaves_no_process(leftovers, tmp_path):
+    before = set(leftovers.find())
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        (tmp_path / "ipcontroller_config.py").write_text(f"c.IPController.ports = [{port}] * 40\n")
+        with pytest.raises(PoolError, match="(?s)did not come up.*[Aa]ddress already in use"):
+            fresh_pool(profile_dir=tmp_path)
+    assert set(leftovers.find()) <= before
+
+
+def test_shutdown_ends_every_process_and_removes_every_file(tmp_path):
+    with fresh_pool(profile_dir=tmp_path) as pool:
+        processes = [psutil.Process(process.pid) for process in all_processes(pool.facts)]
+        folders = pool.segment_folders
+    assert [process.is_running() for process in processes] == [False] * len(processes)
+    assert list((tmp_path / "security").iterdir()) == []
+    assert list((tmp_path / "log").iterdir()) == []
+    assert [folder.exists() for folder in folders] == [False] * len(folders)
+
+
+def test_keys_on_disk_are_for_their_user_only_and_in_no_command_line(pool):
+    folder = profile_folder(None) / "security"
+    files = [path for path in folder.iterdir() if pool.cluster_id in path.name and "cluster-" not in path.name]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
+    secret = pool.key.decode()
+    lines = [" ".join(psutil.Process(process.pid).cmdline()) for process in all_processes(pool.facts)]
+    assert not any(secret in line for line in lines)
+
+
+def test_a_pool_that_was_shut_down_says_how_to_open_another():
+    pool = fresh_pool()
+    pool.shutdown()
+    pool.shutdown()
+    with pytest.raises(PoolError, match="%dtrain start opens a new one"):
+        _ = pool.engines

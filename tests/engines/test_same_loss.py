@@ -1,0 +1,67 @@
+"""The promise: the loss of one process, whoever did the work."""
+
+import pytest
+import torch
+
+from dnb.pool.starting import profile_folder, start_pool
+from dnb.training import Pool
+from tests.models import batch_norm_net, digits, largest_gap, mlp, plain_losses
+
+pytestmark = pytest.mark.engines
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def pool_of(request, leftovers, tmp_path_factory):
+    pool = start_pool(
+        Pool,
+        n=request.param,
+        profile_dir=profile_folder(None),
+        launcher="local",
+        threads_per_engine=1,
+        timeout_seconds=120,
+    )
+    yield pool
+    pool.shutdown()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    model = mlp()
+    return plain_losses(model, digits(), num_steps=50, batch_size=64), model
+
+
+@pytest.fixture(scope="module")
+def trained(pool_of, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("runs"))
+        model = mlp()
+        run = pool_of.fit(model, digits(), loss="cross_entropy", lr=1e-3, batch_size=64, steps=50)
+        run.wait(timeout_seconds=120)
+    return pool_of, run, model
+
+
+def test_the_first_50_losses_are_those_of_a_plain_loop_within_1e_6(trained, plain):
+    _, run, _ = trained
+    assert largest_gap(run.history["loss"], plain[0]) <= 1e-6
+
+
+def test_the_notebook_s_model_ends_with_the_plain_loop_s_parameters(trained, plain):
+    _, _, model = trained
+    gaps = [(a - b).abs().max() for a, b in zip(model.parameters(), plain[1].parameters(), strict=True)]
+    assert max(gaps) < 1e-5
+
+
+def test_every_sample_of_every_batch_was_counted_once(trained):
+    _, run, _ = trained
+    per_epoch = 1797
+    assert sum(worker.samples for worker in run.workers) == per_epoch + 64 * (50 - 29)
+
+
+def test_batch_norm_statistics_come_home_and_do_not_depend_much_on_the_split(pool_of, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, plain = batch_norm_net(), batch_norm_net()
+    pool_of.fit(model, digits(), loss="cross_entropy", lr=1e-3, batch_size=256, steps=7).wait(timeout_seconds=60)
+    plain.train()
+    plain_losses(plain, digits(), num_steps=7, batch_size=256)
+    assert model[1].num_batches_tracked.item() == 7
+    assert torch.allclose(model[1].running_mean, plain[1].running_mean, atol=0.05)

@@ -1,0 +1,70 @@
+"""Kernels that a test may kill: child processes that start a pool and say where they are, one line at a time."""
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+PREAMBLE = """
+import sys
+from dnb import training
+from tests.models import digits, mlp
+
+def say(*words):
+    print(*words, flush=True)
+
+def hold():
+    say("ready")
+    sys.stdin.read()
+"""
+
+
+class Kernel:
+    """A process that runs `code` until it holds; ended by `kill`, or by closing its standard input.
+
+    Args:
+        code: after which it holds; it may `say` words, which are returned by `start`.
+        folder: where it runs.
+    """
+
+    def __init__(self, code: str, *, folder: Path) -> None:
+        script = PREAMBLE + textwrap.dedent(code) + "\nhold()\n"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", script],
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=self._environment(),
+        )
+
+    @staticmethod
+    def _environment() -> dict[str, str]:
+        import os
+
+        return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def wait_until_ready(self) -> list[str]:
+        """The lines it said before it held; fails if it ended instead."""
+        assert self.process.stdout is not None
+        lines: list[str] = []
+        for line in self.process.stdout:
+            if line.strip() == "ready":
+                return lines
+            lines.append(line.strip())
+        raise AssertionError(f"the kernel ended with {self.process.wait()} after saying {lines}")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self._reap()
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self._reap()
+
+    def _reap(self) -> None:
+        self.process.wait(30)
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None and not pipe.closed:
+                pipe.close()

@@ -1,0 +1,233 @@
+"""Engines, hubs, controllers and kernels that die, on purpose."""
+
+import os
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+
+from dnb import training
+from dnb.errors import HubError, PoolError, RunError
+from dnb.pool.found import find_pools
+from dnb.pool.starting import profile_folder, start_pool
+from dnb.transport.segments import FOLDERS_VARIABLE
+from tests.faults.kernels import Kernel
+from tests.models import digits, largest_gap, mlp, plain_losses
+
+pytestmark = [pytest.mark.engines, pytest.mark.faults]
+
+START_AND_TRAIN = """
+pool = training.start(n=2)
+run = pool.fit(mlp(), digits(), loss="cross_entropy", epochs=100_000, name="orphan")
+import threading
+moved = threading.Event()
+run.add_listener(lambda run: moved.set() if run.step > 3 else None)
+assert moved.wait(60)
+"""
+
+
+@pytest.fixture
+def own_pool(leftovers, tmp_path, monkeypatch):
+    """A pool that the test may break."""
+    monkeypatch.chdir(tmp_path)
+    pool = start_pool(
+        training.Pool,
+        n=3,
+        profile_dir=tmp_path / "profile",
+        launcher="local",
+        threads_per_engine=1,
+        timeout_seconds=60,
+    )
+    yield pool
+    pool.shutdown()
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, leftovers):
+    """A folder and profiles of the test's own, shared with the kernels it starts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    yield tmp_path
+    training.shutdown()
+    leftovers.wait_until_none()
+
+
+def wait_for_step(run, step):
+    reached = threading.Event()
+    run.add_listener(lambda run: reached.set() if run.step >= step or not run.is_active else None)
+    assert reached.wait(60), f"step {step} was not reached in 60 s: {run}"
+
+
+def until(holds, *, what, limit_seconds=30):
+    deadline = time.monotonic() + limit_seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {limit_seconds} s: {what}"
+        time.sleep(0.05)
+
+
+def test_a_run_goes_on_with_the_same_loss_when_engines_are_killed(own_pool):
+    run = own_pool.fit(mlp(), digits(), loss="cross_entropy", lr=1e-3, steps=400)
+    for step in (20, 60):
+        wait_for_step(run, step)
+        os.kill(own_pool.engines[0].pid, signal.SIGKILL)
+    run.wait(timeout_seconds=120)
+    plain = plain_losses(mlp(), digits(), num_steps=400, batch_size=64)
+    assert run.status == "finished"
+    assert [event.kind for event in run.events].count("died") == 2
+    assert largest_gap(run.history["loss"][:50], plain[:50]) <= 1e-6
+    assert largest_gap(run.history["loss"], plain) <= 1e-4
+    assert len(own_pool.engines) == 1
+
+
+def test_a_run_that_lost_its_last_engine_fails_and_says_so(own_pool):
+    run = own_pool.fit(mlp(), digits(), loss="cross_entropy", epochs=10_000)
+    wait_for_step(run, 3)
+    for engine in own_pool.engines:
+        os.kill(engine.pid, signal.SIGKILL)
+    with pytest.raises(RunError, match=r"no engine is left at step \d+: engine \d died"):
+        run.wait(timeout_seconds=60)
+
+
+def test_an_engine_that_stands_still_is_called_hung(own_pool):
+    victim = own_pool.engines[0]
+    os.kill(victim.pid, signal.SIGSTOP)
+    until(lambda: psutil.Process(victim.pid).status() == psutil.STATUS_STOPPED, what="the engine is stopped")
+    assert [engine.state for engine in own_pool.engines] == ["hung", "ready", "ready"]
+
+
+def test_a_killed_hub_ends_the_pool_and_the_run_says_what_happened(own_pool, leftovers):
+    run = own_pool.fit(mlp(), digits(), loss="cross_entropy", epochs=10_000)
+    wait_for_step(run, 3)
+    os.kill(own_pool.facts.hub.pid, signal.SIGKILL)
+    with pytest.raises(RunError, match=r"the hub was lost at step \d+: the hub has died"):
+        run.wait(timeout_seconds=60)
+    leftovers.wait_until_none(timeout_seconds=20)
+    with pytest.raises((PoolError, HubError), match="%dtrain start"):
+        _ = own_pool.engines
+
+
+def test_a_killed_controller_takes_hub_and_engines_with_it(own_pool, leftovers):
+    os.kill(own_pool.facts.controller.pid, signal.SIGKILL)
+    leftovers.wait_until_none(timeout_seconds=20)
+
+
+def test_nothing_outlives_a_killed_kernel_without_a_run(folder, leftovers):
+    kernel = Kernel("training.start(n=2)", folder=folder)
+    kernel.wait_until_ready()
+    kernel.kill()
+    leftovers.wait_until_none(timeout_seconds=20)
+    assert find_pools(profile_folder(None) / "security").dead == []
+
+
+def test_nothing_outlives_a_kernel_that_ends_by_itself(folder, leftovers):
+    kernel = Kernel("training.start(n=1)", folder=folder)
+    kernel.wait_until_ready()
+    kernel.end()
+    leftovers.wait_until_none(timeout_seconds=20)
+
+
+def test_a_new_kernel_finds_the_run_that_a_killed_one_left_and_can_end_it(folder, leftovers):
+    kernel = Kernel(START_AND_TRAIN, folder=folder)
+    kernel.wait_until_ready()
+    kernel.kill()
+    pool, notices = open_pool()
+    assert notices == [
+        "found a pool of 2 engines with run 'orphan', which a kernel that is gone left training, and took it over: "
+        "%dtrain attach shows the run, %dtrain shutdown ends both"
+    ]
+    run = training.attach()
+    at = run.step
+    wait_for_step(run, at + 1)
+    assert (run.name, run.status) == ("orphan", "running")
+    assert len(run.history["loss"]) >= run.step
+    assert training.shutdown()
+    leftovers.wait_until_none(timeout_seconds=20)
+    assert pool.is_open is False
+
+
+def test_a_new_kernel_attaches_without_a_start_and_brings_the_weights_home(folder):
+    kernel = Kernel(START_AND_TRAIN, folder=folder)
+    kernel.wait_until_ready()
+    kernel.kill()
+    model = mlp(seed=7)
+    run = training.attach("orphan", model=model)
+    run.stop()
+    run.wait(timeout_seconds=60)
+    losses = plain_losses(mlp(), digits(), num_steps=min(run.step, 50), batch_size=64)
+    assert run.status == "stopped"
+    assert largest_gap(run.history["loss"][: len(losses)], losses) < 1e-6
+    assert not (model[0].weight == mlp(seed=7)[0].weight).all()
+
+
+def test_an_orphaned_pool_ends_by_itself_when_its_run_has_ended_and_nobody_attaches(folder, leftovers):
+    kernel = Kernel(
+        """
+        pool = training.start(n=1, linger_seconds=0.5)
+        pool.fit(mlp(), digits(), loss="cross_entropy", steps=2000, name="short")
+        """,
+        folder=folder,
+    )
+    kernel.wait_until_ready()
+    kernel.kill()
+    leftovers.wait_until_none(timeout_seconds=60)
+    assert training.Run.open(folder / ".dnb" / "runs" / "short").status == "finished"
+
+
+def test_another_kernel_s_pool_is_told_and_left_alone(folder):
+    kernel = Kernel("training.start(n=1)", folder=folder)
+    kernel.wait_until_ready()
+    _, notices = open_pool(n=1)
+    assert notices == ["another kernel runs 1 engines on this host, which share its cores"]
+    training.shutdown()
+    assert len(find_pools(profile_folder(None) / "security").foreign) == 1
+    kernel.end()
+
+
+def test_what_a_dead_pool_left_is_cleared_at_the_next_start(folder):
+    kernel = Kernel(
+        """
+        pool = training.start(n=1)
+        say(*[process.pid for process in (pool.facts.hub, pool.facts.controller)])
+        """,
+        folder=folder,
+    )
+    pids = [int(pid) for pid in kernel.wait_until_ready()[0].split()]
+    for pid in reversed(pids):  # the controller first: nobody is left to clear up
+        os.kill(pid, signal.SIGSTOP)
+    kernel.kill()
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    until(lambda: len(find_pools(profile_folder(None) / "security").dead) == 1, what="the pool is dead")
+    _, notices = open_pool(n=1)
+    assert notices == ["cleared what 1 dead pool had left"]
+
+
+def test_a_full_memory_folder_is_told_and_the_next_one_is_used(folder, tiny_memory, monkeypatch):
+    roomy = folder / "roomy"
+    roomy.mkdir()
+    monkeypatch.setenv(FOLDERS_VARIABLE, f"{tiny_memory}{os.pathsep}{roomy}")
+    pool, _ = open_pool(n=1)
+    run = pool.fit(mlp(), digits(), loss="cross_entropy", steps=2)
+    run.wait(timeout_seconds=60)
+    told = [event.text for event in run.events if event.kind == "memory"]
+    assert run.status == "finished"
+    assert "free (No space left on device)" in told[0]
+    assert told[0].endswith(f"using {roomy}")
+
+
+def test_no_folder_with_room_refuses_the_run_with_needed_and_free(folder, tiny_memory, monkeypatch):
+    monkeypatch.setenv(FOLDERS_VARIABLE, str(tiny_memory))
+    pool, _ = open_pool(n=1)
+    with pytest.raises(
+        training.SpaceError, match=r"needs 0\.5 MB of shared memory, but .* has 0\.\d MB free .*--shm-size"
+    ):
+        pool.fit(mlp(), digits(), loss="cross_entropy", steps=2)
+    assert pool.facts.run is None
+
+
+def open_pool(n=2):
+    return training.open_pool(
+        n, profile=None, launcher="local", threads_per_engine=1, timeout_seconds=60, linger_seconds=60
+    )

@@ -1,0 +1,253 @@
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from dnb.notebook import panels
+from dnb.notebook.controls import Controls
+from dnb.notebook.dashboard import Dashboard
+from dnb.notebook.live_figure import LiveFigure
+from dnb.notebook.snapshot import PLOTLY_MIME
+from tests.fake_runs import FakeRun, FakeWorker, advance, long_run, wait_until
+
+WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
+
+
+class Notebook:
+    """What a notebook shows, by display id."""
+
+    def __init__(self) -> None:
+        self.displays: dict[str, dict[str, Any]] = {}
+        self.publishers: set[str] = set()
+
+    def publish(self, content: dict[str, Any], *, display_id: str, update: bool = False) -> None:
+        assert update == (display_id in self.displays)
+        self.displays[display_id] = content
+        self.publishers.add(threading.current_thread().name)
+
+    def shown(self) -> list[dict[str, Any]]:
+        return list(self.displays.values())
+
+
+class Wire:
+    """Counts what widgets send to the browser."""
+
+    def __init__(self, *widgets: Any) -> None:
+        self.messages: list[tuple[dict[str, Any], int]] = []
+        for widget in widgets:
+            widget.comm.send = self.send
+
+    def send(self, data: dict[str, Any], buffers: list[Any] | None = None, **_: Any) -> None:
+        size = len(json.dumps(data)) + sum(memoryview(buffer).nbytes for buffer in buffers or ())
+        self.messages.append((data, size))
+
+    def num_bytes(self) -> int:
+        return sum(size for _, size in self.messages)
+
+    def states(self) -> list[dict[str, Any]]:
+        return [data["state"] for data, _ in self.messages if data["method"] == "update"]
+
+
+class BadHistory:
+    """A history that cannot be read."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def column(self, key: str) -> Any:
+        raise OSError(f"no column {key}")
+
+
+@pytest.fixture
+def notebook() -> Notebook:
+    return Notebook()
+
+
+@pytest.fixture
+def run() -> FakeRun:
+    run = FakeRun(step=1, workers=[FakeWorker()])
+    run.history.set("loss", [0.5])
+    return run
+
+
+@pytest.fixture
+def dashboard(run: FakeRun, notebook: Notebook) -> Iterator[Dashboard]:
+    dashboard = Dashboard(run, interval_seconds=0.01, publish=notebook.publish)
+    yield dashboard
+    dashboard.close()
+    assert dashboard.join(timeout_seconds=30)
+
+
+def add_step(run: FakeRun, loss: float) -> None:
+    run.step += 1
+    run.history.append("loss", run.step, loss)
+    run.tell()
+
+
+def drawn_losses(dashboard: Dashboard) -> list[float]:
+    return [] if dashboard.figure is None else [float(y) for y in dashboard.figure.data[1].y]
+
+
+def test_a_refresh_of_a_long_run_sends_less_than_20_kilobytes():
+    run = long_run(num_steps=100_000, num_engines=4)
+    figure, controls = LiveFigure(panels.figure(run)), Controls(run)
+    wire = Wire(figure, *controls.widgets)
+    advance(run)
+    figure.paint(panels.figure(run))
+    controls.refresh()
+    assert 8_000 < wire.num_bytes() < 20_000
+
+
+def test_a_refresh_is_one_update_of_the_figure():
+    run = long_run(num_steps=5000)
+    figure = LiveFigure(panels.figure(run))
+    wire = Wire(figure)
+    advance(run)
+    figure.paint(panels.figure(run))
+    assert sum(bool(state.get("_py2js_update")) for state in wire.states()) == 1
+
+
+def test_a_refresh_without_news_sends_nothing():
+    run = long_run(num_steps=5000)
+    figure = LiveFigure(panels.figure(run))
+    wire = Wire(figure)
+    figure.paint(panels.figure(run))
+    assert wire.messages == []
+
+
+def test_a_remark_that_no_longer_holds_disappears():
+    run = FakeRun(workers=[FakeWorker()])
+    figure = LiveFigure(panels.figure(run))
+    add_step(run, 0.5)
+    figure.paint(panels.figure(run))
+    assert figure.layout.annotations == ()
+
+
+def test_a_reloaded_page_is_given_the_whole_history():
+    run = FakeRun(workers=[FakeWorker()])
+    figure = LiveFigure(panels.figure(run))
+    add_step(run, 0.5)
+    figure.paint(panels.figure(run))
+    assert figure.get_state()["_widget_data"][1]["y"]["shape"] == (1,)
+
+
+def test_what_the_browser_tells_of_defaults_is_not_sent_back():
+    figure = LiveFigure(panels.figure(FakeRun()))
+    wire = Wire(figure)
+    figure.set_state({"_js2py_traceDeltas": {"trace_deltas": [], "trace_edit_id": 1}})
+    assert wire.messages == []
+
+
+def test_a_zoom_of_the_user_is_taken_over():
+    figure = LiveFigure(panels.figure(FakeRun()))
+    relayout = {"relayout_data": {"xaxis.range[0]": 2, "xaxis.range[1]": 5}, "source_view_id": "a"}
+    figure.set_state({"_js2py_relayout": relayout})
+    assert figure.layout.xaxis.range == (2, 5)
+
+
+def test_a_figure_in_a_quiet_run_is_fitted_to_the_page():
+    figure = LiveFigure(panels.figure(FakeRun()))
+    wire = Wire(figure)
+    figure.fit_to_page()
+    assert any(state.get("_py2js_update") for state in wire.states())
+
+
+def test_the_strip_is_shown_before_the_figure_is_built(dashboard, notebook):
+    dashboard.show()
+    assert WIDGET_MIME in notebook.shown()[0]
+
+
+def test_the_words_beside_the_widgets_are_the_progress_line(dashboard, notebook):
+    dashboard.show()
+    assert notebook.shown()[0]["text/plain"].startswith("digits: step 1/496, loss 0.5000")
+
+
+def test_news_are_painted(dashboard, run):
+    add_step(run, 0.25)
+    wait_until(lambda: drawn_losses(dashboard) == [0.5, 0.25])
+
+
+def test_many_news_in_a_short_time_end_in_the_last_state(dashboard, run):
+    for step in range(30):
+        add_step(run, float(step))
+    wait_until(lambda: drawn_losses(dashboard)[-1:] == [29.0])
+
+
+def test_the_listener_does_not_paint_in_the_thread_that_calls_it(dashboard, run):
+    wait_until(lambda: dashboard.figure is not None)
+    painters: set[str] = set()
+    dashboard.figure.paint = lambda _: painters.add(threading.current_thread().name)
+    run.tell()
+    wait_until(lambda: bool(painters))
+    assert painters == {"dnb-painter-digits"}
+
+
+def test_at_the_end_plain_output_takes_the_place_of_the_widgets(dashboard, run, notebook):
+    dashboard.show()
+    run.end("finished")
+    assert dashboard.join(timeout_seconds=30)
+    assert [set(content) for content in notebook.shown()] == [{PLOTLY_MIME, "text/plain"}]
+
+
+def test_every_display_of_a_run_is_replaced_at_its_end(dashboard, run, notebook):
+    dashboard.show()
+    dashboard.show()
+    run.end("stopped")
+    assert dashboard.join(timeout_seconds=30)
+    assert [PLOTLY_MIME in content for content in notebook.shown()] == [True, True]
+
+
+def test_shown_after_the_end_it_is_plain_output_at_once(dashboard, run, notebook):
+    run.end("stopped")
+    assert dashboard.join(timeout_seconds=30)
+    dashboard.show()
+    assert [PLOTLY_MIME in content for content in notebook.shown()] == [True]
+
+
+def test_at_the_end_the_browser_may_forget_the_widgets(dashboard, run):
+    wait_until(lambda: dashboard.figure is not None)
+    run.end("finished")
+    assert dashboard.join(timeout_seconds=30)
+    assert dashboard.figure.comm is None
+
+
+def test_widgets_of_a_reloaded_page_are_kept_at_the_end(dashboard, run):
+    wait_until(lambda: dashboard.figure is not None)
+    dashboard.figure.get_state()
+    run.end("finished")
+    assert dashboard.join(timeout_seconds=30)
+    assert dashboard.figure.comm is not None
+
+
+def test_at_the_end_the_run_is_no_longer_listened_to(dashboard, run):
+    run.end("finished")
+    assert dashboard.join(timeout_seconds=30)
+    assert run.listeners == []
+
+
+def test_after_a_painting_that_failed_the_next_one_is_tried(dashboard, run, caplog):
+    good = run.history
+    wait_until(lambda: dashboard.figure is not None)
+    run.history = BadHistory()
+    run.tell()
+    wait_until(lambda: "the dashboard of run 'digits' could not be painted" in caplog.text)
+    run.history = good
+    add_step(run, 0.25)
+    wait_until(lambda: drawn_losses(dashboard) == [0.5, 0.25])
+
+
+def test_a_painting_that_fails_again_and_again_is_logged_once(dashboard, run, caplog):
+    run.history = BadHistory()
+    for _ in range(20):
+        run.tell()
+        dashboard.join(timeout_seconds=0.02)
+    assert caplog.text.count("could not be painted") == 1
+
+
+def test_a_run_that_ended_before_is_painted_by_nobody(notebook):
+    run = FakeRun(status="finished")
+    dashboard = Dashboard(run, publish=notebook.publish)
+    assert dashboard.join(timeout_seconds=30)
+    assert dashboard.figure is None
