@@ -176,6 +176,12 @@ def read_loss(loss: Any, *, step: Any) -> Callable[..., Any] | None:
         raise ArgumentError("give loss or step, not both: a step function returns its own loss")
     if step is not None and not callable(step):
         raise ArgumentError(f"step is a {type(step).__name__}: give a callable(model, batch) that returns the loss")
+    reduction = getattr(loss, "reduction", "mean")
+    if reduction != "mean":
+        raise ArgumentError(
+            f"loss has reduction={reduction!r}, and parts of a batch could not be put together: use "
+            "reduction='mean', or step=callable(model, batch) that returns dnb.Sum(total, weight)"
+        )
     if loss is None or callable(loss):
         return loss  # type: ignore[no-any-return]
     known = loss_names()

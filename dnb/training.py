@@ -238,7 +238,7 @@ def fit(
     steps_per_epoch = count_batches(order)
     num_steps = steps_per_epoch * check_positive(epochs, name="epochs")
     pool = pool or current_pool() or start()
-    _refuse_second_run(pool)
+    _refuse_busy_or_empty(pool)
     run_name = _free_name(name or type(model).__name__.lower())
     spec = RunSpec(
         name=run_name,
@@ -375,8 +375,11 @@ def _refuse_later_options(*, exact: bool, checkpoint_every: int | None) -> None:
         raise ArgumentError("checkpoint_every is not in this release yet: leave it out")
 
 
-def _refuse_second_run(pool: Pool) -> None:
-    active = pool.facts.run
+def _refuse_busy_or_empty(pool: Pool) -> None:
+    facts = pool.facts
+    if not facts.engines:
+        raise PoolError("no engine of the pool is alive: %dtrain shutdown, then %dtrain start")
+    active = facts.run
     if active is not None:
         raise ArgumentError(
             f"run {active!r} is active: wait for it with %dtrain wait, or end it with %dtrain stop, before the next fit"

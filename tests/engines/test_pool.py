@@ -94,7 +94,7 @@ def test_a_taken_port_is_told_and_leaves_no_process(leftovers, tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         (tmp_path / "ipcontroller_config.py").write_text(f"c.IPController.ports = [{port}] * 40\n")
-        with pytest.raises(PoolError, match="(?s)did not come up.*[Aa]ddress already in use"):
+        with pytest.raises(PoolError, match=r"(?s)did not come up.*[Aa]ddress already in use"):
             fresh_pool(profile_dir=tmp_path)
     assert set(leftovers.find()) <= before
 

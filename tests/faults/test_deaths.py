@@ -204,7 +204,7 @@ def test_what_a_dead_pool_left_is_cleared_at_the_next_start(folder):
     assert notices == ["cleared what 1 dead pool had left"]
 
 
-def test_a_full_memory_folder_is_told_and_the_next_one_is_used(folder, tiny_memory, monkeypatch):
+def test_a_full_memory_folder_is_told_and_the_next_one_is_used(tiny_memory, folder, monkeypatch):
     roomy = folder / "roomy"
     roomy.mkdir()
     monkeypatch.setenv(FOLDERS_VARIABLE, f"{tiny_memory}{os.pathsep}{roomy}")
@@ -217,7 +217,7 @@ def test_a_full_memory_folder_is_told_and_the_next_one_is_used(folder, tiny_memo
     assert told[0].endswith(f"using {roomy}")
 
 
-def test_no_folder_with_room_refuses_the_run_with_needed_and_free(folder, tiny_memory, monkeypatch):
+def test_no_folder_with_room_refuses_the_run_with_needed_and_free(tiny_memory, folder, monkeypatch):
     monkeypatch.setenv(FOLDERS_VARIABLE, str(tiny_memory))
     pool, _ = open_pool(n=1)
     with pytest.raises(

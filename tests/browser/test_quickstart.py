@@ -1,0 +1,84 @@
+"""The quickstart in JupyterLab, as a person would run it."""
+
+import os
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from tests.browser.lab import write_notebook
+
+pytestmark = [pytest.mark.browser, pytest.mark.engines]
+
+QUICKSTART = Path(__file__).parents[2] / "notebooks" / "quickstart.ipynb"
+FIGURE_MILLISECONDS = 60_000
+POINTS = "svg.main-svg .scatterlayer path.js-line"
+
+SETUP = """
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+pixels, targets = load_digits(return_X_y=True)
+train = (torch.tensor(pixels / 16, dtype=torch.float32), torch.tensor(targets))
+model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10))
+"""
+LONG_FIT = "%dtrain fit model train --val {(train[0][:300], train[1][:300])} --loss cross_entropy --epochs 20000"
+
+
+def cell_numbers(notebook: Path) -> dict[str, int]:
+    """Where the code cells are, by how they begin."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    return {cell.source.split("\n")[0]: index for index, cell in enumerate(cells) if cell.cell_type == "code"}
+
+
+def keep_picture(lab, name: str, *, index: int | None = None) -> None:
+    """Leave a picture where a person asked for it."""
+    folder = os.environ.get("DNB_PICTURES")
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lab.screenshot(Path(folder) / f"{name}.png", index=index)
+
+
+def starting_with(numbers: dict[str, int], text: str) -> int:
+    return next(index for source, index in numbers.items() if source.startswith(text))
+
+
+def test_the_quickstart_runs_with_a_live_chart_that_stays(lab, notebook_folder):
+    shutil.copy(QUICKSTART, notebook_folder / "quickstart.ipynb")
+    numbers = cell_numbers(QUICKSTART)
+    fit, wait = starting_with(numbers, "run = %dtrain fit"), starting_with(numbers, "%dtrain wait")
+    lab.open("quickstart.ipynb")
+    lab.run_all()
+    lab.wait(fit, timeout_seconds=120)
+    lab.output_area(fit).locator(POINTS).first.wait_for(timeout=FIGURE_MILLISECONDS)
+    keep_picture(lab, "quickstart-live", index=fit)
+    lab.wait(wait, timeout_seconds=180)
+    lab.wait(max(numbers.values()), timeout_seconds=120)
+    saved = lab.save().cells[fit].outputs
+    assert "validation accuracy 0.9" in lab.text(starting_with(numbers, "model.eval()"))
+    assert "application/vnd.plotly.v1+json" in saved[0].data
+    assert "finished after 675 steps" in saved[0].data["text/plain"]
+    lab.output_area(fit).locator(POINTS).first.wait_for(timeout=FIGURE_MILLISECONDS)
+    keep_picture(lab, "quickstart-end", index=fit)
+
+
+def test_the_chart_grows_while_another_cell_runs_and_the_stop_button_stops(lab, notebook_folder):
+    cells = ["%load_ext dnb", "%dtrain start -n 2", SETUP, LONG_FIT, "print(sum(range(10**6)))", "%dtrain wait"]
+    write_notebook(notebook_folder / "live.ipynb", [*cells, "%dtrain shutdown"])
+    lab.open("live.ipynb")
+    for index in range(4):
+        lab.run_and_wait(index, timeout_seconds=120)
+    strip = lab.output_area(3)
+    strip.locator(POINTS).first.wait_for(timeout=FIGURE_MILLISECONDS)
+    before = strip.inner_text()
+    assert lab.run_and_wait(4)[0]["text"] == "499999500000\n"
+    strip.page.wait_for_function(
+        "([element, before]) => element.innerText !== before", arg=[strip.element_handle(), before], timeout=30_000
+    )
+    keep_picture(lab, "live", index=3)
+    strip.get_by_role("button", name="Stop").click()
+    lab.run_and_wait(5, timeout_seconds=60)
+    strip.get_by_text("stopped").first.wait_for(timeout=30_000)
+    lab.run_and_wait(6, timeout_seconds=60)

@@ -1,0 +1,117 @@
+"""`%dtrain` in a real IPython shell, on the shared pool."""
+
+import _thread
+import threading
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+
+from tests.engines.test_fit import wait_for_step
+from tests.models import digits, mlp
+
+pytestmark = pytest.mark.engines
+
+
+@pytest.fixture
+def shell(pool):
+    shell = InteractiveShell.instance()
+    shell.run_line_magic("load_ext", "dnb")
+    shell.user_ns.update({"model": mlp(), "train": digits(), "val": digits(200)})
+    yield shell
+    shell.history_manager.end_session()
+    InteractiveShell.clear_instance()
+
+
+def run(shell, line):
+    """The value of a line, or its error, as a cell would have it."""
+    result = shell.run_cell(line, store_history=False)
+    result.raise_error()
+    return result.result
+
+
+def test_start_tells_the_running_pool_its_engines_and_what_to_type_next(shell, capsys):
+    run(shell, "%dtrain start -n 2")
+    told = capsys.readouterr().out
+    assert "a pool of 2 engines is already running, and is used" in told
+    assert "ready" in told
+    assert "%dtrain fit model train --loss cross_entropy" in told
+
+
+def test_fit_takes_variables_and_expressions_and_returns_the_run(shell):
+    fitted = run(
+        shell, "%dtrain fit model train --val {(val[0][:50], val[1][:50])} --loss cross_entropy --steps 3 --lr 1e-3"
+    )
+    assert run(shell, "%dtrain wait") is fitted
+    assert (fitted.status, fitted.step, len(fitted.history["val_loss"])) == ("finished", 3, 1)
+
+
+def test_status_names_the_run(shell, capsys):
+    run(shell, "%dtrain fit model train --loss cross_entropy --steps 1 --name told")
+    run(shell, "%dtrain wait")
+    capsys.readouterr()
+    run(shell, "%dtrain status")
+    assert "<dnb.Run 'told': finished, step 1 of 1" in capsys.readouterr().out
+
+
+def test_pause_resume_set_and_stop_steer_the_run(shell):
+    fitted = run(shell, "%dtrain fit model train --loss cross_entropy --epochs 5000")
+    wait_for_step(fitted, 1)
+    run(shell, "%dtrain pause")
+    assert run(shell, "%dtrain wait").status == "paused"
+    run(shell, "%dtrain set lr=1e-4")
+    at = fitted.step
+    run(shell, "%dtrain resume")
+    wait_for_step(fitted, at + 1)
+    assert run(shell, "%dtrain stop").status == "stopped"
+    assert fitted.history["lr"][-1] == 1e-4
+
+
+def test_an_interrupt_gives_the_prompt_back_and_training_goes_on(shell):
+    fitted = run(shell, "%dtrain fit model train --loss cross_entropy --epochs 5000")
+    wait_for_step(fitted, 1)
+    waiting = threading.Event()
+    fitted.add_wait_hook(lambda _: waiting.set())
+
+    def interrupt():
+        waiting.wait(30)
+        _thread.interrupt_main()
+
+    threading.Thread(target=interrupt, name="interrupt", daemon=True).start()
+    run(shell, "%dtrain wait")
+    at = fitted.step
+    wait_for_step(fitted, at + 1)
+    assert fitted.status == "running"
+
+
+def test_px_reaches_every_engine(shell, pool):
+    run(shell, "%dtrain start")
+    run(shell, "%px answer = 6 * 7")
+    assert pool.client[:]["answer"] == [42, 42]
+
+
+def test_a_cell_runs_on_the_engines_that_are_named(shell, capfd):
+    shell.run_cell("%%dtrain --on 1\nprint('only', 'here')", store_history=False).raise_error()
+    assert "only here" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("%dtrain fti", "%dtrain has no verb 'fti': did you mean 'fit'"),
+        ("%dtrain fit modle train", "no variable 'modle' in this notebook: did you mean 'model'"),
+        ("%dtrain fit model train --lsos mse_loss", "has no flag '--lsos': did you mean '--loss'"),
+        ("%dtrain fit model", "needs model and train: train is missing"),
+        ("%dtrain start -n 2 --profle x", "has no flag '--profle': did you mean '--profile'"),
+        ("%dtrain set momentum=1", "has no flag '--momentum=1'"),
+    ],
+)
+def test_a_wrong_line_is_refused_with_the_nearest_right_one(shell, line, message):
+    result = shell.run_cell(line, store_history=False)
+    assert message in str(result.error_in_exec)
+
+
+def test_an_error_is_shown_as_one_line_without_dnb_s_own_frames(shell, capsys):
+    shell.run_cell("%dtrain fti", store_history=False)
+    told = capsys.readouterr().out
+    assert told.startswith("ArgumentError: %dtrain has no verb 'fti'")
+    assert "Traceback" not in told
