@@ -50,7 +50,7 @@ def read_source(value: Any, *, name: str, seed: int) -> Source:
     """
     if isinstance(value, DataLoader):
         return _read_loader(value, name=name, seed=seed)
-    if isinstance(value, tuple | list) and value and all(isinstance(v, torch.Tensor | np.ndarray) for v in value):
+    if isinstance(value, tuple | list) and value and isinstance(value[0], torch.Tensor | np.ndarray):
         return _read_tensors(value, name=name)
     if isinstance(value, torch.Tensor | np.ndarray):
         return _read_tensors((value,), name=name)
@@ -58,7 +58,7 @@ def read_source(value: Any, *, name: str, seed: int) -> Source:
 
 
 def _read_tensors(values: Sequence[torch.Tensor | np.ndarray[Any, Any]], *, name: str) -> Source:
-    tensors = tuple(torch.from_numpy(v) if isinstance(v, np.ndarray) else v.detach() for v in values)
+    tensors = tuple(_as_tensor(part, number=number, name=name) for number, part in enumerate(values, 1))
     lengths = [len(tensor) if tensor.dim() else 0 for tensor in tensors]
     if len(set(lengths)) > 1:
         raise ArgumentError(
@@ -67,6 +67,21 @@ def _read_tensors(values: Sequence[torch.Tensor | np.ndarray[Any, Any]], *, name
         )
     _check_not_empty(lengths[0], name=name)
     return Source(data=DataSource(samples=tensors, collate=None), num_samples=lengths[0], order=None)
+
+
+def _as_tensor(part: Any, *, number: int, name: str) -> torch.Tensor:
+    if isinstance(part, torch.Tensor):
+        return part.detach()
+    if not isinstance(part, np.ndarray):
+        raise ArgumentError(f"part {number} of {name} is a {type(part).__name__}: give tensors or arrays")
+    if not part.flags.writeable or any(stride < 0 for stride in part.strides):
+        part = part.copy()  # torch takes neither
+    try:
+        return torch.from_numpy(part)
+    except TypeError as error:
+        raise ArgumentError(
+            f"part {number} of {name} is an array of {part.dtype}, and torch has no such tensors: give numbers"
+        ) from error
 
 
 def _read_dataset(value: Any, *, name: str, collate: Callable[..., Any]) -> Source:
@@ -93,19 +108,32 @@ def _read_loader(loader: DataLoader[Any], *, name: str, seed: int) -> Source:
         "drop_last": loader.drop_last,
         "seed": seed,
     }
-    sampler = loader.sampler
-    is_random = type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None
+    sampler: Any = loader.sampler
+    is_whole = type(sampler) in (SequentialSampler, RandomSampler) and len(sampler) == source.num_samples
+    is_random = type(sampler) is RandomSampler and not sampler.replacement
+    has_own_generator = is_random and sampler.generator is not None and sampler.generator is not loader.generator
     if loader.batch_size is None:
         if loader.batch_sampler is None:
             raise ArgumentError(f"{name} is a DataLoader without batches (batch_size=None): give it a batch_size")
-        order = BatchOrder(batch_size=1, batch_sampler=loader.batch_sampler, generator=loader.generator, **common)
-    elif type(sampler) is SequentialSampler:
+        order = BatchOrder(
+            batch_size=_usual_batch_size(loader.batch_sampler, num_samples=source.num_samples),
+            batch_sampler=loader.batch_sampler,
+            generator=loader.generator,
+            **common,
+        )
+    elif is_whole and type(sampler) is SequentialSampler:
         order = BatchOrder(batch_size=loader.batch_size, shuffle=False, **common)
-    elif is_random:
+    elif is_whole and is_random and not has_own_generator:
         order = BatchOrder(batch_size=loader.batch_size, shuffle=True, generator=loader.generator, **common)
     else:
         order = BatchOrder(batch_size=loader.batch_size, sampler=sampler, generator=loader.generator, **common)
     return Source(data=source.data, num_samples=source.num_samples, order=order)
+
+
+def _usual_batch_size(batch_sampler: Any, *, num_samples: int) -> int:
+    """What a batch sampler says, else the mean over an epoch."""
+    size = getattr(batch_sampler, "batch_size", None)
+    return size if isinstance(size, int) else max(1, num_samples // max(1, len(batch_sampler)))
 
 
 def _check_not_empty(num_samples: int, *, name: str) -> None:
@@ -199,6 +227,7 @@ def loss_names() -> list[str]:
         "cosine_embedding_loss",
         "ctc_loss",
         "gaussian_nll_loss",
+        "triplet_margin_with_distance_loss",
     }
     losses = {name for name in dir(torch.nn.functional) if name.endswith("_loss")}
     return sorted((losses - three_inputs) | others)

@@ -224,7 +224,9 @@ class Run:
         """Over the last seconds; over the whole run when it has ended."""
         steps_per_second = self._steps_per_second()
         samples = sum(worker.samples for worker in self._totals)
-        return None if steps_per_second is None or not self.step else steps_per_second * samples / self.step
+        return (
+            None if steps_per_second is None or not self.step or not samples else steps_per_second * samples / self.step
+        )
 
     @property
     def seconds_left(self) -> float | None:

@@ -23,24 +23,3 @@ def fetch_batch(source: DataSource, indices: torch.Tensor) -> Any:
     if hasattr(source.samples, "__getitems__"):
         return source.collate(source.samples.__getitems__(positions))
     return source.collate([source.samples[position] for position in positions])
-
-
-def move_batch(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor in it on `device`."""
-    if isinstance(batch, torch.Tensor):
-        return batch.to(device)
-    if isinstance(batch, dict):
-        return {key: move_batch(value, device) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return type(batch)(move_batch(value, device) for value in batch)
-    return batch
-
-
-def count_samples(batch: Any, *, default: int) -> int:
-    """Samples in a batch: the length of its first tensor."""
-    if isinstance(batch, torch.Tensor):
-        return int(batch.shape[0]) if batch.dim() else default
-    children = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, list | tuple) else ()
-    for child in children:
-        return count_samples(child, default=default)
-    return default

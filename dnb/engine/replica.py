@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from dnb.engine.loader import count_samples, fetch_batch
+from dnb.engine.loader import fetch_batch
 from dnb.engine.telemetry import Stopwatch
 from dnb.records import Load, RunSpec, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
@@ -77,7 +77,7 @@ class Replica:
         """Loss and metrics of one micro-batch, with backward if it is `work` of a step."""
         with self._stopwatch.measure("data"):
             batch = fetch_batch(source, indices)
-        num_samples = count_samples(batch, default=len(indices))
+        num_samples = len(indices)
         with self._stopwatch.measure("compute"):
             with self._autocast():
                 loss, metrics = self._apply(batch)

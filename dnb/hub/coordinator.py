@@ -188,7 +188,16 @@ class _Task:
             self.reports = [report for report in self.reports if report[0] != engine]
         for shard in shards:
             self.leases.pop(shard, None)
+        if shards:
+            self.touched.discard(engine)
         return sorted(shards)
+
+    def forget(self, engine: int) -> list[int]:
+        """Drop what an engine reported; the shards to lease again."""
+        shards = [shard for owner, part in self.reports if owner == engine for shard in part]
+        self.reports = [report for report in self.reports if report[0] != engine]
+        self.touched.discard(engine)
+        return shards
 
 
 class Coordinator:
@@ -215,6 +224,7 @@ class Coordinator:
         self._unowned: list[int] = []  # shards of the task that nobody holds, as no engine is ready
         self._wish: Literal["pause", "stop"] | None = None
         self._committing = False
+        self._last_loss = ""
 
     def start(self) -> list[Action]:
         """The first actions."""
@@ -265,6 +275,8 @@ class Coordinator:
         actions: list[Action] = [Note("joined", f"engine {engine} has model and data", engine)]
         if self.status == "starting":
             return actions + self._begin_if_loaded()
+        if self._task is not None and not self._committing:
+            self._unowned.extend(self._task.forget(engine))  # what it reported in an earlier life is overwritten now
         return actions + self._lease_unowned()
 
     def _begin_if_loaded(self) -> list[Action]:
@@ -281,13 +293,16 @@ class Coordinator:
             return []
         self._loading.discard(engine)
         self._ready.discard(engine)
-        actions: list[Action] = [Note("died", f"engine {engine} {reason}", engine)]
+        self._last_loss = f"engine {engine} {reason}"
+        actions: list[Action] = [Note("died", self._last_loss, engine)]
+        if self._committing:
+            return actions  # what is being committed is whole; the next task sees who is left
         if not self._ready and not self._loading:
-            return actions + self._end("failed", f"no engine is left at step {self.step}: engine {engine} {reason}")
+            return actions + self._end_without_engines()
         return actions + self._begin_if_loaded() + self._lease_again(engine)
 
     def _lease_again(self, lost: int) -> list[Action]:
-        if self._task is None or self._committing:
+        if self._task is None:
             return []
         shards = self._task.release(lost)
         if not shards:
@@ -324,8 +339,11 @@ class Coordinator:
         return self.step == self.num_steps or self.step % self.evaluate_every == 0
 
     def _open(self, kind: WorkKind, step: int) -> list[Action]:
+        if not self._ready and not self._loading:
+            return self._end_without_engines()
         self._task = _Task(kind, step)
-        return self._lease(self._task, range(self.num_shards))
+        self._unowned = list(range(self.num_shards))
+        return self._lease_unowned()
 
     def _lease(self, task: _Task, shards: Iterable[int]) -> list[Action]:
         parts = deal_shards(tuple(shards), sorted(self._ready))
@@ -340,7 +358,9 @@ class Coordinator:
         task = self._task
         if task is None or self._committing or (event.kind, event.step) != (task.kind, task.step):
             return []
-        if not event.shards or any(task.leases.get(shard) != event.engine for shard in event.shards):
+        if not event.shards or len(set(event.shards)) != len(event.shards):
+            return []
+        if any(task.leases.get(shard) != event.engine for shard in event.shards):
             return []
         for shard in event.shards:
             del task.leases[shard]
@@ -382,17 +402,19 @@ class Coordinator:
         return [Note("paused", text)]
 
     def _ask(self, verb: Literal["pause", "resume", "stop"]) -> list[Action]:
-        if verb == "stop" and (self.status in ("paused", "starting") or not self._ready):
+        if verb == "stop" and (self.status != "running" or not (self._ready or self._committing)):
             return self._end("stopped")
         if verb == "resume":
             return self._resume()
-        self._wish = verb
+        if self._wish != "stop":
+            self._wish = verb
         return []
 
     def _resume(self) -> list[Action]:
-        self._wish = None
         if self.status != "paused":
+            self._wish = self._wish if self._wish == "stop" else None
             return []
+        self._wish = None
         self.status = "running"
         self.error = ""
         return [Note("resumed", f"resumed after step {self.step}"), *self._next_task()]
@@ -406,6 +428,9 @@ class Coordinator:
         place = f"step {event.step}" if event.step else "loading"
         text = f"{place} on engine {event.engine}: {failure.kind}: {failure.message}"
         return self._end("failed", text, failure.traceback)
+
+    def _end_without_engines(self) -> list[Action]:
+        return self._end("failed", f"no engine is left at step {self.step}: {self._last_loss}")
 
     def _end(self, status: RunStatus, error: str = "", traceback: str = "") -> list[Action]:
         self.status = status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,7 +85,10 @@ class RunFolder:
 
     def append_row(self, row: HistoryRow) -> None:
         """Add a line to the history."""
-        os.write(self._history, self._encoder.encode(row) + b"\n")
+        # JSON has no NaN and no infinity: they are written as words.
+        values = {name: value if math.isfinite(value) else str(value) for name, value in row.values.items()}
+        line = {"kind": row.kind, "step": row.step, "time": row.time, "values": values}
+        os.write(self._history, self._encoder.encode(line) + b"\n")
 
     def append_event(self, event: RunEvent) -> None:
         """Add a line to the events."""
@@ -134,7 +138,7 @@ def read_events(path: Path) -> list[RunEvent]:
 
 
 def _read_lines(path: Path, kind: type[T]) -> Iterator[T]:
-    decoder = msgspec.json.Decoder(kind)
+    decoder = msgspec.json.Decoder(kind, strict=False)  # words become numbers again
     lines = path.read_bytes().split(b"\n")
     for line in lines[:-1]:  # what follows the last line feed is empty, or torn
         yield decoder.decode(line)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dnb.errors import ArgumentError, nearest
 
@@ -73,10 +74,36 @@ def build_optimizer(
 
 
 def build_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
-    """Make the scheduler, which is stepped after every optimizer step."""
-    if scheduler is None or isinstance(scheduler, LRScheduler):
-        return scheduler
-    built = scheduler(optimizer)
+    """Make the scheduler, which is stepped after every optimizer step.
+
+    Raises:
+        ArgumentError: it is none, belongs to another optimizer, or wants a metric.
+    """
+    if scheduler is None:
+        return None
+    built = scheduler if isinstance(scheduler, LRScheduler) else scheduler(optimizer)
     if not isinstance(built, LRScheduler):
         raise ArgumentError(f"scheduler(optimizer) returned a {type(built).__name__}, not an LRScheduler")
+    if isinstance(built, ReduceLROnPlateau):
+        raise ArgumentError(
+            "ReduceLROnPlateau waits for a metric, and a scheduler is stepped with every step: use another"
+        )
+    if built.optimizer is not optimizer:
+        raise ArgumentError("the scheduler belongs to another optimizer: give scheduler=callable(optimizer)")
+    _track_steps(optimizer)
     return built
+
+
+def _track_steps(optimizer: Any) -> None:
+    """Mark steps as LRScheduler does when it is built; pickling an optimizer loses the mark, and it would warn."""
+    if hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        return
+    step = optimizer.step
+
+    @functools.wraps(step)
+    def tracked(*arguments: Any, **options: Any) -> Any:
+        optimizer._opt_called = True
+        return step(*arguments, **options)
+
+    tracked._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = tracked

@@ -166,7 +166,7 @@ class Master:
             if all(torch.equal(buffer, master) for buffer in seen):
                 continue  # a constant must not drift by rounding
             if not master.is_floating_point() or len(seen) == 1:
-                master.copy_(seen[0])
+                master.copy_(next(b for e, b in zip(engines, seen, strict=True) if weights[e] or not total))
                 continue
             mixed = torch.zeros_like(master, dtype=torch.float64)
             for engine, buffer in zip(engines, seen, strict=True):

@@ -109,7 +109,7 @@ def bind(
     words = split_line(line)
     while words:
         word = words.pop(0)
-        if not word.is_expression and word.text.startswith("-") and not _is_number(word.text):
+        if _is_flag(word):
             name, value = _flag(word.text, words, known, names=names, verb=verb)
         elif waiting:
             name, value = waiting[0], _variable(word, names)
@@ -142,8 +142,8 @@ def _flag(
         raise ArgumentError(f"%dtrain {verb} has no flag {text!r}: {nearest(text, flags)}")
     parameter = known[name]
     if has_value:
-        return name, _value(split_line(inline)[0] if inline else Word(""), parameter, names)
-    is_followed = bool(words) and (words[0].is_expression or not words[0].text.startswith("--"))
+        words[:0] = split_line(inline)
+    is_followed = bool(words) and not _is_flag(words[0]) and not (has_value and not inline)
     if _is_switch(parameter) and not (is_followed and words[0].text.lower() in ("true", "false")):
         return name, True
     if not is_followed:
@@ -180,6 +180,10 @@ def _evaluate(expression: str, names: Mapping[str, Any]) -> Any:
         return eval(expression, {"__builtins__": builtins}, dict(names))  # noqa: S307 - the user's own cell
     except Exception as error:
         raise ArgumentError(f"{{{expression}}} cannot be evaluated: {type(error).__name__}: {error}") from error
+
+
+def _is_flag(word: Word) -> bool:
+    return not word.is_expression and word.text.startswith("-") and not _is_number(word.text)
 
 
 def _is_switch(parameter: inspect.Parameter) -> bool:

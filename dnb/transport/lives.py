@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import time
 from collections.abc import Iterable
 
 import psutil
 
 from dnb.records import Process
+
+# How long a killed process may take to go, and how often it is looked for.
+KILL_SECONDS = 5.0
+LOOK_SECONDS = 0.02
 
 
 def this_process() -> Process:
@@ -46,15 +51,21 @@ def end_processes(
     Returns:
         Those that had to be killed.
     """
-    found = {own: process for process in processes if (own := _find(process)) is not None}
-    for own in found:
-        if first_signal is not None:
-            _signal(own, first_signal)
-    _, stubborn = psutil.wait_procs(list(found), timeout=patience_seconds)
-    for own in stubborn:
-        _signal(own, signal.SIGKILL)
-    psutil.wait_procs(stubborn, timeout=patience_seconds)
-    return [found[own] for own in stubborn]
+    wanted = list(processes)
+    if first_signal is not None:
+        _signal_all(wanted, first_signal)
+    stubborn = _wait_until_gone(wanted, limit_seconds=patience_seconds)
+    _signal_all(stubborn, signal.SIGKILL)
+    _wait_until_gone(stubborn, limit_seconds=KILL_SECONDS)
+    return stubborn
+
+
+def _wait_until_gone(processes: Iterable[Process], *, limit_seconds: float) -> list[Process]:
+    """Those that still live at the limit. A zombie counts as gone: only its parent can do more."""
+    deadline = time.monotonic() + limit_seconds
+    while (left := [process for process in processes if _find(process) is not None]) and time.monotonic() < deadline:
+        time.sleep(LOOK_SECONDS)
+    return left
 
 
 def _find(process: Process) -> psutil.Process | None:
@@ -72,6 +83,9 @@ def _describe(own: psutil.Process) -> Process:
     return Process(host=socket.gethostname(), pid=own.pid, create_time=own.create_time())
 
 
-def _signal(own: psutil.Process, number: signal.Signals) -> None:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        own.send_signal(number)
+def _signal_all(processes: Iterable[Process], number: signal.Signals) -> None:
+    for process in processes:
+        own = _find(process)
+        if own is not None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                own.send_signal(number)

@@ -67,6 +67,9 @@ class _Packer(cloudpickle.Pickler):  # type: ignore[misc]
         return super().reducer_override(obj)
 
     def _reduce_tensor(self, tensor: torch.Tensor) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]:
+        if tensor.is_conj() or tensor.is_neg():  # lazily so: the storage does not show it
+            tensor = tensor.detach().resolve_conj().resolve_neg().requires_grad_(tensor.requires_grad)
+            self._alive.append(tensor)
         whole = tensor.untyped_storage()
         needed = tensor.numel() * tensor.element_size()
         if whole.nbytes() > 2 * needed:  # a small view of something large: send only what it shows
@@ -188,7 +191,8 @@ def _parts(obj: Any) -> list[tuple[str, Any]]:
         return [(f"[{index}]", value) for index, value in enumerate(obj)]
     if isinstance(obj, torch.nn.Module):
         modules = list(obj.named_children())
-        own = {key: value for key, value in vars(obj).items() if not key.startswith("_")}
+        internal = vars(torch.nn.Module())
+        own = {key: value for key, value in vars(obj).items() if key not in internal}
         return [(f".{key}", value) for key, value in [*own.items(), *modules]]
     return [(f".{key}", value) for key, value in getattr(obj, "__dict__", {}).items()]
 

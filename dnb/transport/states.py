@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 
 from dnb.records import StateTree, TensorSlot
@@ -50,6 +51,8 @@ def encode_state(state: Any) -> tuple[StateTree, list[memoryview]]:
             return {_TUPLE: [walk(child) for child in value]}
         if isinstance(value, list):
             return [walk(child) for child in value]
+        if isinstance(value, np.generic):
+            return value.item()
         if value is None or isinstance(value, bool | int | float | str):
             return value
         raise TypeError(f"a {type(value).__name__} in the state cannot travel without pickle")

@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import msgspec
+import pytest
+import zmq
+
+from dnb.errors import ArgumentError, HubError
+from dnb.records import Address, Done, GetPool, Hello, Message, Process, Refused, Shutdown
+from dnb.transport.channels import (
+    CLIENT_ROLE,
+    ENGINE_ROLE,
+    HubClient,
+    RoleKeys,
+    bind_router,
+    connect_dealer,
+    encode,
+    start_authenticator,
+)
+
+# Long enough for a handshake on loopback (about 5 ms), short enough to wait for what must not come.
+PATIENCE_MILLISECONDS = 300
+LIMIT_MILLISECONDS = 10_000
+
+
+class Hub:
+    """The sockets of a hub, and a thread that answers its clients as told."""
+
+    def __init__(self) -> None:
+        self.keys = RoleKeys()
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._authenticator = start_authenticator(self.context, self.keys)
+        self.routers = {
+            role: bind_router(self.context, self.keys, role=role, host="127.0.0.1")
+            for role in (ENGINE_ROLE, CLIENT_ROLE)
+        }
+        self._threads: list[threading.Thread] = []
+
+    def address(self, role: str, *, of: str | None = None) -> Address:
+        """Where the socket of a role is, with the keys of that role, or of another."""
+        url = self.routers[role].getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+        return self.keys.address(of or role, url)
+
+    def answer(self, *replies: Callable[[list[bytes]], list[list[bytes]]]) -> None:
+        """Take one request after the other and send what each function makes of its parts."""
+
+        def serve() -> None:
+            router = self.routers[CLIENT_ROLE]
+            for reply in replies:
+                if not router.poll(LIMIT_MILLISECONDS):
+                    return
+                for parts in reply(router.recv_multipart()):
+                    router.send_multipart(parts)
+
+        self._threads.append(threading.Thread(target=serve, name="fake-hub"))
+        self._threads[-1].start()
+
+    def close(self) -> None:
+        for thread in self._threads:
+            thread.join(LIMIT_MILLISECONDS / 1000)
+        self._authenticator.stop()
+        self.context.destroy(linger=0)
+
+
+def reply(record: Message, *frames: bytes) -> Callable[[list[bytes]], list[list[bytes]]]:
+    return lambda parts: [[*parts[:2], *encode(record, frames)]]
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    made = Hub()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def client_of() -> Iterator[Callable[..., HubClient]]:
+    clients: list[HubClient] = []
+
+    def make(address: Address, **options) -> HubClient:
+        clients.append(HubClient(address, **options))
+        return clients[-1]
+
+    yield make
+    for client in clients:
+        client.close()
+
+
+def arrives(hub: Hub, role: str, address: Address) -> bool:
+    """Whether what a peer with this address sends gets through to the socket of a role."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        dealer = connect_dealer(context, address)
+        dealer.send_multipart([b"1", b"knock"])
+        return bool(hub.routers[role].poll(PATIENCE_MILLISECONDS))
+    finally:
+        context.destroy(linger=0)
+
+
+# who is let in ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("role", [ENGINE_ROLE, CLIENT_ROLE])
+def test_a_peer_with_the_key_of_the_role_is_let_in(hub: Hub, role: str):
+    assert arrives(hub, role, hub.address(role))
+
+
+def test_the_key_of_an_engine_does_not_open_the_socket_of_clients(hub: Hub):
+    assert not arrives(hub, CLIENT_ROLE, hub.address(CLIENT_ROLE, of=ENGINE_ROLE))
+
+
+def test_the_key_of_a_client_does_not_open_the_socket_of_engines(hub: Hub):
+    assert not arrives(hub, ENGINE_ROLE, hub.address(ENGINE_ROLE, of=CLIENT_ROLE))
+
+
+@pytest.mark.parametrize("role", [ENGINE_ROLE, CLIENT_ROLE])
+def test_the_key_of_a_stranger_opens_nothing(hub: Hub, role: str):
+    public, secret = zmq.curve_keypair()
+    stranger = msgspec.structs.replace(hub.address(role), public=public.decode(), secret=secret.decode())
+    assert not arrives(hub, role, stranger)
+
+
+@pytest.mark.parametrize("role", [ENGINE_ROLE, CLIENT_ROLE])
+def test_the_keys_of_another_hub_open_nothing(hub: Hub, role: str):
+    foreign = RoleKeys().address(role, hub.address(role).url)
+    assert not arrives(hub, role, foreign)
+
+
+def test_a_peer_without_keys_is_not_let_in(hub: Hub):
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        plain = context.socket(zmq.DEALER)
+        plain.connect(hub.address(CLIENT_ROLE).url)
+        plain.send_multipart([b"1", b"knock"])
+        assert not hub.routers[CLIENT_ROLE].poll(PATIENCE_MILLISECONDS)
+    finally:
+        context.destroy(linger=0)
+
+
+def test_every_hub_has_keys_of_its_own():
+    first, second = RoleKeys(), RoleKeys()
+    assert first.address(CLIENT_ROLE, "").secret != second.address(CLIENT_ROLE, "").secret
+
+
+def test_the_sockets_listen_on_loopback_only(hub: Hub):
+    assert hub.address(CLIENT_ROLE).url.startswith("tcp://127.0.0.1:")
+
+
+# questions and answers ---------------------------------------------------------------------------------------
+
+
+def test_an_answer_comes_with_its_frames(hub: Hub, client_of):
+    hub.answer(reply(Done(), b"one", b"two"))
+    assert client_of(hub.address(CLIENT_ROLE)).ask(GetPool(), Done) == (Done(), [b"one", b"two"])
+
+
+def test_frames_of_a_request_arrive_as_they_are(hub: Hub, client_of):
+    seen: list[bytes] = []
+
+    def keep(parts: list[bytes]) -> list[list[bytes]]:
+        seen.extend(parts[3:])
+        return reply(Done())(parts)
+
+    hub.answer(keep)
+    client_of(hub.address(CLIENT_ROLE)).ask(GetPool(), Done, frames=[b"one", b""])
+    assert seen == [b"one", b""]
+
+
+def test_a_refusal_is_raised_as_the_error_that_the_hub_named(hub: Hub, client_of):
+    hub.answer(reply(Refused(error="ArgumentError", message="run 'a' is active")))
+    with pytest.raises(ArgumentError, match="run 'a' is active"):
+        client_of(hub.address(CLIENT_ROLE)).ask(GetPool(), Done)
+
+
+def test_a_refusal_of_an_unknown_kind_is_a_hub_error(hub: Hub, client_of):
+    hub.answer(reply(Refused(error="Surprise", message="what now")))
+    with pytest.raises(HubError, match="what now"):
+        client_of(hub.address(CLIENT_ROLE)).ask(GetPool(), Done)
+
+
+def test_a_hub_that_does_not_answer_is_told_with_the_request_and_the_limit(hub: Hub, client_of):
+    client = client_of(hub.address(CLIENT_ROLE), timeout_seconds=0.3)
+    with pytest.raises(HubError, match=r"the hub did not answer GetPool within 0\.3 s"):
+        client.ask(GetPool(), Done)
+
+
+def test_the_limit_of_one_request_may_be_its_own(hub: Hub, client_of):
+    client = client_of(hub.address(CLIENT_ROLE))
+    with pytest.raises(HubError, match=r"the hub did not answer Shutdown within 0\.2 s"):
+        client.ask(Shutdown(), Done, timeout_seconds=0.2)
+
+
+@pytest.mark.timeout(20)
+def test_a_dead_hub_is_told_long_before_the_limit(hub: Hub, client_of):
+    client = client_of(hub.address(CLIENT_ROLE), is_alive=lambda: False, timeout_seconds=300)
+    with pytest.raises(HubError, match="the hub has died: %dtrain shutdown clears up"):
+        client.ask(GetPool(), Done)
+
+
+def test_a_late_answer_to_a_request_that_was_given_up_is_not_taken_for_the_next(hub: Hub, client_of):
+    kept: list[list[bytes]] = []
+
+    def keep(parts: list[bytes]) -> list[list[bytes]]:
+        kept.append(parts)
+        return []
+
+    def answer_both(parts: list[bytes]) -> list[list[bytes]]:
+        return [*reply(Done(), b"late")(kept[0]), *reply(Done(), b"of the second")(parts)]
+
+    hub.answer(keep, answer_both)
+    client = client_of(hub.address(CLIENT_ROLE), timeout_seconds=5)
+    with pytest.raises(HubError, match="did not answer"):
+        client.ask(GetPool(), Done, timeout_seconds=0.3)
+    assert client.ask(GetPool(), Done) == (Done(), [b"of the second"])
+
+
+def test_threads_that_share_a_client_each_get_their_own_answer(hub: Hub, client_of):
+    def echo(parts: list[bytes]) -> list[list[bytes]]:
+        pid = msgspec.msgpack.decode(parts[2], type=Hello).owner.pid
+        return reply(Done(), str(pid).encode())(parts)
+
+    hub.answer(*[echo] * 8)
+    client = client_of(hub.address(CLIENT_ROLE))
+    answers: dict[int, bytes] = {}
+
+    def ask(pid: int) -> None:
+        owner = Process(host="here", pid=pid, create_time=0.0)
+        answers[pid] = client.ask(Hello(owner=owner), Done)[1][0]
+
+    threads = [threading.Thread(target=ask, args=(pid,), name=f"ask-{pid}") for pid in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT_MILLISECONDS / 1000)
+    assert answers == {pid: str(pid).encode() for pid in range(8)}
+
+
+def test_a_closed_client_says_that_it_is_closed(hub: Hub, client_of):
+    client = client_of(hub.address(CLIENT_ROLE))
+    client.close()
+    with pytest.raises(HubError, match="the connection to the hub is closed: %dtrain start opens a new pool"):
+        client.ask(GetPool(), Done)
+
+
+def test_a_client_may_be_closed_twice(hub: Hub, client_of):
+    client = client_of(hub.address(CLIENT_ROLE))
+    client.close()
+    client.close()
+    assert client._socket.closed

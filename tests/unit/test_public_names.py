@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import dnb
+
+# As design.md, section 4, has it, less what later releases bring.
+PUBLIC = [
+    "DnbError",
+    "Engine",
+    "History",
+    "Pool",
+    "Run",
+    "RunError",
+    "Sum",
+    "attach",
+    "fit",
+    "start",
+]
+# Those, and the functions still to come.
+FUNCTIONS = {"attach", "fit", "plan", "resume", "start"}
+
+
+def test_the_public_names_are_those_of_the_design():
+    assert dnb.__all__ == PUBLIC
+
+
+def test_there_are_at_most_a_dozen_public_names():
+    assert len(dnb.__all__) <= 12
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_can_be_had(name: str):
+    assert getattr(dnb, name).__name__ == name
+
+
+def test_a_name_that_is_not_public_is_not_there():
+    with pytest.raises(AttributeError, match="module 'dnb' has no attribute 'nothing'"):
+        _ = dnb.nothing
+
+
+def test_completion_offers_the_public_names_before_they_are_used():
+    code = "import dnb; print(set(dnb.__all__) <= set(dir(dnb)))"
+    assert run(code) == "True"
+
+
+def test_no_module_bears_the_name_of_a_public_function():
+    modules = {info.name.rpartition(".")[2] for info in pkgutil.walk_packages(dnb.__path__, "dnb.")}
+    assert modules & FUNCTIONS == set()
+
+
+@pytest.mark.parametrize("module", ["dnb", "dnb.hub.controller", "dnb.hub.service", "dnb.notebook.arguments"])
+def test_a_module_that_must_be_quick_does_not_import_torch(module: str):
+    assert run(f"import sys, {module}; print('torch' in sys.modules)") == "False"
+
+
+def run(code: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout.strip()

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import types
+import typing
+from typing import Any, get_args
+
+import msgspec
+import pytest
+
+from dnb import records
+from dnb.records import EngineMessage, HubMessage, Message, Record, Reply, Request
+
+UNIONS = {"EngineMessage": EngineMessage, "HubMessage": HubMessage, "Request": Request, "Reply": Reply}
+MESSAGES = [(name, kind) for name, union in UNIONS.items() for kind in get_args(union)]
+FACTS = sorted(
+    (
+        kind
+        for kind in vars(records).values()
+        if isinstance(kind, type) and issubclass(kind, Record) and kind not in (Record, Message)
+    ),
+    key=lambda kind: kind.__name__,
+)
+
+
+def example(kind: Any) -> Any:
+    """A value of a type: records are filled field by field."""
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return kind(**{field.name: example(field.type) for field in msgspec.structs.fields(kind)})
+    origin, arguments = typing.get_origin(kind), get_args(kind)
+    if origin is typing.Literal:
+        return arguments[0]
+    if origin in (types.UnionType, typing.Union):
+        return example(arguments[0])
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return (example(arguments[0]), example(arguments[0]))
+    if origin is dict:
+        return {example(arguments[0]): example(arguments[1])}
+    return {int: 7, float: 0.5, str: "text", bool: True, bytes: b"raw"}[kind]
+
+
+def wrong_for(value: Any) -> Any:
+    """A value of a type that never fits a field of the example's type."""
+    return 3 if isinstance(value, str | bytes | list | dict) else "wrong"
+
+
+@pytest.mark.parametrize(("name", "kind"), MESSAGES, ids=lambda value: getattr(value, "__name__", value))
+def test_a_message_is_the_same_after_the_journey(name: str, kind: type[Message]):
+    message = example(kind)
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=UNIONS[name]) == message
+
+
+@pytest.mark.parametrize("kind", FACTS, ids=lambda kind: kind.__name__)
+def test_a_record_is_the_same_after_a_journey_as_json(kind: type[Record]):
+    record = example(kind)
+    if "bytes" in {getattr(field.type, "__name__", "") for field in msgspec.structs.fields(kind)}:
+        assert msgspec.msgpack.decode(msgspec.msgpack.encode(record), type=kind) == record
+    else:
+        assert msgspec.json.decode(msgspec.json.encode(record), type=kind) == record
+
+
+@pytest.mark.parametrize("kind", FACTS, ids=lambda kind: kind.__name__)
+def test_a_record_with_an_unknown_field_is_refused(kind: type[Record]):
+    fields = {**msgspec.to_builtins(example(kind), builtin_types=(bytes,)), "surprise": 1}
+    with pytest.raises(msgspec.ValidationError, match="unknown field `surprise`"):
+        msgspec.msgpack.decode(msgspec.msgpack.encode(fields), type=kind)
+
+
+FIELDS = [(kind, field.name) for kind in FACTS for field in msgspec.structs.fields(kind)]
+
+
+@pytest.mark.parametrize(("kind", "name"), FIELDS, ids=lambda value: getattr(value, "__name__", value))
+def test_a_field_of_the_wrong_type_is_refused(kind: type[Record], name: str):
+    fields = msgspec.to_builtins(example(kind), builtin_types=(bytes,))
+    fields[name] = wrong_for(fields[name])
+    with pytest.raises(msgspec.ValidationError, match=rf"at `\$\.{name}`"):
+        msgspec.msgpack.decode(msgspec.msgpack.encode(fields), type=kind)
+
+
+@pytest.mark.parametrize("kind", FACTS, ids=lambda kind: kind.__name__)
+def test_a_record_cannot_be_changed(kind: type[Record]):
+    record = example(kind)
+    for field in msgspec.structs.fields(kind):
+        with pytest.raises(AttributeError, match="immutable"):
+            setattr(record, field.name, None)
+
+
+def test_a_missing_field_is_refused():
+    with pytest.raises(msgspec.ValidationError, match="missing required field `reason`"):
+        msgspec.msgpack.decode(msgspec.msgpack.encode({"type": "Leave"}), type=EngineMessage)
+
+
+@pytest.mark.parametrize(
+    ("name", "foreign"), [("EngineMessage", "Shutdown"), ("Request", "Work"), ("HubMessage", "Join")]
+)
+def test_a_message_of_another_channel_is_refused(name: str, foreign: str):
+    message = example(getattr(records, foreign))
+    with pytest.raises(msgspec.ValidationError, match=f"Invalid value '{foreign}'"):
+        msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=UNIONS[name])
+
+
+def test_no_message_belongs_to_two_channels():
+    kinds = [kind for _, kind in MESSAGES]
+    assert len(kinds) == len(set(kinds))
+
+
+def test_every_message_belongs_to_a_channel():
+    assert {kind for kind in FACTS if issubclass(kind, Message)} == {kind for _, kind in MESSAGES}
+
+
+def test_the_states_that_end_a_run_are_states_of_a_run():
+    assert set(get_args(records.RunStatus)) >= records.ENDED == {"failed", "stopped", "finished"}

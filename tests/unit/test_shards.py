@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dnb.planning.shards import choose_num_shards, deal_shards, shard_bounds
+
+NUM_SAMPLES = st.integers(0, 10_000)
+NUM_SHARDS = st.integers(1, 200)
+
+
+@pytest.mark.parametrize(
+    ("num_engines", "num_shards"), [(1, 12), (2, 12), (3, 12), (4, 12), (5, 15), (7, 14), (12, 12), (16, 16)]
+)
+def test_the_default_is_the_first_multiple_of_the_engines_from_12_on(num_engines: int, num_shards: int):
+    assert choose_num_shards(num_engines, batch_size=64) == num_shards
+
+
+def test_the_default_is_never_more_than_the_samples_of_a_batch():
+    assert choose_num_shards(2, batch_size=5) == 5
+
+
+def test_shards_are_cut_where_integer_division_says():
+    assert shard_bounds(10, num_shards=4) == [(0, 2), (2, 5), (5, 7), (7, 10)]
+
+
+def test_fewer_samples_than_shards_leave_some_shards_empty():
+    assert shard_bounds(2, num_shards=4) == [(0, 0), (0, 1), (1, 1), (1, 2)]
+
+
+@given(NUM_SAMPLES, NUM_SHARDS)
+def test_there_are_as_many_shards_as_asked_for(num_samples: int, num_shards: int):
+    assert len(shard_bounds(num_samples, num_shards=num_shards)) == num_shards
+
+
+@given(NUM_SAMPLES, NUM_SHARDS)
+def test_shards_cover_every_sample_once_and_in_order(num_samples: int, num_shards: int):
+    bounds = shard_bounds(num_samples, num_shards=num_shards)
+    assert [sample for first, last in bounds for sample in range(first, last)] == list(range(num_samples))
+
+
+@given(NUM_SAMPLES, NUM_SHARDS)
+def test_sizes_of_shards_differ_by_at_most_one(num_samples: int, num_shards: int):
+    sizes = [last - first for first, last in shard_bounds(num_samples, num_shards=num_shards)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_every_engine_is_dealt_neighbours():
+    assert deal_shards(range(6), [0, 2, 5]) == {0: (0, 1), 2: (2, 3), 5: (4, 5)}
+
+
+def test_an_engine_that_gets_no_shard_is_left_out():
+    assert deal_shards([7], [0, 1]) == {1: (7,)}
+
+
+def test_no_shards_are_dealt_to_nobody():
+    assert deal_shards([], [0, 1]) == {}
+
+
+SHARDS = st.lists(st.integers(0, 100), unique=True).map(sorted)
+ENGINES = st.lists(st.integers(0, 50), min_size=1, max_size=20, unique=True).map(sorted)
+
+
+@given(SHARDS, ENGINES)
+def test_every_shard_is_dealt_exactly_once(shards: list[int], engines: list[int]):
+    assert [shard for part in deal_shards(shards, engines).values() for shard in part] == shards
+
+
+@given(SHARDS, ENGINES)
+def test_shares_of_engines_differ_by_at_most_one(shards: list[int], engines: list[int]):
+    parts = deal_shards(shards, engines)
+    sizes = [len(parts.get(engine, ())) for engine in engines]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(SHARDS, ENGINES)
+def test_shards_are_dealt_to_known_engines_only(shards: list[int], engines: list[int]):
+    assert set(deal_shards(shards, engines)) <= set(engines)
