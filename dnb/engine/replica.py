@@ -60,8 +60,8 @@ class Replica:
         if work.fresh:
             for region in self._regions:
                 region.zero_()
+            self._read_buffers()
         self._bind_gradients()
-        self._read_buffers()
         # torch.manual_seed takes 0.3 ms, as it looks for every kind of accelerator.
         torch.default_generator.manual_seed(part_seed(self._spec.seed, work.step, work.shards[0]))
         self._job.model.train()

@@ -176,9 +176,11 @@ class ActiveRun:
             case LoadFailed(failure=failure):
                 self._dispatch(machine.UserCodeFailed(engine, 0, failure))
             case WorkReport(kind=kind, step=step, shards=shards):
-                self._count(engine, message)
-                self._reports[engine, shards] = message
-                self._dispatch(machine.WorkDone(engine, kind, step, shards))
+                done = machine.WorkDone(engine, kind, step, shards)
+                if self._coordinator.expects(done):
+                    self._count(engine, message)
+                    self._reports[engine, shards] = message
+                self._dispatch(done)
             case WorkFailed(step=step, failure=failure):
                 self._dispatch(machine.UserCodeFailed(engine, step, failure))
 

@@ -259,6 +259,15 @@ class Coordinator:
         """Engines that hold an open lease."""
         return frozenset(self._task.leases.values()) if self._task is not None else frozenset()
 
+    def expects(self, report: WorkDone) -> bool:
+        """Whether these very shards are leased to this engine now, so that its report will count."""
+        task = self._task
+        if task is None or self._committing or (report.kind, report.step) != (task.kind, task.step):
+            return False
+        if not report.shards or len(set(report.shards)) != len(report.shards):
+            return False
+        return all(task.leases.get(shard) == report.engine for shard in report.shards)
+
     # membership
 
     def _join(self, engine: int) -> list[Action]:
@@ -356,11 +365,7 @@ class Coordinator:
 
     def _take(self, event: WorkDone) -> list[Action]:
         task = self._task
-        if task is None or self._committing or (event.kind, event.step) != (task.kind, task.step):
-            return []
-        if not event.shards or len(set(event.shards)) != len(event.shards):
-            return []
-        if any(task.leases.get(shard) != event.engine for shard in event.shards):
+        if task is None or not self.expects(event):
             return []
         for shard in event.shards:
             del task.leases[shard]

@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dnb.errors import ArgumentError, nearest
 
-# LBFGS evaluates the loss several times in a step; SparseAdam takes sparse gradients only.
-_LEFT_OUT = {"optimizer", "lbfgs", "sparseadam"}
+# LBFGS evaluates the loss several times in a step; SparseAdam takes sparse gradients only, Muon only matrices.
+_LEFT_OUT = {"optimizer", "lbfgs", "muon", "sparseadam"}
 
 
 def optimizer_classes() -> dict[str, type[torch.optim.Optimizer]]:

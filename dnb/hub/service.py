@@ -313,7 +313,7 @@ class Service:
             *(engine.facts.process for engine in self._engines.values()),
         ]
         # Remembered, as the children of a controller that was killed can no longer be found.
-        self._known_helpers |= {child for child in children_of(parents) if child != self._process}
+        self._known_helpers |= {child for child in children_of(parents) if child.pid != self._process.pid}
         return tuple(helper for helper in self._known_helpers if is_alive(helper))
 
     def _write_pool_file(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from dnb.hub.pool_files import read_pool_files, remove_cluster_files
 from dnb.pool.engine_pool import all_processes
 from dnb.records import PoolFacts
-from dnb.transport.lives import end_processes, is_alive, this_process
+from dnb.transport.lives import end_processes, is_alive, is_this_process
 from dnb.transport.segments import remove_pool_folders
 
 
@@ -25,11 +25,10 @@ class Found:
 def find_pools(security_dir: Path) -> Found:
     """Look at every pool of a profile, by pid and start time."""
     found = Found([], [], [], [])
-    me = this_process()
     for facts in read_pool_files(security_dir):
         if not is_alive(facts.hub):
             found.dead.append(facts)
-        elif facts.owner == me:
+        elif facts.owner is not None and is_this_process(facts.owner):
             found.ours.append(facts)
         elif facts.owner is not None and is_alive(facts.owner):
             found.foreign.append(facts)

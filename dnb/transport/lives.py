@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import time
@@ -15,11 +16,18 @@ from dnb.records import Process
 # How long a killed process may take to go, and how often it is looked for.
 KILL_SECONDS = 5.0
 LOOK_SECONDS = 0.02
+# Start times are counted from a boot time that moves when the clock is set.
+CLOCK_SECONDS = 1.0
 
 
 def this_process() -> Process:
     """The process that calls."""
     return _describe(psutil.Process())
+
+
+def is_this_process(process: Process) -> bool:
+    """Whether it is the one that calls."""
+    return process.pid == os.getpid() and is_alive(process) and process.host == socket.gethostname()
 
 
 def is_alive(process: Process) -> bool:
@@ -73,7 +81,7 @@ def _find(process: Process) -> psutil.Process | None:
         return None
     try:
         own = psutil.Process(process.pid)
-        fits = own.create_time() == process.create_time and own.status() != psutil.STATUS_ZOMBIE
+        fits = abs(own.create_time() - process.create_time) < CLOCK_SECONDS and own.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return None
     return own if fits else None

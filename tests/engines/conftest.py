@@ -1,4 +1,4 @@
-"""One pool of two engines for all tests that need no other."""
+"""One pool of two engines per file, for all its tests that need no other."""
 
 import contextlib
 
@@ -8,7 +8,7 @@ from dnb import training
 from dnb.errors import RunError
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def shared_pool(leftovers, tmp_path_factory):
     training.start(n=2)
     yield training.current_pool()
