@@ -15,7 +15,7 @@ export IPYTHONDIR := $(CURDIR)/build/ipython
 export MPLCONFIGDIR := $(CURDIR)/build/matplotlib
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: help demo test lint pytest nbval format coverage lab clean distclean
+.PHONY: help demo test lint pytest nbval format store coverage lab clean distclean
 
 help:
 	@echo "make demo       run notebooks/quickstart.ipynb headless; leaves build/quickstart.ipynb and .html"
@@ -23,6 +23,7 @@ help:
 	@echo "make lint       format, lint, types, floors, notebooks"
 	@echo "make lab        JupyterLab on notebooks/"
 	@echo "make format     rewrite the code as 'make lint' wants it"
+	@echo "make store      run the notebooks and keep their outputs, as they are committed"
 	@echo "make coverage   the tests with coverage, engines and hub included"
 	@echo "make clean      remove build/ and caches; distclean removes .venv too"
 
@@ -74,6 +75,9 @@ endif
 format: $(VENV)/.dev-stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+store: $(VENV)/.dev-stamp
+	$(BIN)/python .ci/store_notebook.py $(NOTEBOOKS)
 
 coverage: $(VENV)/.dev-stamp
 	@mkdir -p build

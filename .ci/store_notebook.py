@@ -9,6 +9,7 @@ from nbclient import NotebookClient
 
 
 def store(path: Path) -> None:
+    """Run one notebook in a folder of its own, and write it back with what it put out."""
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory(prefix="store-") as folder:
         NotebookClient(

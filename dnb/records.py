@@ -238,13 +238,7 @@ class WorkFailed(Message, frozen=True):
     failure: Failure
 
 
-class Leave(Message, frozen=True):
-    """The engine ends by its own will."""
-
-    reason: str
-
-
-EngineMessage = Join | Loaded | LoadFailed | WorkReport | WorkFailed | Leave
+EngineMessage = Join | Loaded | LoadFailed | WorkReport | WorkFailed
 
 
 # Hub to engine -------------------------------------------------------------------------------

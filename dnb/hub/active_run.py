@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import time
 import traceback
-from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +15,13 @@ import torch
 
 from dnb.errors import SpaceError
 from dnb.hub import coordinator as machine
+from dnb.hub.accounts import Accounts, Columns
 from dnb.hub.history import HistoryRow, RunFolder, RunSummary, summarize
 from dnb.hub.reducer import Contribution, Master, NotFinite, mean_of
 from dnb.planning.sample_order import iterate_batches
 from dnb.planning.shards import shard_bounds
 from dnb.records import (
     ENDED,
-    Column,
     EngineFacts,
     Failure,
     GetRun,
@@ -36,7 +34,6 @@ from dnb.records import (
     RunState,
     Unload,
     Work,
-    WorkerTotals,
     WorkFailed,
     WorkKind,
     WorkReport,
@@ -46,54 +43,6 @@ from dnb.transport.job import Job
 log = logging.getLogger(__name__)
 
 Send = Callable[[int, Message, Sequence[Any]], None]
-
-
-@dataclass(slots=True)
-class _Worker:
-    """What is known of one engine's part in the run."""
-
-    facts: EngineFacts
-    joined: float
-    state: Literal["ready", "dead"] = "ready"
-    left: float | None = None
-    compute_seconds: float = 0.0
-    data_seconds: float = 0.0
-    wait_seconds: float = 0.0
-    busy_seconds: float = 0.0  # computing or loading data, in the task under way
-    rss_bytes: int | None = None
-    cpu_percent: float | None = None
-    samples: int = 0
-    steps: int = 0
-
-
-@dataclass(slots=True)
-class _Columns:
-    """The history in memory: flat float64 per column; evaluations interleave (step, value)."""
-
-    by_step: dict[str, array[float]] = field(default_factory=dict)
-    by_evaluation: dict[str, array[float]] = field(default_factory=dict)
-
-    def add_step(self, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.by_step.setdefault(name, array("d")).append(value)
-
-    def add_evaluation(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.by_evaluation.setdefault(name, array("d")).extend((step, value))
-
-    def after(self, seen: dict[str, int]) -> tuple[tuple[Column, ...], list[bytes]]:
-        """What a viewer does not have yet, and how many rows that is per column."""
-        columns: list[Column] = []
-        frames: list[bytes] = []
-        for name, values in self.by_step.items():
-            part = values[seen.get(name, 0) :]
-            columns.append(Column(name=name, by="step", num_rows=len(part)))
-            frames.append(part.tobytes())
-        for name, values in self.by_evaluation.items():
-            part = values[2 * seen.get(name, 0) :]
-            columns.append(Column(name=name, by="evaluation", num_rows=len(part) // 2))
-            frames.append(part.tobytes())
-        return tuple(columns), frames
 
 
 class ActiveRun:
@@ -121,10 +70,10 @@ class ActiveRun:
         self.spec = spec
         self._frames = frames
         self._send = send
-        self._workers = {facts.engine: _Worker(facts, time.monotonic()) for facts in engines}
+        self._accounts = Accounts(engines)
         self.master = Master(job, folders=folders, prefix=spec.name, clip_norm=spec.clip_norm)
         try:
-            for engine in self._workers:
+            for engine in self._accounts:
                 self.master.add_slab(engine)
             self._folder = RunFolder(Path(spec.folder))
         except BaseException:
@@ -136,16 +85,16 @@ class ActiveRun:
         self._batch_step = 0
         self._started = time.time()
         self._ended: float | None = None
-        self._task_opened = self._last_commit = time.monotonic()
+        self._last_commit = time.monotonic()
         self._remote_traceback = ""
         self._reports: dict[tuple[int, tuple[int, ...]], WorkReport] = {}
-        self._columns = _Columns()
+        self._columns = Columns()
         self._events: list[RunEvent] = []
         self._coordinator = machine.Coordinator(
             num_steps=spec.num_steps,
             num_shards=spec.num_shards,
             evaluate_every=spec.steps_per_epoch if spec.num_val_samples else None,
-            engines=self._workers,
+            engines=self._accounts,
         )
 
     @property
@@ -171,14 +120,14 @@ class ActiveRun:
         """Take an engine's message about this run."""
         match message:
             case Loaded():
-                self._workers[engine].joined = time.monotonic()
+                self._accounts.begin(engine)
                 self._dispatch(machine.EngineLoaded(engine))
             case LoadFailed(failure=failure):
                 self._dispatch(machine.UserCodeFailed(engine, 0, failure))
             case WorkReport(kind=kind, step=step, shards=shards):
                 done = machine.WorkDone(engine, kind, step, shards)
                 if self._coordinator.expects(done):
-                    self._count(engine, message)
+                    self._accounts.add(engine, message.telemetry)
                     self._reports[engine, shards] = message
                 self._dispatch(done)
             case WorkFailed(step=step, failure=failure):
@@ -186,15 +135,12 @@ class ActiveRun:
 
     def add_engine(self, facts: EngineFacts) -> None:
         """An engine joined the pool."""
-        self._workers[facts.engine] = _Worker(facts, time.monotonic())
+        self._accounts.open(facts)
         self._dispatch(machine.EngineJoined(facts.engine))
 
     def lose_engine(self, engine: int, reason: str) -> None:
         """An engine died or left."""
-        worker = self._workers.get(engine)
-        if worker is not None and worker.left is None:
-            worker.state = "dead"
-            worker.left = time.monotonic()
+        self._accounts.leave(engine)
         self._dispatch(machine.EngineLost(engine, reason))
 
     def ask(self, verb: Literal["pause", "resume", "stop"]) -> None:
@@ -223,7 +169,7 @@ class ActiveRun:
             error=self._coordinator.error,
             remote_traceback=self._remote_traceback,
             columns=columns,
-            workers=tuple(self._totals(worker) for _, worker in sorted(self._workers.items())),
+            workers=self._accounts.totals(working=self.working),
             events=tuple(self._events[request.seen_events :]),
         )
         return state, frames
@@ -322,7 +268,7 @@ class ActiveRun:
         except Exception as error:  # noqa: BLE001 - a user's optimizer may raise anything; the run fails with it
             return machine.CommitFailed(step, _failure(error))
         self._record(kind, step, values)
-        self._share_time({engine for engine, _ in reports}, is_step=kind == "step")
+        self._accounts.end_task({engine for engine, _ in reports})
         return machine.Committed(kind, step)
 
     def _apply(self, kind: WorkKind, contributions: Sequence[Contribution]) -> dict[str, float]:
@@ -330,6 +276,10 @@ class ActiveRun:
             loss, metrics = mean_of([c.sums for c in contributions])
             return {"val_loss": loss, **{f"val_{name}": value for name, value in metrics.items()}}
         result = self.master.commit(contributions)
+        samples: dict[int, int] = {}
+        for part in contributions:
+            samples[part.engine] = samples.get(part.engine, 0) + part.sums.num_samples
+        self._accounts.count_step(samples)
         now = time.monotonic()
         speed = result.num_samples / max(now - self._last_commit, 1e-9)
         self._last_commit = now
@@ -342,50 +292,8 @@ class ActiveRun:
             self._columns.add_evaluation(step, values)
             self._last_commit = time.monotonic()
         self._folder.append_row(HistoryRow(kind=kind, step=step, time=time.time(), values=values))
-
-    # accounts
-
-    def _count(self, engine: int, report: WorkReport) -> None:
-        worker = self._workers[engine]
-        telemetry = report.telemetry
-        worker.compute_seconds += telemetry.compute_seconds
-        worker.data_seconds += telemetry.data_seconds
-        worker.busy_seconds += telemetry.compute_seconds + telemetry.data_seconds
-        worker.rss_bytes = telemetry.rss_bytes
-        worker.cpu_percent = telemetry.cpu_percent
-        if report.kind == "step":
-            worker.samples += report.sums.num_samples
-
-    def _share_time(self, contributors: set[int], *, is_step: bool) -> None:
-        """A contributor that did not compute or load in this task was waiting for it to be whole."""
-        now = time.monotonic()
-        for engine, worker in self._workers.items():
-            if engine in contributors:
-                worker.wait_seconds += max(now - self._task_opened - worker.busy_seconds, 0.0)
-                worker.steps += is_step
-            worker.busy_seconds = 0.0
-        self._task_opened = now
-
-    def _totals(self, worker: _Worker) -> WorkerTotals:
-        engine = worker.facts.engine
-        until = worker.left or (time.monotonic() if self._ended is None else self._ended_monotonic)
-        state: Literal["ready", "busy", "dead"] = (
-            "busy" if worker.state == "ready" and engine in self.working else worker.state
-        )
-        return WorkerTotals(
-            engine=engine,
-            host=worker.facts.process.host,
-            pid=worker.facts.process.pid,
-            state=state,
-            compute_seconds=worker.compute_seconds,
-            data_seconds=worker.data_seconds,
-            wait_seconds=worker.wait_seconds,
-            alive_seconds=max(until - worker.joined, 0.0),
-            cpu_percent=worker.cpu_percent,
-            rss_bytes=worker.rss_bytes,
-            samples=worker.samples,
-            steps=worker.steps,
-        )
+        if fault := self._folder.take_fault():
+            self._note(machine.Note("disk", fault))
 
     def _note(self, note: machine.Note) -> None:
         event = RunEvent(
@@ -398,18 +306,18 @@ class ActiveRun:
         self._events.append(event)
         self._folder.append_event(event)
         if note.kind in ("running", "resumed"):
-            self._task_opened = self._last_commit = time.monotonic()
+            self._last_commit = time.monotonic()
+            self._accounts.begin_task()
         if note.kind in ("running", "paused", "resumed"):
             self._write_summary()
 
     def _end(self, remote_traceback: str) -> None:
         self._remote_traceback = remote_traceback
         self._ended = time.time()
-        self._ended_monotonic = time.monotonic()
+        self._accounts.close()
         self._write_summary()
-        for engine, worker in self._workers.items():
-            if worker.state == "ready":
-                self._send(engine, Unload(run=self.spec.name), ())
+        for engine in self._accounts.living:
+            self._send(engine, Unload(run=self.spec.name), ())
         self._free_work_memory()
 
     def _write_summary(self) -> None:

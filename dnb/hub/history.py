@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -14,6 +16,8 @@ import msgspec
 from dnb.records import Record, RunEvent, RunSpec, RunStatus
 
 T = TypeVar("T", bound=msgspec.Struct)
+
+log = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 HISTORY_FILE = "history.jsonl"
@@ -72,6 +76,8 @@ def summarize(spec: RunSpec, **state: Any) -> RunSummary:
 class RunFolder:
     """Writes the folder of one run. Every line goes to the system at once: a killed hub loses none.
 
+    A full disk ends no training: what cannot be written is left out, and `take_fault` says so once.
+
     Args:
         path: made if it is not there.
     """
@@ -82,23 +88,52 @@ class RunFolder:
         self._history = _open_append(path / HISTORY_FILE)
         self._events = _open_append(path / EVENTS_FILE)
         self._encoder = msgspec.json.Encoder()
+        self._fault = ""
+        self._is_told = False
+
+    def take_fault(self) -> str:
+        """Why lines were left out, the first time it is asked after that; else empty."""
+        if not self._fault or self._is_told:
+            return ""
+        self._is_told = True
+        return self._fault
 
     def append_row(self, row: HistoryRow) -> None:
         """Add a line to the history."""
         # JSON has no NaN and no infinity: they are written as words.
         values = {name: value if math.isfinite(value) else str(value) for name, value in row.values.items()}
         line = {"kind": row.kind, "step": row.step, "time": row.time, "values": values}
-        os.write(self._history, self._encoder.encode(line) + b"\n")
+        self._append(self._history, line)
 
     def append_event(self, event: RunEvent) -> None:
         """Add a line to the events."""
-        os.write(self._events, self._encoder.encode(event) + b"\n")
+        self._append(self._events, event)
 
     def write_summary(self, summary: RunSummary) -> None:
         """Replace run.json in one move, so that a reader never sees half of it."""
         aside = self.path / f".{RUN_FILE}"
-        aside.write_bytes(msgspec.json.format(self._encoder.encode(summary), indent=2) + b"\n")
-        aside.replace(self.path / RUN_FILE)
+        try:
+            aside.write_bytes(msgspec.json.format(self._encoder.encode(summary), indent=2) + b"\n")
+            aside.replace(self.path / RUN_FILE)
+        except OSError as error:
+            self._miss(error)
+
+    def _append(self, descriptor: int, record: Any) -> None:
+        line = self._encoder.encode(record) + b"\n"
+        try:
+            written = os.write(descriptor, line)
+            if written < len(line):  # the disk became full in the middle: no reader shall see half a line
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._miss(error)
+
+    def _miss(self, error: OSError) -> None:
+        if not self._fault:
+            self._fault = (
+                f"{self.path} cannot be written ({error.strerror}): training goes on, its history there has gaps"
+            )
+            log.warning(self._fault)
 
     def close(self) -> None:
         """Close the files."""

@@ -36,7 +36,6 @@ from dnb.records import (
     HubBinding,
     HubConfig,
     Join,
-    Leave,
     Loaded,
     LoadFailed,
     Message,
@@ -162,8 +161,6 @@ class Service:
         engine.messages_in += 1
         number = engine.facts.engine
         match message:
-            case Leave(reason=reason):
-                self._lose(number, reason)
             case Loaded() | LoadFailed() | WorkReport() | WorkFailed():
                 if self._run is not None and self._run.spec.name == message.run:
                     self._run.take(number, message)

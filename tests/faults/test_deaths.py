@@ -10,6 +10,7 @@ import pytest
 
 from dnb import training
 from dnb.errors import HubError, PoolError, RunError
+from dnb.hub.history import read_history
 from dnb.pool.found import find_pools
 from dnb.pool.starting import profile_folder, start_pool
 from dnb.transport.segments import FOLDERS_VARIABLE
@@ -225,6 +226,21 @@ def test_no_folder_with_room_refuses_the_run_with_needed_and_free(tiny_memory, f
     ):
         pool.fit(mlp(), digits(), loss="cross_entropy", steps=2)
     assert pool.facts.run is None
+
+
+def test_a_full_disk_leaves_gaps_in_the_history_and_ends_no_training(tiny_memory, folder, monkeypatch):
+    monkeypatch.chdir(tiny_memory)
+    pool, _ = open_pool(n=1)
+    run = pool.fit(mlp(), digits(), loss="cross_entropy", steps=2500)
+    run.wait(timeout_seconds=120)
+    rows = read_history(run.folder)
+    assert run.status == "finished"
+    assert len(run.history["loss"]) == 2500
+    assert [event.text for event in run.events if event.kind == "disk"] == [
+        f"{run.folder} cannot be written (No space left on device): training goes on, its history there has gaps"
+    ]
+    assert [row.values["loss"] for row in rows] == run.history["loss"][: len(rows)]
+    monkeypatch.chdir(folder)
 
 
 def open_pool(n=2):

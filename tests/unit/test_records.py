@@ -85,8 +85,8 @@ def test_a_record_cannot_be_changed(kind: type[Record]):
 
 
 def test_a_missing_field_is_refused():
-    with pytest.raises(msgspec.ValidationError, match="missing required field `reason`"):
-        msgspec.msgpack.decode(msgspec.msgpack.encode({"type": "Leave"}), type=EngineMessage)
+    with pytest.raises(msgspec.ValidationError, match="missing required field `run`"):
+        msgspec.msgpack.decode(msgspec.msgpack.encode({"type": "Loaded"}), type=EngineMessage)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,152 @@
+"""Where the time of a run's engines went, and what was measured: the numbers that viewers ask for."""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from dnb.records import Column, EngineFacts, Telemetry, WorkerTotals
+
+
+@dataclass(slots=True)
+class _Worker:
+    """What is known of one engine's part in the run."""
+
+    facts: EngineFacts
+    joined: float
+    left: float | None = None
+    compute_seconds: float = 0.0
+    data_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    busy_seconds: float = 0.0  # computing or loading data, in the task under way
+    rss_bytes: int | None = None
+    cpu_percent: float | None = None
+    samples: int = 0
+    steps: int = 0
+
+
+class Accounts:
+    """One account per engine, dead ones included.
+
+    Args:
+        engines: those that take part from the start.
+    """
+
+    def __init__(self, engines: Iterable[EngineFacts]) -> None:
+        self._workers: dict[int, _Worker] = {}
+        self._task_opened = time.monotonic()
+        self._closed: float | None = None
+        for facts in engines:
+            self.open(facts)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._workers)
+
+    @property
+    def living(self) -> list[int]:
+        """Engines that have not left."""
+        return [engine for engine, worker in self._workers.items() if worker.left is None]
+
+    def open(self, facts: EngineFacts) -> None:
+        """An engine joins."""
+        self._workers[facts.engine] = _Worker(facts, time.monotonic())
+
+    def begin(self, engine: int) -> None:
+        """The engine's time counts from now: it has loaded the run."""
+        self._workers[engine].joined = time.monotonic()
+
+    def leave(self, engine: int) -> None:
+        """The engine's time counts no further."""
+        worker = self._workers.get(engine)
+        if worker is not None and worker.left is None:
+            worker.left = time.monotonic()
+
+    def begin_task(self) -> None:
+        """What went before, a pause or the loading, was nobody's wait."""
+        self._task_opened = time.monotonic()
+
+    def add(self, engine: int, telemetry: Telemetry) -> None:
+        """Count what an engine measured."""
+        worker = self._workers[engine]
+        worker.compute_seconds += telemetry.compute_seconds
+        worker.data_seconds += telemetry.data_seconds
+        worker.busy_seconds += telemetry.compute_seconds + telemetry.data_seconds
+        worker.rss_bytes = telemetry.rss_bytes
+        worker.cpu_percent = telemetry.cpu_percent
+
+    def end_task(self, contributors: Collection[int]) -> None:
+        """A contributor that did not compute or load in this task was waiting for it to be whole."""
+        now = time.monotonic()
+        for engine, worker in self._workers.items():
+            if engine in contributors:
+                worker.wait_seconds += max(now - self._task_opened - worker.busy_seconds, 0.0)
+            worker.busy_seconds = 0.0
+        self._task_opened = now
+
+    def count_step(self, samples: dict[int, int]) -> None:
+        """Count a committed step, with the samples that each engine brought to it."""
+        for engine, num_samples in samples.items():
+            self._workers[engine].samples += num_samples
+            self._workers[engine].steps += 1
+
+    def close(self) -> None:
+        """The run has ended: nobody's time counts further."""
+        self._closed = time.monotonic()
+
+    def totals(self, *, working: Collection[int]) -> tuple[WorkerTotals, ...]:
+        """Every account, in order of the engines' ids."""
+        return tuple(self._total(engine, is_busy=engine in working) for engine in sorted(self._workers))
+
+    def _total(self, engine: int, *, is_busy: bool) -> WorkerTotals:
+        worker = self._workers[engine]
+        until = worker.left or self._closed or time.monotonic()
+        state: Literal["ready", "busy", "dead"] = "busy" if is_busy else "ready"
+        return WorkerTotals(
+            engine=engine,
+            host=worker.facts.process.host,
+            pid=worker.facts.process.pid,
+            state="dead" if worker.left is not None else state,
+            compute_seconds=worker.compute_seconds,
+            data_seconds=worker.data_seconds,
+            wait_seconds=worker.wait_seconds,
+            alive_seconds=max(until - worker.joined, 0.0),
+            cpu_percent=worker.cpu_percent,
+            rss_bytes=worker.rss_bytes,
+            samples=worker.samples,
+            steps=worker.steps,
+        )
+
+
+@dataclass(slots=True)
+class Columns:
+    """The history in memory: flat float64 per column; evaluations interleave (step, value)."""
+
+    by_step: dict[str, array[float]] = field(default_factory=dict)
+    by_evaluation: dict[str, array[float]] = field(default_factory=dict)
+
+    def add_step(self, values: dict[str, float]) -> None:
+        """Add one value to every column."""
+        for name, value in values.items():
+            self.by_step.setdefault(name, array("d")).append(value)
+
+    def add_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """Add one value to every column, with the step after which it was measured."""
+        for name, value in values.items():
+            self.by_evaluation.setdefault(name, array("d")).extend((step, value))
+
+    def after(self, seen: dict[str, int]) -> tuple[tuple[Column, ...], list[bytes]]:
+        """What a viewer does not have yet, and how many rows that is per column."""
+        columns: list[Column] = []
+        frames: list[bytes] = []
+        for name, values in self.by_step.items():
+            part = values[seen.get(name, 0) :]
+            columns.append(Column(name=name, by="step", num_rows=len(part)))
+            frames.append(part.tobytes())
+        for name, values in self.by_evaluation.items():
+            part = values[2 * seen.get(name, 0) :]
+            columns.append(Column(name=name, by="evaluation", num_rows=len(part) // 2))
+            frames.append(part.tobytes())
+        return tuple(columns), frames
