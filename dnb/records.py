@@ -69,7 +69,8 @@ class PoolFacts(Record, frozen=True):
     helpers: tuple[Process, ...]  # other children of the controller and of the engines
     engines: tuple[EngineFacts, ...]
     owner: Process | None  # the kernel that may steer it
-    run: str | None = None  # name of the active run
+    run: str | None = None  # name of the run that the hub holds, active or ended
+    run_status: RunStatus | None = None
 
 
 class TensorSlot(Record, frozen=True):

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import torch
 
-from dnb.errors import ArgumentError, PoolError, SpaceError
+from dnb.errors import ArgumentError, HubError, PoolError, SpaceError
 from dnb.hub.optimizers import check_optimizer
 from dnb.inputs import (
     PRECISIONS,
@@ -36,7 +36,7 @@ from dnb.planning.shards import choose_num_shards
 from dnb.pool.engine_pool import EnginePool
 from dnb.pool.found import Found, find_pools, reap_dead
 from dnb.pool.starting import adopt_pool, profile_folder, start_pool
-from dnb.records import Done, ParcelRef, PoolFacts, RunSpec, Submit
+from dnb.records import ENDED, Done, ParcelRef, RunSpec, Submit
 from dnb.run import Run
 from dnb.transport.job import Data, Job
 from dnb.transport.parcels import explain_unpicklable, pack, sign
@@ -122,10 +122,9 @@ def open_pool(
     profile_dir = profile_folder(profile)
     found = find_pools(profile_dir / "security")
     notices = _clear(found, profile_dir)
-    orphan = next((facts for facts in found.orphans if facts.run is not None), None)
-    if orphan is not None:
-        _pool = adopt_pool(Pool, orphan, profile_dir=profile_dir)
-        return _pool, [*notices, _adopted(orphan, _pool)]
+    _pool = _adopt_first(found, profile_dir)
+    if _pool is not None:
+        return _pool, [*notices, _adopted(_pool)]
     _pool = start_pool(
         Pool,
         n=num_engines,
@@ -271,23 +270,23 @@ def attach(name: str | None = None, *, model: torch.nn.Module | None = None) -> 
     """Find a run again, after a kernel restart or in its folder.
 
     Args:
-        name: of the run; the active one of the pool if left out.
+        name: of the run; the one that the pool's hub holds if left out.
         model: gets the trained state when the run ends, like the one that was given to `fit`.
 
     Raises:
         PoolError: nothing is running, and no folder has that name.
     """
     pool = current_pool() or _adopt_any()
-    active = None if pool is None else pool.facts.run
-    if pool is not None and active is not None and name in (None, active):
-        if pool.run is not None and pool.run.name == active and model is None:
+    held = None if pool is None else pool.facts.run
+    if pool is not None and held is not None and name in (None, held):
+        if pool.run is not None and pool.run.name == held and model is None:
             return pool.run
-        pool.run = Run(active, pool.hub, folder=RUNS_FOLDER / active, model=model).watch()
+        pool.run = Run(held, pool.hub, folder=RUNS_FOLDER / held, model=model).watch()
         return pool.run
     if name is not None:
         return Run.open(RUNS_FOLDER / name)
     raise PoolError(
-        "nothing to attach to: no run is active. dnb.attach('NAME') reads one that has ended from .dnb/runs"
+        "nothing to attach to: no pool holds a run. dnb.attach('NAME') reads one that has ended from .dnb/runs"
     )
 
 
@@ -379,10 +378,10 @@ def _refuse_busy_or_empty(pool: Pool) -> None:
     facts = pool.facts
     if not facts.engines:
         raise PoolError("no engine of the pool is alive: %dtrain shutdown, then %dtrain start")
-    active = facts.run
-    if active is not None:
+    if facts.run is not None and facts.run_status not in ENDED:
         raise ArgumentError(
-            f"run {active!r} is active: wait for it with %dtrain wait, or end it with %dtrain stop, before the next fit"
+            f"run {facts.run!r} is active: wait for it with %dtrain wait, or end it with %dtrain stop, "
+            "before the next fit"
         )
 
 
@@ -400,10 +399,11 @@ def _already(pool: Pool, *, asked: int | None) -> str:
     return f"a pool of {num_engines} engines is already running, and is used{change}"
 
 
-def _adopted(facts: PoolFacts, pool: Pool) -> str:
+def _adopted(pool: Pool) -> str:
+    facts = pool.facts
     return (
-        f"found a pool of {len(pool.engines)} engines with run {facts.run!r}, which a kernel that is gone left "
-        "training, and took it over: %dtrain attach shows the run, %dtrain shutdown ends both"
+        f"found a pool of {len(facts.engines)} engines, which a kernel that is gone had started, and took it over: "
+        f"run {facts.run!r} is {facts.run_status}; %dtrain attach shows it, %dtrain shutdown ends both"
     )
 
 
@@ -422,7 +422,16 @@ def _clear(found: Found, profile_dir: Path) -> list[str]:
 def _adopt_any() -> Pool | None:
     global _pool
     profile_dir = profile_folder(None)
-    orphans = [facts for facts in find_pools(profile_dir / "security").orphans if facts.run is not None]
-    if orphans:
-        _pool = adopt_pool(Pool, orphans[0], profile_dir=profile_dir)
+    _pool = _adopt_first(find_pools(profile_dir / "security"), profile_dir)
     return _pool
+
+
+def _adopt_first(found: Found, profile_dir: Path) -> Pool | None:
+    """Take over a pool that holds a run, if there is one."""
+    for facts in found.orphans:
+        if facts.run is not None:
+            try:
+                return adopt_pool(Pool, facts, profile_dir=profile_dir)
+            except (HubError, PoolError) as error:
+                log.info("a pool that was found ended meanwhile: %s", error)
+    return None

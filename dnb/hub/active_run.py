@@ -32,6 +32,7 @@ from dnb.records import (
     RunEvent,
     RunSpec,
     RunState,
+    RunStatus,
     Unload,
     Work,
     WorkFailed,
@@ -103,7 +104,7 @@ class ActiveRun:
         return self._coordinator.status not in ENDED
 
     @property
-    def status(self) -> str:
+    def status(self) -> RunStatus:
         """As the user sees it."""
         return self._coordinator.status
 

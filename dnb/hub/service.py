@@ -293,7 +293,7 @@ class Service:
         return tuple(_status(engine, is_busy=number in busy) for number, engine in sorted(self._engines.items()))
 
     def _facts(self) -> PoolFacts:
-        is_active = self._run is not None and self._run.is_active
+        run = self._run
         return PoolFacts(
             cluster_id=self._config.cluster_id,
             hub=self._process,
@@ -301,7 +301,8 @@ class Service:
             helpers=self._helpers(),
             engines=tuple(engine.facts for engine in self._engines.values()),
             owner=self._owner,
-            run=self._run.spec.name if is_active and self._run is not None else None,
+            run=None if run is None else run.spec.name,
+            run_status=None if run is None else run.status,
         )
 
     def _helpers(self) -> tuple[Process, ...]:

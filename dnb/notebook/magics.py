@@ -71,9 +71,9 @@ class DtrainMagics(Magics):
         if pool is None:
             _say("no pool is running: %dtrain start -n 2")
             return
-        active = pool.facts.run
-        run = repr(pool.run) if pool.run is not None else f"run {active!r} is active: %dtrain attach shows it"
-        _say(describe_engines(pool.engines) + (f"\n{run}" if pool.run is not None or active else "\nno run"))
+        facts = pool.facts
+        held = "no run" if facts.run is None else f"run {facts.run!r} is {facts.run_status}: %dtrain attach shows it"
+        _say(f"{describe_engines(pool.engines)}\n{held if pool.run is None else pool.run}")
 
     def _do_shutdown(self) -> None:
         _say("the pool is shut down" if training.shutdown() else "no pool was running")

@@ -7,6 +7,7 @@ import time
 
 import psutil
 import pytest
+import torch
 
 from dnb import training
 from dnb.errors import HubError, PoolError, RunError
@@ -135,8 +136,8 @@ def test_a_new_kernel_finds_the_run_that_a_killed_one_left_and_can_end_it(folder
     kernel.kill()
     pool, notices = open_pool()
     assert notices == [
-        "found a pool of 2 engines with run 'orphan', which a kernel that is gone left training, and took it over: "
-        "%dtrain attach shows the run, %dtrain shutdown ends both"
+        "found a pool of 2 engines, which a kernel that is gone had started, and took it over: "
+        "run 'orphan' is running; %dtrain attach shows it, %dtrain shutdown ends both"
     ]
     run = training.attach()
     at = run.step
@@ -160,6 +161,23 @@ def test_a_new_kernel_attaches_without_a_start_and_brings_the_weights_home(folde
     assert run.status == "stopped"
     assert largest_gap(run.history["loss"][: len(losses)], losses) < 1e-6
     assert not (model[0].weight == mlp(seed=7)[0].weight).all()
+
+
+def test_a_run_that_ended_after_its_kernel_still_gives_its_weights_to_the_next(folder, leftovers):
+    kernel = Kernel(
+        """
+        pool = training.start(n=1)
+        run = pool.fit(mlp(), digits(), loss="cross_entropy", lr=1e-3, steps=300, name="late")
+        """,
+        folder=folder,
+    )
+    kernel.wait_until_ready()
+    kernel.kill()
+    until(lambda: training.Run.open(folder / ".dnb" / "runs" / "late").status == "finished", what="the run ended")
+    model, plain = mlp(seed=7), mlp()
+    training.attach(model=model).wait(timeout_seconds=60)
+    plain_losses(plain, digits(), num_steps=300, batch_size=64)
+    assert torch.allclose(model[0].weight, plain[0].weight, atol=1e-3)
 
 
 def test_an_orphaned_pool_ends_by_itself_when_its_run_has_ended_and_nobody_attaches(folder, leftovers):
