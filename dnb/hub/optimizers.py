@@ -48,7 +48,6 @@ def check_optimizer(optimizer: Any) -> None:
 
 def warm_up() -> None:
     """Make torch import what it leaves until an optimizer first steps, which takes seconds."""
-    torch.set_num_threads(1)  # the engines have the other cores
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
     torch.optim.AdamW([parameter], fused=True).step()

@@ -60,6 +60,7 @@ class Master:
     """
 
     def __init__(self, job: Job, *, folders: Sequence[Path], prefix: str, clip_norm: float | None) -> None:
+        torch.set_num_threads(1)  # the engines have the other cores
         self.model = job.model
         self.notes: list[str] = []
         self._folders = folders

@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 0.1
 # How long engines get to end by themselves when the pool is shut down.
 EXIT_SECONDS = 3.0
+# ipyparallel's nannies and heart monitor have nothing to save, and may take seconds to see that they are alone.
+HELPER_EXIT_SECONDS = 0.2
 
 
 @dataclass(slots=True)
@@ -335,7 +338,7 @@ class Service:
         self._context.term()
         remove_pool_folders(self._config.cluster_id)
         end_processes([self._config.controller], patience_seconds=EXIT_SECONDS, first_signal=signal.SIGTERM)
-        end_processes(helpers, patience_seconds=EXIT_SECONDS)
+        end_processes(helpers, patience_seconds=HELPER_EXIT_SECONDS)
         remove_pool_files(self._config)
 
 
@@ -381,6 +384,11 @@ def _endpoint(bound: zmq.Socket[bytes]) -> str:
     return bound.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
 
 
+def _warm_up() -> None:
+    importlib.import_module("dnb.hub.active_run")
+    importlib.import_module("dnb.hub.optimizers").warm_up()
+
+
 def main() -> None:
     """Bind, answer the controller, then serve."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
@@ -390,9 +398,12 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdout.buffer.write(msgspec.json.encode(service.binding) + b"\n")
     sys.stdout.flush()
-    importlib.import_module("dnb.hub.optimizers").warm_up()  # torch takes seconds: engines load it meanwhile
+    # torch takes seconds to import: a first run finds it there, and until then the hub answers.
+    threading.Thread(target=_warm_up, name="dnb-warm-up", daemon=True).start()
     sys.stdout = sys.stderr  # user code that prints must not fill a pipe that nobody reads
     service.serve()
+    logging.shutdown()
+    os._exit(0)  # nothing is left to do, and taking torch's modules apart would take another second
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`%dtrain` in a real IPython shell, on the shared pool."""
 
 import _thread
+import signal
 import threading
 
 import pytest
@@ -66,7 +67,15 @@ def test_pause_resume_set_and_stop_steer_the_run(shell):
     assert fitted.history["lr"][-1] == 1e-4
 
 
-def test_an_interrupt_gives_the_prompt_back_and_training_goes_on(shell):
+@pytest.fixture
+def interruptible():
+    """A background job ignores SIGINT, and its children with it; a kernel does not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_gives_the_prompt_back_and_training_goes_on(shell, interruptible):
     fitted = run(shell, "%dtrain fit model train --loss cross_entropy --epochs 5000")
     wait_for_step(fitted, 1)
     waiting = threading.Event()
