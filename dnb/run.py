@@ -160,6 +160,7 @@ class Run:
         self._listeners: list[Listener] = []
         self._hooks: list[Listener] = []
         self._changed = threading.Condition()
+        self._refreshing = threading.Lock()
         self._wake = threading.Event()
         self._brought_home: tuple[str, int] | None = None
         self._watcher = threading.Thread(target=self._watch, name=f"dnb-run-{name}", daemon=True)
@@ -315,9 +316,13 @@ class Run:
     def _watch(self) -> None:
         while self.is_active:
             try:
-                self._refresh()
+                with self._refreshing:
+                    self._refresh()
             except DnbError as error:
-                self._give_up(error)
+                self._give_up(f"the hub was lost at step {self.step}: {error}")
+            except Exception as error:  # a watcher that ended in silence would leave `wait` waiting
+                log.exception("run %r cannot be followed", self.name)
+                self._give_up(f"the run cannot be followed further: {type(error).__name__}: {error}")
             self._call(self._listeners)
             with self._changed:
                 self._changed.notify_all()
@@ -339,10 +344,11 @@ class Run:
         self._elapsed_seconds = state.elapsed_seconds
         self._totals = state.workers
         self._remember(state)
+        trouble = ""
         if state.status in ENDED or state.status == "paused":
-            self._bring_home(state.status, state.step)
+            trouble = self._try_to_bring_home(state.status, state.step)
         self._remote_traceback = state.remote_traceback
-        self._error = state.error
+        self._error = state.error or trouble
         self._status = state.status  # last: who sees it ended finds the rest in place
 
     def _take_columns(self, state: RunState, frames: list[bytes]) -> None:
@@ -361,10 +367,19 @@ class Run:
         while now - self._past[0][0] > RECENT_SECONDS:
             self._past.popleft()
 
+    def _try_to_bring_home(self, status: str, step: int) -> str:
+        """Bring the trained state home; why not, if that fails: a model that was changed meanwhile, say."""
+        try:
+            self._bring_home(status, step)
+        except (DnbError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            return f"the trained state could not be copied into the notebook's model: {type(error).__name__}: {error}"
+        return ""
+
     def _bring_home(self, status: str, step: int) -> None:
         """Copy the trained state into the notebook's own model and optimizer, once per end or pause."""
         if self._model is None or self._brought_home == (status, step):
             return
+        self._brought_home = (status, step)
         request = GetState(run=self.name, optimizer=self._optimizer is not None)
         tree, frames = self._require_hub().ask(request, StateTree, timeout_seconds=120.0)
         state = decode_state(tree, frames)
@@ -378,10 +393,9 @@ class Run:
                     tensor.copy_(state[kind][name])
         if self._optimizer is not None:
             self._optimizer.load_state_dict(state["optimizer"])
-        self._brought_home = (status, step)
 
-    def _give_up(self, error: DnbError) -> None:
-        self._error = f"the hub was lost at step {self.step}: {error}"
+    def _give_up(self, error: str) -> None:
+        self._error = error
         self._status = "failed"
 
     def _control(self, verb: Literal["pause", "resume", "stop"]) -> None:
@@ -389,9 +403,10 @@ class Run:
             if verb == "stop":
                 return
             raise ArgumentError(f"run {self.name!r} is {self._status}: there is nothing to {verb}")
-        self._require_hub().ask(Control(run=self.name, verb=verb), Done)
-        if verb == "resume":
-            self._error, self._status, self._brought_home = "", "running", None
+        with self._refreshing:  # else a refresh under way could bring back what was before
+            self._require_hub().ask(Control(run=self.name, verb=verb), Done)
+            if verb == "resume":
+                self._error, self._status, self._brought_home = "", "running", None
         self._wake.set()
 
     def _require_hub(self) -> HubClient:

@@ -295,3 +295,14 @@ def test_parts_of_different_length_are_refused_with_both(pool):
 def test_a_model_without_trainable_parameters_is_refused(pool):
     with pytest.raises(ArgumentError, match="no trainable parameters, all 4 are frozen"):
         fit(pool, mlp().requires_grad_(requires_grad=False))
+
+
+def test_a_model_that_was_changed_meanwhile_is_told_and_the_run_still_ends(pool):
+    model = mlp()
+    run = fit(pool, model, epochs=5000)
+    wait_for_step(run, 2)
+    model[2] = torch.nn.Linear(128, 7)
+    run.stop()
+    with pytest.raises(RunError, match="the trained state could not be copied into the notebook's model: RuntimeError"):
+        wait(run)
+    assert run.status == "stopped"
