@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ import psutil
 from traitlets.config import Config
 
 from dnb.engine.worker import join_pool
-from dnb.errors import PoolError
+from dnb.errors import ArgumentError, PoolError, nearest
 from dnb.planning.capacity import check_num_engines, choose_num_threads
 from dnb.pool.engine_pool import EnginePool
 from dnb.records import PoolFacts
@@ -55,6 +56,7 @@ def start_pool(
         ArgumentError: n is not a number of engines that this host can hold.
         PoolError: the pool did not come up; everything that had been started is ended.
     """
+    _check_launcher(launcher)
     check_num_engines(n, free_bytes=psutil.virtual_memory().available)
     cores = os.cpu_count() or 1
     num_threads = threads_per_engine or choose_num_threads(cores, num_engines=n)
@@ -162,6 +164,12 @@ def _cluster(profile_dir: Path, *, launcher: str, num_threads: int, timeout_seco
         shutdown_atexit=False,  # the hub ends the pool, also when the kernel is killed
         log=_quiet(),
     )
+
+
+def _check_launcher(launcher: str) -> None:
+    known = {point.name.lower() for point in entry_points(group="ipyparallel.engine_launchers")}
+    if launcher.lower() not in known:
+        raise ArgumentError(f"ipyparallel has no engine launcher {launcher!r}: {nearest(launcher, known)}")
 
 
 def _check_writable(profile_dir: Path) -> None:

@@ -82,6 +82,11 @@ def test_more_engines_than_memory_allows_are_refused_with_the_estimate():
         fresh_pool(n=100_000)
 
 
+def test_an_unknown_launcher_is_refused_with_the_nearest():
+    with pytest.raises(ArgumentError, match="no engine launcher 'slrum': did you mean 'slurm'"):
+        fresh_pool(launcher="slrum")
+
+
 def test_a_profile_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "security").write_text("a file where a folder should be")
     with pytest.raises(PoolError, match=r"security, which cannot be written .*--profile NAME"):
