@@ -16,8 +16,9 @@ from dnb.records import Process
 # How long a killed process may take to go, and how often it is looked for.
 KILL_SECONDS = 5.0
 LOOK_SECONDS = 0.02
-# Start times are counted from a boot time that moves when the clock is set.
-CLOCK_SECONDS = 1.0
+# Start times are counted from a boot time in whole seconds, which differs by one from look to look, and moves when
+# the clock is set. A pid does not come back so soon.
+CLOCK_SECONDS = 5.0
 
 
 def this_process() -> Process:

@@ -16,4 +16,4 @@ def tiny_memory(tmp_path):
     if mounted.returncode:
         pytest.skip(f"this user may not mount a tmpfs: {mounted.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "--lazy", folder], check=True)

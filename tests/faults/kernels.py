@@ -52,7 +52,8 @@ class Kernel:
             if line.strip() == "ready":
                 return lines
             lines.append(line.strip())
-        raise AssertionError(f"the kernel ended with {self.process.wait()} after saying {lines}")
+        self._reap()
+        raise AssertionError(f"the kernel ended with {self.process.returncode} after saying {lines}")
 
     def kill(self) -> None:
         self.process.kill()
