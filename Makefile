@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
-# Nothing is written into the user's home.
+# Nothing is written into the user's home. IPython warns, and takes a temporary folder, if the parent is missing.
 export IPYTHONDIR := $(CURDIR)/build/ipython
 export MPLCONFIGDIR := $(CURDIR)/build/matplotlib
 export JUPYTER_PLATFORM_DIRS := 1
@@ -44,19 +44,22 @@ $(VENV)/.dev-stamp: $(BIN)/python pyproject.toml constraints.txt
 	$(INSTALL) -e '.[dev]'
 	@touch $@ $(VENV)/.demo-stamp
 
-demo: $(VENV)/.demo-stamp
+build:
+	@mkdir -p $@
+
+demo: $(VENV)/.demo-stamp | build
 	$(BIN)/python -m dnb.cli demo --output build
 
-lab: $(VENV)/.demo-stamp
+lab: $(VENV)/.demo-stamp | build
 	$(BIN)/python -m jupyterlab --ServerApp.root_dir=notebooks
 
 test: lint pytest nbval
 
-pytest: $(VENV)/.dev-stamp
+pytest: $(VENV)/.dev-stamp | build
 	$(BIN)/python -m pytest tests
 
 # A call of its own: nbval collects by file and has its own options. Each notebook starts its own pool.
-nbval: $(VENV)/.dev-stamp
+nbval: $(VENV)/.dev-stamp | build
 ifneq ($(NOTEBOOKS),)
 	$(BIN)/python -m pytest --nbval --nbval-current-env \
 	    --nbval-sanitize-with tests/notebooks/sanitize.cfg $(NOTEBOOKS)
@@ -76,11 +79,10 @@ format: $(VENV)/.dev-stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-store: $(VENV)/.dev-stamp
+store: $(VENV)/.dev-stamp | build
 	$(BIN)/python .ci/store_notebook.py $(NOTEBOOKS)
 
-coverage: $(VENV)/.dev-stamp
-	@mkdir -p build
+coverage: $(VENV)/.dev-stamp | build
 	$(BIN)/coverage run -m pytest tests
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report

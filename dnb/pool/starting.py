@@ -81,7 +81,12 @@ def adopt_pool(make: MakePool[P], facts: PoolFacts, *, profile_dir: Path) -> P:
     path = profile_dir / "security" / f"ipcontroller-{facts.cluster_id}-client.json"
     try:
         connection = json.loads(path.read_text())
-        client = ipyparallel.Client(connection, profile_dir=str(profile_dir), cluster_id=facts.cluster_id)
+        client = ipyparallel.Client(
+            connection,
+            profile_dir=str(profile_dir),
+            ipython_dir=str(profile_dir.parent),
+            cluster_id=facts.cluster_id,
+        )
     except (OSError, ValueError, ipyparallel.TimeoutError) as error:
         raise PoolError(f"the pool {facts.cluster_id} cannot be reached: {error}") from error
     return make(client, connection, cluster=None, **_folders(profile_dir))
@@ -102,7 +107,8 @@ def _bring_up(
 ) -> P:
     cluster.start_controller_sync()
     cluster.start_engines_sync(n)
-    client = cluster.connect_client_sync()
+    # ipython_dir: else the client looks for one anew, and prints a warning into the cell if the home cannot be written.
+    client = cluster.connect_client_sync(ipython_dir=str(Path(cluster.profile_dir).parent))
     try:
         client.wait_for_engines(n, timeout=timeout_seconds, interactive=False)
         profile_dir = Path(cluster.profile_dir)
