@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dnb.errors import DnbError, RunError
+    from dnb.inputs import batches
     from dnb.pool.engine_pool import Engine
     from dnb.run import History, Run
     from dnb.training import Pool, attach, fit, start
@@ -24,6 +25,7 @@ __all__ = [
     "RunError",
     "Sum",
     "attach",
+    "batches",
     "fit",
     "start",
 ]
@@ -39,6 +41,7 @@ _HOMES = {
     "RunError": "dnb.errors",
     "Sum": "dnb.transport.job",
     "attach": "dnb.training",
+    "batches": "dnb.inputs",
     "fit": "dnb.training",
     "start": "dnb.training",
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -19,10 +21,11 @@ from torch.utils.data import (
 )
 
 from dnb.errors import ArgumentError, PlanError, nearest
-from dnb.planning.sample_order import BatchOrder
+from dnb.planning.sample_order import BatchOrder, count_batches, iterate_batches
+from dnb.records import TransportKind
 from dnb.transport.job import DataSource
 
-RESERVED_NAMES = frozenset({"loss", "lr", "samples_per_second", "step"})
+RESERVED_NAMES = frozenset({"digest", "loss", "lr", "samples_per_second", "step"})
 STRATEGIES = ("auto", "data", "hybrid", "pipeline", "tensor")
 SYNCS = ("allreduce", "hub", "local")
 PRECISIONS = ("bfloat16", "float32")
@@ -55,6 +58,49 @@ def read_source(value: Any, *, name: str, seed: int) -> Source:
     if isinstance(value, torch.Tensor | np.ndarray):
         return _read_tensors((value,), name=name)
     return _read_dataset(value, name=name, collate=default_collate)
+
+
+def batches(
+    train: Any, *, batch_size: int = 64, shuffle: bool = True, seed: int = 0, epochs: int = 1
+) -> Iterator[torch.Tensor]:
+    """Yield the sample indices of every global batch that `fit` trains on with the same arguments, in order.
+
+    They are those of a `DataLoader` with a generator seeded by `seed`, whatever the number of engines. Nothing of the
+    caller's is advanced: a sampler or generator of a `DataLoader` is copied first.
+
+    Args:
+        train: as for `fit`.
+        batch_size: samples of the global batch; a `DataLoader`'s own counts.
+        shuffle: likewise.
+        seed: of the order.
+        epochs: passes over the data.
+
+    Yields:
+        int64 tensors of shape (batch,).
+
+    Raises:
+        ArgumentError: `fit` would refuse it too.
+    """
+    source = read_source(train, name="train", seed=seed)
+    order = copy.deepcopy(order_of(source, batch_size=batch_size, shuffle=shuffle, seed=seed))
+    num_batches = count_batches(order) * check_positive(epochs, name="epochs")
+    return islice(iterate_batches(order), num_batches)
+
+
+def order_of(source: Source, *, batch_size: Any, shuffle: bool, seed: int) -> BatchOrder:
+    """How global batches are drawn from a data set; a `DataLoader` brings its own order.
+
+    Raises:
+        ArgumentError: a batch that is none, or larger than the data set.
+    """
+    if source.order is not None:
+        return source.order
+    return BatchOrder(
+        num_samples=source.num_samples,
+        batch_size=check_batch_size(batch_size, num_samples=source.num_samples),
+        shuffle=shuffle,
+        seed=seed,
+    )
 
 
 def _read_tensors(values: Sequence[torch.Tensor | np.ndarray[Any, Any]], *, name: str) -> Source:
@@ -192,6 +238,22 @@ def check_choice(value: Any, *, name: str, known: Sequence[str], available: Sequ
     if value not in available:
         raise PlanError(f"{name}={value!r} is not in this release yet: use {name}={available[0]!r}")
     return str(value)
+
+
+def read_transport(transport: Any) -> dict[str, TransportKind]:
+    """How engines are reached, by engine id as text; "" is for those that are not named.
+
+    Raises:
+        ArgumentError: a word that is no transport.
+    """
+    if transport is None:
+        return {}
+    wishes = transport if isinstance(transport, Mapping) else {"": transport}
+    known = get_args(TransportKind)
+    for wish in wishes.values():
+        if wish not in known:
+            raise ArgumentError(f"no transport {wish!r}: {nearest(str(wish), known)}")
+    return {str(engine): wish for engine, wish in wishes.items()}
 
 
 def read_loss(loss: Any, *, step: Any) -> Callable[..., Any] | None:

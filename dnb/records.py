@@ -8,6 +8,7 @@ import msgspec
 
 RunStatus = Literal["starting", "running", "paused", "failed", "stopped", "finished"]
 WorkKind = Literal["step", "evaluation"]
+TransportKind = Literal["memory", "socket"]
 ENDED: frozenset[str] = frozenset({"failed", "stopped", "finished"})
 
 
@@ -128,6 +129,13 @@ class Failure(Record, frozen=True):
     traceback: str
 
 
+class WireOffer(Record, frozen=True):
+    """Where an engine connects its wire, and the secret that lets it prove who it is."""
+
+    url: str  # "unix://NAME" | "tcp://HOST:PORT"
+    token: str
+
+
 class RunEvent(Record, frozen=True):
     """Something that happened to a run: joined, left, died, paused, failed, finished, ..."""
 
@@ -143,7 +151,8 @@ class Sums(Record, frozen=True):
 
     loss_total: float
     loss_weight: float  # samples, or what a step function's Sum weighs
-    metric_totals: dict[str, float]  # each a sum over samples
+    metric_totals: dict[str, float]
+    metric_weights: dict[str, float]  # samples, or what a step function's Sum weighs
     num_samples: int
 
 
@@ -186,6 +195,9 @@ class RunSpec(Record, frozen=True):
     num_shards: int
     seed: int
     clip_norm: float | None
+    exact: bool  # a gradient per shard, added up in the order of the shards
+    transport: dict[str, TransportKind]  # by engine id; "" is for all others, and none at all lets the hub choose
+    telemetry: bool
     micro_batch: int | None
     precision: str
     linger_seconds: float  # how long an orphaned pool waits for somebody to attach
@@ -202,6 +214,20 @@ class Join(Message, frozen=True):
     """An engine asks to be taken in."""
 
     facts: EngineFacts
+
+
+class Attach(Message, frozen=True):
+    """The first record on a wire: who calls, and the answer to the hub's challenge."""
+
+    engine: int
+    proof: str
+
+
+class NoSharedMemory(Message, frozen=True):
+    """An engine cannot map the hub's memory: load it again over a socket."""
+
+    run: str
+    reason: str
 
 
 class Loaded(Message, frozen=True):
@@ -224,9 +250,13 @@ class WorkReport(Message, frozen=True):
     kind: WorkKind
     step: int
     shards: tuple[int, ...]  # logical shards whose gradients are in the slab
-    sums: Sums
+    parts: tuple[Sums, ...]  # one per shard of an exact run, else one for all
     is_sum: bool  # the gradients in the slab are of a total, not yet divided by the weight
-    telemetry: Telemetry
+    unused: tuple[int, ...]  # slots of the gradient layout that got no gradient
+    telemetry: Telemetry | None
+    note: str = ""  # for the run's events
+    probe: float | None = None
+    digests: bytes = b""  # uint32 per slot of the parameter layout, if asked for
 
 
 class WorkFailed(Message, frozen=True):
@@ -239,7 +269,17 @@ class WorkFailed(Message, frozen=True):
     failure: Failure
 
 
-EngineMessage = Join | Loaded | LoadFailed | WorkReport | WorkFailed
+class Diagnosis(Message, frozen=True):
+    """Where a gradient was not finite."""
+
+    run: str
+    step: int
+    shard: int | None  # None: it could not be reproduced
+    parameter: str
+    kind: str  # "NaN" | "inf"
+
+
+EngineMessage = Join | Attach | NoSharedMemory | Loaded | LoadFailed | WorkReport | WorkFailed | Diagnosis
 
 
 # Hub to engine -------------------------------------------------------------------------------
@@ -249,27 +289,61 @@ class Welcome(Message, frozen=True):
     """The hub has taken the engine in."""
 
 
+class Challenge(Message, frozen=True):
+    """The first record of the hub on a wire."""
+
+    nonce: str
+
+
 class Load(Message, frozen=True):
     """Take part in a run. Frames: spec and job pickle and data pickle as signed by the client, signature."""
 
     run: str
+    transport: TransportKind
+    wire: WireOffer
     parameters: SegmentRef
     parameter_layout: Layout
-    slab: SegmentRef
     gradient_layout: Layout
     buffer_layout: Layout  # in the slab, behind the gradients
 
 
+class AddSlabs(Message, frozen=True):
+    """More slabs for an engine; they are numbered in the order in which they are added."""
+
+    run: str
+    slabs: tuple[SegmentRef, ...]  # over a socket only their number counts: the engine makes its own
+
+
+class Shipped(Message, frozen=True):
+    """All pieces that an engine without shared memory needs to load a run have been sent."""
+
+    run: str
+
+
 class Work(Message, frozen=True):
-    """Compute these shards. Frame: int64 sample indices of all of them, in order."""
+    """Compute these shards. Raw bytes: int64 sample indices of all of them, in order."""
 
     run: str
     kind: WorkKind
     step: int
     shards: tuple[int, ...]
     shard_sizes: tuple[int, ...]
+    slabs: tuple[int, ...]  # one per shard of an exact run, else one for all
     batch_samples: int  # of the whole global batch
     fresh: bool  # zero the slab first; else add to what is there
+    probe: bool = False  # report the loss of the first samples, to be held against other engines
+    check_copy: bool = False  # report digests of the parameters that are not the hub's own memory
+
+
+class Diagnose(Message, frozen=True):
+    """Compute a step's shards again, one by one, and say whose gradient is not finite. Raw bytes as of `Work`."""
+
+    run: str
+    step: int
+    shards: tuple[int, ...]
+    shard_sizes: tuple[int, ...]
+    slab: int
+    batch_samples: int
 
 
 class Unload(Message, frozen=True):
@@ -282,7 +356,8 @@ class Exit(Message, frozen=True):
     """End the process: the pool is shut down."""
 
 
-HubMessage = Welcome | Load | Work | Unload | Exit
+HubMessage = Welcome | Load | Unload | Exit
+WireMessage = AddSlabs | Shipped | Work | Diagnose
 
 
 # Client to hub -------------------------------------------------------------------------------

@@ -20,19 +20,19 @@ from dnb.inputs import (
     PRECISIONS,
     STRATEGIES,
     SYNCS,
-    Source,
-    check_batch_size,
     check_choice,
     check_loss_fits,
     check_model,
     check_number,
     check_positive,
+    order_of,
     read_loss,
     read_metrics,
     read_source,
+    read_transport,
 )
-from dnb.planning.sample_order import BatchOrder, count_batches
-from dnb.planning.shards import choose_num_shards
+from dnb.planning.sample_order import count_batches
+from dnb.planning.shards import choose_exact_shards, choose_num_shards
 from dnb.pool.engine_pool import EnginePool
 from dnb.pool.found import Found, find_pools, reap_dead
 from dnb.pool.starting import adopt_pool, profile_folder, start_pool
@@ -176,6 +176,8 @@ def fit(
     strategy: str = "auto",
     sync: str = "hub",
     checkpoint_every: int | None = None,
+    transport: str | Mapping[int, str] | None = None,
+    telemetry: bool = True,
     name: str | None = None,
     pool: Pool | None = None,
 ) -> Run:
@@ -197,7 +199,8 @@ def fit(
         shuffle: as a DataLoader with a generator seeded by `seed` does.
         seed: of sample order and of random numbers in the model.
         shards: logical shards of a global batch; see `dnb.planning.shards.choose_num_shards`.
-        exact: not in this release.
+        exact: equal to the bit for any number and any change of engines: every shard is computed from the same
+            beginning, and gradients are added up in the order of the shards.
         micro_batch: most samples that go through forward at once.
         clip_norm: largest global norm of the gradient.
         precision: "float32", or "bfloat16" for autocast in forward.
@@ -205,6 +208,9 @@ def fit(
         strategy: "auto" or "data" in this release.
         sync: "hub" in this release.
         checkpoint_every: not in this release.
+        transport: "memory" or "socket", how gradients and parameters travel; chosen for each engine if left out; a
+            dictionary chooses by engine.
+        telemetry: whether engines measure what they do.
         name: of the run and its folder .dnb/runs/<name>; made from the model's class if left out.
         pool: where to train; the kernel's own if left out, started if there is none.
 
@@ -216,13 +222,13 @@ def fit(
     check_choice(strategy, name="strategy", known=STRATEGIES, available=("auto", "data"))
     check_choice(sync, name="sync", known=SYNCS, available=("hub",))
     check_choice(precision, name="precision", known=PRECISIONS, available=PRECISIONS)
-    _refuse_later_options(exact=exact, checkpoint_every=checkpoint_every)
+    _refuse_later_options(checkpoint_every=checkpoint_every)
     loss_function = read_loss(loss, step=step)
     _check_optimizer_fits(optimizer, model, lr=lr)
     train_source = read_source(train, name="train", seed=seed)
     val_source = None if val is None else read_source(val, name="val", seed=seed)
     check_loss_fits(loss_function, step=step, data=train_source.data)
-    order = _order(train_source, batch_size=batch_size, shuffle=shuffle, seed=seed)
+    order = order_of(train_source, batch_size=batch_size, shuffle=shuffle, seed=seed)
     job = Job(
         model=model,
         loss=loss_function,
@@ -247,7 +253,10 @@ def fit(
         num_steps=num_steps if steps is None else check_positive(steps, name="steps"),
         steps_per_epoch=steps_per_epoch,
         batch_size=order.batch_size,
-        num_shards=_num_shards(shards, pool=pool, batch_size=order.batch_size),
+        num_shards=_num_shards(shards, exact=exact, pool=pool, batch_size=order.batch_size),
+        exact=bool(exact),
+        transport=read_transport(transport),
+        telemetry=bool(telemetry),
         seed=seed,
         clip_norm=None if clip_norm is None else check_number(clip_norm, name="clip_norm"),
         micro_batch=None if micro_batch is None else check_positive(micro_batch, name="micro_batch"),
@@ -333,20 +342,10 @@ def _why_unpicklable(obj: Job | Data) -> Exception | None:
     return next((error for error in found if error is not None), None)
 
 
-def _order(source: Source, *, batch_size: Any, shuffle: bool, seed: int) -> BatchOrder:
-    if source.order is not None:
-        return source.order
-    return BatchOrder(
-        num_samples=source.num_samples,
-        batch_size=check_batch_size(batch_size, num_samples=source.num_samples),
-        shuffle=shuffle,
-        seed=seed,
-    )
-
-
-def _num_shards(shards: Any, *, pool: Pool, batch_size: int) -> int:
+def _num_shards(shards: Any, *, exact: bool, pool: Pool, batch_size: int) -> int:
     if shards is None:
-        return choose_num_shards(max(len(pool.statuses), 1), batch_size=batch_size)
+        choose = choose_exact_shards if exact else choose_num_shards
+        return choose(max(len(pool.statuses), 1), batch_size=batch_size)
     num_shards = check_positive(shards, name="shards")
     if num_shards > batch_size:
         raise ArgumentError(f"shards={num_shards} is more than the {batch_size} samples of a batch: use at most that")
@@ -367,9 +366,7 @@ def _check_optimizer_fits(optimizer: Any, model: torch.nn.Module, *, lr: Any) ->
         )
 
 
-def _refuse_later_options(*, exact: bool, checkpoint_every: int | None) -> None:
-    if exact:
-        raise ArgumentError("exact=True is not in this release yet: leave it out")
+def _refuse_later_options(*, checkpoint_every: int | None) -> None:
     if checkpoint_every is not None:
         raise ArgumentError("checkpoint_every is not in this release yet: leave it out")
 

@@ -1,9 +1,17 @@
 """Real data and small models for tests that train; importable on engines, as the repository is on their path."""
 
+from collections.abc import Callable, Iterable
+from itertools import chain, islice, repeat
+from typing import Any, NamedTuple
+
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from dnb.transport.job import Sum
 
 
 def digits(num_samples: int = 1797) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,3 +69,218 @@ def plain_losses(
 
 def largest_gap(left: list[float], right: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(left, right, strict=True))
+
+
+# One process, written out: what runs are compared with
+
+
+class Plain(NamedTuple):
+    """What a plain loop saw."""
+
+    losses: list[float]
+    rates: list[float]  # of the first parameter group, before every step
+
+
+def cross_entropy_step(model: nn.Module, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    *inputs, targets = batch
+    return nn.functional.cross_entropy(model(*inputs), targets)
+
+
+def adamw(parameters: Iterable[nn.Parameter], lr: float = 1e-3) -> torch.optim.Optimizer:
+    """The optimizer that dnb makes of the name "adamw"."""
+    return torch.optim.AdamW(parameters, lr=lr, fused=True)
+
+
+def plain_run(
+    model: nn.Module,
+    data: tuple[torch.Tensor, ...],
+    *,
+    num_steps: int,
+    optimizer: torch.optim.Optimizer | None = None,
+    scheduler: LRScheduler | None = None,
+    step: Callable[..., Any] = cross_entropy_step,
+    batch_size: int = 64,
+    shuffle: bool = True,
+    clip_norm: float | None = None,
+) -> Plain:
+    """The loop that one process would run, for any step function; trains the model in place."""
+    generator = torch.Generator().manual_seed(0)
+    loader = DataLoader(TensorDataset(*data), batch_size, shuffle=shuffle, generator=generator)
+    optimizer = optimizer or adamw(model.parameters())
+    plain = Plain([], [])
+    model.train()
+    for batch in islice(chain.from_iterable(repeat(loader)), num_steps):
+        optimizer.zero_grad()
+        loss = _mean_loss(step(model, batch))
+        loss.backward()
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        plain.losses.append(loss.item())
+        plain.rates.append(float(optimizer.param_groups[0]["lr"]))
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    return plain
+
+
+def _mean_loss(result: Any) -> torch.Tensor:
+    loss = result[0] if isinstance(result, tuple) else result
+    return loss.total / loss.weight if isinstance(loss, Sum) else loss
+
+
+def largest_relative_gap(left: nn.Module, right: nn.Module) -> float:
+    """Of any parameter or buffer, by its norm."""
+    pairs = zip(left.state_dict().values(), right.state_dict().values(), strict=True)
+    return max(_relative_gap(a.double(), b.double()) for a, b in pairs)
+
+
+def _relative_gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert torch.isfinite(a).all()
+    return float((a - b).norm() / b.norm().clamp(min=1e-12)) if a.numel() else 0.0
+
+
+# Models of every kind
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64)
+        self.second = nn.Linear(64, 64)
+        self.second.weight = self.first.weight
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.head(self.second(self.first(inputs).relu()).relu())
+
+
+class WithSpare(nn.Module):
+    """A small and a large layer that are never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Linear(5, 3)
+        self.used = nn.Linear(64, 10)
+        self.large_spare = nn.Linear(128, 256)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.used(inputs)
+
+
+class Branching(nn.Module):
+    """A small and a large branch, each computed only if a sample of the batch wants it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(64, 10)
+        self.small = nn.Linear(64, 10)
+        self.large = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 10))
+
+    def forward(self, inputs: torch.Tensor, wants: torch.Tensor) -> torch.Tensor:
+        output = self.trunk(inputs)
+        for column, branch in enumerate((self.small, self.large)):
+            chosen = wants[:, column].nonzero().squeeze(1)
+            if len(chosen):
+                output = output.index_add(0, chosen, branch(inputs[chosen]))
+        return output
+
+
+class Odd(nn.Module):
+    """Parameters that are not contiguous, and one without elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.turned = nn.Parameter(torch.randn(10, 64).div(8).t())
+        self.strided = nn.Parameter(torch.randn(10, 2)[:, 0])
+        self.nothing = nn.Parameter(torch.empty(0, 3))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs @ self.turned + self.strided + self.nothing.sum()
+
+
+class ManyDtypes(nn.Module):
+    """One layer per dtype."""
+
+    def __init__(self, *dtypes: torch.dtype) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64, dtype=dtype) for dtype in dtypes)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            inputs = layer(inputs.to(layer.weight.dtype)).tanh()
+        return self.head(inputs.float())
+
+
+class Tokens(nn.Module):
+    """Pixels as tokens, a word for each place and grey value, with sparse gradients."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(64 * 17, width, sparse=True)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        tokens = (inputs * 16).long() + torch.arange(64) * 17
+        return self.head(self.words(tokens).mean(dim=1) * 8)
+
+
+class ManyTensors(nn.Module):
+    """A layer cut into many parameters."""
+
+    def __init__(self, num_tensors: int) -> None:
+        super().__init__()
+        self.rows = nn.ParameterList(torch.randn(10) / 8 for _ in range(num_tensors))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        repeated = inputs.repeat(1, -(-len(self.rows) // 64))[:, : len(self.rows)]
+        return repeated @ torch.stack(list(self.rows)) * 64 / len(self.rows)
+
+
+class Checkpointed(nn.Module):
+    """A layer that backward comes to twice: inside a re-entrant checkpoint and outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice = nn.Linear(64, 64)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = self.twice(inputs).tanh()
+        return self.head(checkpoint(self.twice, hidden, use_reentrant=True))
+
+
+def transformer(*, dropout: float = 0.0) -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (8, 8)),
+        nn.TransformerEncoderLayer(8, 2, 16, dropout=dropout, batch_first=True),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8, 8)),
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Dropout(0.2),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+
+
+def dropout_net() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.3), nn.Linear(32, 10))
+
+
+def twice(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
+    """Two models with the same parameters: one for the engines, one for the plain loop."""
+    torch.manual_seed(0)
+    first = make()
+    torch.manual_seed(0)
+    return first, make()

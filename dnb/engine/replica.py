@@ -1,20 +1,47 @@
-"""One engine's copy of the model: parameters read from shared memory, gradients born in the engine's slab."""
+"""One engine's copy of the model: parameters read from the hub, gradients born in this engine's slabs."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
+import random
+import zlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
+from dnb.engine.gradients import Gradients
 from dnb.engine.loader import fetch_batch
+from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.telemetry import Stopwatch
-from dnb.records import Load, RunSpec, Sums, Work
+from dnb.errors import DnbError
+from dnb.records import Diagnose, Diagnosis, Load, RunSpec, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
-from dnb.transport.layout import region_views, slot_views
-from dnb.transport.segments import open_segment
+from dnb.transport.layout import slot_views
+
+log = logging.getLogger(__name__)
+
+PROBE_SAMPLES = 8
+
+Metrics = dict[str, tuple[float, float]]  # total and weight
+
+
+class ModelChangedError(DnbError):
+    """User code replaced a parameter, so that its gradient is born elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a work item came to; the gradients are in the slabs."""
+
+    parts: tuple[Sums, ...]
+    is_sum: bool  # the gradients are yet to be divided by the weight
+    unused: tuple[int, ...] = ()
+    note: str = ""
 
 
 class Replica:
@@ -22,141 +49,338 @@ class Replica:
 
     Args:
         spec: the run's numbers.
-        job: as unpacked; its model is bound to the shared memory.
+        job: as unpacked; its model is bound to the memory.
         data: as unpacked.
-        load: where that memory is.
+        load: the layouts of that memory.
+        memory: parameters and slabs.
         stopwatch: counts data and compute time.
+        publisher: sends what is written; None where the hub shares the memory.
     """
 
-    def __init__(self, spec: RunSpec, job: Job, data: Data, load: Load, stopwatch: Stopwatch) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        job: Job,
+        data: Data,
+        load: Load,
+        *,
+        memory: EngineMemory,
+        stopwatch: Stopwatch,
+        publisher: Publisher | None = None,
+    ) -> None:
         self._spec = spec
         self._job = job
         self._data = data
+        self._memory = memory
         self._stopwatch = stopwatch
-        parameters = open_segment(load.parameters)
-        slab = open_segment(load.slab)
-        master = slot_views(load.parameter_layout, parameters.memory)
-        gradients = slot_views(load.gradient_layout, slab.memory)
-        for name, parameter in job.model.named_parameters():
+        self._publisher = publisher
+        self._buffer_layout = load.buffer_layout
+        master = slot_views(load.parameter_layout, memory.parameters)
+        self._named = dict(job.model.named_parameters())
+        for name, parameter in self._named.items():
             parameter.data = master[name]
-        self._gradients = [
-            (parameter, gradients[name]) for name, parameter in job.model.named_parameters() if name in gradients
-        ]
-        self._regions = region_views(load.gradient_layout, slab.memory)
-        own = slot_views(load.buffer_layout, slab.memory)
-        self._buffers: list[tuple[torch.nn.Module, str, torch.Tensor, torch.Tensor]] = []
+        self._master = master
+        trained = [self._named[slot.name] for slot in load.gradient_layout.slots]
+        self._names = [slot.name for slot in load.gradient_layout.slots]
+        self._gradients = Gradients(
+            trained,
+            load.gradient_layout,
+            is_written=None if publisher is None else publisher.gradient_is_written,
+        )
+        self._buffers: list[tuple[torch.nn.Module, str, torch.Tensor, str]] = []
         for name, buffer in job.model.named_buffers():
-            buffer.data = own[name]
-            self._buffers.append((*_owner(job.model, name), buffer, master[name]))
+            buffer.data = master[name].clone()
+            self._buffers.append((*_owner(job.model, name), buffer, name))
+        self._slab_buffers: dict[int, dict[str, torch.Tensor]] = {}
+        self._most_at_once = spec.micro_batch
+        self._is_training: bool | None = None
+        self._of_this_step: list[tuple[Work, torch.Tensor]] = []
 
-    def compute(self, work: Work, indices: torch.Tensor) -> tuple[Sums, bool]:
-        """Do what is asked; for a step, the gradients are then in the slab.
+    def compute(self, work: Work, indices: torch.Tensor) -> Outcome:
+        """Do what is asked; for a step, the gradients are then in the slabs.
 
-        Returns:
-            The sums of loss and metrics, and whether the gradients still are to be divided by the weight.
+        Args:
+            work: which shards of which task.
+            indices: int64, of all shards, in order.
+
+        Raises:
+            MemoryError: not even a single sample fits.
+            ModelChangedError: user code replaced a parameter.
         """
         if work.kind == "evaluation":
-            return self._evaluate(indices), False
+            return Outcome((self._evaluate(indices),), is_sum=False)
+        self._be_training(mode=True)
+        try:
+            if self._spec.exact:
+                return self._compute_each_shard(work, indices)
+            return self._compute_together(work, indices)
+        except Exception:
+            for name in self._named:
+                self._check_parameter(name)  # if one was replaced, that is the cause
+            raise
+
+    def diagnose(self, request: Diagnose, indices: torch.Tensor) -> Diagnosis:
+        """Compute the shards one by one, until one has a gradient that is not finite."""
+        self._be_training(mode=True)
+        for shard, part in zip(request.shards, indices.split(request.shard_sizes), strict=True):
+            self._begin(request.slab, fresh=True)
+            self._seed(request.step, shard)
+            self._run_pieces(part, batch_samples=request.batch_samples)
+            self._gradients.finish()
+            fault = self._gradients.first_fault()
+            if fault is not None:
+                return Diagnosis(run=request.run, step=request.step, shard=shard, parameter=fault[0], kind=fault[1])
+        return Diagnosis(run=request.run, step=request.step, shard=None, parameter="", kind="")
+
+    def probe(self) -> float | None:
+        """The loss of the first samples, to be held against other engines; None if it cannot be had by itself."""
+        indices = torch.arange(min(PROBE_SAMPLES, self._spec.num_samples))
+        self._read_buffers()
+        self._be_training(mode=False)
+        self._seed(0, 0)
+        try:
+            with torch.no_grad():
+                sums, _ = self._forward(self._data.train, indices, batch_samples=None)
+        except Exception as error:  # noqa: BLE001 - a step function may need gradients; its own step will tell
+            log.info("the model was not probed: %s", error)
+            return None
+        return sums.loss_total / sums.loss_weight if sums.loss_weight else None
+
+    def digests(self) -> bytes:
+        """CRC-32 of every tensor as the model holds it, as uint32; 0 for those that are the hub's own memory."""
+        shared = self._memory.kind == "memory"
+        found = []
+        for slot in self._memory.layout.slots:
+            master = self._master[slot.name]
+            own: torch.Tensor = self._named.get(slot.name, master)  # buffers are read anew for every step
+            is_same = own.data_ptr() == master.data_ptr() and own.shape == master.shape
+            found.append(0 if shared and is_same else tensor_digest(own))
+        return np.array(found, dtype=np.uint32).tobytes()
+
+    def close(self) -> None:
+        """Let go of the gradients."""
+        self._gradients.close()
+
+    def _compute_together(self, work: Work, indices: torch.Tensor) -> Outcome:
+        """All shards in one forward, or in as many micro-batches as memory wants."""
         if work.fresh:
-            for region in self._regions:
-                region.zero_()
+            self._of_this_step.clear()
+        self._of_this_step.append((work, indices))
+        note = ""
+        fresh = work.fresh
+        while True:
+            try:
+                sums, is_sum, unused = self._accumulate(work, indices, fresh=fresh)
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                note = self._shrink(len(indices), error)
+                fresh = self._redo_earlier()
+            else:
+                return Outcome((sums,), is_sum, unused, note)
+
+    def _accumulate(
+        self, work: Work, indices: torch.Tensor, *, fresh: bool, publish: bool = True
+    ) -> tuple[Sums, bool, tuple[int, ...]]:
+        slab = work.slabs[0]
+        self._begin(slab, fresh=fresh)
+        self._seed(work.step, work.shards[0])
+        sums, is_sum = self._run_pieces(indices, batch_samples=work.batch_samples)
+        return sums, is_sum, self._end(slab, publish=publish)
+
+    def _compute_each_shard(self, work: Work, indices: torch.Tensor) -> Outcome:
+        """Every shard from the same beginning into a slab of its own, so that it matters not who computes it."""
+        parts: list[Sums] = []
+        unused: set[int] | None = None
+        is_sum = False
+        for shard, slab, part in zip(work.shards, work.slabs, indices.split(work.shard_sizes), strict=True):
+            self._begin(slab, fresh=True)
+            self._seed(work.step, shard)
+            try:
+                sums, shard_is_sum = self._run_pieces(part, batch_samples=work.batch_samples)
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                raise MemoryError(f"shard {shard} with {len(part)} samples does not fit: {error}") from error
+            left = set(self._end(slab, publish=True))
+            unused = left if unused is None else unused & left
+            is_sum = is_sum or shard_is_sum
+            parts.append(sums)
+        return Outcome(tuple(parts), is_sum, tuple(sorted(unused or ())))
+
+    def _begin(self, slab: int, *, fresh: bool) -> None:
+        flat = self._memory.slabs[slab]
+        if fresh:
             self._read_buffers()
-        self._bind_gradients()
-        # torch.manual_seed takes 0.3 ms, as it looks for every kind of accelerator.
-        torch.default_generator.manual_seed(part_seed(self._spec.seed, work.step, work.shards[0]))
-        self._job.model.train()
-        parts = [
-            self._forward(self._data.train, piece, work=work)
-            for piece in _pieces(indices, self._spec.micro_batch)
-            if len(piece)
-        ]
-        self._gather_strays()
+        self._gradients.begin(slab, flat, fresh=fresh)
+        if self._publisher is not None:
+            self._publisher.begin(slab, flat)
+
+    def _end(self, slab: int, *, publish: bool) -> tuple[int, ...]:
+        unused = self._gradients.finish()
+        self._write_buffers(slab)
+        for index in unused:
+            self._check_parameter(self._names[index])
+        if self._publisher is not None and publish:
+            self._publisher.finish()
+        return unused
+
+    def _run_pieces(self, indices: torch.Tensor, *, batch_samples: int) -> tuple[Sums, bool]:
+        pieces = [piece for piece in _pieces(indices, self._most_at_once) if len(piece)]
+        parts = []
+        for number, piece in enumerate(pieces, 1):
+            if self._publisher is not None:
+                self._publisher.is_last_backward = number == len(pieces)
+            parts.append(self._forward(self._data.train, piece, batch_samples=batch_samples))
+            if number < len(pieces):
+                self._gradients.bring_home()
+        if len(parts) == 1:
+            return parts[0]
         return _added([sums for sums, _ in parts]), any(is_sum for _, is_sum in parts)
 
-    def _forward(self, source: DataSource, indices: torch.Tensor, *, work: Work | None) -> tuple[Sums, bool]:
-        """Loss and metrics of one micro-batch, with backward if it is `work` of a step."""
+    def _forward(self, source: DataSource, indices: torch.Tensor, *, batch_samples: int | None) -> tuple[Sums, bool]:
+        """Loss and metrics of one micro-batch, with backward if it is part of a global batch."""
         with self._stopwatch.measure("data"):
             batch = fetch_batch(source, indices)
         num_samples = len(indices)
         with self._stopwatch.measure("compute"):
             with self._autocast():
-                loss, metrics = self._apply(batch)
+                loss, metrics = self._apply(batch, num_samples)
             is_sum = isinstance(loss, Sum)
             total = loss.total if isinstance(loss, Sum) else loss
-            if work is not None:
-                scale = 1.0 if is_sum else num_samples / work.batch_samples
+            if batch_samples is not None:
+                scale = 1.0 if is_sum else num_samples / batch_samples
                 (total * scale if scale != 1.0 else total).backward()
-            value = float(total.detach())
-        weight = float(loss.weight) if isinstance(loss, Sum) else float(num_samples)
+            value = total.item()
         sums = Sums(
             loss_total=value if is_sum else value * num_samples,
-            loss_weight=weight,
-            metric_totals={name: metric * num_samples for name, metric in metrics.items()},
+            loss_weight=float(loss.weight) if isinstance(loss, Sum) else float(num_samples),
+            metric_totals={name: total for name, (total, _) in metrics.items()},
+            metric_weights={name: weight for name, (_, weight) in metrics.items()},
             num_samples=num_samples,
         )
         return sums, is_sum
 
-    def _apply(self, batch: Any) -> tuple[torch.Tensor | Sum, dict[str, float]]:
+    def _apply(self, batch: Any, num_samples: int) -> tuple[torch.Tensor | Sum, Metrics]:
         model, job = self._job.model, self._job
         if job.step is not None:
             result = job.step(model, batch)
             loss, metrics = result if isinstance(result, tuple) else (result, {})
-            return loss, {name: float(value) for name, value in metrics.items()}
+            return loss, {name: _weighed(value, num_samples) for name, value in metrics.items()}
         if isinstance(batch, dict):
             return model(**batch).loss, {}
         *inputs, target = batch
         output = model(*inputs)
         assert job.loss is not None
         loss = job.loss(output, target)
+        if not job.metrics:
+            return loss, {}
         with torch.no_grad():
-            metrics = {name: float(metric(output, target)) for name, metric in job.metrics.items()}
-        return loss, metrics
+            return loss, {name: _weighed(metric(output, target), num_samples) for name, metric in job.metrics.items()}
 
     def _evaluate(self, indices: torch.Tensor) -> Sums:
         assert self._data.val is not None
         self._read_buffers()
-        self._job.model.eval()
+        self._be_training(mode=False)
         with torch.no_grad():
             return _added(
                 [
-                    self._forward(self._data.val, piece, work=None)[0]
-                    for piece in _pieces(indices, self._spec.micro_batch or self._spec.batch_size)
+                    self._forward(self._data.val, piece, batch_samples=None)[0]
+                    for piece in _pieces(indices, self._most_at_once or self._spec.batch_size)
                     if len(piece)
                 ]
             )
+
+    def _be_training(self, *, mode: bool) -> None:
+        """Switch when it changes, as a loop does around its evaluation; each switch walks the whole model."""
+        if self._is_training is not mode:
+            self._job.model.train(mode)
+            self._is_training = mode
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._spec.precision == "float32":
             return nullcontext()
         return torch.autocast("cpu", dtype=torch.bfloat16)
 
+    def _seed(self, step: int, shard: int) -> None:
+        """Random numbers depend on the step and the shard, never on the engine."""
+        seed = part_seed(self._spec.seed, step, shard)
+        # torch.manual_seed takes 0.3 ms, as it looks for every kind of accelerator.
+        torch.default_generator.manual_seed(seed)
+        if self._spec.exact:  # what a data set or a model may draw from besides
+            random.seed(seed)
+            np.random.seed(seed & 0xFFFFFFFF)
+
     def _read_buffers(self) -> None:
-        for module, key, own, master in self._buffers:
-            own.copy_(master)
+        for module, key, own, name in self._buffers:
+            own.copy_(self._master[name])
             module._buffers[key] = own
 
-    def _bind_gradients(self) -> None:
-        for parameter, gradient in self._gradients:
-            if parameter.grad is not gradient:
-                parameter.grad = gradient
-
-    def _gather_strays(self) -> None:
-        """Bring home what user code put elsewhere: replaced gradients (`zero_grad`) and replaced buffers."""
-        for parameter, gradient in self._gradients:
-            if parameter.grad is not gradient:
-                if parameter.grad is not None:
-                    gradient.add_(parameter.grad)
-                parameter.grad = gradient
-        for module, key, own, _ in self._buffers:
+    def _write_buffers(self, slab: int) -> None:
+        if not self._buffers:
+            return
+        views = self._slab_buffers.get(slab)
+        if views is None:
+            views = self._slab_buffers[slab] = slot_views(self._buffer_layout, self._memory.slabs[slab].memory)
+        for module, key, own, name in self._buffers:
             now = module._buffers[key]
-            if now is not None and now is not own:
+            if now is not None and now is not own:  # replaced by user code
                 own.copy_(now.detach())
+            views[name].copy_(own)
+
+    def _check_parameter(self, name: str) -> None:
+        """A parameter that got no gradient may have been replaced; then its successor trains in vain."""
+        master = self._master[name]
+        try:
+            now = self._job.model.get_parameter(name)
+        except AttributeError:
+            now = None
+        if now is self._named[name] and now.data_ptr() == master.data_ptr() and now.shape == master.shape:
+            return
+        fate = "is gone" if now is None else f"now has shape {tuple(now.shape)}"
+        raise ModelChangedError(
+            f"parameter {name!r} of shape {tuple(master.shape)} was replaced while the run went on, and {fate}: "
+            "change a model before fit, or its values in place (parameter.data.copy_) between runs"
+        )
+
+    def _shrink(self, num_samples: int, error: Exception) -> str:
+        """Halve the micro-batch; the sentence that says so."""
+        before = min(self._most_at_once or num_samples, num_samples)
+        if before == 1:
+            raise MemoryError(f"not even one sample fits: {error}") from error
+        self._most_at_once = before // 2
+        return f"out of memory with {before} samples at once: goes on with {self._most_at_once}"
+
+    def _redo_earlier(self) -> bool:
+        """After a failure the slab is torn: compute again what this step had brought before."""
+        earlier = self._of_this_step[:-1]
+        for number, (work, indices) in enumerate(earlier):
+            self._accumulate(work, indices, fresh=number == 0, publish=False)
+        return not earlier
+
+
+def tensor_digest(tensor: torch.Tensor) -> int:
+    """CRC-32 (ISO 3309) of a tensor's bytes in row-major order."""
+    flat = tensor.detach().contiguous().reshape(-1)
+    return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
 
 
 def part_seed(seed: int, step: int, shard: int) -> int:
     """The seed of random numbers in a part of a step; it does not depend on who computes it."""
     digest = hashlib.blake2b(f"{seed}/{step}/{shard}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
+
+
+def _weighed(value: Any, num_samples: int) -> tuple[float, float]:
+    if isinstance(value, Sum):
+        return float(value.total), float(value.weight)
+    return float(value) * num_samples, float(num_samples)
 
 
 def _owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
@@ -174,5 +398,6 @@ def _added(parts: Sequence[Sums]) -> Sums:
         loss_total=sum(part.loss_total for part in parts),
         loss_weight=sum(part.loss_weight for part in parts),
         metric_totals={name: sum(part.metric_totals.get(name, 0.0) for part in parts) for name in names},
+        metric_weights={name: sum(part.metric_weights.get(name, 0.0) for part in parts) for name in names},
         num_samples=sum(part.num_samples for part in parts),
     )

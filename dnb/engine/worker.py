@@ -6,9 +6,7 @@ import json
 import logging
 import os
 import signal
-import sys
 import threading
-import traceback
 from typing import Any
 
 import msgspec
@@ -16,36 +14,35 @@ import psutil
 import torch
 import zmq
 
-from dnb.engine.replica import Replica
+from dnb.engine.memory import EngineMemory
+from dnb.engine.session import Session, describe
 from dnb.engine.telemetry import Stopwatch
-from dnb.errors import PoolError
+from dnb.errors import HubError, PoolError
 from dnb.records import (
     Address,
     EngineFacts,
     EngineMessage,
     Exit,
-    Failure,
     HubMessage,
     Join,
     Load,
     Loaded,
     LoadFailed,
+    NoSharedMemory,
     Process,
-    RunSpec,
     Unload,
     Welcome,
-    Work,
-    WorkFailed,
-    WorkReport,
 )
 from dnb.transport.channels import connect_dealer, encode
 from dnb.transport.lives import is_alive, this_process
-from dnb.transport.parcels import unpack, verify
+from dnb.transport.wires import Wire, WireError, connect_wire
 
 log = logging.getLogger(__name__)
 
 # How often a waiting engine looks whether its hub still lives.
 WATCH_MILLISECONDS = 1000
+# How long the hub may take to greet a wire.
+WIRE_SECONDS = 10.0
 
 _worker: Worker | None = None
 
@@ -102,7 +99,9 @@ def _read_connection(connection_file: str) -> dict[str, Any]:
 
 
 class Worker(threading.Thread):
-    """Holds the engine's only socket to the hub; ends when told, or when the hub is gone.
+    """Holds the engine's connections to the hub; ends when told, or when the hub is gone.
+
+    What concerns the pool and the loading of runs comes over an encrypted socket, the work of a run over its wire.
 
     Args:
         facts: of this engine.
@@ -119,8 +118,8 @@ class Worker(threading.Thread):
         self._key = key
         self._stopwatch = Stopwatch()
         self.is_welcome = threading.Event()
-        self._replica: Replica | None = None
-        self._spec: RunSpec | None = None
+        self._session: Session | None = None
+        self._wire: Wire | None = None
         self._decoder = msgspec.msgpack.Decoder(HubMessage)
 
     def run(self) -> None:
@@ -128,21 +127,33 @@ class Worker(threading.Thread):
         torch.set_num_threads(self._facts.cores)  # OpenMP keeps this number per thread
         context = zmq.Context()
         self._socket = connect_dealer(context, self._address, identity=b"engine-%d" % self._facts.engine)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
         try:
             self._send(Join(facts=self._facts))
             while self._serve_once():
                 pass
         finally:
+            self._drop_wire()
             self._socket.close(linger=0)
             context.term()
             # The main thread runs ipykernel's loop: a signal is what ends it, and ipyparallel's nanny with it.
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _serve_once(self) -> bool:
-        while not self._socket.poll(WATCH_MILLISECONDS):
-            if not is_alive(self._hub):
-                log.warning("the hub is gone: engine %d ends", self._facts.engine)
-                return False
+        ready = self._poller.poll(WATCH_MILLISECONDS)
+        if not ready and not is_alive(self._hub):
+            log.warning("the hub is gone: engine %d ends", self._facts.engine)
+            return False
+        for source, _ in ready:
+            if source is self._socket:
+                if not self._take_from_hub():
+                    return False
+            elif self._wire is not None:
+                self._take_from_wire(self._wire)
+        return True
+
+    def _take_from_hub(self) -> bool:
         header, *frames = self._socket.recv_multipart(copy=False)
         message = self._decoder.decode(header.buffer)
         match message:
@@ -150,75 +161,82 @@ class Worker(threading.Thread):
                 self.is_welcome.set()
             case Load():
                 self._load(message, frames)
-            case Work():
-                self._work(message, frames)
             case Unload():
-                self._replica = self._spec = None
+                self._close_session()
             case Exit():
                 return False
         return True
 
-    def _load(self, load: Load, frames: list[zmq.Frame]) -> None:
+    def _take_from_wire(self, wire: Wire) -> None:
         try:
-            spec_bytes, job_bytes, data_bytes, signature = (frame.bytes for frame in frames)
-            verify(self._key, [spec_bytes, job_bytes, data_bytes], signature)
-            spec = msgspec.msgpack.decode(spec_bytes, type=RunSpec)
-            adopt_path(spec.sys_path)
-            job, data = unpack(job_bytes, spec.job), unpack(data_bytes, spec.data)
-            self._replica = Replica(spec, job, data, load, self._stopwatch)
-            self._spec = spec
+            messages = wire.receive()
+            if self._session is not None:
+                for packed, raw in messages:
+                    self._session.take(packed, raw)
+        except WireError as error:
+            log.warning("engine %d: %s", self._facts.engine, error)
+            wire.close()
+        if wire.is_closed and self._wire is wire:
+            was_at_work = self._session is not None
+            self._drop_wire()
+            if was_at_work and is_alive(self._hub):
+                self._send(Join(facts=self._facts))  # the hub gave this engine up: come back as a new one
+
+    def _load(self, load: Load, frames: list[zmq.Frame]) -> None:
+        self._close_session()
+        try:
+            wire = self._wire_to(load)
+            memory = EngineMemory(load)
+        except (OSError, HubError) as error:
+            self._drop_wire()
+            if load.transport == "memory":
+                self._send(NoSharedMemory(run=load.run, reason=str(error)))
+            else:
+                self._send(LoadFailed(run=load.run, failure=describe(error)))
+            return
+        try:
+            self._session = Session(
+                load,
+                [frame.bytes for frame in frames],
+                engine=self._facts.engine,
+                key=self._key,
+                wire=wire,
+                memory=memory,
+                stopwatch=self._stopwatch,
+            )
         except Exception as error:  # noqa: BLE001 - whatever a user's class raises is the user's to read
             self._send(LoadFailed(run=load.run, failure=describe(error)))
         else:
+            torch.set_num_threads(self._session.num_threads(self._facts.cores))
             self._stopwatch.take()
-            self._send(Loaded(run=load.run))
+            self._session.send(Loaded(run=load.run))
 
-    def _work(self, work: Work, frames: list[zmq.Frame]) -> None:
-        if self._replica is None or self._spec is None or self._spec.name != work.run:
-            return  # late work of a run that was unloaded
-        indices = (
-            torch.frombuffer(frames[0].bytes, dtype=torch.int64)
-            if len(frames[0])
-            else torch.empty(0, dtype=torch.int64)
-        )
-        try:
-            sums, is_sum = self._replica.compute(work, indices)
-        except Exception as error:  # noqa: BLE001 - whatever a user's model raises is the user's to read
-            self._send(
-                WorkFailed(
-                    run=work.run,
-                    kind=work.kind,
-                    step=work.step,
-                    shards=work.shards,
-                    failure=describe(error),
-                )
-            )
-            return
-        self._send(
-            WorkReport(
-                run=work.run,
-                kind=work.kind,
-                step=work.step,
-                shards=work.shards,
-                sums=sums,
-                is_sum=is_sum,
-                telemetry=self._stopwatch.take(),
-            )
-        )
+    def _wire_to(self, load: Load) -> Wire:
+        """A new wire for every run: the hub's first records on it belong to that run."""
+        self._drop_wire()
+        self._wire = connect_wire(load.wire, engine=self._facts.engine, timeout_seconds=WIRE_SECONDS)
+        self._poller.register(self._wire.fileno(), zmq.POLLIN)
+        return self._wire
+
+    def _drop_wire(self) -> None:
+        self._close_session()
+        if self._wire is not None:
+            if not self._wire.is_closed:
+                self._poller.unregister(self._wire.fileno())
+            else:
+                self._forget_closed()
+            self._wire.close()
+            self._wire = None
+
+    def _forget_closed(self) -> None:
+        """A closed socket has no number any more by which it could be taken from the poller."""
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+
+    def _close_session(self) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session = None
 
     def _send(self, record: EngineMessage) -> None:
         self._socket.send_multipart(encode(record))
-
-
-def adopt_path(paths: tuple[str, ...]) -> None:
-    """Let modules that the notebook can import be importable here."""
-    sys.path.extend(path for path in paths if path not in sys.path)
-
-
-def describe(error: BaseException) -> Failure:
-    """An exception as text, without the frames of dnb itself where user code is deeper."""
-    return Failure(
-        kind=type(error).__name__,
-        message=str(error),
-        traceback="".join(traceback.format_exception(error)),
-    )

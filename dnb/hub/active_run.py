@@ -3,47 +3,63 @@
 from __future__ import annotations
 
 import logging
+import socket
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from dnb.errors import SpaceError
 from dnb.hub import coordinator as machine
 from dnb.hub.accounts import Accounts, Columns
+from dnb.hub.agreement import Agreement
 from dnb.hub.history import HistoryRow, RunFolder, RunSummary, summarize
 from dnb.hub.reducer import Contribution, Master, NotFinite, mean_of
 from dnb.planning.sample_order import iterate_batches
 from dnb.planning.shards import shard_bounds
 from dnb.records import (
     ENDED,
+    AddSlabs,
+    Diagnose,
+    Diagnosis,
     EngineFacts,
+    EngineMessage,
     Failure,
     GetRun,
     Load,
     Loaded,
     LoadFailed,
     Message,
+    NoSharedMemory,
     RunEvent,
     RunSpec,
     RunState,
     RunStatus,
+    Shipped,
+    TransportKind,
     Unload,
+    WireOffer,
     Work,
     WorkFailed,
     WorkKind,
     WorkReport,
 )
 from dnb.transport.job import Job
+from dnb.transport.segments import open_segment
+from dnb.transport.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Flat, Wire
 
 log = logging.getLogger(__name__)
 
 Send = Callable[[int, Message, Sequence[Any]], None]
+OfferWire = Callable[[int, TransportKind], WireOffer]
 
 
 class ActiveRun:
@@ -56,6 +72,7 @@ class ActiveRun:
         engines: those that take part from the start.
         folders: where segments may lie.
         send: sends a record with frames to an engine.
+        offer_wire: lets an engine connect its wire.
     """
 
     def __init__(
@@ -67,28 +84,47 @@ class ActiveRun:
         engines: Iterable[EngineFacts],
         folders: Sequence[Path],
         send: Send,
+        offer_wire: OfferWire,
     ) -> None:
         self.spec = spec
         self._frames = frames
         self._send = send
+        self._offer_wire = offer_wire
+        self._host = socket.gethostname()
+        self._members: dict[int, _Member] = {}
+        engines = list(engines)
+        for facts in engines:
+            self._members[facts.engine] = _Member(self._usual_transport(facts))
         self._accounts = Accounts(engines)
-        self.master = Master(job, folders=folders, prefix=spec.name, clip_norm=spec.clip_norm)
+        self.master = Master(job, folders=folders, prefix=spec.name, clip_norm=spec.clip_norm, exact=spec.exact)
+        num_slabs = -(-spec.num_shards // max(len(engines), 1)) if spec.exact else 1
         try:
-            for engine in self._accounts:
-                self.master.add_slab(engine)
+            for engine, member in self._members.items():
+                self.master.add_slabs(engine, num_slabs, kind=member.transport)
             self._folder = RunFolder(Path(spec.folder))
         except BaseException:
             self.master.drop_slabs()
             self.master.close()
             raise
         self._batches = islice(iterate_batches(job.order), spec.num_steps)
-        self._batch = torch.empty(0, dtype=torch.int64)
+        self._batch: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._val_indices: NDArray[np.int64] = np.arange(spec.num_val_samples)
+        self._bounds: dict[int, list[tuple[int, int]]] = {}
         self._batch_step = 0
+        self._prepared: NDArray[np.int64] | None = None
+        self._version = 0  # of the parameters
         self._started = time.time()
         self._ended: float | None = None
         self._last_commit = time.monotonic()
         self._remote_traceback = ""
         self._reports: dict[tuple[int, tuple[int, ...]], WorkReport] = {}
+        self._slabs_of_report: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
+        self._chores: deque[Callable[[], None]] = deque()  # what may wait until the engines are at work again
+        self._verdict: _Verdict | None = None
+        self._last_shards: dict[int, tuple[int, ...]] = {}
+        self._agreement = Agreement(self.master.parameter_layout, num_steps=spec.num_steps)
+        self._copy_fault = ""
+        self._disagreement = ""
         self._columns = Columns()
         self._events: list[RunEvent] = []
         self._coordinator = machine.Coordinator(
@@ -117,32 +153,72 @@ class ActiveRun:
 
     # what happens to the run
 
-    def take(self, engine: int, message: Loaded | LoadFailed | WorkReport | WorkFailed) -> None:
+    def attach(self, engine: int, wire: Wire) -> None:
+        """An engine has connected: send what it needs to load the run."""
+        member = self._members.get(engine)
+        if member is None or not self.is_active:
+            wire.close()
+            return
+        member.wire, member.version = wire, self._version
+        slabs = self.master.slabs_of(engine)
+        wire.queue(AddSlabs(run=self.spec.name, slabs=tuple(slab.ref for slab in slabs)))
+        if member.transport == "socket":
+            self._ship(wire)
+            self._open_landings(engine, wire)
+        wire.flush()
+
+    def take(self, engine: int, message: EngineMessage) -> None:
         """Take an engine's message about this run."""
         match message:
+            case NoSharedMemory(reason=reason):
+                self._change_to_socket(engine, reason)
             case Loaded():
                 self._accounts.begin(engine)
                 self._dispatch(machine.EngineLoaded(engine))
             case LoadFailed(failure=failure):
                 self._dispatch(machine.UserCodeFailed(engine, 0, failure))
-            case WorkReport(kind=kind, step=step, shards=shards):
-                done = machine.WorkDone(engine, kind, step, shards)
-                if self._coordinator.expects(done):
-                    self._accounts.add(engine, message.telemetry)
-                    self._reports[engine, shards] = message
-                self._dispatch(done)
+            case WorkReport():
+                self._take_report(engine, message)
             case WorkFailed(step=step, failure=failure):
+                self._verdict = None
                 self._dispatch(machine.UserCodeFailed(engine, step, failure))
+            case Diagnosis():
+                self._conclude(message)
+
+    def _take_report(self, engine: int, message: WorkReport) -> None:
+        done = machine.WorkDone(engine, message.kind, message.step, message.shards)
+        if self._coordinator.expects(done):
+            if message.telemetry is not None:
+                self._accounts.add(engine, message.telemetry)
+            self._reports[engine, message.shards] = message
+            if message.note:
+                self._note(machine.Note("memory", message.note, engine))
+            self._check(engine, message)
+        self._dispatch(done)
 
     def add_engine(self, facts: EngineFacts) -> None:
         """An engine joined the pool."""
+        self._members[facts.engine] = _Member(self._usual_transport(facts))
         self._accounts.open(facts)
         self._dispatch(machine.EngineJoined(facts.engine))
 
     def lose_engine(self, engine: int, reason: str) -> None:
         """An engine died or left."""
         self._accounts.leave(engine)
+        self._members.pop(engine, None)
         self._dispatch(machine.EngineLost(engine, reason))
+        if self._verdict is not None and self._verdict.engine == engine:
+            self._conclude(None)
+
+    def do_chores(self) -> None:
+        """Write what was put off while engines had to wait for it."""
+        while self._chores:
+            self._chores.popleft()()
+
+    @property
+    def has_chores(self) -> bool:
+        """Whether `do_chores` has something to do."""
+        return bool(self._chores)
 
     def ask(self, verb: Literal["pause", "resume", "stop"]) -> None:
         """Pause, resume or stop, between two steps."""
@@ -159,6 +235,7 @@ class ActiveRun:
 
     def state(self, request: GetRun) -> tuple[RunState, list[bytes]]:
         """What a viewer does not have yet."""
+        self.do_chores()
         columns, frames = self._columns.after(request.seen)
         state = RunState(
             status=self._coordinator.status,
@@ -182,6 +259,7 @@ class ActiveRun:
 
     def close(self) -> None:
         """Let go of memory and files; the parameters can be asked for until then."""
+        self.do_chores()
         self._free_work_memory()
         self.master.close()
         self._folder.close()
@@ -207,7 +285,7 @@ class ActiveRun:
             case machine.LoadEngine(engine):
                 return self._load(engine)
             case machine.Assign():
-                self._assign(action)
+                return self._assign(action)
             case machine.Commit(kind, step, reports):
                 return self._commit(kind, step, reports)
             case machine.Note():
@@ -217,66 +295,176 @@ class ActiveRun:
         return None
 
     def _load(self, engine: int) -> machine.Event | None:
-        master = self.master
+        master, member = self.master, self._members[engine]
         try:
-            slab = master.add_slab(engine)
+            if not master.slabs_of(engine):
+                master.add_slabs(engine, 1, kind=member.transport)
         except SpaceError as error:
             return machine.EngineLost(engine, f"cannot take part: {error}")
         record = Load(
             run=self.spec.name,
+            transport=member.transport,
+            wire=self._offer_wire(engine, member.transport),
             parameters=master.parameters_ref,
             parameter_layout=master.parameter_layout,
-            slab=slab,
             gradient_layout=master.gradient_layout,
             buffer_layout=master.buffer_layout,
         )
         self._send(engine, record, self._frames)
         return None
 
-    def _assign(self, action: machine.Assign) -> None:
-        indices = self._indices(action.kind, action.step)
-        bounds = shard_bounds(len(indices), num_shards=self.spec.num_shards)
-        parts = [indices[bounds[shard][0] : bounds[shard][1]] for shard in action.shards]
-        record = Work(
-            run=self.spec.name,
-            kind=action.kind,
-            step=action.step,
-            shards=action.shards,
-            shard_sizes=tuple(len(part) for part in parts),
-            batch_samples=len(indices),
-            fresh=action.fresh,
-        )
-        self._send(action.engine, record, [torch.cat(parts).numpy()])
+    def _usual_transport(self, facts: EngineFacts) -> TransportKind:
+        wishes = self.spec.transport
+        wish = wishes.get(str(facts.engine), wishes.get(""))
+        if wish is not None:
+            return wish
+        return "memory" if facts.process.host == self._host else "socket"
 
-    def _indices(self, kind: WorkKind, step: int) -> torch.Tensor:
+    def _change_to_socket(self, engine: int, reason: str) -> None:
+        member = self._members.get(engine)
+        if member is None or member.transport == "socket":
+            return
+        member.transport = "socket"
+        self.master.drop_slabs_of(engine)
+        self._note(machine.Note("memory", f"engine {engine} gets its data over a socket: {reason}", engine))
+        self._perform(machine.LoadEngine(engine))
+
+    def _ship(self, wire: Wire) -> None:
+        """Everything that an engine without shared memory has to be sent before it can load the run."""
+        for slot, parcel in ((JOB_SLOT, self.spec.job), (DATA_SLOT, self.spec.data)):
+            if parcel.segment is not None:
+                memory = open_segment(parcel.segment).memory
+                wire.queue_pieces(slot, Flat(memoryview(memory)), [(0, parcel.segment.num_bytes)])
+        num_bytes = self.master.parameter_layout.num_bytes
+        wire.queue_pieces(PARAMETERS_SLOT, self.master.parameters_flat, [(0, num_bytes)])
+        wire.queue(Shipped(run=self.spec.name))
+
+    def _open_landings(self, engine: int, wire: Wire) -> None:
+        wire.landings = dict(enumerate(slab.flat.memory for slab in self.master.slabs_of(engine)))
+
+    def _assign(self, action: machine.Assign) -> machine.Event | None:
+        member = self._members.get(action.engine)
+        if member is None or member.wire is None:
+            return None  # its loss is on the way
+        wire = member.wire
+        sizes, raw = self._samples_of(action.kind, action.step, action.shards)
+        slabs: tuple[int, ...] = (0,)
+        if self.spec.exact and action.kind == "step":
+            try:
+                slabs = self._slabs_for(action, member)
+            except SpaceError as error:
+                return machine.EngineLost(action.engine, f"cannot take {len(action.shards)} shards: {error}")
+        if member.transport == "socket" and member.version != self._version:
+            wire.queue_pieces(PARAMETERS_SLOT, self.master.parameters_flat, self.master.changing)
+            member.version = self._version
+        wire.queue(
+            Work(
+                run=self.spec.name,
+                kind=action.kind,
+                step=action.step,
+                shards=action.shards,
+                shard_sizes=sizes,
+                slabs=slabs,
+                batch_samples=len(self._indices(action.kind, action.step)),
+                fresh=action.fresh,
+                probe=self._wants_probe(action, member),
+                check_copy=action.kind == "step" and self._agreement.is_digest_due(action.step - 1),
+            ),
+            raw,
+        )
+        wire.flush()
+        self._slabs_of_report[action.engine, action.shards] = slabs
+        return None
+
+    def _slabs_for(self, action: machine.Assign, member: _Member) -> tuple[int, ...]:
+        """A slab for each shard, besides those that the engine has filled in this step already."""
+        assert member.wire is not None
+        if action.fresh:
+            member.num_filled = 0
+        first = member.num_filled
+        member.num_filled += len(action.shards)
+        added = self.master.add_slabs(action.engine, member.num_filled, kind=member.transport)
+        if added:
+            member.wire.queue(AddSlabs(run=self.spec.name, slabs=tuple(slab.ref for slab in added)))
+            if member.transport == "socket":
+                self._open_landings(action.engine, member.wire)
+        return tuple(range(first, member.num_filled))
+
+    def _samples_of(self, kind: WorkKind, step: int, shards: Sequence[int]) -> tuple[tuple[int, ...], bytes]:
+        """How many samples each shard has, and the indices of all, one after the other, as bytes."""
+        indices = self._indices(kind, step)
+        bounds = self._bounds.get(len(indices))
+        if bounds is None:
+            bounds = self._bounds[len(indices)] = shard_bounds(len(indices), num_shards=self.spec.num_shards)
+        ends = [bounds[shard] for shard in shards]
+        sizes = tuple(last - first for first, last in ends)
+        if shards[-1] - shards[0] == len(shards) - 1:  # neighbours
+            return sizes, indices[ends[0][0] : ends[-1][1]].tobytes()
+        return sizes, b"".join(indices[first:last].tobytes() for first, last in ends)
+
+    def _indices(self, kind: WorkKind, step: int) -> NDArray[np.int64]:
         if kind == "evaluation":
-            return torch.arange(self.spec.num_val_samples)
+            return self._val_indices
         if step != self._batch_step:  # a step that is tried again keeps its batch
-            self._batch, self._batch_step = next(self._batches), step
+            self._batch, self._batch_step = self._next_batch(), step
+            self._chores.append(self._prepare_batch)
         return self._batch
 
-    def _commit(self, kind: WorkKind, step: int, reports: tuple[tuple[int, tuple[int, ...]], ...]) -> machine.Event:
-        counted = [self._reports[report] for report in reports]
-        contributions = [
-            Contribution(engine, report.sums, report.is_sum)
-            for (engine, _), report in zip(reports, counted, strict=True)
-        ]
+    def _next_batch(self) -> NDArray[np.int64]:
+        if self._prepared is None:
+            return next(self._batches).numpy()
+        batch, self._prepared = self._prepared, None
+        return batch
+
+    def _prepare_batch(self) -> None:
+        """Draw the next batch while the engines compute."""
+        if self._prepared is None and (batch := next(self._batches, None)) is not None:
+            self._prepared = batch.numpy()
+
+    def _commit(
+        self, kind: WorkKind, step: int, reports: tuple[tuple[int, tuple[int, ...]], ...]
+    ) -> machine.Event | None:
+        self.do_chores()
+        contributions = [c for report in reports for c in self._contributions(*report)]
+        self._last_shards = {}
+        for engine, shards in reports:
+            self._last_shards[engine] = self._last_shards.get(engine, ()) + shards
         self._reports.clear()
+        self._slabs_of_report.clear()
+        if self._disagreement:
+            failure = Failure(kind="PlanError", message=self._disagreement, traceback="")
+            return machine.CommitFailed(step, failure)
+        if self._copy_fault:
+            reason, self._copy_fault = self._copy_fault, ""
+            return machine.CommitRefused(step, reason)
         try:
             values = self._apply(kind, contributions)
         except NotFinite as verdict:
-            return machine.CommitRefused(step, str(verdict))
+            return self._diagnose(step, verdict, contributions)
         except Exception as error:  # noqa: BLE001 - a user's optimizer may raise anything; the run fails with it
             return machine.CommitFailed(step, _failure(error))
-        self._record(kind, step, values)
+        self._chores.append(partial(self._record, kind, step, values, time.time()))
+        if kind == "step" and self._agreement.is_digest_due(step):
+            self._chores.append(partial(self._take_digest, step))
         self._accounts.end_task({engine for engine, _ in reports})
         return machine.Committed(kind, step)
+
+    def _contributions(self, engine: int, shards: tuple[int, ...]) -> list[Contribution]:
+        report = self._reports[engine, shards]
+        slabs = self._slabs_of_report[engine, shards]
+        firsts = shards if len(report.parts) == len(slabs) == len(shards) else shards[:1]
+        return [
+            Contribution(engine, slab, shard, sums, report.is_sum, report.unused)
+            for slab, shard, sums in zip(slabs, firsts, report.parts, strict=True)
+        ]
 
     def _apply(self, kind: WorkKind, contributions: Sequence[Contribution]) -> dict[str, float]:
         if kind == "evaluation":
             loss, metrics = mean_of([c.sums for c in contributions])
+            self._last_commit = time.monotonic()
             return {"val_loss": loss, **{f"val_{name}": value for name, value in metrics.items()}}
         result = self.master.commit(contributions)
+        self._version += 1
         samples: dict[int, int] = {}
         for part in contributions:
             samples[part.engine] = samples.get(part.engine, 0) + part.sums.num_samples
@@ -286,15 +474,79 @@ class ActiveRun:
         self._last_commit = now
         return {"loss": result.loss, "lr": result.lr, "samples_per_second": speed, **result.metrics}
 
-    def _record(self, kind: WorkKind, step: int, values: dict[str, float]) -> None:
+    def _record(self, kind: WorkKind, step: int, values: dict[str, float], when: float) -> None:
         if kind == "step":
             self._columns.add_step(values)
         else:
             self._columns.add_evaluation(step, values)
-            self._last_commit = time.monotonic()
-        self._folder.append_row(HistoryRow(kind=kind, step=step, time=time.time(), values=values))
+        self._folder.append_row(HistoryRow(kind=kind, step=step, time=when, values=values))
         if fault := self._folder.take_fault():
             self._note(machine.Note("disk", fault))
+
+    # NaN and infinity
+
+    def _diagnose(self, step: int, verdict: NotFinite, contributions: Sequence[Contribution]) -> machine.Event | None:
+        """Let the engine whose gradient it is find shard and parameter; the step is refused when it has."""
+        member = self._members.get(verdict.engine)
+        if member is None or member.wire is None:
+            return machine.CommitRefused(step, str(verdict))
+        shards = self._shards_behind(verdict, contributions)
+        sizes, raw = self._samples_of("step", step, shards)
+        self._verdict = _Verdict(verdict.engine, step, str(verdict))
+        if member.transport == "socket" and member.version != self._version:
+            member.version = -1
+        request = Diagnose(
+            run=self.spec.name,
+            step=step,
+            shards=shards,
+            shard_sizes=sizes,
+            slab=verdict.slab,
+            batch_samples=len(self._indices("step", step)),
+        )
+        member.wire.send(request, raw)
+        return None
+
+    def _shards_behind(self, verdict: NotFinite, contributions: Sequence[Contribution]) -> tuple[int, ...]:
+        """The shards whose gradients are in the slab."""
+        if self.spec.exact:
+            return tuple(c.shard for c in contributions if (c.engine, c.slab) == (verdict.engine, verdict.slab))
+        return self._last_shards.get(verdict.engine, ())
+
+    def _conclude(self, diagnosis: Diagnosis | None) -> None:
+        verdict, self._verdict = self._verdict, None
+        if verdict is None:
+            return
+        where = f"engine {verdict.engine}"
+        if diagnosis is not None and diagnosis.shard is not None:
+            where += f", shard {diagnosis.shard}: the gradient of {diagnosis.parameter!r} is {diagnosis.kind}"
+        self._dispatch(machine.CommitRefused(verdict.step, f"{verdict.text} ({where})"))
+
+    # one model for all
+
+    def _wants_probe(self, action: machine.Assign, member: _Member) -> bool:
+        """Whether the engine has not been held against the others yet; alone it has nobody to differ from."""
+        if member.is_probed or action.kind != "step" or action.step > 1 or len(self._members) < 2:
+            return False
+        member.is_probed = True
+        return True
+
+    def _check(self, engine: int, report: WorkReport) -> None:
+        """Hold what an engine says of its model against the hub and the other engines."""
+        if report.probe is not None:
+            self._disagreement = self._disagreement or self._agreement.fault_of_probe(engine, report.probe)
+        if report.digests:
+            self.do_chores()  # the hub's own hashes may be among them
+            fault = self._agreement.fault_of_copy(engine, report.step - 1, report.digests)
+            if fault:
+                self._copy_fault = fault
+                self._members[engine].version = -1  # it gets all of them anew
+
+    def _take_digest(self, step: int) -> None:
+        whole, each = self.master.digests()
+        self._agreement.keep(step, each)
+        values = {"digest": float(whole)}
+        self._columns.add_evaluation(step, values)
+        self._folder.append_row(HistoryRow(kind="evaluation", step=step, time=time.time(), values=values))
 
     def _note(self, note: machine.Note) -> None:
         event = RunEvent(
@@ -314,6 +566,7 @@ class ActiveRun:
 
     def _end(self, remote_traceback: str) -> None:
         self._remote_traceback = remote_traceback
+        self.do_chores()
         self._ended = time.time()
         self._accounts.close()
         self._write_summary()
@@ -333,6 +586,26 @@ class ActiveRun:
             step=coordinator.step,
         )
         self._folder.write_summary(summary)
+
+
+@dataclass(slots=True)
+class _Member:
+    """How an engine takes part."""
+
+    transport: TransportKind
+    wire: Wire | None = None
+    version: int = 0  # of the parameters that it holds, if it holds its own
+    num_filled: int = 0  # slabs of an exact step
+    is_probed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """A step that is not finite, while its engine looks for the place."""
+
+    engine: int
+    step: int
+    text: str
 
 
 def _failure(error: BaseException) -> Failure:

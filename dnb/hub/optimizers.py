@@ -72,6 +72,89 @@ def build_optimizer(
     return kind(parameters, **options)  # type: ignore[no-any-return]
 
 
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether torch updates each tensor in one pass."""
+    return all(group.get("fused") for group in optimizer.param_groups)
+
+
+class Stepper:
+    """Steps an optimizer; a fused Adam or AdamW by its one kernel alone, without the walk around it.
+
+    That walk (looking every parameter's state up, grouping by device) takes longer than the update of a small model.
+    Whatever an optimizer of another kind, a hook or a change of groups asks for is left to its own `step`.
+
+    Args:
+        optimizer: stepped; its state stays where it is.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        is_plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and is_fused(optimizer)
+        self._has_kernel = is_plain and hasattr(torch, "_fused_adam_") and hasattr(torch, "_fused_adamw_")
+        self._groups: list[tuple[dict[str, Any], list[list[torch.Tensor]]]] = []
+
+    def forget(self) -> None:
+        """Which parameters have gradients, or where these lie, has changed."""
+        self._groups = []
+
+    def step(self) -> None:
+        """One optimizer step."""
+        if not self._has_kernel or not self._groups or _has_hooks(self._optimizer):
+            self._optimizer.step()
+            if self._has_kernel:
+                self._groups = _adam_groups(self._optimizer)
+            return
+        for group, (parameters, gradients, means, squares, max_squares, steps) in self._groups:
+            torch._foreach_add_(steps, 1)
+            beta1, beta2 = group["betas"]
+            is_decoupled = group.get("decoupled_weight_decay", isinstance(self._optimizer, torch.optim.AdamW))
+            kernel = torch._fused_adamw_ if is_decoupled else torch._fused_adam_
+            kernel(
+                parameters,
+                gradients,
+                means,
+                squares,
+                max_squares,
+                steps,
+                amsgrad=group["amsgrad"],
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=group["maximize"],
+                grad_scale=None,
+                found_inf=None,
+            )
+
+
+def _adam_groups(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], list[list[torch.Tensor]]]]:
+    """Tensors by group and dtype, as the kernel takes them; none if a group is out of the ordinary."""
+    found: list[tuple[dict[str, Any], list[list[torch.Tensor]]]] = []
+    for group in optimizer.param_groups:
+        if group.get("capturable") or group.get("differentiable") or isinstance(group["lr"], torch.Tensor):
+            return []
+        by_dtype: dict[torch.dtype, list[list[torch.Tensor]]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            if torch.is_complex(parameter):
+                return []
+            lists = by_dtype.setdefault(parameter.dtype, [[] for _ in range(6)])
+            state = optimizer.state[parameter]
+            names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else [])]
+            tensors = [parameter.detach(), parameter.grad, *(state[name] for name in names)]
+            for place, tensor in zip(lists, tensors, strict=False):
+                place.append(tensor)
+            lists[5].append(state["step"])
+        found += [(group, lists) for lists in by_dtype.values()]
+    return found
+
+
+def _has_hooks(optimizer: Any) -> bool:
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
+
+
 def build_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
     """Make the scheduler, which is stepped after every optimizer step.
 

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import cmath
 import math
-from collections.abc import Sequence
+import mmap
+import os
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from dnb.hub.optimizers import build_optimizer, build_scheduler
-from dnb.records import SegmentRef, Sums
+from dnb.hub.optimizers import Stepper, build_optimizer, build_scheduler, is_fused
+from dnb.records import SegmentRef, Sums, TransportKind
 from dnb.transport.job import Job
-from dnb.transport.layout import plan_layout, region_views, slot_views
+from dnb.transport.layout import plan_gradients, plan_layout, region_views, slot_views
 from dnb.transport.segments import Segment, create_segment
+from dnb.transport.wires import Flat
+
+# Elements that are added and checked at a time, so that the check finds them in the cache.
+CHUNK_ELEMENTS = 1 << 18
+# Below so many parameters it takes longer to wake a second thread than to do its work.
+PARALLEL_ELEMENTS = 1 << 21
+THREADS_VARIABLE = "DNB_HUB_THREADS"
+MOST_THREADS = 4  # more cores do not make memory faster
+
+NOWHERE = SegmentRef(path="", num_bytes=0)
 
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """What one engine brings to a step."""
+    """What one engine brings to a step: one slab, or what was added to one."""
 
     engine: int
+    slab: int
+    shard: int  # the first one; contributions count in this order
     sums: Sums
     is_sum: bool
+    unused: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,17 +54,34 @@ class StepResult:
 
 
 class NotFinite(Exception):  # noqa: N818 - a verdict, not a fault
-    """The loss is NaN or infinite: nothing was applied."""
+    """A loss or gradient is NaN or infinite: nothing was applied.
+
+    Args:
+        text: what is not finite.
+        engine: whose it is.
+        slab: in which of its slabs.
+    """
+
+    def __init__(self, text: str, *, engine: int, slab: int) -> None:
+        super().__init__(text)
+        self.engine = engine
+        self.slab = slab
 
 
-class _Slab:
-    """One engine's gradients and buffers, as the hub sees them."""
+class HubSlab:
+    """One flat gradient with buffers behind it, as the hub sees it: shared with its engine, or filled over a wire."""
 
-    def __init__(self, segment: Segment, master: Master) -> None:
+    def __init__(self, memory: mmap.mmap, master: Master, *, segment: Segment | None) -> None:
         self.segment = segment
-        self.regions = region_views(master.gradient_layout, segment.memory)
-        self.gradients = list(slot_views(master.gradient_layout, segment.memory).values())
-        self.buffers = slot_views(master.buffer_layout, segment.memory)
+        self.flat = Flat(memoryview(memory))
+        self.regions = region_views(master.gradient_layout, memory)
+        self.gradients = list(slot_views(master.gradient_layout, memory).values())
+        self.buffers = slot_views(master.buffer_layout, memory)
+
+    @property
+    def ref(self) -> SegmentRef:
+        """What the engine needs to map it."""
+        return self.segment.ref if self.segment is not None else NOWHERE
 
 
 class Master:
@@ -57,10 +92,12 @@ class Master:
         folders: where segments may lie.
         prefix: of the segments' file names.
         clip_norm: largest global norm of the aggregated gradient; None does not clip.
+        exact: leave nothing to the number of threads.
     """
 
-    def __init__(self, job: Job, *, folders: Sequence[Path], prefix: str, clip_norm: float | None) -> None:
-        torch.set_num_threads(1)  # the engines have the other cores
+    def __init__(
+        self, job: Job, *, folders: Sequence[Path], prefix: str, clip_norm: float | None, exact: bool = False
+    ) -> None:
         self.model = job.model
         self.notes: list[str] = []
         self._folders = folders
@@ -69,70 +106,114 @@ class Master:
         # First, as user code may raise here, when there is no memory yet to give back.
         self.optimizer = build_optimizer(job.optimizer, job.model.parameters(), lr=job.lr)
         self.scheduler = build_scheduler(job.scheduler, self.optimizer)
+        self._stepper = Stepper(self.optimizer)
         parameters = dict(job.model.named_parameters())
         buffers = dict(job.model.named_buffers())
         trainable = {name: p for name, p in parameters.items() if p.requires_grad}
-        self.parameter_layout = plan_layout([*parameters.items(), *buffers.items()])
-        self.gradient_layout = plan_layout(trainable.items())
+        frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+        tensors = {**trainable, **buffers, **frozen}
+        self.parameter_layout = plan_layout(tensors.items())
+        self.gradient_layout = plan_gradients(trainable.items())
         self.buffer_layout = plan_layout(buffers.items(), start_bytes=self.gradient_layout.num_bytes)
+        self.changing = _merged(
+            (slot.offset_bytes, slot.offset_bytes + views_bytes(tensors[slot.name]))
+            for slot in self.parameter_layout.slots
+            if slot.name not in frozen
+        )
         self._segment = self._create("parameters", self.parameter_layout.num_bytes)
+        self._descriptor = os.open(self._segment.path, os.O_RDONLY)
         views = slot_views(self.parameter_layout, self._segment.memory)
-        for name, tensor in [*parameters.items(), *buffers.items()]:
+        for name, tensor in tensors.items():
             views[name].copy_(tensor.detach())
             tensor.data = views[name]
         self._buffers = buffers
-        self._trainable = list(trainable.values())
-        self._bound: int | None = None  # the engine whose slab the gradients are views of
-        self._slabs: dict[int, _Slab] = {}
+        self._tensors = tensors
+        # Fused updates cut tensors at cache lines, so that threads do not show in the bits; norms and others may.
+        is_free = not exact or (clip_norm is None and is_fused(self.optimizer))
+        is_large = sum(p.numel() for p in trainable.values()) >= PARALLEL_ELEMENTS
+        self.num_threads = hub_threads() if is_free and is_large else 1
+        torch.set_num_threads(self.num_threads)
+        self._trainable = [trainable[slot.name] for slot in self.gradient_layout.slots]
+        self._bound: tuple[tuple[int, int], frozenset[int]] | None = None  # whose slab the gradients are views of
+        self._slabs: dict[tuple[int, int], HubSlab] = {}
 
     @property
     def parameters_ref(self) -> SegmentRef:
         """Where engines map the parameters."""
         return self._segment.ref
 
-    def add_slab(self, engine: int) -> SegmentRef:
-        """Reserve the slab of an engine; the same one when asked again.
+    @property
+    def parameters_flat(self) -> Flat:
+        """The parameters, to be sent over a wire."""
+        return Flat(memoryview(self._segment.memory), self._descriptor)
+
+    def slabs_of(self, engine: int) -> list[HubSlab]:
+        """The slabs of an engine, in the order of their numbers."""
+        return [slab for (owner, _), slab in sorted(self._slabs.items()) if owner == engine]
+
+    def add_slabs(self, engine: int, number: int, *, kind: TransportKind) -> list[HubSlab]:
+        """Reserve slabs until the engine has so many; those that are new.
 
         Raises:
-            SpaceError: no room for it.
+            SpaceError: no room for one.
         """
-        if engine not in self._slabs:
-            segment = self._create(f"slab-{engine}", self.buffer_layout.num_bytes)
-            self._slabs[engine] = _Slab(segment, self)
-        return self._slabs[engine].segment.ref
+        added: list[HubSlab] = []
+        for index in range(len(self.slabs_of(engine)), number):
+            added.append(self._slabs.setdefault((engine, index), self._make_slab(engine, index, kind)))
+        return added
+
+    def drop_slabs_of(self, engine: int) -> None:
+        """Give back the slabs of an engine that is gone."""
+        for key in [key for key in self._slabs if key[0] == engine]:
+            self._drop(key)
 
     def commit(self, contributions: Sequence[Contribution]) -> StepResult:
-        """Add up the slabs in the order given and apply one optimizer step.
+        """Add up the slabs in the order of their shards and apply one optimizer step.
 
         Raises:
-            NotFinite: the loss is NaN or infinite; nothing was changed.
+            NotFinite: a loss or gradient is NaN or infinite; nothing was changed.
         """
+        contributions = sorted(contributions, key=lambda c: c.shard)
         loss, metrics = mean_of([c.sums for c in contributions])
         if not math.isfinite(loss):
-            raise NotFinite(f"the loss is {loss}")
-        engines = sorted({c.engine for c in contributions})
-        self._reduce(engines, contributions)
-        self._mix_buffers(engines, contributions)
+            raise _culprit_of(loss, contributions)
+        keys = list(dict.fromkeys((c.engine, c.slab) for c in contributions))
+        self._reduce(keys, contributions)
+        self._mix_buffers(keys, contributions)
         if self._clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._trainable, self._clip_norm)
         lr = float(self.optimizer.param_groups[0]["lr"])
-        self.optimizer.step()
+        self._stepper.step()
         if self.scheduler is not None:
             self.scheduler.step()
         return StepResult(loss, metrics, lr, sum(c.sums.num_samples for c in contributions))
 
+    def digests(self) -> tuple[int, bytes]:
+        """CRC-32 (ISO 3309) of all parameters and buffers, and those of each, as uint32."""
+        each = [_digest(self._tensors[slot.name]) for slot in self.parameter_layout.slots]
+        packed = np.array(each, dtype=np.uint32).tobytes()
+        return zlib.crc32(packed), packed
+
     def drop_slabs(self) -> None:
         """Give the slabs' memory back, as no step will follow."""
-        for parameter in self._trainable:
-            parameter.grad = None
-        for slab in self._slabs.values():
-            slab.segment.unlink()
-        self._slabs.clear()
-        self._bound = None
+        for key in list(self._slabs):
+            self._drop(key)
 
     def close(self) -> None:
         """Unlink the parameters; the memory goes when the last process lets go of it."""
         self._segment.unlink()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _drop(self, key: tuple[int, int]) -> None:
+        slab = self._slabs.pop(key)
+        if self._bound is not None and self._bound[0] == key:
+            for parameter in self._trainable:
+                parameter.grad = None
+            self._bound = None
+        if slab.segment is not None:
+            slab.segment.unlink()
 
     def _create(self, name: str, num_bytes: int) -> Segment:
         segment = create_segment(f"{self._prefix}-{name}", num_bytes, folders=self._folders)
@@ -140,46 +221,124 @@ class Master:
             self.notes.append(segment.note)
         return segment
 
-    def _reduce(self, engines: Sequence[int], contributions: Sequence[Contribution]) -> None:
-        first, *others = (self._slabs[engine] for engine in engines)
+    def _make_slab(self, engine: int, index: int, kind: TransportKind) -> HubSlab:
+        num_bytes = self.buffer_layout.num_bytes
+        if kind == "socket":
+            return HubSlab(mmap.mmap(-1, max(num_bytes, 1)), self, segment=None)
+        segment = self._create(f"slab-{engine}-{index}", num_bytes)
+        return HubSlab(segment.memory, self, segment=segment)
+
+    def _reduce(self, keys: Sequence[tuple[int, int]], contributions: Sequence[Contribution]) -> None:
+        first, *others = (self._slabs[key] for key in keys)
+        weight = sum(c.sums.loss_weight for c in contributions) if any(c.is_sum for c in contributions) else None
         for index, target in enumerate(first.regions):
-            for slab in others:
-                target.add_(slab.regions[index])
-            if any(c.is_sum for c in contributions):
-                target.div_(sum(c.sums.loss_weight for c in contributions))
-        if self._bound != engines[0]:
-            for parameter, gradient in zip(self._trainable_in_layout(), first.gradients, strict=True):
-                parameter.grad = gradient
-            self._bound = engines[0]
+            if not sum_regions(target, [slab.regions[index] for slab in others], divisor=weight):
+                raise self._find_culprit(keys)
+        unused = frozenset.intersection(*(frozenset(c.unused) for c in contributions))
+        if self._bound != (keys[0], unused):
+            for number, (parameter, gradient) in enumerate(zip(self._trainable, first.gradients, strict=True)):
+                parameter.grad = None if number in unused else gradient
+            self._bound = keys[0], unused
+            self._stepper.forget()
 
-    def _trainable_in_layout(self) -> list[torch.nn.Parameter]:
-        by_name = dict(self.model.named_parameters())
-        return [by_name[slot.name] for slot in self.gradient_layout.slots]
+    def _find_culprit(self, keys: Sequence[tuple[int, int]]) -> NotFinite:
+        """Whose gradient it was; the first slab holds the sum by now, so it is asked last."""
+        for engine, slab in [*keys[1:], keys[0]]:
+            for slot, gradient in zip(self.gradient_layout.slots, self._slabs[engine, slab].gradients, strict=True):
+                if not torch.isfinite(gradient).all():
+                    return NotFinite(f"the gradient of {slot.name!r} is not finite", engine=engine, slab=slab)
+        return NotFinite("the gradient is not finite", engine=keys[0][0], slab=keys[0][1])
 
-    def _mix_buffers(self, engines: Sequence[int], contributions: Sequence[Contribution]) -> None:
-        """Running statistics become the engines' mean, weighted by samples; other buffers the first engine's."""
-        weights = {engine: 0 for engine in engines}
+    def _mix_buffers(self, keys: Sequence[tuple[int, int]], contributions: Sequence[Contribution]) -> None:
+        """Running statistics become the slabs' mean, weighted by samples; other buffers the first slab's."""
+        if not self._buffers:
+            return
+        weights = dict.fromkeys(keys, 0)
         for contribution in contributions:
-            weights[contribution.engine] += contribution.sums.num_samples
+            weights[contribution.engine, contribution.slab] += contribution.sums.num_samples
         total = sum(weights.values())
         for name, master in self._buffers.items():
-            seen = [self._slabs[engine].buffers[name] for engine in engines]
+            seen = [self._slabs[key].buffers[name] for key in keys]
             if all(torch.equal(buffer, master) for buffer in seen):
                 continue  # a constant must not drift by rounding
             if not master.is_floating_point() or len(seen) == 1:
-                master.copy_(next(b for e, b in zip(engines, seen, strict=True) if weights[e] or not total))
+                master.copy_(next(b for k, b in zip(keys, seen, strict=True) if weights[k] or not total))
                 continue
             mixed = torch.zeros_like(master, dtype=torch.float64)
-            for engine, buffer in zip(engines, seen, strict=True):
-                mixed += buffer.double() * (weights[engine] / total)
+            for key, buffer in zip(keys, seen, strict=True):
+                mixed += buffer.double() * (weights[key] / total)
             master.copy_(mixed)
+
+
+def sum_regions(target: torch.Tensor, others: Sequence[torch.Tensor], *, divisor: float | None = None) -> bool:
+    """Add flat tensors into the first, in order, chunk by chunk; whether the sum is finite.
+
+    Args:
+        target: flat, becomes the sum.
+        others: of the same size.
+        divisor: the sum is divided by it.
+    """
+    is_finite = True
+    for chunk, *rest in _chunks([target, *others]):
+        for other in rest:
+            chunk.add_(other)
+        if divisor is not None:
+            chunk.div_(divisor)
+        # One pass while the chunk is in the cache: a square that is not finite comes from such an element, or from
+        # one that is too large to be squared, which is looked at again.
+        if not cmath.isfinite(torch.dot(chunk, chunk).item()):
+            is_finite = is_finite and bool(torch.isfinite(chunk).all())
+    return is_finite
 
 
 def mean_of(sums: Sequence[Sums]) -> tuple[float, dict[str, float]]:
     """The mean loss and mean metrics of several parts."""
     weight = sum(part.loss_weight for part in sums)
-    num_samples = sum(part.num_samples for part in sums)
     loss = sum(part.loss_total for part in sums) / weight if weight else math.nan
-    names = {name for part in sums for name in part.metric_totals}
-    metrics = {name: sum(part.metric_totals.get(name, 0.0) for part in sums) / num_samples for name in sorted(names)}
+    names = sorted({name for part in sums for name in part.metric_totals})
+    metrics = {name: _mean_metric(name, sums) for name in names}
     return loss, metrics
+
+
+def hub_threads() -> int:
+    """Cores that add and update while every engine waits for it."""
+    wish = os.environ.get(THREADS_VARIABLE, "")
+    return int(wish) if wish.isdigit() and int(wish) else min(os.cpu_count() or 1, MOST_THREADS)
+
+
+def views_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor's elements."""
+    return tensor.numel() * tensor.element_size()
+
+
+def _mean_metric(name: str, sums: Sequence[Sums]) -> float:
+    weight = sum(part.metric_weights.get(name, 0.0) for part in sums)
+    return sum(part.metric_totals.get(name, 0.0) for part in sums) / weight if weight else math.nan
+
+
+def _culprit_of(loss: float, contributions: Sequence[Contribution]) -> NotFinite:
+    culprits = [c for c in contributions if not math.isfinite(c.sums.loss_total)] or list(contributions)
+    return NotFinite(f"the loss is {loss}", engine=culprits[0].engine, slab=culprits[0].slab)
+
+
+def _chunks(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...]]:
+    if len(tensors[0]) <= CHUNK_ELEMENTS:
+        yield tuple(tensors)
+        return
+    yield from zip(*(tensor.split(CHUNK_ELEMENTS) for tensor in tensors), strict=True)
+
+
+def _merged(ranges: Iterator[tuple[int, int]] | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Neighbouring ranges as one; the padding between two slots travels with them."""
+    merged: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if merged and first - merged[-1][1] < mmap.PAGESIZE:
+            merged[-1] = (merged[-1][0], max(last, merged[-1][1]))
+        else:
+            merged.append((first, last))
+    return merged
+
+
+def _digest(tensor: torch.Tensor) -> int:
+    flat = tensor.detach().reshape(-1)
+    return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0

@@ -5,6 +5,7 @@ Started by `dnb.hub.controller`; reads a `HubConfig` from standard input and ans
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -23,7 +24,9 @@ import zmq
 
 from dnb.errors import ArgumentError, DnbError, HubError
 from dnb.hub.pool_files import remove_pool_files, write_pool_file
+from dnb.hub.wiring import Line, Wiring
 from dnb.records import (
+    Attach,
     Control,
     Done,
     EngineFacts,
@@ -37,8 +40,6 @@ from dnb.records import (
     HubBinding,
     HubConfig,
     Join,
-    Loaded,
-    LoadFailed,
     Message,
     PoolFacts,
     PoolState,
@@ -50,8 +51,6 @@ from dnb.records import (
     Shutdown,
     Submit,
     Welcome,
-    WorkFailed,
-    WorkReport,
 )
 from dnb.transport.channels import (
     CLIENT_ROLE,
@@ -63,6 +62,7 @@ from dnb.transport.channels import (
 )
 from dnb.transport.lives import children_of, end_processes, is_alive, this_process
 from dnb.transport.segments import pool_folders, remove_pool_folders
+from dnb.transport.wires import WireError
 
 if TYPE_CHECKING:  # torch takes seconds to import: the sockets are bound first, see `main`
     from dnb.hub.active_run import ActiveRun
@@ -104,6 +104,8 @@ class Service:
         self._owner = config.owner
         self._orphaned: float | None = None  # since when nobody steers a pool whose run does not advance
         self._engines: dict[int, _Engine] = {}
+        self._wiring = Wiring(config.host)
+        self._poller = zmq.Poller()
         self._known_helpers: set[Process] = set()
         self._run: ActiveRun | None = None
         self._ending = ""
@@ -125,26 +127,87 @@ class Service:
 
     def serve(self) -> None:
         """Answer until the pool ends, then leave nothing of it behind."""
-        poller = zmq.Poller()
+        poller = self._poller
         poller.register(self._engine_socket, zmq.POLLIN)
         poller.register(self._client_socket, zmq.POLLIN)
+        for listening in self._wiring.listeners:
+            poller.register(listening, zmq.POLLIN)
         next_tick = 0.0
         try:
             while not self._ending:
-                ready = dict(poller.poll(round(TICK_SECONDS * 1000)))
+                has_chores = self._run is not None and self._run.has_chores
+                ready = dict(poller.poll(0 if has_chores else round(TICK_SECONDS * 1000)))
+                self._serve_wires(ready)
                 if self._engine_socket in ready:
                     self._drain(self._engine_socket, self._take_from_engine)
                 if self._client_socket in ready:
                     self._drain(self._client_socket, self._answer)
+                if has_chores and not ready and self._run is not None:
+                    self._run.do_chores()
                 if time.monotonic() >= next_tick:
                     self._tick()
                     next_tick = time.monotonic() + TICK_SECONDS
+                self._watch_writers()
         finally:
             self._end_pool()
 
     def _drain(self, router: zmq.Socket[bytes], take: Any) -> None:
         while router.poll(0):
             take(*router.recv_multipart())
+
+    # wires
+
+    def _serve_wires(self, ready: dict[Any, int]) -> None:
+        for place in ready:
+            if not isinstance(place, int):
+                continue
+            if place in self._wiring.listeners:
+                with contextlib.suppress(OSError):  # the caller is gone already
+                    self._poller.register(self._wiring.accept(place), zmq.POLLIN)
+            elif (line := self._wiring.lines.get(place)) is not None:
+                self._serve_line(place, line)
+
+    def _serve_line(self, place: int, line: Line) -> None:
+        line.wire.flush()
+        try:
+            messages = line.wire.receive()
+            for packed, _raw in messages:
+                if line.engine is None:
+                    self._attach(line, packed)
+                else:
+                    self._take_message(line.engine, self._decode_engine(packed))
+        except (WireError, msgspec.MsgspecError) as error:
+            log.warning("a wire of engine %s is closed: %s", line.engine, error)
+            line.wire.close()
+        if line.wire.is_closed:
+            self._drop_line(place, line)
+
+    def _attach(self, line: Line, packed: memoryview) -> None:
+        engine = self._wiring.greet(line, self._decode_engine(packed))
+        for place, old in list(self._wiring.lines.items()):
+            if old is not line and old.engine == engine:
+                self._poller.unregister(place)
+                self._wiring.drop(place)
+        if self._run is not None:
+            self._run.attach(engine, line.wire)
+
+    def _drop_line(self, place: int, line: Line) -> None:
+        """A connection that closes is how a death is seen first."""
+        self._poller.unregister(place)
+        self._wiring.drop(place)
+        is_at_work = self._run is not None and self._run.is_active
+        if line.engine in self._engines and not line.is_retired and is_at_work:
+            self._lose(line.engine, "died")
+
+    def _watch_writers(self) -> None:
+        for place, line in list(self._wiring.lines.items()):
+            if line.wire.is_closed:
+                self._drop_line(place, line)
+                continue
+            wants = line.wire.wants_to_write
+            if wants != line.is_watched:
+                line.is_watched = wants
+                self._poller.modify(place, zmq.POLLIN | zmq.POLLOUT if wants else zmq.POLLIN)
 
     # engines
 
@@ -161,12 +224,15 @@ class Service:
         if engine is None:
             log.warning("%s from an engine that was given up: %r", type(message).__name__, identity)
             return
+        self._take_message(engine.facts.engine, message)
+
+    def _take_message(self, number: int, message: EngineMessage) -> None:
+        engine = self._engines.get(number)
+        if engine is None or isinstance(message, Join | Attach):
+            return
         engine.messages_in += 1
-        number = engine.facts.engine
-        match message:
-            case Loaded() | LoadFailed() | WorkReport() | WorkFailed():
-                if self._run is not None and self._run.spec.name == message.run:
-                    self._run.take(number, message)
+        if self._run is not None and self._run.spec.name == message.run:
+            self._run.take(number, message)
 
     def _join(self, facts: EngineFacts, identity: bytes) -> None:
         self._engines[facts.engine] = _Engine(facts, identity)
@@ -266,6 +332,7 @@ class Service:
             engines=[engine.facts for engine in self._engines.values()],
             folders=pool_folders(self._config.cluster_id),
             send=self._send_to_engine,
+            offer_wire=self._wiring.offer,
         )
         self._write_pool_file()
         self._run.start()
@@ -275,6 +342,8 @@ class Service:
     def _tick(self) -> None:
         if os.getppid() != self._config.controller.pid:
             self.end("the controller is gone")
+        for place in self._wiring.silent():
+            self._drop_line(place, self._wiring.lines[place])
         for number, engine in list(self._engines.items()):
             if not is_alive(engine.facts.process):
                 self._lose(number, "died")
@@ -293,7 +362,11 @@ class Service:
 
     def _statuses(self) -> tuple[EngineStatus, ...]:
         busy = self._run.working if self._run is not None else frozenset()
-        return tuple(_status(engine, is_busy=number in busy) for number, engine in sorted(self._engines.items()))
+        sent = self._wiring.num_records_out()
+        return tuple(
+            _status(engine, is_busy=number in busy, num_on_wires=sent.get(number, 0))
+            for number, engine in sorted(self._engines.items())
+        )
 
     def _facts(self) -> PoolFacts:
         run = self._run
@@ -332,6 +405,7 @@ class Service:
         end_processes(engines, patience_seconds=EXIT_SECONDS)
         if self._run is not None:
             self._run.close()
+        self._wiring.close()
         self._authenticator.stop()
         self._engine_socket.close()
         self._client_socket.close()
@@ -361,7 +435,7 @@ def _still_active(run: ActiveRun) -> str:
     )
 
 
-def _status(engine: _Engine, *, is_busy: bool) -> EngineStatus:
+def _status(engine: _Engine, *, is_busy: bool, num_on_wires: int) -> EngineStatus:
     state: Literal["ready", "busy", "hung"] = "busy" if is_busy else "ready"
     rss_bytes = None
     try:
@@ -376,7 +450,7 @@ def _status(engine: _Engine, *, is_busy: bool) -> EngineStatus:
         state=state,
         rss_bytes=rss_bytes,
         messages_in=engine.messages_in,
-        messages_out=engine.messages_out,
+        messages_out=engine.messages_out + num_on_wires,
     )
 
 

@@ -111,11 +111,19 @@ def summary(run: RunView) -> str:
     lines = [f"{run.name}: {status_sentence(run)}"]
     values = [text for key in _keys_to_tell(run) if (text := _column_in_words(run, key))]
     lines += values or ["no step was committed" if has_ended(run) else "no step yet"]
+    if told := hash_in_words(run):
+        lines.append(f"{told} over all parameters")
     per_second = rate(run)
     if per_second is not None:
         lines.append(f"{per_second:,.0f} samples/s{' on average' if has_ended(run) else ''}")
     lines += [worker_line(worker) for worker in run.workers]
     return "\n".join(lines)
+
+
+def hash_in_words(run: RunView) -> str:
+    """The newest hash of the parameters, which every engine's copy was held against; "" before the first."""
+    steps, values = run.history.column("digest")
+    return f"one hash {int(values[-1]):08x} at step {steps[-1]:,}" if len(values) else ""
 
 
 def worker_line(worker: WorkerView) -> str:
@@ -204,6 +212,8 @@ def _going_on(run: RunView) -> str:
     verb = "starting" if run.status == "starting" else "training"
     # engines that join before the first step are what was asked for
     changes = [event for event in run.events if event.kind in _MEMBERSHIP and event.step > 0]
+    if told := hash_in_words(run):
+        where += f", {told}"
     if not changes:
         return f"{verb}{where}"
     step = changes[-1].step

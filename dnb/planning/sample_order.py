@@ -37,14 +37,36 @@ def iterate_batches(order: BatchOrder) -> Iterator[torch.Tensor]:
     Yields:
         int64 tensors of shape (batch,).
     """
-    loader = _index_loader(order)
+    epochs = _walk_permutations(order) if order.sampler is None and order.batch_sampler is None else _walk_loader(order)
     while True:
         num_batches = 0
-        for batch in loader:
+        for batch in next(epochs):
             num_batches += 1
             yield batch
         if num_batches == 0:
             return
+
+
+def _walk_loader(order: BatchOrder) -> Iterator[Iterable[torch.Tensor]]:
+    loader = _index_loader(order)
+    while True:
+        yield loader
+
+
+def _walk_permutations(order: BatchOrder) -> Iterator[Iterable[torch.Tensor]]:
+    """What a loader without a sampler of its own does, for all samples of an epoch at once.
+
+    It draws a base seed for its workers, then, if it shuffles, a permutation.
+    """
+    generator = _generator(order)
+    whole = torch.arange(order.num_samples)
+    last = order.num_samples - order.num_samples % order.batch_size if order.drop_last else order.num_samples
+    while True:
+        torch.empty((), dtype=torch.int64).random_(generator=generator)
+        indices = torch.randperm(order.num_samples, generator=generator) if order.shuffle else whole
+        yield indices[:last].split(order.batch_size) if last else ()
+        if order.shuffle:
+            torch.randperm(order.num_samples, generator=generator)  # RandomSampler draws once more at its end
 
 
 def count_batches(order: BatchOrder) -> int:
@@ -53,10 +75,7 @@ def count_batches(order: BatchOrder) -> int:
 
 
 def _index_loader(order: BatchOrder) -> DataLoader[Any]:
-    generator = order.generator
-    if generator is None:
-        generator = torch.Generator().manual_seed(order.seed)
-    common: dict[str, Any] = {"collate_fn": _as_indices, "generator": generator}
+    common: dict[str, Any] = {"collate_fn": _as_indices, "generator": _generator(order)}
     indices: Any = range(order.num_samples)
     if order.batch_sampler is not None:
         return DataLoader(indices, batch_sampler=order.batch_sampler, **common)
@@ -64,6 +83,10 @@ def _index_loader(order: BatchOrder) -> DataLoader[Any]:
     if order.sampler is not None:
         return DataLoader(indices, sampler=order.sampler, **common)
     return DataLoader(indices, shuffle=order.shuffle, **common)
+
+
+def _generator(order: BatchOrder) -> torch.Generator:
+    return order.generator if order.generator is not None else torch.Generator().manual_seed(order.seed)
 
 
 def _as_indices(samples: list[int]) -> torch.Tensor:

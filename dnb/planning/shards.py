@@ -7,6 +7,7 @@ from itertools import pairwise
 
 # Divisible by 1, 2, 3, 4, 6 and 12 engines, and fine enough that the shards of a dead engine spread evenly.
 SHARDS_AT_LEAST = 12
+EXACT_SHARDS = 4
 
 
 def choose_num_shards(num_engines: int, *, batch_size: int) -> int:
@@ -16,6 +17,15 @@ def choose_num_shards(num_engines: int, *, batch_size: int) -> int:
     """
     multiple = -(-SHARDS_AT_LEAST // num_engines) * num_engines
     return min(multiple, batch_size)
+
+
+def choose_exact_shards(num_engines: int, *, batch_size: int) -> int:
+    """The default of an exact run: 4 for up to 4 engines, else the next power of two.
+
+    Each shard is a forward and a gradient of its own, so fewer are faster; and their number must not follow the
+    engines, or else the answer would.
+    """
+    return min(max(EXACT_SHARDS, 1 << (num_engines - 1).bit_length()), batch_size)
 
 
 def shard_bounds(num_samples: int, *, num_shards: int) -> list[tuple[int, int]]:

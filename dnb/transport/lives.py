@@ -40,8 +40,13 @@ def is_alive(process: Process) -> bool:
 
 def children_of(parents: Iterable[Process]) -> tuple[Process, ...]:
     """The children of processes of this host."""
-    found = [own for parent in parents if (own := _find(parent)) is not None]
-    return tuple(_describe(child) for own in found for child in own.children())
+    children: list[Process] = []
+    for parent in parents:
+        own = _find(parent)
+        if own is not None:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it, or its child, has ended just now
+                children += [_describe(child) for child in own.children()]
+    return tuple(children)
 
 
 def end_processes(

@@ -134,15 +134,20 @@ def pack(obj: Any, *, name: str, folders: Sequence[Path]) -> tuple[bytes, Parcel
     return file.getvalue(), parcel, segment
 
 
-def unpack(data: bytes, parcel: ParcelRef) -> Any:
+def unpack(data: bytes, parcel: ParcelRef, *, memory: memoryview | None = None) -> Any:
     """Rebuild what `pack` took; tensors are views of the segment, copied only where written.
 
     The caller has verified the signature.
+
+    Args:
+        data: the pickle.
+        parcel: where its tensors lie.
+        memory: what the segment holds, where it cannot be mapped.
     """
     if parcel.segment is None:
         buffers: list[memoryview] = []
     else:
-        whole = memoryview(open_segment(parcel.segment, private=True).memory)
+        whole = memoryview(open_segment(parcel.segment, private=True).memory) if memory is None else memory
         buffers = [whole[ref.offset_bytes : ref.offset_bytes + ref.num_bytes] for ref in parcel.buffers]
     return _Unpacker(io.BytesIO(data), buffers=buffers, arrays=parcel.arrays).load()
 

@@ -50,7 +50,8 @@ def test_fit_returns_at_once_and_the_run_finishes_by_itself(pool):
 def test_the_history_has_one_value_per_step_and_per_epoch(pool):
     run = wait(fit(pool, val=digits(200), metrics="accuracy", epochs=2))
     rows = {name: len(values) for name, values in run.history.items()}
-    assert rows == {"loss": 58, "lr": 58, "samples_per_second": 58, "accuracy": 58, "val_loss": 2, "val_accuracy": 2}
+    per_step = {"loss": 58, "lr": 58, "samples_per_second": 58, "accuracy": 58}
+    assert rows == {**per_step, "val_loss": 2, "val_accuracy": 2, "digest": 6}  # after each 10th step and the last
 
 
 def test_validation_over_the_engines_is_that_of_one_process(pool):
@@ -104,8 +105,9 @@ def test_events_tell_the_run_s_story_in_order(pool):
 def test_the_run_s_folder_holds_every_step(pool):
     run = wait(fit(pool, steps=9, name="kept"))
     rows = read_history(run.folder)
-    assert [(row.kind, row.step) for row in rows] == [("step", step) for step in range(1, 10)]
-    assert [row.values["loss"] for row in rows] == run.history["loss"]
+    assert [(row.kind, row.step) for row in rows] == [*(("step", step) for step in range(1, 10)), ("evaluation", 9)]
+    assert [row.values["loss"] for row in rows[:9]] == run.history["loss"]
+    assert rows[9].values == {"digest": run.history["digest"][-1]}
     assert json.loads((run.folder / "run.json").read_text())["status"] == "finished"
 
 
@@ -228,7 +230,7 @@ def test_a_nan_loss_pauses_at_its_step_with_nothing_applied(pool):
     inputs[5 * 64 + 3] = float("nan")  # the 6th batch, as nothing is shuffled
     model, plain = mlp(), mlp()
     run = fit(pool, model, train=(inputs, targets), shuffle=False)
-    with pytest.raises(RunError, match=r"paused at step 6: the loss is nan; nothing of this step was applied"):
+    with pytest.raises(RunError, match=r"paused at step 6: the loss is nan \(engine 0, shard 0: .*nothing of this"):
         wait(run)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3)
     for first in range(0, 5 * 64, 64):
@@ -274,7 +276,7 @@ def test_a_refused_run_leaves_no_shared_memory(pool):
         ({"optimizer": "lbfgs"}, ArgumentError, "LBFGS evaluates the loss several times"),
         ({"strategy": "pipelin"}, ArgumentError, "no strategy 'pipelin': did you mean 'pipeline'"),
         ({"strategy": "tensor"}, PlanError, "not in this release"),
-        ({"exact": True}, ArgumentError, "exact=True is not in this release"),
+        ({"transport": "pigeon"}, ArgumentError, "no transport 'pigeon'"),
         ({"epochs": 0}, ArgumentError, "epochs must be a positive integer"),
         ({"lr": -1}, ArgumentError, "lr must be a positive number"),
         ({"shards": 65}, ArgumentError, "shards=65 is more than the 64 samples"),

@@ -33,6 +33,7 @@ from dnb.inputs import (
     read_loss,
     read_metrics,
     read_source,
+    read_transport,
 )
 from dnb.planning.sample_order import count_batches, iterate_batches
 from dnb.transport.job import DataSource
@@ -313,6 +314,31 @@ def test_a_known_strategy_is_taken():
     assert check_choice("data", name="strategy", known=STRATEGIES, available=("auto", "data")) == "data"
 
 
+def test_one_transport_is_for_every_engine():
+    assert read_transport("socket") == {"": "socket"}
+
+
+def test_a_transport_may_be_chosen_by_engine():
+    assert read_transport({0: "memory", 3: "socket"}) == {"0": "memory", "3": "socket"}
+
+
+def test_no_transport_leaves_the_choice_to_the_hub():
+    assert read_transport(None) == {}
+
+
+@pytest.mark.parametrize("transport", ["sockets", {0: "memory", 1: "sockets"}], ids=["for all", "for one"])
+def test_an_unknown_transport_is_refused_with_the_nearest(transport: Any):
+    message = r"no transport 'sockets': did you mean 'socket'\? known: memory, socket"
+    with pytest.raises(ArgumentError, match=message):
+        read_transport(transport)
+
+
+@pytest.mark.parametrize("transport", [True, {0: None}, 3], ids=repr)
+def test_what_is_no_word_is_no_transport(transport: Any):
+    with pytest.raises(ArgumentError, match="no transport"):
+        read_transport(transport)
+
+
 # losses --------------------------------------------------------------------------------------------------
 
 
@@ -403,7 +429,7 @@ def test_an_unknown_metric_is_refused():
         read_metrics(["accuracy", "f1"])
 
 
-@pytest.mark.parametrize("name", ["loss", "lr", "samples_per_second", "step", "val_accuracy", 3])
+@pytest.mark.parametrize("name", ["loss", "lr", "samples_per_second", "step", "digest", "val_accuracy", 3])
 def test_a_name_that_the_history_uses_is_refused_for_a_metric(name: Any):
     with pytest.raises(ArgumentError, match=f"{name!r} cannot be the name of a metric"):
         read_metrics({name: accuracy})

@@ -8,7 +8,7 @@ import pytest
 
 import dnb
 
-# As design.md, section 4, has it, less what later releases bring.
+# As design.md, section 4, has it, less what later releases bring; and `batches`, by which the order can be checked.
 PUBLIC = [
     "DnbError",
     "Engine",
@@ -18,11 +18,12 @@ PUBLIC = [
     "RunError",
     "Sum",
     "attach",
+    "batches",
     "fit",
     "start",
 ]
 # Those, and the functions still to come.
-FUNCTIONS = {"attach", "fit", "plan", "resume", "start"}
+FUNCTIONS = {"attach", "batches", "fit", "plan", "resume", "start"}
 
 
 def test_the_public_names_are_those_of_the_design():

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dnb.planning.shards import choose_num_shards, deal_shards, shard_bounds
+from dnb.planning.shards import choose_exact_shards, choose_num_shards, deal_shards, shard_bounds
 
 NUM_SAMPLES = st.integers(0, 10_000)
 NUM_SHARDS = st.integers(1, 200)
@@ -19,6 +19,22 @@ def test_the_default_is_the_first_multiple_of_the_engines_from_12_on(num_engines
 
 def test_the_default_is_never_more_than_the_samples_of_a_batch():
     assert choose_num_shards(2, batch_size=5) == 5
+
+
+@pytest.mark.parametrize(
+    ("num_engines", "num_shards"), [(1, 4), (2, 4), (3, 4), (4, 4), (5, 8), (8, 8), (9, 16), (16, 16), (17, 32)]
+)
+def test_an_exact_run_has_4_shards_or_the_next_power_of_two(num_engines: int, num_shards: int):
+    assert choose_exact_shards(num_engines, batch_size=64) == num_shards
+
+
+def test_the_default_of_an_exact_run_is_never_more_than_the_samples_of_a_batch():
+    assert choose_exact_shards(8, batch_size=3) == 3
+
+
+@given(st.integers(1, 100), NUM_SHARDS)
+def test_an_exact_run_has_a_shard_for_every_engine_or_for_every_sample(num_engines: int, batch_size: int):
+    assert min(num_engines, batch_size) <= choose_exact_shards(num_engines, batch_size=batch_size) <= batch_size
 
 
 def test_shards_are_cut_where_integer_division_says():

@@ -1,0 +1,204 @@
+"""An engine's part in one run: work comes in over the wire, reports go out."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+
+import msgspec
+import torch
+
+from dnb.engine.memory import EngineMemory, Publisher
+from dnb.engine.replica import Replica
+from dnb.engine.telemetry import Stopwatch
+from dnb.records import (
+    AddSlabs,
+    Diagnose,
+    EngineMessage,
+    Failure,
+    Load,
+    ParcelRef,
+    RunSpec,
+    Shipped,
+    WireMessage,
+    Work,
+    WorkFailed,
+    WorkReport,
+)
+from dnb.transport.parcels import unpack, verify
+from dnb.transport.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Outbox, Wire
+
+# How long the hub may take to send model and data, and to read what is sent to it.
+SHIP_SECONDS = 300.0
+# How long the last pieces of a run that has ended may take to go; its wire is closed soon after.
+OUTBOX_SECONDS = 1.0
+
+_decode = msgspec.msgpack.Decoder(WireMessage).decode
+
+
+class Session:
+    """Model, data and slabs of one run.
+
+    Args:
+        load: of the hub.
+        frames: spec, job, data and signature.
+        engine: this engine's id.
+        key: the cluster's key, which signed the frames.
+        wire: to the hub; parameters and parcels come over it where no memory is shared.
+        memory: parameters and slabs.
+        stopwatch: counts data and compute time.
+
+    Raises:
+        HubError: the frames are not signed, or the hub does not send what it should.
+    """
+
+    def __init__(
+        self,
+        load: Load,
+        frames: Sequence[bytes],
+        *,
+        engine: int,
+        key: bytes,
+        wire: Wire,
+        memory: EngineMemory,
+        stopwatch: Stopwatch,
+    ) -> None:
+        spec_bytes, job_bytes, data_bytes, signature = frames
+        verify(key, [spec_bytes, job_bytes, data_bytes], signature)
+        self.run = load.run
+        self._engine = engine
+        self._spec = spec = msgspec.msgpack.decode(spec_bytes, type=RunSpec)
+        self._wire = wire
+        self._memory = memory
+        self._stopwatch = stopwatch
+        adopt_path(spec.sys_path)
+        self._outbox: Outbox | None = None
+        publisher: Publisher | None = None
+        parcels: dict[int, memoryview | None] = {JOB_SLOT: None, DATA_SLOT: None}
+        if memory.kind == "socket":
+            parcels = self._receive_parcels(spec)
+            self._outbox = Outbox(wire, timeout_seconds=SHIP_SECONDS)
+            self._outbox.start()
+            publisher = Publisher(load.gradient_layout, load.buffer_layout.num_bytes, self._outbox)
+        self._replica = Replica(
+            spec,
+            unpack(job_bytes, spec.job, memory=parcels[JOB_SLOT]),
+            unpack(data_bytes, spec.data, memory=parcels[DATA_SLOT]),
+            load,
+            memory=memory,
+            stopwatch=stopwatch,
+            publisher=publisher,
+        )
+
+    def num_threads(self, usual: int) -> int:
+        """For torch: one in an exact run, as the number of threads shows in the last bits."""
+        return 1 if self._spec.exact else usual
+
+    def take(self, packed: memoryview, raw: memoryview) -> None:
+        """Do what the hub says."""
+        message = _decode(packed)
+        match message:
+            case AddSlabs():
+                self._memory.add_slabs(message.slabs)
+            case Work():
+                self._work(message, _indices(raw))
+            case Diagnose():
+                self._diagnose(message, _indices(raw))
+            case Shipped():
+                pass
+
+    def send(self, record: EngineMessage) -> None:
+        """Send a record, after the pieces that go before it."""
+        if self._outbox is not None:
+            self._outbox.send(record)
+        else:
+            self._wire.send(record)
+
+    def close(self) -> None:
+        """Let model, data and memory go."""
+        if self._outbox is not None:
+            self._outbox.stop()
+            self._outbox.join(OUTBOX_SECONDS)
+        self._wire.landings = {}
+        self._replica.close()
+        self._memory.close()
+
+    def _work(self, work: Work, indices: torch.Tensor) -> None:
+        if work.run != self.run:
+            return
+        try:
+            probe = self._replica.probe() if work.probe else None
+            digests = self._replica.digests() if work.check_copy else b""  # of what this work begins with
+            outcome = self._replica.compute(work, indices)
+        except Exception as error:  # noqa: BLE001 - whatever a user's model raises is the user's to read
+            failed = WorkFailed(
+                run=work.run, kind=work.kind, step=work.step, shards=work.shards, failure=describe(error)
+            )
+            self.send(failed)
+            return
+        self.send(
+            WorkReport(
+                run=work.run,
+                kind=work.kind,
+                step=work.step,
+                shards=work.shards,
+                parts=outcome.parts,
+                is_sum=outcome.is_sum,
+                unused=outcome.unused,
+                telemetry=self._stopwatch.take() if self._spec.telemetry else None,
+                note=f"engine {self._engine}: {outcome.note}" if outcome.note else "",
+                probe=probe,
+                digests=digests,
+            )
+        )
+
+    def _diagnose(self, request: Diagnose, indices: torch.Tensor) -> None:
+        try:
+            self.send(self._replica.diagnose(request, indices))
+        except Exception as error:  # noqa: BLE001 - whatever a user's model raises is the user's to read
+            failed = WorkFailed(
+                run=self.run, kind="step", step=request.step, shards=request.shards, failure=describe(error)
+            )
+            self.send(failed)
+
+    def _receive_parcels(self, spec: RunSpec) -> dict[int, memoryview | None]:
+        parcels = {JOB_SLOT: _landing(spec.job), DATA_SLOT: _landing(spec.data)}
+        self._wire.landings = {PARAMETERS_SLOT: memoryview(self._memory.parameters)}
+        self._wire.landings |= {slot: memory for slot, memory in parcels.items() if memory is not None}
+        shipped = False
+        while not shipped:
+            for packed, raw in self._wire.wait_for_messages(timeout_seconds=SHIP_SECONDS):
+                if isinstance(_decode(packed), Shipped):
+                    shipped = True
+                else:
+                    self.take(packed, raw)
+        for slot in parcels:
+            self._wire.landings.pop(slot, None)
+        return parcels
+
+
+def adopt_path(paths: tuple[str, ...]) -> None:
+    """Let modules that the notebook can import be importable here."""
+    sys.path.extend(path for path in paths if path not in sys.path)
+
+
+def describe(error: BaseException) -> Failure:
+    """An exception as text."""
+    return Failure(
+        kind=type(error).__name__,
+        message=str(error),
+        traceback="".join(traceback.format_exception(error)),
+    )
+
+
+def _landing(parcel: ParcelRef) -> memoryview | None:
+    if parcel.segment is None:
+        return None
+    return memoryview(bytearray(parcel.segment.num_bytes))
+
+
+def _indices(raw: memoryview) -> torch.Tensor:
+    if not len(raw):
+        return torch.empty(0, dtype=torch.int64)
+    return torch.frombuffer(bytearray(raw), dtype=torch.int64)

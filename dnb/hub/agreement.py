@@ -1,0 +1,76 @@
+"""Whether all engines have the same model: one loss for the same samples, one hash for the same parameters."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dnb.records import Layout
+
+# Hashing costs what reading does: a large model is looked at every so many steps, a small one more often.
+DIGEST_EVERY = 100
+DIGEST_SMALL_EVERY = 10
+DIGEST_SMALL_BYTES = 1 << 20
+# Other processors round otherwise, half precision more so.
+PROBE_TOLERANCE = 1e-2
+
+
+class Agreement:
+    """Remembers what was found on the first engine and in the hub, and holds the others against it.
+
+    Args:
+        layout: of the parameters, in the order of the digests.
+        num_steps: of the run; the last one is always hashed.
+    """
+
+    def __init__(self, layout: Layout, *, num_steps: int) -> None:
+        self._names = [slot.name for slot in layout.slots]
+        self._num_steps = num_steps
+        self._every = DIGEST_SMALL_EVERY if layout.num_bytes < DIGEST_SMALL_BYTES else DIGEST_EVERY
+        self._probe: tuple[int, float] | None = None
+        self._digest_step = 0
+        self._digests: NDArray[np.uint32] = np.empty(0, dtype=np.uint32)
+
+    def is_digest_due(self, step: int) -> bool:
+        """Whether the parameters are hashed after this step."""
+        return step > 0 and (step % self._every == 0 or step == self._num_steps)
+
+    def keep(self, step: int, digests: bytes) -> None:
+        """The hub's hashes after a step, uint32 for each tensor."""
+        self._digest_step, self._digests = step, np.frombuffer(digests, dtype=np.uint32)
+
+    def fault_of_copy(self, engine: int, step: int, digests: bytes) -> str:
+        """What is wrong with an engine's own copies, as they were after a step; "" if nothing is.
+
+        Args:
+            engine: whose they are.
+            step: after which they were taken.
+            digests: uint32 for each tensor; 0 for those that the engine reads from the hub's memory.
+        """
+        theirs = np.frombuffer(digests, dtype=np.uint32)
+        if step != self._digest_step or len(theirs) != len(self._digests):
+            return ""
+        differing = np.flatnonzero((theirs != self._digests) & (theirs != 0))
+        if not len(differing):
+            return ""
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        name = self._names[int(differing[0])]
+        return f"engine {engine}'s copy of {name!r}{more} is not the hub's after step {step}"
+
+    def fault_of_probe(self, engine: int, loss: float) -> str:
+        """What is wrong if an engine finds this loss for the first samples; "" if it is that of the others."""
+        if self._probe is None:
+            self._probe = (engine, loss)
+            return ""
+        other, expected = self._probe
+        if math.isclose(loss, expected, rel_tol=PROBE_TOLERANCE, abs_tol=PROBE_TOLERANCE):
+            return ""
+        if math.isnan(loss) and math.isnan(expected):
+            return ""
+        return (
+            f"engines disagree: for the same samples the loss is {expected:.6g} on engine {other} and {loss:.6g} on "
+            f"engine {engine}. Forward and data must not depend on the process, its host, a file that differs, or "
+            "random numbers that torch does not draw; nothing was trained"
+        )

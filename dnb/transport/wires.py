@@ -1,0 +1,368 @@
+"""Wires: one stream socket between hub and engine, for small records and raw pieces of flat buffers.
+
+A frame is a header of 16 bytes and a body. The body of a record is msgpack, then raw bytes that belong to it; the
+body of a piece is received straight into its landing, a buffer that was set out for its slot.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import os
+import secrets
+import select
+import socket
+import struct
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+
+import msgspec
+
+from dnb.errors import HubError
+from dnb.records import Attach, Challenge, Message, WireOffer
+
+PIECE_BYTES = 4 << 20
+# Slots of a wire to an engine; a wire to the hub has one slot per slab.
+PARAMETERS_SLOT, JOB_SLOT, DATA_SLOT = 0, 1, 2
+# A record carries sample indices at most: 8 bytes each.
+MAX_RECORD_BYTES = 1 << 30
+MAX_GREETING_BYTES = 4096
+# After so many bytes of one engine the others are looked at.
+TURN_BYTES = 16 << 20
+
+_HEADER = struct.Struct("<BxHIQ")  # kind, slot, bytes of the body, bytes of msgpack | offset in the landing
+_RECORD, _PIECE = 1, 2
+_BUFFER_BYTES = 1 << 16
+_SOCKET_BUFFER_BYTES = 4 << 20
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+class WireError(Exception):
+    """The other side broke the rules, or is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """A flat buffer that pieces are cut from; with a file behind it, the kernel takes them without a copy."""
+
+    memory: memoryview
+    descriptor: int | None = None
+
+
+@dataclass(slots=True)
+class _Part:
+    source: Flat
+    offset: int
+    left: int
+
+
+class Wire:
+    """One end of a connection; never blocks but in `flush_all`.
+
+    Args:
+        sock: connected.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        with contextlib.suppress(OSError):  # a Unix socket has no Nagle
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
+        self._sock = sock
+        self._queue: deque[memoryview | _Part] = deque()
+        self._buffer = bytearray(_BUFFER_BYTES)
+        self._start = self._end = 0
+        self._landing = memoryview(b"")
+        self.landings: dict[int, memoryview] = {}
+        self.max_record_bytes = MAX_RECORD_BYTES
+        self.is_closed = False
+        self.num_records_out = 0
+
+    def fileno(self) -> int:
+        """For polling."""
+        return self._sock.fileno()
+
+    @property
+    def wants_to_write(self) -> bool:
+        """Whether something waits for the other side to read."""
+        return bool(self._queue) and not self.is_closed
+
+    def send(self, record: Message, raw: bytes | memoryview = b"") -> None:
+        """Send a record, with raw bytes behind it; what the socket does not take at once waits for `flush`."""
+        self.queue(record, raw)
+        self.flush()
+
+    def queue(self, record: Message, raw: bytes | memoryview = b"") -> None:
+        """Set a record in line."""
+        self.num_records_out += 1
+        packed = _encoder.encode(record)
+        header = _HEADER.pack(_RECORD, 0, len(packed) + len(raw), len(packed))
+        self._queue.append(memoryview(b"".join((header, packed, raw))))
+
+    def queue_pieces(self, slot: int, source: Flat, ranges: Iterable[tuple[int, int]]) -> None:
+        """Set pieces of a flat buffer in line; it must not change until they are out.
+
+        Args:
+            slot: which landing of the other side they are for.
+            source: cut at the ranges.
+            ranges: (first byte, past the last byte).
+        """
+        for first, last in ranges:
+            for offset in range(first, last, PIECE_BYTES):
+                size = min(PIECE_BYTES, last - offset)
+                self._queue.append(memoryview(_HEADER.pack(_PIECE, slot, size, offset)))
+                self._queue.append(_Part(source, offset, size))
+
+    def flush(self) -> None:
+        """Send what the socket takes now."""
+        queue = self._queue
+        try:
+            while queue and not self.is_closed:
+                item = queue[0]
+                if isinstance(item, _Part):
+                    sent = self._send_part(item)
+                    item.offset += sent
+                    item.left -= sent
+                    done = item.left == 0
+                else:
+                    more = socket.MSG_MORE if len(queue) > 1 and sys.platform == "linux" else 0
+                    sent = self._sock.send(item, more)
+                    done = sent == len(item)
+                    if not done:
+                        queue[0] = item[sent:]
+                if done and queue:  # another thread may have closed the wire meanwhile
+                    queue.popleft()
+        except BlockingIOError:
+            return
+        except OSError:
+            self.close()
+
+    def _send_part(self, part: _Part) -> int:
+        if part.source.descriptor is not None:
+            return os.sendfile(self._sock.fileno(), part.source.descriptor, part.offset, part.left)
+        return self._sock.send(part.source.memory[part.offset : part.offset + part.left])
+
+    def flush_all(self, *, timeout_seconds: float) -> None:
+        """Wait until everything is out.
+
+        Raises:
+            WireError: the other side takes nothing for so long, or is gone.
+        """
+        self.flush()
+        while self.wants_to_write:
+            if not _poll(self._sock, select.POLLOUT, timeout_seconds):
+                raise WireError(f"the other side took nothing for {timeout_seconds:g} s")
+            self.flush()
+        if self.is_closed:
+            raise WireError("the other side is gone")
+
+    def receive(self) -> list[tuple[memoryview, memoryview]]:
+        """What has come, as (msgpack, raw bytes); pieces are in their landings. At the end `is_closed` is set.
+
+        Raises:
+            WireError: a frame breaks the rules.
+        """
+        messages: list[tuple[memoryview, memoryview]] = []
+        taken = 0
+        try:
+            while taken < TURN_BYTES:
+                if len(self._landing):
+                    got = self._sock.recv_into(self._landing)
+                    self._landing = self._landing[got:]
+                    is_all = False
+                else:
+                    space = len(self._buffer) - self._end
+                    got = self._sock.recv_into(memoryview(self._buffer)[self._end :])
+                    self._end += got
+                    is_all = got < space
+                if got == 0:
+                    self.close()
+                    break
+                taken += got
+                if not len(self._landing):
+                    self._parse(messages)
+                if is_all and not len(self._landing):
+                    break
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.close()
+        return messages
+
+    def wait_for_messages(self, *, timeout_seconds: float) -> list[tuple[memoryview, memoryview]]:
+        """Block until there are some.
+
+        Raises:
+            WireError: none in time, or the other side is gone.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while not (messages := self.receive()):
+            left = deadline - time.monotonic()
+            if self.is_closed:
+                raise WireError("the other side is gone")
+            if left <= 0 or not _poll(self._sock, select.POLLIN, left):
+                raise WireError(f"the other side said nothing for {timeout_seconds:g} s")
+        return messages
+
+    def _parse(self, messages: list[tuple[memoryview, memoryview]]) -> None:
+        while self._end - self._start >= _HEADER.size:
+            kind, slot, size, extra = _HEADER.unpack_from(self._buffer, self._start)
+            body = self._start + _HEADER.size
+            if kind == _PIECE:
+                self._land(slot, size, extra, body)
+                continue
+            if kind != _RECORD or size > self.max_record_bytes or extra > size:
+                raise WireError(f"a frame of kind {kind} with {size} bytes is against the rules")
+            if self._end - body < size:
+                self._make_room(_HEADER.size + size)
+                return
+            whole = memoryview(bytes(self._buffer[body : body + size]))
+            messages.append((whole[:extra], whole[extra:]))
+            self._start = body + size
+        self._make_room(_HEADER.size)
+
+    def _land(self, slot: int, size: int, offset: int, body: int) -> None:
+        landing = self.landings.get(slot)
+        if landing is None or size > PIECE_BYTES or offset + size > len(landing):
+            raise WireError(f"a piece of {size} bytes at {offset} has no place in slot {slot}")
+        here = min(size, self._end - body)
+        landing[offset : offset + here] = self._buffer[body : body + here]
+        self._landing = landing[offset + here : offset + size]
+        self._start = body + here
+
+    def _make_room(self, needed: int) -> None:
+        """Move what is left to the front; grow for a record that does not fit."""
+        left = self._end - self._start
+        if self._start and (not left or needed > len(self._buffer) - self._start):
+            self._buffer[:left] = self._buffer[self._start : self._end]
+            self._start, self._end = 0, left
+        if needed > len(self._buffer):
+            self._buffer.extend(bytes(needed - len(self._buffer)))
+
+    def close(self) -> None:
+        """Close the socket; safe to call twice."""
+        self.is_closed = True
+        self._queue.clear()
+        self._sock.close()
+
+
+class Outbox(threading.Thread):
+    """Sends on a wire from a thread of its own, so that pieces travel while backward goes on."""
+
+    def __init__(self, wire: Wire, *, timeout_seconds: float) -> None:
+        super().__init__(name="dnb-outbox", daemon=True)
+        self._wire = wire
+        self._timeout_seconds = timeout_seconds
+        self._jobs: SimpleQueue[tuple[Message, bytes] | tuple[int, Flat, Sequence[tuple[int, int]]] | None]
+        self._jobs = SimpleQueue()
+
+    def send(self, record: Message, raw: bytes = b"") -> None:
+        """Send a record after all that was given before."""
+        self._jobs.put((record, raw))
+
+    def send_pieces(self, slot: int, source: Flat, ranges: Sequence[tuple[int, int]]) -> None:
+        """Send pieces after all that was given before."""
+        self._jobs.put((slot, source, ranges))
+
+    def run(self) -> None:
+        """Send until stopped; a wire that fails is closed, which its reader sees."""
+        while (job := self._jobs.get()) is not None:
+            if len(job) == 2:
+                self._wire.queue(*job)
+            else:
+                self._wire.queue_pieces(*job)
+            try:
+                self._wire.flush_all(timeout_seconds=self._timeout_seconds)
+            except WireError:
+                self._wire.close()
+
+    def stop(self) -> None:
+        """End the thread once all is sent."""
+        self._jobs.put(None)
+
+
+class WireListener:
+    """Where engines connect: by a Unix socket on the hub's host where there is one, and by TCP.
+
+    Args:
+        host: the interface to bind.
+    """
+
+    def __init__(self, host: str) -> None:
+        self._tcp = socket.create_server((host, 0))
+        self.tcp_url = f"tcp://{host}:{self._tcp.getsockname()[1]}"
+        self.local_url = self.tcp_url
+        self.sockets = [self._tcp]
+        if sys.platform == "linux":
+            # An abstract name leaves no file behind; whoever connects must know the token.
+            name = f"dnb-{secrets.token_hex(8)}"
+            local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            local.bind(f"\0{name}")
+            local.listen()
+            self.sockets.append(local)
+            self.local_url = f"unix://{name}"
+        for sock in self.sockets:
+            sock.setblocking(False)
+
+    def accept(self, listening: socket.socket) -> tuple[Wire, str]:
+        """A new wire that may send one greeting, and the nonce it was challenged with.
+
+        Raises:
+            OSError: the caller is gone already.
+        """
+        sock, _ = listening.accept()
+        wire = Wire(sock)
+        wire.max_record_bytes = MAX_GREETING_BYTES
+        nonce = secrets.token_hex(16)
+        wire.send(Challenge(nonce=nonce))
+        if wire.is_closed:
+            raise OSError("the caller is gone already")
+        return wire, nonce
+
+    def close(self) -> None:
+        """Listen no more."""
+        for sock in self.sockets:
+            sock.close()
+
+
+def connect_wire(offer: WireOffer, *, engine: int, timeout_seconds: float) -> Wire:
+    """Connect to the hub and prove to be the engine that the offer was made to.
+
+    Raises:
+        HubError: it cannot be reached.
+    """
+    kind, _, place = offer.url.partition("://")
+    sock = socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout_seconds)
+        host, _, port = place.rpartition(":")
+        sock.connect(f"\0{place}" if kind == "unix" else (host, int(port)))
+        wire = Wire(sock)
+        ((packed, _raw),) = wire.wait_for_messages(timeout_seconds=timeout_seconds)
+        challenge = msgspec.msgpack.decode(packed, type=Challenge)
+    except (OSError, ValueError, WireError, msgspec.MsgspecError) as error:
+        sock.close()
+        raise HubError(f"engine {engine} cannot reach the hub at {offer.url}: {error}") from error
+    wire.send(Attach(engine=engine, proof=prove(offer.token, challenge.nonce)))
+    return wire
+
+
+def prove(token: str, nonce: str) -> str:
+    """The answer to a challenge (HMAC-SHA256, RFC 2104)."""
+    return hmac.digest(token.encode(), nonce.encode(), "sha256").hex()
+
+
+def _poll(sock: socket.socket, mask: int, seconds: float) -> bool:
+    poll = select.poll()
+    try:
+        poll.register(sock, mask)
+    except ValueError:  # another thread has closed it: that is news too
+        return True
+    return bool(poll.poll(seconds * 1000))

@@ -1,0 +1,293 @@
+"""Numbers that are not finite, replaced parameters, too little memory: all are told, and the pool is unharmed."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from dnb import training
+from dnb.errors import RunError
+from tests.engines.pools import wait, wait_until
+from tests.models import digits, largest_gap, largest_relative_gap, mlp, plain_run, twice
+
+pytestmark = [pytest.mark.engines, pytest.mark.faults]
+
+FAULTY_STEP = 4
+FAULTY_PLACE = 40  # in a batch of 64: shard 7 of 12, on the second engine
+
+
+@pytest.fixture(scope="module")
+def shared_pool(leftovers):
+    training.start(n=2)
+    yield training.current_pool()
+    training.shutdown()
+
+
+@pytest.fixture
+def pool(shared_pool, tmp_path, monkeypatch):
+    """The shared pool, which still trains after the test."""
+    monkeypatch.chdir(tmp_path)
+    yield shared_pool
+    run = shared_pool.run
+    if run is not None and run.is_active:
+        run.stop()
+        wait_until(run, lambda run: not run.is_active, what="the run has ended")
+    model, plain = twice(mlp)
+    run = wait(shared_pool.fit(model, digits(), loss="cross_entropy", lr=1e-3, steps=3, name="afterwards"))
+    assert largest_gap(run.history["loss"], plain_run(plain, digits(), num_steps=3).losses) < 1e-6
+
+
+class Rooted(nn.Module):
+    """A root whose slope at 0 is infinite, of a parameter that only marked samples use.
+
+    Args:
+        slope: 0 or 1, times which the infinite slope is taken: NaN, or infinity.
+    """
+
+    def __init__(self, slope: float) -> None:
+        super().__init__()
+        self.body = nn.Linear(64, 10)
+        self.root = nn.Parameter(torch.zeros(3))
+        self.slope = slope
+
+    def forward(self, inputs: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
+        output = self.body(inputs)
+        if marked.any():
+            output = output + (self.root * self.slope).sqrt().sum() * torch.eye(10)[0]
+        return output
+
+
+def marked_digits(num_samples=64 * 8):
+    """Inputs, a mark at one sample, targets."""
+    inputs, targets = digits(num_samples)
+    marks = torch.zeros(num_samples, dtype=torch.bool)
+    marks[(FAULTY_STEP - 1) * 64 + FAULTY_PLACE] = True
+    return inputs, marks, targets
+
+
+def unmarked_step(model, batch):
+    inputs, _, targets = batch
+    return nn.functional.cross_entropy(model.body(inputs), targets)
+
+
+def train(pool, model, data=None, **options):
+    data = marked_digits() if data is None else data
+    return pool.fit(model, data, **{"loss": "cross_entropy", "lr": 1e-3, "shuffle": False, **options})
+
+
+# Numbers that are not finite
+
+
+@pytest.mark.parametrize("options", [{}, {"exact": True}, {"micro_batch": 5}, {"clip_norm": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    ("slope", "kind", "transport"), [(0.0, "NaN", "memory"), (1.0, "inf", "memory"), (0.0, "NaN", "socket")]
+)
+def test_a_gradient_that_is_not_finite_pauses_the_run_before_it_is_applied(pool, slope, kind, transport, options):
+    model, plain = Rooted(slope), Rooted(slope)
+    plain.load_state_dict(model.state_dict())
+    run = train(pool, model, steps=8, transport=transport, **options)
+    shard = FAULTY_PLACE * 4 // 64 if "exact" in options else FAULTY_PLACE * 12 // 64
+    place = rf"engine {pool.engines[1].id}, shard {shard}: the gradient of 'root' is {kind}"
+    with pytest.raises(RunError, match=rf"paused at step {FAULTY_STEP}: .*not finite.*{place}"):
+        wait(run)
+    assert (run.status, run.step) == ("paused", FAULTY_STEP - 1)
+    clip_norm = options.get("clip_norm")
+    seen = plain_run(plain, marked_digits(), num_steps=3, step=unmarked_step, shuffle=False, clip_norm=clip_norm)
+    assert largest_gap(run.history["loss"], seen.losses) < 1e-6
+    assert largest_relative_gap(model, plain) < 1e-5
+
+
+def test_stop_keeps_what_was_trained_before_a_number_was_not_finite(pool):
+    model = Rooted(0.0)
+    run = train(pool, model, steps=8)
+    with pytest.raises(RunError, match=f"paused at step {FAULTY_STEP}"):
+        wait(run)
+    kept = [parameter.clone() for parameter in model.parameters()]
+    run.stop()
+    wait_until(run, lambda run: run.status == "stopped", what="the run has stopped")
+    assert run.status == "stopped"
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), kept, strict=True))
+
+
+def test_a_run_that_paused_by_itself_may_be_stopped_and_waited_for(pool):
+    run = train(pool, Rooted(0.0), steps=8)
+    with pytest.raises(RunError, match=f"paused at step {FAULTY_STEP}"):
+        wait(run)
+    run.stop()
+    assert wait(run).status == "stopped"
+
+
+def test_a_step_that_is_not_finite_is_tried_again_with_the_same_samples(pool):
+    run = train(pool, Rooted(0.0), steps=8)
+    for _ in range(2):
+        with pytest.raises(RunError, match=rf"paused at step {FAULTY_STEP}: .*shard 7: the gradient of 'root' is NaN"):
+            wait(run)
+        run.resume()
+    with pytest.raises(RunError, match=rf"paused at step {FAULTY_STEP}"):
+        wait(run)
+    assert run.step == FAULTY_STEP - 1
+
+
+def test_a_loss_that_is_nan_names_engine_and_shard_and_changes_nothing(pool):
+    inputs, targets = digits(64 * 8)
+    inputs = inputs.clone()
+    inputs[(FAULTY_STEP - 1) * 64 + FAULTY_PLACE] = float("nan")
+    model, plain = twice(mlp)
+    run = train(pool, model, (inputs, targets), steps=8)
+    place = rf"engine {pool.engines[1].id}, shard 7"
+    with pytest.raises(RunError, match=rf"paused at step {FAULTY_STEP}: the loss is nan .*{place}"):
+        wait(run)
+    plain_run(plain, (inputs, targets), num_steps=3, shuffle=False)
+    assert largest_relative_gap(model, plain) < 1e-5
+
+
+# Parameters that user code replaces
+
+
+class Meddling:
+    """Does something to the model at one step, in every engine."""
+
+    def __init__(self, change) -> None:
+        self.change = change
+
+    def __call__(self, model, batch):
+        inputs, marks, targets = batch
+        if marks.any():
+            self.change(model)
+        return nn.functional.cross_entropy(model(inputs), targets)
+
+
+def replace_parameter(model):
+    model[2].weight = nn.Parameter(model[2].weight.detach().clone())
+
+
+def replace_module(model):
+    model[0] = nn.Linear(64, 128)
+
+
+def change_shape(model):
+    model[2].weight.data = torch.zeros(7, 128)
+
+
+def replace_data(model):
+    model[0].weight.data = model[0].weight.data.clone()
+
+
+@pytest.mark.parametrize("transport", ["memory", "socket"])
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (replace_parameter, r"'2\.weight' of shape \(10, 128\) was replaced"),
+        (replace_module, r"'0\.(weight|bias)' of shape .* was replaced"),
+        (change_shape, r"'2\.weight' of shape \(10, 128\) was replaced .* now has shape \(7, 128\)"),
+    ],
+)
+def test_a_parameter_that_is_replaced_in_mid_run_is_named(pool, transport, change, told):
+    run = train(pool, mlp(), loss=None, step=Meddling(change), transport=transport)
+    with pytest.raises(RunError, match=rf"step {FAULTY_STEP} on engine \d+: ModelChangedError: parameter {told}"):
+        wait(run)
+
+
+def test_a_parameter_whose_memory_is_replaced_is_told_when_copies_are_compared(pool):
+    run = train(pool, mlp(), loss=None, step=Meddling(replace_data), steps=30)
+    with pytest.raises(RunError, match=r"0\.weight"):
+        wait(run)
+    assert run.step < 30
+
+
+# Memory that does not suffice
+
+
+class Hungry:
+    """In some processes asks for more memory than there is when a batch is larger than so many samples."""
+
+    def __init__(self, limit: int, pids: list[int]) -> None:
+        self.limit = limit
+        self.pids = pids
+
+    def __call__(self, model, batch):
+        *inputs, targets = batch
+        loss = nn.functional.cross_entropy(model(*inputs), targets)
+        if len(targets) > self.limit and os.getpid() in self.pids and model.training:
+            torch.empty(10**15)
+        return loss
+
+
+@pytest.mark.parametrize("options", [{}, {"transport": "socket"}, {"micro_batch": 20}], ids=str)
+def test_out_of_memory_in_one_engine_leads_to_smaller_micro_batches_with_the_same_losses(pool, options):
+    hungry = pool.engines[1]
+    model, plain = twice(mlp)
+    run = wait(train(pool, model, digits(), loss=None, step=Hungry(6, [hungry.pid]), steps=6, **options))
+    seen = plain_run(plain, digits(), num_steps=6, shuffle=False)
+    assert largest_gap(run.history["loss"], seen.losses) < 1e-6
+    assert largest_relative_gap(model, plain) < 1e-5
+    told = [event.text for event in run.events if event.kind == "memory"]
+    most = {20: "10 samples at once: goes on with 5", None: "8 samples at once: goes on with 4"}
+    assert told == [f"engine {hungry.id}: out of memory with {most[options.get('micro_batch')]}"]
+
+
+def test_when_not_even_one_sample_fits_the_run_fails_with_the_size_that_was_asked_for(pool):
+    run = train(pool, mlp(), digits(), loss=None, step=Hungry(0, [pool.engines[0].pid]), steps=6)
+    with pytest.raises(RunError, match=r"not even one sample fits: .*4000000000000000 bytes"):
+        wait(run)
+
+
+def test_an_exact_run_that_is_out_of_memory_names_shard_and_size(pool):
+    run = train(pool, mlp(), digits(), loss=None, step=Hungry(6, [pool.engines[0].pid]), steps=6, exact=True)
+    with pytest.raises(RunError, match=r"shard 0 with 16 samples does not fit: .*4000000000000000 bytes"):
+        wait(run)
+
+
+# A run that was stopped while an engine was still loading it
+
+
+class SlowToOpen(Dataset):
+    """On the first engine that opens its parcel, comes out of it only when the test says so."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        os.mkfifo(folder / "reached")
+        os.mkfifo(folder / "answer")
+
+    def __setstate__(self, state: dict[str, Path]) -> None:
+        self.__dict__ |= state
+        try:
+            (self.folder / "opened").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        (self.folder / "reached").write_text("")
+        (self.folder / "answer").read_text()
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.zeros(64), 0
+
+
+def test_the_late_word_of_a_stopped_run_is_not_taken_for_that_of_a_new_one_with_its_name(pool, tmp_path, monkeypatch):
+    stopped = train(pool, mlp(), SlowToOpen(tmp_path), name="same")
+    (tmp_path / "reached").read_text()
+    stopped.stop()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    model, plain = twice(mlp)
+    run = train(pool, model, digits(), steps=3, name="same")
+    (tmp_path / "answer").write_text("")
+    assert largest_gap(wait(run).history["loss"], plain_run(plain, digits(), num_steps=3, shuffle=False).losses) < 1e-6
+
+
+# Shards that do not divide the batch
+
+
+@pytest.mark.parametrize(
+    "options", [{"shards": 7}, {"shards": 5, "exact": True}, {"shards": 1}, {"shards": 64}], ids=str
+)
+def test_shards_that_do_not_divide_the_batch_are_weighed_by_their_samples(pool, options):
+    model, plain = twice(mlp)
+    run = wait(train(pool, model, digits(), steps=30, **options))  # the 29th batch has 5 samples
+    assert largest_gap(run.history["loss"], plain_run(plain, digits(), num_steps=30, shuffle=False).losses) < 1e-6
+    assert largest_relative_gap(model, plain) < 1e-5

@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import gc
+import select
+import socket
+from collections.abc import Iterator
+
+import msgspec
+import psutil
+import pytest
+
+from dnb.hub.wiring import Line, Wiring
+from dnb.records import Attach, Challenge, EngineMessage, Loaded, Message, WireOffer
+from dnb.transport.wires import MAX_RECORD_BYTES, Wire, WireError, prove
+
+
+class Caller:
+    """The other end of a line, which says what a test wants."""
+
+    def __init__(self, wiring: Wiring, url: str) -> None:
+        self.place = -1
+        kind, _, place = url.partition("://")
+        if kind == "unix":
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            sock.connect("\0" + place)
+        else:
+            host, _, port = place.rpartition(":")
+            sock = socket.create_connection((host, int(port)))
+        self.wire = Wire(sock)
+        (ready, *_), _, _ = select.select(list(wiring.listeners), [], [], 10)
+        self.place = wiring.accept(ready)
+        self.line: Line = wiring.lines[self.place]
+        ((packed, _),) = self.wire.wait_for_messages(timeout_seconds=10)
+        self.nonce = msgspec.msgpack.decode(packed, type=Challenge).nonce
+
+    def says(self, message: Message) -> EngineMessage:
+        """Send a record; as the hub takes it."""
+        self.wire.send(message)
+        ((packed, _),) = self.line.wire.wait_for_messages(timeout_seconds=10)
+        return msgspec.msgpack.decode(packed, type=EngineMessage)  # type: ignore[no-any-return]
+
+    def attaches(self, engine: int, token: str) -> EngineMessage:
+        return self.says(Attach(engine=engine, proof=prove(token, self.nonce)))
+
+
+class Hub:
+    """A wiring, and those who call it."""
+
+    def __init__(self) -> None:
+        self.wiring = Wiring("127.0.0.1")
+        self._callers: list[Caller] = []
+
+    def called_at(self, offer: WireOffer) -> Caller:
+        self._callers.append(Caller(self.wiring, offer.url))
+        return self._callers[-1]
+
+    def attached(self, engine: int) -> Caller:
+        """A line of an engine that has proved who it is."""
+        offer = self.wiring.offer(engine, "memory")
+        caller = self.called_at(offer)
+        self.wiring.greet(caller.line, caller.attaches(engine, offer.token))
+        return caller
+
+    def close(self) -> None:
+        self.wiring.close()
+        for caller in self._callers:
+            caller.wire.close()
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    hub = Hub()
+    yield hub
+    hub.close()
+
+
+# who may connect -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["memory", "socket"])
+def test_an_engine_with_its_token_is_let_in(hub: Hub, kind: str):
+    offer = hub.wiring.offer(3, kind)
+    caller = hub.called_at(offer)
+    assert hub.wiring.greet(caller.line, caller.attaches(3, offer.token)) == 3
+    assert caller.line.engine == 3
+
+
+def test_a_line_has_no_engine_before_it_is_greeted(hub: Hub):
+    assert hub.called_at(hub.wiring.offer(3, "memory")).line.engine is None
+
+
+def test_a_stranger_without_an_offer_is_refused(hub: Hub):
+    caller = hub.called_at(hub.wiring.offer(3, "memory"))
+    with pytest.raises(WireError, match="a stranger called"):
+        hub.wiring.greet(caller.line, caller.attaches(4, "anything"))
+
+
+def test_a_first_record_that_is_no_greeting_is_refused(hub: Hub):
+    caller = hub.called_at(hub.wiring.offer(3, "memory"))
+    with pytest.raises(WireError, match="a stranger called"):
+        hub.wiring.greet(caller.line, caller.says(Loaded(run="run")))
+
+
+def test_a_wrong_token_is_refused_with_the_engine_it_names(hub: Hub):
+    caller = hub.called_at(hub.wiring.offer(3, "memory"))
+    with pytest.raises(WireError, match="a stranger called as engine 3"):
+        hub.wiring.greet(caller.line, caller.attaches(3, "guess"))
+
+
+@pytest.mark.parametrize("proof", ["", "0" * 64, "é", "\0"], ids=["empty", "zeros", "not ASCII", "a NUL"])
+def test_a_wrong_proof_is_refused(hub: Hub, proof: str):
+    caller = hub.called_at(hub.wiring.offer(3, "memory"))
+    with pytest.raises(WireError, match="a stranger called as engine 3"):
+        hub.wiring.greet(caller.line, caller.says(Attach(engine=3, proof=proof)))
+
+
+def test_a_stranger_stays_without_an_engine(hub: Hub):
+    caller = hub.called_at(hub.wiring.offer(3, "memory"))
+    with pytest.raises(WireError):
+        hub.wiring.greet(caller.line, caller.attaches(3, "guess"))
+    assert caller.line.engine is None
+
+
+def test_a_stranger_may_not_send_large_records(hub: Hub):
+    caller = hub.called_at(hub.wiring.offer(3, "memory"))
+    with pytest.raises(WireError):
+        hub.wiring.greet(caller.line, caller.attaches(3, "guess"))
+    assert caller.line.wire.max_record_bytes == 4096
+
+
+def test_an_engine_that_was_let_in_may_send_large_records(hub: Hub):
+    assert hub.attached(3).line.wire.max_record_bytes == MAX_RECORD_BYTES
+
+
+def test_a_token_lets_in_once(hub: Hub):
+    offer = hub.wiring.offer(3, "memory")
+    first, second = hub.called_at(offer), hub.called_at(offer)
+    hub.wiring.greet(first.line, first.attaches(3, offer.token))
+    with pytest.raises(WireError, match="a stranger called"):
+        hub.wiring.greet(second.line, second.attaches(3, offer.token))
+
+
+def test_an_answer_to_another_challenge_is_refused(hub: Hub):
+    offer = hub.wiring.offer(3, "memory")
+    first, second = hub.called_at(offer), hub.called_at(offer)
+    overheard = first.attaches(3, offer.token)
+    with pytest.raises(WireError, match="a stranger called as engine 3"):
+        hub.wiring.greet(second.line, overheard)
+
+
+def test_the_token_of_one_engine_does_not_let_in_another(hub: Hub):
+    offer = hub.wiring.offer(3, "memory")
+    hub.wiring.offer(4, "memory")
+    caller = hub.called_at(offer)
+    with pytest.raises(WireError, match="a stranger called as engine 4"):
+        hub.wiring.greet(caller.line, caller.attaches(4, offer.token))
+
+
+def test_a_later_offer_makes_an_earlier_one_void(hub: Hub):
+    old = hub.wiring.offer(3, "memory")
+    hub.wiring.offer(3, "memory")
+    caller = hub.called_at(old)
+    with pytest.raises(WireError, match="a stranger called as engine 3"):
+        hub.wiring.greet(caller.line, caller.attaches(3, old.token))
+
+
+def test_a_stranger_does_not_use_up_the_token_of_an_engine(hub: Hub):
+    offer = hub.wiring.offer(3, "memory")
+    stranger, engine = hub.called_at(offer), hub.called_at(offer)
+    with pytest.raises(WireError):
+        hub.wiring.greet(stranger.line, stranger.attaches(3, "guess"))
+    assert hub.wiring.greet(engine.line, engine.attaches(3, offer.token)) == 3
+
+
+def test_no_two_tokens_are_equal(hub: Hub):
+    assert len({hub.wiring.offer(3, "memory").token for _ in range(10)}) == 10
+
+
+def test_an_engine_that_shares_memory_is_offered_the_local_socket(hub: Hub):
+    assert hub.wiring.offer(3, "memory").url.startswith("unix://dnb-")
+
+
+def test_an_engine_without_shared_memory_is_offered_tcp(hub: Hub):
+    assert hub.wiring.offer(3, "socket").url.startswith("tcp://127.0.0.1:")
+
+
+# whose line is whose ---------------------------------------------------------------------------------
+
+
+def test_a_new_offer_retires_the_line_of_its_engine(hub: Hub):
+    line = hub.attached(3).line
+    hub.wiring.offer(3, "socket")
+    assert line.is_retired
+
+
+def test_a_new_offer_does_not_retire_the_line_of_another_engine(hub: Hub):
+    line = hub.attached(3).line
+    hub.wiring.offer(4, "socket")
+    assert not line.is_retired
+
+
+def test_a_new_offer_does_not_retire_a_line_that_was_not_greeted_yet(hub: Hub):
+    line = hub.called_at(hub.wiring.offer(3, "memory")).line
+    hub.wiring.offer(3, "memory")
+    assert not line.is_retired
+
+
+def test_a_line_that_was_retired_stays_so(hub: Hub):
+    line = hub.attached(3).line
+    hub.wiring.offer(3, "memory")
+    hub.wiring.offer(4, "memory")
+    assert line.is_retired
+
+
+def test_the_line_that_follows_a_retired_one_is_not_retired(hub: Hub):
+    hub.attached(3)
+    assert not hub.attached(3).line.is_retired
+
+
+def test_lines_are_found_by_their_file_number(hub: Hub):
+    caller = hub.attached(3)
+    assert hub.wiring.lines == {caller.line.wire.fileno(): caller.line}
+
+
+def test_a_caller_that_is_gone_already_leaves_no_line(hub: Hub):
+    caller = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    caller.connect("\0" + hub.wiring.offer(3, "memory").url.removeprefix("unix://"))
+    caller.close()
+    (ready, *_), _, _ = select.select(list(hub.wiring.listeners), [], [], 10)
+    with pytest.raises(OSError, match=r"gone|pipe|reset"):
+        hub.wiring.accept(ready)
+    assert hub.wiring.lines == {}
+
+
+def test_a_line_that_is_dropped_is_closed(hub: Hub):
+    caller = hub.attached(3)
+    hub.wiring.drop(caller.place)
+    assert caller.wire.receive() == []
+    assert caller.wire.is_closed
+
+
+def test_a_line_that_is_dropped_is_forgotten(hub: Hub):
+    hub.wiring.drop(hub.attached(3).place)
+    assert hub.wiring.lines == {}
+
+
+def test_a_wiring_that_is_closed_leaves_nothing_open():
+    gc.collect()
+    before = psutil.Process().num_fds()
+    hub = Hub()
+    hub.attached(3)
+    hub.called_at(hub.wiring.offer(4, "socket"))
+    hub.close()
+    assert psutil.Process().num_fds() == before
