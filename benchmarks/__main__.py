@@ -1,0 +1,67 @@
+"""`python -m benchmarks [ROW ...]`: measure, print each row as it is ready, and keep the results."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+
+from benchmarks.workspace import workspace
+
+GROUPS = {
+    "reduce": "mean of a gradient, against gloo",
+    "step": "the whole training step, against DDP over gloo",
+}
+LEAST_PAIRS = 5
+
+
+def main() -> int:
+    """Measure what was asked for; exit code 1 if it was interrupted."""
+    arguments = _parser().parse_args()
+    if arguments.list:
+        print("\n".join(f"{name:10} {text}" for name, text in GROUPS.items()))
+        return 0
+    with workspace():
+        try:
+            _measure(arguments.rows or list(GROUPS), pairs=arguments.pairs, is_quick=arguments.quick)
+        except KeyboardInterrupt:
+            print("interrupted: rows that were not complete are not kept", file=sys.stderr)
+            return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(GROUPS))
+    parser.add_argument("--pairs", type=int, default=LEAST_PAIRS, help="turns of each side (at least 5 for claims)")
+    parser.add_argument("--quick", action="store_true", help="short turns, for trying things out; nothing is kept")
+    parser.add_argument("--list", action="store_true", help="say what there is")
+    return parser
+
+
+def _measure(groups: list[str], *, pairs: int, is_quick: bool) -> None:
+    # After the workspace is set up: torch reads the number of threads when it is imported.
+    import torch
+
+    from benchmarks import table
+    from benchmarks.settings import Settings
+
+    torch.set_num_threads(1)
+    settings = Settings(pairs=pairs, is_quick=is_quick)
+    for group in groups:
+        facts = table.machine_facts(is_quick=is_quick)
+        began = time.monotonic()
+        print(f"\n{group}: {GROUPS[group]}\n{table.describe(facts)}\n{table.header_line()}", flush=True)
+        rows = []
+        for row in importlib.import_module(f"benchmarks.rows.{group}").rows(settings):
+            rows.append(row)
+            print(table.row_line(row), flush=True)
+        print(f"({time.monotonic() - began:.0f} s)", flush=True)
+        if not is_quick and pairs >= LEAST_PAIRS:
+            table.write_result(group, facts, rows)
+            table.update_readme()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
