@@ -12,6 +12,13 @@ from benchmarks.workspace import workspace
 GROUPS = {
     "reduce": "mean of a gradient, against gloo",
     "step": "the whole training step, against DDP over gloo",
+    "exact": "exact=True, against the default mode and DDP",
+    "socket": 'transport="socket", against DDP over gloo',
+    "memory": "bytes per parameter of the whole tree, against DDP",
+    "warm": "a second fit to its first step, against a fresh torchrun",
+    "cold": "a fresh process to its first step, against a fresh torchrun",
+    "watching": "telemetry and live view, against a run that nobody watches",
+    "hub": "the hub's CPU time as engines are added",
 }
 LEAST_PAIRS = 5
 

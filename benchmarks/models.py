@@ -115,11 +115,11 @@ def first_output(output: torch.Tensor, _target: torch.Tensor) -> torch.Tensor:
     return output.mean()
 
 
-def vectors(width: int) -> tuple[torch.Tensor, torch.Tensor]:
+def vectors(width: int, *, num_rows: int = NUM_SAMPLES) -> tuple[torch.Tensor, torch.Tensor]:
     """Random rows and one of ten classes for each."""
     generator = torch.Generator().manual_seed(1)
-    rows = torch.randn(NUM_SAMPLES, width, generator=generator)
-    return rows, torch.randint(0, 10, (NUM_SAMPLES,), generator=generator)
+    rows = torch.randn(num_rows, width, generator=generator)
+    return rows, torch.randint(0, 10, (num_rows,), generator=generator)
 
 
 def images() -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,6 +161,15 @@ CASES = {
             loss=functional.cross_entropy,
             batch_per_engine=128,
             probe_steps=10,
+        ),
+        Case(
+            name="mlp-17m-few",
+            text="MLP, 17 M parameters, batch 128 per engine, 512 samples in all",
+            build=lambda: mlp(2048, 2048, 2048, 2048, 2048, 10),
+            data=lambda: vectors(2048, num_rows=512),
+            loss=functional.cross_entropy,
+            batch_per_engine=128,
+            probe_steps=3,
         ),
         Case(
             name="gpt-3m",

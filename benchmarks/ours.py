@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 import dnb
 from benchmarks.models import LEARNING_RATE, Case
 from dnb.errors import ArgumentError, PlanError
@@ -43,8 +45,23 @@ class Side:
         self.pool = pool
         self.num_engines = num_engines
 
-    def submit(self, case: Case, *, steps: int, batch_size: int | None = None, **options: Any) -> dnb.Run:
+    def submit(
+        self,
+        case: Case,
+        *,
+        steps: int,
+        batch_size: int | None = None,
+        made: tuple[torch.nn.Module, Any] | None = None,
+        **options: Any,
+    ) -> dnb.Run:
         """Start a turn.
+
+        Args:
+            case: from its initial weights.
+            steps: to commit.
+            batch_size: the global one; the case's for every engine if left out.
+            made: the case's model and data, if they are there already.
+            options: others of `dnb.fit`.
 
         Raises:
             NotAvailableError: dnb has no such option yet.
@@ -52,10 +69,11 @@ class Side:
         unknown = set(options) - set(inspect.signature(dnb.fit).parameters)
         if unknown:
             raise NotAvailableError(f"fit has no {', '.join(sorted(unknown))}")
+        model, data = made or (case.make_model(), case.data())
         try:
             return self.pool.fit(
-                case.make_model(),
-                case.data(),
+                model,
+                data,
                 loss=case.loss,
                 optimizer=case.optimizer,
                 lr=LEARNING_RATE,

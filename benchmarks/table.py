@@ -31,6 +31,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     ratio: Spread | None = None  # ours / rival, unless `figure` says what else is held against `reach`
     reach: float | None = None  # the most that the figure may be
     figure: float | None = None  # held against `reach`; the ratio's median if left out
+    is_available: bool = True  # False where this release of dnb lacks what is to be measured
     note: str = ""
     pairs: tuple[tuple[float, float], ...] = ()
     details: dict[str, Any] = {}
@@ -38,7 +39,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def verdict(self) -> str:
         """PASS, LOSES, or why neither can be said."""
-        if self.ours is None:
+        if not self.is_available:
             return "not available"
         figure = self.figure if self.figure is not None else self.ratio.median if self.ratio else None
         if figure is None or self.reach is None:

@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
+# Whatever a benchmark starts inherits this variable: leftovers are told by it, never by name.
+MARK = "BENCH_WORKSPACE"
+END_SECONDS = 15.0
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -33,6 +39,7 @@ def workspace() -> Iterator[Path]:
     before = Path.cwd()
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
     os.environ["PYTHONPATH"] = child_environment()["PYTHONPATH"]
+    os.environ[MARK] = str(folder)
     os.environ["IPYTHONDIR"] = str(folder / "ipython")
     os.environ["DNB_SEGMENT_FOLDERS"] = os.pathsep.join(map(str, dict.fromkeys([memory, folder])))
     (folder / "ipython").mkdir()
@@ -41,6 +48,7 @@ def workspace() -> Iterator[Path]:
         yield folder
     finally:
         os.chdir(before)
+        _end_leftovers(str(folder))
         for own in {folder, memory}:
             shutil.rmtree(own, ignore_errors=True)
 
@@ -53,6 +61,25 @@ def segment_folders() -> list[Path]:
 def _memory_folder(folder: Path) -> Path:
     shared = Path("/dev/shm")
     return Path(tempfile.mkdtemp(prefix="bench-", dir=shared)) if shared.is_dir() else folder
+
+
+def _end_leftovers(mark: str) -> None:
+    """Give what is just ending its time; kill what remains, and say so: it is a fault."""
+    _, remaining = psutil.wait_procs(_marked(mark), timeout=END_SECONDS)
+    for process in remaining:
+        print(f"killed what was left over: pid {process.pid}, {process.name()}", file=sys.stderr)
+        process.kill()
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+                found.append(process)
+        except psutil.Error:  # it ended, or is another user's
+            continue
+    return found
 
 
 def _as_interrupt(_number: int, _frame: FrameType | None) -> None:
