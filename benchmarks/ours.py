@@ -18,6 +18,7 @@ from dnb.errors import ArgumentError, PlanError
 
 START_SECONDS = 120.0
 TURN_SECONDS = 300.0
+LOOK_SECONDS = 0.05
 
 
 class NotAvailableError(Exception):
@@ -103,9 +104,11 @@ class Side:
         run = self.submit(case, steps=steps, **options)
         if watch is not None:
             watch(run)
+        deadline = time.monotonic() + TURN_SECONDS
         run.wait(TURN_SECONDS)
+        if run.is_active and time.monotonic() < deadline:
+            raise KeyboardInterrupt  # `wait` takes one for itself
         if run.status != "finished":
-            run.stop()
             raise TimeoutError(f"run {run.name!r} was {run.status} after {TURN_SECONDS:g} s")
         batch_size = options.get("batch_size") or case.batch_per_engine * self.num_engines
         step_seconds = [batch_size / speed for speed in run.history["samples_per_second"]]
@@ -138,4 +141,4 @@ def wait_for_step(run: dnb.Run, step: int) -> None:
     while run.step < step:
         if not run.is_active or time.monotonic() > deadline:
             raise TimeoutError(f"run {run.name!r} did not come to step {step}: {run.status} at step {run.step}")
-        run.wait(0.05)
+        time.sleep(LOOK_SECONDS)  # not `wait`, which takes an interrupt for itself

@@ -6,6 +6,7 @@ The one place to change when the way in which gradients are added up changes: `o
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -62,12 +63,11 @@ def open_reduce(num_engines: int) -> Iterator[Turn]:
             end.close()
         yield lambda num_elements, rounds: _turn([own for own, _ in lines], num_elements, rounds)
     finally:
-        for own, _ in lines:
-            own.close()
         for process in processes:
             if process.pid is not None:
-                process.join(5.0)
-                process.kill()
+                process.kill()  # nothing is theirs to save
+        for own, _ in lines:
+            own.close()
 
 
 def _turn(lines: Sequence[Connection], num_elements: int, rounds: int) -> list[float]:
@@ -75,15 +75,13 @@ def _turn(lines: Sequence[Connection], num_elements: int, rounds: int) -> list[f
     slabs = [
         create_segment(f"slab-{rank}", layout.num_bytes, folders=segment_folders()) for rank in range(len(lines) - 1)
     ]
-    try:
-        job = _Job(num_elements=num_elements, layout=layout, slabs=tuple(slab.ref for slab in slabs), rounds=rounds)
-        for line in lines:
-            line.send(job)
-        starts, ends = zip(*(_answer(line) for line in lines[:-1]), strict=True)
-        _answer(lines[-1])
-    finally:
-        for slab in slabs:
-            slab.unlink()
+    job = _Job(num_elements=num_elements, layout=layout, slabs=tuple(slab.ref for slab in slabs), rounds=rounds)
+    for line in lines:
+        line.send(job)
+    starts, ends = zip(*(_answer(line) for line in lines[:-1]), strict=True)
+    _answer(lines[-1])
+    for slab in slabs:  # after an error the folder goes with all that is in it
+        slab.unlink()
     return collective_seconds(starts, ends)
 
 
@@ -96,6 +94,7 @@ def _answer(line: Connection) -> tuple[list[float], list[float]]:
 
 def _jobs(line: Connection) -> Iterator[_Job]:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the benchmark ends us
     while True:
         try:
             yield line.recv()

@@ -119,7 +119,7 @@ def describe(facts: Facts) -> str:
 
 
 HEADER = ("row", "ours", "rival", "ours / rival", "reach", "")
-_WIDTHS = (30, 26, 26, 20, 7, 0)
+_WIDTHS = (38, 28, 28, 23, 6, 0)
 
 
 def header_line() -> str:

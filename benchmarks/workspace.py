@@ -17,6 +17,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 # Whatever a benchmark starts inherits this variable: leftovers are told by it, never by name.
 MARK = "BENCH_WORKSPACE"
+PREFIX = "bench-"
 END_SECONDS = 15.0
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -34,8 +35,11 @@ def workspace() -> Iterator[Path]:
     Call it before torch is imported: OpenMP reads the number of threads once.
     """
     signal.signal(signal.SIGTERM, _as_interrupt)
-    folder = Path(tempfile.mkdtemp(prefix="bench-"))
-    memory = _memory_folder(folder)
+    roots = [Path(tempfile.gettempdir()), *filter(Path.is_dir, [Path("/dev/shm")])]
+    _clear_stale(roots)
+    # Not under names of dnb's own: its tests look for those that they left.
+    folders = [Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=root)) for root in roots]
+    folder, memory = folders[0], folders[-1]
     before = Path.cwd()
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
     os.environ["PYTHONPATH"] = child_environment()["PYTHONPATH"]
@@ -49,7 +53,7 @@ def workspace() -> Iterator[Path]:
     finally:
         os.chdir(before)
         _end_leftovers(str(folder))
-        for own in {folder, memory}:
+        for own in folders:
             shutil.rmtree(own, ignore_errors=True)
 
 
@@ -58,9 +62,13 @@ def segment_folders() -> list[Path]:
     return [Path(folder) for folder in os.environ["DNB_SEGMENT_FOLDERS"].split(os.pathsep)]
 
 
-def _memory_folder(folder: Path) -> Path:
-    shared = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="bench-", dir=shared)) if shared.is_dir() else folder
+def _clear_stale(roots: list[Path]) -> None:
+    """Remove the folders of a benchmark that was killed."""
+    for root in roots:
+        for folder in root.glob(f"{PREFIX}*-*"):
+            pid = folder.name.removeprefix(PREFIX).partition("-")[0]
+            if pid.isdigit() and not psutil.pid_exists(int(pid)):
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _end_leftovers(mark: str) -> None:
@@ -75,7 +83,9 @@ def _marked(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+            is_ours = process.pid != os.getpid() and process.environ().get(MARK) == mark
+            # multiprocessing's own helper ends with us
+            if is_ours and not any("resource_tracker" in word for word in process.cmdline()):
                 found.append(process)
         except psutil.Error:  # it ended, or is another user's
             continue

@@ -38,6 +38,7 @@ class Gang:
     def __init__(self, module: str, *, num_ranks: int) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="gang-", dir="."))
         self._lines: dict[int, Line] = {}
+        self._is_up = False
         # The name of a socket file may have 108 bytes: the folder is the working directory's.
         path = os.path.relpath(self._folder / "s")
         self._server = socket.socket(socket.AF_UNIX)
@@ -59,6 +60,7 @@ class Gang:
         except BaseException:
             self.close()
             raise
+        self._is_up = True
 
     @property
     def processes(self) -> list[psutil.Process]:
@@ -92,7 +94,7 @@ class Gang:
         self._lines.clear()
         self._server.close()
         try:
-            self._torchrun.wait(END_SECONDS)
+            self._torchrun.wait(END_SECONDS if self._is_up else 0.1)
         except subprocess.TimeoutExpired:
             self._torchrun.terminate()
         _, stubborn = psutil.wait_procs(processes, timeout=END_SECONDS / 2)

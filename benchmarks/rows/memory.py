@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -22,12 +23,11 @@ CASE = CASES["mlp-17m-few"]
 WARM = CASES["tiny"]
 NUMBERS_OF_ENGINES = (1, 2, 4)
 STEADY_STEP = 4
-NUM_SAMPLES = 5
-SAMPLE_SECONDS = 0.2
-NUM_STEPS = 20
-# What the hub holds, and what every engine adds.
+NUM_LOOKS = 8
+LOOK_SECONDS = 0.27  # no multiple of a step
+NUM_STEPS = 24
+# What the hub holds, and what every engine adds: parameters and two moments, and a gradient.
 HUB_BYTES, ENGINE_BYTES = 12, 4
-HIDDEN, NUM_HIDDEN = 2048, 4
 
 
 def rows(settings: Settings) -> Iterator[Row]:
@@ -38,7 +38,7 @@ def rows(settings: Settings) -> Iterator[Row]:
     medians: dict[int, tuple[float, float]] = {}
     for num_engines in NUMBERS_OF_ENGINES:
         ours, parts = _ours(num_engines)
-        rival = _rival(num_engines)
+        rival = _growth(DDP, num_ranks=num_engines)
         compared = compare([size / count for size in ours], [size / count for size in rival])
         medians[num_engines] = compared.ours.median, compared.rival.median
         yield compared_row(
@@ -47,8 +47,9 @@ def rows(settings: Settings) -> Iterator[Row]:
             unit="B/param",
             figure=compared.ours.median,
             reach=HUB_BYTES + (ENGINE_BYTES + activations) * num_engines,
-            note=", ".join(f"{name} {size / count:.1f}" for name, size in parts.items()) + " B/param",
-            details={"parameters": count, "activation_bytes_per_engine": activation_bytes()},
+            note=f"{', '.join(f'{name} {size / count:.1f}' for name, size in parts.items())} B/param; "
+            f"reach allows {activations:.1f} B/param per engine for activations, as plain torch was seen to need",
+            details={"parameters": count, "activation_bytes_per_engine": activations * count},
         )
     first, last = NUMBERS_OF_ENGINES[0], NUMBERS_OF_ENGINES[-1]
     added = [(medians[last][index] - medians[first][index]) / (last - first) for index in (0, 1)]
@@ -64,8 +65,9 @@ def rows(settings: Settings) -> Iterator[Row]:
 
 
 def activation_bytes() -> float:
-    """What one engine needs for the batch, for both sides of each ReLU, and for nothing else."""
-    return 4.0 * CASE.batch_per_engine * HIDDEN * (1 + 2 * NUM_HIDDEN)
+    """What a plain process needs in mid-step besides parameters and gradients, scratch space included."""
+    growth = _growth("benchmarks.rivals.plain", num_ranks=1)
+    return statistics.median(growth) - 2 * 4 * num_parameters(CASE)
 
 
 def _ours(num_engines: int) -> tuple[list[float], dict[str, float]]:
@@ -83,7 +85,7 @@ def _ours(num_engines: int) -> tuple[list[float], dict[str, float]]:
         run.wait()
     growth = [sum(look.values()) - sum(before.values()) for look in looks]
     by_part: dict[str, float] = {name: looks[-1][name] - before[name] for name in parts}
-    return growth, {**by_part, "(shared memory reserved": segments} if segments else by_part
+    return growth, {**by_part, "of these in shared-memory files": segments}
 
 
 def _parts(side: Side) -> Mapping[str, list[psutil.Process]]:
@@ -96,8 +98,9 @@ def _parts(side: Side) -> Mapping[str, list[psutil.Process]]:
     }
 
 
-def _rival(num_ranks: int) -> list[float]:
-    with Gang(DDP, num_ranks=num_ranks) as gang:
+def _growth(module: str, *, num_ranks: int) -> list[float]:
+    """Growth of a gang at each look."""
+    with Gang(module, num_ranks=num_ranks) as gang:
         gang.turn(Train(case=WARM.name, steps=20))
         parts = {"ranks": gang.processes}
         before = _pss(parts["ranks"])
@@ -112,9 +115,9 @@ def _look_on(parts: Mapping[str, list[psutil.Process]], looks: list[float]) -> N
 
 
 def _looks(parts: Mapping[str, list[psutil.Process]]) -> Iterator[dict[str, float]]:
-    for _ in range(NUM_SAMPLES):
+    for _ in range(NUM_LOOKS):
         yield {name: _pss(processes) for name, processes in parts.items()}
-        time.sleep(SAMPLE_SECONDS)
+        time.sleep(LOOK_SECONDS)
 
 
 def _pss(processes: Iterable[psutil.Process]) -> float:
