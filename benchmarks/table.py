@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,7 @@ def machine_facts(*, is_quick: bool) -> Facts:
         python=platform.python_version(),
         torch=str(torch.__version__),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        commit=_git("describe", "--always", "--dirty", "--abbrev=10"),
+        commit=_commit(),
         is_quick=is_quick,
     )
 
@@ -155,12 +156,17 @@ def write_result(group: str, facts: Facts, rows: list[Row]) -> Path:
     return path
 
 
-def update_readme() -> None:
-    """Put the tables of all results into the README, between its two marks."""
+def update_readme(order: Sequence[str]) -> None:
+    """Put the tables of all results into the README, between its two marks.
+
+    Args:
+        order: of the groups.
+    """
     text = README.read_text()
     before, _, rest = text.partition(TABLE_BEGIN)
     _, _, after = rest.partition(TABLE_END)
-    groups = [f"### {path.stem}\n\n{_markdown(path)}\n" for path in sorted(RESULTS.glob("*.json"))]
+    paths = [RESULTS / f"{group}.json" for group in order]
+    groups = [f"### {path.stem}\n\n{_markdown(path)}\n" for path in paths if path.exists()]
     README.write_text(before + TABLE_BEGIN + "\n" + "\n".join(groups) + "\n" + TABLE_END + after)
 
 
@@ -194,6 +200,12 @@ def _cpu() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def _commit() -> str:
+    """The checkout's commit; results that were just written do not make it another."""
+    changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/README.md")
+    return (_git("rev-parse", "--short=10", "HEAD") or "unknown") + ("-dirty" if changes else "")
+
+
 def _git(*arguments: str) -> str:
     answer = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or "unknown"
+    return answer.stdout.strip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from typing import Any
 
@@ -30,6 +31,7 @@ class Viewer:
     """Watches one run at a time, as the cell of a notebook would."""
 
     def __init__(self) -> None:
+        importlib.import_module("dnb.notebook.live_figure")  # seconds, which a short run does not have
         comm.create_comm = Browserless
         self._dashboard: Dashboard | None = None
 
