@@ -15,7 +15,7 @@ export IPYTHONDIR := $(CURDIR)/build/ipython
 export MPLCONFIGDIR := $(CURDIR)/build/matplotlib
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: help demo test lint pytest nbval format store coverage lab clean distclean
+.PHONY: help demo test lint pytest nbval format store bench coverage lab clean distclean
 
 help:
 	@echo "make demo       run notebooks/quickstart.ipynb headless; leaves build/quickstart.ipynb and .html"
@@ -24,6 +24,7 @@ help:
 	@echo "make lab        JupyterLab on notebooks/"
 	@echo "make format     rewrite the code as 'make lint' wants it"
 	@echo "make store      run the notebooks and keep their outputs, as they are committed"
+	@echo "make bench      benchmarks beside their rivals, about 25 minutes; python -m benchmarks --list says which"
 	@echo "make coverage   the tests with coverage, engines and hub included"
 	@echo "make clean      remove build/ and caches; distclean removes .venv too"
 
@@ -81,6 +82,9 @@ format: $(VENV)/.dev-stamp
 
 store: $(VENV)/.dev-stamp | build
 	$(BIN)/python .ci/store_notebook.py $(NOTEBOOKS)
+
+bench: $(VENV)/.dev-stamp
+	$(BIN)/python -m benchmarks
 
 coverage: $(VENV)/.dev-stamp | build
 	$(BIN)/coverage run -m pytest tests
