@@ -185,6 +185,7 @@ class WorkerTotals(Record, frozen=True):
 class RunSpec(Record, frozen=True):
     """What a run is, as numbers and names; the objects travel beside it in a parcel."""
 
+    id: str  # unlike any other's: a name comes back when its folder is removed
     name: str
     folder: str  # of run.json, history and events, on the hub's host
     num_samples: int  # of the training set

@@ -405,7 +405,7 @@ class Run:
             raise ArgumentError(f"run {self.name!r} is {self._status}: there is nothing to {verb}")
         with self._refreshing:  # else a refresh under way could bring back what was before
             self._require_hub().ask(Control(run=self.name, verb=verb), Done)
-            if verb == "resume":
+            if verb == "resume" or self._status == "paused":  # it has not settled any more
                 self._error, self._status, self._brought_home = "", "running", None
         self._wake.set()
 

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import sys
+import uuid
 from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
@@ -246,6 +247,7 @@ def fit(
     _refuse_busy_or_empty(pool)
     run_name = _free_name(name or type(model).__name__.lower())
     spec = RunSpec(
+        id=uuid.uuid4().hex,
         name=run_name,
         folder=str((RUNS_FOLDER / run_name).absolute()),
         num_samples=train_source.num_samples,

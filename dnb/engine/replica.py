@@ -137,13 +137,17 @@ class Replica:
         indices = torch.arange(min(PROBE_SAMPLES, self._spec.num_samples))
         self._read_buffers()
         self._be_training(mode=False)
-        self._seed(0, 0)
+        states = random.getstate(), np.random.get_state()
+        self._seed(0, 0, also_python=True)
         try:
             with torch.no_grad():
                 sums, _ = self._forward(self._data.train, indices, batch_samples=None)
         except Exception as error:  # noqa: BLE001 - a step function may need gradients; its own step will tell
             log.info("the model was not probed: %s", error)
             return None
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
         return sums.loss_total / sums.loss_weight if sums.loss_weight else None
 
     def digests(self) -> bytes:
@@ -302,12 +306,12 @@ class Replica:
             return nullcontext()
         return torch.autocast("cpu", dtype=torch.bfloat16)
 
-    def _seed(self, step: int, shard: int) -> None:
+    def _seed(self, step: int, shard: int, *, also_python: bool = False) -> None:
         """Random numbers depend on the step and the shard, never on the engine."""
         seed = part_seed(self._spec.seed, step, shard)
         # torch.manual_seed takes 0.3 ms, as it looks for every kind of accelerator.
         torch.default_generator.manual_seed(seed)
-        if self._spec.exact:  # what a data set or a model may draw from besides
+        if self._spec.exact or also_python:  # what a data set or a model may draw from besides
             random.seed(seed)
             np.random.seed(seed & 0xFFFFFFFF)
 

@@ -161,7 +161,7 @@ class ActiveRun:
             return
         member.wire, member.version = wire, self._version
         slabs = self.master.slabs_of(engine)
-        wire.queue(AddSlabs(run=self.spec.name, slabs=tuple(slab.ref for slab in slabs)))
+        wire.queue(AddSlabs(run=self.spec.id, slabs=tuple(slab.ref for slab in slabs)))
         if member.transport == "socket":
             self._ship(wire)
             self._open_landings(engine, wire)
@@ -302,7 +302,7 @@ class ActiveRun:
         except SpaceError as error:
             return machine.EngineLost(engine, f"cannot take part: {error}")
         record = Load(
-            run=self.spec.name,
+            run=self.spec.id,
             transport=member.transport,
             wire=self._offer_wire(engine, member.transport),
             parameters=master.parameters_ref,
@@ -337,7 +337,7 @@ class ActiveRun:
                 wire.queue_pieces(slot, Flat(memoryview(memory)), [(0, parcel.segment.num_bytes)])
         num_bytes = self.master.parameter_layout.num_bytes
         wire.queue_pieces(PARAMETERS_SLOT, self.master.parameters_flat, [(0, num_bytes)])
-        wire.queue(Shipped(run=self.spec.name))
+        wire.queue(Shipped(run=self.spec.id))
 
     def _open_landings(self, engine: int, wire: Wire) -> None:
         wire.landings = dict(enumerate(slab.flat.memory for slab in self.master.slabs_of(engine)))
@@ -359,7 +359,7 @@ class ActiveRun:
             member.version = self._version
         wire.queue(
             Work(
-                run=self.spec.name,
+                run=self.spec.id,
                 kind=action.kind,
                 step=action.step,
                 shards=action.shards,
@@ -385,7 +385,7 @@ class ActiveRun:
         member.num_filled += len(action.shards)
         added = self.master.add_slabs(action.engine, member.num_filled, kind=member.transport)
         if added:
-            member.wire.queue(AddSlabs(run=self.spec.name, slabs=tuple(slab.ref for slab in added)))
+            member.wire.queue(AddSlabs(run=self.spec.id, slabs=tuple(slab.ref for slab in added)))
             if member.transport == "socket":
                 self._open_landings(action.engine, member.wire)
         return tuple(range(first, member.num_filled))
@@ -496,7 +496,7 @@ class ActiveRun:
         if member.transport == "socket" and member.version != self._version:
             member.version = -1
         request = Diagnose(
-            run=self.spec.name,
+            run=self.spec.id,
             step=step,
             shards=shards,
             shard_sizes=sizes,
@@ -571,7 +571,7 @@ class ActiveRun:
         self._accounts.close()
         self._write_summary()
         for engine in self._accounts.living:
-            self._send(engine, Unload(run=self.spec.name), ())
+            self._send(engine, Unload(run=self.spec.id), ())
         self._free_work_memory()
 
     def _write_summary(self) -> None:

@@ -12,8 +12,12 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dnb.errors import ArgumentError, nearest
 
-# LBFGS evaluates the loss several times in a step; SparseAdam takes sparse gradients only, Muon only matrices.
-_LEFT_OUT = {"optimizer", "lbfgs", "muon", "sparseadam"}
+_REASONS = {
+    "lbfgs": "LBFGS evaluates the loss several times in one step, dnb once: use optimizer='adamw' or 'sgd'",
+    "sparseadam": "SparseAdam takes sparse gradients only, and slabs are dense: use optimizer='adamw' or 'adagrad'",
+    "muon": "Muon takes matrices only, and a model has other parameters too: give an instance on those it is for, "
+    "optimizer=torch.optim.Muon([...])",
+}
 
 
 def optimizer_classes() -> dict[str, type[torch.optim.Optimizer]]:
@@ -23,7 +27,7 @@ def optimizer_classes() -> dict[str, type[torch.optim.Optimizer]]:
         for name, value in vars(torch.optim).items()
         if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer)
     }
-    return {name: value for name, value in found.items() if name not in _LEFT_OUT}
+    return {name: value for name, value in found.items() if name != "optimizer" and name not in _REASONS}
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -32,9 +36,16 @@ def check_optimizer(optimizer: Any) -> None:
     Raises:
         ArgumentError: an unknown name, or an object of the wrong kind.
     """
-    if isinstance(optimizer, torch.optim.LBFGS) or (isinstance(optimizer, str) and optimizer.lower() == "lbfgs"):
+    kind = optimizer if inspect.isclass(optimizer) else type(optimizer)
+    named = optimizer.lower() if isinstance(optimizer, str) else kind.__name__.lower()
+    if named in _REASONS and (
+        isinstance(optimizer, str) or (named != "muon" and issubclass(kind, torch.optim.Optimizer))
+    ):
+        raise ArgumentError(_REASONS[named])
+    if issubclass(kind, torch.optim.Optimizer) and _needs_closure(kind):
         raise ArgumentError(
-            "LBFGS evaluates the loss several times in one step, dnb once: use optimizer='adamw' or 'sgd'"
+            f"{kind.__name__}.step needs a closure that evaluates the loss again, dnb evaluates it once a step: "
+            "use optimizer='adamw' or 'sgd'"
         )
     if isinstance(optimizer, str):
         if optimizer.lower() not in optimizer_classes():
@@ -64,6 +75,7 @@ def build_optimizer(
         built = optimizer(parameters)
         if not isinstance(built, torch.optim.Optimizer):
             raise ArgumentError(f"optimizer(params) returned a {type(built).__name__}, not a torch Optimizer")
+        check_optimizer(built)
         return built
     kind: Any = optimizer_classes()[optimizer.lower()]
     options: dict[str, Any] = {} if lr is None else {"lr": lr}
@@ -149,6 +161,11 @@ def _adam_groups(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any],
             lists[5].append(state["step"])
         found += [(group, lists) for lists in by_dtype.values()]
     return found
+
+
+def _needs_closure(kind: type[torch.optim.Optimizer]) -> bool:
+    closure = inspect.signature(kind.step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _has_hooks(optimizer: Any) -> bool:

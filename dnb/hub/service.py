@@ -231,7 +231,7 @@ class Service:
         if engine is None or isinstance(message, Join | Attach):
             return
         engine.messages_in += 1
-        if self._run is not None and self._run.spec.name == message.run:
+        if self._run is not None and self._run.spec.id == message.run:
             self._run.take(number, message)
 
     def _join(self, facts: EngineFacts, identity: bytes) -> None:

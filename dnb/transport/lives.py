@@ -44,8 +44,10 @@ def children_of(parents: Iterable[Process]) -> tuple[Process, ...]:
     for parent in parents:
         own = _find(parent)
         if own is not None:
-            with contextlib.suppress(psutil.NoSuchProcess):  # it, or its child, has ended just now
-                children += [_describe(child) for child in own.children()]
+            with contextlib.suppress(psutil.NoSuchProcess):  # it, or a child, has ended just now
+                for child in own.children():
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        children.append(_describe(child))
     return tuple(children)
 
 

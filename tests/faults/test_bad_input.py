@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from dnb import training
 from dnb.errors import RunError
+from dnb.pool.starting import start_pool
 from tests.engines.pools import wait, wait_until
 from tests.models import digits, largest_gap, largest_relative_gap, mlp, plain_run, twice
 
@@ -241,6 +242,19 @@ def test_an_exact_run_that_is_out_of_memory_names_shard_and_size(pool):
         wait(run)
 
 
+# Shards that do not divide the batch
+
+
+@pytest.mark.parametrize(
+    "options", [{"shards": 7}, {"shards": 5, "exact": True}, {"shards": 1}, {"shards": 64}], ids=str
+)
+def test_shards_that_do_not_divide_the_batch_are_weighed_by_their_samples(pool, options):
+    model, plain = twice(mlp)
+    run = wait(train(pool, model, digits(), steps=30, **options))  # the 29th batch has 5 samples
+    assert largest_gap(run.history["loss"], plain_run(plain, digits(), num_steps=30, shuffle=False).losses) < 1e-6
+    assert largest_relative_gap(model, plain) < 1e-5
+
+
 # A run that was stopped while an engine was still loading it
 
 
@@ -268,26 +282,33 @@ class SlowToOpen(Dataset):
         return torch.zeros(64), 0
 
 
-def test_the_late_word_of_a_stopped_run_is_not_taken_for_that_of_a_new_one_with_its_name(pool, tmp_path, monkeypatch):
+@pytest.fixture
+def own_pool(leftovers, tmp_path, monkeypatch):
+    """A pool that may be left with a run that hangs."""
+    monkeypatch.chdir(tmp_path)
+    pool = start_pool(
+        training.Pool,
+        n=2,
+        profile_dir=tmp_path / "profile",
+        launcher="local",
+        threads_per_engine=1,
+        timeout_seconds=60,
+    )
+    yield pool
+    pool.shutdown()
+
+
+@pytest.mark.parametrize("name", ["same", "other"])
+def test_the_late_word_of_a_stopped_run_is_not_taken_for_that_of_the_next(own_pool, tmp_path, monkeypatch, name):
+    pool = own_pool
     stopped = train(pool, mlp(), SlowToOpen(tmp_path), name="same")
     (tmp_path / "reached").read_text()
     stopped.stop()
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     model, plain = twice(mlp)
-    run = train(pool, model, digits(), steps=3, name="same")
+    run = train(pool, model, digits(), steps=3, name=name)
     (tmp_path / "answer").write_text("")
-    assert largest_gap(wait(run).history["loss"], plain_run(plain, digits(), num_steps=3, shuffle=False).losses) < 1e-6
-
-
-# Shards that do not divide the batch
-
-
-@pytest.mark.parametrize(
-    "options", [{"shards": 7}, {"shards": 5, "exact": True}, {"shards": 1}, {"shards": 64}], ids=str
-)
-def test_shards_that_do_not_divide_the_batch_are_weighed_by_their_samples(pool, options):
-    model, plain = twice(mlp)
-    run = wait(train(pool, model, digits(), steps=30, **options))  # the 29th batch has 5 samples
-    assert largest_gap(run.history["loss"], plain_run(plain, digits(), num_steps=30, shuffle=False).losses) < 1e-6
-    assert largest_relative_gap(model, plain) < 1e-5
+    run.wait(timeout_seconds=20)
+    assert run.status == "finished"
+    assert largest_gap(run.history["loss"], plain_run(plain, digits(), num_steps=3, shuffle=False).losses) < 1e-6

@@ -23,6 +23,7 @@ from dnb.run import Run
 
 NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
 SPEC = RunSpec(
+    id="0",
     name="digits",
     folder="/nowhere",
     num_samples=100,

@@ -71,6 +71,7 @@ class Engines:
         self.job = job
         self.transport = transport
         self.spec = RunSpec(
+            id="0",
             **{
                 "name": "run",
                 "folder": str(folder),
@@ -93,7 +94,7 @@ class Engines:
                 "job": NOTHING,
                 "data": NOTHING,
                 **numbers,
-            }
+            },
         )
         self.master = Master(copy.deepcopy(job), folders=[folder], prefix="run", clip_norm=None)
         self.replicas: dict[int, Replica] = {}
