@@ -96,7 +96,7 @@ class ActiveRun:
         for facts in engines:
             self._members[facts.engine] = _Member(self._usual_transport(facts))
         self._accounts = Accounts(engines)
-        self.master = Master(job, folders=folders, prefix=spec.name, clip_norm=spec.clip_norm, exact=spec.exact)
+        self.master = Master(job, folders=folders, prefix=spec.name, clip_norm=spec.clip_norm)
         num_slabs = -(-spec.num_shards // max(len(engines), 1)) if spec.exact else 1
         try:
             for engine, member in self._members.items():

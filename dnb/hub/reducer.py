@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dnb.hub.optimizers import Stepper, build_optimizer, build_scheduler, is_fused
+from dnb.hub.optimizers import Stepper, build_optimizer, build_scheduler
 from dnb.records import SegmentRef, Sums, TransportKind
 from dnb.transport.job import Job
 from dnb.transport.layout import plan_gradients, plan_layout, region_views, slot_views
@@ -23,10 +23,6 @@ from dnb.transport.wires import Flat
 
 # Elements that are added and checked at a time, so that the check finds them in the cache.
 CHUNK_ELEMENTS = 1 << 18
-# Below so many parameters it takes longer to wake a second thread than to do its work.
-PARALLEL_ELEMENTS = 1 << 21
-THREADS_VARIABLE = "DNB_HUB_THREADS"
-MOST_THREADS = 4  # more cores do not make memory faster
 
 NOWHERE = SegmentRef(path="", num_bytes=0)
 
@@ -92,12 +88,12 @@ class Master:
         folders: where segments may lie.
         prefix: of the segments' file names.
         clip_norm: largest global norm of the aggregated gradient; None does not clip.
-        exact: leave nothing to the number of threads.
     """
 
-    def __init__(
-        self, job: Job, *, folders: Sequence[Path], prefix: str, clip_norm: float | None, exact: bool = False
-    ) -> None:
+    def __init__(self, job: Job, *, folders: Sequence[Path], prefix: str, clip_norm: float | None) -> None:
+        # One, and no more: a second one makes memory no faster, waits for a core when engines have them all, and shows
+        # in the last bits of norms.
+        torch.set_num_threads(1)
         self.model = job.model
         self.notes: list[str] = []
         self._folders = folders
@@ -128,11 +124,6 @@ class Master:
             tensor.data = views[name]
         self._buffers = buffers
         self._tensors = tensors
-        # Fused updates cut tensors at cache lines, so that threads do not show in the bits; norms and others may.
-        is_free = not exact or (clip_norm is None and is_fused(self.optimizer))
-        is_large = sum(p.numel() for p in trainable.values()) >= PARALLEL_ELEMENTS
-        self.num_threads = hub_threads() if is_free and is_large else 1
-        torch.set_num_threads(self.num_threads)
         self._trainable = [trainable[slot.name] for slot in self.gradient_layout.slots]
         self._bound: tuple[tuple[int, int], frozenset[int]] | None = None  # whose slab the gradients are views of
         self._slabs: dict[tuple[int, int], HubSlab] = {}
@@ -298,12 +289,6 @@ def mean_of(sums: Sequence[Sums]) -> tuple[float, dict[str, float]]:
     names = sorted({name for part in sums for name in part.metric_totals})
     metrics = {name: _mean_metric(name, sums) for name in names}
     return loss, metrics
-
-
-def hub_threads() -> int:
-    """Cores that add and update while every engine waits for it."""
-    wish = os.environ.get(THREADS_VARIABLE, "")
-    return int(wish) if wish.isdigit() and int(wish) else min(os.cpu_count() or 1, MOST_THREADS)
 
 
 def views_bytes(tensor: torch.Tensor) -> int:

@@ -86,8 +86,13 @@ def test_an_optimizer_that_needs_the_loss_several_times_is_refused(optimizer: An
         check_optimizer(optimizer)
 
 
-@pytest.mark.parametrize("name", ["optimizer", "sparseadam"])
-def test_what_takes_no_dense_gradients_is_not_among_the_names(name: str):
+def test_sparse_adam_is_refused_with_the_reason():
+    with pytest.raises(ArgumentError, match="SparseAdam takes sparse gradients only"):
+        check_optimizer("sparseadam")
+
+
+@pytest.mark.parametrize("name", ["optimizer"])
+def test_what_is_no_optimizer_of_its_own_is_not_among_the_names(name: str):
     with pytest.raises(ArgumentError, match=f"no optimizer '{name}'"):
         check_optimizer(name)
 
