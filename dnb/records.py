@@ -134,6 +134,7 @@ class WireOffer(Record, frozen=True):
 
     url: str  # "unix://NAME" | "tcp://HOST:PORT"
     token: str
+    other_url: str = ""  # if the first does not answer
 
 
 class RunEvent(Record, frozen=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Sequence
 
 from dnb.records import Layout, Load, SegmentRef, TransportKind
@@ -32,20 +31,13 @@ class EngineMemory:
         else:
             self.parameters = mmap.mmap(-1, max(load.parameters.num_bytes, 1))
 
-    def close(self) -> None:
-        """Close the files behind this engine's own slabs; what is mapped goes with its last view."""
-        for slab in self.slabs:
-            if slab.descriptor is not None:
-                os.close(slab.descriptor)
-        self.slabs.clear()
-
     def add_slabs(self, refs: Sequence[SegmentRef]) -> None:
         """Map slabs, or make this engine's own."""
         for ref in refs:
             if self.kind == "memory":
                 self.slabs.append(Flat(memoryview(open_segment(ref).memory)))
             else:
-                self.slabs.append(_own(self._slab_bytes))
+                self.slabs.append(Flat(memoryview(mmap.mmap(-1, max(self._slab_bytes, 1)))))
 
 
 class Publisher:
@@ -108,14 +100,6 @@ class Publisher:
 
     def _range(self, piece: int) -> tuple[int, int]:
         return piece * PIECE_BYTES, min((piece + 1) * PIECE_BYTES, self._num_bytes)
-
-
-def _own(num_bytes: int) -> Flat:
-    if not hasattr(os, "memfd_create"):
-        return Flat(memoryview(mmap.mmap(-1, max(num_bytes, 1))))
-    descriptor = os.memfd_create("dnb-slab")
-    os.posix_fallocate(descriptor, 0, max(num_bytes, 1))
-    return Flat(memoryview(mmap.mmap(descriptor, max(num_bytes, 1))), descriptor)
 
 
 def _ends(layout: Layout) -> list[int]:

@@ -122,7 +122,6 @@ class Session:
             self._outbox.join(OUTBOX_SECONDS)
         self._wire.landings = {}
         self._replica.close()
-        self._memory.close()
 
     def _work(self, work: Work, indices: torch.Tensor) -> None:
         if work.run != self.run:

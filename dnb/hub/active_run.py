@@ -59,7 +59,7 @@ from dnb.transport.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Flat, Wire
 log = logging.getLogger(__name__)
 
 Send = Callable[[int, Message, Sequence[Any]], None]
-OfferWire = Callable[[int, TransportKind], WireOffer]
+OfferWire = Callable[..., WireOffer]  # of `Wiring.offer`
 
 
 class ActiveRun:
@@ -94,7 +94,7 @@ class ActiveRun:
         self._members: dict[int, _Member] = {}
         engines = list(engines)
         for facts in engines:
-            self._members[facts.engine] = _Member(self._usual_transport(facts))
+            self._members[facts.engine] = self._member(facts)
         self._accounts = Accounts(engines)
         self.master = Master(job, folders=folders, prefix=spec.name, clip_norm=spec.clip_norm)
         num_slabs = -(-spec.num_shards // max(len(engines), 1)) if spec.exact else 1
@@ -198,7 +198,7 @@ class ActiveRun:
 
     def add_engine(self, facts: EngineFacts) -> None:
         """An engine joined the pool."""
-        self._members[facts.engine] = _Member(self._usual_transport(facts))
+        self._members[facts.engine] = self._member(facts)
         self._accounts.open(facts)
         self._dispatch(machine.EngineJoined(facts.engine))
 
@@ -304,7 +304,7 @@ class ActiveRun:
         record = Load(
             run=self.spec.id,
             transport=member.transport,
-            wire=self._offer_wire(engine, member.transport),
+            wire=self._offer_wire(engine, member.transport, is_near=member.is_near),
             parameters=master.parameters_ref,
             parameter_layout=master.parameter_layout,
             gradient_layout=master.gradient_layout,
@@ -313,12 +313,12 @@ class ActiveRun:
         self._send(engine, record, self._frames)
         return None
 
-    def _usual_transport(self, facts: EngineFacts) -> TransportKind:
+    def _member(self, facts: EngineFacts) -> _Member:
+        """How an engine is reached: as was wished, else by memory if it is on this host."""
         wishes = self.spec.transport
+        is_near = facts.process.host == self._host
         wish = wishes.get(str(facts.engine), wishes.get(""))
-        if wish is not None:
-            return wish
-        return "memory" if facts.process.host == self._host else "socket"
+        return _Member(wish or ("memory" if is_near else "socket"), is_near)
 
     def _change_to_socket(self, engine: int, reason: str) -> None:
         member = self._members.get(engine)
@@ -593,6 +593,7 @@ class _Member:
     """How an engine takes part."""
 
     transport: TransportKind
+    is_near: bool  # on the hub's host
     wire: Wire | None = None
     version: int = 0  # of the parameters that it holds, if it holds its own
     num_filled: int = 0  # slabs of an exact step

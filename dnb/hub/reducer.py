@@ -5,7 +5,6 @@ from __future__ import annotations
 import cmath
 import math
 import mmap
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -117,7 +116,6 @@ class Master:
             if slot.name not in frozen
         )
         self._segment = self._create("parameters", self.parameter_layout.num_bytes)
-        self._descriptor = os.open(self._segment.path, os.O_RDONLY)
         views = slot_views(self.parameter_layout, self._segment.memory)
         for name, tensor in tensors.items():
             views[name].copy_(tensor.detach())
@@ -136,7 +134,7 @@ class Master:
     @property
     def parameters_flat(self) -> Flat:
         """The parameters, to be sent over a wire."""
-        return Flat(memoryview(self._segment.memory), self._descriptor)
+        return Flat(memoryview(self._segment.memory))
 
     def slabs_of(self, engine: int) -> list[HubSlab]:
         """The slabs of an engine, in the order of their numbers."""
@@ -193,9 +191,6 @@ class Master:
     def close(self) -> None:
         """Unlink the parameters; the memory goes when the last process lets go of it."""
         self._segment.unlink()
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
 
     def _drop(self, key: tuple[int, int]) -> None:
         slab = self._slabs.pop(key)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-import os
 import secrets
 import select
 import socket
@@ -32,6 +31,8 @@ PARAMETERS_SLOT, JOB_SLOT, DATA_SLOT = 0, 1, 2
 # A record carries sample indices at most: 8 bytes each.
 MAX_RECORD_BYTES = 1 << 30
 MAX_GREETING_BYTES = 4096
+# Where the wires of engines without shared memory go, on the hub's own host: "tcp" keeps them from the Unix socket.
+WIRES_VARIABLE = "DNB_WIRES"
 # After so many bytes of one engine the others are looked at.
 TURN_BYTES = 16 << 20
 
@@ -49,10 +50,12 @@ class WireError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Flat:
-    """A flat buffer that pieces are cut from; with a file behind it, the kernel takes them without a copy."""
+    """A flat buffer that pieces are cut from.
+
+    They are sent from where they lie: on one host `sendfile` was seen to take half as long again.
+    """
 
     memory: memoryview
-    descriptor: int | None = None
 
 
 @dataclass(slots=True)
@@ -145,8 +148,6 @@ class Wire:
             self.close()
 
     def _send_part(self, part: _Part) -> int:
-        if part.source.descriptor is not None:
-            return os.sendfile(self._sock.fileno(), part.source.descriptor, part.offset, part.left)
         return self._sock.send(part.source.memory[part.offset : part.offset + part.left])
 
     def flush_all(self, *, timeout_seconds: float) -> None:
@@ -338,7 +339,21 @@ def connect_wire(offer: WireOffer, *, engine: int, timeout_seconds: float) -> Wi
     Raises:
         HubError: it cannot be reached.
     """
-    kind, _, place = offer.url.partition("://")
+    faults: list[str] = []
+    for url in filter(None, (offer.url, offer.other_url)):
+        try:
+            wire, nonce = _call(url, timeout_seconds=timeout_seconds)
+        except (OSError, ValueError, WireError, msgspec.MsgspecError) as error:
+            faults.append(f"{url}: {error}")
+            continue
+        wire.send(Attach(engine=engine, proof=prove(offer.token, nonce)))
+        return wire
+    raise HubError(f"engine {engine} cannot reach the hub at {'; '.join(faults)}")
+
+
+def _call(url: str, *, timeout_seconds: float) -> tuple[Wire, str]:
+    """A wire to the hub, and what it was challenged with."""
+    kind, _, place = url.partition("://")
     sock = socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET, socket.SOCK_STREAM)
     try:
         sock.settimeout(timeout_seconds)
@@ -346,12 +361,10 @@ def connect_wire(offer: WireOffer, *, engine: int, timeout_seconds: float) -> Wi
         sock.connect(f"\0{place}" if kind == "unix" else (host, int(port)))
         wire = Wire(sock)
         ((packed, _raw),) = wire.wait_for_messages(timeout_seconds=timeout_seconds)
-        challenge = msgspec.msgpack.decode(packed, type=Challenge)
-    except (OSError, ValueError, WireError, msgspec.MsgspecError) as error:
+        return wire, msgspec.msgpack.decode(packed, type=Challenge).nonce
+    except BaseException:
         sock.close()
-        raise HubError(f"engine {engine} cannot reach the hub at {offer.url}: {error}") from error
-    wire.send(Attach(engine=engine, proof=prove(offer.token, challenge.nonce)))
-    return wire
+        raise
 
 
 def prove(token: str, nonce: str) -> str:

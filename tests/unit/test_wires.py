@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 import gc
-import mmap
-import os
 import select
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -275,53 +273,6 @@ def test_a_wire_does_not_read_for_ever_while_the_other_side_sends(pair: Pair):
     sending.result()
     outbox_of_nobody.shutdown()
     assert num_turns >= 2
-
-
-# files -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def file_flat() -> Iterator[Callable[[bytes], Flat]]:
-    made: list[int] = []
-
-    def make(data: bytes) -> Flat:
-        made.append(os.memfd_create("test"))
-        os.truncate(made[-1], len(data))
-        memory = mmap.mmap(made[-1], len(data))
-        memory[:] = data
-        return Flat(memoryview(memory), made[-1])
-
-    yield make
-    for descriptor in made:
-        os.close(descriptor)
-
-
-@pytest.mark.parametrize("ranges", [[(0, 9_000_001)], [(5, 6), (4_194_304, 9_000_000)], [(4_194_303, 4_194_305)]])
-def test_pieces_of_a_file_land_as_those_of_memory_do(
-    pair: Pair, file_flat: Callable[[bytes], Flat], ranges: list[tuple[int, int]]
-):
-    left, right = pair
-    data = pattern(9_000_001)[:9_000_001]
-    from_file, from_memory = bytearray(9_000_001), bytearray(9_000_001)
-    right.landings = {0: memoryview(from_file), 1: memoryview(from_memory)}
-    left.queue_pieces(0, file_flat(data), ranges)
-    left.queue_pieces(1, Flat(memoryview(data)), ranges)
-    left.queue(loaded())
-    carry(left, right, num_messages=1)
-    assert from_file == from_memory
-    assert all(from_file[first:last] == data[first:last] for first, last in ranges)
-
-
-def test_a_file_shows_what_was_written_through_its_memory(pair: Pair, file_flat: Callable[[bytes], Flat]):
-    left, right = pair
-    flat = file_flat(b"old")
-    landing = bytearray(3)
-    right.landings[0] = memoryview(landing)
-    flat.memory[:] = b"new"
-    left.queue_pieces(0, flat, [(0, 3)])
-    left.queue(loaded())
-    carry(left, right, num_messages=1)
-    assert bytes(landing) == b"new"
 
 
 # bad frames --------------------------------------------------------------------------------------

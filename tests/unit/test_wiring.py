@@ -85,6 +85,16 @@ def test_an_engine_with_its_token_is_let_in(hub: Hub, kind: str):
     assert caller.line.engine == 3
 
 
+def test_an_engine_without_shared_memory_is_called_over_a_unix_socket_first_if_it_is_near(hub: Hub):
+    offer = hub.wiring.offer(3, "socket")
+    assert (offer.url.partition(":")[0], offer.other_url.partition(":")[0]) == ("unix", "tcp")
+
+
+def test_an_engine_on_another_host_is_called_over_tcp(hub: Hub):
+    offer = hub.wiring.offer(3, "socket", is_near=False)
+    assert (offer.url.partition(":")[0], offer.other_url) == ("tcp", "")
+
+
 def test_a_line_has_no_engine_before_it_is_greeted(hub: Hub):
     assert hub.called_at(hub.wiring.offer(3, "memory")).line.engine is None
 
@@ -180,8 +190,8 @@ def test_an_engine_that_shares_memory_is_offered_the_local_socket(hub: Hub):
     assert hub.wiring.offer(3, "memory").url.startswith("unix://dnb-")
 
 
-def test_an_engine_without_shared_memory_is_offered_tcp(hub: Hub):
-    assert hub.wiring.offer(3, "socket").url.startswith("tcp://127.0.0.1:")
+def test_an_engine_far_away_is_offered_tcp_on_the_hub_s_interface(hub: Hub):
+    assert hub.wiring.offer(3, "socket", is_near=False).url.startswith("tcp://127.0.0.1:")
 
 
 # whose line is whose ---------------------------------------------------------------------------------
