@@ -188,7 +188,7 @@ class Worker(threading.Thread):
             wire = self._wire_to(load)
             memory = EngineMemory(load)
         except (OSError, HubError) as error:
-            self._drop_wire()
+            # A wire that is there stays until the hub has heard why: that it closes would be taken for a death.
             if load.transport == "memory":
                 self._send(NoSharedMemory(run=load.run, reason=str(error)))
             else:

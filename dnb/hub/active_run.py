@@ -493,8 +493,6 @@ class ActiveRun:
         shards = self._shards_behind(verdict, contributions)
         sizes, raw = self._samples_of("step", step, shards)
         self._verdict = _Verdict(verdict.engine, step, str(verdict))
-        if member.transport == "socket" and member.version != self._version:
-            member.version = -1
         request = Diagnose(
             run=self.spec.id,
             step=step,

@@ -1,5 +1,6 @@
 """Shared memory, sockets, or both in one run: the same numbers."""
 
+import ipyparallel
 import pytest
 import torch
 from torch import nn
@@ -107,3 +108,36 @@ def test_tcp_carries_the_same_bits_as_the_unix_socket(pool, tmp_path, monkeypatc
     ) as far:
         train(far, by_tcp, steps=3, transport="socket")
     assert same_bits(by_unix, by_tcp)
+
+
+def hide_shared_memory():
+    """As in a container of its own: the hub's memory files are not there."""
+    from dnb.engine import memory
+
+    def missing(ref):
+        raise FileNotFoundError(2, "No such file or directory", ref.path)
+
+    memory.kept = memory.open_segment
+    memory.open_segment = missing
+
+
+def show_shared_memory():
+    from dnb.engine import memory
+
+    memory.open_segment = memory.kept
+
+
+def test_an_engine_that_cannot_map_the_hub_s_memory_goes_on_over_a_socket(pool):
+    plain = train(pool, mlp(), transport="memory").history["loss"]
+    engine = pool.engines[1].id
+    view = pool.client[engine]
+    view.apply_sync(ipyparallel.interactive(hide_shared_memory))
+    try:
+        run = train(pool, mlp())
+    finally:
+        view.apply_sync(ipyparallel.interactive(show_shared_memory))
+    assert run.history["loss"] == plain
+    told = [event.text for event in run.events if event.kind == "memory"]
+    assert len(told) == 1
+    assert told[0].startswith(f"engine {engine} gets its data over a socket: ")
+    assert len(pool.engines) == 2
