@@ -245,6 +245,50 @@ def test_an_exact_run_that_is_out_of_memory_names_shard_and_size(pool):
 # Shards that do not divide the batch
 
 
+class Local(nn.Module):
+    """A model whose output depends on the process that computes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(64, 10)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.body(inputs) * (1.0 + os.getpid() % 1000)
+
+
+def test_engines_whose_forward_differs_are_named_before_anything_is_trained(pool):
+    model, before = twice(Local)
+    run = pool.fit(model, digits(), loss="cross_entropy", lr=1e-3, steps=5)
+    with pytest.raises(RunError, match=r"engines disagree: for the same samples the loss is .* on engine \d and"):
+        wait(run)
+    assert run.step == 0
+    assert torch.equal(model.body.weight, before.body.weight)
+
+
+def spoiled_step(model, batch):
+    """Where the environment says so, a frozen parameter is changed in place."""
+    if os.environ.get("DNB_TEST_SPOIL"):
+        with torch.no_grad():
+            model[0].weight.add_(1e-3)
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def test_a_copy_that_is_not_the_hub_s_is_named_by_engine_and_tensor(pool):
+    model = mlp()
+    model[0].weight.requires_grad_(False)
+    engine = pool.engines[1].id
+    view = pool.client[engine]
+    view.execute("import os; os.environ['DNB_TEST_SPOIL'] = '1'", block=True)
+    try:
+        run = pool.fit(model, digits(), step=spoiled_step, lr=1e-3, steps=30, transport="socket")
+        with pytest.raises(RunError, match=f"engine {engine}'s copy of '0.weight' is not the hub's after step 10"):
+            wait(run)
+    finally:
+        view.execute("del os.environ['DNB_TEST_SPOIL']", block=True)
+    assert run.status == "paused"
+    assert run.step == 10
+
+
 @pytest.mark.parametrize(
     "options", [{"shards": 7}, {"shards": 5, "exact": True}, {"shards": 1}, {"shards": 64}], ids=str
 )
