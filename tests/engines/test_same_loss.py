@@ -5,23 +5,28 @@ import torch
 
 from dnb.pool.starting import profile_folder, start_pool
 from dnb.training import Pool
+from tests.engines.pools import shrink
 from tests.models import batch_norm_net, digits, largest_gap, mlp, plain_losses
 
 pytestmark = pytest.mark.engines
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
-def pool_of(request, leftovers, tmp_path_factory):
-    pool = start_pool(
+@pytest.fixture(scope="module")
+def whole_pool(leftovers):
+    with start_pool(
         Pool,
-        n=request.param,
+        n=4,
         profile_dir=profile_folder(None),
         launcher="local",
         threads_per_engine=1,
         timeout_seconds=120,
-    )
-    yield pool
-    pool.shutdown()
+    ) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module", params=[4, 3, 2, 1])
+def pool_of(request, whole_pool):
+    return shrink(whole_pool, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +35,13 @@ def plain():
     return plain_losses(model, digits(), num_steps=50, batch_size=64), model
 
 
-@pytest.fixture(scope="module")
-def trained(pool_of, tmp_path_factory):
+@pytest.fixture(scope="module", params=["memory", "socket"])
+def trained(request, pool_of, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("runs"))
         model = mlp()
-        run = pool_of.fit(model, digits(), loss="cross_entropy", lr=1e-3, batch_size=64, steps=50)
+        options = {"lr": 1e-3, "batch_size": 64, "steps": 50, "transport": request.param}
+        run = pool_of.fit(model, digits(), loss="cross_entropy", **options)
         run.wait(timeout_seconds=120)
     return pool_of, run, model
 
