@@ -81,15 +81,20 @@ class Session:
             self._outbox = Outbox(wire, timeout_seconds=SHIP_SECONDS)
             self._outbox.start()
             publisher = Publisher(load.gradient_layout, load.buffer_layout.num_bytes, self._outbox)
-        self._replica = Replica(
-            spec,
-            unpack(job_bytes, spec.job, memory=parcels[JOB_SLOT]),
-            unpack(data_bytes, spec.data, memory=parcels[DATA_SLOT]),
-            load,
-            memory=memory,
-            stopwatch=stopwatch,
-            publisher=publisher,
-        )
+        try:
+            self._replica = Replica(
+                spec,
+                unpack(job_bytes, spec.job, memory=parcels[JOB_SLOT]),
+                unpack(data_bytes, spec.data, memory=parcels[DATA_SLOT]),
+                load,
+                memory=memory,
+                stopwatch=stopwatch,
+                publisher=publisher,
+            )
+        except BaseException:
+            if self._outbox is not None:
+                self._outbox.stop()
+            raise
 
     def num_threads(self, usual: int) -> int:
         """For torch: one in an exact run, as the number of threads shows in the last bits."""
