@@ -6,6 +6,20 @@ import threading
 import time
 
 from dnb.engine.worker import join_pool
+from dnb.pool.starting import profile_folder, start_pool
+from dnb.training import Pool
+
+
+def open_small_pool(n, *, profile_dir=None):
+    """A pool with one thread per engine, apart from the kernel's own; a context manager."""
+    return start_pool(
+        Pool,
+        n=n,
+        profile_dir=profile_dir or profile_folder(None),
+        launcher="local",
+        threads_per_engine=1,
+        timeout_seconds=120,
+    )
 
 
 def wait(run):

@@ -15,10 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dnb.engine.replica import part_seed
 from dnb.planning.shards import shard_bounds
-from dnb.pool.starting import profile_folder, start_pool
-from dnb.training import Pool
 from dnb.transport.layout import plan_layout
-from tests.engines.pools import let_join, shrink, start_engine, wait, wait_until
+from tests.engines.pools import let_join, open_small_pool, shrink, start_engine, wait, wait_until
 from tests.models import cnn, cross_entropy_step, digits, dropout_net, transformer, twice
 
 pytestmark = pytest.mark.engines
@@ -100,9 +98,7 @@ class Scripted:
 
 @pytest.fixture(scope="module")
 def whole_pool(leftovers):
-    pool = start_pool(
-        Pool, n=4, profile_dir=profile_folder(None), launcher="local", threads_per_engine=1, timeout_seconds=120
-    )
+    pool = open_small_pool(4)
     yield pool
     pool.shutdown()
 

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from dnb.pool.starting import profile_folder, start_pool
-from dnb.training import Pool
-from tests.engines.pools import shrink
+from tests.engines.pools import open_small_pool, shrink
 from tests.models import batch_norm_net, digits, largest_gap, mlp, plain_losses
 
 pytestmark = pytest.mark.engines
@@ -13,14 +11,7 @@ pytestmark = pytest.mark.engines
 
 @pytest.fixture(scope="module")
 def whole_pool(leftovers):
-    with start_pool(
-        Pool,
-        n=4,
-        profile_dir=profile_folder(None),
-        launcher="local",
-        threads_per_engine=1,
-        timeout_seconds=120,
-    ) as pool:
+    with open_small_pool(4) as pool:
         yield pool
 
 

@@ -8,9 +8,8 @@ from torch.utils.data import DataLoader
 
 from dnb import training
 from dnb.errors import ArgumentError
-from dnb.pool.starting import start_pool
 from dnb.transport.wires import WIRES_VARIABLE
-from tests.engines.pools import wait
+from tests.engines.pools import open_small_pool, wait
 from tests.engines.test_fit import weighted_step
 from tests.models import DigitRows, batch_norm_net, digits, mlp, twice
 
@@ -98,14 +97,7 @@ def test_tcp_carries_the_same_bits_as_the_unix_socket(pool, tmp_path, monkeypatc
     by_unix, by_tcp = twice(large_net)
     train(pool, by_unix, steps=3, transport="socket")
     monkeypatch.setenv(WIRES_VARIABLE, "tcp")
-    with start_pool(
-        training.Pool,
-        n=2,
-        profile_dir=tmp_path / "profile",
-        launcher="local",
-        threads_per_engine=1,
-        timeout_seconds=60,
-    ) as far:
+    with open_small_pool(2, profile_dir=tmp_path / "profile") as far:
         train(far, by_tcp, steps=3, transport="socket")
     assert same_bits(by_unix, by_tcp)
 

@@ -10,8 +10,7 @@ from torch.utils.data import Dataset
 
 from dnb import training
 from dnb.errors import RunError
-from dnb.pool.starting import start_pool
-from tests.engines.pools import wait, wait_until
+from tests.engines.pools import open_small_pool, wait, wait_until
 from tests.models import digits, largest_gap, largest_relative_gap, mlp, plain_run, twice
 
 pytestmark = [pytest.mark.engines, pytest.mark.faults]
@@ -330,14 +329,7 @@ class SlowToOpen(Dataset):
 def own_pool(leftovers, tmp_path, monkeypatch):
     """A pool that may be left with a run that hangs."""
     monkeypatch.chdir(tmp_path)
-    pool = start_pool(
-        training.Pool,
-        n=2,
-        profile_dir=tmp_path / "profile",
-        launcher="local",
-        threads_per_engine=1,
-        timeout_seconds=60,
-    )
+    pool = open_small_pool(2, profile_dir=tmp_path / "profile")
     yield pool
     pool.shutdown()
 

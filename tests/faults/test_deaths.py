@@ -13,8 +13,9 @@ from dnb import training
 from dnb.errors import HubError, PoolError, RunError
 from dnb.hub.history import read_history
 from dnb.pool.found import find_pools
-from dnb.pool.starting import profile_folder, start_pool
+from dnb.pool.starting import profile_folder
 from dnb.transport.segments import FOLDERS_VARIABLE
+from tests.engines.pools import open_small_pool
 from tests.faults.kernels import Kernel
 from tests.models import digits, largest_gap, mlp, plain_losses
 
@@ -34,14 +35,7 @@ assert moved.wait(60)
 def own_pool(leftovers, tmp_path, monkeypatch):
     """A pool that the test may break."""
     monkeypatch.chdir(tmp_path)
-    pool = start_pool(
-        training.Pool,
-        n=3,
-        profile_dir=tmp_path / "profile",
-        launcher="local",
-        threads_per_engine=1,
-        timeout_seconds=60,
-    )
+    pool = open_small_pool(3, profile_dir=tmp_path / "profile")
     yield pool
     pool.shutdown()
 
