@@ -122,7 +122,7 @@ class ActiveRun:
         self._chores: deque[Callable[[], None]] = deque()  # what may wait until the engines are at work again
         self._verdict: _Verdict | None = None
         self._last_shards: dict[int, tuple[int, ...]] = {}
-        self._agreement = Agreement(self.master.parameter_layout, num_steps=spec.num_steps)
+        self._agreement = Agreement(self.master.parameter_layout, num_steps=spec.num_steps, precision=spec.precision)
         self._copy_fault = ""
         self._disagreement = ""
         self._columns = Columns()

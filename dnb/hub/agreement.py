@@ -13,8 +13,10 @@ from dnb.records import Layout
 DIGEST_EVERY = 100
 DIGEST_SMALL_EVERY = 10
 DIGEST_SMALL_BYTES = 1 << 20
-# Other processors round otherwise, half precision more so.
-PROBE_TOLERANCE = 1e-2
+# Other processors round otherwise, in half precision more so.
+PROBE_TOLERANCE = 1e-4
+HALF_PROBE_TOLERANCE = 1e-2
+HALVES = frozenset({"bfloat16", "float16"})
 
 
 class Agreement:
@@ -23,9 +25,12 @@ class Agreement:
     Args:
         layout: of the parameters, in the order of the digests.
         num_steps: of the run; the last one is always hashed.
+        precision: of the forward.
     """
 
-    def __init__(self, layout: Layout, *, num_steps: int) -> None:
+    def __init__(self, layout: Layout, *, num_steps: int, precision: str) -> None:
+        is_half = precision in HALVES or any(slot.dtype in HALVES for slot in layout.slots)
+        self._tolerance = HALF_PROBE_TOLERANCE if is_half else PROBE_TOLERANCE
         self._names = [slot.name for slot in layout.slots]
         self._num_steps = num_steps
         self._every = DIGEST_SMALL_EVERY if layout.num_bytes < DIGEST_SMALL_BYTES else DIGEST_EVERY
@@ -65,7 +70,7 @@ class Agreement:
             self._probe = (engine, loss)
             return ""
         other, expected = self._probe
-        if math.isclose(loss, expected, rel_tol=PROBE_TOLERANCE, abs_tol=PROBE_TOLERANCE):
+        if math.isclose(loss, expected, rel_tol=self._tolerance, abs_tol=self._tolerance):
             return ""
         if math.isnan(loss) and math.isnan(expected):
             return ""
