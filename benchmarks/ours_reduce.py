@@ -18,6 +18,7 @@ import torch
 
 from benchmarks.pairs import collective_seconds
 from benchmarks.workspace import segment_folders
+from dnb.hub.crew import Crew, usable_threads
 from dnb.hub.reducer import sum_regions
 from dnb.records import Layout, SegmentRef
 from dnb.transport.layout import plan_layout, region_views
@@ -121,12 +122,13 @@ def _engine(rank: int, hub: Connection, line: Connection) -> None:
 
 
 def _hub(engines: Sequence[Connection], line: Connection) -> None:
+    crew = Crew(usable_threads())
     for job in _jobs(line):
         slabs = _slabs(job)
         for _ in range(job.rounds):
             for engine in engines:
                 engine.recv_bytes()
-            add_up(slabs)
+            add_up(slabs, crew)
             for engine in engines:
                 engine.send_bytes(MEAN)
         # Outside of what is timed; after the last round nobody writes any more.
@@ -134,7 +136,7 @@ def _hub(engines: Sequence[Connection], line: Connection) -> None:
         line.send(([], []))
 
 
-def add_up(slabs: Sequence[torch.Tensor]) -> None:
+def add_up(slabs: Sequence[torch.Tensor], crew: Crew) -> None:
     """Leave the mean of all slabs in the first, as the hub does, its check for NaN and infinity included."""
     first, *others = slabs
-    assert sum_regions(first, others, divisor=float(len(slabs)))
+    assert sum_regions(first, others, divisor=float(len(slabs)), crew=crew)

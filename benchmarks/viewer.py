@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import time
 from typing import Any
 
 import comm
@@ -13,6 +14,7 @@ import dnb
 from dnb.notebook.dashboard import Dashboard
 
 JOIN_SECONDS = 30.0
+LOOK_SECONDS = 0.05
 
 
 class Browserless(BaseComm):
@@ -37,8 +39,28 @@ class Viewer:
 
     def watch(self, run: dnb.Run) -> None:
         """Show the live view of a run."""
+        self._run = run
         self._dashboard = Dashboard(run, publish=_drop)
         self._dashboard.show()
+
+    def wait_for_figure(self) -> None:
+        """Block until the figure is built, once in a run's life however long that is.
+
+        Raises:
+            TimeoutError: it is not.
+        """
+        deadline = time.monotonic() + JOIN_SECONDS
+        while self._dashboard is not None and self._dashboard.figure is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"there was no figure within {JOIN_SECONDS:g} s")
+            time.sleep(LOOK_SECONDS)
+
+    def be_watching(self, is_watching: bool) -> None:
+        """Go on painting, or sleep although there is news."""
+        assert self._dashboard is not None
+        self._run.remove_listener(self._dashboard._wake)
+        if is_watching:
+            self._run.add_listener(self._dashboard._wake)
 
     def close(self) -> None:
         """Wait until the view of a run that has ended has let go.

@@ -14,6 +14,7 @@ import psutil
 import torch
 import zmq
 
+from dnb.engine.allocator import keep_freed_memory, release_freed_memory
 from dnb.engine.memory import EngineMemory
 from dnb.engine.session import Session, describe
 from dnb.engine.telemetry import Stopwatch
@@ -65,6 +66,7 @@ def join_pool(engine: int, *, num_threads: int, connection_file: str, timeout_se
     connection = _read_connection(connection_file)
     facts = engine_facts(engine, num_threads=num_threads)
     if _worker is None:
+        keep_freed_memory()  # before there are threads, which would get heaps of their own
         _worker = Worker(
             facts,
             address=msgspec.convert(connection["dnb"]["address"], Address),
@@ -207,6 +209,7 @@ class Worker(threading.Thread):
         except Exception as error:  # noqa: BLE001 - whatever a user's class raises is the user's to read
             self._send(LoadFailed(run=load.run, failure=describe(error)))
         else:
+            release_freed_memory()  # where the parameters lay before they were bound to the hub's
             torch.set_num_threads(self._session.num_threads(self._facts.cores))
             self._stopwatch.take()
             self._session.send(Loaded(run=load.run))
@@ -237,6 +240,7 @@ class Worker(threading.Thread):
         if self._session is not None:
             self._session.close()
             self._session = None
+            release_freed_memory()
 
     def _send(self, record: EngineMessage) -> None:
         self._socket.send_multipart(encode(record))

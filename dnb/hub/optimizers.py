@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dnb.errors import ArgumentError, nearest
+from dnb.hub.crew import Crew
 
 _REASONS = {
     "lbfgs": "LBFGS evaluates the loss several times in one step, dnb once: use optimizer='adamw' or 'sgd'",
@@ -97,13 +100,15 @@ class Stepper:
 
     Args:
         optimizer: stepped; its state stays where it is.
+        crew: shares the update of a large model.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, crew: Crew) -> None:
         self._optimizer = optimizer
+        self._crew = crew
         is_plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and is_fused(optimizer)
         self._has_kernel = is_plain and hasattr(torch, "_fused_adam_") and hasattr(torch, "_fused_adamw_")
-        self._groups: list[tuple[dict[str, Any], list[list[torch.Tensor]]]] = []
+        self._groups: list[_AdamGroup] = []
 
     def forget(self) -> None:
         """Which parameters have gradients, or where these lie, has changed."""
@@ -114,39 +119,50 @@ class Stepper:
         if not self._has_kernel or not self._groups or _has_hooks(self._optimizer):
             self._optimizer.step()
             if self._has_kernel:
-                self._groups = _adam_groups(self._optimizer)
+                self._groups = _adam_groups(self._optimizer, self._crew)
             return
-        for group, (parameters, gradients, means, squares, max_squares, steps) in self._groups:
-            torch._foreach_add_(steps, 1)
-            beta1, beta2 = group["betas"]
-            is_decoupled = group.get("decoupled_weight_decay", isinstance(self._optimizer, torch.optim.AdamW))
-            kernel = torch._fused_adamw_ if is_decoupled else torch._fused_adam_
-            kernel(
-                parameters,
-                gradients,
-                means,
-                squares,
-                max_squares,
-                steps,
-                amsgrad=group["amsgrad"],
-                lr=group["lr"],
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=group["maximize"],
-                grad_scale=None,
-                found_inf=None,
-            )
+        for group in self._groups:
+            torch._foreach_add_(group.steps, 1)
+            self._crew.share([partial(self._update, group.options, part) for part in group.parts])
+
+    def _update(self, options: dict[str, Any], part: _AdamPart) -> None:
+        beta1, beta2 = options["betas"]
+        is_decoupled = options.get("decoupled_weight_decay", isinstance(self._optimizer, torch.optim.AdamW))
+        kernel = torch._fused_adamw_ if is_decoupled else torch._fused_adam_
+        kernel(
+            *part,
+            amsgrad=options["amsgrad"],
+            lr=options["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=options["weight_decay"],
+            eps=options["eps"],
+            maximize=options["maximize"],
+            grad_scale=None,
+            found_inf=None,
+        )
 
 
-def _adam_groups(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], list[list[torch.Tensor]]]]:
-    """Tensors by group and dtype, as the kernel takes them; none if a group is out of the ordinary."""
-    found: list[tuple[dict[str, Any], list[list[torch.Tensor]]]] = []
+# Parameters, gradients, first and second moments, largest second moments, step counts, as the kernel takes them.
+_AdamPart = list[list[torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class _AdamGroup:
+    """Tensors of one parameter group and dtype, cut into parts for the crew."""
+
+    options: dict[str, Any]
+    steps: list[torch.Tensor]
+    parts: list[_AdamPart]
+
+
+def _adam_groups(optimizer: torch.optim.Optimizer, crew: Crew) -> list[_AdamGroup]:
+    """Tensors by group and dtype; none if a group is out of the ordinary."""
+    found: list[_AdamGroup] = []
     for group in optimizer.param_groups:
         if group.get("capturable") or group.get("differentiable") or isinstance(group["lr"], torch.Tensor):
             return []
-        by_dtype: dict[torch.dtype, list[list[torch.Tensor]]] = {}
+        by_dtype: dict[torch.dtype, _AdamPart] = {}
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
@@ -159,8 +175,30 @@ def _adam_groups(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any],
             for place, tensor in zip(lists, tensors, strict=False):
                 place.append(tensor)
             lists[5].append(state["step"])
-        found += [(group, lists) for lists in by_dtype.values()]
+        found += [_AdamGroup(group, lists[5], _adam_parts(lists, crew)) for lists in by_dtype.values()]
     return found
+
+
+def _adam_parts(lists: _AdamPart, crew: Crew) -> list[_AdamPart]:
+    """The same elements in as many parts as the crew makes of them; a tensor may be cut."""
+    sizes = [parameter.numel() for parameter in lists[0]]
+    bounds = crew.cut(sum(sizes))
+    if len(bounds) == 1:
+        return [lists]
+    parts: list[_AdamPart] = [[[] for _ in range(6)] for _ in bounds]
+    share = sum(sizes) / len(bounds)
+    filled = 0.0
+    for index, size in enumerate(sizes):
+        step, tensors = lists[5][index], [place[index] if place else None for place in lists[:5]]
+        pieces = crew.cut(size) if all(t is None or t.is_contiguous() for t in tensors) else [(0, size)]
+        for begin, end in pieces:
+            part = parts[min(int(filled / share), len(parts) - 1)]
+            for place, tensor in zip(part, tensors, strict=False):
+                if tensor is not None:
+                    place.append(tensor if len(pieces) == 1 else tensor.view(-1)[begin:end])
+            part[5].append(step)
+            filled += end - begin
+    return [part for part in parts if part[0]]
 
 
 def _needs_closure(kind: type[torch.optim.Optimizer]) -> bool:

@@ -8,11 +8,13 @@ import mmap
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from dnb.hub.crew import Crew, usable_threads
 from dnb.hub.optimizers import Stepper, build_optimizer, build_scheduler
 from dnb.records import SegmentRef, Sums, TransportKind
 from dnb.transport.job import Job
@@ -90,9 +92,10 @@ class Master:
     """
 
     def __init__(self, job: Job, *, folders: Sequence[Path], prefix: str, clip_norm: float | None) -> None:
-        # One, and no more: a second one makes memory no faster, waits for a core when engines have them all, and shows
-        # in the last bits of norms.
+        # One of OpenMP's, and no more: a second one spins for a core that an engine has, and shows in the last bits of
+        # norms. What is worth sharing is shared by the crew.
         torch.set_num_threads(1)
+        self._crew = Crew(usable_threads())
         self.model = job.model
         self.notes: list[str] = []
         self._folders = folders
@@ -101,7 +104,7 @@ class Master:
         # First, as user code may raise here, when there is no memory yet to give back.
         self.optimizer = build_optimizer(job.optimizer, job.model.parameters(), lr=job.lr)
         self.scheduler = build_scheduler(job.scheduler, self.optimizer)
-        self._stepper = Stepper(self.optimizer)
+        self._stepper = Stepper(self.optimizer, self._crew)
         parameters = dict(job.model.named_parameters())
         buffers = dict(job.model.named_buffers())
         trainable = {name: p for name, p in parameters.items() if p.requires_grad}
@@ -190,6 +193,7 @@ class Master:
 
     def close(self) -> None:
         """Unlink the parameters; the memory goes when the last process lets go of it."""
+        self._crew.close()
         self._segment.unlink()
 
     def _drop(self, key: tuple[int, int]) -> None:
@@ -218,7 +222,7 @@ class Master:
         first, *others = (self._slabs[key] for key in keys)
         weight = sum(c.sums.loss_weight for c in contributions) if any(c.is_sum for c in contributions) else None
         for index, target in enumerate(first.regions):
-            if not sum_regions(target, [slab.regions[index] for slab in others], divisor=weight):
+            if not sum_regions(target, [slab.regions[index] for slab in others], divisor=weight, crew=self._crew):
                 raise self._find_culprit(keys)
         unused = frozenset.intersection(*(frozenset(c.unused) for c in contributions))
         if self._bound != (keys[0], unused):
@@ -256,14 +260,31 @@ class Master:
             master.copy_(mixed)
 
 
-def sum_regions(target: torch.Tensor, others: Sequence[torch.Tensor], *, divisor: float | None = None) -> bool:
+def sum_regions(
+    target: torch.Tensor, others: Sequence[torch.Tensor], *, divisor: float | None = None, crew: Crew
+) -> bool:
     """Add flat tensors into the first, in order, chunk by chunk; whether the sum is finite.
 
     Args:
         target: flat, becomes the sum.
         others: of the same size.
         divisor: the sum is divided by it.
+        crew: does it.
     """
+    parts = crew.cut(len(target))
+    if len(parts) == 1:
+        return _sum_part(target, others, divisor)
+    return all(
+        crew.share(
+            [
+                partial(_sum_part, target[begin:end], [other[begin:end] for other in others], divisor)
+                for begin, end in parts
+            ]
+        )
+    )
+
+
+def _sum_part(target: torch.Tensor, others: Sequence[torch.Tensor], divisor: float | None) -> bool:
     is_finite = True
     for chunk, *rest in _chunks([target, *others]):
         for other in rest:

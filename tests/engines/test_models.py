@@ -126,7 +126,7 @@ def train_both(pool, make, *, data=None, steps=12, transport, optimizer=adamw, m
         pytest.param(shared_module, {}, id="module_in_two_places"),
         pytest.param(Checkpointed, {}, id="reentrant_checkpoint"),
         pytest.param(ten_tensors, {}, id="10_tensors"),
-        pytest.param(partial(ManyTensors, 2000), {}, id="2000_tensors"),
+        pytest.param(partial(ManyTensors, 10_000), {"steps": 3}, id="10000_tensors"),
         pytest.param(transformer, {"optimizer": sgd}, id="class_of_an_installed_package"),
         pytest.param(cell_class, {}, id="class_of_a_cell"),
         pytest.param(mlp, {"step": zero_grad_step, "loss": None}, id="step_that_zeroes_gradients"),
