@@ -20,7 +20,7 @@ class Settings:
         """How long one turn of training should take."""
         return 0.5 if self.is_quick else 1.5
 
-    def steps_for(self, step_seconds: float, *, at_least: int = 4) -> int:
+    def steps_for(self, step_seconds: float, *, at_least: int = 12) -> int:
         """Steps that fill a turn."""
         return max(at_least, round(self.turn_seconds / step_seconds))
 

@@ -10,21 +10,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
-from numpy.typing import NDArray
 
 from dnb.errors import SpaceError
 from dnb.hub import coordinator as machine
 from dnb.hub.accounts import Accounts, Columns
 from dnb.hub.agreement import Agreement
+from dnb.hub.batches import Batches
 from dnb.hub.history import HistoryRow, RunFolder, RunSummary, summarize
 from dnb.hub.reducer import Contribution, Master, NotFinite, mean_of
-from dnb.planning.sample_order import iterate_batches
-from dnb.planning.shards import shard_bounds
 from dnb.records import (
     ENDED,
     AddSlabs,
@@ -106,12 +101,9 @@ class ActiveRun:
             self.master.drop_slabs()
             self.master.close()
             raise
-        self._batches = islice(iterate_batches(job.order), spec.num_steps)
-        self._batch: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self._val_indices: NDArray[np.int64] = np.arange(spec.num_val_samples)
-        self._bounds: dict[int, list[tuple[int, int]]] = {}
-        self._batch_step = 0
-        self._prepared: NDArray[np.int64] | None = None
+        self._batches = Batches(
+            job.order, num_steps=spec.num_steps, num_shards=spec.num_shards, num_val_samples=spec.num_val_samples
+        )
         self._version = 0  # of the parameters
         self._started = time.time()
         self._ended: float | None = None
@@ -347,7 +339,9 @@ class ActiveRun:
         if member is None or member.wire is None:
             return None  # its loss is on the way
         wire = member.wire
-        sizes, raw = self._samples_of(action.kind, action.step, action.shards)
+        sizes, raw = self._batches.samples_of(action.kind, action.step, action.shards)
+        if action.kind == "step":
+            self._chores.append(self._batches.prepare)
         slabs: tuple[int, ...] = (0,)
         if self.spec.exact and action.kind == "step":
             try:
@@ -365,7 +359,7 @@ class ActiveRun:
                 shards=action.shards,
                 shard_sizes=sizes,
                 slabs=slabs,
-                batch_samples=len(self._indices(action.kind, action.step)),
+                batch_samples=self._batches.num_samples(action.kind, action.step),
                 fresh=action.fresh,
                 probe=self._wants_probe(action, member),
                 check_copy=action.kind == "step" and self._agreement.is_digest_due(action.step - 1),
@@ -389,37 +383,6 @@ class ActiveRun:
             if member.transport == "socket":
                 self._open_landings(action.engine, member.wire)
         return tuple(range(first, member.num_filled))
-
-    def _samples_of(self, kind: WorkKind, step: int, shards: Sequence[int]) -> tuple[tuple[int, ...], bytes]:
-        """How many samples each shard has, and the indices of all, one after the other, as bytes."""
-        indices = self._indices(kind, step)
-        bounds = self._bounds.get(len(indices))
-        if bounds is None:
-            bounds = self._bounds[len(indices)] = shard_bounds(len(indices), num_shards=self.spec.num_shards)
-        ends = [bounds[shard] for shard in shards]
-        sizes = tuple(last - first for first, last in ends)
-        if shards[-1] - shards[0] == len(shards) - 1:  # neighbours
-            return sizes, indices[ends[0][0] : ends[-1][1]].tobytes()
-        return sizes, b"".join(indices[first:last].tobytes() for first, last in ends)
-
-    def _indices(self, kind: WorkKind, step: int) -> NDArray[np.int64]:
-        if kind == "evaluation":
-            return self._val_indices
-        if step != self._batch_step:  # a step that is tried again keeps its batch
-            self._batch, self._batch_step = self._next_batch(), step
-            self._chores.append(self._prepare_batch)
-        return self._batch
-
-    def _next_batch(self) -> NDArray[np.int64]:
-        if self._prepared is None:
-            return next(self._batches).numpy()
-        batch, self._prepared = self._prepared, None
-        return batch
-
-    def _prepare_batch(self) -> None:
-        """Draw the next batch while the engines compute."""
-        if self._prepared is None and (batch := next(self._batches, None)) is not None:
-            self._prepared = batch.numpy()
 
     def _commit(
         self, kind: WorkKind, step: int, reports: tuple[tuple[int, tuple[int, ...]], ...]
@@ -491,7 +454,7 @@ class ActiveRun:
         if member is None or member.wire is None:
             return machine.CommitRefused(step, str(verdict))
         shards = self._shards_behind(verdict, contributions)
-        sizes, raw = self._samples_of("step", step, shards)
+        sizes, raw = self._batches.samples_of("step", step, shards)
         self._verdict = _Verdict(verdict.engine, step, str(verdict))
         request = Diagnose(
             run=self.spec.id,
@@ -499,7 +462,7 @@ class ActiveRun:
             shards=shards,
             shard_sizes=sizes,
             slab=verdict.slab,
-            batch_samples=len(self._indices("step", step)),
+            batch_samples=self._batches.num_samples("step", step),
         )
         member.wire.send(request, raw)
         return None
