@@ -127,6 +127,7 @@ class Failure(Record, frozen=True):
     kind: str  # "IndexError"
     message: str
     traceback: str
+    place: str = ""  # "shard 3, sample 812"
 
 
 class WireOffer(Record, frozen=True):
@@ -348,6 +349,13 @@ class Diagnose(Message, frozen=True):
     batch_samples: int
 
 
+class Mended(Message, frozen=True):
+    """Go on with another step or loss function. Raw bytes: their pickle, as the client signed it."""
+
+    run: str
+    signature: bytes
+
+
 class Unload(Message, frozen=True):
     """Forget a run."""
 
@@ -359,16 +367,17 @@ class Exit(Message, frozen=True):
 
 
 HubMessage = Welcome | Load | Unload | Exit
-WireMessage = AddSlabs | Shipped | Work | Diagnose
+WireMessage = AddSlabs | Shipped | Work | Diagnose | Mended
 
 
 # Client to hub -------------------------------------------------------------------------------
 
 
 class Hello(Message, frozen=True):
-    """The kernel says who it is; the pool follows its life."""
+    """A kernel says who it is; the pool follows the life of the one that steers it."""
 
     owner: Process
+    wish: Literal["steer", "take over", "watch"] = "steer"  # "steer" is refused while another kernel does
 
 
 class GetPool(Message, frozen=True):
@@ -395,10 +404,16 @@ class Control(Message, frozen=True):
 
 
 class SetOptions(Message, frozen=True):
-    """Change what may change while a run goes on."""
+    """Change what may change while a run goes on: lr, clip_norm, or a number of the optimizer's groups."""
 
     run: str
-    lr: float
+    options: dict[str, float | None]
+
+
+class Mend(Message, frozen=True):
+    """Replace a run's step or loss function. Frames: their pickle, signature."""
+
+    run: str
 
 
 class GetState(Message, frozen=True):
@@ -412,7 +427,7 @@ class Shutdown(Message, frozen=True):
     """End the pool."""
 
 
-Request = Hello | GetPool | Submit | GetRun | Control | SetOptions | GetState | Shutdown
+Request = Hello | GetPool | Submit | GetRun | Control | SetOptions | Mend | GetState | Shutdown
 
 
 # Hub to client -------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import cloudpickle
 import msgspec
 import numpy as np
 import torch
@@ -18,12 +19,14 @@ from numpy.typing import NDArray
 
 from dnb.errors import ArgumentError, DnbError, HubError, RunError
 from dnb.hub.history import read_events, read_history, read_summary
+from dnb.inputs import read_loss
 from dnb.records import (
     ENDED,
     Control,
     Done,
     GetRun,
     GetState,
+    Mend,
     RunEvent,
     RunState,
     RunStatus,
@@ -32,6 +35,7 @@ from dnb.records import (
     WorkerTotals,
 )
 from dnb.transport.channels import HubClient
+from dnb.transport.parcels import explain_unpicklable, sign
 from dnb.transport.states import decode_state
 
 log = logging.getLogger(__name__)
@@ -130,6 +134,7 @@ class Run:
         folder: of run.json, history and events.
         model: the notebook's own; gets the trained state when the run ends, pauses or stops.
         optimizer: the notebook's own instance, likewise.
+        key: the cluster's, which signs functions that are mended.
     """
 
     def __init__(
@@ -140,8 +145,10 @@ class Run:
         folder: Path,
         model: torch.nn.Module | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        key: bytes = b"",
     ) -> None:
         self.name = name
+        self._key = key
         self.folder = folder
         self.history = History()
         self.events: list[RunEvent] = []
@@ -274,23 +281,42 @@ class Run:
         """Stand still after the step under way."""
         self._control("pause")
 
-    def resume(self) -> None:
-        """Go on with the next step, or try the one again that was refused."""
+    def resume(self, step: Callable[..., Any] | None = None, loss: str | Callable[..., Any] | None = None) -> None:
+        """Go on with the next step, or try the one again that was refused or failed.
+
+        Args:
+            step: replaces the step function, or the loss, from this step on; as of `fit`.
+            loss: replaces the loss, or the step function, likewise.
+
+        Raises:
+            ArgumentError: the run is not paused, or step or loss are none.
+            ShippingError: the function cannot be pickled.
+        """
+        if step is not None or loss is not None:
+            self._mend(step=step, loss=read_loss(loss, step=step))
         self._control("resume")
 
     def stop(self) -> None:
         """End the run after the step under way; the notebook's model keeps what was trained."""
         self._control("stop")
 
-    def set(self, *, lr: float) -> None:
-        """Change the learning rate from the next step on.
+    def set(self, **options: float | None) -> None:
+        """Change numbers from the next step on, for all engines; an event says from which.
+
+        Args:
+            options: lr, clip_norm (None does not clip), or another number of the optimizer's parameter groups, such as
+                weight_decay or momentum; for all groups. A scheduler goes on from the new lr.
 
         Raises:
-            ArgumentError: it is not a positive number.
+            ArgumentError: an unknown name, not a fitting number, or the run has ended; nothing was changed.
         """
-        if not isinstance(lr, int | float) or isinstance(lr, bool) or not 0 < lr < float("inf"):
-            raise ArgumentError(f"lr must be a positive number, not {lr!r}: run.set(lr=1e-3)")
-        self._require_hub().ask(SetOptions(run=self.name, lr=float(lr)), Done)
+        if not options:
+            raise ArgumentError("set what? run.set(lr=1e-4), run.set(clip_norm=1.0)")
+        for name, value in options.items():
+            if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
+                raise ArgumentError(f"{name} must be a number, not {value!r}: run.set({name}=1e-3)")
+        numbers = {name: None if value is None else float(value) for name, value in options.items()}
+        self._require_hub().ask(SetOptions(run=self.name, options=numbers), Done)
 
     def add_listener(self, callback: Listener) -> None:
         """Call back from the watching thread when something changed, and once more at the end."""
@@ -408,6 +434,14 @@ class Run:
             if verb == "resume" or self._status == "paused":  # it has not settled any more
                 self._error, self._status, self._brought_home = "", "running", None
         self._wake.set()
+
+    def _mend(self, *, step: Callable[..., Any] | None, loss: Callable[..., Any] | None) -> None:
+        functions = {"step": step, "loss": loss}
+        try:
+            pickled = cloudpickle.dumps(functions)
+        except Exception as error:
+            raise explain_unpicklable(functions, name="what is mended") or error from error
+        self._require_hub().ask(Mend(run=self.name), Done, frames=[pickled, sign(self._key, [pickled])])
 
     def _require_hub(self) -> HubClient:
         if self._hub is None:

@@ -7,10 +7,10 @@ import os
 import re
 import sys
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -37,7 +37,7 @@ from dnb.planning.shards import choose_exact_shards, choose_num_shards
 from dnb.pool.engine_pool import EnginePool
 from dnb.pool.found import Found, find_pools, reap_dead
 from dnb.pool.starting import adopt_pool, profile_folder, start_pool
-from dnb.records import ENDED, Done, ParcelRef, RunSpec, Submit
+from dnb.records import ENDED, Done, ParcelRef, PoolFacts, RunSpec, Submit
 from dnb.run import Run
 from dnb.transport.job import Data, Job
 from dnb.transport.parcels import explain_unpicklable, pack, sign
@@ -123,7 +123,7 @@ def open_pool(
     profile_dir = profile_folder(profile)
     found = find_pools(profile_dir / "security")
     notices = _clear(found, profile_dir)
-    _pool = _adopt_first(found, profile_dir)
+    _pool = _adopt_first(found.orphans, profile_dir)
     if _pool is not None:
         return _pool, [*notices, _adopted(_pool)]
     _pool = start_pool(
@@ -271,28 +271,37 @@ def fit(
     )
     _submit(pool, spec, job, data)
     own_optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
-    run = Run(run_name, pool.hub, folder=Path(spec.folder), model=model, optimizer=own_optimizer)
+    run = Run(run_name, pool.hub, folder=Path(spec.folder), model=model, optimizer=own_optimizer, key=pool.key)
     run.num_steps, run.steps_per_epoch = spec.num_steps, spec.steps_per_epoch
     pool.run = run.watch()
     return run
 
 
-def attach(name: str | None = None, *, model: torch.nn.Module | None = None) -> Run:
-    """Find a run again, after a kernel restart or in its folder.
+def attach(name: str | None = None, *, model: torch.nn.Module | None = None, steer: bool = False) -> Run:
+    """Find a run again, after a kernel restart, beside the kernel that steers it, or in its folder.
 
     Args:
-        name: of the run; the one that the pool's hub holds if left out.
+        name: of the run; the one that a pool's hub holds if left out.
         model: gets the trained state when the run ends, like the one that was given to `fit`.
+        steer: take over from a living kernel, which then only watches; from one that is gone anyway.
 
     Raises:
         PoolError: nothing is running, and no folder has that name.
     """
     pool = current_pool() or _adopt_any()
+    if pool is not None and steer:
+        pool.take_over()
     held = None if pool is None else pool.facts.run
     if pool is not None and held is not None and name in (None, held):
         if pool.run is not None and pool.run.name == held and model is None:
             return pool.run
-        pool.run = Run(held, pool.hub, folder=RUNS_FOLDER / held, model=model).watch()
+        pool.run = Run(held, pool.hub, folder=RUNS_FOLDER / held, model=model, key=pool.key).watch()
+        if not pool.is_steered_here:
+            log.warning(
+                "run %r is steered by the kernel with pid %d, this one watches: %%dtrain attach --steer takes over",
+                held,
+                pool.facts.owner.pid if pool.facts.owner is not None else 0,
+            )
         return pool.run
     if name is not None:
         return Run.open(RUNS_FOLDER / name)
@@ -419,18 +428,22 @@ def _clear(found: Found, profile_dir: Path) -> list[str]:
 
 
 def _adopt_any() -> Pool | None:
+    """A pool that holds a run: one whose kernel is gone, or else one that another kernel steers, to watch it."""
     global _pool
     profile_dir = profile_folder(None)
-    _pool = _adopt_first(find_pools(profile_dir / "security"), profile_dir)
+    found = find_pools(profile_dir / "security")
+    _pool = _adopt_first(found.orphans, profile_dir) or _adopt_first(found.foreign, profile_dir, wish="watch")
     return _pool
 
 
-def _adopt_first(found: Found, profile_dir: Path) -> Pool | None:
-    """Take over a pool that holds a run, if there is one."""
-    for facts in found.orphans:
+def _adopt_first(
+    candidates: Sequence[PoolFacts], profile_dir: Path, *, wish: Literal["steer", "watch"] = "steer"
+) -> Pool | None:
+    """Take over, or watch, a pool that holds a run, if there is one."""
+    for facts in candidates:
         if facts.run is not None:
             try:
-                return adopt_pool(Pool, facts, profile_dir=profile_dir)
+                return adopt_pool(Pool, facts, profile_dir=profile_dir, wish=wish)
             except (HubError, PoolError) as error:
                 log.info("a pool that was found ended meanwhile: %s", error)
     return None

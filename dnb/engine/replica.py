@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from dnb.transport.layout import slot_views
 log = logging.getLogger(__name__)
 
 PROBE_SAMPLES = 8
+MOST_SAMPLES_SHOWN = 8
 
 Metrics = dict[str, tuple[float, float]]  # total and weight
 
@@ -131,6 +133,34 @@ class Replica:
             if fault is not None:
                 return Diagnosis(run=request.run, step=request.step, shard=shard, parameter=fault[0], kind=fault[1])
         return Diagnosis(run=request.run, step=request.step, shard=None, parameter="", kind="")
+
+    def mend(self, *, step: Callable[..., Any] | None, loss: Callable[..., Any] | None) -> None:
+        """Go on with another step function, or another loss; one of them is None."""
+        self._job = dataclasses.replace(self._job, step=step, loss=loss)
+
+    def find_place(self, work: Work, indices: torch.Tensor, error: Exception) -> str:
+        """The shard and the samples at which an error comes up again, as narrow as can be found, for people.
+
+        Only forward is computed again, by halves; what does not come up again is said to lie somewhere in the work.
+        """
+        if _is_out_of_memory(error) or isinstance(error, ModelChangedError):
+            return ""
+        source = self._data.train if work.kind == "step" else self._data.val
+        assert source is not None
+
+        def fails(part: torch.Tensor) -> bool:
+            try:
+                self._seed(work.step, work.shards[0])
+                self._forward(source, part, batch_samples=None)
+            except Exception as again:  # noqa: BLE001 - whatever a user's model raises
+                return type(again) is type(error)
+            return False
+
+        shards = [*zip(work.shards, indices.split(work.shard_sizes), strict=True)]
+        for shard, part in shards:
+            if len(part) and fails(part):
+                return f"shard {shard}, {_samples_text(_narrowed(part, fails))}"
+        return f"one of shards {work.shards[0]} to {work.shards[-1]}" if len(shards) > 1 else f"shard {shards[0][0]}"
 
     def probe(self) -> float | None:
         """The loss of the first samples, to be held against other engines; None if it cannot be had by itself."""
@@ -373,6 +403,24 @@ def part_seed(seed: int, step: int, shard: int) -> int:
     """The seed of random numbers in a part of a step; it does not depend on who computes it."""
     digest = hashlib.blake2b(f"{seed}/{step}/{shard}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def _narrowed(part: torch.Tensor, fails: Callable[[torch.Tensor], bool]) -> torch.Tensor:
+    """The smallest half of a half of samples that still fails."""
+    while len(part) > 1:
+        half = next((half for half in part.split(-(-len(part) // 2)) if fails(half)), None)
+        if half is None:
+            break
+        part = half
+    return part
+
+
+def _samples_text(samples: torch.Tensor) -> str:
+    shown = ", ".join(str(sample) for sample in samples[:MOST_SAMPLES_SHOWN].tolist())
+    if len(samples) == 1:
+        return f"sample {shown}"
+    more = len(samples) - MOST_SAMPLES_SHOWN
+    return f"samples {shown}{f' and {more} more' if more > 0 else ''}"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 
+import cloudpickle
 import msgspec
 import torch
 
@@ -18,6 +20,7 @@ from dnb.records import (
     EngineMessage,
     Failure,
     Load,
+    Mended,
     ParcelRef,
     RunSpec,
     Shipped,
@@ -68,6 +71,7 @@ class Session:
         verify(key, [spec_bytes, job_bytes, data_bytes], signature)
         self.run = load.run
         self._engine = engine
+        self._key = key
         self._spec = spec = msgspec.msgpack.decode(spec_bytes, type=RunSpec)
         self._wire = wire
         self._memory = memory
@@ -110,6 +114,8 @@ class Session:
                 self._work(message, _indices(raw))
             case Diagnose():
                 self._diagnose(message, _indices(raw))
+            case Mended():
+                self._mend(message, bytes(raw))
             case Shipped():
                 pass
 
@@ -136,10 +142,8 @@ class Session:
             digests = self._replica.digests() if work.check_copy else b""  # of what this work begins with
             outcome = self._replica.compute(work, indices)
         except Exception as error:  # noqa: BLE001 - whatever a user's model raises is the user's to read
-            failed = WorkFailed(
-                run=work.run, kind=work.kind, step=work.step, shards=work.shards, failure=describe(error)
-            )
-            self.send(failed)
+            failure = describe(error, place=self._replica.find_place(work, indices, error))
+            self.send(WorkFailed(run=work.run, kind=work.kind, step=work.step, shards=work.shards, failure=failure))
             return
         self.send(
             WorkReport(
@@ -166,6 +170,15 @@ class Session:
             )
             self.send(failed)
 
+    def _mend(self, message: Mended, pickled: bytes) -> None:
+        verify(self._key, [pickled], message.signature)
+        try:
+            functions = cloudpickle.loads(pickled)
+        except Exception as error:  # noqa: BLE001 - what a user's function needs may be missing here: its next call says so
+            self._replica.mend(step=partial(_raise, error), loss=None)
+        else:
+            self._replica.mend(**functions)
+
     def _receive_parcels(self, spec: RunSpec) -> dict[int, memoryview | None]:
         parcels = {JOB_SLOT: _landing(spec.job), DATA_SLOT: _landing(spec.data)}
         self._wire.landings = {PARAMETERS_SLOT: memoryview(self._memory.parameters)}
@@ -187,13 +200,18 @@ def adopt_path(paths: tuple[str, ...]) -> None:
     sys.path.extend(path for path in paths if path not in sys.path)
 
 
-def describe(error: BaseException) -> Failure:
+def describe(error: BaseException, *, place: str = "") -> Failure:
     """An exception as text."""
     return Failure(
         kind=type(error).__name__,
         message=str(error),
         traceback="".join(traceback.format_exception(error)),
+        place=place,
     )
+
+
+def _raise(error: Exception, *_arguments: object) -> None:
+    raise error
 
 
 def _landing(parcel: ParcelRef) -> memoryview | None:

@@ -7,7 +7,7 @@ import socket
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,9 +17,9 @@ from dnb.errors import SpaceError
 from dnb.hub import coordinator as machine
 from dnb.hub.accounts import Accounts, Columns
 from dnb.hub.agreement import Agreement
-from dnb.hub.batches import Batches
 from dnb.hub.history import HistoryRow, RunFolder, RunSummary, summarize
 from dnb.hub.reducer import Contribution, Master, NotFinite, mean_of
+from dnb.hub.samples import Batches
 from dnb.records import (
     ENDED,
     AddSlabs,
@@ -32,6 +32,7 @@ from dnb.records import (
     Load,
     Loaded,
     LoadFailed,
+    Mended,
     Message,
     NoSharedMemory,
     RunEvent,
@@ -113,6 +114,7 @@ class ActiveRun:
         self._slabs_of_report: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
         self._chores: deque[Callable[[], None]] = deque()  # what may wait until the engines are at work again
         self._verdict: _Verdict | None = None
+        self._mended: tuple[Mended, bytes] | None = None
         self._last_shards: dict[int, tuple[int, ...]] = {}
         self._agreement = Agreement(self.master.parameter_layout, num_steps=spec.num_steps, precision=spec.precision)
         self._copy_fault = ""
@@ -157,6 +159,8 @@ class ActiveRun:
         if member.transport == "socket":
             self._ship(wire)
             self._open_landings(engine, wire)
+        if self._mended is not None:
+            wire.queue(*self._mended)
         wire.flush()
 
     def take(self, engine: int, message: EngineMessage) -> None:
@@ -216,12 +220,23 @@ class ActiveRun:
         """Pause, resume or stop, between two steps."""
         self._dispatch(machine.Asked(verb))
 
-    def set_lr(self, lr: float) -> None:
-        """Change the learning rate of every parameter group from the next step on."""
-        for group in self.master.optimizer.param_groups:
-            group["lr"] = lr
-        step = self._coordinator.step + 1
-        self._note(machine.Note("set", f"lr={lr:g} from step {step}"))
+    def set(self, options: Mapping[str, float | None]) -> None:
+        """Change numbers of the optimizer or the clipping, from the next step on.
+
+        Raises:
+            ArgumentError: one of them cannot be changed, or not to this; none is.
+        """
+        self.master.set(options)
+        text = ", ".join(f"{name}={value if value is None else format(value, 'g')}" for name, value in options.items())
+        self._note(machine.Note("set", f"{text} from step {self._coordinator.step + 1}"))
+
+    def mend(self, pickled: bytes, signature: bytes) -> None:
+        """Let all engines, and those that join later, go on with another step or loss function."""
+        self._mended = Mended(run=self.spec.id, signature=signature), pickled
+        for member in self._members.values():
+            if member.wire is not None:
+                member.wire.send(*self._mended)
+        self._note(machine.Note("mended", f"another step or loss function from step {self._coordinator.step + 1}"))
 
     # what others may know
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,6 +59,22 @@ def check_optimizer(optimizer: Any) -> None:
             f"optimizer is a {type(optimizer).__name__}: give a name such as 'adamw', a torch Optimizer on "
             "model.parameters(), or a callable that takes the parameters"
         )
+
+
+def check_setting(name: str, value: float | None, *, known: Sequence[str]) -> None:
+    """Refuse a number that a run cannot go on with.
+
+    Raises:
+        ArgumentError: the name is not in `known`, or the value is no fitting number.
+    """
+    if name not in known:
+        raise ArgumentError(f"{name} cannot be set while a run goes on: {nearest(name, known)}")
+    if name == "clip_norm" and value is None:
+        return
+    is_positive = name in ("lr", "clip_norm")
+    if value is None or not math.isfinite(value) or value < 0 or (is_positive and value == 0):
+        what = "a positive number" if is_positive else "a number of at least 0"
+        raise ArgumentError(f"{name} must be {what}, not {value!r}: run.set({name}=1e-3)")
 
 
 def warm_up() -> None:

@@ -6,7 +6,7 @@ import cmath
 import math
 import mmap
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dnb.hub.crew import Crew, usable_threads
-from dnb.hub.optimizers import Stepper, build_optimizer, build_scheduler
+from dnb.hub.optimizers import Stepper, build_optimizer, build_scheduler, check_setting
 from dnb.records import SegmentRef, Sums, TransportKind
 from dnb.transport.job import Job
 from dnb.transport.layout import plan_gradients, plan_layout, region_views, slot_views
@@ -179,6 +179,23 @@ class Master:
         if self.scheduler is not None:
             self.scheduler.step()
         return StepResult(loss, metrics, lr, sum(c.sums.num_samples for c in contributions))
+
+    def set(self, options: Mapping[str, float | None]) -> None:
+        """Change clip_norm, or numbers of every parameter group such as lr and weight_decay.
+
+        Raises:
+            ArgumentError: an unknown name or a value that is none; nothing is changed.
+        """
+        groups = self.optimizer.param_groups
+        numbers = [name for name, value in groups[0].items() if name != "lr" and type(value) in (int, float)]
+        for name, value in options.items():
+            check_setting(name, value, known=["lr", "clip_norm", *numbers])
+        for name, value in options.items():
+            if name == "clip_norm":
+                self._clip_norm = value
+            else:
+                for group in groups:
+                    group[name] = value
 
     def digests(self) -> tuple[int, bytes]:
         """CRC-32 (ISO 3309) of all parameters and buffers, and those of each, as uint32."""

@@ -40,6 +40,7 @@ from dnb.records import (
     HubBinding,
     HubConfig,
     Join,
+    Mend,
     Message,
     PoolFacts,
     PoolState,
@@ -60,7 +61,7 @@ from dnb.transport.channels import (
     encode,
     start_authenticator,
 )
-from dnb.transport.lives import children_of, end_processes, is_alive, this_process
+from dnb.transport.lives import children_of, end_processes, is_alive, is_same, this_process
 from dnb.transport.segments import pool_folders, remove_pool_folders
 from dnb.transport.wires import WireError
 
@@ -104,6 +105,7 @@ class Service:
         self._owner = config.owner
         self._orphaned: float | None = None  # since when nobody steers a pool whose run does not advance
         self._engines: dict[int, _Engine] = {}
+        self._kernels: dict[bytes, Process] = {}  # by the identity of their sockets
         self._wiring = Wiring(config.host)
         self._poller = zmq.Poller()
         self._known_helpers: set[Process] = set()
@@ -263,7 +265,8 @@ class Service:
     def _answer(self, identity: bytes, number: bytes, header: bytes, *frames: bytes) -> None:
         try:
             request = self._decode_request(header)
-            reply, out = self._serve_request(request, frames)
+            self._check_steering(identity, request)
+            reply, out = self._serve_request(identity, request, frames)
         except (DnbError, OSError, msgspec.MsgspecError) as error:
             kind = type(error).__name__ if isinstance(error, DnbError) else HubError.__name__
             reply, out = Refused(error=kind, message=str(error)), []
@@ -275,12 +278,37 @@ class Service:
         except zmq.ZMQError as error:
             log.warning("a client left before its answer: %s", error)
 
-    def _serve_request(self, request: Request, frames: Sequence[bytes]) -> tuple[Message, Sequence[Any]]:
+    def _check_steering(self, identity: bytes, request: Request) -> None:
+        """Any number of kernels may look on, one may steer."""
+        if isinstance(request, Hello | GetPool | GetRun | GetState):
+            return
+        caller, owner = self._kernels.get(identity), self._owner
+        if owner is None or is_same(caller, owner):
+            return
+        if is_alive(owner):
+            raise ArgumentError(
+                f"the kernel with pid {owner.pid} on {owner.host} steers this pool, this one only watches: "
+                "dnb.attach(steer=True) or %dtrain attach --steer takes over"
+            )
+        self._owner = caller or owner  # who looked on until now has its hand on the wheel
+
+    def _greet(self, identity: bytes, hello: Hello) -> None:
+        owner = self._owner
+        self._kernels[identity] = hello.owner
+        if hello.wish == "watch":
+            return
+        if hello.wish == "steer" and owner is not None and not is_same(owner, hello.owner) and is_alive(owner):
+            raise ArgumentError(f"the kernel with pid {owner.pid} on {owner.host} steers this pool")
+        self._owner = hello.owner
+        self._orphaned = None
+        self._write_pool_file()
+
+    def _serve_request(
+        self, identity: bytes, request: Request, frames: Sequence[bytes]
+    ) -> tuple[Message, Sequence[Any]]:
         match request:
-            case Hello(owner=owner):
-                self._owner = owner
-                self._orphaned = None
-                self._write_pool_file()
+            case Hello():
+                self._greet(identity, request)
             case GetPool():
                 return PoolState(facts=self._facts(), engines=self._statuses()), []
             case Submit():
@@ -289,8 +317,10 @@ class Service:
                 return self._named(name).state(request)
             case Control(run=name, verb=verb):
                 self._control(name, verb)
-            case SetOptions(run=name, lr=lr):
-                self._named(name).set_lr(lr)
+            case SetOptions(run=name, options=options):
+                self._active(name, "set").set(options)
+            case Mend(run=name):
+                self._mend(name, frames)
             case GetState(run=name, optimizer=optimizer):
                 return _state_of(self._named(name), optimizer=optimizer)
             case Shutdown():
@@ -301,6 +331,22 @@ class Service:
         if self._run is None or self._run.spec.name != name:
             raise HubError(f"the hub does not hold a run {name!r}: %dtrain status says which it holds")
         return self._run
+
+    def _active(self, name: str, verb: str) -> ActiveRun:
+        run = self._named(name)
+        if not run.is_active:
+            raise ArgumentError(f"run {name!r} is {run.status}: there is nothing to {verb}")
+        return run
+
+    def _mend(self, name: str, frames: Sequence[bytes]) -> None:
+        from dnb.transport.parcels import verify
+
+        pickled, signature = frames
+        verify(self._config.key.encode(), [pickled], signature)
+        run = self._active(name, "mend")
+        if run.status != "paused":
+            raise ArgumentError(f"run {name!r} is {run.status}, not paused: pause it before it gets other functions")
+        run.mend(pickled, signature)
 
     def _control(self, name: str, verb: Literal["pause", "resume", "stop"]) -> None:
         run = self._named(name)

@@ -124,6 +124,26 @@ def bind(
     return bound
 
 
+def parse_settings(line: str, *, names: Mapping[str, Any]) -> dict[str, Any]:
+    """What `name=value` words stand for; a value may be a variable, a number, none, or an expression in braces.
+
+    Raises:
+        ArgumentError: a word is not of that form, or a name is given twice.
+    """
+    settings: dict[str, Any] = {}
+    number = inspect.Parameter("value", inspect.Parameter.KEYWORD_ONLY)
+    for word in split_line(line):
+        name, equals, text = word.text.lstrip("-").partition("=")
+        values = split_line(text)
+        if word.is_expression or not equals or len(values) != 1:
+            raise ArgumentError(f"%dtrain set: {word.text!r} is not NAME=VALUE, such as lr=1e-4 or clip_norm=none")
+        name = name.replace("-", "_")
+        if name in settings:
+            raise ArgumentError(f"%dtrain set: {name} is given twice")
+        settings[name] = _value(values[0], number, names)
+    return settings
+
+
 def _flag(
     text: str,
     words: list[Word],

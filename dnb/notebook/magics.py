@@ -11,7 +11,7 @@ from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_exp
 
 from dnb import training
 from dnb.errors import ArgumentError, PoolError, nearest
-from dnb.notebook.arguments import bind
+from dnb.notebook.arguments import bind, parse_settings
 from dnb.notebook.display import show, warm_up
 from dnb.notebook.frontend import choose_display
 from dnb.pool.engine_pool import describe_engines
@@ -96,8 +96,8 @@ class DtrainMagics(Magics):
     def _do_pause(self) -> None:
         _last_run().pause()
 
-    def _do_resume(self) -> None:
-        _last_run().resume()
+    def _do_resume(self, step: Any = None, loss: Any = None) -> None:
+        _last_run().resume(step=step, loss=loss)
 
     def _do_stop(self) -> Run:
         run = _last_run()
@@ -105,16 +105,12 @@ class DtrainMagics(Magics):
         return run.wait()
 
     def _do_set(self, line: str) -> None:
-        options = bind(
-            _set_options,
-            " ".join(f"--{word}" for word in line.split()),
-            names=self._names(),
-            verb="set",
-        )
-        _last_run().set(**options)
+        _last_run().set(**parse_settings(line, names=self._names()))
 
-    def _do_attach(self, name: str | None = None, model: Any = None, display: str | None = None) -> Run:
-        run = training.attach(name, model=model)
+    def _do_attach(
+        self, name: str | None = None, model: Any = None, display: str | None = None, *, steer: bool = False
+    ) -> Run:
+        run = training.attach(name, model=model, steer=steer)
         show(run, display=display)
         return run
 
@@ -149,10 +145,6 @@ _fit_with_display.__signature__ = _fit_signature.replace(  # type: ignore[attr-d
         inspect.Parameter("display", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | None"),
     ]
 )
-
-
-def _set_options(lr: float | None = None) -> None:
-    """What `%dtrain set` may change."""
 
 
 def _last_run() -> Run:

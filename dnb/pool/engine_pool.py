@@ -25,7 +25,7 @@ from dnb.records import (
     Shutdown,
 )
 from dnb.transport.channels import HubClient
-from dnb.transport.lives import end_processes, is_alive, this_process
+from dnb.transport.lives import end_processes, is_alive, is_this_process, this_process
 from dnb.transport.segments import pool_folders, remove_pool_folders
 
 log = logging.getLogger(__name__)
@@ -56,6 +56,7 @@ class EnginePool:
         cluster: that started it; None if another kernel did.
         security_dir: of the profile.
         log_dir: of the profile.
+        wish: to steer it, or only to watch.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class EnginePool:
         cluster: ipyparallel.Cluster | None,
         security_dir: Path,
         log_dir: Path,
+        wish: Literal["steer", "watch"] = "steer",
     ) -> None:
         self.client = client
         self._hub_process = msgspec.convert(connection["dnb"]["hub"], Process)
@@ -78,7 +80,7 @@ class EnginePool:
         self._security_dir = security_dir
         self._log_dir = log_dir
         self._is_open = True
-        self.hub.ask(Hello(owner=this_process()), Done)
+        self.hub.ask(Hello(owner=this_process(), wish=wish), Done)
         self.cluster_id = self.facts.cluster_id
 
     @property
@@ -102,6 +104,16 @@ class EnginePool:
         return self._is_open and is_alive(self._hub_process)
 
     @property
+    def is_steered_here(self) -> bool:
+        """Whether this kernel may change things, and its end ends the pool; another one may have taken over."""
+        owner = self.facts.owner
+        return owner is not None and is_this_process(owner)
+
+    def take_over(self) -> None:
+        """Steer from this kernel; the one that did so far only watches from now on."""
+        self.hub.ask(Hello(owner=this_process(), wish="take over"), Done)
+
+    @property
     def segment_folders(self) -> list[Path]:
         """Where this pool's shared memory may lie."""
         return pool_folders(self.cluster_id)
@@ -109,6 +121,11 @@ class EnginePool:
     def shutdown(self) -> None:
         """End every process of the pool and remove what it left on disk and in shared memory. Safe to call twice."""
         if not self._is_open:
+            return
+        if self.is_open and not self.is_steered_here:
+            self._is_open = False  # not ours to end
+            self.hub.close()
+            self.client.close(linger=False)
             return
         processes = self._ask_to_end()
         self._is_open = False

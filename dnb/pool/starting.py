@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import ipyparallel
 import psutil
@@ -72,8 +72,10 @@ def start_pool(
         raise
 
 
-def adopt_pool(make: MakePool[P], facts: PoolFacts, *, profile_dir: Path) -> P:
-    """Take over a living pool whose kernel is gone.
+def adopt_pool(
+    make: MakePool[P], facts: PoolFacts, *, profile_dir: Path, wish: Literal["steer", "watch"] = "steer"
+) -> P:
+    """Take over a living pool whose kernel is gone, or look on at one that another kernel steers.
 
     Raises:
         PoolError: it cannot be reached.
@@ -89,7 +91,7 @@ def adopt_pool(make: MakePool[P], facts: PoolFacts, *, profile_dir: Path) -> P:
         )
     except (OSError, ValueError, ipyparallel.TimeoutError) as error:
         raise PoolError(f"the pool {facts.cluster_id} cannot be reached: {error}") from error
-    return make(client, connection, cluster=None, **_folders(profile_dir))
+    return make(client, connection, cluster=None, wish=wish, **_folders(profile_dir))
 
 
 def profile_folder(profile: str | None) -> Path:

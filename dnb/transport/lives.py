@@ -31,6 +31,14 @@ def is_this_process(process: Process) -> bool:
     return process.pid == os.getpid() and is_alive(process) and process.host == socket.gethostname()
 
 
+def is_same(one: Process | None, other: Process | None) -> bool:
+    """Whether both are one process, although their start times were looked up apart."""
+    if one is None or other is None:
+        return one is other
+    is_close = abs(one.create_time - other.create_time) < CLOCK_SECONDS
+    return (one.host, one.pid) == (other.host, other.pid) and is_close
+
+
 def is_alive(process: Process) -> bool:
     """Whether this very process, not a later one with its pid, still runs; True on another host."""
     if process.host != socket.gethostname():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dnb.errors import ArgumentError
-from dnb.notebook.arguments import Word, bind, split_line
+from dnb.notebook.arguments import Word, bind, parse_settings, split_line
 
 
 def fit(
@@ -244,3 +244,30 @@ def test_another_flag_is_not_taken_for_the_value():
 def test_a_flag_given_twice_is_refused(line: str):
     with pytest.raises(ArgumentError, match=r"%dtrain fit: (lr|shuffle|model) is given twice"):
         fitted(line)
+
+
+# NAME=VALUE
+
+
+@pytest.mark.parametrize(
+    ("line", "settings"),
+    [
+        ("lr=1e-4", {"lr": 1e-4}),
+        ("lr=rate clip-norm=none", {"lr": 0.5, "clip_norm": None}),
+        ("--lr=1e-4 weight_decay={rate / 5}", {"lr": 1e-4, "weight_decay": 0.1}),
+        ("", {}),
+    ],
+)
+def test_settings_are_names_with_values(line, settings):
+    assert parse_settings(line, names={"rate": 0.5}) == settings
+
+
+@pytest.mark.parametrize("line", ["lr", "lr 1e-4", "lr=", "{lr}"])
+def test_what_is_no_setting_is_refused_with_an_example(line):
+    with pytest.raises(ArgumentError, match=r"is not NAME=VALUE, such as lr=1e-4"):
+        parse_settings(line, names={})
+
+
+def test_a_setting_given_twice_is_refused():
+    with pytest.raises(ArgumentError, match="lr is given twice"):
+        parse_settings("lr=1 lr=2", names={})

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from dnb.records import Process
-from dnb.transport.lives import children_of, end_processes, is_alive, this_process
+from dnb.transport.lives import children_of, end_processes, is_alive, is_same, this_process
 
 # Each child says that it is ready, so that no test has to guess when.
 SLEEPER = "import sys, time; print('ready', flush=True); time.sleep(60)"
@@ -171,3 +171,15 @@ def test_a_process_that_becomes_a_zombie_of_a_negligent_parent_counts_as_ended(s
     begin = time.monotonic()
     assert end_processes([process], patience_seconds=2.0, first_signal=signal.SIGTERM) == []
     assert time.monotonic() - begin < 1.0
+
+
+def test_a_process_whose_start_was_looked_up_twice_is_the_same():
+    me = this_process()
+    assert is_same(me, msgspec.structs.replace(me, create_time=me.create_time + 1.0))
+
+
+@pytest.mark.parametrize("change", [{"pid": 1}, {"host": "elsewhere"}, {"create_time": 5.0}], ids=str)
+def test_other_processes_are_not_the_same(change):
+    me = this_process()
+    assert not is_same(me, msgspec.structs.replace(me, **change))
+    assert not is_same(me, None)
