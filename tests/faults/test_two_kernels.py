@@ -26,6 +26,7 @@ def other_kernel(tmp_path, monkeypatch, leftovers):
     kernel = Kernel(START_AND_TRAIN, folder=tmp_path)
     kernel.wait_until_ready()
     yield kernel
+    training.attach(steer=True)  # its run would go on without it
     training.shutdown()
     if kernel.process.poll() is None:
         kernel.end()
