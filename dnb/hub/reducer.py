@@ -6,7 +6,7 @@ import cmath
 import math
 import mmap
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -179,6 +179,12 @@ class Master:
         if self.scheduler is not None:
             self.scheduler.step()
         return StepResult(loss, metrics, lr, sum(c.sums.num_samples for c in contributions))
+
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over parameters and buffers by name; the optimizer's state may have been replaced too."""
+        for name, tensor in self._tensors.items():
+            tensor.data.copy_(tensors[name])
+        self._stepper.forget()
 
     def digests(self) -> tuple[int, bytes]:
         """CRC-32 (ISO 3309) of all parameters and buffers, and those of each, as uint32."""

@@ -27,12 +27,14 @@ from dnb.hub.pool_files import remove_pool_files, write_pool_file
 from dnb.hub.wiring import Line, Wiring
 from dnb.records import (
     Attach,
+    CheckpointState,
     Control,
     Done,
     EngineFacts,
     EngineMessage,
     EngineStatus,
     Exit,
+    GetCheckpoint,
     GetPool,
     GetRun,
     GetState,
@@ -50,6 +52,7 @@ from dnb.records import (
     SetOptions,
     Shutdown,
     Submit,
+    TakeCheckpoint,
     Welcome,
 )
 from dnb.transport.channels import (
@@ -293,9 +296,17 @@ class Service:
                 self._named(name).set_lr(lr)
             case GetState(run=name, optimizer=optimizer):
                 return _state_of(self._named(name), optimizer=optimizer)
+            case TakeCheckpoint() | GetCheckpoint():
+                return self._serve_checkpoint(request), []
             case Shutdown():
                 self.end("asked to")
         return Done(), []
+
+    def _serve_checkpoint(self, request: TakeCheckpoint | GetCheckpoint) -> CheckpointState:
+        run = self._named(request.run)
+        if isinstance(request, GetCheckpoint):
+            return run.checkpoint_state(request.ticket)
+        return run.take_checkpoint(None if request.path is None else Path(request.path))
 
     def _named(self, name: str) -> ActiveRun:
         if self._run is None or self._run.spec.name != name:
@@ -347,6 +358,8 @@ class Service:
         for number, engine in list(self._engines.items()):
             if not is_alive(engine.facts.process):
                 self._lose(number, "died")
+        if self._run is not None:
+            self._run.tick()
         self._watch_owner()
 
     def _watch_owner(self) -> None:
