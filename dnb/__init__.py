@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dnb.errors import DnbError, RunError
     from dnb.inputs import batches
     from dnb.pool.engine_pool import Engine
+    from dnb.resuming import resume
     from dnb.run import History, Run
     from dnb.training import Pool, attach, fit, start
     from dnb.transport.job import Sum
@@ -27,6 +28,7 @@ __all__ = [
     "attach",
     "batches",
     "fit",
+    "resume",
     "start",
 ]
 
@@ -43,6 +45,7 @@ _HOMES = {
     "attach": "dnb.training",
     "batches": "dnb.inputs",
     "fit": "dnb.training",
+    "resume": "dnb.resuming",
     "start": "dnb.training",
 }
 

@@ -6,7 +6,7 @@ DnbError
 ├── PlanError         work that cannot be divided as asked
 ├── PoolError         a pool that cannot start, answer or be found
 ├── HubError          the hub does not answer, or refuses
-├── SpaceError        no room for shared memory
+├── SpaceError        no room for shared memory, or on disk
 └── RunError          a run that failed; carries the engine's traceback
 """
 
@@ -45,7 +45,7 @@ class HubError(DnbError):
 
 
 class SpaceError(DnbError):
-    """No folder has room for a shared-memory segment."""
+    """No folder has room for a shared-memory segment, or a disk none for a checkpoint."""
 
 
 class RunError(DnbError):

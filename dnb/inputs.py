@@ -21,8 +21,9 @@ from torch.utils.data import (
 )
 
 from dnb.errors import ArgumentError, PlanError, nearest
+from dnb.planning.retention import read_goal
 from dnb.planning.sample_order import BatchOrder, count_batches, iterate_batches
-from dnb.records import TransportKind
+from dnb.records import CheckpointPolicy, TransportKind
 from dnb.transport.job import DataSource
 
 RESERVED_NAMES = frozenset({"digest", "loss", "lr", "samples_per_second", "step"})
@@ -254,6 +255,38 @@ def read_transport(transport: Any) -> dict[str, TransportKind]:
         if wish not in known:
             raise ArgumentError(f"no transport {wish!r}: {nearest(str(wish), known)}")
     return {str(engine): wish for engine, wish in wishes.items()}
+
+
+def read_checkpoint_policy(
+    every: Any, *, keep: Any, best: Any, metrics: Sequence[str] | None, has_val: bool
+) -> CheckpointPolicy | None:
+    """Which checkpoints a run writes by itself.
+
+    Args:
+        every: steps between two; None writes none.
+        keep: how many stay.
+        best: the best by this stays too.
+        metrics: names that will be measured; None if only the step function knows.
+        has_val: whether there are evaluations.
+
+    Raises:
+        ArgumentError: a number that is not positive, or a column that there will not be.
+    """
+    keep = check_positive(keep, name="checkpoint_keep")
+    if every is None:
+        if best is not None:
+            raise ArgumentError("checkpoint_best chooses among checkpoints, and none is written: give checkpoint_every")
+        return None
+    every = check_positive(every, name="checkpoint_every")
+    if best is not None:
+        name = read_goal(str(best)).name
+        if name.startswith("val_") and not has_val:
+            raise ArgumentError(f"checkpoint_best={best!r} is measured in evaluations: give val")
+        known = {"loss", *(metrics or ())}
+        if metrics is not None and name.removeprefix("val_") not in known:
+            columns = [*known, *(f"val_{column}" for column in known if has_val)]
+            raise ArgumentError(f"checkpoint_best={best!r} will not be measured: {nearest(name, columns)}")
+    return CheckpointPolicy(every=every, keep=keep, best=None if best is None else str(best))
 
 
 def read_loss(loss: Any, *, step: Any) -> Callable[..., Any] | None:

@@ -184,6 +184,34 @@ class WorkerTotals(Record, frozen=True):
     steps: int
 
 
+class CheckpointPolicy(Record, frozen=True):
+    """Which checkpoints a run writes by itself, and which of them it keeps."""
+
+    every: int  # steps
+    keep: int  # the last so many
+    best: str | None  # and the best by this: see `dnb.planning.retention.read_goal`
+
+
+class PlainJob(Record, frozen=True):
+    """What of the user's objects can be said without pickle, so that a resume given the rest opens none."""
+
+    loss: str | None  # name in torch.nn.functional
+    optimizer: str | None
+    lr: float | None
+    metrics: tuple[str, ...]
+    shuffle: bool
+    drop_last: bool
+    others: tuple[str, ...]  # arguments of `fit` that are objects, not words
+
+
+class ResumeFrom(Record, frozen=True):
+    """The checkpoint that a run continues."""
+
+    folder: str  # on the hub's host; it was verified
+    step: int
+    notes: tuple[str, ...]  # for the run's events
+
+
 class RunSpec(Record, frozen=True):
     """What a run is, as numbers and names; the objects travel beside it in a parcel."""
 
@@ -208,6 +236,9 @@ class RunSpec(Record, frozen=True):
     sys_path: tuple[str, ...]
     job: ParcelRef  # model, optimizer, loss, ...: unpickled by hub and engines
     data: ParcelRef  # datasets: unpickled by engines only
+    checkpoints: CheckpointPolicy | None = None
+    plain: PlainJob | None = None
+    resumed: ResumeFrom | None = None
 
 
 # Engine to hub -------------------------------------------------------------------------------
@@ -423,11 +454,37 @@ class GetState(Message, frozen=True):
     optimizer: bool
 
 
+class TakeCheckpoint(Message, frozen=True):
+    """Write a checkpoint after the step under way. Answered by CheckpointState, before it is durable."""
+
+    run: str
+    path: str | None  # on the hub's host; None is in the run's folder
+
+
+class GetCheckpoint(Message, frozen=True):
+    """What became of `TakeCheckpoint`. Answered by CheckpointState."""
+
+    run: str
+    ticket: int
+
+
 class Shutdown(Message, frozen=True):
     """End the pool."""
 
 
-Request = Hello | GetPool | Submit | GetRun | Control | SetOptions | Mend | GetState | Shutdown
+Request = (
+    Hello
+    | GetPool
+    | Submit
+    | GetRun
+    | Control
+    | SetOptions
+    | Mend
+    | GetState
+    | TakeCheckpoint
+    | GetCheckpoint
+    | Shutdown
+)
 
 
 # Hub to client -------------------------------------------------------------------------------
@@ -466,6 +523,7 @@ class RunState(Message, frozen=True):
     step: int
     num_steps: int
     steps_per_epoch: int
+    first_step: int  # committed by the run that this one continues; else 0
     started: float  # seconds since the epoch: when the run was submitted
     elapsed_seconds: float  # frozen when the run ends
     error: str
@@ -480,6 +538,17 @@ class StateTree(Message, frozen=True):
 
     tree: bytes
     tensors: tuple[TensorSlot, ...]
+
+
+class CheckpointState(Message, frozen=True):
+    """How a checkpoint stands that was asked for."""
+
+    ticket: int
+    state: Literal["waiting", "writing", "durable", "failed"]
+    path: str = ""
+    step: int = 0
+    error: str = ""  # name of a class in dnb.errors
+    message: str = ""
 
 
 class HubConfig(Record, frozen=True):
@@ -502,4 +571,4 @@ class HubBinding(Record, frozen=True):
     engine: Address
 
 
-Reply = Done | Refused | PoolState | RunState | StateTree
+Reply = Done | Refused | PoolState | RunState | StateTree | CheckpointState

@@ -17,13 +17,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dnb import errors
 from dnb.errors import ArgumentError, DnbError, HubError, RunError
 from dnb.hub.history import read_events, read_history, read_summary
 from dnb.inputs import read_loss
 from dnb.records import (
     ENDED,
+    CheckpointState,
     Control,
     Done,
+    GetCheckpoint,
     GetRun,
     GetState,
     Mend,
@@ -32,6 +35,7 @@ from dnb.records import (
     RunStatus,
     SetOptions,
     StateTree,
+    TakeCheckpoint,
     WorkerTotals,
 )
 from dnb.transport.channels import HubClient
@@ -46,6 +50,8 @@ REFRESH_SECONDS = 0.25
 RECENT_SECONDS = 5.0
 # How often a waiting thread looks up, so that hooks can write and an interrupt is heard.
 WAIT_SECONDS = 0.2
+# How often the hub is asked whether a checkpoint is durable.
+CHECKPOINT_LOOK_SECONDS = 0.02
 
 Listener = Callable[["Run"], None]
 
@@ -155,6 +161,7 @@ class Run:
         self.num_steps = 0
         self.steps_per_epoch = 0
         self.step = 0
+        self.first_step = 0  # committed by the run that this one continues
         self._hub = hub
         self._model = model
         self._optimizer = optimizer
@@ -213,6 +220,11 @@ class Run:
         return self._status
 
     @property
+    def model(self) -> torch.nn.Module | None:
+        """The notebook's model, which gets the trained state; the one that `dnb.resume` read, if it was given none."""
+        return self._model
+
+    @property
     def is_active(self) -> bool:
         """Whether the run has not ended."""
         return self._status not in ENDED
@@ -232,9 +244,8 @@ class Run:
         """Over the last seconds; over the whole run when it has ended."""
         steps_per_second = self._steps_per_second()
         samples = sum(worker.samples for worker in self._totals)
-        return (
-            None if steps_per_second is None or not self.step or not samples else steps_per_second * samples / self.step
-        )
+        steps = self.step - self.first_step
+        return None if steps_per_second is None or not steps or not samples else steps_per_second * samples / steps
 
     @property
     def seconds_left(self) -> float | None:
@@ -318,6 +329,37 @@ class Run:
         numbers = {name: None if value is None else float(value) for name, value in options.items()}
         self._require_hub().ask(SetOptions(run=self.name, options=numbers), Done)
 
+    def checkpoint(self, path: str | Path | None = None, *, timeout_seconds: float = 300.0) -> Path:
+        """Write a checkpoint after the step under way; returns its folder once it is durable.
+
+        Args:
+            path: a new folder on the hub's host, or one with a checkpoint that is replaced;
+                .dnb/runs/<name>/checkpoints/step-<step> if left out. It stays until the user removes it.
+            timeout_seconds: how long that may take.
+
+        Raises:
+            ArgumentError: the folder holds something else, or cannot be written.
+            SpaceError: the disk is full.
+            HubError: the hub does not hold the run any more, or the time is up.
+        """
+        hub = self._require_hub()
+        target = None if path is None else str(Path(path).expanduser().absolute())
+        deadline = time.monotonic() + timeout_seconds
+        state, _ = hub.ask(TakeCheckpoint(run=self.name, path=target), CheckpointState)
+        while state.state in ("waiting", "writing"):
+            if time.monotonic() > deadline:
+                raise HubError(
+                    f"the checkpoint of run {self.name!r} is not durable after {timeout_seconds:g} s (it is "
+                    f"{state.state}); it may still become so: run.events says when"
+                )
+            threading.Event().wait(CHECKPOINT_LOOK_SECONDS)
+            state, _ = hub.ask(GetCheckpoint(run=self.name, ticket=state.ticket), CheckpointState)
+        if state.state == "failed":
+            kind: type[DnbError] = getattr(errors, state.error, HubError)
+            raise kind(state.message)
+        self._wake.set()
+        return Path(state.path)
+
     def add_listener(self, callback: Listener) -> None:
         """Call back from the watching thread when something changed, and once more at the end."""
         self._listeners.append(callback)
@@ -367,6 +409,7 @@ class Run:
             state.steps_per_epoch,
             state.step,
         )
+        self.first_step = state.first_step
         self._elapsed_seconds = state.elapsed_seconds
         self._totals = state.workers
         self._remember(state)

@@ -8,6 +8,7 @@ import re
 import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from dnb.inputs import (
     check_number,
     check_positive,
     order_of,
+    read_checkpoint_policy,
     read_loss,
     read_metrics,
     read_source,
@@ -37,7 +39,7 @@ from dnb.planning.shards import choose_exact_shards, choose_num_shards
 from dnb.pool.engine_pool import EnginePool
 from dnb.pool.found import Found, find_pools, reap_dead
 from dnb.pool.starting import adopt_pool, profile_folder, start_pool
-from dnb.records import ENDED, Done, ParcelRef, PoolFacts, RunSpec, Submit
+from dnb.records import ENDED, Done, ParcelRef, PlainJob, PoolFacts, RunSpec, Submit
 from dnb.run import Run
 from dnb.transport.job import Data, Job
 from dnb.transport.parcels import explain_unpicklable, pack, sign
@@ -177,6 +179,8 @@ def fit(
     strategy: str = "auto",
     sync: str = "hub",
     checkpoint_every: int | None = None,
+    checkpoint_keep: int = 2,
+    checkpoint_best: str | None = None,
     transport: str | Mapping[int, str] | None = None,
     telemetry: bool = True,
     name: str | None = None,
@@ -208,7 +212,11 @@ def fit(
         metrics: {"name": callable(output, target) -> mean over samples}, or "accuracy".
         strategy: "auto" or "data" in this release.
         sync: "hub" in this release.
-        checkpoint_every: not in this release.
+        checkpoint_every: steps between two checkpoints, which `dnb.resume` continues from; one more is written at
+            the end. None writes none by itself.
+        checkpoint_keep: how many of the last checkpoints stay.
+        checkpoint_best: the best one by this stays too: "val_loss" or another loss, "max:accuracy", "min:error". What
+            is measured in evaluations ("val_...") gets a checkpoint whenever it is the best so far.
         transport: "memory" or "socket", how gradients and parameters travel; chosen for each engine if left out; a
             dictionary chooses by engine.
         telemetry: whether engines measure what they do.
@@ -223,9 +231,8 @@ def fit(
     check_choice(strategy, name="strategy", known=STRATEGIES, available=("auto", "data"))
     check_choice(sync, name="sync", known=SYNCS, available=("hub",))
     check_choice(precision, name="precision", known=PRECISIONS, available=PRECISIONS)
-    _refuse_later_options(checkpoint_every=checkpoint_every)
     loss_function = read_loss(loss, step=step)
-    _check_optimizer_fits(optimizer, model, lr=lr)
+    check_optimizer_fits(optimizer, model, lr=lr)
     train_source = read_source(train, name="train", seed=seed)
     val_source = None if val is None else read_source(val, name="val", seed=seed)
     check_loss_fits(loss_function, step=step, data=train_source.data)
@@ -240,12 +247,19 @@ def fit(
         scheduler=scheduler,
         order=order,
     )
+    policy = read_checkpoint_policy(
+        checkpoint_every,
+        keep=checkpoint_keep,
+        best=checkpoint_best,
+        metrics=None if step is not None else list(job.metrics),
+        has_val=val is not None,
+    )
     data = Data(train=train_source.data, val=None if val_source is None else val_source.data)
     steps_per_epoch = count_batches(order)
     num_steps = steps_per_epoch * check_positive(epochs, name="epochs")
     pool = pool or current_pool() or start()
-    _refuse_busy_or_empty(pool)
-    run_name = _free_name(name or type(model).__name__.lower())
+    refuse_busy_or_empty(pool)
+    run_name = free_name(name or type(model).__name__.lower())
     spec = RunSpec(
         id=uuid.uuid4().hex,
         name=run_name,
@@ -265,11 +279,13 @@ def fit(
         precision=precision,
         linger_seconds=pool.linger_seconds,
         notes=(),
-        sys_path=tuple(os.path.abspath(path) for path in ["", *sys.path]),
+        sys_path=own_path(),
         job=NOTHING,
         data=NOTHING,
+        checkpoints=policy,
+        plain=plain_job(loss=loss, step=step, optimizer=optimizer, scheduler=scheduler, metrics=metrics, job=job),
     )
-    _submit(pool, spec, job, data)
+    submit(pool, spec, partial(ship, job), partial(ship, data))
     own_optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
     run = Run(run_name, pool.hub, folder=Path(spec.folder), model=model, optimizer=own_optimizer, key=pool.key)
     run.num_steps, run.steps_per_epoch = spec.num_steps, spec.steps_per_epoch
@@ -313,12 +329,15 @@ def attach(name: str | None = None, *, model: torch.nn.Module | None = None, ste
 NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
 
 
-def _submit(pool: Pool, spec: RunSpec, job: Job, data: Data) -> None:
+Ship = Callable[[str, "Pool", "list[Segment]"], tuple[bytes, ParcelRef]]  # name, pool, segments that it adds to
+
+
+def submit(pool: Pool, spec: RunSpec, ship_job: Ship, ship_data: Ship) -> None:
     """Ship everything once; if the hub refuses, the shared memory is given back."""
     segments: list[Segment] = []
     try:
-        job_bytes, job_ref = _ship(job, f"{spec.name}-job", pool, segments)
-        data_bytes, data_ref = _ship(data, f"{spec.name}-data", pool, segments)
+        job_bytes, job_ref = ship_job(f"{spec.name}-job", pool, segments)
+        data_bytes, data_ref = ship_data(f"{spec.name}-data", pool, segments)
         notes = tuple(segment.note for segment in segments if segment.note)
         spec = msgspec.structs.replace(spec, job=job_ref, data=data_ref, notes=notes)
         frames = [msgspec.msgpack.encode(spec), job_bytes, data_bytes]
@@ -329,7 +348,8 @@ def _submit(pool: Pool, spec: RunSpec, job: Job, data: Data) -> None:
         raise
 
 
-def _ship(obj: Job | Data, name: str, pool: Pool, segments: list[Segment]) -> tuple[bytes, ParcelRef]:
+def ship(obj: Job | Data, name: str, pool: Pool, segments: list[Segment]) -> tuple[bytes, ParcelRef]:
+    """Pickle an object, its tensors into shared memory."""
     try:
         pickled, ref, segment = pack(obj, name=name, folders=pool.segment_folders)
     except (SpaceError, KeyboardInterrupt):
@@ -353,6 +373,11 @@ def _why_unpicklable(obj: Job | Data) -> Exception | None:
     return next((error for error in found if error is not None), None)
 
 
+def own_path() -> tuple[str, ...]:
+    """Where this kernel imports from."""
+    return tuple(os.path.abspath(path) for path in ["", *sys.path])
+
+
 def _num_shards(shards: Any, *, exact: bool, pool: Pool, batch_size: int) -> int:
     if shards is None:
         choose = choose_exact_shards if exact else choose_num_shards
@@ -363,7 +388,8 @@ def _num_shards(shards: Any, *, exact: bool, pool: Pool, batch_size: int) -> int
     return num_shards
 
 
-def _check_optimizer_fits(optimizer: Any, model: torch.nn.Module, *, lr: Any) -> None:
+def check_optimizer_fits(optimizer: Any, model: torch.nn.Module, *, lr: Any) -> None:
+    """Refuse what is no optimizer, or one of other parameters."""
     check_optimizer(optimizer)
     if not isinstance(optimizer, torch.optim.Optimizer):
         return
@@ -377,12 +403,30 @@ def _check_optimizer_fits(optimizer: Any, model: torch.nn.Module, *, lr: Any) ->
         )
 
 
-def _refuse_later_options(*, checkpoint_every: int | None) -> None:
-    if checkpoint_every is not None:
-        raise ArgumentError("checkpoint_every is not in this release yet: leave it out")
+def plain_job(*, loss: Any, step: Any, optimizer: Any, scheduler: Any, metrics: Any, job: Job) -> PlainJob:
+    """What of a job is words and numbers; the rest only pickle can keep."""
+    order = job.order
+    is_object = {
+        "loss": loss is not None and not isinstance(loss, str),
+        "step": step is not None,
+        "optimizer": not isinstance(optimizer, str),
+        "scheduler": scheduler is not None,
+        "metrics": isinstance(metrics, Mapping),
+        "train": not (order.sampler is None and order.batch_sampler is None and order.generator is None),
+    }
+    return PlainJob(
+        loss=loss if isinstance(loss, str) else None,
+        optimizer=optimizer if isinstance(optimizer, str) else None,
+        lr=job.lr,
+        metrics=() if isinstance(metrics, Mapping) else tuple(job.metrics),
+        shuffle=order.shuffle,
+        drop_last=order.drop_last,
+        others=tuple(name for name, found in is_object.items() if found),
+    )
 
 
-def _refuse_busy_or_empty(pool: Pool) -> None:
+def refuse_busy_or_empty(pool: Pool) -> None:
+    """Refuse a pool that cannot take a run now."""
     facts = pool.facts
     if not facts.engines:
         raise PoolError("no engine of the pool is alive: %dtrain shutdown, then %dtrain start")
@@ -393,7 +437,7 @@ def _refuse_busy_or_empty(pool: Pool) -> None:
         )
 
 
-def _free_name(wish: str) -> str:
+def free_name(wish: str) -> str:
     """The wish as a folder name, with a number behind it if that is taken."""
     base = re.sub(r"[^A-Za-z0-9._-]+", "-", wish).strip("-.") or "run"
     candidates = (base if number == 1 else f"{base}-{number}" for number in count(1))

@@ -17,12 +17,15 @@ from dnb.errors import SpaceError
 from dnb.hub import coordinator as machine
 from dnb.hub.accounts import Accounts, Columns
 from dnb.hub.agreement import Agreement
+from dnb.hub.checkpointer import Checkpointer, Place
 from dnb.hub.history import HistoryRow, RunFolder, RunSummary, summarize
 from dnb.hub.reducer import Contribution, Master, NotFinite, mean_of
+from dnb.hub.restoring import restore, rows_of
 from dnb.hub.samples import Batches
 from dnb.records import (
     ENDED,
     AddSlabs,
+    CheckpointState,
     Diagnose,
     Diagnosis,
     EngineFacts,
@@ -94,7 +97,13 @@ class ActiveRun:
         self._accounts = Accounts(engines)
         self.master = Master(job, folders=folders, prefix=spec.name, clip_norm=spec.clip_norm)
         num_slabs = -(-spec.num_shards // max(len(engines), 1)) if spec.exact else 1
+        self._columns = Columns()
+        self._first_step = evaluated = 0
+        elapsed_seconds = 0.0
         try:
+            if spec.resumed is not None:
+                begin = restore(Path(spec.resumed.folder), self.master, self._columns)
+                self._first_step, evaluated, elapsed_seconds = begin.step, begin.evaluated, begin.elapsed_seconds
             for engine, member in self._members.items():
                 self.master.add_slabs(engine, num_slabs, kind=member.transport)
             self._folder = RunFolder(Path(spec.folder))
@@ -103,10 +112,14 @@ class ActiveRun:
             self.master.close()
             raise
         self._batches = Batches(
-            job.order, num_steps=spec.num_steps, num_shards=spec.num_shards, num_val_samples=spec.num_val_samples
+            job.order,
+            num_steps=spec.num_steps,
+            num_shards=spec.num_shards,
+            num_val_samples=spec.num_val_samples,
+            num_done=self._first_step,
         )
         self._version = 0  # of the parameters
-        self._started = time.time()
+        self._started = time.time() - elapsed_seconds
         self._ended: float | None = None
         self._last_commit = time.monotonic()
         self._remote_traceback = ""
@@ -119,13 +132,17 @@ class ActiveRun:
         self._agreement = Agreement(self.master.parameter_layout, num_steps=spec.num_steps, precision=spec.precision)
         self._copy_fault = ""
         self._disagreement = ""
-        self._columns = Columns()
         self._events: list[RunEvent] = []
         self._coordinator = machine.Coordinator(
             num_steps=spec.num_steps,
             num_shards=spec.num_shards,
             evaluate_every=spec.steps_per_epoch if spec.num_val_samples else None,
             engines=self._accounts,
+            step=self._first_step,
+            evaluated=evaluated,
+        )
+        self._checkpoints = Checkpointer(
+            spec, frames, self.master, self._columns, place=self._place, tell=self._tell_of_checkpoint
         )
 
     @property
@@ -143,6 +160,10 @@ class ActiveRun:
         self._write_summary()
         for note in (*self.spec.notes, *self.master.notes):
             self._note(machine.Note("memory", note))
+        if self.spec.resumed is not None:
+            self._folder.append_rows(rows_of(self._columns, time=self._started))
+            for text in self.spec.resumed.notes:
+                self._note(machine.Note("checkpoint", text))
         self._perform_all(self._coordinator.start())
 
     # what happens to the run
@@ -238,15 +259,45 @@ class ActiveRun:
                 member.wire.send(*self._mended)
         self._note(machine.Note("mended", f"another step or loss function from step {self._coordinator.step + 1}"))
 
+    # checkpoints
+
+    def take_checkpoint(self, path: Path | None) -> CheckpointState:
+        """Let one be written: after the step under way, or now if none is."""
+        state = self._checkpoints.ask(path)
+        self.tick()
+        return self._checkpoints.state_of(state.ticket)
+
+    def checkpoint_state(self, ticket: int) -> CheckpointState:
+        """How a checkpoint stands that was asked for."""
+        return self._checkpoints.state_of(ticket)
+
+    def tick(self) -> None:
+        """Several times a second: what neither a message nor a commit sets off."""
+        self._checkpoints.tick(is_still=self.status != "running")
+
+    def _place(self) -> Place:
+        return Place(self._coordinator.step, self._coordinator.evaluated, (self._ended or time.time()) - self._started)
+
+    def _tell_of_checkpoint(self, kind: str, text: str, step: int) -> None:
+        self._note(machine.Note(kind, text), step=step)
+
+    def _owes_evaluation(self, kind: WorkKind, step: int) -> bool:
+        spec = self.spec
+        is_due = step == spec.num_steps or step % spec.steps_per_epoch == 0
+        return kind == "step" and spec.num_val_samples > 0 and is_due
+
     # what others may know
 
     def state(self, request: GetRun) -> tuple[RunState, list[bytes]]:
         """What a viewer does not have yet."""
         self.do_chores()
+        self.tick()
         columns, frames = self._columns.after(request.seen)
         state = RunState(
-            status=self._coordinator.status,
+            # The end waits for its last checkpoint: who sees it ended finds that in place.
+            status="running" if self._checkpoints.is_finishing else self._coordinator.status,
             step=self._coordinator.step,
+            first_step=self._first_step,
             num_steps=self.spec.num_steps,
             steps_per_epoch=self.spec.steps_per_epoch,
             started=self._started,
@@ -267,6 +318,7 @@ class ActiveRun:
     def close(self) -> None:
         """Let go of memory and files; the parameters can be asked for until then."""
         self.do_chores()
+        self._checkpoints.close()
         self._free_work_memory()
         self.master.close()
         self._folder.close()
@@ -420,10 +472,13 @@ class ActiveRun:
         except NotFinite as verdict:
             return self._diagnose(step, verdict, contributions)
         except Exception as error:  # noqa: BLE001 - a user's optimizer may raise anything; the run fails with it
+            self._checkpoints.is_torn = True
             return machine.CommitFailed(step, _failure(error))
         self._chores.append(partial(self._record, kind, step, values, time.time()))
         if kind == "step" and self._agreement.is_digest_due(step):
             self._chores.append(partial(self._take_digest, step))
+        if self._checkpoints.is_due(kind, step, values, owes_evaluation=self._owes_evaluation(kind, step)):
+            self._chores.append(self._checkpoints.take)  # until the next commit nothing changes what it copies
         self._accounts.end_task({engine for engine, _ in reports})
         return machine.Committed(kind, step)
 
@@ -501,7 +556,7 @@ class ActiveRun:
 
     def _wants_probe(self, action: machine.Assign, member: _Member) -> bool:
         """Whether the engine has not been held against the others yet; alone it has nobody to differ from."""
-        if member.is_probed or action.kind != "step" or action.step > 1 or len(self._members) < 2:
+        if member.is_probed or action.kind != "step" or action.step > self._first_step + 1 or len(self._members) < 2:
             return False
         member.is_probed = True
         return True
@@ -524,11 +579,11 @@ class ActiveRun:
         self._columns.add_evaluation(step, values)
         self._folder.append_row(HistoryRow(kind="evaluation", step=step, time=time.time(), values=values))
 
-    def _note(self, note: machine.Note) -> None:
+    def _note(self, note: machine.Note, *, step: int | None = None) -> None:
         event = RunEvent(
             kind=note.kind,
             text=note.text,
-            step=self._coordinator.step,
+            step=self._coordinator.step if step is None else step,
             time=time.time(),
             engine=note.engine,
         )
@@ -545,6 +600,7 @@ class ActiveRun:
         self.do_chores()
         self._ended = time.time()
         self._accounts.close()
+        self._checkpoints.end()
         self._write_summary()
         for engine in self._accounts.living:
             self._send(engine, Unload(run=self.spec.id), ())

@@ -208,16 +208,27 @@ class Coordinator:
         num_shards: logical shards per step and per evaluation.
         evaluate_every: evaluate after each multiple of so many steps and after the last; None never does.
         engines: ids of the engines that take part from the start.
+        step: committed by an earlier run that this one continues.
+        evaluated: the last step after which that run had committed an evaluation.
     """
 
-    def __init__(self, *, num_steps: int, num_shards: int, evaluate_every: int | None, engines: Iterable[int]) -> None:
+    def __init__(
+        self,
+        *,
+        num_steps: int,
+        num_shards: int,
+        evaluate_every: int | None,
+        engines: Iterable[int],
+        step: int = 0,
+        evaluated: int = 0,
+    ) -> None:
         self.num_steps = num_steps
         self.num_shards = num_shards
         self.evaluate_every = evaluate_every
         self.status: RunStatus = "starting"
         self.error = ""
-        self.step = 0  # committed
-        self._evaluated = 0  # the last step after which an evaluation was committed
+        self.step = step  # committed
+        self._evaluated = evaluated  # the last step after which an evaluation was committed
         self._loading: set[int] = set(engines)
         self._ready: set[int] = set()
         self._task: _Task | None = None
@@ -253,6 +264,11 @@ class Coordinator:
                 return self._end("failed", f"step {step}: {failure.kind}: {failure.message}", failure.traceback)
             case Asked(verb):
                 return self._ask(verb)
+
+    @property
+    def evaluated(self) -> int:
+        """The last step after which an evaluation was committed."""
+        return self._evaluated
 
     @property
     def working(self) -> frozenset[int]:

@@ -6,7 +6,7 @@ import errno
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -100,10 +100,11 @@ class RunFolder:
 
     def append_row(self, row: HistoryRow) -> None:
         """Add a line to the history."""
-        # JSON has no NaN and no infinity: they are written as words.
-        values = {name: value if math.isfinite(value) else str(value) for name, value in row.values.items()}
-        line = {"kind": row.kind, "step": row.step, "time": row.time, "values": values}
-        self._append(self._history, line)
+        self._append(self._history, _line(row))
+
+    def append_rows(self, rows: Iterable[HistoryRow]) -> None:
+        """Add many lines to the history, as those of a run that is continued."""
+        self._write(self._history, b"".join(self._encoder.encode(_line(row)) + b"\n" for row in rows))
 
     def append_event(self, event: RunEvent) -> None:
         """Add a line to the events."""
@@ -119,10 +120,12 @@ class RunFolder:
             self._miss(error)
 
     def _append(self, descriptor: int, record: Any) -> None:
-        line = self._encoder.encode(record) + b"\n"
+        self._write(descriptor, self._encoder.encode(record) + b"\n")
+
+    def _write(self, descriptor: int, lines: bytes) -> None:
         try:
-            written = os.write(descriptor, line)
-            if written < len(line):  # the disk became full in the middle: no reader shall see half a line
+            written = os.write(descriptor, lines)
+            if written < len(lines):  # the disk became full in the middle: no reader shall see half a line
                 os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
@@ -170,6 +173,12 @@ def read_history(path: Path) -> list[HistoryRow]:
 def read_events(path: Path) -> list[RunEvent]:
     """Every whole line of the events; a torn last line is left out."""
     return list(_read_lines(path / EVENTS_FILE, RunEvent))
+
+
+def _line(row: HistoryRow) -> dict[str, Any]:
+    # JSON has no NaN and no infinity: they are written as words.
+    values = {name: value if math.isfinite(value) else str(value) for name, value in row.values.items()}
+    return {"kind": row.kind, "step": row.step, "time": row.time, "values": values}
 
 
 def _read_lines(path: Path, kind: type[T]) -> Iterator[T]:

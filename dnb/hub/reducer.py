@@ -197,6 +197,12 @@ class Master:
                 for group in groups:
                     group[name] = value
 
+    def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over parameters and buffers by name; the optimizer's state may have been replaced too."""
+        for name, tensor in self._tensors.items():
+            tensor.data.copy_(tensors[name])
+        self._stepper.forget()
+
     def digests(self) -> tuple[int, bytes]:
         """CRC-32 (ISO 3309) of all parameters and buffers, and those of each, as uint32."""
         each = [_digest(self._tensors[slot.name]) for slot in self.parameter_layout.slots]

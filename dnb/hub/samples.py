@@ -21,10 +21,13 @@ class Batches:
         num_steps: of the run.
         num_shards: logical shards of every batch.
         num_val_samples: of an evaluation.
+        num_done: steps that need no batch any more, as an earlier run has done them.
     """
 
-    def __init__(self, order: BatchOrder, *, num_steps: int, num_shards: int, num_val_samples: int) -> None:
-        self._batches = islice(iterate_batches(order), num_steps)
+    def __init__(
+        self, order: BatchOrder, *, num_steps: int, num_shards: int, num_val_samples: int, num_done: int = 0
+    ) -> None:
+        self._batches = islice(iterate_batches(order), num_done, num_steps)
         self._num_shards = num_shards
         self._val_indices: NDArray[np.int64] = np.arange(num_val_samples)
         self._batch: NDArray[np.int64] = np.empty(0, dtype=np.int64)

@@ -27,12 +27,14 @@ from dnb.hub.pool_files import remove_pool_files, write_pool_file
 from dnb.hub.wiring import Line, Wiring
 from dnb.records import (
     Attach,
+    CheckpointState,
     Control,
     Done,
     EngineFacts,
     EngineMessage,
     EngineStatus,
     Exit,
+    GetCheckpoint,
     GetPool,
     GetRun,
     GetState,
@@ -51,6 +53,7 @@ from dnb.records import (
     SetOptions,
     Shutdown,
     Submit,
+    TakeCheckpoint,
     Welcome,
 )
 from dnb.transport.channels import (
@@ -280,7 +283,7 @@ class Service:
 
     def _check_steering(self, identity: bytes, request: Request) -> None:
         """Any number of kernels may look on, one may steer."""
-        if isinstance(request, Hello | GetPool | GetRun | GetState):
+        if isinstance(request, Hello | GetPool | GetRun | GetState | GetCheckpoint):
             return
         caller, owner = self._kernels.get(identity), self._owner
         if owner is None or is_same(caller, owner):
@@ -303,7 +306,7 @@ class Service:
         self._orphaned = None
         self._write_pool_file()
 
-    def _serve_request(
+    def _serve_request(  # noqa: C901 - the table of requests, in one place
         self, identity: bytes, request: Request, frames: Sequence[bytes]
     ) -> tuple[Message, Sequence[Any]]:
         match request:
@@ -323,9 +326,17 @@ class Service:
                 self._mend(name, frames)
             case GetState(run=name, optimizer=optimizer):
                 return _state_of(self._named(name), optimizer=optimizer)
+            case TakeCheckpoint() | GetCheckpoint():
+                return self._serve_checkpoint(request), []
             case Shutdown():
                 self.end("asked to")
         return Done(), []
+
+    def _serve_checkpoint(self, request: TakeCheckpoint | GetCheckpoint) -> CheckpointState:
+        run = self._named(request.run)
+        if isinstance(request, GetCheckpoint):
+            return run.checkpoint_state(request.ticket)
+        return run.take_checkpoint(None if request.path is None else Path(request.path))
 
     def _named(self, name: str) -> ActiveRun:
         if self._run is None or self._run.spec.name != name:
@@ -393,6 +404,8 @@ class Service:
         for number, engine in list(self._engines.items()):
             if not is_alive(engine.facts.process):
                 self._lose(number, "died")
+        if self._run is not None:
+            self._run.tick()
         self._watch_owner()
 
     def _watch_owner(self) -> None:

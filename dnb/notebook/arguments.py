@@ -14,6 +14,8 @@ from dnb.errors import ArgumentError, nearest
 _CLOSING = {"{": "}", "(": ")", "[": "]"}
 # A word may name a variable, except where a function wants just a word.
 _WORDS_ONLY = frozenset({"str", "str | None"})
+# By position, too, a word that names no variable is itself where a path is wanted.
+_PATHS = frozenset({"str | Path", "str | Path | None"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ def bind(
         if _is_flag(word):
             name, value = _flag(word.text, words, known, names=names, verb=verb)
         elif waiting:
-            name, value = waiting[0], _variable(word, names)
+            name, value = waiting[0], _by_position(word, known[waiting[0]], names)
         else:
             raise ArgumentError(f"%dtrain {verb}: {word.text!r} is one argument too many")
         if name in bound:
@@ -185,6 +187,12 @@ def _value(word: Word, parameter: inspect.Parameter, names: Mapping[str, Any]) -
         return ast.literal_eval(word.text)
     except (ValueError, SyntaxError):
         return word.text
+
+
+def _by_position(word: Word, parameter: inspect.Parameter, names: Mapping[str, Any]) -> Any:
+    if str(parameter.annotation) in _PATHS and not word.is_expression and word.text not in names:
+        return word.text
+    return _variable(word, names)
 
 
 def _variable(word: Word, names: Mapping[str, Any]) -> Any:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
 
-from dnb import training
+from dnb import resuming, training
 from dnb.errors import ArgumentError, PoolError, nearest
 from dnb.notebook.arguments import bind, parse_settings
 from dnb.notebook.display import show, warm_up
@@ -30,7 +31,7 @@ class DtrainMagics(Magics):
     @no_var_expand
     @line_cell_magic
     def dtrain(self, line: str, cell: str | None = None) -> Any:
-        """%dtrain VERB [ARGUMENTS]: start, status, fit, wait, pause, resume, stop, set, attach, dashboard, shutdown.
+        """%dtrain VERB [ARGUMENTS]: start, fit, wait, pause, resume, stop, set, checkpoint, attach, ..., shutdown.
 
         As a cell magic, %%dtrain [--on 0,2-3|all] [--local] runs the cell on engines.
         """
@@ -96,8 +97,21 @@ class DtrainMagics(Magics):
     def _do_pause(self) -> None:
         _last_run().pause()
 
-    def _do_resume(self, step: Any = None, loss: Any = None) -> None:
-        _last_run().resume(step=step, loss=loss)
+    def _do_resume(self, line: str) -> Run | None:
+        """A path goes on from a checkpoint; without one the paused run does, with a mended function if one is given."""
+        if not line.strip() or line.lstrip().startswith("-"):
+            _last_run().resume(**bind(_mended, line, names=self._names(), verb="resume"))
+            return None
+        options = bind(_resume_with_display, line, names=self._names(), verb="resume", left_out=frozenset({"pool"}))
+        display = options.pop("display", None)
+        run = resuming.resume(options.pop("path"), **options)
+        show(run, display=display)
+        return run
+
+    def _do_checkpoint(self, line: str) -> None:
+        function = _checkpoint_at if line.strip() else _checkpoint
+        options = bind(function, line, names=self._names(), verb="checkpoint")
+        _say(f"the checkpoint is in {_last_run().checkpoint(**options)}")
 
     def _do_stop(self) -> Run:
         run = _last_run()
@@ -138,13 +152,30 @@ def _fit_with_display() -> None:
     """Stands for `dnb.fit` with one flag more; its signature is what counts."""
 
 
-_fit_signature = inspect.signature(training.fit)
-_fit_with_display.__signature__ = _fit_signature.replace(  # type: ignore[attr-defined]
-    parameters=[
-        *_fit_signature.parameters.values(),
-        inspect.Parameter("display", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | None"),
-    ]
-)
+def _resume_with_display() -> None:
+    """Stands for `dnb.resume`, likewise."""
+
+
+for _stand_in, _function in ((_fit_with_display, training.fit), (_resume_with_display, resuming.resume)):
+    _signature = inspect.signature(_function)
+    _stand_in.__signature__ = _signature.replace(  # type: ignore[attr-defined]
+        parameters=[
+            *_signature.parameters.values(),
+            inspect.Parameter("display", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="str | None"),
+        ]
+    )
+
+
+def _mended(step: Any = None, loss: Any = None) -> None:
+    """`%dtrain resume` without a path."""
+
+
+def _checkpoint() -> None:
+    """`%dtrain checkpoint` alone."""
+
+
+def _checkpoint_at(path: str | Path) -> None:
+    """`%dtrain checkpoint PATH`."""
 
 
 def _last_run() -> Run:

@@ -20,6 +20,7 @@ PUBLIC = [
     "attach",
     "batches",
     "fit",
+    "resume",
     "start",
 ]
 # Those, and the functions still to come.

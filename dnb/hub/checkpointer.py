@@ -1,0 +1,508 @@
+"""Checkpoints of a run that goes on: copied between two steps, written by a thread, kept by policy."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import platform
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from dnb.errors import ArgumentError
+from dnb.hub.accounts import Columns
+from dnb.hub.checkpoints import (
+    FORMAT,
+    HISTORY_FILE,
+    MANIFEST_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    Disk,
+    Manifest,
+    StateFacts,
+    facts_of,
+    remove_checkpoint,
+    step_folder,
+    write_checkpoint,
+)
+from dnb.hub.reducer import Master
+from dnb.hub.sources import Sources
+from dnb.hub.tensor_files import TensorBuffer
+from dnb.planning.retention import Retention, read_goal
+from dnb.records import CheckpointPolicy, CheckpointState, RunSpec
+from dnb.transport.segments import megabytes
+from dnb.transport.trees import take_apart
+
+log = logging.getLogger(__name__)
+
+# How long the end of a run is held back for its last checkpoint.
+FINISH_SECONDS = 600.0
+# How long a hub that ends waits for the one being written.
+CLOSE_SECONDS = 10.0
+# Beside the tensors: checkpoint.json, folders.
+MARGIN_BYTES = 1 << 18
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+Tell = Callable[[Literal["checkpoint", "disk"], str, int], None]  # kind, text, step
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """How far a run has come."""
+
+    step: int
+    evaluated: int
+    elapsed_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One checkpoint that is being written."""
+
+    target: Path
+    manifest: Manifest
+    buffers: dict[str, TensorBuffer]
+    tickets: tuple[int, ...]
+    is_of_policy: bool
+    needed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What became of it."""
+
+    job: _Job
+    error: Exception | None
+    num_bytes: int = 0
+    seconds: float = 0.0
+
+
+class Checkpointer:
+    """Writes the checkpoints of one run; only `take` costs the run time, a copy in memory.
+
+    Args:
+        spec: of the run.
+        frames: as the client signed them.
+        master: whose state is kept.
+        columns: the history.
+        place: how far the run has come; asked between two steps.
+        tell: adds an event to the run.
+        disk: where checkpoints are written.
+    """
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        frames: Sequence[bytes],
+        master: Master,
+        columns: Columns,
+        *,
+        place: Callable[[], Place],
+        tell: Tell,
+        disk: Disk | None = None,
+    ) -> None:
+        self._spec = spec
+        self._master = master
+        self._columns = columns
+        self._place = place
+        self._tell = tell
+        self._disk = disk or Disk()
+        self._sources = Sources(frames, spec)
+        self._retention = _retention(spec.checkpoints)
+        self._first_step = place().step
+        self._tensors = _named_tensors(master)
+        self._buffers: dict[str, TensorBuffer] = {}
+        self._is_due = False
+        self._is_record = False  # what is due is the best so far: it waits in memory rather than being left out
+        self._waiting: _Job | None = None
+        self._asked: dict[int, Path | None] = {}  # by ticket; None: in the run's own folder
+        self._tickets: dict[int, CheckpointState] = {}
+        self._thread: threading.Thread | None = None
+        self._outcomes: SimpleQueue[_Outcome] = SimpleQueue()
+        self._last_taken = (-1, -1)
+        self._faults: set[str] = set()  # that were told
+        self._ended: float | None = None
+        self.is_torn = False  # the optimizer failed in the middle of an update
+
+    # when
+
+    def is_due(self, kind: str, step: int, values: Mapping[str, float], *, owes_evaluation: bool) -> bool:
+        """Whether `take` is to be called now that a step or an evaluation was committed.
+
+        Args:
+            kind: "step" or "evaluation".
+            step: that was committed, or evaluated.
+            values: what was measured.
+            owes_evaluation: an evaluation of this very step follows, and the checkpoint waits for it.
+        """
+        self.is_torn = False
+        if self._retention is not None and not owes_evaluation:
+            self._is_record = kind == "evaluation" and self._retention.is_record(dict(values))
+            self._is_due = self._is_due or self._is_record or self._retention.is_due(step)
+        return self._is_due or bool(self._asked)
+
+    def ask(self, path: Path | None) -> CheckpointState:
+        """A checkpoint is wished for, besides those of the policy.
+
+        Raises:
+            ArgumentError: it cannot be put there, or the state cannot be kept.
+        """
+        if self.is_torn:
+            raise ArgumentError("the run failed in the middle of an update, so that its state cannot be kept")
+        if path is not None:
+            check_target(path)
+        ticket = len(self._tickets) + 1
+        self._asked[ticket] = path
+        self._tickets[ticket] = CheckpointState(ticket=ticket, state="waiting")
+        return self._tickets[ticket]
+
+    def state_of(self, ticket: int) -> CheckpointState:
+        """What became of a wish."""
+        self.collect()
+        return self._tickets[ticket]
+
+    def tick(self, *, is_still: bool) -> None:
+        """Look after the thread; serve wishes, if no commit will come that does it."""
+        self.collect()
+        if is_still and (self._is_due or self._asked) and self._thread is None:
+            self.take()
+
+    @property
+    def is_finishing(self) -> bool:
+        """Whether the run has ended, and its last checkpoint is not durable yet."""
+        if self._ended is None or (self._thread is None and not self._is_due):
+            return False
+        return time.monotonic() - self._ended < FINISH_SECONDS
+
+    def end(self) -> None:
+        """The run has ended: keep its last state, if it keeps any."""
+        self._ended = time.monotonic()
+        self._is_due = False
+        place = self._place()
+        is_new = (place.step, place.evaluated) != self._last_taken and place.step > self._first_step
+        if self._retention is not None and is_new and not self.is_torn:
+            self._is_due = True
+        self.tick(is_still=True)
+        if self._thread is None and not self._is_due:
+            self._sources.forget_data()
+
+    def close(self) -> None:
+        """Wait for what is yet to be written, but not for ever: what is not whole by then is left aside."""
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while self._thread is not None and time.monotonic() < deadline:
+            self._thread.join(max(deadline - time.monotonic(), 0.0))
+            self.tick(is_still=True)  # the last one may have waited for the one before
+        if self._thread is None:
+            self._sources.close()
+
+    # copying
+
+    def take(self) -> None:
+        """Copy the state as it is between two steps, and let it be written.
+
+        While another one is written it is left out; only the best so far waits for its turn.
+        """
+        self.collect()
+        if self._thread is not None and not (self._is_due and self._is_record):
+            self._skip()
+            return
+        if not self._is_due and not self._asked:
+            return  # served already
+        place = self._place()
+        target, tickets = self._next_target(place.step)
+        is_of_policy, self._is_due = self._is_due, False
+        if tickets and self._is_there(target, place):
+            self._settle_as_there(target, tickets, place.step)
+            return
+        buffers = self._buffers if self._buffers and self._thread is None else {name: TensorBuffer() for name in _FILES}
+        try:
+            manifest = self._copy(place, buffers)
+        except Exception as error:  # noqa: BLE001 - state_dict of a user's optimizer may raise anything
+            self._fail(tickets, place.step, "checkpoint", f"{type(error).__name__}: {error}", error)
+            return
+        if target == step_folder(Path(self._spec.folder), place.step):
+            self._last_taken = (place.step, place.evaluated)
+        needed = sum(buffer.num_bytes for buffer in buffers.values()) + self._sources.pending_bytes
+        job = _Job(target, manifest, buffers, tickets, is_of_policy, needed + MARGIN_BYTES)
+        if self._thread is None:
+            self._write(job)
+        else:
+            self._waiting = job
+
+    def _skip(self) -> None:
+        if self._is_due and self._ended is None:
+            self._is_due = False
+            step = self._place().step
+            text = f"the checkpoint of step {step} is left out, as the one before is still being written"
+            log.info(text)
+            self._tell_once("slow", "checkpoint", text, step)
+
+    def _next_target(self, step: int) -> tuple[Path, tuple[int, ...]]:
+        """Where the next one goes, and the wishes that it fulfils."""
+        own = step_folder(Path(self._spec.folder), step)
+        paths = [None] if self._is_due else list(self._asked.values())[:1]
+        tickets = tuple(ticket for ticket, path in self._asked.items() if path in paths)
+        for ticket in tickets:
+            del self._asked[ticket]
+            self._tickets[ticket] = CheckpointState(ticket=ticket, state="writing")
+        return paths[0] or own, tickets
+
+    def _is_there(self, target: Path, place: Place) -> bool:
+        is_own = target == step_folder(Path(self._spec.folder), place.step)
+        is_same = self._last_taken == (place.step, place.evaluated)
+        return is_own and is_same and (target / MANIFEST_FILE).exists()
+
+    def _settle_as_there(self, target: Path, tickets: Sequence[int], step: int) -> None:
+        if self._retention is not None:
+            self._retention.release(step)
+        self._settle(tickets, CheckpointState(ticket=0, state="durable", path=str(target), step=step))
+
+    def _copy(self, place: Place, buffers: dict[str, TensorBuffer]) -> Manifest:
+        own, tied, others = self._tensors
+        optimizer, optimizer_tensors, _ = _state_of(self._master.optimizer, "optimizer", is_strict=True)
+        scheduler, scheduler_tensors, left_out = _state_of(self._master.scheduler, "scheduler", is_strict=False)
+        history, num_rows = _history_of(self._columns)
+        buffers[MODEL_FILE].fill(own, tied)
+        buffers[OPTIMIZER_FILE].fill({**optimizer_tensors, **scheduler_tensors, **others}, {})
+        buffers[HISTORY_FILE].fill(history, {})
+        assert optimizer is not None
+        return Manifest(
+            digest="",
+            format=FORMAT,
+            name=self._spec.name,
+            step=place.step,
+            num_steps=self._spec.num_steps,
+            evaluated=place.evaluated,
+            num_history_rows=num_rows,
+            time=time.time(),
+            elapsed_seconds=place.elapsed_seconds,
+            versions=_versions(),
+            metrics=_in_json(self._measured(place.step)),
+            parameters=facts_of(dict(self._master.model.named_parameters())),
+            buffers=facts_of(dict(self._master.model.named_buffers())),
+            tied=tied,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            left_out=left_out,
+            spec=self._spec,
+            files={},
+        )
+
+    def _measured(self, step: int) -> dict[str, float]:
+        measured = {name: values[-1] for name, values in self._columns.by_step.items() if values}
+        for name, pairs in self._columns.by_evaluation.items():
+            if pairs and pairs[-2] == step and name != "digest":
+                measured[name] = pairs[-1]
+        return measured
+
+    # writing
+
+    def _write(self, job: _Job) -> None:
+        self._buffers = job.buffers
+        self._thread = threading.Thread(target=self._write_aside, args=(job,), name="dnb-checkpoint", daemon=True)
+        self._thread.start()
+
+    def _write_aside(self, job: _Job) -> None:
+        """In the thread: it touches only what was copied."""
+        began = time.monotonic()
+        try:
+            free = self._disk.free_bytes(job.target.parent)
+            if free < job.needed_bytes:  # the history needs the little there is
+                raise OSError(errno.ENOSPC, "No space left on device")
+            num_bytes = write_checkpoint(
+                job.target,
+                job.manifest,
+                job.buffers,
+                add_sources=lambda folder: self._sources.add_to(folder, self._disk),
+                disk=self._disk,
+            )
+        except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on, and says what it was
+            self._outcomes.put(_Outcome(job, error))
+        else:
+            self._outcomes.put(_Outcome(job, None, num_bytes, time.monotonic() - began))
+
+    def collect(self) -> None:
+        """Take over what the thread has done."""
+        try:
+            outcome = self._outcomes.get_nowait()
+        except Empty:
+            return
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if outcome.error is None:
+            self._succeed(outcome)
+        else:
+            self._explain(outcome.job, outcome.error)
+        if self._waiting is not None:
+            job, self._waiting = self._waiting, None
+            self._write(job)
+        elif self._retention is None:
+            self._buffers = {}  # as large as model and optimizer: not kept for a wish that may not come
+        if self._ended is not None and self._thread is None and not self._is_due and not self._asked:
+            self._sources.forget_data()
+
+    def _succeed(self, outcome: _Outcome) -> None:
+        job = outcome.job
+        step = job.manifest.step
+        if job.is_of_policy and self._retention is not None:
+            gone = self._retention.add(step, self._measured_at(job.manifest))
+            if job.tickets:
+                self._retention.release(step)
+            self._remove(gone)
+        self._faults.clear()
+        size = megabytes(outcome.num_bytes)
+        self._tell("checkpoint", f"step {step} is in {job.target} ({size} in {outcome.seconds:.2g} s)", step)
+        self._settle(job.tickets, CheckpointState(ticket=0, state="durable", path=str(job.target), step=step))
+
+    def _measured_at(self, manifest: Manifest) -> dict[str, float]:
+        return {name: float(value) for name, value in manifest.metrics.items()}
+
+    def _remove(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            folder = step_folder(Path(self._spec.folder), step)
+            try:
+                remove_checkpoint(folder)
+            except OSError as error:
+                log.warning("the old checkpoint %s is not removed: %s", folder, error)
+
+    def _explain(self, job: _Job, error: Exception) -> None:
+        step = job.manifest.step
+        if not isinstance(error, OSError):
+            self._fail(job.tickets, step, "checkpoint", f"{type(error).__name__}: {error}", error)
+            return
+        try:
+            free = megabytes(self._disk.free_bytes(job.target.parent))
+        except OSError:
+            free = "unknown"
+        needed = megabytes(job.needed_bytes)
+        text = f"{job.target} cannot be written ({error.strerror}): {needed} needed, {free} free"
+        self._fail(job.tickets, step, "disk", text, error)
+
+    def _fail(
+        self,
+        tickets: Sequence[int],
+        step: int,
+        kind: Literal["checkpoint", "disk"],
+        reason: str,
+        error: Exception,
+    ) -> None:
+        self._last_taken = (-1, -1)
+        cause = f"{type(error).__name__} {getattr(error, 'errno', error)}"
+        text = f"no checkpoint of step {step}: {reason}; the run goes on, and earlier checkpoints stay"
+        log.warning(text)
+        self._tell_once(cause, kind, text, step)
+        named = "SpaceError" if getattr(error, "errno", None) in _FULL else "ArgumentError"
+        self._settle(tickets, CheckpointState(ticket=0, state="failed", error=named, message=text, step=step))
+
+    def _tell_once(self, cause: str, kind: Literal["checkpoint", "disk"], text: str, step: int) -> None:
+        if cause not in self._faults:
+            self._faults.add(cause)
+            self._tell(kind, text, step)
+
+    def _settle(self, tickets: Sequence[int], state: CheckpointState) -> None:
+        for ticket in tickets:
+            self._tickets[ticket] = CheckpointState(
+                ticket=ticket,
+                state=state.state,
+                path=state.path,
+                step=state.step,
+                error=state.error,
+                message=state.message,
+            )
+
+
+_FILES = (MODEL_FILE, OPTIMIZER_FILE, HISTORY_FILE)
+
+
+def check_target(path: Path) -> None:
+    """Refuse to put a checkpoint where something else is.
+
+    Raises:
+        ArgumentError: a file, or a folder that holds something other than a checkpoint.
+    """
+    try:
+        is_free = not path.exists() or (path.is_dir() and not any(path.iterdir()))
+        is_taken = not is_free and not (path / MANIFEST_FILE).exists()
+    except OSError as error:
+        raise ArgumentError(f"no checkpoint can be put at {path}: {error.strerror}") from error
+    if is_taken:
+        raise ArgumentError(
+            f"{path} exists and is not a checkpoint, so it is not overwritten: name a new folder, or an empty one"
+        )
+
+
+def _retention(policy: CheckpointPolicy | None) -> Retention | None:
+    if policy is None:
+        return None
+    goal = None if policy.best is None else read_goal(policy.best)
+    return Retention(every=policy.every, keep=policy.keep, goal=goal)
+
+
+Tensors = dict[str, torch.Tensor]
+
+
+def _named_tensors(master: Master) -> tuple[Tensors, dict[str, str], Tensors]:
+    """Tensors of the state_dict, names of those that are tied, and tensors that no state_dict has."""
+    own: Tensors = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    named: Tensors = {**dict(master.model.named_parameters()), **dict(master.model.named_buffers())}
+    for name, tensor in master.model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.Tensor):
+            continue  # a module's extra state, which engines do not change
+        if id(tensor) in first:
+            tied[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+            own[name] = tensor
+    others = {f"model.{name}": tensor for name, tensor in named.items() if own.get(name) is not tensor}
+    return own, tied, others
+
+
+def _state_of(owner: Any, root: str, *, is_strict: bool) -> tuple[StateFacts | None, Tensors, tuple[str, ...]]:
+    """The state of an optimizer or scheduler, its tensors, and what had to be left out."""
+    if owner is None:
+        return None, {}, ()
+    tree: dict[str, Any] = {}
+    tensors: Tensors = {}
+    left_out: list[str] = []
+    for key, value in owner.state_dict().items():
+        try:
+            tree[key], found = take_apart(value, root=f"{root}.{key}")
+        except TypeError:
+            if is_strict:
+                raise
+            left_out.append(key)
+        else:
+            tensors |= found
+    return StateFacts(kind=type(owner).__name__, tree=tree), tensors, tuple(left_out)
+
+
+def _history_of(columns: Columns) -> tuple[Tensors, int]:
+    """Columns by name, and the most rows that one has."""
+    tensors = {f"step/{name}": torch.from_numpy(np.array(values)) for name, values in columns.by_step.items()}
+    for name, pairs in columns.by_evaluation.items():
+        tensors[f"evaluation/{name}"] = torch.from_numpy(np.array(pairs).reshape(-1, 2))
+    return tensors, max((len(values) for values in columns.by_step.values()), default=0)
+
+
+def _in_json(values: Mapping[str, float]) -> dict[str, float | str]:
+    """JSON has no NaN and no infinity: they are written as words."""
+    return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {"dnb": version("dnb"), "torch": str(torch.__version__), "python": platform.python_version()}

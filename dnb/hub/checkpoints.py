@@ -1,0 +1,426 @@
+"""Checkpoints on disk: their format, their writer and their reader.
+
+    <run>/checkpoints/step-000120/
+        model.safetensors      parameters and buffers by their names in state_dict, tied ones once
+        optimizer.safetensors  tensors of optimizer and scheduler, and buffers that no state_dict has
+        history.safetensors    what was measured until then, float64
+        checkpoint.json        everything else, with a digest of every file and of itself
+        job.*, data.*          the user's objects as `fit` sent them: hard links to <run>/checkpoints/sources
+
+A checkpoint is whole or not there: it is written aside, synced and renamed. No file but job.* and data.* needs pickle,
+and nothing here opens those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+import torch
+
+from dnb.errors import ArgumentError
+from dnb.hub.tensor_files import TensorBuffer, read_tensors
+from dnb.records import Record, RunSpec
+from dnb.transport.layout import dtype_name
+
+FORMAT = 1
+MANIFEST_FILE = "checkpoint.json"
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+HISTORY_FILE = "history.safetensors"
+TENSOR_FILES = (MODEL_FILE, OPTIMIZER_FILE, HISTORY_FILE)
+CHECKPOINTS_FOLDER = "checkpoints"
+
+_STEP_FOLDER = re.compile(r"step-(\d+)")
+_DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
+_NO_DIGEST = b"0" * 64
+
+
+# What is written -----------------------------------------------------------------------------
+
+
+class FileFacts(Record, frozen=True):
+    """One file of a checkpoint."""
+
+    num_bytes: int
+    sha256: str
+
+
+class TensorFacts(Record, frozen=True):
+    """One parameter or buffer."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class StateFacts(Record, frozen=True):
+    """The state of an optimizer or scheduler, its tensors left out: see `dnb.transport.trees`."""
+
+    kind: str  # name of its class
+    tree: Any
+
+
+class Manifest(Record, frozen=True):
+    """What checkpoint.json says."""
+
+    digest: str  # SHA-256 of the file with zeros in this place
+    format: int
+    name: str  # of the run
+    step: int  # committed; the order of samples follows from it and the seed
+    num_steps: int
+    evaluated: int  # the last step after which an evaluation was committed
+    num_history_rows: int
+    time: float  # seconds since the epoch
+    elapsed_seconds: float  # of the run
+    versions: dict[str, str]
+    metrics: dict[str, float | str]  # at that step; NaN and infinity are words
+    parameters: tuple[TensorFacts, ...]
+    buffers: tuple[TensorFacts, ...]
+    tied: dict[str, str]  # name that is left out -> name under which the tensor lies
+    optimizer: StateFacts
+    scheduler: StateFacts | None
+    left_out: tuple[str, ...]  # of the scheduler's state: functions, which the user's code makes anew
+    spec: RunSpec
+    files: dict[str, FileFacts]
+
+
+def facts_of(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorFacts, ...]:
+    """Names, shapes and dtypes."""
+    return tuple(
+        TensorFacts(name=name, shape=tuple(tensor.shape), dtype=dtype_name(tensor.dtype))
+        for name, tensor in tensors.items()
+    )
+
+
+def step_folder(run_folder: Path, step: int) -> Path:
+    """Where a run keeps the checkpoint of a step, if no other place is named."""
+    return run_folder / CHECKPOINTS_FOLDER / f"step-{step:06d}"
+
+
+# Writing -------------------------------------------------------------------------------------
+
+
+class Disk:
+    """The calls of the file system that may fail, one method each."""
+
+    def make(self, folder: Path) -> None:
+        """A new folder; those above it too."""
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o755)
+
+    def create(self, path: Path) -> int:
+        """A new file, open for writing."""
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+
+    def write(self, descriptor: int, piece: memoryview) -> int:
+        """As much of a piece as the disk takes at once."""
+        return os.write(descriptor, piece)
+
+    def sync(self, descriptor: int) -> None:
+        """Wait until it is durable."""
+        os.fsync(descriptor)
+
+    def sync_folder(self, folder: Path) -> None:
+        """Wait until its names are durable."""
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def link(self, source: Path, target: Path) -> None:
+        """A second name for a file."""
+        os.link(source, target)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """In one move; an empty folder may stand in its place."""
+        source.rename(target)
+
+    def free_bytes(self, folder: Path) -> int:
+        """Room for files of this user where the folder is, or will be."""
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
+
+
+def write_file(path: Path, pieces: Iterable[memoryview], disk: Disk) -> FileFacts:
+    """Write and sync a new file, hashing on the way."""
+    digest = hashlib.sha256()
+    num_bytes = 0
+    descriptor = disk.create(path)
+    try:
+        for piece in pieces:
+            digest.update(piece)
+            num_bytes += len(piece)
+            while len(piece):
+                piece = piece[disk.write(descriptor, piece) :]
+        disk.sync(descriptor)
+    finally:
+        os.close(descriptor)
+    return FileFacts(num_bytes=num_bytes, sha256=digest.hexdigest())
+
+
+def write_checkpoint(
+    target: Path,
+    manifest: Manifest,
+    buffers: Mapping[str, TensorBuffer],
+    *,
+    add_sources: Callable[[Path], dict[str, FileFacts]],
+    disk: Disk,
+) -> int:
+    """Make a checkpoint durable; if anything fails, nothing of it is left, and what was there before still is.
+
+    Args:
+        target: its folder; a checkpoint that is there is replaced.
+        manifest: its files and digest are filled in.
+        buffers: the tensor files.
+        add_sources: puts the user's objects into a folder.
+        disk: where it is written.
+
+    Returns:
+        Bytes of the tensor files.
+
+    Raises:
+        OSError: of the first call that failed.
+    """
+    with aside(target, disk) as folder:
+        files = {name: write_file(folder / name, buffer.pieces(), disk) for name, buffer in buffers.items()}
+        num_bytes = sum(facts.num_bytes for facts in files.values())
+        files |= add_sources(folder)
+        sealed = seal(msgspec.structs.replace(manifest, files=files))
+        write_file(folder / MANIFEST_FILE, [memoryview(sealed)], disk)
+    return num_bytes
+
+
+@contextlib.contextmanager
+def aside(target: Path, disk: Disk) -> Iterator[Path]:
+    """A hidden folder that takes the target's place if the block ends well, and is gone if not."""
+    folder = target.with_name(f".{target.name}.{_mark()}")
+    try:
+        disk.make(folder)
+        yield folder
+        disk.sync_folder(folder)
+        _move(folder, target, disk)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    disk.sync_folder(target.parent)
+
+
+def _move(folder: Path, target: Path, disk: Disk) -> None:
+    if not (target / MANIFEST_FILE).exists():
+        disk.rename(folder, target)
+        return
+    before = target.with_name(f".{target.name}.before.{_mark()}")
+    disk.rename(target, before)
+    try:
+        disk.rename(folder, target)
+    except BaseException:
+        before.rename(target)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove one in a way that never leaves half of it under its name."""
+    hidden = folder.with_name(f".{folder.name}.{_mark()}")
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _mark() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+
+
+def remove_torn(folder: Path) -> None:
+    """Remove what a process that is gone had begun to write."""
+    ours = re.compile(rf"\..+\.{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]{{6}}")
+    for path in folder.glob(".*"):
+        found = ours.fullmatch(path.name)
+        if found is not None and not psutil.pid_exists(int(found[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def seal(manifest: Manifest) -> bytes:
+    """checkpoint.json, with its own digest in it."""
+    blank = msgspec.structs.replace(manifest, digest=_NO_DIGEST.decode())
+    text = msgspec.json.format(msgspec.json.encode(blank), indent=2) + b"\n"
+    return text.replace(_NO_DIGEST, hashlib.sha256(text).hexdigest().encode(), 1)
+
+
+# Reading -------------------------------------------------------------------------------------
+
+
+class DamagedError(Exception):
+    """A checkpoint is not as it was written.
+
+    Args:
+        file: of the checkpoint.
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, file: Path, reason: str) -> None:
+        super().__init__(f"{file} {reason}")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One that was opened; its files are as they were written only after `verify`."""
+
+    folder: Path
+    manifest: Manifest
+
+    def verify(self, names: Iterable[str]) -> None:
+        """Hold files against their digests.
+
+        Raises:
+            DamagedError: one is missing, or differs in a byte.
+        """
+        for name in names:
+            _verify_file(self.folder / name, self.manifest.files.get(name))
+
+    def read(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a file."""
+        return read_tensors(self.folder / name)
+
+    def difference(self, parameters: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> str:
+        """Where a model is not the one of this checkpoint: the first name, with both shapes; "" if nowhere."""
+        for kind, theirs, ours in (
+            ("parameter", self.manifest.parameters, parameters),
+            ("buffer", self.manifest.buffers, buffers),
+        ):
+            for facts in theirs:
+                tensor = ours.get(facts.name)
+                if tensor is None:
+                    return f"{kind} {facts.name!r} of shape {facts.shape} is in the checkpoint and not in the model"
+                if tuple(tensor.shape) != facts.shape or dtype_name(tensor.dtype) != facts.dtype:
+                    return (
+                        f"{kind} {facts.name!r} is {facts.dtype} of shape {facts.shape} in the checkpoint, and "
+                        f"{dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)} in the model"
+                    )
+            known = {facts.name for facts in theirs}
+            for name, tensor in ours.items():
+                if name not in known:
+                    return f"{kind} {name!r} of shape {tuple(tensor.shape)} is in the model and not in the checkpoint"
+        return ""
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read checkpoint.json.
+
+    Raises:
+        DamagedError: it is missing or was changed.
+        ArgumentError: a newer dnb wrote it.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise DamagedError(path, f"cannot be read ({error.strerror})") from error
+    newer = _newer_format(text)
+    found = _DIGEST.search(text)
+    is_as_written = found is not None and _is_digest(text, found)
+    if newer and (is_as_written or found is None):
+        raise ArgumentError(f"{folder} was {newer}: update dnb")
+    if not is_as_written:
+        raise DamagedError(path, f"does not have its own digest{f', and says it was {newer}' if newer else ''}")
+    try:
+        return Checkpoint(folder, msgspec.json.decode(text, type=Manifest))
+    except msgspec.MsgspecError as error:
+        raise DamagedError(path, f"is not a checkpoint's: {error}") from error
+
+
+def find_checkpoint(path: Path, *, wants: Callable[[Manifest], Iterable[str]]) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint at a path, or the newest in a run's folder; the one before it in its run, if it is damaged.
+
+    Args:
+        path: a checkpoint, or a run's folder.
+        wants: files that are needed besides the tensors.
+
+    Returns:
+        The first whole one, verified, and a sentence for each after it that was passed over.
+
+    Raises:
+        ArgumentError: there is none, or none is whole.
+    """
+    damages: list[tuple[Path, str]] = []
+    for folder in _candidates(path):
+        try:
+            checkpoint = open_checkpoint(folder)
+            checkpoint.verify([*TENSOR_FILES, *wants(checkpoint.manifest)])
+        except DamagedError as error:
+            damages.append((folder, str(error)))
+            continue
+        step = checkpoint.manifest.step
+        return checkpoint, [f"{text}: step {step} is used, not step {_step_of(folder)}" for folder, text in damages]
+    raise ArgumentError(f"no checkpoint at {path} is whole: {'; '.join(text for _, text in damages)}")
+
+
+def _candidates(path: Path) -> list[Path]:
+    """The newest first."""
+    if not path.is_dir():
+        what = "is a file, not a folder" if path.exists() else "does not exist"
+        raise ArgumentError(f"no checkpoint at {path}: it {what}")
+    if (path / MANIFEST_FILE).exists() or (_STEP_FOLDER.fullmatch(path.name) and any(path.iterdir())):
+        found = _STEP_FOLDER.fullmatch(path.name)
+        before = [] if found is None else [f for f in _step_folders(path.parent) if _step_of(f) < int(found[1])]
+        return [path, *before]
+    inner = path / CHECKPOINTS_FOLDER
+    folders = _step_folders(inner if inner.is_dir() else path)
+    if not folders:
+        raise ArgumentError(
+            f"{path} is not a checkpoint, as it has no {MANIFEST_FILE}, and not the folder of a run with checkpoints: "
+            "%dtrain fit --checkpoint-every N and %dtrain checkpoint write some"
+        )
+    return folders
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("step-*") if _STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _verify_file(path: Path, facts: FileFacts | None) -> None:
+    if facts is None:
+        raise DamagedError(path, "is not in this checkpoint")
+    try:
+        with path.open("rb") as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            if num_bytes != facts.num_bytes:
+                raise DamagedError(path, f"has {num_bytes:,} bytes instead of {facts.num_bytes:,}")
+            if hashlib.file_digest(file, "sha256").hexdigest() != facts.sha256:
+                raise DamagedError(path, "does not have the digest with which it was written")
+    except OSError as error:
+        raise DamagedError(path, f"cannot be read ({error.strerror})") from error
+
+
+def _is_digest(text: bytes, found: re.Match[bytes]) -> bool:
+    blank = text[: found.start(1)] + _NO_DIGEST + text[found.end(1) :]
+    return hashlib.sha256(blank).hexdigest().encode() == found[1]
+
+
+def _newer_format(text: bytes) -> str:
+    class Format(msgspec.Struct):
+        format: int
+
+    try:
+        number = msgspec.json.decode(text, type=Format).format
+    except msgspec.MsgspecError:
+        return ""
+    return f"written by a newer dnb (format {number}, this one reads up to {FORMAT})" if number > FORMAT else ""

@@ -1,0 +1,112 @@
+"""A run's beginning from a checkpoint: parameters, optimizer, scheduler and history as they were after its step."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dnb.errors import ArgumentError
+from dnb.hub.accounts import Columns
+from dnb.hub.checkpoints import HISTORY_FILE, MODEL_FILE, OPTIMIZER_FILE, Checkpoint, Manifest, open_checkpoint
+from dnb.hub.history import HistoryRow
+from dnb.hub.reducer import Master
+from dnb.transport.trees import put_together
+
+_OTHERS = "model."  # buffers that no state_dict has lie beside the optimizer's state
+
+
+def restore(folder: Path, master: Master, columns: Columns) -> Manifest:
+    """Give a new master copy the state of a checkpoint, which was verified before.
+
+    Args:
+        folder: of the checkpoint.
+        master: as built from the user's objects.
+        columns: the history, still empty.
+
+    Raises:
+        ArgumentError: model, optimizer or scheduler are not those of the checkpoint.
+    """
+    checkpoint = open_checkpoint(folder)
+    _restore_model(checkpoint, master)
+    tensors = checkpoint.read(OPTIMIZER_FILE)
+    _restore_optimizer(checkpoint.manifest, master.optimizer, tensors)
+    _restore_scheduler(checkpoint.manifest, master.scheduler, tensors)
+    _restore_history(checkpoint.read(HISTORY_FILE), columns)
+    return checkpoint.manifest
+
+
+def rows_of(columns: Columns, *, time: float) -> list[HistoryRow]:
+    """The history as rows, in the order in which they were once written; all have one time."""
+    num_steps = max((len(values) for values in columns.by_step.values()), default=0)
+    rows = [
+        HistoryRow(
+            kind="step",
+            step=step,
+            time=time,
+            values={name: values[step - 1] for name, values in columns.by_step.items() if step <= len(values)},
+        )
+        for step in range(1, num_steps + 1)
+    ]
+    for name, pairs in columns.by_evaluation.items():
+        rows += [
+            HistoryRow(kind="evaluation", step=int(step), time=time, values={name: value})
+            for step, value in zip(pairs[::2], pairs[1::2], strict=True)
+        ]
+    return sorted(rows, key=lambda row: row.step)  # stable: steps come before what was measured after them
+
+
+def _restore_model(checkpoint: Checkpoint, master: Master) -> None:
+    parameters, buffers = dict(master.model.named_parameters()), dict(master.model.named_buffers())
+    difference = checkpoint.difference(parameters, buffers)
+    if difference:
+        raise ArgumentError(f"{checkpoint.folder} is of another model: {difference}")
+    found = checkpoint.read(MODEL_FILE)
+    beside = {
+        name.removeprefix(_OTHERS): tensor
+        for name, tensor in checkpoint.read(OPTIMIZER_FILE).items()
+        if name.startswith(_OTHERS)
+    }
+    master.restore({**found, **beside})
+
+
+def _restore_optimizer(manifest: Manifest, optimizer: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    _check_kind("optimizer", manifest.optimizer.kind, optimizer)
+    state = put_together(manifest.optimizer.tree, tensors)
+    try:
+        optimizer.load_state_dict(state)
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise ArgumentError(f"the optimizer is not that of the checkpoint: {error}") from error
+    # load_state_dict makes every tensor of the parameter's dtype, also those that were kept in a wider one.
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, values in state["state"].items():
+        own = optimizer.state[parameters[index]]
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor) and value.dtype != own[key].dtype:
+                own[key] = value
+
+
+def _restore_scheduler(manifest: Manifest, scheduler: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    facts = manifest.scheduler
+    if facts is None and scheduler is None:
+        return
+    if facts is None or scheduler is None:
+        there, here = ("a", "none") if scheduler is None else ("no", "one")
+        raise ArgumentError(f"the checkpoint has {there} scheduler, and the run {here}")
+    _check_kind("scheduler", facts.kind, scheduler)
+    scheduler.load_state_dict(put_together(facts.tree, tensors))
+
+
+def _check_kind(what: str, kind: str, found: Any) -> None:
+    if type(found).__name__ != kind:
+        raise ArgumentError(f"the checkpoint's {what} is a {kind}, not a {type(found).__name__}")
+
+
+def _restore_history(tensors: Mapping[str, torch.Tensor], columns: Columns) -> None:
+    for path, values in tensors.items():
+        by, _, name = path.partition("/")
+        target = columns.by_step if by == "step" else columns.by_evaluation
+        target.setdefault(name, array("d")).extend(values.reshape(-1).tolist())

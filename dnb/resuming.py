@@ -1,0 +1,397 @@
+"""A run continued from a checkpoint, in a new kernel and a new pool if need be."""
+
+from __future__ import annotations
+
+import logging
+import re
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from dnb.errors import ArgumentError
+from dnb.hub.checkpoints import Checkpoint, Manifest, find_checkpoint, remove_torn
+from dnb.inputs import Source, check_model, check_positive, read_loss, read_metrics, read_source
+from dnb.planning.sample_order import BatchOrder, count_batches
+from dnb.planning.shards import choose_num_shards
+from dnb.records import ParcelRef, PlainJob, ResumeFrom, RunSpec
+from dnb.run import Run
+from dnb.training import (
+    NOTHING,
+    RUNS_FOLDER,
+    Pool,
+    Ship,
+    check_optimizer_fits,
+    current_pool,
+    free_name,
+    own_path,
+    refuse_busy_or_empty,
+    ship,
+    start,
+    submit,
+)
+from dnb.transport.job import Data, Job
+from dnb.transport.parcels import unpack
+from dnb.transport.segments import Segment, create_segment
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Given:
+    """What the user gives in place of what the checkpoint holds; None leaves that."""
+
+    model: Any
+    train: Any
+    val: Any
+    loss: Any
+    step: Any
+    optimizer: Any
+    scheduler: Any
+    metrics: Any
+
+    @property
+    def names(self) -> set[str]:
+        found = {field.name for field in fields(self) if getattr(self, field.name) is not None}
+        return found | {"loss", "step"} if found & {"loss", "step"} else found  # one takes the other's place
+
+
+def resume(
+    path: str | Path,
+    *,
+    model: torch.nn.Module | None = None,
+    train: Any = None,
+    val: Any = None,
+    loss: str | Callable[..., Any] | None = None,
+    step: Callable[..., Any] | None = None,
+    optimizer: Any = None,
+    scheduler: Any = None,
+    metrics: str | Mapping[str, Callable[..., Any]] | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
+    name: str | None = None,
+    pool: Pool | None = None,
+) -> Run:
+    """Continue a run from a checkpoint with the very next step; returns at once, as `fit` does.
+
+    The new run has a folder of its own, and a history that begins with the old one's. Its losses are those of the
+    run that had not ended; with `exact`, so are all bits, whatever the number of engines.
+
+    A checkpoint holds the user's own objects as pickles, which run code when they are read: resume only what you
+    trust. What is given here is not read from it: with `model` and `train`, and names instead of functions for the
+    rest, nothing is unpickled.
+
+    Args:
+        path: a checkpoint's folder; or that of a run, or its name: then the newest checkpoint that is whole. One that
+            is damaged is passed over for the one before it in the same run, with a warning.
+        model: gets the trained state; if left out, `run.model` is the one that was kept.
+        train: the same samples, if not those that were kept.
+        val: likewise.
+        loss: instead of the one that was kept, as for `fit`; likewise `step`, `metrics`.
+        step: see loss.
+        optimizer: of the same kind; gets the state that was kept. Likewise `scheduler`.
+        scheduler: see optimizer.
+        metrics: see loss.
+        epochs: passes over the data in all, if more or fewer than were planned.
+        steps: optimizer steps in all, instead of epochs.
+        name: of the new run; made from the old one's if left out.
+        pool: where to train; the kernel's own if left out, started if there is none.
+
+    Raises:
+        ArgumentError: no checkpoint there is whole, it is of another model or a newer dnb, or a run is active;
+            nothing was started.
+    """
+    pool = pool or current_pool()
+    if pool is not None:
+        refuse_busy_or_empty(pool)
+    given = _Given(
+        model=model,
+        train=train,
+        val=val,
+        loss=loss,
+        step=step,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        metrics=metrics,
+    )
+    place = _locate(path)
+    checkpoint, damages = find_checkpoint(place, wants=partial(_wants, given=given))
+    for damage in damages:
+        log.warning(damage)
+    remove_torn(checkpoint.folder.parent)
+    old = checkpoint.manifest.spec
+    num_steps = _num_steps(checkpoint, epochs=epochs, steps=steps)
+    sources = _read_sources(given, old)
+    job, ship_job = _job_of(checkpoint, given, sources)
+    ship_data = _data_of(checkpoint, given, sources)
+    own_model = model if model is not None else job.model
+    _check_same_model(checkpoint, own_model)
+    if optimizer is not None:
+        check_optimizer_fits(optimizer, own_model, lr=None)
+    pool = pool or start()
+    refuse_busy_or_empty(pool)
+    run_name = free_name(name or _base_name(old.name))
+    spec = msgspec.structs.replace(
+        old,
+        id=uuid.uuid4().hex,
+        name=run_name,
+        folder=str((RUNS_FOLDER / run_name).absolute()),
+        num_steps=num_steps,
+        num_val_samples=sources["val"].num_samples if "val" in sources else old.num_val_samples,
+        num_shards=_num_shards(old, pool),
+        linger_seconds=pool.linger_seconds,
+        notes=(),
+        sys_path=tuple(dict.fromkeys([*own_path(), *old.sys_path])),
+        job=NOTHING,
+        data=NOTHING,
+        plain=_plain_now(old.plain, given, job.order),
+        resumed=_resumed(checkpoint, damages),
+    )
+    submit(pool, spec, ship_job, ship_data)
+    own_optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
+    run = Run(run_name, pool.hub, folder=Path(spec.folder), model=own_model, optimizer=own_optimizer, key=pool.key)
+    run.num_steps, run.steps_per_epoch = spec.num_steps, spec.steps_per_epoch
+    run.step = run.first_step = checkpoint.manifest.step
+    pool.run = run.watch()
+    return run
+
+
+# what is needed ------------------------------------------------------------------------------
+
+
+def _locate(path: str | Path) -> Path:
+    """A path, or the name of a run."""
+    place = Path(path).expanduser()
+    named = RUNS_FOLDER / place
+    return named if not place.exists() and len(place.parts) == 1 and named.is_dir() else place
+
+
+def _wants(manifest: Manifest, *, given: _Given) -> list[str]:
+    """The files of pickles without which the run cannot go on.
+
+    Raises:
+        ArgumentError: the checkpoint does not hold one.
+    """
+    wanted: list[str] = []
+    for kind, parcel in (("job", manifest.spec.job), ("data", manifest.spec.data)):
+        if _needs(kind, manifest, given):
+            names = [f"{kind}.pickle", *([f"{kind}.buffers"] if parcel.segment is not None else [])]
+            if any(name not in manifest.files for name in names):
+                raise ArgumentError(
+                    f"the checkpoint of step {manifest.step} holds no {kind}, as it was taken when its run had ended: "
+                    f"give {'model=... and train=...' if kind == 'job' else 'train=...'}"
+                )
+            wanted += names
+    return wanted
+
+
+def _needs(kind: str, manifest: Manifest, given: _Given) -> bool:
+    if kind == "data":
+        return given.train is None or (given.val is None and manifest.spec.num_val_samples > 0)
+    plain = manifest.spec.plain
+    return plain is None or given.model is None or bool(set(plain.others) - given.names)
+
+
+def _num_steps(checkpoint: Checkpoint, *, epochs: int | None, steps: int | None) -> int:
+    manifest = checkpoint.manifest
+    num_steps = manifest.num_steps
+    if epochs is not None:
+        num_steps = check_positive(epochs, name="epochs") * manifest.spec.steps_per_epoch
+    if steps is not None:
+        num_steps = check_positive(steps, name="steps")
+    if num_steps <= manifest.step:
+        raise ArgumentError(
+            f"{checkpoint.folder} is of step {manifest.step} of {num_steps}, so that nothing is left to do: "
+            f"give steps={manifest.step + manifest.spec.steps_per_epoch}, or more epochs"
+        )
+    return num_steps
+
+
+def _check_same_model(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
+    difference = checkpoint.difference(dict(model.named_parameters()), dict(model.named_buffers()))
+    if difference:
+        raise ArgumentError(f"{checkpoint.folder} is of another model: {difference}")
+
+
+def _read_sources(given: _Given, old: RunSpec) -> dict[str, Source]:
+    """The data that were given.
+
+    Raises:
+        ArgumentError: they are not as many samples or batches as there were.
+    """
+    named = {"train": given.train, "val": given.val}
+    found = {name: read_source(value, name=name, seed=old.seed) for name, value in named.items() if value is not None}
+    train = found.get("train")
+    if train is not None and train.num_samples != old.num_samples:
+        raise ArgumentError(
+            f"train has {train.num_samples} samples and the run had {old.num_samples}: give the same data, as its "
+            "order is continued, or start a new run with dnb.fit"
+        )
+    if train is not None and train.order is not None and count_batches(train.order) != old.steps_per_epoch:
+        raise ArgumentError(
+            f"train has {count_batches(train.order)} batches in an epoch and the run had {old.steps_per_epoch}: "
+            "give the same loader"
+        )
+    return found
+
+
+def _num_shards(old: RunSpec, pool: Pool) -> int:
+    """As many as before, as they show in the bits of an exact run; but each engine must have one."""
+    num_engines = len(pool.statuses)
+    if old.exact or num_engines <= old.num_shards:
+        return old.num_shards
+    return choose_num_shards(num_engines, batch_size=old.batch_size)
+
+
+def _base_name(name: str) -> str:
+    """The name without the number that an earlier resume has put behind it."""
+    found = re.fullmatch(r"(.+)-\d+", name)
+    return found[1] if found is not None and (RUNS_FOLDER / found[1]).exists() else name
+
+
+def _resumed(checkpoint: Checkpoint, damages: list[str]) -> ResumeFrom:
+    manifest = checkpoint.manifest
+    folder = checkpoint.folder.absolute()
+    notes = (*damages, f"goes on after step {manifest.step} of run {manifest.name!r}, from {folder}")
+    return ResumeFrom(folder=str(folder), step=manifest.step, notes=notes)
+
+
+# the user's objects --------------------------------------------------------------------------
+
+
+def _job_of(checkpoint: Checkpoint, given: _Given, sources: dict[str, Source]) -> tuple[Job, Ship]:
+    """The job, and how it is sent: as it was kept, unless something in it was given."""
+    manifest = checkpoint.manifest
+    order = sources["train"].order if "train" in sources else None
+    if given.model is not None:
+        check_model(given.model)
+    if not _needs("job", manifest, given):
+        kept = _plain_job(manifest.spec, given)
+    else:
+        kept = _unpickle(checkpoint, "job", manifest.spec.job)
+        if order is None and not given.names - {"train", "val"}:
+            return kept, partial(_ship_kept, checkpoint, "job", manifest.spec.job)
+    job = _replaced(kept, given, order)
+    return job, partial(ship, job)
+
+
+def _replaced(kept: Job, given: _Given, order: BatchOrder | None) -> Job:
+    changes: dict[str, Any] = {}
+    if given.loss is not None or given.step is not None:
+        changes |= {"loss": read_loss(given.loss, step=given.step), "step": given.step}
+    if given.metrics is not None:
+        changes["metrics"] = read_metrics(given.metrics)
+    if order is not None:
+        changes["order"] = order
+    changes |= {
+        name: getattr(given, name) for name in ("model", "optimizer", "scheduler") if getattr(given, name) is not None
+    }
+    if given.model is not None and given.optimizer is None and isinstance(kept.optimizer, torch.optim.Optimizer):
+        _move_optimizer(kept.optimizer, kept.model, given.model)
+    return replace(kept, **changes)
+
+
+def _move_optimizer(optimizer: torch.optim.Optimizer, old: torch.nn.Module, new: torch.nn.Module) -> None:
+    """Let an optimizer that was kept with its model step the parameters of the one that was given."""
+    named = dict(new.named_parameters())
+    successors = {id(parameter): named.get(name) for name, parameter in old.named_parameters()}
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        group["params"] = [successors.get(id(parameter)) for parameter in group["params"]]
+        if any(parameter is None for parameter in group["params"]):
+            raise ArgumentError("the optimizer that was kept steps parameters that the model does not have: give one")
+
+
+def _plain_job(spec: RunSpec, given: _Given) -> Job:
+    """A job of which nothing has to be unpickled."""
+    plain = spec.plain
+    assert plain is not None
+    return Job(
+        model=given.model,
+        loss=read_loss(plain.loss, step=None),
+        step=None,
+        metrics=read_metrics(list(plain.metrics)),
+        optimizer=plain.optimizer,
+        lr=plain.lr,
+        scheduler=None,
+        order=BatchOrder(
+            num_samples=spec.num_samples,
+            batch_size=spec.batch_size,
+            shuffle=plain.shuffle,
+            drop_last=plain.drop_last,
+            seed=spec.seed,
+        ),
+    )
+
+
+def _plain_now(plain: PlainJob | None, given: _Given, order: BatchOrder) -> PlainJob | None:
+    """What of the new job is words and numbers."""
+    if plain is None:
+        return None
+    others = set(plain.others) - given.names
+    words: dict[str, Any] = {"loss": given.loss, "optimizer": given.optimizer}
+    changes: dict[str, Any] = {}
+    for name in given.names & {"loss", "step", "optimizer", "scheduler", "metrics"}:
+        value = getattr(given, name)
+        is_word = isinstance(value, str) and name in words
+        if name in words:
+            changes[name] = value if is_word else None
+        if name == "metrics" and not isinstance(value, Mapping):
+            changes["metrics"] = tuple(read_metrics(value))
+        elif value is not None and not is_word:
+            others.add(name)
+    if not (order.sampler is None and order.batch_sampler is None and order.generator is None):
+        others.add("train")
+    changes |= {"shuffle": order.shuffle, "drop_last": order.drop_last, "others": tuple(sorted(others))}
+    return msgspec.structs.replace(plain, **changes)
+
+
+def _data_of(checkpoint: Checkpoint, given: _Given, sources: dict[str, Source]) -> Ship:
+    """How the data are sent: as they were kept, unless some were given."""
+    manifest = checkpoint.manifest
+    if not sources:
+        return partial(_ship_kept, checkpoint, "data", manifest.spec.data)
+    changes: dict[str, Any] = {name: source.data for name, source in sources.items()}
+    if _needs("data", manifest, given):
+        kept: Data = _unpickle(checkpoint, "data", manifest.spec.data)
+        return partial(ship, replace(kept, **changes))
+    return partial(ship, Data(**{"val": None, **changes}))
+
+
+def _unpickle(checkpoint: Checkpoint, kind: str, parcel: ParcelRef) -> Any:
+    """What was kept. It runs code of whoever wrote the checkpoint: only `resume`, whose user trusts it, comes here."""
+    path = checkpoint.folder / f"{kind}.pickle"
+    memory = None
+    if parcel.segment is not None:
+        memory = np.fromfile(path.with_suffix(".buffers"), dtype=np.uint8).data
+    try:
+        return unpack(path.read_bytes(), parcel, memory=memory)
+    except Exception as error:
+        python = checkpoint.manifest.versions.get("python", "?")
+        way = "model=..., and loss or step, optimizer, scheduler" if kind == "job" else "train=... (and val=...)"
+        raise ArgumentError(
+            f"{path}, written under Python {python}, cannot be read here: {type(error).__name__}: {error}. "
+            f"Make importable what it names, or give {way}"
+        ) from error
+
+
+def _ship_kept(
+    checkpoint: Checkpoint, kind: str, parcel: ParcelRef, name: str, pool: Pool, segments: list[Segment]
+) -> tuple[bytes, ParcelRef]:
+    """Send a parcel as it was kept; its memory is laid out anew, nothing is unpickled."""
+    pickled = (checkpoint.folder / f"{kind}.pickle").read_bytes()
+    if parcel.segment is None:
+        return pickled, parcel
+    segment = create_segment(name, parcel.segment.num_bytes, folders=pool.segment_folders)
+    segments.append(segment)
+    with (checkpoint.folder / f"{kind}.buffers").open("rb", buffering=0) as file:
+        view = memoryview(segment.memory)
+        while len(view) and (num_bytes := file.readinto(view)):
+            view = view[num_bytes:]
+    return pickled, msgspec.structs.replace(parcel, segment=segment.ref)

@@ -1,0 +1,391 @@
+"""Checkpoints of real runs, and runs that go on from them."""
+
+import json
+import logging
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from IPython.core.interactiveshell import InteractiveShell
+from safetensors.torch import load_file
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils.data import DataLoader, TensorDataset
+
+import dnb
+from dnb.errors import ArgumentError, HubError
+from dnb.run import Run
+from tests.engines.pools import open_small_pool, shrink, wait, wait_until
+from tests.models import digits, dropout_net, largest_gap, mlp, plain_run, twice
+
+pytestmark = pytest.mark.engines
+
+NUM_STEPS = 60
+
+
+def exact_run(pool, **options):
+    """AdamW, dropout, BatchNorm and a scheduler, over two epochs and a bit."""
+    model, _ = twice(dropout_net)
+    run = pool.fit(
+        model,
+        digits(27 * 28),
+        val=digits(100),
+        loss="cross_entropy",
+        optimizer=partial(torch.optim.AdamW, lr=1e-3, fused=True),
+        scheduler=partial(OneCycleLR, max_lr=1e-2, total_steps=NUM_STEPS + 1),
+        batch_size=27,
+        steps=NUM_STEPS,
+        exact=True,
+        **options,
+    )
+    return model, run
+
+
+def same_bits(left, right):
+    return [name for name, tensor in left.state_dict().items() if not torch.equal(tensor, right.state_dict()[name])]
+
+
+def checkpoint_of(run, step):
+    return run.folder / "checkpoints" / f"step-{step:06d}"
+
+
+def of_steps(history):
+    return [history["loss"], history["lr"]]
+
+
+@pytest.fixture(scope="module")
+def whole_pool(leftovers):
+    pool = open_small_pool(3)
+    yield pool
+    pool.shutdown()
+
+
+@pytest.mark.parametrize("num_engines", [3, 2, 1])
+def test_an_exact_run_goes_on_to_the_same_bits_on_another_number_of_engines(
+    whole_pool, num_engines, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    undisturbed, run = exact_run(whole_pool, checkpoint_every=17, checkpoint_keep=10)
+    wait(run)
+    shrink(whole_pool, num_engines)
+    for step in (17, 34, 51):
+        model, _ = twice(dropout_net)
+        resumed = wait(dnb.resume(checkpoint_of(run, step), model=model, pool=whole_pool))
+        assert same_bits(model, undisturbed) == []
+        assert of_steps(resumed.history) == of_steps(run.history)
+        assert largest_gap(resumed.history["val_loss"], run.history["val_loss"]) < 1e-6
+        assert (resumed.status, resumed.step) == ("finished", NUM_STEPS)
+
+
+def test_a_run_goes_on_with_the_losses_of_one_process(pool):
+    model, plain = twice(mlp)
+    run = wait(pool.fit(model, digits(), loss="cross_entropy", lr=1e-3, steps=20, checkpoint_every=20))
+    resumed = wait(dnb.resume(run.folder, model=model, steps=50, pool=pool))
+    losses = plain_run(plain, digits(), num_steps=50).losses
+    assert largest_gap(resumed.history["loss"], losses) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["name", "instance", "callable"])
+def test_an_optimizer_of_every_kind_goes_on(pool, kind):
+    def optimizer_of(model):
+        return {
+            "name": "adamw",
+            "instance": torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True),
+            "callable": partial(torch.optim.AdamW, lr=1e-3, fused=True),
+        }[kind]
+
+    model, plain = twice(mlp)
+    lr = 1e-3 if kind == "name" else None
+    run = wait(pool.fit(model, digits(), loss="cross_entropy", optimizer=optimizer_of(model), lr=lr, steps=10))
+    path = run.checkpoint()
+    new, _ = twice(mlp)
+    resumed = wait(dnb.resume(path, model=new, train=digits(), steps=20, pool=pool))
+    losses = plain_run(plain, digits(), num_steps=20).losses
+    assert largest_gap(resumed.history["loss"], losses) < 1e-6
+
+
+def test_an_optimizer_instance_of_the_notebook_gets_the_state(pool):
+    run = wait(pool.fit(mlp(), digits(), loss="cross_entropy", optimizer="adamw", lr=1e-3, steps=10))
+    path = run.checkpoint()
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, fused=True)
+    wait(dnb.resume(path, model=model, train=digits(), optimizer=optimizer, steps=20, pool=pool))
+    assert [state["step"].item() for state in optimizer.state.values()] == [20.0] * 4
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+def test_without_a_model_the_run_has_the_one_that_was_kept(pool):
+    model, plain = twice(mlp)
+    run = wait(pool.fit(model, digits(), loss="cross_entropy", lr=1e-3, steps=10, checkpoint_every=10))
+    resumed = wait(dnb.resume(run.folder, steps=20, pool=pool))
+    plain_run(plain, digits(), num_steps=20)
+    assert torch.allclose(resumed.model[0].weight, plain[0].weight, atol=1e-5)
+
+
+def test_given_model_and_data_nothing_is_unpickled(pool):
+    run = wait(pool.fit(mlp(), digits(), loss="cross_entropy", lr=1e-3, steps=10, checkpoint_every=10))
+    folder = checkpoint_of(run, 10)
+    for path in [*folder.glob("job.*"), *folder.glob("data.*")]:
+        path.unlink()
+    model = mlp(seed=3)
+    resumed = wait(dnb.resume(folder, model=model, train=digits(), steps=20, pool=pool))
+    losses = plain_run(mlp(), digits(), num_steps=20).losses
+    assert largest_gap(resumed.history["loss"], losses) < 1e-6
+
+
+def test_a_loader_of_the_user_goes_on_in_its_own_order(pool):
+    def loader():
+        sampler = torch.utils.data.SubsetRandomSampler(range(640), generator=torch.Generator().manual_seed(5))
+        return DataLoader(TensorDataset(*digits(640)), 32, sampler=sampler)
+
+    run = wait(
+        pool.fit(mlp(), loader(), loss="cross_entropy", lr=1e-3, epochs=3, checkpoint_every=25, checkpoint_keep=9)
+    )
+    for train in (None, loader()):
+        resumed = wait(dnb.resume(checkpoint_of(run, 25), train=train, pool=pool))
+        assert largest_gap(resumed.history["loss"], run.history["loss"]) < 1e-6
+
+
+def test_the_last_checkpoint_loads_into_a_plain_model(pool):
+    model, _ = twice(dropout_net)
+    run = wait(pool.fit(model, digits(), loss="cross_entropy", steps=15, checkpoint_every=10))
+    plain = dropout_net()
+    plain.load_state_dict(load_file(checkpoint_of(run, 15) / "model.safetensors"))
+    assert same_bits(plain, model) == []
+
+
+def test_a_run_that_is_stopped_leaves_its_last_state(pool):
+    run = pool.fit(mlp(), digits(), loss="cross_entropy", epochs=10_000, checkpoint_every=1000)
+    wait_until(run, lambda run: run.step > 3, what="step 3")
+    run.stop()
+    wait(run)
+    assert [path.name for path in (run.folder / "checkpoints").glob("step-*")][-1:] == [f"step-{run.step:06d}"]
+    assert run.events[-1].kind in ("checkpoint", "stopped")
+
+
+def test_the_best_checkpoint_by_validation_loss_stays(pool):
+    inputs, targets = digits(640)
+    run = wait(
+        pool.fit(
+            mlp(),
+            (inputs, targets),
+            val=(inputs, targets.roll(1)),  # gets worse and worse
+            loss="cross_entropy",
+            lr=1e-2,
+            epochs=6,
+            checkpoint_every=7,
+            checkpoint_keep=1,
+            checkpoint_best="val_loss",
+        )
+    )
+    best = 10 * (1 + min(range(6), key=run.history["val_loss"].__getitem__))
+    kept = sorted(int(path.name[5:]) for path in (run.folder / "checkpoints").glob("step-*"))
+    assert kept == sorted({best, 60})
+
+
+# now
+
+
+def test_a_checkpoint_may_be_asked_for_while_the_run_goes_on_is_paused_and_has_ended(pool, tmp_path):
+    run = pool.fit(mlp(), digits(), loss="cross_entropy", epochs=10_000)
+    wait_until(run, lambda run: run.step > 3, what="step 3")
+    paths = [run.checkpoint()]
+    run.pause()
+    wait_until(run, lambda run: run.status == "paused", what="the run is paused")
+    paths.append(run.checkpoint(tmp_path / "mine"))
+    run.stop()
+    paths.append(wait(run).checkpoint(tmp_path / "last"))
+    steps = [json.loads((path / "checkpoint.json").read_text())["step"] for path in paths]
+    assert paths[1:] == [tmp_path / "mine", tmp_path / "last"]
+    assert 3 < steps[0] <= steps[1] == steps[2] == run.step
+    assert [event.step for event in run.events if event.kind == "checkpoint"][:2] == steps[:2]
+
+
+def test_a_checkpoint_asked_for_at_every_moment_holds_one_step_and_goes_on_from_it(pool):
+    """Parameters, optimizer and history are of the same step: else the loss would differ."""
+    run = pool.fit(mlp(), digits(), loss="cross_entropy", lr=1e-3, epochs=10_000)
+    paths = {run.checkpoint() for _ in range(5)}
+    run.stop()
+    wait(run)
+    for path in paths:
+        step = int(path.name[5:])
+        resumed = wait(dnb.resume(path, model=mlp(), steps=step + 5, pool=pool))
+        losses = plain_run(mlp(), digits(), num_steps=min(step + 5, 300)).losses
+        assert largest_gap(resumed.history["loss"][:300], losses) < 1e-3
+        assert len(resumed.history["loss"]) == step + 5
+
+
+def test_something_else_in_the_folder_is_refused_and_the_run_goes_on(pool, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("words")
+    run = pool.fit(mlp(), digits(), loss="cross_entropy", epochs=10_000)
+    with pytest.raises(ArgumentError, match="thesis exists and is not a checkpoint, so it is not overwritten"):
+        run.checkpoint(tmp_path / "thesis")
+    assert run.is_active
+
+
+def test_a_run_that_the_hub_does_not_hold_has_no_checkpoint_now(pool):
+    run = wait(pool.fit(mlp(), digits(), loss="cross_entropy", steps=2))
+    wait(pool.fit(mlp(), digits(), loss="cross_entropy", steps=2))
+    with pytest.raises(HubError, match="does not hold a run 'sequential'"):
+        run.checkpoint()
+    with pytest.raises(HubError, match="its hub is gone"):
+        Run.open(run.folder).checkpoint()
+
+
+# history and events
+
+
+def test_the_new_run_has_a_folder_of_its_own_with_the_whole_history(pool):
+    run = wait(
+        pool.fit(mlp(), digits(640), val=digits(64), loss="cross_entropy", epochs=3, checkpoint_every=15, name="first")
+    )
+    resumed = wait(dnb.resume(checkpoint_of(run, 15), pool=pool))
+    read = Run.open(resumed.folder)
+    assert (resumed.name, read.step, resumed.first_step) == ("first-2", 30, 15)
+    assert read.history["loss"] == resumed.history["loss"]
+    assert read.history.column("val_loss")[0].tolist() == [10, 20, 30]
+    assert largest_gap(read.history["val_loss"], run.history["val_loss"]) < 1e-6
+    assert next(event.text for event in resumed.events if event.kind == "checkpoint") == (
+        f"goes on after step 15 of run 'first', from {checkpoint_of(run, 15)}"
+    )
+
+
+def test_a_run_may_be_named_instead_of_its_path_and_continued_again(pool):
+    wait(pool.fit(mlp(), digits(), loss="cross_entropy", steps=10, checkpoint_every=5, name="named"))
+    wait(dnb.resume("named", steps=20, pool=pool))
+    third = wait(dnb.resume("named-2", steps=30, pool=pool))
+    assert (third.name, third.step, len(third.history["loss"])) == ("named-3", 30, 30)
+    assert largest_gap(third.history["loss"], plain_run(mlp(), digits(), num_steps=30).losses) < 1e-6
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_an_event(pool, caplog):
+    run = wait(pool.fit(mlp(), digits(), loss="cross_entropy", lr=1e-3, steps=30, checkpoint_every=10))
+    path = checkpoint_of(run, 30) / "optimizer.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 4
+    path.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        resumed = wait(dnb.resume(run.folder, steps=40, pool=pool))
+    told = f"{path} does not have the digest with which it was written: step 20 is used, not step 30"
+    assert told in caplog.messages
+    assert told in [event.text for event in resumed.events]
+    assert resumed.first_step == 20
+    assert largest_gap(resumed.history["loss"], plain_run(mlp(), digits(), num_steps=40).losses) < 1e-6
+
+
+# bad input
+
+
+@pytest.fixture
+def kept(pool):
+    """The checkpoint of a short run."""
+    return checkpoint_of(wait(pool.fit(mlp(), digits(), loss="cross_entropy", steps=4, checkpoint_every=2)), 2)
+
+
+def test_resume_is_refused_while_a_run_is_active(pool, kept):
+    run = pool.fit(mlp(), digits(), loss="cross_entropy", epochs=10_000, name="busy")
+    with pytest.raises(ArgumentError, match="run 'busy' is active: wait for it with %dtrain wait"):
+        dnb.resume(kept, pool=pool)
+    assert run.is_active
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"model": nn.Linear(64, 10)}, r"is of another model: parameter '0\.weight' of shape \(128, 64\) is in the ch"),
+        ({"train": digits(100)}, "train has 100 samples and the run had 1797"),
+        ({"optimizer": "sgd"}, "the checkpoint's optimizer is a AdamW, not a SGD"),
+        ({"steps": 2}, "is of step 2 of 2, so that nothing is left to do"),
+        ({"steps": -1}, "steps must be a positive integer, not -1"),
+        ({"loss": "cross_entropi"}, "did you mean 'cross_entropy'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_the_pool_trains_on(pool, kept, options, told):
+    with pytest.raises(ArgumentError, match=told):
+        dnb.resume(kept, pool=pool, **options)
+    assert wait(dnb.resume(kept, pool=pool)).status == "finished"
+
+
+def test_a_path_that_is_no_checkpoint_starts_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("dnb.resuming.start", None)
+    with pytest.raises(ArgumentError, match=r"no checkpoint at .*nowhere: it does not exist"):
+        dnb.resume(tmp_path / "nowhere")
+
+
+def test_a_checkpoint_without_data_asks_for_it(pool, tmp_path):
+    run = wait(pool.fit(mlp(), digits(), loss="cross_entropy", steps=4))
+    path = run.checkpoint(tmp_path / "late")
+    with pytest.raises(ArgumentError, match=r"holds no data, as it was taken when its run had ended: give train="):
+        dnb.resume(path, steps=8, pool=pool)
+    assert wait(dnb.resume(path, train=digits(), steps=8, pool=pool)).step == 8
+
+
+def test_a_pickle_that_cannot_be_read_here_says_what_to_give(pool, kept):
+    (kept / "job.pickle").unlink()
+    (kept / "job.pickle").write_bytes(b"\x80\x05cnowhere\nNothing\n.")
+    text = (kept / "checkpoint.json").read_text()
+    _reseal(kept, json.loads(text))
+    with pytest.raises(ArgumentError, match=r"cannot be read here: ModuleNotFoundError: .*or give model="):
+        dnb.resume(kept, pool=pool)
+
+
+def _reseal(folder: Path, manifest: dict) -> None:
+    import hashlib
+
+    import msgspec
+
+    from dnb.hub.checkpoints import Manifest, seal
+
+    data = (folder / "job.pickle").read_bytes()
+    manifest["files"]["job.pickle"] = {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "checkpoint.json").write_bytes(seal(msgspec.convert(manifest, Manifest)))
+
+
+def test_a_negative_checkpoint_every_is_refused(pool):
+    with pytest.raises(ArgumentError, match="checkpoint_every must be a positive integer, not -5"):
+        pool.fit(mlp(), digits(), loss="cross_entropy", checkpoint_every=-5)
+
+
+# the magic
+
+
+@pytest.fixture
+def shell(pool):
+    shell = InteractiveShell.instance()
+    shell.run_line_magic("load_ext", "dnb")
+    shell.user_ns.update({"model": mlp(), "train": digits()})
+    yield shell
+    shell.history_manager.end_session()
+    InteractiveShell.clear_instance()
+
+
+def run_line(shell, line):
+    result = shell.run_cell(line, store_history=False)
+    result.raise_error()
+    return result.result
+
+
+def test_the_magic_writes_a_checkpoint_and_goes_on_from_its_path(shell, capsys, tmp_path):
+    run_line(shell, "%dtrain fit model train --loss cross_entropy --lr 1e-3 --steps 10 --checkpoint-every 5")
+    run_line(shell, "%dtrain wait")
+    run_line(shell, f"%dtrain checkpoint {tmp_path}/mine")
+    assert f"the checkpoint is in {tmp_path}/mine" in capsys.readouterr().out
+    resumed = run_line(shell, f"%dtrain resume {tmp_path}/mine --model model --steps 20")
+    run_line(shell, "%dtrain wait")
+    assert (resumed.first_step, resumed.step) == (10, 20)
+    shutil.rmtree(tmp_path / "mine")
+
+
+def test_the_magic_without_a_path_resumes_the_paused_run(shell):
+    run = run_line(shell, "%dtrain fit model train --loss cross_entropy --epochs 5000")
+    wait_until(run, lambda run: run.step > 1, what="step 1")
+    run_line(shell, "%dtrain pause")
+    wait_until(run, lambda run: run.status == "paused", what="the run is paused")
+    run_line(shell, "%dtrain checkpoint")
+    run_line(shell, "%dtrain resume")
+    step = run.step
+    wait_until(run, lambda run: run.step > step, what="one more step")
+    assert run.status == "running"
