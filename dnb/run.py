@@ -29,6 +29,7 @@ from dnb.records import (
     RunStatus,
     SetOptions,
     StateTree,
+    WorkerState,
     WorkerTotals,
 )
 from dnb.transport.channels import HubClient
@@ -52,7 +53,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     engine: int
     host: str
     pid: int
-    state: Literal["ready", "busy", "dead"]
+    state: WorkerState
     compute: float
     wait: float
     data: float
