@@ -23,16 +23,21 @@ import psutil
 import zmq
 
 from dnb.errors import ArgumentError, DnbError, HubError
+from dnb.hub.chaos import Mischief
 from dnb.hub.pool_files import remove_pool_files, write_pool_file
+from dnb.hub.roster import becomes_spare, check_known, check_retirement, choose_successor, lacks_workers
 from dnb.hub.wiring import Line, Wiring
 from dnb.records import (
     Attach,
+    Chaos,
     Control,
     Done,
     EngineFacts,
     EngineMessage,
+    EngineState,
     EngineStatus,
     Exit,
+    GetMembers,
     GetPool,
     GetRun,
     GetState,
@@ -40,12 +45,15 @@ from dnb.records import (
     HubBinding,
     HubConfig,
     Join,
+    KeepSpares,
+    Members,
     Message,
     PoolFacts,
     PoolState,
     Process,
     Refused,
     Request,
+    Retire,
     RunSpec,
     SetOptions,
     Shutdown,
@@ -60,7 +68,7 @@ from dnb.transport.channels import (
     encode,
     start_authenticator,
 )
-from dnb.transport.lives import children_of, end_processes, is_alive, this_process
+from dnb.transport.lives import children_of, end_processes, is_alive, signal_process, this_process
 from dnb.transport.segments import pool_folders, remove_pool_folders
 from dnb.transport.wires import WireError
 
@@ -73,6 +81,8 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 0.1
 # How long engines get to end by themselves when the pool is shut down.
 EXIT_SECONDS = 3.0
+# How long an engine that left its pool may take to end; then it is killed.
+LEAVE_SECONDS = 5.0
 # ipyparallel's nannies and heart monitor have nothing to save, and may take seconds to see that they are alone.
 HELPER_EXIT_SECONDS = 0.2
 
@@ -83,6 +93,8 @@ class _Engine:
     identity: bytes
     messages_in: int = 0
     messages_out: int = 0
+    is_spare: bool = False  # loads the run and rests
+    is_retiring: bool = False  # leaves as soon as it owes the run nothing
 
 
 class Service:
@@ -108,6 +120,11 @@ class Service:
         self._poller = zmq.Poller()
         self._known_helpers: set[Process] = set()
         self._run: ActiveRun | None = None
+        self._wanted_spares = 0
+        self._dead: set[int] = set()
+        self._leavers: dict[Process, float] = {}  # told to end; when they are killed
+        self._is_file_old = False  # the pool's record on disk
+        self._mischief = Mischief(self._send_to_engine)
         self._ending = ""
         self._decode_engine = msgspec.msgpack.Decoder(EngineMessage).decode
         self._decode_request = msgspec.msgpack.Decoder(Request).decode
@@ -235,17 +252,86 @@ class Service:
             self._run.take(number, message)
 
     def _join(self, facts: EngineFacts, identity: bytes) -> None:
-        self._engines[facts.engine] = _Engine(facts, identity)
+        others = [engine for number, engine in self._engines.items() if number != facts.engine]
+        is_spare = becomes_spare(others, wanted=self._wanted_spares)
+        self._engines[facts.engine] = _Engine(facts, identity, is_spare=is_spare)
+        self._dead.discard(facts.engine)  # it had only lost its connection, or stood still
         self._send_to_engine(facts.engine, Welcome())
-        self._write_pool_file()
+        self._is_file_old = True
         if self._run is not None and self._run.is_active:
             self._run.add_engine(facts)
+            if is_spare:
+                self._run.rest_engine(facts.engine)
 
     def _lose(self, engine: int, reason: str) -> None:
-        self._engines.pop(engine, None)
-        self._write_pool_file()
+        lost = self._engines.pop(engine, None)
+        self._is_file_old = True
+        if lost is not None:
+            self._dead.add(engine)
+            if not lost.is_spare and not lost.is_retiring:
+                self._wake_spare()  # first: so it has its part of the lost shards
         if self._run is not None:
             self._run.lose_engine(engine, reason)
+
+    # those who leave, and spares
+
+    def _retire(self, request: Retire) -> None:
+        run = self._run if self._run is not None and self._run.is_active else None
+        name = None if run is None else run.spec.name
+        leaving = check_retirement(request.engines, self._engines, active_run=name, force=request.force)
+        for number in leaving:
+            self._engines[number].is_retiring = True
+        if lacks_workers(self._engines):
+            self._wake_spare()
+        for number in leaving:
+            if run is not None:
+                run.retire_engine(number)
+            else:
+                self._release(number)
+
+    def _release(self, number: int) -> None:
+        """An engine that was asked to leave owes nothing any more: it ends."""
+        self._send_to_engine(number, Exit())
+        engine = self._engines.pop(number, None)
+        if engine is not None:
+            self._leavers[engine.facts.process] = time.monotonic() + LEAVE_SECONDS
+            self._known_helpers.add(engine.facts.process)  # it belongs to the pool until it is gone
+            self._is_file_old = True
+
+    def _watch_leavers(self) -> None:
+        if self._run is None or not self._run.is_active:
+            for number in [number for number, engine in self._engines.items() if engine.is_retiring]:
+                self._release(number)  # the run that they were to bring something to has ended
+        for process, deadline in list(self._leavers.items()):
+            if not is_alive(process):
+                del self._leavers[process]
+            elif time.monotonic() > deadline:
+                signal_process(process, signal.SIGKILL)
+
+    def _wake_spare(self) -> None:
+        number = choose_successor(self._engines)
+        if number is None:
+            return
+        self._engines[number].is_spare = False
+        if self._run is not None:
+            self._run.wake_engine(number)
+
+    def _harm(self, request: Chaos) -> None:
+        check_known([request.engine], self._engines)
+        told = self._mischief.act(request, self._engines[request.engine].facts)
+        if self._run is not None:
+            self._run.tell("chaos", told, request.engine)
+
+    def _members(self) -> Members:
+        staying = {number: engine for number, engine in sorted(self._engines.items()) if not engine.is_retiring}
+        return Members(
+            workers=tuple(number for number, engine in staying.items() if not engine.is_spare),
+            spares=tuple(number for number, engine in staying.items() if engine.is_spare),
+            leaving=tuple(number for number in sorted(self._engines) if number not in staying),
+            wanted_spares=self._wanted_spares,
+            num_died=len(self._dead),
+            num_killed=self._mischief.num_killed,
+        )
 
     def _send_to_engine(self, engine: int, record: Message, frames: Sequence[Any] = ()) -> None:
         entry = self._engines.get(engine)
@@ -275,7 +361,9 @@ class Service:
         except zmq.ZMQError as error:
             log.warning("a client left before its answer: %s", error)
 
-    def _serve_request(self, request: Request, frames: Sequence[bytes]) -> tuple[Message, Sequence[Any]]:
+    def _serve_request(  # noqa: C901 - the table of requests, in one place
+        self, request: Request, frames: Sequence[bytes]
+    ) -> tuple[Message, Sequence[Any]]:
         match request:
             case Hello(owner=owner):
                 self._owner = owner
@@ -283,6 +371,14 @@ class Service:
                 self._write_pool_file()
             case GetPool():
                 return PoolState(facts=self._facts(), engines=self._statuses()), []
+            case GetMembers():
+                return self._members(), []
+            case Retire():
+                self._retire(request)
+            case KeepSpares(number=number):
+                self._wanted_spares = number
+            case Chaos():
+                self._harm(request)
             case Submit():
                 self._submit(frames)
             case GetRun(run=name):
@@ -333,7 +429,11 @@ class Service:
             folders=pool_folders(self._config.cluster_id),
             send=self._send_to_engine,
             offer_wire=self._wiring.offer,
+            release=self._release,
         )
+        for number, engine in self._engines.items():
+            if engine.is_spare:
+                self._run.rest_engine(number)
         self._write_pool_file()
         self._run.start()
 
@@ -347,6 +447,10 @@ class Service:
         for number, engine in list(self._engines.items()):
             if not is_alive(engine.facts.process):
                 self._lose(number, "died")
+        self._mischief.look()
+        self._watch_leavers()
+        if self._is_file_old:
+            self._write_pool_file()
         self._watch_owner()
 
     def _watch_owner(self) -> None:
@@ -391,6 +495,7 @@ class Service:
         return tuple(helper for helper in self._known_helpers if is_alive(helper))
 
     def _write_pool_file(self) -> None:
+        self._is_file_old = False
         write_pool_file(Path(self._config.security_dir), self._facts())
 
     def _end_pool(self) -> None:
@@ -398,6 +503,7 @@ class Service:
         log.info("the pool ends: %s", self._ending or "an error in the hub")
         if self._run is not None and self._run.is_active:
             self._run.ask("stop")
+        self._mischief.close()
         for number in list(self._engines):
             self._send_to_engine(number, Exit())
         helpers = self._helpers()
@@ -436,7 +542,7 @@ def _still_active(run: ActiveRun) -> str:
 
 
 def _status(engine: _Engine, *, is_busy: bool, num_on_wires: int) -> EngineStatus:
-    state: Literal["ready", "busy", "hung"] = "busy" if is_busy else "ready"
+    state: EngineState = "busy" if is_busy else "spare" if engine.is_spare else "ready"
     rss_bytes = None
     try:
         process = psutil.Process(engine.facts.process.pid)
