@@ -143,7 +143,6 @@ class EnginePool:
             ArgumentError: n is not a number of engines that this host can hold beside what runs.
             PoolError: not all came up in time; those that did not are ended.
         """
-        self._state()  # a pool that was shut down says so
         check_num_added(n, free_bytes=free_bytes())
         if timeout_seconds <= 0:
             raise ArgumentError(f"timeout_seconds must be positive, not {timeout_seconds!r}")
