@@ -9,6 +9,8 @@ import msgspec
 RunStatus = Literal["starting", "running", "paused", "failed", "stopped", "finished"]
 WorkKind = Literal["step", "evaluation"]
 TransportKind = Literal["memory", "socket"]
+EngineState = Literal["ready", "busy", "hung", "spare"]
+WorkerState = Literal["ready", "busy", "spare", "dead", "left"]
 ENDED: frozenset[str] = frozenset({"failed", "stopped", "finished"})
 
 
@@ -46,7 +48,7 @@ class EngineStatus(Record, frozen=True):
     """An engine as the hub sees it now."""
 
     facts: EngineFacts
-    state: Literal["ready", "busy", "hung"]
+    state: EngineState
     rss_bytes: int | None = None
     messages_in: int = 0  # from the engine to the hub, since it joined
     messages_out: int = 0  # from the hub to the engine
@@ -173,7 +175,7 @@ class WorkerTotals(Record, frozen=True):
     engine: int
     host: str
     pid: int
-    state: Literal["ready", "busy", "dead"]
+    state: WorkerState
     compute_seconds: float
     data_seconds: float
     wait_seconds: float  # for other engines or the hub, while it had a part in a step
@@ -393,11 +395,17 @@ class Unload(Message, frozen=True):
     run: str
 
 
+class Slow(Message, frozen=True):
+    """Compute so many times as slowly, on purpose."""
+
+    factor: float  # 1 is as fast as can be
+
+
 class Exit(Message, frozen=True):
-    """End the process: the pool is shut down."""
+    """End the process: the pool is shut down, or the engine was asked to leave it."""
 
 
-HubMessage = Welcome | Load | Unload | Exit
+HubMessage = Welcome | Load | Unload | Slow | Exit
 WireMessage = AddSlabs | Shipped | Work | Diagnose | Mended
 
 
@@ -468,6 +476,31 @@ class GetCheckpoint(Message, frozen=True):
     ticket: int
 
 
+class GetMembers(Message, frozen=True):
+    """Ask who is in the pool. Cheap, unlike `GetPool`, which looks at every process. Answered by `Members`."""
+
+
+class Retire(Message, frozen=True):
+    """Let engines leave: each brings what it computes, then its process ends."""
+
+    engines: tuple[int, ...]
+    force: bool  # also the last one of an active run
+
+
+class KeepSpares(Message, frozen=True):
+    """From now on newcomers rest until there are so many spares."""
+
+    number: int
+
+
+class Chaos(Message, frozen=True):
+    """Harm an engine on purpose."""
+
+    verb: Literal["kill", "stop", "slow"]
+    engine: int
+    amount: float = 0.0  # seconds that it is stopped; how many times as slow
+
+
 class Shutdown(Message, frozen=True):
     """End the pool."""
 
@@ -475,6 +508,10 @@ class Shutdown(Message, frozen=True):
 Request = (
     Hello
     | GetPool
+    | GetMembers
+    | Retire
+    | KeepSpares
+    | Chaos
     | Submit
     | GetRun
     | Control
@@ -506,6 +543,17 @@ class PoolState(Message, frozen=True):
 
     facts: PoolFacts
     engines: tuple[EngineStatus, ...]
+
+
+class Members(Message, frozen=True):
+    """Who is in the pool."""
+
+    workers: tuple[int, ...]
+    spares: tuple[int, ...]
+    leaving: tuple[int, ...]  # asked to, and still at work
+    wanted_spares: int
+    num_died: int  # since the pool was started; neither those that left on request, nor those that came back
+    num_killed: int  # of these, by chaos
 
 
 class Column(Record, frozen=True):
@@ -571,4 +619,4 @@ class HubBinding(Record, frozen=True):
     engine: Address
 
 
-Reply = Done | Refused | PoolState | RunState | StateTree | CheckpointState
+Reply = Done | Refused | PoolState | Members | RunState | StateTree | CheckpointState

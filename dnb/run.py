@@ -36,6 +36,7 @@ from dnb.records import (
     SetOptions,
     StateTree,
     TakeCheckpoint,
+    WorkerState,
     WorkerTotals,
 )
 from dnb.transport.channels import HubClient
@@ -62,7 +63,7 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     engine: int
     host: str
     pid: int
-    state: Literal["ready", "busy", "dead"]
+    state: WorkerState
     compute: float
     wait: float
     data: float

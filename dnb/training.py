@@ -51,6 +51,7 @@ RUNS_FOLDER = Path(".dnb") / "runs"
 LINGER_SECONDS = 1800.0
 # More engines than this are started only when asked for.
 MOST_BY_DEFAULT = 4
+RESTARTS = ("never", "always")
 
 _pool: Pool | None = None
 
@@ -74,6 +75,7 @@ def start(
     threads_per_engine: int | None = None,
     timeout_seconds: float = 60.0,
     linger_seconds: float = LINGER_SECONDS,
+    restart: str = "never",
 ) -> Pool:
     """Start a pool of engines with a hub, or return the one that is running.
 
@@ -84,6 +86,7 @@ def start(
         threads_per_engine: threads for torch in each engine; the host's cores are shared out if left out.
         timeout_seconds: how long the start may take.
         linger_seconds: how long the pool outlives a dead kernel after its run has ended.
+        restart: "always" replaces engines that die, as long as this kernel lives; "never" leaves them dead.
 
     Raises:
         ArgumentError: n is not a number of engines that this host can hold.
@@ -96,6 +99,7 @@ def start(
         threads_per_engine=threads_per_engine,
         timeout_seconds=timeout_seconds,
         linger_seconds=linger_seconds,
+        restart=restart,
     )
     for notice in notices:
         log.warning(notice)
@@ -110,8 +114,32 @@ def open_pool(
     threads_per_engine: int | None,
     timeout_seconds: float,
     linger_seconds: float,
+    restart: str = "never",
 ) -> tuple[Pool, list[str]]:
     """`start`, with sentences on what was found: a running pool, one that a dead kernel left, remains."""
+    check_choice(restart, name="restart", known=RESTARTS, available=RESTARTS)
+    pool, notices = _open_pool(
+        n,
+        profile=profile,
+        launcher=launcher,
+        threads_per_engine=threads_per_engine,
+        timeout_seconds=timeout_seconds,
+        linger_seconds=linger_seconds,
+    )
+    if restart == "always":
+        pool.restart = "always"
+    return pool, notices
+
+
+def _open_pool(
+    n: int | None,
+    *,
+    profile: str | None,
+    launcher: str,
+    threads_per_engine: int | None,
+    timeout_seconds: float,
+    linger_seconds: float,
+) -> tuple[Pool, list[str]]:
     global _pool
     num_engines = min(os.cpu_count() or 1, MOST_BY_DEFAULT) if n is None else n
     if _pool is not None and _pool.is_open:
@@ -381,7 +409,8 @@ def own_path() -> tuple[str, ...]:
 def _num_shards(shards: Any, *, exact: bool, pool: Pool, batch_size: int) -> int:
     if shards is None:
         choose = choose_exact_shards if exact else choose_num_shards
-        return choose(max(len(pool.statuses), 1), batch_size=batch_size)
+        num_workers = sum(status.state != "spare" for status in pool.statuses)
+        return choose(max(num_workers, 1), batch_size=batch_size)
     num_shards = check_positive(shards, name="shards")
     if num_shards > batch_size:
         raise ArgumentError(f"shards={num_shards} is more than the {batch_size} samples of a batch: use at most that")
@@ -448,6 +477,8 @@ def _already(pool: Pool, *, asked: int | None) -> str:
     num_engines = len(pool.engines)
     differs = asked is not None and asked != num_engines
     change = f"; %dtrain shutdown first to start {asked}" if differs else ""
+    if asked is not None and asked > num_engines:
+        change = f"; %dtrain add {asked - num_engines} makes them {asked}"
     return f"a pool of {num_engines} engines is already running, and is used{change}"
 
 

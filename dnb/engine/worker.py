@@ -31,6 +31,7 @@ from dnb.records import (
     LoadFailed,
     NoSharedMemory,
     Process,
+    Slow,
     Unload,
     Welcome,
 )
@@ -165,6 +166,8 @@ class Worker(threading.Thread):
                 self._load(message, frames)
             case Unload():
                 self._close_session()
+            case Slow(factor=factor):
+                self._stopwatch.slowness = factor
             case Exit():
                 return False
         return True

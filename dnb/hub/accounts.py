@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dnb.records import Column, EngineFacts, Telemetry, WorkerTotals
+from dnb.records import Column, EngineFacts, Telemetry, WorkerState, WorkerTotals
 
 
 @dataclass(slots=True)
@@ -18,6 +18,7 @@ class _Worker:
     facts: EngineFacts
     joined: float
     left: float | None = None
+    fate: Literal["dead", "left"] = "dead"  # once it has left
     compute_seconds: float = 0.0
     data_seconds: float = 0.0
     wait_seconds: float = 0.0
@@ -58,11 +59,11 @@ class Accounts:
         """The engine's time counts from now: it has loaded the run."""
         self._workers[engine].joined = time.monotonic()
 
-    def leave(self, engine: int) -> None:
+    def leave(self, engine: int, *, fate: Literal["dead", "left"] = "dead") -> None:
         """The engine's time counts no further."""
         worker = self._workers.get(engine)
         if worker is not None and worker.left is None:
-            worker.left = time.monotonic()
+            worker.left, worker.fate = time.monotonic(), fate
 
     def begin_task(self) -> None:
         """What went before, a pause or the loading, was nobody's wait."""
@@ -96,19 +97,21 @@ class Accounts:
         """The run has ended: nobody's time counts further."""
         self._closed = time.monotonic()
 
-    def totals(self, *, working: Collection[int]) -> tuple[WorkerTotals, ...]:
+    def totals(self, *, working: Collection[int], resting: Collection[int] = ()) -> tuple[WorkerTotals, ...]:
         """Every account, in order of the engines' ids."""
-        return tuple(self._total(engine, is_busy=engine in working) for engine in sorted(self._workers))
+        return tuple(
+            self._total(engine, "busy" if engine in working else "spare" if engine in resting else "ready")
+            for engine in sorted(self._workers)
+        )
 
-    def _total(self, engine: int, *, is_busy: bool) -> WorkerTotals:
+    def _total(self, engine: int, state: WorkerState) -> WorkerTotals:
         worker = self._workers[engine]
         until = worker.left or self._closed or time.monotonic()
-        state: Literal["ready", "busy", "dead"] = "busy" if is_busy else "ready"
         return WorkerTotals(
             engine=engine,
             host=worker.facts.process.host,
             pid=worker.facts.process.pid,
-            state="dead" if worker.left is not None else state,
+            state=worker.fate if worker.left is not None else state,
             compute_seconds=worker.compute_seconds,
             data_seconds=worker.data_seconds,
             wait_seconds=worker.wait_seconds,

@@ -72,6 +72,7 @@ class ActiveRun:
         folders: where segments may lie.
         send: sends a record with frames to an engine.
         offer_wire: lets an engine connect its wire.
+        release: told of an engine that was asked to leave, when it owes the run nothing any more.
     """
 
     def __init__(
@@ -84,11 +85,14 @@ class ActiveRun:
         folders: Sequence[Path],
         send: Send,
         offer_wire: OfferWire,
+        release: Callable[[int], None],
     ) -> None:
         self.spec = spec
         self._frames = frames
         self._send = send
         self._offer_wire = offer_wire
+        self._release = release
+        self._departed: set[int] = set()  # whose slabs may still count in the task under way
         self._host = socket.gethostname()
         self._members: dict[int, _Member] = {}
         engines = list(engines)
@@ -220,12 +224,47 @@ class ActiveRun:
         self._dispatch(machine.EngineJoined(facts.engine))
 
     def lose_engine(self, engine: int, reason: str) -> None:
-        """An engine died or left."""
-        self._accounts.leave(engine)
-        self._members.pop(engine, None)
+        """An engine died."""
+        self._forget_member(engine, fate="dead")
         self._dispatch(machine.EngineLost(engine, reason))
         if self._verdict is not None and self._verdict.engine == engine:
             self._conclude(None)
+
+    def retire_engine(self, engine: int) -> None:
+        """Let an engine leave when it has reported what it computes; `release` is told."""
+        if self.is_active and engine in self._members:
+            self._dispatch(machine.RetireEngine(engine))
+        else:
+            self._release(engine)
+
+    def rest_engine(self, engine: int) -> None:
+        """An engine becomes a spare: it loads the run and waits."""
+        self._dispatch(machine.RestEngine(engine))
+
+    def wake_engine(self, engine: int) -> None:
+        """A spare takes part, from the shards on that nobody holds."""
+        self._dispatch(machine.WakeEngine(engine))
+
+    def tell(self, kind: str, text: str, engine: int | None = None) -> None:
+        """Write something into the run's history that others did."""
+        if self.is_active:
+            self._note(machine.Note(kind, text, engine))
+
+    def _forget_member(self, engine: int, *, fate: Literal["dead", "left"]) -> None:
+        self._accounts.leave(engine, fate=fate)
+        if self._members.pop(engine, None) is not None:
+            self._departed.add(engine)
+
+    def _let_go(self, engine: int) -> None:
+        self._forget_member(engine, fate="left")
+        self._release(engine)
+        if self._verdict is not None and self._verdict.engine == engine:
+            self._conclude(None)
+
+    def _drop_slabs(self, departed: frozenset[int]) -> None:
+        """Give back the memory of engines that are gone; one that came back and left again may still count."""
+        for engine in departed - self._members.keys() - self._departed:
+            self.master.drop_slabs_of(engine)
 
     def do_chores(self) -> None:
         """Write what was put off while engines had to wait for it."""
@@ -305,7 +344,7 @@ class ActiveRun:
             error=self._coordinator.error,
             remote_traceback=self._remote_traceback,
             columns=columns,
-            workers=self._accounts.totals(working=self.working),
+            workers=self._accounts.totals(working=self.working, resting=self._coordinator.resting),
             events=tuple(self._events[request.seen_events :]),
         )
         return state, frames
@@ -347,6 +386,8 @@ class ActiveRun:
                 return self._assign(action)
             case machine.Commit(kind, step, reports):
                 return self._commit(kind, step, reports)
+            case machine.Release(engine):
+                self._let_go(engine)
             case machine.Note():
                 self._note(action)
             case machine.End(_, _, remote_traceback):
@@ -480,6 +521,9 @@ class ActiveRun:
         if self._checkpoints.is_due(kind, step, values, owes_evaluation=self._owes_evaluation(kind, step)):
             self._chores.append(self._checkpoints.take)  # until the next commit nothing changes what it copies
         self._accounts.end_task({engine for engine, _ in reports})
+        if self._departed:
+            self._chores.append(partial(self._drop_slabs, frozenset(self._departed)))
+            self._departed.clear()
         return machine.Committed(kind, step)
 
     def _contributions(self, engine: int, shards: tuple[int, ...]) -> list[Contribution]:

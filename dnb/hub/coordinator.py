@@ -50,6 +50,27 @@ class EngineLost:
 
 
 @dataclass(frozen=True, slots=True)
+class RetireEngine:
+    """An engine is to leave; it is released when it holds no open lease."""
+
+    engine: int
+
+
+@dataclass(frozen=True, slots=True)
+class RestEngine:
+    """An engine is a spare: it loads the run, and gets no shards."""
+
+    engine: int
+
+
+@dataclass(frozen=True, slots=True)
+class WakeEngine:
+    """A spare takes part from now on."""
+
+    engine: int
+
+
+@dataclass(frozen=True, slots=True)
 class WorkDone:
     """An engine reports shards of a task."""
 
@@ -103,6 +124,9 @@ Event = (
     EngineJoined
     | EngineLoaded
     | EngineLost
+    | RetireEngine
+    | RestEngine
+    | WakeEngine
     | WorkDone
     | UserCodeFailed
     | Committed
@@ -143,6 +167,13 @@ class Commit:
 
 
 @dataclass(frozen=True, slots=True)
+class Release:
+    """An engine that was asked to leave owes nothing any more: it may go."""
+
+    engine: int
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """Write an event into the run's history."""
 
@@ -160,7 +191,7 @@ class End:
     traceback: str = ""
 
 
-Action = LoadEngine | Assign | Commit | Note | End
+Action = LoadEngine | Assign | Commit | Release | Note | End
 
 
 # State ---------------------------------------------------------------------------------------
@@ -231,6 +262,8 @@ class Coordinator:
         self._evaluated = evaluated  # the last step after which an evaluation was committed
         self._loading: set[int] = set(engines)
         self._ready: set[int] = set()
+        self._resting: set[int] = set()  # spares, loaded or not: they get no leases
+        self._retiring: set[int] = set()  # asked to leave: they get no further leases
         self._task: _Task | None = None
         self._unowned: list[int] = []  # shards of the task that nobody holds, as no engine is ready
         self._wish: Literal["pause", "stop"] | None = None
@@ -252,6 +285,13 @@ class Coordinator:
                 return self._load(engine)
             case EngineLost(engine, reason):
                 return self._lose(engine, reason)
+            case RetireEngine(engine):
+                return self._retire(engine)
+            case RestEngine(engine):
+                self._resting.add(engine)
+                return []
+            case WakeEngine(engine):
+                return self._wake(engine)
             case WorkDone():
                 return self._take(event)
             case UserCodeFailed():
@@ -275,6 +315,16 @@ class Coordinator:
         """Engines that hold an open lease."""
         return frozenset(self._task.leases.values()) if self._task is not None else frozenset()
 
+    @property
+    def resting(self) -> frozenset[int]:
+        """Spares of this run."""
+        return frozenset(self._resting)
+
+    @property
+    def _workers(self) -> set[int]:
+        """Engines that may be given shards."""
+        return self._ready - self._resting - self._retiring
+
     def expects(self, report: WorkDone) -> bool:
         """Whether these very shards are leased to this engine now, so that its report will count."""
         task = self._task
@@ -297,7 +347,8 @@ class Coordinator:
             return []
         self._loading.discard(engine)
         self._ready.add(engine)
-        actions: list[Action] = [Note("joined", f"engine {engine} has model and data", engine)]
+        kind, more = ("spare", ", and rests") if engine in self._resting else ("joined", "")
+        actions: list[Action] = [Note(kind, f"engine {engine} has model and data{more}", engine)]
         if self.status == "starting":
             return actions + self._begin_if_loaded()
         if self._task is not None and not self._committing:
@@ -305,19 +356,18 @@ class Coordinator:
         return actions + self._lease_unowned()
 
     def _begin_if_loaded(self) -> list[Action]:
-        if self.status != "starting" or self._loading or not self._ready:
+        if self.status != "starting" or self._loading or not self._workers:
             return []
         self.status = "running"
         return [
-            Note("running", f"{len(self._ready)} engines, {self.num_shards} shards"),
+            Note("running", f"{len(self._workers)} engines, {self.num_shards} shards"),
             *self._next_task(),
         ]
 
     def _lose(self, engine: int, reason: str) -> list[Action]:
         if engine not in self._loading | self._ready:
             return []
-        self._loading.discard(engine)
-        self._ready.discard(engine)
+        self._forget(engine)
         self._last_loss = f"engine {engine} {reason}"
         actions: list[Action] = [Note("died", self._last_loss, engine)]
         if self._committing:
@@ -338,10 +388,48 @@ class Coordinator:
 
     def _lease_unowned(self) -> list[Action]:
         """Lease shards that lost their engine, as soon as somebody is ready to take them."""
-        if self._task is None or not self._ready:
+        if self._task is None or not self._workers:
             return []
         shards, self._unowned = sorted(self._unowned), []
         return self._lease(self._task, shards)
+
+    def _forget(self, engine: int) -> None:
+        for engines in (self._loading, self._ready, self._resting, self._retiring):
+            engines.discard(engine)
+
+    # those who leave, and spares
+
+    def _retire(self, engine: int) -> list[Action]:
+        if engine not in self._loading | self._ready:
+            return []
+        self._retiring.add(engine)
+        return self._release_idle()
+
+    def _release_idle(self) -> list[Action]:
+        """Let those go who were asked to leave and have brought what they had; the last one leaves a paused run."""
+        actions: list[Action] = []
+        for engine in sorted(self._retiring - self.working):
+            self._forget(engine)
+            self._last_loss = ""
+            actions += [Note("left", f"engine {engine} left, as asked", engine), Release(engine)]
+        if not actions or self._committing:
+            return actions
+        return actions + (self._begin_if_loaded() if self._ready | self._loading else self._pause_without_engines())
+
+    def _pause_without_engines(self) -> list[Action]:
+        if self.status == "paused":
+            return []
+        self._task, self._unowned = None, []
+        return self._pause(f"paused after step {self.step}: the last engine left. %dtrain add, then %dtrain resume")
+
+    def _wake(self, engine: int) -> list[Action]:
+        if engine not in self._resting:
+            return []
+        self._resting.discard(engine)
+        if engine not in self._ready:
+            return []  # it works as soon as it has loaded
+        note = Note("joined", f"engine {engine}, a spare until now, takes part", engine)
+        return [note, *self._begin_if_loaded(), *([] if self._committing else self._lease_unowned())]
 
     # tasks
 
@@ -365,13 +453,13 @@ class Coordinator:
 
     def _open(self, kind: WorkKind, step: int) -> list[Action]:
         if not self._ready and not self._loading:
-            return self._end_without_engines()
+            return self._end_without_engines() if self._last_loss else self._pause_without_engines()
         self._task = _Task(kind, step)
         self._unowned = list(range(self.num_shards))
         return self._lease_unowned()
 
     def _lease(self, task: _Task, shards: Iterable[int]) -> list[Action]:
-        parts = deal_shards(tuple(shards), sorted(self._ready))
+        parts = deal_shards(tuple(shards), sorted(self._workers))
         actions: list[Action] = []
         for engine, part in parts.items():
             task.leases.update(dict.fromkeys(part, engine))
@@ -387,9 +475,10 @@ class Coordinator:
             del task.leases[shard]
         task.reports.append((event.engine, event.shards))
         if task.leases or self._unowned:
-            return []
+            return self._release_idle() if self._retiring else []
         self._committing = True
-        return [Commit(task.kind, task.step, tuple(sorted(task.reports)))]
+        commit = Commit(task.kind, task.step, tuple(sorted(task.reports)))
+        return [*(self._release_idle() if self._retiring else []), commit]
 
     def _advance(self, kind: WorkKind, step: int) -> list[Action]:
         if not self._committing:
@@ -423,7 +512,7 @@ class Coordinator:
         return [Note("paused", text)]
 
     def _ask(self, verb: Literal["pause", "resume", "stop"]) -> list[Action]:
-        if verb == "stop" and (self.status != "running" or not (self._ready or self._committing)):
+        if verb == "stop" and (self.status != "running" or not (self._workers or self.working or self._committing)):
             return self._end("stopped")
         if verb == "resume":
             return self._resume()

@@ -23,18 +23,23 @@ import psutil
 import zmq
 
 from dnb.errors import ArgumentError, DnbError, HubError
+from dnb.hub.chaos import Mischief
 from dnb.hub.pool_files import remove_pool_files, write_pool_file
+from dnb.hub.roster import becomes_spare, check_known, check_retirement, choose_successor, lacks_workers
 from dnb.hub.wiring import Line, Wiring
 from dnb.records import (
     Attach,
+    Chaos,
     CheckpointState,
     Control,
     Done,
     EngineFacts,
     EngineMessage,
+    EngineState,
     EngineStatus,
     Exit,
     GetCheckpoint,
+    GetMembers,
     GetPool,
     GetRun,
     GetState,
@@ -42,6 +47,8 @@ from dnb.records import (
     HubBinding,
     HubConfig,
     Join,
+    KeepSpares,
+    Members,
     Mend,
     Message,
     PoolFacts,
@@ -49,6 +56,7 @@ from dnb.records import (
     Process,
     Refused,
     Request,
+    Retire,
     RunSpec,
     SetOptions,
     Shutdown,
@@ -64,7 +72,7 @@ from dnb.transport.channels import (
     encode,
     start_authenticator,
 )
-from dnb.transport.lives import children_of, end_processes, is_alive, is_same, this_process
+from dnb.transport.lives import children_of, end_processes, is_alive, is_same, signal_process, this_process
 from dnb.transport.segments import pool_folders, remove_pool_folders
 from dnb.transport.wires import WireError
 
@@ -77,6 +85,8 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 0.1
 # How long engines get to end by themselves when the pool is shut down.
 EXIT_SECONDS = 3.0
+# How long an engine that left its pool may take to end; then it is killed.
+LEAVE_SECONDS = 5.0
 # ipyparallel's nannies and heart monitor have nothing to save, and may take seconds to see that they are alone.
 HELPER_EXIT_SECONDS = 0.2
 
@@ -87,6 +97,8 @@ class _Engine:
     identity: bytes
     messages_in: int = 0
     messages_out: int = 0
+    is_spare: bool = False  # loads the run and rests
+    is_retiring: bool = False  # leaves as soon as it owes the run nothing
 
 
 class Service:
@@ -113,6 +125,11 @@ class Service:
         self._poller = zmq.Poller()
         self._known_helpers: set[Process] = set()
         self._run: ActiveRun | None = None
+        self._wanted_spares = 0
+        self._dead: set[int] = set()
+        self._leavers: dict[Process, float] = {}  # told to end; when they are killed
+        self._is_file_old = False  # the pool's record on disk
+        self._mischief = Mischief(self._send_to_engine)
         self._ending = ""
         self._decode_engine = msgspec.msgpack.Decoder(EngineMessage).decode
         self._decode_request = msgspec.msgpack.Decoder(Request).decode
@@ -240,17 +257,86 @@ class Service:
             self._run.take(number, message)
 
     def _join(self, facts: EngineFacts, identity: bytes) -> None:
-        self._engines[facts.engine] = _Engine(facts, identity)
+        others = [engine for number, engine in self._engines.items() if number != facts.engine]
+        is_spare = becomes_spare(others, wanted=self._wanted_spares)
+        self._engines[facts.engine] = _Engine(facts, identity, is_spare=is_spare)
+        self._dead.discard(facts.engine)  # it had only lost its connection, or stood still
         self._send_to_engine(facts.engine, Welcome())
-        self._write_pool_file()
+        self._is_file_old = True
         if self._run is not None and self._run.is_active:
             self._run.add_engine(facts)
+            if is_spare:
+                self._run.rest_engine(facts.engine)
 
     def _lose(self, engine: int, reason: str) -> None:
-        self._engines.pop(engine, None)
-        self._write_pool_file()
+        lost = self._engines.pop(engine, None)
+        self._is_file_old = True
+        if lost is not None:
+            self._dead.add(engine)
+            if not lost.is_spare and not lost.is_retiring:
+                self._wake_spare()  # first: so it has its part of the lost shards
         if self._run is not None:
             self._run.lose_engine(engine, reason)
+
+    # those who leave, and spares
+
+    def _retire(self, request: Retire) -> None:
+        run = self._run if self._run is not None and self._run.is_active else None
+        name = None if run is None else run.spec.name
+        leaving = check_retirement(request.engines, self._engines, active_run=name, force=request.force)
+        for number in leaving:
+            self._engines[number].is_retiring = True
+        if lacks_workers(self._engines):
+            self._wake_spare()
+        for number in leaving:
+            if run is not None:
+                run.retire_engine(number)
+            else:
+                self._release(number)
+
+    def _release(self, number: int) -> None:
+        """An engine that was asked to leave owes nothing any more: it ends."""
+        self._send_to_engine(number, Exit())
+        engine = self._engines.pop(number, None)
+        if engine is not None:
+            self._leavers[engine.facts.process] = time.monotonic() + LEAVE_SECONDS
+            self._known_helpers.add(engine.facts.process)  # it belongs to the pool until it is gone
+            self._is_file_old = True
+
+    def _watch_leavers(self) -> None:
+        if self._run is None or not self._run.is_active:
+            for number in [number for number, engine in self._engines.items() if engine.is_retiring]:
+                self._release(number)  # the run that they were to bring something to has ended
+        for process, deadline in list(self._leavers.items()):
+            if not is_alive(process):
+                del self._leavers[process]
+            elif time.monotonic() > deadline:
+                signal_process(process, signal.SIGKILL)
+
+    def _wake_spare(self) -> None:
+        number = choose_successor(self._engines)
+        if number is None:
+            return
+        self._engines[number].is_spare = False
+        if self._run is not None:
+            self._run.wake_engine(number)
+
+    def _harm(self, request: Chaos) -> None:
+        check_known([request.engine], self._engines)
+        told = self._mischief.act(request, self._engines[request.engine].facts)
+        if self._run is not None:
+            self._run.tell("chaos", told, request.engine)
+
+    def _members(self) -> Members:
+        staying = {number: engine for number, engine in sorted(self._engines.items()) if not engine.is_retiring}
+        return Members(
+            workers=tuple(number for number, engine in staying.items() if not engine.is_spare),
+            spares=tuple(number for number, engine in staying.items() if engine.is_spare),
+            leaving=tuple(number for number in sorted(self._engines) if number not in staying),
+            wanted_spares=self._wanted_spares,
+            num_died=len(self._dead),
+            num_killed=self._mischief.num_killed,
+        )
 
     def _send_to_engine(self, engine: int, record: Message, frames: Sequence[Any] = ()) -> None:
         entry = self._engines.get(engine)
@@ -283,7 +369,7 @@ class Service:
 
     def _check_steering(self, identity: bytes, request: Request) -> None:
         """Any number of kernels may look on, one may steer."""
-        if isinstance(request, Hello | GetPool | GetRun | GetState | GetCheckpoint):
+        if isinstance(request, Hello | GetPool | GetMembers | GetRun | GetState | GetCheckpoint):
             return
         caller, owner = self._kernels.get(identity), self._owner
         if owner is None or is_same(caller, owner):
@@ -314,6 +400,14 @@ class Service:
                 self._greet(identity, request)
             case GetPool():
                 return PoolState(facts=self._facts(), engines=self._statuses()), []
+            case GetMembers():
+                return self._members(), []
+            case Retire():
+                self._retire(request)
+            case KeepSpares(number=number):
+                self._wanted_spares = number
+            case Chaos():
+                self._harm(request)
             case Submit():
                 self._submit(frames)
             case GetRun(run=name):
@@ -390,7 +484,11 @@ class Service:
             folders=pool_folders(self._config.cluster_id),
             send=self._send_to_engine,
             offer_wire=self._wiring.offer,
+            release=self._release,
         )
+        for number, engine in self._engines.items():
+            if engine.is_spare:
+                self._run.rest_engine(number)
         self._write_pool_file()
         self._run.start()
 
@@ -406,6 +504,10 @@ class Service:
                 self._lose(number, "died")
         if self._run is not None:
             self._run.tick()
+        self._mischief.look()
+        self._watch_leavers()
+        if self._is_file_old:
+            self._write_pool_file()
         self._watch_owner()
 
     def _watch_owner(self) -> None:
@@ -427,36 +529,42 @@ class Service:
             for number, engine in sorted(self._engines.items())
         )
 
-    def _facts(self) -> PoolFacts:
+    def _facts(self, *, look: bool = True) -> PoolFacts:
         run = self._run
         return PoolFacts(
             cluster_id=self._config.cluster_id,
             hub=self._process,
             controller=self._config.controller,
-            helpers=self._helpers(),
+            helpers=self._helpers(look=look),
             engines=tuple(engine.facts for engine in self._engines.values()),
             owner=self._owner,
             run=None if run is None else run.spec.name,
             run_status=None if run is None else run.status,
         )
 
-    def _helpers(self) -> tuple[Process, ...]:
+    def _helpers(self, *, look: bool = True) -> tuple[Process, ...]:
         parents = [
             self._config.controller,
             *(engine.facts.process for engine in self._engines.values()),
         ]
-        # Remembered, as the children of a controller that was killed can no longer be found.
-        self._known_helpers |= {child for child in children_of(parents) if child.pid != self._process.pid}
+        if look:
+            # Remembered, as the children of a controller that was killed can no longer be found.
+            self._known_helpers |= {child for child in children_of(parents) if child.pid != self._process.pid}
         return tuple(helper for helper in self._known_helpers if is_alive(helper))
 
     def _write_pool_file(self) -> None:
-        write_pool_file(Path(self._config.security_dir), self._facts())
+        self._is_file_old = False
+        # Looking for children goes over all processes of the host, 13 ms were seen: no step waits for that. The nanny
+        # of an engine that has just joined ends with its engine.
+        is_training = self._run is not None and self._run.is_active
+        write_pool_file(Path(self._config.security_dir), self._facts(look=not is_training))
 
     def _end_pool(self) -> None:
         """End every process of the pool and remove what it left; the controller goes last."""
         log.info("the pool ends: %s", self._ending or "an error in the hub")
         if self._run is not None and self._run.is_active:
             self._run.ask("stop")
+        self._mischief.close()
         for number in list(self._engines):
             self._send_to_engine(number, Exit())
         helpers = self._helpers()
@@ -495,7 +603,7 @@ def _still_active(run: ActiveRun) -> str:
 
 
 def _status(engine: _Engine, *, is_busy: bool, num_on_wires: int) -> EngineStatus:
-    state: Literal["ready", "busy", "hung"] = "busy" if is_busy else "ready"
+    state: EngineState = "busy" if is_busy else "spare" if engine.is_spare else "ready"
     rss_bytes = None
     try:
         process = psutil.Process(engine.facts.process.pid)

@@ -12,9 +12,11 @@ from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_exp
 
 from dnb import resuming, training
 from dnb.errors import ArgumentError, PoolError, nearest
+from dnb.notebook import engine_words
 from dnb.notebook.arguments import bind, parse_settings
 from dnb.notebook.display import show, warm_up
 from dnb.notebook.frontend import choose_display
+from dnb.notebook.pool_verbs import PoolVerbs
 from dnb.pool.engine_pool import describe_engines
 from dnb.run import Run
 
@@ -25,13 +27,16 @@ next: %dtrain fit model train --loss cross_entropy    train on these engines
 
 
 @magics_class
-class DtrainMagics(Magics):
+class DtrainMagics(PoolVerbs, Magics):
     """One root, verbs as in the API; arguments name variables, or are expressions in braces."""
 
     @no_var_expand
     @line_cell_magic
     def dtrain(self, line: str, cell: str | None = None) -> Any:
-        """%dtrain VERB [ARGUMENTS]: start, fit, wait, pause, resume, stop, set, checkpoint, attach, ..., shutdown.
+        """%dtrain VERB [ARGUMENTS].
+
+        Of the pool: start, status, add, remove, spares, chaos, shutdown. Of the run: fit, wait, pause, resume, stop,
+        set, checkpoint, attach, dashboard.
 
         As a cell magic, %%dtrain [--on 0,2-3|all] [--local] runs the cell on engines.
         """
@@ -74,7 +79,8 @@ class DtrainMagics(Magics):
             return
         facts = pool.facts
         held = "no run" if facts.run is None else f"run {facts.run!r} is {facts.run_status}: %dtrain attach shows it"
-        _say(f"{describe_engines(pool.engines)}\n{held if pool.run is None else pool.run}")
+        told = [describe_engines(pool.engines), str(held if pool.run is None else pool.run), pool.trouble]
+        _say("\n".join(told))
 
     def _do_shutdown(self) -> None:
         _say("the pool is shut down" if training.shutdown() else "no pool was running")
@@ -137,7 +143,8 @@ class DtrainMagics(Magics):
         pool = training.current_pool()
         if pool is None:
             raise PoolError("no pool is running: %dtrain start -n 2")
-        targets = _targets(on, known=[engine.id for engine in pool.engines])
+        known = [engine.id for engine in pool.engines]
+        targets = known if on == "all" else engine_words.read_ids(on, known=known, example="--on 0,2-3")
         view = pool.client[targets]
         result = view.execute(cell, silent=False, block=False)
         if local:
@@ -185,22 +192,6 @@ def _last_run() -> Run:
     if pool.run is None:
         raise ArgumentError("there is no run yet: %dtrain fit model train --loss cross_entropy")
     return pool.run
-
-
-def _targets(on: str, *, known: list[int]) -> list[int]:
-    """Engine ids from "all" or "0,2-3"."""
-    if on == "all":
-        return known
-    chosen: list[int] = []
-    for part in on.split(","):
-        first, _, last = part.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
-            raise ArgumentError(f"--on {on}: {part!r} is no engine id or range; such as --on 0,2-3")
-        chosen.extend(range(int(first), int(last or first) + 1))
-    missing = sorted(set(chosen) - set(known))
-    if missing:
-        raise ArgumentError(f"no engine {missing[0]}: there are {', '.join(map(str, known))}")
-    return chosen
 
 
 def _say(text: str) -> None:

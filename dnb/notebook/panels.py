@@ -14,8 +14,10 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from dnb.notebook.markers import event_markers
 from dnb.notebook.text import duration
 from dnb.notebook.views import (
+    SET_APART,
     SHARES,
     HistoryView,
     RunView,
@@ -91,7 +93,7 @@ def figure(run: RunView) -> Figure:
             **_frame(),
             **_loss_axes(last_step=max(training.last_step, validation.last_step)),
             **_share_axes(workers, title=time_axis_title(run)),
-            **_remarks(run, training=training, workers=workers),
+            **_remarks(run, training=training, validation=validation, workers=workers),
         },
     }
 
@@ -185,10 +187,10 @@ def share_traces(workers: Sequence[WorkerView]) -> list[dict[str, Any]]:
 
 
 def engine_label(worker: WorkerView, *, num_engines: int) -> str:
-    """What stands beside an engine's bar; a dead engine is called dead."""
-    if worker.state != "dead":
+    """What stands beside an engine's bar; one that is dead, has left, or is a spare is called so."""
+    if worker.state not in SET_APART:
         return f"engine {worker.engine}"
-    return f"engine {worker.engine}<br>(dead)" if num_engines <= 6 else f"{worker.engine} (dead)"
+    return f"engine {worker.engine}<br>({worker.state})" if num_engines <= 6 else f"{worker.engine} ({worker.state})"
 
 
 def time_axis_title(run: RunView) -> str:
@@ -354,9 +356,10 @@ def _legend(*, x: float, xanchor: str) -> dict[str, Any]:
     }
 
 
-def _remarks(run: RunView, *, training: Curve, workers: Sequence[WorkerView]) -> dict[str, Any]:
-    """What is missing or not a number, said in the figure itself."""
-    annotations, shapes = [], []
+def _remarks(run: RunView, *, training: Curve, validation: Curve, workers: Sequence[WorkerView]) -> dict[str, Any]:
+    """What happened, and what is missing or not a number, said in the figure itself."""
+    last_step = max(training.last_step, validation.last_step)
+    annotations, shapes = event_markers(run.events if last_step else (), last_step=last_step)
     bad = training.at(np.flatnonzero(~np.isfinite(training.values)))
     if not len(training):
         words = "no step was committed" if has_ended(run) else "waiting for the first step"

@@ -16,7 +16,7 @@ import numpy as np
 from IPython.display import display
 
 from dnb.notebook import panels
-from dnb.notebook.text import last_value, number, status_sentence, summary
+from dnb.notebook.text import inert, last_value, number, status_sentence, summary
 from dnb.notebook.views import RunView
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ PLOTLY_MIME = "application/vnd.plotly.v1+json"
 _TITLE_PIXELS = 40
 _TITLE_COLUMNS = 120
 _HATCHES = {"": "", "/": "///", ".": "...", "x": "xxx"}
-_DASHES = {"dash": "--", "dot": ":"}
+_DASHES = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-."}
 _SYMBOLS = {"diamond": "D"}
 
 
@@ -91,7 +91,7 @@ def _titled(drawing: panels.Figure, *, run: RunView) -> panels.Figure:
     pixels = _TITLE_PIXELS + 16 * (len(lines) - 1)
     layout = drawing["layout"]
     title = {
-        "text": "<br>".join(_inert(line) for line in lines),
+        "text": "<br>".join(inert(line) for line in lines),
         "x": 0.01,
         "y": 1,
         "yref": "container",
@@ -109,11 +109,6 @@ def _title_lines(run: RunView) -> list[str]:
     values = [f"{key} {number(value)}" for key in dict.fromkeys(keys) if (value := last_value(run, key)) is not None]
     words = ", ".join([f"{run.name}: {status_sentence(run)}", *values])
     return textwrap.wrap(words, _TITLE_COLUMNS, max_lines=3, placeholder=" …") or [run.name]
-
-
-def _inert(text: str) -> str:
-    """Text that plotly shows as it is: no tags, and no dollar signs, which would be typeset as TeX."""
-    return html.escape(text, quote=False).replace("$", "&#36;")
 
 
 def _plain(value: Any) -> Any:
@@ -194,7 +189,12 @@ def _draw_bars(axes: Axes, traces: list[dict[str, Any]]) -> None:
 def _draw_remarks(losses: Axes, shares: Axes, *, layout: Mapping[str, Any]) -> None:
     for line in layout["shapes"]:
         axis_line = line["line"]
-        losses.axvline(line["x0"], color=axis_line["color"], linestyle=":", linewidth=1.2)
+        losses.axvline(
+            line["x0"],
+            color=axis_line["color"],
+            linestyle=_DASHES[axis_line["dash"]],
+            linewidth=axis_line["width"] * 0.8,
+        )
     for note in layout["annotations"]:
         in_time = note["xref"] == "x"
         axes = shares if note["xref"].startswith("x2") else losses
@@ -205,8 +205,9 @@ def _draw_remarks(losses: Axes, shares: Axes, *, layout: Mapping[str, Any]) -> N
             transform=axes.get_xaxis_transform() if in_time else axes.transAxes,
             ha="right" if in_time else "center",
             va="top" if in_time else "center",
+            rotation=-note.get("textangle", 0),
             color=note.get("font", {}).get("color", panels.INK),
-            size=9,
+            size=9 * note.get("font", {}).get("size", 12) / 12,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import sys
 import time
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from dnb.notebook.views import SHARES, RunView, WorkerView, has_ended
+from dnb.notebook.views import SET_APART, SHARES, RunView, WorkerView, has_ended
 
 _MEMBERSHIP = frozenset({"died", "left", "joined", "removed", "reassigned"})
 _MAX_MESSAGE = 300
@@ -132,9 +133,14 @@ def worker_line(worker: WorkerView) -> str:
     told = ", ".join(f"{name} {share:.0%}" for name, share in shares)
     if not any(share for _, share in shares):
         told = "no shares of time yet"
-    state = " (dead)" if worker.state == "dead" else ""
+    state = f" ({worker.state})" if worker.state in SET_APART else ""
     where = f"engine {worker.engine}{state} on {one_line(worker.host, limit=60)}"
     return f"{where}: {told}; {worker.samples:,} samples in {_steps(worker.steps)}"
+
+
+def inert(text: str) -> str:
+    """Text that plotly shows as it is: no tags, and no dollar signs, which would be typeset as TeX."""
+    return html.escape(text, quote=False).replace("$", "&#36;")
 
 
 class TextReporter:
@@ -207,8 +213,11 @@ def _reason(run: RunView) -> str:
 
 
 def _going_on(run: RunView) -> str:
-    living = [worker for worker in run.workers if worker.state != "dead"]
-    where = f" on {_engines(len(living))}" if living else ""
+    num_spares = sum(worker.state == "spare" for worker in run.workers)
+    num_working = sum(worker.state not in SET_APART for worker in run.workers)
+    where = f" on {_engines(num_working)}" if num_working else ""
+    if num_spares:
+        where += f" and {num_spares} spare{'s' if num_spares > 1 else ''}"
     verb = "starting" if run.status == "starting" else "training"
     # engines that join before the first step are what was asked for
     changes = [event for event in run.events if event.kind in _MEMBERSHIP and event.step > 0]

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 SHARES = ("compute", "wait", "data", "idle")
+SET_APART = frozenset({"spare", "dead", "left"})  # states of engines that do not take part now
 ENDED = frozenset({"failed", "stopped", "finished"})
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
+import threading
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -11,27 +15,41 @@ from typing import Any, Literal, Self
 import ipyparallel
 import msgspec
 
-from dnb.errors import DnbError, PoolError
+from dnb.errors import ArgumentError, DnbError, PoolError
 from dnb.hub.pool_files import remove_cluster_files
+from dnb.planning.capacity import check_num_added, choose_num_threads
+from dnb.pool.chaos import Chaos
+from dnb.pool.growing import EngineStarter, free_bytes
+from dnb.pool.keeping import Keeper, RestartPolicy
 from dnb.records import (
     Address,
     Done,
+    EngineState,
     EngineStatus,
+    GetMembers,
     GetPool,
     Hello,
+    KeepSpares,
+    Members,
     PoolFacts,
     PoolState,
     Process,
+    Retire,
     Shutdown,
 )
 from dnb.transport.channels import HubClient
-from dnb.transport.lives import end_processes, is_alive, is_this_process, this_process
+from dnb.transport.lives import children_of, end_processes, is_alive, is_this_process, this_process
 from dnb.transport.segments import pool_folders, remove_pool_folders
 
 log = logging.getLogger(__name__)
 
 # The hub waits 3 s for engines and 3 s for the controller before it kills them.
 SHUTDOWN_SECONDS = 15.0
+# How long engines that were asked to leave may take to end once the run lets them go.
+EXIT_SECONDS = 10.0
+# How long ipyparallel may take to hear that an engine is gone.
+UNREGISTER_SECONDS = 5.0
+LOOK_SECONDS = 0.05
 
 
 class Engine(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,7 +58,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     id: int
     host: str
     pid: int
-    state: Literal["ready", "busy", "hung"]
+    state: EngineState
     cores: int  # threads given to torch
     memory_bytes: int  # physical memory of its host
     rss_bytes: int | None  # resident memory of its process
@@ -82,6 +100,15 @@ class EnginePool:
         self._is_open = True
         self.hub.ask(Hello(owner=this_process(), wish=wish), Done)
         self.cluster_id = self.facts.cluster_id
+        self._starter = EngineStarter(
+            client, cluster=cluster, cluster_id=self.cluster_id, profile_dir=security_dir.parent
+        )
+        self._restart: RestartPolicy = "never"
+        self._keeper: Keeper | None = None
+        self._steady = threading.Lock()  # held by whoever changes how many engines there are
+        self.chaos = Chaos(self.hub.ask)
+        if wish == "steer":
+            self._keep()  # the spares of a pool that was taken over
 
     @property
     def facts(self) -> PoolFacts:
@@ -112,16 +139,141 @@ class EnginePool:
     def take_over(self) -> None:
         """Steer from this kernel; the one that did so far only watches from now on."""
         self.hub.ask(Hello(owner=this_process(), wish="take over"), Done)
+        self._keep()
 
     @property
     def segment_folders(self) -> list[Path]:
         """Where this pool's shared memory may lie."""
         return pool_folders(self.cluster_id)
 
+    # more and fewer engines
+
+    def add(self, n: int = 1, *, timeout_seconds: float = 60.0) -> list[int]:
+        """Start engines and return their ids when they have joined; an active run takes them from its next step.
+
+        They get as many threads as the others have.
+
+        Raises:
+            ArgumentError: n is not a number of engines that this host can hold beside what runs.
+            PoolError: not all came up in time; those that did not are ended.
+        """
+        check_num_added(n, free_bytes=free_bytes())
+        if timeout_seconds <= 0:
+            raise ArgumentError(f"timeout_seconds must be positive, not {timeout_seconds!r}")
+        with self._steady:
+            return self._start_engines(n, timeout_seconds=timeout_seconds)
+
+    def remove(self, engines: int | Iterable[int], *, force: bool = False, timeout_seconds: float = 60.0) -> None:
+        """Let engines leave: each brings what it computes, then its process ends; return when they are gone.
+
+        Args:
+            engines: an id, or several.
+            force: also the last engine of an active run, which then pauses until engines are added.
+            timeout_seconds: after which they are killed.
+
+        Raises:
+            ArgumentError: an engine is not in the pool, or is the last one of an active run.
+            PoolError: some had to be killed; other engines do again what they had not brought.
+        """
+        leaving = _ids(engines)
+        facts = {engine.facts.engine: engine.facts.process for engine in self.statuses}
+        processes = [facts[engine] for engine in leaving if engine in facts]
+        nannies = children_of(processes)
+        self.hub.ask(Retire(engines=tuple(leaving), force=force), Done)
+        left_in_time = _wait_until(lambda: not set(leaving) & set(self._members().leaving), timeout_seconds)
+        stubborn = end_processes(processes, patience_seconds=EXIT_SECONDS if left_in_time else 0.0)
+        end_processes(nannies, patience_seconds=EXIT_SECONDS)
+        _wait_until(lambda: not set(leaving) & set(self.client.ids), UNREGISTER_SECONDS)
+        if not left_in_time or stubborn:
+            raise PoolError(
+                f"not all of the engines {', '.join(map(str, leaving))} left within {timeout_seconds:g} s: they were "
+                "killed, and what they had not brought is done again by others"
+            )
+
+    @property
+    def spares(self) -> int:
+        """How many engines are kept warm beside those that work; may be set, see `keep_spares`."""
+        return self._members().wanted_spares
+
+    @spares.setter
+    def spares(self, n: int) -> None:
+        self.keep_spares(n)
+
+    def keep_spares(self, n: int, *, timeout_seconds: float = 60.0) -> None:
+        """Keep so many extra engines that hold the active run and take over at once when one dies.
+
+        A spare that has taken over is replaced as long as this kernel lives; spares that are too many are ended.
+
+        Raises:
+            ArgumentError: n is negative, or more than this host can hold.
+            PoolError: not all came up in time.
+        """
+        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+            raise ArgumentError(f"the number of spares must be 0 or more, not {n!r}: %dtrain spares 1")
+        with self._steady:
+            before = self._members()
+            missing = n - len(before.spares)
+            if missing > 0:
+                check_num_added(missing, free_bytes=free_bytes())
+            self.hub.ask(KeepSpares(number=n), Done)
+            try:
+                if missing > 0:
+                    self._start_engines(missing, timeout_seconds=timeout_seconds)
+            except BaseException:
+                self.hub.ask(KeepSpares(number=before.wanted_spares), Done)
+                raise
+            surplus = self._members().spares[n:]
+        if surplus:
+            self.remove(surplus)
+        self._keep()
+
+    @property
+    def restart(self) -> RestartPolicy:
+        """Whether engines that die are replaced by this kernel: "never" or "always"; may be set."""
+        return self._restart
+
+    @restart.setter
+    def restart(self, policy: RestartPolicy) -> None:
+        if policy not in ("never", "always"):
+            raise ArgumentError(f"restart must be 'never' or 'always', not {policy!r}")
+        self._restart = policy
+        self._stop_keeping()
+        self._keep()
+
+    @property
+    def trouble(self) -> str:
+        """Why engines are not replaced any more; "" if nothing is wrong."""
+        return "" if self._keeper is None else self._keeper.trouble
+
+    def _keep(self) -> None:
+        """Have a keeper if there is something to keep."""
+        if self._keeper is not None and self._keeper.is_alive():
+            return
+        if self._restart == "always" or self.spares:
+            self._keeper = Keeper(self._restart, look=self._members, start=self._start_engines, steady=self._steady)
+            self._keeper.start()
+
+    def _stop_keeping(self) -> None:
+        if self._keeper is not None:
+            self._keeper.stop()
+            self._keeper.join()
+            self._keeper = None
+
+    def _start_engines(self, n: int, *, timeout_seconds: float = 60.0) -> list[int]:
+        threads = [status.facts.cores for status in self.statuses]
+        num_threads = max(threads) if threads else choose_num_threads(os.cpu_count() or 1, num_engines=n)
+        return self._starter.start(n, num_threads=num_threads, timeout_seconds=timeout_seconds)
+
+    def _members(self) -> Members:
+        members, _ = self.hub.ask(GetMembers(), Members)
+        return members
+
     def shutdown(self) -> None:
         """End every process of the pool and remove what it left on disk and in shared memory. Safe to call twice."""
         if not self._is_open:
             return
+        self._starter.cancel()
+        self._stop_keeping()
         if self.is_open and not self.is_steered_here:
             self._is_open = False  # not ours to end
             self.hub.close()
@@ -202,6 +354,34 @@ def describe_engines(engines: list[Engine]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def describe_added(engines: list[Engine], new: list[int]) -> str:
+    """What has joined, with how many threads, and what that means for the cores; for people."""
+    threads = [engine.cores for engine in engines if engine.id in new]
+    each = f"{threads[0]} thread{'s' if threads[0] > 1 else ''} each" if threads else "no threads"
+    told = f"engine{'s' if len(new) > 1 else ''} {', '.join(map(str, new))} joined, with {each} as the others have"
+    here = sum(engine.cores for engine in engines if engine.host == socket.gethostname())
+    num_cores = os.cpu_count() or 1
+    return told if here <= num_cores else f"{told}; {here} threads share {num_cores} cores"
+
+
+def _ids(engines: int | Iterable[int]) -> list[int]:
+    ids = [engines] if isinstance(engines, int) else list(engines)
+    wrong = next((each for each in ids if not isinstance(each, int) or isinstance(each, bool)), None)
+    if wrong is not None or not ids:
+        raise ArgumentError(f"engines are named by their ids, not {wrong if ids else engines!r}: pool.remove([3])")
+    return list(dict.fromkeys(ids))
+
+
+def _wait_until(holds: Callable[[], bool], limit_seconds: float) -> bool:
+    """Whether it held within the time."""
+    deadline = time.monotonic() + limit_seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(LOOK_SECONDS)
+    return True
 
 
 def _engine(status: EngineStatus) -> Engine:

@@ -16,10 +16,10 @@ import ipyparallel
 import psutil
 from traitlets.config import Config
 
-from dnb.engine.worker import join_pool
 from dnb.errors import ArgumentError, PoolError, nearest
 from dnb.planning.capacity import check_num_engines, choose_num_threads
 from dnb.pool.engine_pool import EnginePool
+from dnb.pool.growing import quiet_log, start_joining, thread_environment
 from dnb.records import PoolFacts
 from dnb.transport.lives import this_process
 
@@ -96,7 +96,7 @@ def adopt_pool(
 
 def profile_folder(profile: str | None) -> Path:
     """The folder of an IPython profile: the one named, else that of the notebook's own kernel."""
-    return Path(ipyparallel.Cluster(profile=profile or "", load_profile=False, log=_quiet()).profile_dir)
+    return Path(ipyparallel.Cluster(profile=profile or "", load_profile=False, log=quiet_log()).profile_dir)
 
 
 def _bring_up(
@@ -133,17 +133,10 @@ def _join_all(
 ) -> None:
     """Let every engine import torch, start its worker and meet the hub."""
     file = f"{cluster.profile_dir}/security/ipcontroller-{cluster.cluster_id}-engine.json"
-    calls = [
-        client[engine].apply_async(
-            join_pool,
-            engine,
-            num_threads=num_threads,
-            connection_file=file,
-            timeout_seconds=timeout_seconds,
-        )
-        for engine in client.ids
-    ]
-    for call in calls:
+    calls = start_joining(
+        client, client.ids, connection_file=file, num_threads=num_threads, timeout_seconds=timeout_seconds
+    )
+    for call in calls.values():
         call.get(timeout=timeout_seconds)
 
 
@@ -152,9 +145,7 @@ def _cluster(profile_dir: Path, *, launcher: str, num_threads: int, timeout_seco
     options = Config()
     options.ControllerLauncher.controller_cmd = [sys.executable, "-m", "dnb.hub.controller"]
     options.ControllerLauncher.connection_info_timeout = timeout_seconds
-    options.EngineLauncher.environment = {
-        name: str(num_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    }
+    options.EngineLauncher.environment = thread_environment(num_threads)
     return ipyparallel.Cluster(
         profile_dir=str(profile_dir),
         engines=launcher,
@@ -170,7 +161,7 @@ def _cluster(profile_dir: Path, *, launcher: str, num_threads: int, timeout_seco
         ],
         delay=0.0,
         shutdown_atexit=False,  # the hub ends the pool, also when the kernel is killed
-        log=_quiet(),
+        log=quiet_log(),
     )
 
 
@@ -201,10 +192,3 @@ def _output(cluster: ipyparallel.Cluster) -> str:
 
 def _folders(profile_dir: Path) -> dict[str, Any]:
     return {"security_dir": profile_dir / "security", "log_dir": profile_dir / "log"}
-
-
-def _quiet() -> logging.Logger:
-    """Ipyparallel prints its log into notebooks unless it is given another one."""
-    quiet = logging.getLogger("dnb.ipyparallel")
-    quiet.setLevel(logging.ERROR)
-    return quiet

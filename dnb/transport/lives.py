@@ -26,6 +26,14 @@ def this_process() -> Process:
     return _describe(psutil.Process())
 
 
+def find_process(pid: int) -> Process | None:
+    """The process of this host that has the pid now; None if there is none."""
+    try:
+        return _describe(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return None
+
+
 def is_this_process(process: Process) -> bool:
     """Whether it is the one that calls."""
     return process.pid == os.getpid() and is_alive(process) and process.host == socket.gethostname()
@@ -57,6 +65,18 @@ def children_of(parents: Iterable[Process]) -> tuple[Process, ...]:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         children.append(_describe(child))
     return tuple(children)
+
+
+def signal_process(process: Process, number: signal.Signals) -> bool:
+    """Signal this very process of this host; whether it was there."""
+    own = _find(process)
+    if own is None:
+        return False
+    try:
+        own.send_signal(number)
+    except psutil.NoSuchProcess:
+        return False
+    return True
 
 
 def end_processes(

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from dnb.errors import ArgumentError
-from dnb.planning.capacity import check_num_engines, choose_num_threads
+from dnb.planning.capacity import check_num_added, check_num_engines, choose_num_threads
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,25 @@ def test_without_room_for_one_engine_no_number_is_offered():
 
 def test_engines_that_just_fit_are_taken():
     assert check_num_engines(2, free_bytes=900_000_000) == 2
+
+
+@pytest.mark.parametrize("num_engines", [0, -1, 2.0, True, "2", None])
+def test_a_number_of_further_engines_that_is_none_is_refused(num_engines: Any):
+    with pytest.raises(ArgumentError, match=f"n must be an integer of at least 1, not {num_engines!r}: %dtrain add 1"):
+        check_num_added(num_engines, free_bytes=10**12)
+
+
+def test_further_engines_that_do_not_fit_are_refused_with_the_estimate_and_those_that_fit():
+    with pytest.raises(
+        ArgumentError, match=r"9 more engines need about 2\.7 GB \(0\.3 GB each\), 2\.0 GB is free: %dtrain add 6 fits"
+    ):
+        check_num_added(9, free_bytes=2_000_000_000)
+
+
+def test_as_many_further_engines_as_are_said_to_fit_do_fit():
+    assert check_num_added(6, free_bytes=2_000_000_000) == 6
+
+
+def test_without_room_for_a_further_engine_no_number_is_offered():
+    with pytest.raises(ArgumentError, match="free some memory first"):
+        check_num_added(1, free_bytes=100_000_000)

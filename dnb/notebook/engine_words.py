@@ -1,0 +1,79 @@
+"""The words by which engines are named in `%dtrain`, and what is done to them on purpose."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dnb.errors import ArgumentError, nearest
+
+MOST_IDS = 100_000
+
+_EXAMPLES = {
+    "kill": "%dtrain chaos kill 1",
+    "stop": "%dtrain chaos stop 1 5s",
+    "slow": "%dtrain chaos slow 2 4x",
+}
+_UNITS = {"stop": "s", "slow": "x"}
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """What is to be done to which engines."""
+
+    verb: Literal["kill", "stop", "slow"]
+    engines: tuple[int, ...]
+    amount: float = 0.0  # seconds, or how many times as slow
+
+
+def read_ids(text: str, *, known: Sequence[int], example: str) -> list[int]:
+    """Engine ids from words such as "0,2-3", in the order in which they are given.
+
+    Raises:
+        ArgumentError: it is no such words, or an engine is not there.
+    """
+    chosen: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part.strip())
+        if found is None:
+            raise ArgumentError(f"{text!r}: {part!r} is no engine id or range; such as {example}")
+        first, last = int(found[1]), int(found[2] or found[1])
+        if last < first or last - first >= MOST_IDS:
+            raise ArgumentError(f"{text!r}: {part!r} is no range from a smaller to a larger id; such as {example}")
+        chosen.extend(range(first, last + 1))
+    missing = sorted(set(chosen) - set(known))
+    if missing:
+        raise ArgumentError(f"no engine {missing[0]}: there are {', '.join(map(str, known)) or 'none'}")
+    return list(dict.fromkeys(chosen))
+
+
+def read_chaos(words: Sequence[str], *, known: Sequence[int]) -> Act:
+    """What `%dtrain chaos` is to do, from the words behind it.
+
+    Raises:
+        ArgumentError: an unknown verb, a missing amount, an engine that is not there; with an example.
+    """
+    verb, *rest = words or [""]
+    if verb not in _EXAMPLES:
+        hint = nearest(verb, _EXAMPLES) if verb else f"known: {', '.join(_EXAMPLES)}"
+        raise ArgumentError(f"%dtrain chaos has no verb {verb!r}: {hint}; such as {_EXAMPLES['kill']}")
+    example = _EXAMPLES[verb]
+    needed = 2 if verb in _UNITS else 1
+    if len(rest) != needed:
+        what = "an engine and an amount" if needed == 2 else "an engine"
+        raise ArgumentError(f"%dtrain chaos {verb} takes {what}, not {len(rest)} words: {example}")
+    engines = tuple(read_ids(rest[0], known=known, example=example))
+    amount = _amount(rest[1], unit=_UNITS[verb], example=example) if verb in _UNITS else 0.0
+    if verb == "slow" and amount < 1:
+        raise ArgumentError(f"%dtrain chaos slow {rest[0]} {rest[1]}: an engine can only be slowed, by 1x or more")
+    return Act(verb, engines, amount)  # type: ignore[arg-type]
+
+
+def _amount(word: str, *, unit: str, example: str) -> float:
+    found = re.fullmatch(rf"(\d+(?:\.\d*)?|\.\d+){unit}", word)
+    if found is None or not float(found[1]):
+        name = {"s": "number of seconds, such as 5s", "x": "factor, such as 4x"}[unit]
+        raise ArgumentError(f"{word!r} is no {name}: {example}")
+    return float(found[1])
