@@ -57,7 +57,7 @@ lab: $(VENV)/.demo-stamp | build
 test: lint pytest nbval
 
 pytest: $(VENV)/.dev-stamp | build
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile
 
 # A call of its own: nbval collects by file and has its own options. Each notebook starts its own pool.
 nbval: $(VENV)/.dev-stamp | build

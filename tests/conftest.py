@@ -8,11 +8,17 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from dnb.transport.segments import FOLDERS_VARIABLE
 from tests import leftovers as leftovers_module
 
 HOME = Path(tempfile.mkdtemp(prefix="test-home-"))
+# Folders of this process's own, so that what it leaves is told from what other test processes are at work with.
+SEGMENTS = Path(tempfile.mkdtemp(prefix="test-segments-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+(HOME / "tmp").mkdir()
 os.environ.update(
     {
+        "TMPDIR": str(HOME / "tmp"),
+        FOLDERS_VARIABLE: f"{SEGMENTS}{os.pathsep}{HOME / 'tmp'}",
         leftovers_module.MARK_NAME: leftovers_module.MARK_VALUE,
         "IPYTHONDIR": str(HOME / "ipython"),
         "JUPYTER_CONFIG_DIR": str(HOME / "jupyter-config"),
@@ -33,6 +39,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(HOME, ignore_errors=True)
+    shutil.rmtree(SEGMENTS, ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,13 +1,14 @@
 """What a test session leaves behind on the machine: processes, shared memory, temporary files."""
 
 import os
-import tempfile
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
+
+from dnb.transport.segments import segment_roots
 
 # Every process a test starts inherits this variable, also one that has left its parent, so that
 # leftovers are told from the processes of another session by fact, never by name.
@@ -19,11 +20,12 @@ class Leftovers:
     """Names what has appeared on this machine since the session began."""
 
     def __init__(self) -> None:
-        self._known_files = find_files()
+        self._folders = segment_roots()  # now: a test may name others
+        self._known_files = find_files(self._folders)
 
     def find(self) -> list[str]:
         """List what is there now, one readable line each; empty is clean."""
-        files = sorted(find_files() - self._known_files)
+        files = sorted(find_files(self._folders) - self._known_files)
         return [describe(process) for process in find_processes()] + files
 
     def wait_until_none(self, *, timeout_seconds: float = 10) -> None:
@@ -59,9 +61,8 @@ def is_resource_tracker(process: psutil.Process) -> bool:
     return process.ppid() == os.getpid() and "resource_tracker" in " ".join(process.cmdline())
 
 
-def find_files() -> set[str]:
+def find_files(folders: list[Path]) -> set[str]:
     """Find shared segments and temporary files under the names that dnb gives them."""
-    folders = (Path("/dev/shm"), Path(tempfile.gettempdir()))
     return {str(path) for folder in folders for path in folder.glob("dnb-*")}
 
 
