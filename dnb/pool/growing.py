@@ -148,10 +148,13 @@ class _Attempt:
         """What went wrong, what became of it, and what the engines said."""
         num_missing = self._num_engines - len(self.joined)
         came = f"; {', '.join(map(str, sorted(self.joined)))} joined" if self.joined else ""
-        reason = str(error) or f"the limit of {timeout_seconds:g} s is over"
+        reason, way_out = str(error), ""
+        if isinstance(error, TimeoutError):
+            reason = f"the limit of {timeout_seconds:g} s is over"
+            way_out = f". %dtrain add {num_missing} --timeout-seconds {2 * timeout_seconds:g} waits longer"
         return (
-            f"{num_missing} of {self._num_engines} engines did not come up, and were ended: {reason}{came}. "
-            f"%dtrain add --timeout-seconds {2 * timeout_seconds:g} waits longer{self._output()}"
+            f"{num_missing} of {self._num_engines} engines did not come up, and were ended: "
+            f"{reason}{came}{way_out}{self._output()}"
         )
 
     def _new_ids(self) -> list[int]:

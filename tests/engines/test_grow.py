@@ -171,6 +171,20 @@ def test_an_engine_that_was_removed_leaves_no_process_and_no_trace_in_the_pool(p
     assert newcomer not in pool.client.ids
 
 
+def test_the_memory_of_an_engine_that_left_is_given_back_while_the_run_goes_on(pool):
+    run = pool.fit(mlp(), digits(), loss="cross_entropy", transport="memory", epochs=100_000)
+    (newcomer,) = pool.add(1)
+    wait_until(run, lambda run: samples_by_engine(run).get(newcomer, 0) > 0, what="the newcomer works")
+
+    def slabs():
+        return [path for folder in pool.segment_folders for path in folder.glob(f"*slab-{newcomer}-*")]
+
+    assert len(slabs()) == 1
+    pool.remove(newcomer)
+    until(lambda: slabs() == [], what="its slab is gone")
+    assert run.status == "running"
+
+
 def test_engines_that_were_added_before_a_run_all_take_part_in_it(pool):
     threads = [engine.cores for engine in pool.engines]
     new = pool.add(2)
