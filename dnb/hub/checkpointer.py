@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
-import platform
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any, Literal
-
-import numpy as np
-import torch
+from typing import Literal
 
 from dnb.errors import ArgumentError
 from dnb.hub.accounts import Columns
@@ -29,19 +22,18 @@ from dnb.hub.checkpoints import (
     OPTIMIZER_FILE,
     Disk,
     Manifest,
-    StateFacts,
     facts_of,
     remove_checkpoint,
     step_folder,
     write_checkpoint,
 )
 from dnb.hub.reducer import Master
+from dnb.hub.snapshots import history_of, in_json, named_tensors, state_of, versions
 from dnb.hub.sources import Sources
 from dnb.hub.tensor_files import TensorBuffer
 from dnb.planning.retention import Retention, read_goal
 from dnb.records import CheckpointPolicy, CheckpointState, RunSpec
 from dnb.transport.segments import megabytes
-from dnb.transport.trees import take_apart
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +113,7 @@ class Checkpointer:
         self._sources = Sources(frames, spec)
         self._retention = _retention(spec.checkpoints)
         self._first_step = place().step
-        self._tensors = _named_tensors(master)
+        self._tensors = named_tensors(master)
         self._buffers: dict[str, TensorBuffer] = {}
         self._is_due = False
         self._is_record = False  # what is due is the best so far: it waits in memory rather than being left out
@@ -270,9 +262,9 @@ class Checkpointer:
 
     def _copy(self, place: Place, buffers: dict[str, TensorBuffer]) -> Manifest:
         own, tied, others = self._tensors
-        optimizer, optimizer_tensors, _ = _state_of(self._master.optimizer, "optimizer", is_strict=True)
-        scheduler, scheduler_tensors, left_out = _state_of(self._master.scheduler, "scheduler", is_strict=False)
-        history, num_rows = _history_of(self._columns)
+        optimizer, optimizer_tensors, _ = state_of(self._master.optimizer, "optimizer", is_strict=True)
+        scheduler, scheduler_tensors, left_out = state_of(self._master.scheduler, "scheduler", is_strict=False)
+        history, num_rows = history_of(self._columns)
         buffers[MODEL_FILE].fill(own, tied)
         buffers[OPTIMIZER_FILE].fill({**optimizer_tensors, **scheduler_tensors, **others}, {})
         buffers[HISTORY_FILE].fill(history, {})
@@ -287,8 +279,8 @@ class Checkpointer:
             num_history_rows=num_rows,
             time=time.time(),
             elapsed_seconds=place.elapsed_seconds,
-            versions=_versions(),
-            metrics=_in_json(self._measured(place.step)),
+            versions=versions(),
+            metrics=in_json(self._measured(place.step)),
             parameters=facts_of(dict(self._master.model.named_parameters())),
             buffers=facts_of(dict(self._master.model.named_buffers())),
             tied=tied,
@@ -448,61 +440,3 @@ def _retention(policy: CheckpointPolicy | None) -> Retention | None:
         return None
     goal = None if policy.best is None else read_goal(policy.best)
     return Retention(every=policy.every, keep=policy.keep, goal=goal)
-
-
-Tensors = dict[str, torch.Tensor]
-
-
-def _named_tensors(master: Master) -> tuple[Tensors, dict[str, str], Tensors]:
-    """Tensors of the state_dict, names of those that are tied, and tensors that no state_dict has."""
-    own: Tensors = {}
-    tied: dict[str, str] = {}
-    first: dict[int, str] = {}
-    named: Tensors = {**dict(master.model.named_parameters()), **dict(master.model.named_buffers())}
-    for name, tensor in master.model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, torch.Tensor):
-            continue  # a module's extra state, which engines do not change
-        if id(tensor) in first:
-            tied[name] = first[id(tensor)]
-        else:
-            first[id(tensor)] = name
-            own[name] = tensor
-    others = {f"model.{name}": tensor for name, tensor in named.items() if own.get(name) is not tensor}
-    return own, tied, others
-
-
-def _state_of(owner: Any, root: str, *, is_strict: bool) -> tuple[StateFacts | None, Tensors, tuple[str, ...]]:
-    """The state of an optimizer or scheduler, its tensors, and what had to be left out."""
-    if owner is None:
-        return None, {}, ()
-    tree: dict[str, Any] = {}
-    tensors: Tensors = {}
-    left_out: list[str] = []
-    for key, value in owner.state_dict().items():
-        try:
-            tree[key], found = take_apart(value, root=f"{root}.{key}")
-        except TypeError:
-            if is_strict:
-                raise
-            left_out.append(key)
-        else:
-            tensors |= found
-    return StateFacts(kind=type(owner).__name__, tree=tree), tensors, tuple(left_out)
-
-
-def _history_of(columns: Columns) -> tuple[Tensors, int]:
-    """Columns by name, and the most rows that one has."""
-    tensors = {f"step/{name}": torch.from_numpy(np.array(values)) for name, values in columns.by_step.items()}
-    for name, pairs in columns.by_evaluation.items():
-        tensors[f"evaluation/{name}"] = torch.from_numpy(np.array(pairs).reshape(-1, 2))
-    return tensors, max((len(values) for values in columns.by_step.values()), default=0)
-
-
-def _in_json(values: Mapping[str, float]) -> dict[str, float | str]:
-    """JSON has no NaN and no infinity: they are written as words."""
-    return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-
-
-@cache
-def _versions() -> dict[str, str]:
-    return {"dnb": version("dnb"), "torch": str(torch.__version__), "python": platform.python_version()}
