@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from dnb.hub.batches import Batches
+
 from dnb.hub.coordinator import Assign, Coordinator, EngineLoaded
 from dnb.planning.sample_order import BatchOrder
 
