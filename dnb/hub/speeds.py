@@ -25,15 +25,16 @@ class _Pace:
     """One engine's times."""
 
     times: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_TIMES))  # seconds per shard
-    seconds: float = 0.0  # per shard, smoothed
     last: float = 0.0  # seconds of its part in the task under way
     rest: int = TRIAL_TASKS
     until_trial: int = TRIAL_TASKS
 
-    def add(self, seconds: float) -> None:
-        self.times.append(seconds)
-        slowest = max(self.times) if len(self.times) >= NUM_TIMES_AT_LEAST else 0.0
-        self.seconds = (sum(self.times) - slowest) / (len(self.times) - (slowest > 0.0))
+    @property
+    def seconds(self) -> float:
+        """Per shard, smoothed."""
+        if len(self.times) < NUM_TIMES_AT_LEAST:
+            return sum(self.times) / len(self.times)
+        return (sum(self.times) - max(self.times)) / (len(self.times) - 1)
 
     @property
     def is_known(self) -> bool:
@@ -51,6 +52,7 @@ class Speeds:
         self._num_shards = num_shards
         self._paces: dict[int, _Pace] = {}
         self._fullest = 0.0  # samples per shard
+        self._longest = 0.0  # part of the last task, in seconds
         self._is_unequal = False
         self._has_differed = False  # when it was last looked at
         self._on_trial: int | None = None
@@ -59,14 +61,17 @@ class Speeds:
         """An engine has answered."""
         if num_samples is not None:
             per_shard = num_samples / num_shards
-            self._fullest = max(self._fullest, per_shard)
-            if per_shard < FULL_ENOUGH * self._fullest:
+            if per_shard > self._fullest:
+                self._fullest = per_shard
+            elif per_shard < FULL_ENOUGH * self._fullest:
                 return
         pace = self._paces.get(engine)
         if pace is None:
             pace = self._paces[engine] = _Pace()
         pace.last = seconds
-        pace.add(seconds / num_shards)
+        pace.times.append(seconds / num_shards)
+        if seconds > self._longest:
+            self._longest = seconds
 
     def forget(self, engine: int) -> None:
         """What comes back under its number may be another machine."""
@@ -90,6 +95,10 @@ class Speeds:
 
     def plan(self, engines: Sequence[int]) -> dict[int, float] | None:
         """As `costs`, for a task that is about to begin; now and then one engine is tried with more than its share."""
+        longest, self._longest = self._longest, 0.0
+        if not self._is_unequal and longest < UNEQUAL_SECONDS:  # as with small models: no share would be worth it
+            self._has_differed = False
+            return None
         self._judge_trial()
         self._compare(engines)
         costs = self.costs(engines)
@@ -133,7 +142,7 @@ class Speeds:
             if 0.0 < pace.last <= others * 1.1:
                 newest = pace.times[-1]
                 pace.times.clear()
-                pace.add(newest)
+                pace.times.append(newest)
                 pace.rest, pace.until_trial = TRIAL_TASKS, 0
             else:
                 pace.rest = pace.until_trial = min(2 * pace.rest, TRIAL_TASKS_AT_MOST)

@@ -433,7 +433,8 @@ class Schedule(RuleBasedStateMachine):
 
 
 TestEveryShardIsCountedOnce = Schedule.TestCase
-NUM_SCHEDULES = 20_000 if os.environ.get("HYPOTHESIS_PROFILE") == "soak" else 600
+IS_SOAK = os.environ.get("HYPOTHESIS_PROFILE") == "soak"
+NUM_SCHEDULES = settings.get_profile("soak").max_examples if IS_SOAK else 600
 # Explaining a failure traces every line, which takes minutes here.
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
 TestEveryShardIsCountedOnce.settings = settings(
