@@ -290,6 +290,16 @@ class Schedule(RuleBasedStateMachine):
         self.now += seconds
         self._tell(Tick())
 
+    @precondition(lambda self: {engine.has_unanswered for engine in self._heard()} == {True, False})
+    @rule()
+    def be_late(self) -> None:
+        """Somebody idles while another takes far longer than anything took before."""
+        self.now = 4 * self.now + 1
+        self._tell(Tick())
+
+    def _heard(self) -> list[Engine]:
+        return [e for n, e in self.engines.items() if e.is_loaded and n not in self.silent | self.retiring]
+
     @rule()
     def run_out_of_room(self) -> None:
         self.has_room = not self.has_room
@@ -379,8 +389,7 @@ class Schedule(RuleBasedStateMachine):
 
     @invariant()
     def a_running_run_with_an_engine_that_is_heard_has_work_under_way(self) -> None:
-        heard = [e for n, e in self.engines.items() if e.is_loaded and n not in self.silent | self.retiring]
-        if self.coordinator.status == "running" and heard and self.commit is None:
+        if self.coordinator.status == "running" and self._heard() and self.commit is None:
             assert any(engine.has_unanswered for n, engine in self.engines.items() if n not in self.silent)
 
     @invariant()
