@@ -9,8 +9,13 @@ from dataclasses import dataclass, field
 # The last answers that count, without the slowest of them: one hiccup is nobody's speed.
 NUM_TIMES = 6
 NUM_TIMES_AT_LEAST = 3
-# Shares become unequal when speeds have differed so much twice running, and equal again below the second ratio.
-UNEQUAL_RATIO, EQUAL_RATIO = 1.5, 1.25
+NUM_TIMES_TO_JUDGE = 5
+# Shares become unequal when nearly every time of the slowest engine was so much longer than most of the fastest's, at so
+# many tasks running: else a busy host would make healthy engines look slow by turns. It still takes less than 10 tasks.
+UNEQUAL_RATIO = 1.5
+NUM_VOTES = 3
+# And equal again when speeds differ less than this.
+EQUAL_RATIO = 1.25
 # And never for less than the operating system takes away in one slice: by so much must the slowest part be longer.
 UNEQUAL_SECONDS = 0.005
 # An engine with few shards may be held for slower than it is, as every part costs something besides its shards: it is
@@ -37,8 +42,14 @@ class _Pace:
         return (sum(self.times) - max(self.times)) / (len(self.times) - 1)
 
     @property
-    def is_known(self) -> bool:
-        return len(self.times) >= NUM_TIMES_AT_LEAST
+    def low(self) -> float:
+        """Per shard; all times but one were at least that."""
+        return sorted(self.times)[1]
+
+    @property
+    def median(self) -> float:
+        """Per shard."""
+        return sorted(self.times)[len(self.times) // 2]
 
 
 class Speeds:
@@ -54,7 +65,7 @@ class Speeds:
         self._fullest = 0.0  # samples per shard
         self._longest = 0.0  # part of the last task, in seconds
         self._is_unequal = False
-        self._has_differed = False  # when it was last looked at
+        self._num_votes = 0  # running
         self._on_trial: int | None = None
 
     def add(self, engine: int, *, seconds: float, num_shards: int, num_samples: int | None) -> None:
@@ -97,7 +108,7 @@ class Speeds:
         """As `costs`, for a task that is about to begin; now and then one engine is tried with more than its share."""
         longest, self._longest = self._longest, 0.0
         if not self._is_unequal and longest < UNEQUAL_SECONDS:  # as with small models: no share would be worth it
-            self._has_differed = False
+            self._num_votes = 0
             return None
         self._judge_trial()
         self._compare(engines)
@@ -108,18 +119,22 @@ class Speeds:
 
     def _compare(self, engines: Sequence[int]) -> None:
         paces = [self._paces[engine] for engine in engines if engine in self._paces]
-        known = [pace.seconds for pace in paces if pace.is_known or self._is_unequal]
-        if len(known) < 2:
-            self._is_unequal = self._has_differed = False
+        if not self._is_unequal:
+            paces = [pace for pace in paces if len(pace.times) >= NUM_TIMES_TO_JUDGE]
+        if len(paces) < 2:
+            self._is_unequal, self._num_votes = False, 0
             return
-        fastest, slowest = min(known), max(known)
-        apart = (slowest - fastest) * self._num_shards / len(engines)
+        slowest = max(paces, key=lambda pace: pace.seconds)
+        fastest = min(paces, key=lambda pace: pace.seconds)
+        share = self._num_shards / len(engines)
         if self._is_unequal:
-            self._is_unequal = slowest > EQUAL_RATIO * fastest and apart > UNEQUAL_SECONDS / 2
+            ratio_holds = slowest.seconds > EQUAL_RATIO * fastest.seconds
+            self._is_unequal = ratio_holds and (slowest.seconds - fastest.seconds) * share > UNEQUAL_SECONDS / 2
             return
-        differs = slowest > UNEQUAL_RATIO * fastest and apart > UNEQUAL_SECONDS
-        self._is_unequal = differs and self._has_differed
-        self._has_differed = differs
+        low, median = slowest.low, fastest.median
+        differs = low > UNEQUAL_RATIO * median and (low - median) * share > UNEQUAL_SECONDS
+        self._num_votes = self._num_votes + 1 if differs else 0
+        self._is_unequal = self._num_votes >= NUM_VOTES
 
     def _try_one(self, costs: dict[int, float]) -> None:
         """Let one slow engine, if its time has come, have twice its share, or one shard at least."""
