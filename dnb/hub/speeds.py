@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 NUM_TIMES = 6
 NUM_TIMES_AT_LEAST = 3
 NUM_TIMES_TO_JUDGE = 5
-# Shares become unequal when nearly every time of the slowest engine was so much longer than most of the fastest's, at so
-# many tasks running: else a busy host would make healthy engines look slow by turns. It still takes less than 10 tasks.
+# Shares become unequal when nearly every time of the slowest engine was so much longer than most of the fastest's, at
+# so many tasks running: else a busy host would make healthy engines look slow by turns. It still takes less than 10.
 UNEQUAL_RATIO = 1.5
 NUM_VOTES = 3
 # And equal again when speeds differ less than this.
