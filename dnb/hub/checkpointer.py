@@ -144,6 +144,10 @@ class Checkpointer:
             self._is_due = self._is_due or self._is_record or self._retention.is_due(step)
         return self._is_due or bool(self._asked)
 
+    def go_on_with(self, spec: RunSpec) -> None:
+        """The run's numbers have changed: later checkpoints hold these."""
+        self._spec = spec
+
     def ask(self, path: Path | None) -> CheckpointState:
         """A checkpoint is wished for, besides those of the policy.
 

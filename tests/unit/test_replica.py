@@ -166,7 +166,7 @@ class Engines:
             step=step,
             shards=shards,
             shard_sizes=tuple(len(part) for part in parts),
-            slabs=tuple(range(first_slab, first_slab + len(shards))) if self.spec.exact else (0,),
+            slabs=tuple(range(first_slab, first_slab + len(shards))) if self.spec.exact else (first_slab,),
             batch_samples=len(batch),
             fresh=fresh,
         )
