@@ -3,7 +3,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import pytest
+from msgspec.structs import replace
 
+from dnb.hub.causes import describe_causes
 from dnb.hub.coordinator import Coordinator
 from dnb.hub.events import (
     Action,
@@ -703,6 +705,18 @@ def test_every_cause_is_told_with_its_engines_and_its_traceback():
     causes = "ValueError: bad sample (engines 0, 2); IndexError: Target 12 is out of bounds. (engine 1);"
     assert causes in coordinator.error
     assert coordinator.traceback == "On engines 0, 2:\nTraceback: line 9\nOn engine 1:\nTraceback: line 7"
+
+
+def test_each_engine_says_where_in_its_work_it_was():
+    failures = [(0, replace(INDEX_ERROR, place="shard 3, sample 812")), (2, INDEX_ERROR)]
+    text, _ = describe_causes(failures)
+    assert text == "IndexError: Target 12 is out of bounds. (engine 0: shard 3, sample 812; engine 2)"
+
+
+def test_of_many_engines_only_some_are_shown_with_their_places():
+    failures = [(engine, replace(INDEX_ERROR, place=f"shard {engine}")) for engine in range(5)]
+    text, _ = describe_causes(failures)
+    assert text.endswith("(engine 0: shard 0; engine 1: shard 1; engine 2: shard 2; and 2 more engines)")
 
 
 def test_a_step_that_failed_is_not_paused_while_another_may_fail_too():

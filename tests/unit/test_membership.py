@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dnb.hub.coordinator import (
+from dnb.hub.coordinator import Coordinator
+from dnb.hub.events import (
     Asked,
     Assign,
     Commit,
     Committed,
-    Coordinator,
     EngineJoined,
     EngineLoaded,
     EngineLost,
@@ -42,7 +42,7 @@ def report(coordinator, actions):
     """Let all report what they were given; what was said to the last one."""
     said = []
     for each in [action for action in actions if isinstance(action, Assign)]:
-        said = coordinator.handle(WorkDone(each.engine, each.kind, each.step, each.shards))
+        said = coordinator.handle(WorkDone(each.engine, each.lease, each.kind, each.step, each.shards))
     return said
 
 
@@ -53,21 +53,21 @@ def kinds(actions):
 def test_an_engine_that_is_to_leave_brings_what_it_computes_first():
     coordinator, actions = loaded(0, 1)
     assert coordinator.handle(RetireEngine(1)) == []
-    assert coordinator.handle(WorkDone(1, "step", 1, (2, 3))) == LEFT_1
-    commit = coordinator.handle(WorkDone(0, "step", 1, assigned(actions)[0]))
+    assert coordinator.handle(WorkDone(1, 2, "step", 1, (2, 3))) == LEFT_1
+    commit = coordinator.handle(WorkDone(0, 1, "step", 1, assigned(actions)[0]))
     assert commit == [Commit("step", 1, ((0, (0, 1)), (1, (2, 3))))]
 
 
 def test_an_engine_that_has_brought_what_it_had_leaves_at_once():
     coordinator, _ = loaded(0, 1)
-    coordinator.handle(WorkDone(1, "step", 1, (2, 3)))
+    coordinator.handle(WorkDone(1, 2, "step", 1, (2, 3)))
     assert coordinator.handle(RetireEngine(1)) == LEFT_1
 
 
 def test_an_engine_that_brings_the_last_shards_leaves_with_the_commit():
     coordinator, actions = loaded(0, 1)
     coordinator.handle(RetireEngine(1))
-    assert kinds(report(coordinator, actions)) == ["Note", "Release", "Commit"]
+    assert kinds(report(coordinator, actions)) == ["Commit", "Note", "Release"]
 
 
 def test_an_engine_that_has_left_gets_no_further_step():
@@ -80,7 +80,9 @@ def test_an_engine_that_has_left_gets_no_further_step():
 def test_an_engine_that_is_to_leave_takes_over_nothing_of_a_lost_one():
     coordinator, _ = loaded(0, 1, 2, num_shards=6)
     coordinator.handle(RetireEngine(1))
-    assert assigned(coordinator.handle(EngineLost(2, "died"))) == {0: (4, 5)}
+    assert assigned(coordinator.handle(EngineLost(2, "died"))) == {}
+    assert assigned(coordinator.handle(WorkDone(1, 2, "step", 1, (2, 3)))) == {}
+    assert assigned(coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1)))) == {0: (4, 5)}
 
 
 def test_an_engine_that_is_loading_leaves_at_once():

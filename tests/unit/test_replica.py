@@ -162,6 +162,7 @@ class Engines:
         parts = [batch[bounds[shard][0] : bounds[shard][1]] for shard in shards]
         work = Work(
             run="run",
+            lease=1,
             kind=kind,
             step=step,
             shards=shards,

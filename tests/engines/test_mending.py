@@ -1,0 +1,125 @@
+"""User code that fails in mid-run: the run pauses, the code is mended in a cell, and the run goes on from that step."""
+
+import pytest
+import torch
+from torch import nn
+
+from dnb.errors import ArgumentError, RunError, ShippingError
+from tests.engines.pools import let_join, open_small_pool, start_engine, wait, wait_until
+from tests.models import cross_entropy_step, digits, largest_gap, mlp
+
+pytestmark = pytest.mark.engines
+
+BAD_SAMPLE = 5 * 64 + 3  # in the 6th batch, as nothing is shuffled
+
+
+def marked_digits():
+    inputs, targets = digits(640)
+    inputs = inputs.clone()
+    inputs[BAD_SAMPLE] = 77.0
+    return inputs, targets
+
+
+def picky_step(model, batch):
+    if (batch[0] == 77.0).any():
+        raise ValueError("a pixel of 77")
+    return cross_entropy_step(model, batch)
+
+
+def clipping_step(model, batch):
+    return cross_entropy_step(model, (batch[0].clamp(max=1.0), batch[1]))
+
+
+def plain_clipping_losses(num_steps):
+    """One process whose step function was right from the beginning."""
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    inputs, targets = marked_digits()
+    losses = []
+    for first in range(0, num_steps * 64, 64):
+        optimizer.zero_grad()
+        loss = clipping_step(model, (inputs[first : first + 64], targets[first : first + 64]))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def fit_picky(pool, **options):
+    return pool.fit(mlp(), marked_digits(), **{"step": picky_step, "lr": 1e-3, "shuffle": False, **options})
+
+
+def test_a_failure_names_engine_step_shard_and_sample(pool):
+    run = fit_picky(pool)
+    with pytest.raises(RunError, match="ValueError: a pixel of 77") as caught:
+        wait(run)
+    assert "step 6" in str(caught.value)
+    assert f"engine 0: shard 2, sample {BAD_SAMPLE}" in str(caught.value)
+    assert "picky_step" in caught.value.remote_traceback
+
+
+def test_a_run_that_failed_goes_on_from_that_step_with_a_mended_function(pool):
+    run = fit_picky(pool)
+    with pytest.raises(RunError):
+        wait(run)
+    assert (run.status, run.step) == ("paused", 5)
+    run.resume(step=clipping_step)
+    assert wait(run).status == "finished"
+    assert largest_gap(run.history["loss"], plain_clipping_losses(10)) < 1e-6
+
+
+def test_a_mended_loss_takes_the_place_of_a_step_function(pool):
+    run = fit_picky(pool)
+    with pytest.raises(RunError):
+        wait(run)
+    run.resume(loss="cross_entropy")
+    assert wait(run).status == "finished"
+
+
+def test_a_run_that_is_resumed_as_it_was_fails_at_the_same_step_again(pool):
+    run = fit_picky(pool)
+    for _ in range(2):
+        with pytest.raises(RunError, match="a pixel of 77"):
+            wait(run)
+        assert (run.status, run.step) == ("paused", 5)
+        run.resume()
+
+
+def test_an_engine_that_joins_later_has_the_mended_function_too(leftovers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open_small_pool(1) as pool:
+        engine = start_engine(pool)
+        run = fit_picky(pool, epochs=2000)
+        with pytest.raises(RunError):
+            wait(run)
+        run.resume(step=clipping_step)
+        let_join(pool, engine)
+        wait_until(run, lambda run: any(worker.steps > 3 for worker in run.workers[1:]), what="the joiner works")
+        assert run.status == "running"
+
+
+def test_functions_are_replaced_only_while_a_run_is_paused(pool):
+    run = pool.fit(mlp(), digits(), loss="cross_entropy", epochs=10_000)
+    with pytest.raises(ArgumentError, match="not paused"):
+        run.resume(step=cross_entropy_step)
+    assert run.is_active
+
+
+@pytest.mark.parametrize(
+    ("functions", "error", "message"),
+    [
+        ({"step": 3}, ArgumentError, "step is a int"),
+        ({"loss": "crossentropy"}, ArgumentError, "no loss 'crossentropy'"),
+        ({"step": picky_step, "loss": "cross_entropy"}, ArgumentError, "loss or step, not both"),
+        ({"loss": nn.MSELoss(reduction="sum")}, ArgumentError, "reduction='sum'"),
+        ({"step": (_ for _ in ()).__next__}, ShippingError, "cannot be sent"),
+    ],
+    ids=str,
+)
+def test_what_is_no_function_is_refused_and_the_run_stays_paused(pool, functions, error, message):
+    run = fit_picky(pool)
+    with pytest.raises(RunError):
+        wait(run)
+    with pytest.raises(error, match=message):
+        run.resume(**functions)
+    assert run.status == "paused"
