@@ -4,17 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dnb.planning.shards import choose_exact_shards, choose_num_shards, deal_shards, shard_bounds
+from dnb.planning.shards import choose_exact_shards, choose_num_shards, deal_by_speed, deal_shards, shard_bounds
 
 NUM_SAMPLES = st.integers(0, 10_000)
 NUM_SHARDS = st.integers(1, 200)
 
 
 @pytest.mark.parametrize(
-    ("num_engines", "num_shards"), [(1, 12), (2, 12), (3, 12), (4, 12), (5, 15), (7, 14), (12, 12), (16, 16)]
+    ("num_engines", "num_shards"), [(1, 48), (2, 48), (3, 48), (4, 48), (5, 50), (7, 49), (12, 48), (64, 64)]
 )
-def test_the_default_is_the_first_multiple_of_the_engines_from_12_on(num_engines: int, num_shards: int):
-    assert choose_num_shards(num_engines, batch_size=64) == num_shards
+def test_the_default_is_the_first_multiple_of_the_engines_from_48_on(num_engines: int, num_shards: int):
+    assert choose_num_shards(num_engines, batch_size=256) == num_shards
 
 
 def test_the_default_is_never_more_than_the_samples_of_a_batch():
@@ -93,3 +93,43 @@ def test_shares_of_engines_differ_by_at_most_one(shards: list[int], engines: lis
 @given(SHARDS, ENGINES)
 def test_shards_are_dealt_to_known_engines_only(shards: list[int], engines: list[int]):
     assert set(deal_shards(shards, engines)) <= set(engines)
+
+
+def test_shares_follow_the_speeds():
+    assert deal_by_speed(range(9), {0: 1.0, 1: 2.0, 2: 1.0}) == {0: (0, 1, 2, 3), 1: (4,), 2: (5, 6, 7, 8)}
+
+
+def test_a_slow_engine_that_can_take_one_shard_in_time_gets_one():
+    assert deal_by_speed(range(4), {0: 1.0, 1: 3.0}) == {0: (0, 1, 2), 1: (3,)}
+
+
+def test_an_engine_that_would_make_the_step_longer_gets_none():
+    assert deal_by_speed(range(4), {0: 1.0, 1: 4.1}) == {0: (0, 1, 2, 3)}
+
+
+def test_an_engine_that_is_still_at_work_gets_what_it_can_do_in_the_time_that_is_left():
+    assert deal_by_speed(range(6), {0: 1.0, 1: 1.0}, delays={1: 2.0}) == {0: (0, 1, 2, 3), 1: (4, 5)}
+
+
+SPEEDS = st.dictionaries(st.integers(0, 9), st.floats(0.01, 10.0), min_size=1)
+
+
+@given(SHARDS, SPEEDS)
+def test_every_shard_is_dealt_exactly_once_whatever_the_speeds(shards: list[int], seconds: dict[int, float]):
+    assert [shard for part in deal_by_speed(shards, seconds).values() for shard in part] == shards
+
+
+@given(st.integers(1, 60), SPEEDS)
+def test_no_shard_could_be_moved_to_an_engine_that_would_be_done_earlier(num_shards: int, seconds: dict[int, float]):
+    parts = deal_by_speed(range(num_shards), seconds)
+    longest = max(len(part) * seconds[engine] for engine, part in parts.items())
+    assert all((len(parts.get(engine, ())) + 1) * cost >= longest * (1 - 1e-9) for engine, cost in seconds.items())
+
+
+@pytest.mark.parametrize("num_engines", [2, 3, 4, 5, 6, 8])
+def test_the_default_is_fine_enough_for_an_engine_slowed_4_times(num_engines: int):
+    seconds = {0: 4.0, **dict.fromkeys(range(1, num_engines), 1.0)}
+    num_shards = choose_num_shards(num_engines, batch_size=256)
+    parts = deal_by_speed(range(num_shards), seconds)
+    longest = max(len(part) * seconds[engine] for engine, part in parts.items())
+    assert num_shards / longest >= 0.9 * sum(1 / cost for cost in seconds.values())
