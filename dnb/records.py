@@ -249,6 +249,7 @@ class WorkReport(Message, frozen=True):
     """One engine's account of its part of one step, or of one evaluation."""
 
     run: str
+    lease: int  # that is answered
     kind: WorkKind
     step: int
     shards: tuple[int, ...]  # logical shards whose gradients are in the slab
@@ -265,6 +266,7 @@ class WorkFailed(Message, frozen=True):
     """User code raised in a step or an evaluation."""
 
     run: str
+    lease: int  # that is answered; 0 if it was a `Diagnose`
     kind: WorkKind
     step: int
     shards: tuple[int, ...]
@@ -281,7 +283,14 @@ class Diagnosis(Message, frozen=True):
     kind: str  # "NaN" | "inf"
 
 
-EngineMessage = Join | Attach | NoSharedMemory | Loaded | LoadFailed | WorkReport | WorkFailed | Diagnosis
+class Beat(Message, frozen=True):
+    """An engine lives; said about ten times a second, whatever it is computing."""
+
+    engine: int
+    process: Process
+
+
+EngineMessage = Join | Beat | Attach | NoSharedMemory | Loaded | LoadFailed | WorkReport | WorkFailed | Diagnosis
 
 
 # Hub to engine -------------------------------------------------------------------------------
@@ -326,6 +335,7 @@ class Work(Message, frozen=True):
     """Compute these shards. Raw bytes: int64 sample indices of all of them, in order."""
 
     run: str
+    lease: int  # unlike any other's of this run; the answer names it
     kind: WorkKind
     step: int
     shards: tuple[int, ...]

@@ -167,8 +167,12 @@ class Replica:
 
     def _compute_together(self, work: Work, indices: torch.Tensor) -> Outcome:
         """All shards in one forward, or in as many micro-batches as memory wants."""
-        if work.fresh:
-            self._of_this_step.clear()
+        if work.fresh:  # in another slab may lie something of the same step
+            self._of_this_step = [
+                earlier
+                for earlier in self._of_this_step
+                if earlier[0].step == work.step and earlier[0].slabs != work.slabs
+            ]
         self._of_this_step.append((work, indices))
         note = ""
         fresh = work.fresh
@@ -179,7 +183,7 @@ class Replica:
                 if not _is_out_of_memory(error):
                     raise
                 note = self._shrink(len(indices), error)
-                fresh = self._redo_earlier()
+                fresh = self._redo_earlier(work.slabs)
             else:
                 return Outcome((sums,), is_sum, unused, note)
 
@@ -355,9 +359,9 @@ class Replica:
         self._most_at_once = before // 2
         return f"out of memory with {before} samples at once: goes on with {self._most_at_once}"
 
-    def _redo_earlier(self) -> bool:
-        """After a failure the slab is torn: compute again what this step had brought before."""
-        earlier = self._of_this_step[:-1]
+    def _redo_earlier(self, slabs: tuple[int, ...]) -> bool:
+        """After a failure the slab is torn: compute again what this step had brought into it before."""
+        earlier = [pair for pair in self._of_this_step[:-1] if pair[0].slabs == slabs]
         for number, (work, indices) in enumerate(earlier):
             self._accumulate(work, indices, fresh=number == 0, publish=False)
         return not earlier

@@ -137,13 +137,19 @@ class Session:
             outcome = self._replica.compute(work, indices)
         except Exception as error:  # noqa: BLE001 - whatever a user's model raises is the user's to read
             failed = WorkFailed(
-                run=work.run, kind=work.kind, step=work.step, shards=work.shards, failure=describe(error)
+                run=work.run,
+                lease=work.lease,
+                kind=work.kind,
+                step=work.step,
+                shards=work.shards,
+                failure=describe(error),
             )
             self.send(failed)
             return
         self.send(
             WorkReport(
                 run=work.run,
+                lease=work.lease,
                 kind=work.kind,
                 step=work.step,
                 shards=work.shards,
@@ -162,7 +168,7 @@ class Session:
             self.send(self._replica.diagnose(request, indices))
         except Exception as error:  # noqa: BLE001 - whatever a user's model raises is the user's to read
             failed = WorkFailed(
-                run=self.run, kind="step", step=request.step, shards=request.shards, failure=describe(error)
+                run=self.run, lease=0, kind="step", step=request.step, shards=request.shards, failure=describe(error)
             )
             self.send(failed)
 

@@ -15,6 +15,7 @@ import torch
 import zmq
 
 from dnb.engine.allocator import keep_freed_memory, release_freed_memory
+from dnb.engine.heart import Heart
 from dnb.engine.memory import EngineMemory
 from dnb.engine.session import Session, describe
 from dnb.engine.telemetry import Stopwatch
@@ -131,11 +132,14 @@ class Worker(threading.Thread):
         self._socket = connect_dealer(context, self._address, identity=b"engine-%d" % self._facts.engine)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
+        heart = Heart(self._facts, address=self._address)
+        heart.start()
         try:
             self._send(Join(facts=self._facts))
             while self._serve_once():
                 pass
         finally:
+            heart.stop()
             self._drop_wire()
             self._socket.close(linger=0)
             context.term()

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterable
+from typing import Literal
 
 import psutil
 
@@ -36,6 +37,17 @@ def is_alive(process: Process) -> bool:
     if process.host != socket.gethostname():
         return True  # only its connection can tell
     return _find(process) is not None
+
+
+def look_at(process: Process) -> Literal["alive", "stopped", "gone"]:
+    """Whether this very process still runs, or was stopped by a signal; "alive" on another host."""
+    if process.host != socket.gethostname():
+        return "alive"
+    own = _find(process)
+    try:
+        return "gone" if own is None else "stopped" if own.status() == psutil.STATUS_STOPPED else "alive"
+    except psutil.NoSuchProcess:
+        return "gone"
 
 
 def children_of(parents: Iterable[Process]) -> tuple[Process, ...]:

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from dnb.records import Process
-from dnb.transport.lives import children_of, end_processes, is_alive, this_process
+from dnb.transport.lives import children_of, end_processes, is_alive, look_at, this_process
 
 # Each child says that it is ready, so that no test has to guess when.
 SLEEPER = "import sys, time; print('ready', flush=True); time.sleep(60)"
@@ -99,8 +99,23 @@ def test_a_stopped_process_is_alive(start: Start):
     assert is_alive(describe(child.pid))
 
 
+def test_a_process_is_told_from_one_that_stands_still_and_one_that_is_gone(start: Start):
+    child = start(SLEEPER)
+    process = describe(child.pid)
+    seen = [look_at(process)]
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        child.send_signal(number)
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WCONTINUED | os.WNOWAIT)
+        seen.append(look_at(process))
+    child.kill()
+    child.wait()
+    assert [*seen, look_at(process)] == ["alive", "stopped", "alive", "gone"]
+
+
 def test_a_process_of_another_host_is_taken_as_alive():
-    assert is_alive(Process(host="somewhere-else", pid=1, create_time=0.0))
+    elsewhere = Process(host="somewhere-else", pid=1, create_time=0.0)
+    assert is_alive(elsewhere)
+    assert look_at(elsewhere) == "alive"
 
 
 def test_the_children_of_a_process_are_found(start: Start):

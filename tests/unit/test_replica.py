@@ -162,11 +162,12 @@ class Engines:
         parts = [batch[bounds[shard][0] : bounds[shard][1]] for shard in shards]
         work = Work(
             run="run",
+            lease=1,
             kind=kind,
             step=step,
             shards=shards,
             shard_sizes=tuple(len(part) for part in parts),
-            slabs=tuple(range(first_slab, first_slab + len(shards))) if self.spec.exact else (0,),
+            slabs=tuple(range(first_slab, first_slab + len(shards))) if self.spec.exact else (first_slab,),
             batch_samples=len(batch),
             fresh=fresh,
         )
