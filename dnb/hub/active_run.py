@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dnb.errors import SpaceError
-from dnb.hub import coordinator as machine
+from dnb.hub import events as machine
 from dnb.hub.accounts import Accounts, Columns
 from dnb.hub.agreement import Agreement
 from dnb.hub.batches import Batches
+from dnb.hub.coordinator import Coordinator
 from dnb.hub.history import HistoryRow, RunFolder, RunSummary, summarize
 from dnb.hub.reducer import Contribution, Master, NotFinite, mean_of
 from dnb.records import (
@@ -68,6 +69,7 @@ class ActiveRun:
         folders: where segments may lie.
         send: sends a record with frames to an engine.
         offer_wire: lets an engine connect its wire.
+        release: called when an engine that retires is free to go.
     """
 
     def __init__(
@@ -80,11 +82,13 @@ class ActiveRun:
         folders: Sequence[Path],
         send: Send,
         offer_wire: OfferWire,
+        release: Callable[[int], None],
     ) -> None:
         self.spec = spec
         self._frames = frames
         self._send = send
         self._offer_wire = offer_wire
+        self._release = release
         self._host = socket.gethostname()
         self._members: dict[int, _Member] = {}
         engines = list(engines)
@@ -108,18 +112,17 @@ class ActiveRun:
         self._started = time.time()
         self._ended: float | None = None
         self._last_commit = time.monotonic()
-        self._remote_traceback = ""
         self._reports: dict[tuple[int, tuple[int, ...]], WorkReport] = {}
         self._slabs_of_report: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
         self._chores: deque[Callable[[], None]] = deque()  # what may wait until the engines are at work again
         self._verdict: _Verdict | None = None
-        self._last_shards: dict[int, tuple[int, ...]] = {}
+        self._last_shards: dict[tuple[int, int], tuple[int, ...]] = {}  # by engine and slab
         self._agreement = Agreement(self.master.parameter_layout, num_steps=spec.num_steps, precision=spec.precision)
         self._copy_fault = ""
         self._disagreement = ""
         self._columns = Columns()
         self._events: list[RunEvent] = []
-        self._coordinator = machine.Coordinator(
+        self._coordinator = Coordinator(
             num_steps=spec.num_steps,
             num_shards=spec.num_shards,
             evaluate_every=spec.steps_per_epoch if spec.num_val_samples else None,
@@ -171,14 +174,16 @@ class ActiveRun:
                 self._dispatch(machine.UserCodeFailed(engine, 0, failure))
             case WorkReport():
                 self._take_report(engine, message)
-            case WorkFailed(step=step, failure=failure):
-                self._verdict = None
-                self._dispatch(machine.UserCodeFailed(engine, step, failure))
+            case WorkFailed(lease=0):
+                self._conclude(None)
+            case WorkFailed(step=step, failure=failure, lease=lease):
+                self._dispatch(machine.UserCodeFailed(engine, step, failure, lease))
             case Diagnosis():
                 self._conclude(message)
 
     def _take_report(self, engine: int, message: WorkReport) -> None:
-        done = machine.WorkDone(engine, message.kind, message.step, message.shards)
+        num_samples = sum(part.num_samples for part in message.parts)
+        done = machine.WorkDone(engine, message.lease, message.kind, message.step, message.shards, num_samples)
         if self._coordinator.expects(done):
             if message.telemetry is not None:
                 self._accounts.add(engine, message.telemetry)
@@ -199,6 +204,27 @@ class ActiveRun:
         self._accounts.leave(engine)
         self._members.pop(engine, None)
         self._dispatch(machine.EngineLost(engine, reason))
+        self._conclude_without(engine)
+
+    def retire_engine(self, engine: int) -> None:
+        """Let an engine finish what it has, then call `release`."""
+        self._dispatch(machine.RetireEngine(engine))
+
+    def silence_engine(self, engine: int, reason: str) -> None:
+        """An engine is not heard any more."""
+        self._dispatch(machine.EngineSilent(engine, reason))
+        self._conclude_without(engine)
+
+    def hear_engine(self, engine: int) -> None:
+        """A silent engine is heard again."""
+        self._dispatch(machine.EngineHeard(engine))
+
+    def tick(self) -> None:
+        """Time has passed: somebody may be late."""
+        self._dispatch(machine.Tick())
+
+    def _conclude_without(self, engine: int) -> None:
+        """Whoever was to find the place of a number that is not finite will not."""
         if self._verdict is not None and self._verdict.engine == engine:
             self._conclude(None)
 
@@ -237,7 +263,7 @@ class ActiveRun:
             started=self._started,
             elapsed_seconds=(self._ended or time.time()) - self._started,
             error=self._coordinator.error,
-            remote_traceback=self._remote_traceback,
+            remote_traceback=self._coordinator.traceback,
             columns=columns,
             workers=self._accounts.totals(working=self.working),
             events=tuple(self._events[request.seen_events :]),
@@ -267,7 +293,7 @@ class ActiveRun:
     def _dispatch(self, event: machine.Event) -> None:
         events: deque[machine.Event] = deque([event])
         while events:
-            events.extend(self._perform_all(self._coordinator.handle(events.popleft())))
+            events.extend(self._perform_all(self._coordinator.handle(events.popleft(), time.monotonic())))
 
     def _perform_all(self, actions: Iterable[machine.Action]) -> list[machine.Event]:
         return [follow for action in actions if (follow := self._perform(action)) is not None]
@@ -282,8 +308,10 @@ class ActiveRun:
                 return self._commit(kind, step, reports)
             case machine.Note():
                 self._note(action)
-            case machine.End(_, _, remote_traceback):
-                self._end(remote_traceback)
+            case machine.Release(engine):
+                self._release(engine)
+            case machine.End():
+                self._end()
         return None
 
     def _load(self, engine: int) -> machine.Event | None:
@@ -343,10 +371,12 @@ class ActiveRun:
         if action.kind == "step":
             self._chores.append(self._batches.prepare)
         slabs: tuple[int, ...] = (0,)
-        if self.spec.exact and action.kind == "step":
+        if (self.spec.exact or action.apart) and action.kind == "step":
             try:
                 slabs = self._slabs_for(action, member)
             except SpaceError as error:
+                if action.apart:
+                    return machine.LeaseDeclined(action.engine, action.lease)
                 return machine.EngineLost(action.engine, f"cannot take {len(action.shards)} shards: {error}")
         if member.transport == "socket" and member.version != self._version:
             wire.queue_pieces(PARAMETERS_SLOT, self.master.parameters_flat, self.master.changing)
@@ -354,6 +384,7 @@ class ActiveRun:
         wire.queue(
             Work(
                 run=self.spec.id,
+                lease=action.lease,
                 kind=action.kind,
                 step=action.step,
                 shards=action.shards,
@@ -371,18 +402,19 @@ class ActiveRun:
         return None
 
     def _slabs_for(self, action: machine.Assign, member: _Member) -> tuple[int, ...]:
-        """A slab for each shard, besides those that the engine has filled in this step already."""
+        """A slab for each shard of an exact run, else one for all, besides those that the engine has filled already."""
         assert member.wire is not None
-        if action.fresh:
-            member.num_filled = 0
-        first = member.num_filled
-        member.num_filled += len(action.shards)
-        added = self.master.add_slabs(action.engine, member.num_filled, kind=member.transport)
+        if not self.spec.exact:
+            first, last = 1, 2
+        else:
+            first = 0 if action.fresh and not action.apart else member.num_filled
+            last = member.num_filled = first + len(action.shards)
+        added = self.master.add_slabs(action.engine, last, kind=member.transport)
         if added:
             member.wire.queue(AddSlabs(run=self.spec.id, slabs=tuple(slab.ref for slab in added)))
             if member.transport == "socket":
                 self._open_landings(action.engine, member.wire)
-        return tuple(range(first, member.num_filled))
+        return tuple(range(first, last))
 
     def _commit(
         self, kind: WorkKind, step: int, reports: tuple[tuple[int, tuple[int, ...]], ...]
@@ -391,7 +423,8 @@ class ActiveRun:
         contributions = [c for report in reports for c in self._contributions(*report)]
         self._last_shards = {}
         for engine, shards in reports:
-            self._last_shards[engine] = self._last_shards.get(engine, ()) + shards
+            key = engine, self._slabs_of_report[engine, shards][0]
+            self._last_shards[key] = self._last_shards.get(key, ()) + shards
         self._reports.clear()
         self._slabs_of_report.clear()
         if self._disagreement:
@@ -471,7 +504,7 @@ class ActiveRun:
         """The shards whose gradients are in the slab."""
         if self.spec.exact:
             return tuple(c.shard for c in contributions if (c.engine, c.slab) == (verdict.engine, verdict.slab))
-        return self._last_shards.get(verdict.engine, ())
+        return self._last_shards.get((verdict.engine, verdict.slab), ())
 
     def _conclude(self, diagnosis: Diagnosis | None) -> None:
         verdict, self._verdict = self._verdict, None
@@ -525,8 +558,7 @@ class ActiveRun:
         if note.kind in ("running", "paused", "resumed"):
             self._write_summary()
 
-    def _end(self, remote_traceback: str) -> None:
-        self._remote_traceback = remote_traceback
+    def _end(self) -> None:
         self.do_chores()
         self._ended = time.time()
         self._accounts.close()
@@ -541,7 +573,7 @@ class ActiveRun:
             self.spec,
             status=coordinator.status,
             error=coordinator.error,
-            remote_traceback=self._remote_traceback,
+            remote_traceback=coordinator.traceback,
             started=self._started,
             elapsed_seconds=(self._ended or time.time()) - self._started,
             step=coordinator.step,

@@ -1,203 +1,76 @@
 """The heart of the hub: a state machine without I/O that decides who computes what, and when a step counts.
 
-Events go in, actions come out; there is no clock, no socket, no thread, no tensor. One coordinator is one run.
+Events go in, actions come out (`dnb.hub.events`); there is no clock, no socket, no thread, no tensor: the time comes
+with the events. One coordinator is one run.
 
     starting --all engines loaded--> running --last step, or stop--> finished | stopped
                                       |  ^
-               refused step, or pause |  | resume
-                                      v  |
+        refused step, user code that  |  | resume: the same step again
+        failed in it, or pause        v  |
                                      paused
 
-    any state --user code failed, or no engine left--> failed
+    any state --optimizer failed, no engine could load, or none is left--> failed
 
-Within `running`, one *task* is under way: a training step or an evaluation. Its shards are leased to engines; a
-shard whose engine is lost is leased again to a survivor; the task is committed once, when every shard has been
-reported. A report that does not fit an open lease is ignored: that is how late and repeated messages are harmless.
+Within `running`, one *task* is under way: a training step or an evaluation. Its shards are leased to engines, one
+lease to an engine, and it is committed once, when every shard has been reported. Leases bear numbers that never come
+again, and an answer counts only if its lease is open: that is how late, repeated and foreign messages are harmless.
+
+    free --lease--> at work --report, or failure--> free
+                      |  ^                           ^
+     silent, overtaken,  | none: what was taken      | its answer, which is refused
+     or step given up |  | away stays so             |
+                      v  |                           |
+                    occupied ------------------------+          any --died, or released--> gone
+
+- A lost engine's open lease is given to those who are free. What it had reported before lies in the slab it was
+  writing to, so that is redone too; an engine that had answered all it had left a whole slab, which still counts.
+- A *silent* engine (its heartbeat has stopped) is treated as if lost, but stays: it gets nothing until it is heard and
+  has answered. If nobody else could take its shards, nothing is taken from it, and the run waits.
+- A *late* lease is given to an idle engine besides, in a slab of its own: the first answer wins, and the other is
+  taken away.
+- Shares follow the engines' speeds where these really differ (`dnb.hub.speeds`).
+- User code that fails pauses the run at that step, once everybody who can be waited for has answered.
+- An engine that retires answers its lease, gets no other, and is released.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Literal
 
-from dnb.planning.shards import deal_shards
+from dnb.hub.causes import describe_causes, name_engines
+from dnb.hub.events import (
+    Action,
+    Asked,
+    Assign,
+    Commit,
+    CommitFailed,
+    CommitRefused,
+    Committed,
+    End,
+    EngineHeard,
+    EngineJoined,
+    EngineLoaded,
+    EngineLost,
+    EngineSilent,
+    Event,
+    LeaseDeclined,
+    LoadEngine,
+    Note,
+    Release,
+    RetireEngine,
+    Tick,
+    UserCodeFailed,
+    WorkDone,
+)
+from dnb.hub.leases import Lease, Leases
+from dnb.hub.tasks import Task
 from dnb.records import ENDED, Failure, RunStatus, WorkKind
 
-# Events --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class EngineJoined:
-    """An engine is there, and has not loaded the run yet."""
-
-    engine: int
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLoaded:
-    """An engine holds model and data, and can work."""
-
-    engine: int
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLost:
-    """An engine died or left."""
-
-    engine: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class WorkDone:
-    """An engine reports shards of a task."""
-
-    engine: int
-    kind: WorkKind
-    step: int
-    shards: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class UserCodeFailed:
-    """User code raised on an engine; shards are empty if it was while loading."""
-
-    engine: int
-    step: int
-    failure: Failure
-
-
-@dataclass(frozen=True, slots=True)
-class Committed:
-    """What `Commit` asked for is done."""
-
-    kind: WorkKind
-    step: int
-
-
-@dataclass(frozen=True, slots=True)
-class CommitRefused:
-    """The step's result must not be applied (a loss that is not finite)."""
-
-    step: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class CommitFailed:
-    """The optimizer or scheduler raised."""
-
-    step: int
-    failure: Failure
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """The user asks for a change."""
-
-    verb: Literal["pause", "resume", "stop"]
-
-
-Event = (
-    EngineJoined
-    | EngineLoaded
-    | EngineLost
-    | WorkDone
-    | UserCodeFailed
-    | Committed
-    | CommitRefused
-    | CommitFailed
-    | Asked
-)
-
-
-# Actions -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class LoadEngine:
-    """Send model and data to an engine."""
-
-    engine: int
-
-
-@dataclass(frozen=True, slots=True)
-class Assign:
-    """Let an engine compute shards of a task."""
-
-    engine: int
-    kind: WorkKind
-    step: int
-    shards: tuple[int, ...]
-    fresh: bool  # the first shards of this task on this engine: its slab starts from zero
-
-
-@dataclass(frozen=True, slots=True)
-class Commit:
-    """Reduce and apply a task, then answer with `Committed`, `CommitRefused` or `CommitFailed`."""
-
-    kind: WorkKind
-    step: int
-    reports: tuple[tuple[int, tuple[int, ...]], ...]  # (engine, shards) of those that count, in order
-
-
-@dataclass(frozen=True, slots=True)
-class Note:
-    """Write an event into the run's history."""
-
-    kind: str
-    text: str
-    engine: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """The run has ended; engines may forget it."""
-
-    status: RunStatus
-    error: str = ""
-    traceback: str = ""
-
-
-Action = LoadEngine | Assign | Commit | Note | End
-
-
-# State ---------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class _Task:
-    """A step or an evaluation under way: every shard is leased, or done, by exactly one engine."""
-
-    kind: WorkKind
-    step: int
-    leases: dict[int, int] = field(default_factory=dict)  # open: shard -> engine
-    reports: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)  # done: engine, shards
-    touched: set[int] = field(default_factory=set)  # engines that were given shards
-
-    def release(self, engine: int) -> list[int]:
-        """Take back what a lost engine held; the shards to lease again.
-
-        An engine that was still at work may have torn its slab, so what it had reported before is redone too;
-        one that had reported everything left a whole slab, which still counts.
-        """
-        shards = [shard for shard, owner in self.leases.items() if owner == engine]
-        if shards:
-            shards += [shard for owner, part in self.reports if owner == engine for shard in part]
-            self.reports = [report for report in self.reports if report[0] != engine]
-        for shard in shards:
-            self.leases.pop(shard, None)
-        if shards:
-            self.touched.discard(engine)
-        return sorted(shards)
-
-    def forget(self, engine: int) -> list[int]:
-        """Drop what an engine reported; the shards to lease again."""
-        shards = [shard for owner, part in self.reports if owner == engine for shard in part]
-        self.reports = [report for report in self.reports if report[0] != engine]
-        self.touched.discard(engine)
-        return shards
+# When user code has failed, and how long the others take is not known yet: so long they are waited for.
+FAILED_SECONDS = 2.0
+# An engine may be silent only because the run's data are unpacked in one long call: so long it holds up the start.
+START_SECONDS = 2.0
 
 
 class Coordinator:
@@ -216,37 +89,59 @@ class Coordinator:
         self.evaluate_every = evaluate_every
         self.status: RunStatus = "starting"
         self.error = ""
+        self.traceback = ""  # of what is in `error`
         self.step = 0  # committed
         self._evaluated = 0  # the last step after which an evaluation was committed
         self._loading: set[int] = set(engines)
         self._ready: set[int] = set()
-        self._task: _Task | None = None
-        self._unowned: list[int] = []  # shards of the task that nobody holds, as no engine is ready
+        self._silent: dict[int, float] = {}  # since when, of those that are loading or ready
+        self._retiring: set[int] = set()
+        self._leases = Leases(num_shards)
+        self._task: Task | None = None
         self._wish: Literal["pause", "stop"] | None = None
         self._committing = False
         self._last_loss = ""
+        self._load_failures: list[tuple[int, Failure]] = []
+        self._told_late: set[int] = set()
 
     def start(self) -> list[Action]:
         """The first actions."""
         return [LoadEngine(engine) for engine in sorted(self._loading)]
 
-    def handle(self, event: Event) -> list[Action]:  # noqa: C901 - the table of events, in one place
-        """Take one event, change state, and say what is to be done. Never raises on an event that comes late."""
+    def handle(self, event: Event, now: float | None = None) -> list[Action]:  # noqa: C901 - the table of events
+        """Take one event, change state, and say what is to be done. Never raises on an event that comes late.
+
+        Args:
+            event: what happened.
+            now: seconds on a clock that never goes back; None is as late as the event before.
+        """
+        if now is not None:
+            self._leases.now = now
         if self.status in ENDED:
-            return []
+            return [Release(event.engine)] if isinstance(event, RetireEngine) else []
         match event:
+            case WorkDone():
+                return self._take(event)
+            case Committed(kind, step):
+                return self._advance(kind, step)
+            case Tick():
+                return self._look_around()
             case EngineJoined(engine):
                 return self._join(engine)
             case EngineLoaded(engine):
                 return self._load(engine)
             case EngineLost(engine, reason):
                 return self._lose(engine, reason)
-            case WorkDone():
-                return self._take(event)
+            case EngineSilent(engine, reason):
+                return self._silence(engine, reason)
+            case EngineHeard(engine):
+                return self._hear(engine)
+            case RetireEngine(engine):
+                return self._retire(engine)
+            case LeaseDeclined(engine, lease):
+                return self._decline(engine, lease)
             case UserCodeFailed():
                 return self._fail_on_engine(event)
-            case Committed(kind, step):
-                return self._advance(kind, step)
             case CommitRefused(step, reason):
                 return self._refuse(step, reason)
             case CommitFailed(step, failure):
@@ -256,22 +151,18 @@ class Coordinator:
 
     @property
     def working(self) -> frozenset[int]:
-        """Engines that hold an open lease."""
-        return frozenset(self._task.leases.values()) if self._task is not None else frozenset()
+        """Engines that compute, even if their answer will be refused."""
+        return frozenset(self._leases.by_engine)
 
     def expects(self, report: WorkDone) -> bool:
-        """Whether these very shards are leased to this engine now, so that its report will count."""
-        task = self._task
-        if task is None or self._committing or (report.kind, report.step) != (task.kind, task.step):
-            return False
-        if not report.shards or len(set(report.shards)) != len(report.shards):
-            return False
-        return all(task.leases.get(shard) == report.engine for shard in report.shards)
+        """Whether the lease that is answered is this engine's and open, so that the report will count."""
+        lease = self._leases.behind(report)
+        return lease is not None and lease.is_open
 
     # membership
 
     def _join(self, engine: int) -> list[Action]:
-        if engine in self._loading | self._ready:
+        if engine in self._loading or engine in self._ready:
             return []
         self._loading.add(engine)
         return [LoadEngine(engine)]
@@ -285,47 +176,178 @@ class Coordinator:
         if self.status == "starting":
             return actions + self._begin_if_loaded()
         if self._task is not None and not self._committing:
-            self._unowned.extend(self._task.forget(engine))  # what it reported in an earlier life is overwritten now
-        return actions + self._lease_unowned()
+            self._task.tear(engine)  # what it reported in an earlier life is overwritten now
+        return actions + self._go_on()
 
     def _begin_if_loaded(self) -> list[Action]:
-        if self.status != "starting" or self._loading or not self._ready:
+        if self.status != "starting" or not self._ready:
+            return []
+        mute = {
+            engine
+            for engine in self._loading
+            if self._leases.now - self._silent.get(engine, self._leases.now) >= START_SECONDS
+        }
+        if mute != self._loading:
             return []
         self.status = "running"
         return [
+            *(Note("hung", f"engine {engine} is silent: the run begins without it", engine) for engine in sorted(mute)),
             Note("running", f"{len(self._ready)} engines, {self.num_shards} shards"),
             *self._next_task(),
         ]
 
     def _lose(self, engine: int, reason: str) -> list[Action]:
-        if engine not in self._loading | self._ready:
+        if engine not in self._loading and engine not in self._ready:
             return []
-        self._loading.discard(engine)
-        self._ready.discard(engine)
         self._last_loss = f"engine {engine} {reason}"
-        actions: list[Action] = [Note("died", self._last_loss, engine)]
+        return [Note("died", self._last_loss, engine), *self._drop(engine)]
+
+    def _drop(self, engine: int) -> list[Action]:
+        """Let an engine go, and others redo what is lost with it."""
+        for group in (self._loading, self._ready, self._retiring):
+            group.discard(engine)
+        self._silent.pop(engine, None)
+        lease = self._leases.drop(engine)
+        num_shards = self._take_away(lease) if lease is not None and lease.is_open else 0
         if self._committing:
-            return actions  # what is being committed is whole; the next task sees who is left
+            return []  # what is being committed is whole; the next task sees who is left
         if not self._ready and not self._loading:
-            return actions + self._end_without_engines()
-        return actions + self._begin_if_loaded() + self._lease_again(engine)
+            return self._end_without_engines()
+        actions: list[Action] = []
+        if num_shards:
+            actions.append(_reassigned(engine, num_shards))
+        return actions + self._begin_if_loaded() + self._go_on()
 
-    def _lease_again(self, lost: int) -> list[Action]:
+    def _retire(self, engine: int) -> list[Action]:
+        if engine not in self._loading and engine not in self._ready:
+            return [Release(engine)]
+        self._retiring.add(engine)
+        return self._release_free()
+
+    def _release_free(self) -> list[Action]:
+        """Let those go who were asked to, and hold nothing that is worth waiting for."""
+        actions: list[Action] = []
+        for engine in sorted(self._retiring):
+            lease = self._leases.by_engine.get(engine)
+            if engine in self._retiring and (lease is None or not lease.is_open or engine in self._silent):
+                self._last_loss = f"engine {engine} left, as asked"
+                actions += [Note("left", self._last_loss, engine), Release(engine), *self._drop(engine)]
+        return actions
+
+    def _silence(self, engine: int, reason: str) -> list[Action]:
+        if engine in self._silent or (engine not in self._loading and engine not in self._ready):
+            return []
+        self._silent[engine] = self._leases.now
+        if engine in self._loading:
+            return []
+        if engine in self._leases.by_engine:
+            self._leases.by_engine[engine].was_silent = True
+        note = Note("hung", f"engine {engine} {reason}", engine)
+        return [note, *self._go_on(), *self._release_free()]
+
+    def _hear(self, engine: int) -> list[Action]:
+        if self._silent.pop(engine, None) is None or engine in self._loading:
+            return []
+        return [Note("recovered", f"engine {engine} is heard again", engine), *self._go_on()]
+
+    def _go_on(self) -> list[Action]:
+        """Somebody came, went, or is free again: take from those who are silent, give to those who are free."""
+        task = self._task
+        if task is None or self._committing:
+            return []
+        if task.failures:
+            return self._pause_if_answered(task)
+        if self._wish == "stop" and not self._can_advance():
+            return self._end("stopped")
+        return self._take_from_silent() + self._hand_out(task)
+
+    def _can_advance(self) -> bool:
+        return any(engine not in self._silent for engine in self._ready)
+
+    # leases
+
+    def _can_help(self, engine: int) -> bool:
+        """Whether an engine that is ready is free, or will be when it answers."""
+        if engine in self._silent or engine in self._retiring:
+            return False
+        lease = self._leases.by_engine.get(engine)
+        return lease is None or lease.is_open
+
+    def _lease(
+        self, task: Task, engine: int, shards: tuple[int, ...], *, apart: bool = False, root: int | None = None
+    ) -> Assign:
+        fresh = apart or engine not in task.touched
+        task.touched.add(engine)
+        return self._leases.issue(engine, task.kind, task.step, shards, fresh=fresh, apart=apart, root=root)
+
+    def _take_away(self, lease: Lease) -> int:
+        """The answer will be refused; how many shards are to be redone, if nobody else has them."""
+        lease.is_open = False
         if self._task is None:
-            return []
-        shards = self._task.release(lost)
-        if not shards:
-            return []
-        self._unowned.extend(shards)
-        note = Note("reassigned", f"{len(shards)} shards of engine {lost} go to others", lost)
-        return [note, *self._lease_unowned()]
+            return 0
+        self._task.has_gaps = True
+        return len(lease.shards) + (0 if lease.apart else self._task.tear(lease.engine))
 
-    def _lease_unowned(self) -> list[Action]:
-        """Lease shards that lost their engine, as soon as somebody is ready to take them."""
-        if self._task is None or not self._ready:
+    def _take_from_silent(self) -> list[Action]:
+        if not self._silent or not any(self._can_help(engine) for engine in self._ready):
             return []
-        shards, self._unowned = sorted(self._unowned), []
-        return self._lease(self._task, shards)
+        held = [lease for lease in self._leases.open if lease.engine in self._silent]
+        return [_reassigned(lease.engine, self._take_away(lease)) for lease in held]
+
+    def _hand_out(self, task: Task) -> list[Action]:
+        """Lease what nobody has to those who are free; those who will be soon get their part then."""
+        if not task.has_gaps:
+            return []
+        covered = {shard for part in task.parts for shard in part.shards}
+        engines = [engine for engine in sorted(self._ready) if self._can_help(engine)]
+        task.has_gaps, parts = self._leases.deal_left(task.kind, covered, engines)
+        free = [engine for engine in parts if engine not in self._leases.by_engine]
+        return [self._lease(task, engine, parts[engine]) for engine in free]
+
+    def _look_around(self) -> list[Action]:
+        """Time has passed."""
+        task = self._task
+        if self.status == "starting":
+            return self._begin_if_loaded()
+        if task is None or self._committing:
+            return []
+        return self._pause_if_answered(task) if task.failures else self._redo_late(task)
+
+    def _redo_late(self, task: Task) -> list[Action]:
+        """Let idle engines overtake late ones."""
+        busy = self._leases.by_engine
+        idle = [e for e in sorted(self._ready) if e not in busy and self._can_help(e) and task.can_redo(e)]
+        actions: list[Action] = []
+        attempts: dict[int, list[Lease]] = {}
+        for lease in self._leases.open if idle else ():
+            attempts.setdefault(lease.root, []).append(lease)
+        for root, leases in sorted(attempts.items()):
+            if idle and all(self._leases.is_late(lease) for lease in leases):
+                actions += self._overtake(task, leases[0], idle.pop(0), root=root)
+        return actions
+
+    def _overtake(self, task: Task, late: Lease, engine: int, *, root: int) -> list[Action]:
+        """Lease again what a late engine holds, and what lies in the slab that is torn if it loses the race."""
+        shards = set(late.shards) if late.apart else {*late.shards, *task.shards_in_slab(late.engine)}
+        task.has_rivals = True
+        actions: list[Action] = [
+            self._lease(task, engine, tuple(sorted(shards)), apart=engine in task.touched, root=root)
+        ]
+        if late.engine not in self._told_late:
+            self._told_late.add(late.engine)
+            text = f"{len(shards)} shards of engine {late.engine} are late: engine {engine} computes them too"
+            actions.append(Note("reassigned", text, late.engine))
+        return actions
+
+    def _decline(self, engine: int, number: int) -> list[Action]:
+        lease = self._leases.by_engine.get(engine)
+        if lease is None or lease.number != number:
+            return []
+        del self._leases.by_engine[engine]
+        if lease.is_open and self._task is not None:
+            self._task.cramped.add(engine)
+            self._take_away(lease)
+        return self._go_on()
 
     # tasks
 
@@ -350,30 +372,39 @@ class Coordinator:
     def _open(self, kind: WorkKind, step: int) -> list[Action]:
         if not self._ready and not self._loading:
             return self._end_without_engines()
-        self._task = _Task(kind, step)
-        self._unowned = list(range(self.num_shards))
-        return self._lease_unowned()
-
-    def _lease(self, task: _Task, shards: Iterable[int]) -> list[Action]:
-        parts = deal_shards(tuple(shards), sorted(self._ready))
-        actions: list[Action] = []
-        for engine, part in parts.items():
-            task.leases.update(dict.fromkeys(part, engine))
-            actions.append(Assign(engine, task.kind, task.step, part, fresh=engine not in task.touched))
-            task.touched.add(engine)
-        return actions
+        self._task = task = Task(kind, step)
+        engines = sorted(self._ready)
+        busy = self._leases.by_engine
+        if busy or self._silent or self._retiring:
+            engines = [engine for engine in engines if engine not in busy and self._can_help(engine)]
+        if not engines:
+            task.has_gaps = True
+            return []
+        return [self._lease(task, engine, part) for engine, part in self._leases.deal(kind, engines).items()]
 
     def _take(self, event: WorkDone) -> list[Action]:
+        lease = self._leases.behind(event)
+        if lease is None:
+            return []
+        self._leases.close(lease, num_samples=event.num_samples)
         task = self._task
-        if task is None or not self.expects(event):
-            return []
-        for shard in event.shards:
-            del task.leases[shard]
-        task.reports.append((event.engine, event.shards))
-        if task.leases or self._unowned:
-            return []
-        self._committing = True
-        return [Commit(task.kind, task.step, tuple(sorted(task.reports)))]
+        if not lease.is_open or task is None:
+            return self._go_on()
+        self._told_late.discard(lease.engine)
+        task.add(lease)
+        if task.has_rivals:
+            for rival in self._leases.open:
+                if rival.root == lease.root:
+                    self._take_away(rival)
+        actions: list[Action] = []
+        if task.failures:
+            actions = self._pause_if_answered(task)
+        elif task.num_done == self.num_shards:
+            self._committing = True
+            actions = [Commit(task.kind, task.step, task.reports)]
+        elif task.has_gaps:
+            actions = self._hand_out(task)
+        return actions + self._release_free() if self._retiring else actions
 
     def _advance(self, kind: WorkKind, step: int) -> list[Action]:
         if not self._committing:
@@ -395,19 +426,20 @@ class Coordinator:
         return self._pause(
             f"paused at step {step}: {reason}; nothing of this step was applied. "
             "run.set(lr=...) and run.resume() try it again, run.stop() keeps what was trained",
-            error=reason,
+            is_error=True,
         )
 
     # the user's wishes
 
-    def _pause(self, text: str, *, error: str = "") -> list[Action]:
+    def _pause(self, text: str, *, is_error: bool = False, traceback: str = "") -> list[Action]:
         self._wish = None
         self.status = "paused"
-        self.error = text if error else ""
+        self.error = text if is_error else ""
+        self.traceback = traceback
         return [Note("paused", text)]
 
     def _ask(self, verb: Literal["pause", "resume", "stop"]) -> list[Action]:
-        if verb == "stop" and (self.status != "running" or not (self._ready or self._committing)):
+        if verb == "stop" and (self.status != "running" or not (self._committing or self._can_advance())):
             return self._end("stopped")
         if verb == "resume":
             return self._resume()
@@ -421,26 +453,73 @@ class Coordinator:
             return []
         self._wish = None
         self.status = "running"
-        self.error = ""
+        self.error = self.traceback = ""
         return [Note("resumed", f"resumed after step {self.step}"), *self._next_task()]
 
-    # ends
+    # failures and ends
 
     def _fail_on_engine(self, event: UserCodeFailed) -> list[Action]:
-        if event.engine not in self._loading | self._ready:
+        if event.lease == 0 and event.engine in self._loading:
+            return self._leave_out(event.engine, event.failure)
+        lease, task = self._leases.by_engine.get(event.engine), self._task
+        if lease is None or lease.number != event.lease:
             return []
-        failure = event.failure
-        place = f"step {event.step}" if event.step else "loading"
-        text = f"{place} on engine {event.engine}: {failure.kind}: {failure.message}"
-        return self._end("failed", text, failure.traceback)
+        del self._leases.by_engine[event.engine]
+        if lease.is_open and task is not None:
+            task.failed_at = task.failed_at if task.failures else self._leases.now
+            task.failures.append((event.engine, event.failure))
+        return self._go_on() + self._release_free()
+
+    def _leave_out(self, engine: int, failure: Failure) -> list[Action]:
+        """An engine could not load the run; it fails only if nobody could."""
+        self._load_failures.append((engine, failure))
+        self._last_loss = f"engine {engine} could not load the run: {failure.kind}: {failure.message}"
+        return [Note("left", self._last_loss, engine), *self._drop(engine)]
+
+    def _pause_if_answered(self, task: Task) -> list[Action]:
+        """User code has failed: pause, unless somebody may still say that it failed there too."""
+        if any(self._is_awaited(lease, task) for lease in self._leases.open):
+            return []
+        for lease in self._leases.open:
+            lease.is_open = False
+        self._task = None
+        if self._wish == "stop":
+            return self._end("stopped")
+        text, traceback = describe_causes(task.failures)
+        place = f"step {task.step}" if task.kind == "step" else f"the evaluation after step {task.step}"
+        error = (
+            f"paused at {place}: {text}; nothing of this {task.kind} was applied. "
+            "Mend it and run.resume(step=mended) or run.resume(loss=mended), or run.stop() keeps what was trained"
+        )
+        return self._pause(error, is_error=True, traceback=traceback) + self._release_free()
+
+    def _is_awaited(self, lease: Lease, task: Task) -> bool:
+        if lease.engine in self._silent or self._leases.is_late(lease):
+            return False
+        return self._leases.may_be_late(lease) or self._leases.now - task.failed_at <= FAILED_SECONDS
 
     def _end_without_engines(self) -> list[Action]:
+        if self.status == "starting" and self._load_failures:
+            failures = [failure for _, failure in self._load_failures]
+            if len({(failure.kind, failure.message) for failure in failures}) == 1:
+                engines = name_engines(sorted({engine for engine, _ in self._load_failures}))
+                error = f"loading on {engines}: {failures[0].kind}: {failures[0].message}"
+                return self._end("failed", error, failures[0].traceback)
+            text, traceback = describe_causes(self._load_failures)
+            return self._end("failed", f"loading: {text}", traceback)
         return self._end("failed", f"no engine is left at step {self.step}: {self._last_loss}")
 
     def _end(self, status: RunStatus, error: str = "", traceback: str = "") -> list[Action]:
         self.status = status
         self.error = error
+        self.traceback = traceback
         self._task = None
-        self._unowned = []
+        self._leases.by_engine.clear()
+        released = [Release(engine) for engine in sorted(self._retiring)]
+        self._retiring.clear()
         text = error or f"{status} after step {self.step} of {self.num_steps}"
-        return [Note(status, text), End(status, error, traceback)]
+        return [Note(status, text), End(status, error, traceback), *released]
+
+
+def _reassigned(engine: int, num_shards: int) -> Note:
+    return Note("reassigned", f"{num_shards} shards of engine {engine} go to others", engine)

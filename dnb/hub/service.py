@@ -23,10 +23,12 @@ import psutil
 import zmq
 
 from dnb.errors import ArgumentError, DnbError, HubError
+from dnb.hub.hearts import SILENT_SECONDS, Hearts
 from dnb.hub.pool_files import remove_pool_files, write_pool_file
 from dnb.hub.wiring import Line, Wiring
 from dnb.records import (
     Attach,
+    Beat,
     Control,
     Done,
     EngineFacts,
@@ -60,7 +62,7 @@ from dnb.transport.channels import (
     encode,
     start_authenticator,
 )
-from dnb.transport.lives import children_of, end_processes, is_alive, this_process
+from dnb.transport.lives import children_of, end_processes, is_alive, look_at, this_process
 from dnb.transport.segments import pool_folders, remove_pool_folders
 from dnb.transport.wires import WireError
 
@@ -104,6 +106,7 @@ class Service:
         self._owner = config.owner
         self._orphaned: float | None = None  # since when nobody steers a pool whose run does not advance
         self._engines: dict[int, _Engine] = {}
+        self._hearts = Hearts()
         self._wiring = Wiring(config.host)
         self._poller = zmq.Poller()
         self._known_helpers: set[Process] = set()
@@ -220,6 +223,9 @@ class Service:
         if isinstance(message, Join):
             self._join(message.facts, identity)
             return
+        if isinstance(message, Beat):
+            self._hear(message)
+            return
         engine = next((e for e in self._engines.values() if e.identity == identity), None)
         if engine is None:
             log.warning("%s from an engine that was given up: %r", type(message).__name__, identity)
@@ -228,7 +234,7 @@ class Service:
 
     def _take_message(self, number: int, message: EngineMessage) -> None:
         engine = self._engines.get(number)
-        if engine is None or isinstance(message, Join | Attach):
+        if engine is None or isinstance(message, Join | Attach | Beat):
             return
         engine.messages_in += 1
         if self._run is not None and self._run.spec.id == message.run:
@@ -236,6 +242,7 @@ class Service:
 
     def _join(self, facts: EngineFacts, identity: bytes) -> None:
         self._engines[facts.engine] = _Engine(facts, identity)
+        self._hearts.begin(facts.engine, time.monotonic())
         self._send_to_engine(facts.engine, Welcome())
         self._write_pool_file()
         if self._run is not None and self._run.is_active:
@@ -243,6 +250,7 @@ class Service:
 
     def _lose(self, engine: int, reason: str) -> None:
         self._engines.pop(engine, None)
+        self._hearts.drop(engine)
         self._write_pool_file()
         if self._run is not None:
             self._run.lose_engine(engine, reason)
@@ -333,9 +341,12 @@ class Service:
             folders=pool_folders(self._config.cluster_id),
             send=self._send_to_engine,
             offer_wire=self._wiring.offer,
+            release=lambda engine: log.info("engine %d is free to go", engine),
         )
         self._write_pool_file()
         self._run.start()
+        for engine in sorted(self._hearts.silent):
+            self._run.silence_engine(engine, "is silent")
 
     # lives
 
@@ -344,10 +355,34 @@ class Service:
             self.end("the controller is gone")
         for place in self._wiring.silent():
             self._drop_line(place, self._wiring.lines[place])
-        for number, engine in list(self._engines.items()):
-            if not is_alive(engine.facts.process):
-                self._lose(number, "died")
+        self._look_at_engines()
+        if self._run is not None:
+            self._run.tick()
         self._watch_owner()
+
+    def _look_at_engines(self) -> None:
+        for number in self._hearts.tick(time.monotonic()):
+            self._tell_silent(number, f"was not heard for {SILENT_SECONDS:g} s")
+        for number, engine in list(self._engines.items()):
+            state = look_at(engine.facts.process)
+            if state == "gone":
+                self._lose(number, "died")
+            elif state == "stopped" and self._hearts.declare_silent(number):
+                self._tell_silent(number, "was stopped")
+
+    def _tell_silent(self, engine: int, reason: str) -> None:
+        if self._run is not None:
+            self._run.silence_engine(engine, reason)
+
+    def _hear(self, beat: Beat) -> None:
+        engine = self._engines.get(beat.engine)
+        if engine is None or engine.facts.process != beat.process:
+            return
+        # The last beat before a signal may come after the tick that saw the engine stopped.
+        if beat.engine in self._hearts.silent and look_at(beat.process) == "stopped":
+            return
+        if self._hearts.beat(beat.engine, time.monotonic()) and self._run is not None:
+            self._run.hear_engine(beat.engine)
 
     def _watch_owner(self) -> None:
         """The pool ends with its kernel, unless a run is advancing, or was and may still be asked for."""
@@ -364,7 +399,12 @@ class Service:
         busy = self._run.working if self._run is not None else frozenset()
         sent = self._wiring.num_records_out()
         return tuple(
-            _status(engine, is_busy=number in busy, num_on_wires=sent.get(number, 0))
+            _status(
+                engine,
+                is_busy=number in busy,
+                is_silent=number in self._hearts.silent,
+                num_on_wires=sent.get(number, 0),
+            )
             for number, engine in sorted(self._engines.items())
         )
 
@@ -435,8 +475,8 @@ def _still_active(run: ActiveRun) -> str:
     )
 
 
-def _status(engine: _Engine, *, is_busy: bool, num_on_wires: int) -> EngineStatus:
-    state: Literal["ready", "busy", "hung"] = "busy" if is_busy else "ready"
+def _status(engine: _Engine, *, is_busy: bool, is_silent: bool, num_on_wires: int) -> EngineStatus:
+    state: Literal["ready", "busy", "hung"] = "hung" if is_silent else "busy" if is_busy else "ready"
     rss_bytes = None
     try:
         process = psutil.Process(engine.facts.process.pid)

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import Phase, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from dnb.hub.coordinator import (
+from dnb.hub.coordinator import Coordinator
+from dnb.hub.events import (
     Action,
     Asked,
     Assign,
@@ -16,14 +13,19 @@ from dnb.hub.coordinator import (
     CommitFailed,
     CommitRefused,
     Committed,
-    Coordinator,
     End,
+    EngineHeard,
     EngineJoined,
     EngineLoaded,
     EngineLost,
+    EngineSilent,
     Event,
+    LeaseDeclined,
     LoadEngine,
     Note,
+    Release,
+    RetireEngine,
+    Tick,
     UserCodeFailed,
     WorkDone,
 )
@@ -63,7 +65,7 @@ def report(coordinator: Coordinator, *assigned: Assign) -> list[Action]:
     """Let engines report exactly what they were given; what was said to the last one."""
     actions: list[Action] = []
     for each in assigned:
-        actions = coordinator.handle(WorkDone(each.engine, each.kind, each.step, each.shards))
+        actions = coordinator.handle(WorkDone(each.engine, each.lease, each.kind, each.step, each.shards))
     return actions
 
 
@@ -99,8 +101,8 @@ def test_the_last_engine_to_load_opens_the_first_step():
     assert actions == [
         Note("joined", "engine 1 has model and data", 1),
         Note("running", "2 engines, 4 shards"),
-        Assign(0, "step", 1, (0, 1), fresh=True),
-        Assign(1, "step", 1, (2, 3), fresh=True),
+        Assign(0, "step", 1, (0, 1), fresh=True, lease=1),
+        Assign(1, "step", 1, (2, 3), fresh=True, lease=2),
     ]
 
 
@@ -108,7 +110,7 @@ def test_an_engine_lost_while_loading_does_not_hold_up_the_start():
     coordinator = Coordinator(num_steps=1, num_shards=2, evaluate_every=None, engines=[0, 1])
     coordinator.start()
     coordinator.handle(EngineLoaded(0))
-    assert work(coordinator.handle(EngineLost(1, "died"))) == [Assign(0, "step", 1, (0, 1), fresh=True)]
+    assert work(coordinator.handle(EngineLost(1, "died"))) == [Assign(0, "step", 1, (0, 1), fresh=True, lease=1)]
 
 
 def test_an_engine_that_loads_twice_is_counted_once():
@@ -126,21 +128,30 @@ def test_more_engines_than_shards_leaves_some_without_work():
 
 def test_a_step_is_not_committed_while_a_shard_is_open():
     coordinator, _ = loaded(0, 1)
-    assert coordinator.handle(WorkDone(0, "step", 1, (0, 1))) == []
+    assert coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1))) == []
 
 
 def test_a_step_is_committed_when_every_shard_is_reported():
     coordinator, _ = loaded(0, 1)
-    coordinator.handle(WorkDone(1, "step", 1, (2, 3)))
-    assert coordinator.handle(WorkDone(0, "step", 1, (0, 1))) == [Commit("step", 1, ((0, (0, 1)), (1, (2, 3))))]
+    coordinator.handle(WorkDone(1, 2, "step", 1, (2, 3)))
+    assert coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1))) == [Commit("step", 1, ((0, (0, 1)), (1, (2, 3))))]
 
 
 def test_a_committed_step_opens_the_next():
     coordinator, actions = loaded(0, 1)
     assert one_step(coordinator, actions) == [
-        Assign(0, "step", 2, (0, 1), fresh=True),
-        Assign(1, "step", 2, (2, 3), fresh=True),
+        Assign(0, "step", 2, (0, 1), fresh=True, lease=3),
+        Assign(1, "step", 2, (2, 3), fresh=True, lease=4),
     ]
+
+
+def test_no_lease_bears_a_number_twice():
+    coordinator, actions = loaded(0, 1)
+    numbers = []
+    while coordinator.status == "running":
+        numbers += [action.lease for action in of_kind(actions, Assign)]
+        actions = one_step(coordinator, actions)
+    assert numbers == [1, 2, 3, 4, 5, 6]
 
 
 def test_the_step_counts_only_what_is_committed():
@@ -159,7 +170,7 @@ def test_the_last_committed_step_finishes_the_run():
 
 def test_engines_with_an_open_lease_are_working():
     coordinator, _ = loaded(0, 1)
-    coordinator.handle(WorkDone(0, "step", 1, (0, 1)))
+    coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1)))
     assert coordinator.working == {1}
 
 
@@ -175,22 +186,24 @@ def test_nobody_is_working_when_the_run_has_ended():
 @pytest.mark.parametrize(
     "stray",
     [
-        pytest.param(WorkDone(0, "step", 1, (0, 1)), id="repeated"),
-        pytest.param(WorkDone(1, "step", 0, (2, 3)), id="of an earlier step"),
-        pytest.param(WorkDone(1, "step", 2, (2, 3)), id="of a later step"),
-        pytest.param(WorkDone(1, "evaluation", 1, (2, 3)), id="of another kind"),
-        pytest.param(WorkDone(0, "step", 1, (2, 3)), id="of shards of another engine"),
-        pytest.param(WorkDone(7, "step", 1, (2, 3)), id="of an unknown engine"),
-        pytest.param(WorkDone(1, "step", 1, ()), id="of nothing"),
-        pytest.param(WorkDone(1, "step", 1, (3, 4)), id="of a shard that there is not"),
-        pytest.param(WorkDone(1, "step", 1, (2, 2, 3)), id="of the same shard twice"),
+        pytest.param(WorkDone(0, 1, "step", 1, (0, 1)), id="repeated"),
+        pytest.param(WorkDone(1, 1, "step", 1, (2, 3)), id="of another lease"),
+        pytest.param(WorkDone(1, 0, "step", 1, (2, 3)), id="of no lease"),
+        pytest.param(WorkDone(1, 2, "step", 0, (2, 3)), id="of an earlier step"),
+        pytest.param(WorkDone(1, 2, "step", 2, (2, 3)), id="of a later step"),
+        pytest.param(WorkDone(1, 2, "evaluation", 1, (2, 3)), id="of another kind"),
+        pytest.param(WorkDone(0, 1, "step", 1, (2, 3)), id="of shards of another engine"),
+        pytest.param(WorkDone(7, 8, "step", 1, (2, 3)), id="of an unknown engine"),
+        pytest.param(WorkDone(1, 2, "step", 1, ()), id="of nothing"),
+        pytest.param(WorkDone(1, 2, "step", 1, (3, 4)), id="of a shard that there is not"),
+        pytest.param(WorkDone(1, 2, "step", 1, (2, 2, 3)), id="of the same shard twice"),
     ],
 )
 def test_a_report_that_fits_no_open_lease_changes_nothing(stray: WorkDone):
     coordinator, _ = loaded(0, 1)
-    coordinator.handle(WorkDone(0, "step", 1, (0, 1)))
+    coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1)))
     coordinator.handle(stray)
-    assert coordinator.handle(WorkDone(1, "step", 1, (2, 3))) == [Commit("step", 1, ((0, (0, 1)), (1, (2, 3))))]
+    assert coordinator.handle(WorkDone(1, 2, "step", 1, (2, 3))) == [Commit("step", 1, ((0, (0, 1)), (1, (2, 3))))]
 
 
 def test_a_report_repeated_while_the_step_is_committed_changes_nothing():
@@ -213,68 +226,89 @@ def test_a_refusal_that_was_not_asked_for_changes_nothing():
 # losses --------------------------------------------------------------------------------------
 
 
-def test_open_shards_of_a_lost_engine_go_to_the_survivors_and_the_note_says_so():
+def test_shards_of_a_lost_engine_are_left_to_others_and_the_note_says_so():
     coordinator, _ = loaded(0, 1, 2, num_shards=6)
     assert coordinator.handle(EngineLost(1, "died")) == [
         Note("died", "engine 1 died", 1),
         Note("reassigned", "2 shards of engine 1 go to others", 1),
-        Assign(0, "step", 1, (2,), fresh=False),
-        Assign(2, "step", 1, (3,), fresh=False),
     ]
 
 
+def test_survivors_share_the_shards_of_a_lost_engine_each_when_it_has_answered():
+    coordinator, _ = loaded(0, 1, 2, num_shards=6)
+    coordinator.handle(EngineLost(1, "died"))
+    assert coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1))) == [Assign(0, "step", 1, (2,), fresh=False, lease=4)]
+    assert coordinator.handle(WorkDone(2, 3, "step", 1, (4, 5))) == [Assign(2, "step", 1, (3,), fresh=False, lease=5)]
+
+
+def test_a_survivor_that_is_idle_gets_its_part_at_once():
+    coordinator, _ = loaded(0, 1, 2, num_shards=6)
+    coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1)))
+    assert work(coordinator.handle(EngineLost(1, "died"))) == [Assign(0, "step", 1, (2,), fresh=False, lease=4)]
+
+
+def test_an_engine_holds_one_lease_at_a_time():
+    coordinator, _ = loaded(0, 1)
+    assert work(coordinator.handle(EngineLost(1, "died"))) == []
+    assert coordinator.working == {0}
+
+
 def test_a_step_with_a_lost_engine_counts_each_shard_once():
-    coordinator, first = loaded(0, 1, 2, num_shards=6)
-    second = coordinator.handle(EngineLost(1, "died"))
-    of_survivors = [action for action in of_kind([*first, *second], Assign) if action.engine != 1]
-    assert report(coordinator, *of_survivors) == [Commit("step", 1, ((0, (0, 1)), (0, (2,)), (2, (3,)), (2, (4, 5))))]
+    coordinator, _ = loaded(0, 1, 2, num_shards=6)
+    coordinator.handle(EngineLost(1, "died"))
+    again = [
+        *coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1))),
+        *coordinator.handle(WorkDone(2, 3, "step", 1, (4, 5))),
+    ]
+    assert report(coordinator, *of_kind(again, Assign)) == [
+        Commit("step", 1, ((0, (0, 1)), (0, (2,)), (2, (3,)), (2, (4, 5))))
+    ]
 
 
 def test_a_late_report_of_a_lost_engine_changes_nothing():
     coordinator, _ = loaded(0, 1)
     coordinator.handle(EngineLost(1, "died"))
-    assert coordinator.handle(WorkDone(1, "step", 1, (2, 3))) == []
+    assert coordinator.handle(WorkDone(1, 2, "step", 1, (2, 3))) == []
     assert coordinator.working == {0}
 
 
 def test_an_engine_that_dies_after_reporting_all_it_had_still_counts():
     coordinator, _ = loaded(0, 1)
-    coordinator.handle(WorkDone(1, "step", 1, (2, 3)))
+    coordinator.handle(WorkDone(1, 2, "step", 1, (2, 3)))
     assert coordinator.handle(EngineLost(1, "died")) == [Note("died", "engine 1 died", 1)]
-    assert coordinator.handle(WorkDone(0, "step", 1, (0, 1))) == [Commit("step", 1, ((0, (0, 1)), (1, (2, 3))))]
+    assert coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1))) == [Commit("step", 1, ((0, (0, 1)), (1, (2, 3))))]
+
+
+def lost_twice() -> tuple[Coordinator, list[Action]]:
+    """Engine 1 dies, engine 0 dies while it redoes a part of that; what was said then."""
+    coordinator, _ = loaded(0, 1, 2, num_shards=6)
+    coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1)))
+    coordinator.handle(EngineLost(1, "died"))  # shard 2 to engine 0, shard 3 is left for engine 2
+    return coordinator, coordinator.handle(EngineLost(0, "died"))
 
 
 def test_what_a_lost_engine_had_reported_is_redone_if_it_was_at_work_again():
-    coordinator, _ = loaded(0, 1, 2, num_shards=6)
-    coordinator.handle(WorkDone(0, "step", 1, (0, 1)))
-    coordinator.handle(EngineLost(1, "died"))  # shard 2 to engine 0, shard 3 to engine 2
-    assert coordinator.handle(EngineLost(0, "died")) == [
+    coordinator, actions = lost_twice()
+    assert actions == [
         Note("died", "engine 0 died", 0),
         Note("reassigned", "3 shards of engine 0 go to others", 0),
-        Assign(2, "step", 1, (0, 1, 2), fresh=False),
+    ]
+    assert coordinator.handle(WorkDone(2, 3, "step", 1, (4, 5))) == [
+        Assign(2, "step", 1, (0, 1, 2, 3), fresh=False, lease=5)
     ]
 
 
 def test_a_redone_report_counts_once_in_the_commit():
-    coordinator, _ = loaded(0, 1, 2, num_shards=6)
-    for event in [
-        WorkDone(0, "step", 1, (0, 1)),
-        EngineLost(1, "died"),
-        EngineLost(0, "died"),
-        WorkDone(2, "step", 1, (4, 5)),
-        WorkDone(2, "step", 1, (3,)),
-    ]:
-        coordinator.handle(event)
-    assert coordinator.handle(WorkDone(2, "step", 1, (0, 1, 2))) == [
-        Commit("step", 1, ((2, (0, 1, 2)), (2, (3,)), (2, (4, 5))))
-    ]
+    coordinator, _ = lost_twice()
+    (again,) = coordinator.handle(WorkDone(2, 3, "step", 1, (4, 5)))
+    assert report(coordinator, again) == [Commit("step", 1, ((2, (0, 1, 2, 3)), (2, (4, 5))))]
 
 
 def test_a_loss_while_the_step_is_committed_redoes_nothing():
     coordinator, actions = loaded(0, 1)
     report(coordinator, *of_kind(actions, Assign))
     assert work(coordinator.handle(EngineLost(1, "died"))) == []
-    assert coordinator.handle(Committed("step", 1)) == [Assign(0, "step", 2, (0, 1, 2, 3), fresh=True)]
+    assert coordinator.handle(Committed("step", 1)) == [Assign(0, "step", 2, (0, 1, 2, 3), fresh=True, lease=3)]
 
 
 def test_a_loss_while_paused_assigns_nothing():
@@ -303,7 +337,7 @@ def test_shards_without_a_ready_engine_wait_for_the_one_that_is_loading():
     coordinator, _ = loaded(0)
     coordinator.handle(EngineJoined(1))
     assert work(coordinator.handle(EngineLost(0, "died"))) == []
-    assert work(coordinator.handle(EngineLoaded(1))) == [Assign(1, "step", 1, (0, 1, 2, 3), fresh=True)]
+    assert work(coordinator.handle(EngineLoaded(1))) == [Assign(1, "step", 1, (0, 1, 2, 3), fresh=True, lease=2)]
 
 
 def test_a_step_that_opens_while_no_engine_is_ready_waits_for_the_one_that_is_loading():
@@ -312,7 +346,7 @@ def test_a_step_that_opens_while_no_engine_is_ready_waits_for_the_one_that_is_lo
     report(coordinator, *of_kind(actions, Assign))
     coordinator.handle(EngineLost(0, "died"))
     coordinator.handle(Committed("step", 1))
-    assert work(coordinator.handle(EngineLoaded(1))) == [Assign(1, "step", 2, (0, 1, 2, 3), fresh=True)]
+    assert work(coordinator.handle(EngineLoaded(1))) == [Assign(1, "step", 2, (0, 1, 2, 3), fresh=True, lease=2)]
 
 
 def test_a_resume_while_no_engine_is_ready_waits_for_the_one_that_is_loading():
@@ -322,16 +356,16 @@ def test_a_resume_while_no_engine_is_ready_waits_for_the_one_that_is_loading():
     one_step(coordinator, actions)
     coordinator.handle(EngineLost(0, "died"))
     coordinator.handle(Asked("resume"))
-    assert work(coordinator.handle(EngineLoaded(1))) == [Assign(1, "step", 2, (0, 1, 2, 3), fresh=True)]
+    assert work(coordinator.handle(EngineLoaded(1))) == [Assign(1, "step", 2, (0, 1, 2, 3), fresh=True, lease=2)]
 
 
 def test_a_step_with_shards_that_nobody_holds_is_not_committed():
     coordinator, _ = loaded(0, 1)
     coordinator.handle(EngineJoined(2))
-    coordinator.handle(WorkDone(1, "step", 1, (2, 3)))
+    coordinator.handle(WorkDone(1, 2, "step", 1, (2, 3)))
     coordinator.handle(EngineLost(1, "died"))
     coordinator.handle(EngineLost(0, "died"))
-    assert work(coordinator.handle(EngineLoaded(2))) == [Assign(2, "step", 1, (0, 1), fresh=True)]
+    assert work(coordinator.handle(EngineLoaded(2))) == [Assign(2, "step", 1, (0, 1), fresh=True, lease=3)]
 
 
 def test_an_engine_that_comes_back_in_the_same_step_starts_from_a_zeroed_slab():
@@ -340,7 +374,7 @@ def test_an_engine_that_comes_back_in_the_same_step_starts_from_a_zeroed_slab():
     coordinator.handle(EngineLost(0, "died"))  # in the middle of shards 0 to 3: its slab is torn
     coordinator.handle(EngineJoined(0))
     coordinator.handle(EngineLost(1, "died"))
-    assert work(coordinator.handle(EngineLoaded(0))) == [Assign(0, "step", 1, (0, 1, 2, 3), fresh=True)]
+    assert work(coordinator.handle(EngineLoaded(0))) == [Assign(0, "step", 1, (0, 1, 2, 3), fresh=True, lease=2)]
 
 
 # joining ---------------------------------------------------------------------------------------
@@ -367,8 +401,8 @@ def test_a_joiner_works_from_the_next_step():
     coordinator.handle(EngineJoined(1))
     coordinator.handle(EngineLoaded(1))
     assert one_step(coordinator, actions) == [
-        Assign(0, "step", 2, (0, 1), fresh=True),
-        Assign(1, "step", 2, (2, 3), fresh=True),
+        Assign(0, "step", 2, (0, 1), fresh=True, lease=2),
+        Assign(1, "step", 2, (2, 3), fresh=True, lease=3),
     ]
 
 
@@ -408,8 +442,9 @@ def test_without_validation_data_nothing_is_evaluated():
 
 def test_shards_of_an_evaluation_are_redone_like_those_of_a_step():
     coordinator, actions = loaded(0, 1, num_steps=1, evaluate_every=1)
-    one_step(coordinator, actions)
-    assert work(coordinator.handle(EngineLost(0, "died"))) == [Assign(1, "evaluation", 1, (0, 1), fresh=False)]
+    _, second = one_step(coordinator, actions)
+    coordinator.handle(EngineLost(0, "died"))
+    assert report(coordinator, second) == [Assign(1, "evaluation", 1, (0, 1), fresh=False, lease=5)]
 
 
 def test_a_committed_evaluation_does_not_count_as_a_step():
@@ -437,7 +472,7 @@ def test_a_paused_run_has_no_error_if_the_user_asked_for_it():
 def test_a_pause_at_the_end_of_an_epoch_comes_after_the_evaluation():
     coordinator, actions = loaded(0, evaluate_every=1)
     coordinator.handle(Asked("pause"))
-    assert one_step(coordinator, actions) == [Assign(0, "evaluation", 1, (0, 1, 2, 3), fresh=True)]
+    assert one_step(coordinator, actions) == [Assign(0, "evaluation", 1, (0, 1, 2, 3), fresh=True, lease=2)]
 
 
 def test_a_pause_in_the_last_step_does_not_keep_the_run_from_finishing():
@@ -460,7 +495,7 @@ def test_resume_goes_on_with_the_next_step():
     one_step(coordinator, actions)
     assert coordinator.handle(Asked("resume")) == [
         Note("resumed", "resumed after step 1"),
-        Assign(0, "step", 2, (0, 1, 2, 3), fresh=True),
+        Assign(0, "step", 2, (0, 1, 2, 3), fresh=True, lease=2),
     ]
 
 
@@ -468,7 +503,7 @@ def test_resume_takes_back_a_pause_that_has_not_happened():
     coordinator, actions = loaded(0)
     coordinator.handle(Asked("pause"))
     coordinator.handle(Asked("resume"))
-    assert work(one_step(coordinator, actions)) == [Assign(0, "step", 2, (0, 1, 2, 3), fresh=True)]
+    assert work(one_step(coordinator, actions)) == [Assign(0, "step", 2, (0, 1, 2, 3), fresh=True, lease=2)]
 
 
 def test_resume_of_a_running_run_assigns_nothing_twice():
@@ -572,7 +607,7 @@ def test_a_refused_step_is_the_error_of_the_run():
 
 def test_resume_tries_the_refused_step_again_from_zeroed_slabs():
     coordinator, _ = refused()
-    assert work(coordinator.handle(Asked("resume"))) == [Assign(0, "step", 2, (0, 1, 2, 3), fresh=True)]
+    assert work(coordinator.handle(Asked("resume"))) == [Assign(0, "step", 2, (0, 1, 2, 3), fresh=True, lease=3)]
 
 
 def test_resume_clears_the_error():
@@ -588,23 +623,10 @@ def test_a_refused_step_ends_the_run_if_a_stop_was_asked_for():
     assert work(coordinator.handle(CommitRefused(1, "the loss is nan"))) == [End("stopped")]
 
 
-def test_user_code_that_fails_in_a_step_ends_the_run_with_its_traceback():
-    coordinator, _ = loaded(0, 1)
-    text = "step 1 on engine 1: IndexError: Target 12 is out of bounds."
-    assert work(coordinator.handle(UserCodeFailed(1, 1, INDEX_ERROR))) == [End("failed", text, "Traceback: line 7")]
-
-
-def test_user_code_that_fails_while_loading_ends_the_run():
-    coordinator = Coordinator(num_steps=1, num_shards=1, evaluate_every=None, engines=[0])
-    coordinator.start()
-    text = "loading on engine 0: IndexError: Target 12 is out of bounds."
-    assert work(coordinator.handle(UserCodeFailed(0, 0, INDEX_ERROR))) == [End("failed", text, "Traceback: line 7")]
-
-
 def test_user_code_that_fails_on_a_lost_engine_changes_nothing():
     coordinator, _ = loaded(0, 1)
     coordinator.handle(EngineLost(1, "died"))
-    assert coordinator.handle(UserCodeFailed(1, 1, INDEX_ERROR)) == []
+    assert coordinator.handle(UserCodeFailed(1, 1, INDEX_ERROR, lease=2)) == []
 
 
 def test_an_optimizer_that_raises_ends_the_run_with_its_traceback():
@@ -620,8 +642,12 @@ def test_an_optimizer_that_raises_ends_the_run_with_its_traceback():
         EngineJoined(5),
         EngineLoaded(0),
         EngineLost(0, "died"),
-        WorkDone(0, "step", 1, (0, 1, 2, 3)),
-        UserCodeFailed(0, 1, INDEX_ERROR),
+        EngineSilent(0, "was stopped"),
+        EngineHeard(0),
+        WorkDone(0, 1, "step", 1, (0, 1, 2, 3)),
+        LeaseDeclined(0, 1),
+        UserCodeFailed(0, 1, INDEX_ERROR, lease=1),
+        Tick(),
         Committed("step", 1),
         CommitRefused(1, "the loss is nan"),
         CommitFailed(1, INDEX_ERROR),
@@ -638,242 +664,497 @@ def test_events_after_the_end_do_nothing(event: Event):
     assert (coordinator.status, coordinator.step) == ("finished", 1)
 
 
-# every shard once, whatever happens --------------------------------------------------------------------
+# user code that fails in a step -------------------------------------------------------------------
 
-MOST_STEPS = 6
+VALUE_ERROR = Failure(kind="ValueError", message="bad sample", traceback="Traceback: line 9")
 
 
-class CoordinatorMachine(RuleBasedStateMachine):
-    """A hub with its engines, as the real service behaves, in any order of events.
-
-    An engine computes its assignments one after the other and reports each exactly as it was given. A slab is
-    known by the (kind, step, shards) added to it since it was last zeroed, or is torn when its engine dies
-    while computing: so each commit is checked against what really lies in the slabs.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_shards = 5
-        self.engines: dict[int, deque[Assign]] = {}  # alive: what they still are to compute
-        self.loading: set[int] = set()
-        self.slabs: dict[int, list[tuple[WorkKind, int, int]] | None] = {}  # None is torn
-        self.sent: list[WorkDone] = []
-        self.next_engine = 0
-        self.commit: Commit | None = None
-        self.committed: list[int] = []
-        self.evaluated: list[int] = []
-        self.ended: End | None = None
-        for _ in range(3):
-            self._new_engine()
-        self.coordinator = Coordinator(
-            num_steps=MOST_STEPS, num_shards=self.num_shards, evaluate_every=2, engines=list(self.engines)
-        )
-        self._perform(self.coordinator.start())
-
-    def _new_engine(self) -> int:
-        engine = self.next_engine
-        self.next_engine += 1
-        self.engines[engine] = deque()
-        return engine
-
-    def _tell(self, event: Event) -> None:
-        self._perform(self.coordinator.handle(event))
-
-    def _perform(self, actions: list[Action]) -> None:
-        for action in actions:
-            assert self.ended is None, f"{action} after {self.ended}"
-            match action:
-                case LoadEngine(engine):
-                    assert engine in self.engines
-                    self.loading.add(engine)
-                case Assign(engine):
-                    assert engine in self.engines
-                    assert engine not in self.loading
-                    assert action.shards
-                    self.engines[engine].append(action)
-                case Commit():
-                    assert self.commit is None
-                    self._check_slabs(action)
-                    self.commit = action
-                case End():
-                    self.ended = action
-
-    def _check_slabs(self, commit: Commit) -> None:
-        """What lies in the slabs of the engines that count is every shard of the task, once."""
-        in_slabs: list[tuple[WorkKind, int, int]] = []
-        for engine in sorted({engine for engine, _ in commit.reports}):
-            slab = self.slabs[engine]
-            assert slab is not None, f"the slab of engine {engine} is torn"
-            in_slabs += slab
-        assert sorted(in_slabs) == [(commit.kind, commit.step, shard) for shard in range(self.num_shards)]
-        counted = sorted(shard for _, shards in commit.reports for shard in shards)
-        assert counted == list(range(self.num_shards))
-
-    def _compute(self, engine: int) -> None:
-        """Compute the next assignment of an engine, and report it."""
-        assigned = self.engines[engine].popleft()
-        added = [(assigned.kind, assigned.step, shard) for shard in assigned.shards]
-        before = [] if assigned.fresh else self.slabs[engine]
-        assert before is not None
-        self.slabs[engine] = before + added
-        done = WorkDone(engine, assigned.kind, assigned.step, assigned.shards)
-        self.sent.append(done)
-        self._tell(done)
-
-    def _answer_commit(self) -> None:
-        commit, self.commit = self.commit, None
-        assert commit is not None
-        if self.ended is None:
-            (self.committed if commit.kind == "step" else self.evaluated).append(commit.step)
-        self._tell(Committed(commit.kind, commit.step))
-
-    def _busy(self) -> list[int]:
-        return [engine for engine, tasks in self.engines.items() if tasks]
-
-    # rules
-
-    @initialize(num_loaded=st.sampled_from([3, 3, 3, 1, 0]))
-    def begin(self, num_loaded: int) -> None:
-        for engine in range(num_loaded):
-            self.loading.discard(engine)
-            self._tell(EngineLoaded(engine))
-
-    @precondition(lambda self: len(self.engines) < 5)
-    @rule()
-    def join(self) -> None:
-        self._tell(EngineJoined(self._new_engine()))
-
-    @precondition(lambda self: len(self.engines) < min(5, self.next_engine))
-    @rule(data=st.data())
-    def come_back(self, data: st.DataObject) -> None:
-        """A new process under an engine's old id, which finds the old slab as it was left."""
-        gone = sorted(set(range(self.next_engine)) - set(self.engines))
-        engine = data.draw(st.sampled_from(gone))
-        self.engines[engine] = deque()
-        self.sent = [done for done in self.sent if done.engine != engine]  # all of its earlier life came before
-        self._tell(EngineJoined(engine))
-
-    @precondition(lambda self: self.loading)
-    @rule(data=st.data())
-    def load(self, data: st.DataObject) -> None:
-        engine = data.draw(st.sampled_from(sorted(self.loading)))
-        self.loading.discard(engine)
-        self._tell(EngineLoaded(engine))
-
-    def _lose(self, engine: int, *, at_work: bool) -> None:
-        if self.engines.pop(engine) and at_work:
-            self.slabs[engine] = None
-        self.loading.discard(engine)
-        self._tell(EngineLost(engine, "died"))
-
-    @precondition(lambda self: len(self.engines) > 1)
-    @rule(data=st.data(), at_work=st.booleans())
-    def lose(self, data: st.DataObject, at_work: bool) -> None:
-        self._lose(data.draw(st.sampled_from(sorted(self.engines))), at_work=at_work)
-
-    @precondition(lambda self: len(self.engines) > 1 and self._busy())
-    @rule(data=st.data())
-    def lose_at_work(self, data: st.DataObject) -> None:
-        busy = self._busy()
-        again = [engine for engine in busy if not self.engines[engine][0].fresh]  # it has reported a part already
-        self._lose(data.draw(st.sampled_from(again or busy)), at_work=True)
-
-    @precondition(lambda self: self._busy())
-    @rule(data=st.data(), num_parts=st.integers(1, 3))
-    def compute(self, data: st.DataObject, num_parts: int) -> None:
-        for _ in range(num_parts):
-            if busy := self._busy():
-                self._compute(data.draw(st.sampled_from(busy)))
-
-    @precondition(lambda self: self.sent)
-    @rule(data=st.data())
-    def report_again(self, data: st.DataObject) -> None:
-        before = self.coordinator.working
-        self._tell(data.draw(st.sampled_from(self.sent)))
-        assert self.coordinator.working == before
-
-    @rule(
-        engine=st.sampled_from([-1, 99]),
-        step=st.integers(0, MOST_STEPS + 1),
-        shards=st.lists(st.integers(-1, 6), max_size=6).map(tuple),
-    )
-    def report_as_a_stranger(self, engine: int, step: int, shards: tuple[int, ...]) -> None:
-        before = self.coordinator.working
-        self._tell(WorkDone(engine, "step", step, shards))
-        assert self.coordinator.working == before
-
-    @precondition(lambda self: self.commit is not None)
-    @rule(is_refused=st.sampled_from([False, False, False, True]))
-    def answer_commit(self, is_refused: bool) -> None:
-        if is_refused and self.commit is not None and self.commit.kind == "step":
-            step, self.commit = self.commit.step, None
-            self.sent.clear()  # a socket keeps order: none of these can come after the step is tried again
-            self._tell(CommitRefused(step, "the loss is nan"))
+def failed(*engines: int, failure: Failure = INDEX_ERROR) -> tuple[Coordinator, list[Action]]:
+    """Three engines of which some fail and the others answer; what was said to the last of them."""
+    coordinator, actions = loaded(0, 1, 2, num_shards=6)
+    for each in of_kind(actions, Assign):
+        if each.engine in engines:
+            said = coordinator.handle(UserCodeFailed(each.engine, 1, failure, each.lease))
         else:
-            self._answer_commit()
-
-    @rule(verb=st.sampled_from(["pause", "resume", "resume"]))
-    def ask(self, verb: str) -> None:
-        self._tell(Asked(verb))
-
-    @precondition(lambda self: self.coordinator.status == "paused")
-    @rule()
-    def resume(self) -> None:
-        self._tell(Asked("resume"))
-
-    @precondition(lambda self: len(self.committed) >= 2)
-    @rule()
-    def stop(self) -> None:
-        self._tell(Asked("stop"))
-
-    # claims
-
-    @invariant()
-    def a_running_run_with_a_ready_engine_has_work_under_way(self) -> None:
-        if self.coordinator.status == "running" and set(self.engines) - self.loading:
-            assert self._busy() or self.commit is not None
-
-    @invariant()
-    def steps_follow_each_other_without_gap(self) -> None:
-        assert self.committed == list(range(1, len(self.committed) + 1))
-        assert self.coordinator.step == len(self.committed)
-
-    @invariant()
-    def evaluations_are_those_due_and_none_twice(self) -> None:
-        due = [step for step in range(2, MOST_STEPS + 1, 2) if step <= self.coordinator.step]
-        assert self.evaluated == due[: len(self.evaluated)]
-        assert len(due) - len(self.evaluated) <= 1
-
-    @invariant()
-    def a_finished_run_has_all_steps_and_evaluations(self) -> None:
-        if self.ended is not None and self.ended.status == "finished":
-            assert (self.committed[-1], self.evaluated[-1]) == (MOST_STEPS, MOST_STEPS)
-
-    @invariant()
-    def a_run_fails_only_without_engines(self) -> None:
-        assert self.coordinator.status != "failed"
-
-    def teardown(self) -> None:
-        """From wherever the events led, a run that is resumed and served reaches its end."""
-        for _ in range(500):
-            if self.ended is not None:
-                break
-            if self.coordinator.status == "paused":
-                self._tell(Asked("resume"))
-            elif self.loading:
-                engine = self.loading.pop()
-                self._tell(EngineLoaded(engine))
-            elif self.commit is not None:
-                self._answer_commit()
-            else:
-                self._compute(self._busy()[0])
-        assert self.ended is not None
-        assert self.ended.status in ("finished", "stopped")
-        self.steps_follow_each_other_without_gap()
-        self.a_finished_run_has_all_steps_and_evaluations()
+            said = report(coordinator, each)
+    return coordinator, said
 
 
-TestEveryShardIsCountedOnce = CoordinatorMachine.TestCase
-# Explaining a failure traces every line, which takes minutes here.
-PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
-TestEveryShardIsCountedOnce.settings = settings(max_examples=300, stateful_step_count=40, deadline=None, phases=PHASES)
+def test_a_step_that_failed_pauses_the_run_when_all_have_answered():
+    coordinator, actions = failed(0)
+    assert [action.kind for action in of_kind(actions, Note)] == ["paused"]
+    assert work(actions) == []
+    assert (coordinator.status, coordinator.step) == ("paused", 0)
+
+
+def test_the_error_says_step_cause_engines_and_what_to_do():
+    coordinator, _ = failed(0, 2, failure=VALUE_ERROR)
+    assert coordinator.error == (
+        "paused at step 1: ValueError: bad sample (engines 0, 2); nothing of this step was applied. "
+        "Mend it and run.resume(step=mended) or run.resume(loss=mended), or run.stop() keeps what was trained"
+    )
+    assert coordinator.traceback == "Traceback: line 9"
+
+
+def test_every_cause_is_told_with_its_engines_and_its_traceback():
+    coordinator, _ = loaded(0, 1, 2, num_shards=6)
+    for engine, failure in enumerate([VALUE_ERROR, INDEX_ERROR, VALUE_ERROR]):
+        coordinator.handle(UserCodeFailed(engine, 1, failure, lease=engine + 1))
+    causes = "ValueError: bad sample (engines 0, 2); IndexError: Target 12 is out of bounds. (engine 1);"
+    assert causes in coordinator.error
+    assert coordinator.traceback == "On engines 0, 2:\nTraceback: line 9\nOn engine 1:\nTraceback: line 7"
+
+
+def test_a_step_that_failed_is_not_paused_while_another_may_fail_too():
+    coordinator, _ = loaded(0, 1)
+    assert coordinator.handle(UserCodeFailed(0, 1, INDEX_ERROR, lease=1)) == []
+    assert coordinator.status == "running"
+
+
+def test_a_silent_engine_is_not_waited_for_when_another_has_failed():
+    coordinator, _ = loaded(0, 1)
+    coordinator.handle(UserCodeFailed(0, 1, INDEX_ERROR, lease=1))
+    coordinator.handle(EngineSilent(1, "was stopped"))
+    assert coordinator.status == "paused"
+
+
+def test_an_engine_whose_speed_nobody_knows_is_waited_for_no_longer_than_two_seconds():
+    coordinator, _ = loaded(0, 1)
+    coordinator.handle(UserCodeFailed(0, 1, INDEX_ERROR, lease=1), now=10.0)
+    coordinator.handle(Tick(), now=11.9)
+    assert coordinator.status == "running"
+    coordinator.handle(Tick(), now=12.1)
+    assert coordinator.status == "paused"
+
+
+def test_the_loss_of_the_last_that_was_waited_for_pauses_a_step_that_failed():
+    coordinator, _ = loaded(0, 1)
+    coordinator.handle(UserCodeFailed(0, 1, INDEX_ERROR, lease=1))
+    coordinator.handle(EngineLost(1, "died"))
+    assert coordinator.status == "paused"
+
+
+def test_resume_tries_the_step_that_failed_again_on_all_engines():
+    coordinator, _ = failed(1)
+    assert work(coordinator.handle(Asked("resume"))) == [
+        Assign(0, "step", 1, (0, 1), fresh=True, lease=4),
+        Assign(1, "step", 1, (2, 3), fresh=True, lease=5),
+        Assign(2, "step", 1, (4, 5), fresh=True, lease=6),
+    ]
+    assert (coordinator.error, coordinator.traceback) == ("", "")
+
+
+def test_an_answer_to_an_attempt_that_was_given_up_does_not_count_in_the_next():
+    coordinator, _ = loaded(0, 1)
+    coordinator.handle(EngineSilent(1, "was stopped"))
+    coordinator.handle(UserCodeFailed(0, 1, INDEX_ERROR, lease=1))
+    coordinator.handle(EngineHeard(1))
+    again = coordinator.handle(Asked("resume"))
+    assert work(again) == [Assign(0, "step", 1, (0, 1, 2, 3), fresh=True, lease=3)]
+    assert coordinator.handle(WorkDone(1, 2, "step", 1, (2, 3))) == []
+    assert report(coordinator, *of_kind(again, Assign)) == [Commit("step", 1, ((0, (0, 1, 2, 3)),))]
+
+
+def test_a_stop_ends_a_run_whose_step_has_failed():
+    coordinator, _ = failed(1)
+    assert work(coordinator.handle(Asked("stop"))) == [End("stopped")]
+
+
+def test_a_stop_that_was_asked_for_before_the_step_failed_ends_the_run():
+    coordinator, _ = loaded(0)
+    coordinator.handle(Asked("stop"))
+    assert work(coordinator.handle(UserCodeFailed(0, 1, INDEX_ERROR, lease=1))) == [End("stopped")]
+
+
+def test_an_evaluation_that_failed_is_tried_again():
+    coordinator, actions = loaded(0, num_steps=1, evaluate_every=1)
+    one_step(coordinator, actions)
+    coordinator.handle(UserCodeFailed(0, 1, INDEX_ERROR, lease=2))
+    assert coordinator.error.startswith("paused at the evaluation after step 1: IndexError")
+    assert work(coordinator.handle(Asked("resume"))) == [Assign(0, "evaluation", 1, (0, 1, 2, 3), fresh=True, lease=3)]
+
+
+def test_an_engine_that_cannot_load_is_left_out_if_another_could():
+    coordinator = Coordinator(num_steps=1, num_shards=2, evaluate_every=None, engines=[0, 1])
+    coordinator.start()
+    coordinator.handle(EngineLoaded(0))
+    assert coordinator.handle(UserCodeFailed(1, 0, INDEX_ERROR)) == [
+        Note("left", "engine 1 could not load the run: IndexError: Target 12 is out of bounds.", 1),
+        Note("running", "1 engines, 2 shards"),
+        Assign(0, "step", 1, (0, 1), fresh=True, lease=1),
+    ]
+
+
+def test_a_run_that_no_engine_could_load_fails_with_the_traceback():
+    coordinator = Coordinator(num_steps=1, num_shards=2, evaluate_every=None, engines=[0, 1])
+    coordinator.start()
+    assert work(coordinator.handle(UserCodeFailed(1, 0, INDEX_ERROR))) == []
+    text = "loading on engines 0, 1: IndexError: Target 12 is out of bounds."
+    assert work(coordinator.handle(UserCodeFailed(0, 0, INDEX_ERROR))) == [End("failed", text, "Traceback: line 7")]
+
+
+def test_a_joiner_that_cannot_load_does_not_disturb_the_run():
+    coordinator, _ = loaded(0)
+    coordinator.handle(EngineJoined(1))
+    assert work(coordinator.handle(UserCodeFailed(1, 0, INDEX_ERROR))) == []
+    assert coordinator.status == "running"
+
+
+# engines that hang ----------------------------------------------------------------------------
+
+
+def hung() -> Coordinator:
+    """Three engines of which the last hangs, and the others have answered and redone what it held."""
+    coordinator, _ = loaded(0, 1, 2, num_shards=6)
+    coordinator.handle(EngineSilent(2, "was stopped"))
+    report(coordinator, *of_kind(coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1))), Assign))
+    report(coordinator, *of_kind(coordinator.handle(WorkDone(1, 2, "step", 1, (2, 3))), Assign))
+    return coordinator
+
+
+def test_shards_of_a_silent_engine_are_left_to_others_and_notes_say_so():
+    coordinator, _ = loaded(0, 1, 2, num_shards=6)
+    coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1)))
+    assert coordinator.handle(EngineSilent(2, "was stopped")) == [
+        Note("hung", "engine 2 was stopped", 2),
+        Note("reassigned", "2 shards of engine 2 go to others", 2),
+        Assign(0, "step", 1, (4,), fresh=False, lease=4),
+    ]
+
+
+def test_a_step_is_committed_without_the_engine_that_hangs():
+    assert hung().handle(Committed("step", 1)) == [
+        Assign(0, "step", 2, (0, 1, 2), fresh=True, lease=6),
+        Assign(1, "step", 2, (3, 4, 5), fresh=True, lease=7),
+    ]
+
+
+def test_the_late_answer_of_an_engine_that_hung_is_refused():
+    coordinator = hung()
+    answer = WorkDone(2, 3, "step", 1, (4, 5))
+    assert not coordinator.expects(answer)
+    assert coordinator.handle(answer) == []
+
+
+def test_an_engine_that_hung_works_again_when_it_is_heard_and_has_answered():
+    coordinator = hung()
+    assert coordinator.handle(EngineHeard(2)) == [Note("recovered", "engine 2 is heard again", 2)]
+    coordinator.handle(WorkDone(2, 3, "step", 1, (4, 5)))
+    assert [action.engine for action in coordinator.handle(Committed("step", 1))] == [0, 1, 2]
+
+
+def test_an_engine_that_hung_gets_nothing_before_it_has_answered():
+    coordinator = hung()
+    coordinator.handle(EngineHeard(2))
+    assert [action.engine for action in coordinator.handle(Committed("step", 1))] == [0, 1]
+
+
+def test_an_engine_that_has_answered_gets_nothing_before_it_is_heard():
+    coordinator = hung()
+    coordinator.handle(WorkDone(2, 3, "step", 1, (4, 5)))
+    assert [action.engine for action in coordinator.handle(Committed("step", 1))] == [0, 1]
+
+
+def test_a_failure_is_as_good_an_answer_as_any_of_an_engine_that_hung():
+    coordinator = hung()
+    coordinator.handle(EngineHeard(2))
+    coordinator.handle(UserCodeFailed(2, 1, INDEX_ERROR, lease=3))
+    assert [action.engine for action in coordinator.handle(Committed("step", 1))] == [0, 1, 2]
+
+
+def test_what_an_engine_had_reported_is_redone_if_it_hangs_in_the_same_slab():
+    coordinator, _ = loaded(0, 1, 2, num_shards=6)
+    coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1)))
+    coordinator.handle(EngineLost(1, "died"))  # shard 2 goes to engine 0
+    assert notes(coordinator.handle(EngineSilent(0, "was stopped")))[1] == "3 shards of engine 0 go to others"
+    assert coordinator.handle(WorkDone(2, 3, "step", 1, (4, 5))) == [
+        Assign(2, "step", 1, (0, 1, 2, 3), fresh=False, lease=5)
+    ]
+
+
+def test_nothing_is_taken_from_the_only_engine():
+    coordinator, _ = loaded(0)
+    assert coordinator.handle(EngineSilent(0, "was stopped")) == [Note("hung", "engine 0 was stopped", 0)]
+    coordinator.handle(EngineHeard(0))
+    assert coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1, 2, 3))) == [Commit("step", 1, ((0, (0, 1, 2, 3)),))]
+
+
+def test_the_shards_of_the_only_engine_go_to_a_joiner_while_it_hangs():
+    coordinator, _ = loaded(0)
+    coordinator.handle(EngineJoined(1))
+    coordinator.handle(EngineSilent(0, "was stopped"))
+    assert work(coordinator.handle(EngineLoaded(1))) == [Assign(1, "step", 1, (0, 1, 2, 3), fresh=True, lease=2)]
+
+
+def test_of_engines_that_all_hang_the_first_to_be_heard_goes_on():
+    coordinator, _ = loaded(0, 1)
+    coordinator.handle(EngineSilent(0, "was stopped"))
+    coordinator.handle(EngineSilent(1, "was stopped"))
+    coordinator.handle(EngineHeard(1))
+    (again,) = of_kind(coordinator.handle(WorkDone(1, 2, "step", 1, (2, 3))), Assign)
+    assert again == Assign(1, "step", 1, (0, 1), fresh=False, lease=3)
+
+
+def test_a_stop_ends_at_once_if_nobody_is_heard():
+    coordinator, _ = loaded(0)
+    coordinator.handle(EngineSilent(0, "was stopped"))
+    assert work(coordinator.handle(Asked("stop"))) == [End("stopped")]
+
+
+def test_a_run_begins_without_an_engine_that_hangs_while_it_loads():
+    coordinator = Coordinator(num_steps=1, num_shards=2, evaluate_every=None, engines=[0, 1])
+    coordinator.start()
+    coordinator.handle(EngineLoaded(0), now=0.0)
+    assert coordinator.handle(EngineSilent(1, "was stopped"), now=0.5) == []
+    assert coordinator.handle(Tick(), now=2.4) == []
+    assert coordinator.handle(Tick(), now=2.6) == [
+        Note("hung", "engine 1 is silent: the run begins without it", 1),
+        Note("running", "1 engines, 2 shards"),
+        Assign(0, "step", 1, (0, 1), fresh=True, lease=1),
+    ]
+
+
+@pytest.mark.parametrize("event", [EngineSilent(9, "was stopped"), EngineHeard(9), EngineHeard(0)])
+def test_news_of_hearts_that_are_none_of_the_run_s_change_nothing(event: Event):
+    coordinator, _ = loaded(0)
+    assert coordinator.handle(event) == []
+
+
+# engines that are slow -----------------------------------------------------------------------
+
+
+class Race:
+    """Engines that take their own time per shard, and one clock for all."""
+
+    def __init__(self, seconds: dict[int, float], *, num_shards: int = 48, num_steps: int = 1000) -> None:
+        self.seconds = seconds
+        self.now = 0.0
+        self.coordinator, self.actions = loaded(*seconds, num_shards=num_shards, num_steps=num_steps)
+        self.shares: list[dict[int, int]] = []
+
+    def step(self) -> float:
+        """Let every engine answer, the fastest first; how long the step took."""
+        assigned = of_kind(self.actions, Assign)
+        self.shares.append({each.engine: len(each.shards) for each in assigned})
+        ends = {each: self.now + len(each.shards) * self.seconds[each.engine] for each in assigned}
+        begin = self.now
+        for each in sorted(assigned, key=ends.__getitem__):
+            self.now = ends[each]
+            done = WorkDone(each.engine, each.lease, each.kind, each.step, each.shards)
+            self.actions = self.coordinator.handle(done, now=self.now)
+        self.actions = self.coordinator.handle(Committed(self.actions[0].kind, self.actions[0].step), now=self.now)
+        return self.now - begin
+
+
+def test_engines_of_about_the_same_speed_get_equal_shares_for_ever():
+    race = Race({0: 0.0010, 1: 0.0012, 2: 0.0014})
+    for _ in range(100):
+        race.step()
+    assert race.shares == [{0: 16, 1: 16, 2: 16}] * 100
+
+
+def test_differences_of_a_few_milliseconds_move_no_shards():
+    race = Race({0: 0.00005, 1: 0.00020})
+    for _ in range(100):
+        race.step()
+    assert race.shares == [{0: 24, 1: 24}] * 100
+
+
+@pytest.mark.parametrize("num_engines", [2, 3, 4])
+def test_an_engine_slowed_4_times_has_its_share_within_10_steps(num_engines: int):
+    race = Race(dict.fromkeys(range(num_engines), 0.001))
+    for _ in range(20):
+        race.step()
+    race.seconds[0] = 0.004
+    for _ in range(10):
+        race.step()
+    assert race.shares[-1][0] == pytest.approx(48 / (1 + 4 * (num_engines - 1)), abs=1)
+
+
+@pytest.mark.parametrize("num_engines", [3, 4])
+def test_with_one_engine_slowed_4_times_a_pool_does_nine_tenths_of_the_sum_of_its_speeds(num_engines: int):
+    race = Race({0: 0.004, **dict.fromkeys(range(1, num_engines), 0.001)})
+    for _ in range(10):
+        race.step()
+    seconds = sum(race.step() for _ in range(300))
+    assert 300 * 48 / seconds >= 0.9 * sum(1 / each for each in race.seconds.values())
+
+
+def test_an_engine_that_becomes_fast_again_gets_its_shares_back():
+    race = Race({0: 0.004, 1: 0.001, 2: 0.001})
+    for _ in range(30):
+        race.step()
+    race.seconds[0] = 0.001
+    for _ in range(30):
+        race.step()
+    assert race.shares[-1] == {0: 16, 1: 16, 2: 16}
+
+
+def test_an_engine_that_was_far_too_slow_for_a_single_shard_gets_its_shares_back():
+    race = Race({0: 0.100, 1: 0.001, 2: 0.001})
+    for _ in range(30):
+        race.step()
+    assert 0 not in race.shares[-1]
+    race.seconds[0] = 0.001
+    for _ in range(80):
+        race.step()
+    assert race.shares[-1] == {0: 16, 1: 16, 2: 16}
+
+
+def test_one_slow_answer_moves_no_shards():
+    race = Race({0: 0.001, 1: 0.001})
+    for _ in range(10):
+        race.step()
+    race.seconds[0] = 0.100
+    race.step()
+    race.seconds[0] = 0.001
+    for _ in range(10):
+        race.step()
+    assert race.shares == [{0: 24, 1: 24}] * 21
+
+
+def late(*, elapsed: float) -> tuple[Race, list[Action]]:
+    """Two engines that should take 0.24 s each; in the 6th step, engine 1 has not answered so long after its lease."""
+    race = Race({0: 0.01, 1: 0.01})
+    for _ in range(5):
+        race.step()
+    begin = race.now
+    race.coordinator.handle(WorkDone(0, 11, "step", 6, tuple(range(24))), now=begin + 0.24)
+    return race, race.coordinator.handle(Tick(), now=begin + elapsed)
+
+
+REDONE = Assign(0, "step", 6, tuple(range(24, 48)), fresh=True, lease=13, apart=True)
+
+
+def test_a_lease_is_not_late_before_three_times_what_it_should_take():
+    assert late(elapsed=0.71)[1] == []
+
+
+def test_a_late_lease_is_computed_by_an_idle_engine_too_in_another_slab():
+    assert late(elapsed=0.73)[1] == [
+        REDONE,
+        Note("reassigned", "24 shards of engine 1 are late: engine 0 computes them too", 1),
+    ]
+
+
+def test_a_late_lease_is_given_to_one_other_engine_only():
+    race, _ = late(elapsed=0.73)
+    assert race.coordinator.handle(Tick(), now=race.now + 0.9) == []
+
+
+def test_of_two_who_compute_the_same_shards_the_first_counts():
+    race, _ = late(elapsed=0.73)
+    commit = Commit("step", 6, ((0, tuple(range(24))), (0, tuple(range(24, 48)))))
+    assert report(race.coordinator, REDONE) == [commit]
+    assert race.coordinator.handle(WorkDone(1, 12, "step", 6, tuple(range(24, 48)))) == []
+
+
+def test_of_two_who_compute_the_same_shards_the_first_may_be_the_late_one():
+    race, _ = late(elapsed=0.73)
+    answer = WorkDone(1, 12, "step", 6, tuple(range(24, 48)))
+    commit = Commit("step", 6, ((0, tuple(range(24))), (1, tuple(range(24, 48)))))
+    assert race.coordinator.handle(answer) == [commit]
+    assert report(race.coordinator, REDONE) == []
+
+
+def test_an_engine_that_was_overtaken_gets_nothing_before_it_has_answered():
+    race, _ = late(elapsed=0.73)
+    report(race.coordinator, REDONE)
+    assert [action.engine for action in race.coordinator.handle(Committed("step", 6))] == [0]
+
+
+def test_an_engine_that_dies_late_leaves_its_shards_to_the_one_that_has_them_already():
+    race, _ = late(elapsed=0.73)
+    assert work(race.coordinator.handle(EngineLost(1, "died"))) == []
+    commit = Commit("step", 6, ((0, tuple(range(24))), (0, tuple(range(24, 48)))))
+    assert report(race.coordinator, REDONE) == [commit]
+
+
+def test_without_room_for_another_slab_the_late_engine_is_waited_for():
+    race, _ = late(elapsed=0.73)
+    assert race.coordinator.handle(LeaseDeclined(0, 13)) == []
+    assert race.coordinator.handle(Tick(), now=race.now + 5.0) == []
+    commit = Commit("step", 6, ((0, tuple(range(24))), (1, tuple(range(24, 48)))))
+    assert race.coordinator.handle(WorkDone(1, 12, "step", 6, tuple(range(24, 48)))) == [commit]
+
+
+def test_short_tasks_are_not_late_before_a_quarter_of_a_second():
+    race = Race({0: 0.0001, 1: 0.0001})
+    for _ in range(5):
+        race.step()
+    begin = race.now
+    race.coordinator.handle(WorkDone(0, 11, "step", 6, tuple(range(24))), now=begin + 0.0024)
+    assert race.coordinator.handle(Tick(), now=begin + 0.24) == []
+    assert work(race.coordinator.handle(Tick(), now=begin + 0.26)) == [REDONE]
+
+
+# engines that leave on request -----------------------------------------------------------------
+
+
+def test_an_engine_that_retires_is_released_when_it_has_answered():
+    coordinator, _ = loaded(0, 1)
+    assert coordinator.handle(RetireEngine(1)) == []
+    assert coordinator.handle(WorkDone(1, 2, "step", 1, (2, 3))) == [
+        Note("left", "engine 1 left, as asked", 1),
+        Release(1),
+    ]
+
+
+def test_what_an_engine_reported_before_it_left_counts():
+    coordinator, _ = loaded(0, 1)
+    coordinator.handle(RetireEngine(1))
+    coordinator.handle(WorkDone(1, 2, "step", 1, (2, 3)))
+    assert coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1))) == [Commit("step", 1, ((0, (0, 1)), (1, (2, 3))))]
+
+
+def test_an_engine_that_retires_gets_nothing_more():
+    coordinator, _ = loaded(0, 1, 2, num_shards=6)
+    coordinator.handle(RetireEngine(0))
+    coordinator.handle(EngineLost(1, "died"))
+    assert of_kind(coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1))), Assign) == []
+    assert work(coordinator.handle(WorkDone(2, 3, "step", 1, (4, 5)))) == [
+        Assign(2, "step", 1, (2, 3), fresh=False, lease=4)
+    ]
+
+
+@pytest.mark.parametrize("engine", [1, 2, 9], ids=["idle", "loading", "unknown"])
+def test_an_engine_that_holds_nothing_is_released_at_once(engine: int):
+    coordinator, _ = loaded(0, 1)
+    coordinator.handle(EngineJoined(2))
+    coordinator.handle(WorkDone(1, 2, "step", 1, (2, 3)))
+    assert work(coordinator.handle(RetireEngine(engine))) == [Release(engine)]
+
+
+def test_an_engine_that_hangs_is_released_at_once_and_others_redo_its_shards():
+    coordinator, _ = loaded(0, 1)
+    coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1)))
+    coordinator.handle(RetireEngine(1))
+    assert work(coordinator.handle(EngineSilent(1, "was stopped"))) == [
+        Assign(0, "step", 1, (2, 3), fresh=False, lease=3),
+        Release(1),
+    ]
+
+
+def test_a_released_engine_that_ends_is_not_called_dead():
+    coordinator, _ = loaded(0, 1)
+    coordinator.handle(RetireEngine(1))
+    coordinator.handle(WorkDone(1, 2, "step", 1, (2, 3)))
+    assert coordinator.handle(EngineLost(1, "died")) == []
+
+
+def test_the_last_engine_may_leave_too_and_what_it_brought_is_committed():
+    coordinator, _ = loaded(0)
+    coordinator.handle(RetireEngine(0))
+    assert work(coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1, 2, 3)))) == [
+        Commit("step", 1, ((0, (0, 1, 2, 3)),)),
+        Release(0),
+    ]
+    text = "no engine is left at step 1: engine 0 left, as asked"
+    assert work(coordinator.handle(Committed("step", 1))) == [End("failed", text)]
+
+
+def test_an_engine_that_retires_is_released_when_the_run_ends():
+    coordinator, _ = loaded(0, 1)
+    coordinator.handle(RetireEngine(1))
+    assert work(coordinator.handle(CommitFailed(1, INDEX_ERROR)))[1:] == [Release(1)]
+    assert coordinator.handle(RetireEngine(0)) == [Release(0)]

@@ -1,0 +1,198 @@
+"""What goes into the coordinator, and what comes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dnb.records import Failure, RunStatus, WorkKind
+
+# Events --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EngineJoined:
+    """An engine is there, and has not loaded the run yet."""
+
+    engine: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoaded:
+    """An engine holds model and data, and can work."""
+
+    engine: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLost:
+    """An engine died or left."""
+
+    engine: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSilent:
+    """An engine has stopped to beat: it is not ended, but nobody waits for it."""
+
+    engine: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineHeard:
+    """A silent engine beats again."""
+
+    engine: int
+
+
+@dataclass(frozen=True, slots=True)
+class RetireEngine:
+    """The user wants to have an engine back: let it finish what it has, then `Release` it."""
+
+    engine: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkDone:
+    """An engine reports the shards of a lease."""
+
+    engine: int
+    lease: int
+    kind: WorkKind
+    step: int
+    shards: tuple[int, ...]
+    num_samples: int | None = None  # of these shards, where it is known
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseDeclined:
+    """There is no room for the slab that a lease needs besides the engine's own."""
+
+    engine: int
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
+class UserCodeFailed:
+    """User code raised on an engine; step and lease are 0 if it was while loading."""
+
+    engine: int
+    step: int
+    failure: Failure
+    lease: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What `Commit` asked for is done."""
+
+    kind: WorkKind
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommitRefused:
+    """The step's result must not be applied (a loss that is not finite)."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CommitFailed:
+    """The optimizer or scheduler raised."""
+
+    step: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The user asks for a change."""
+
+    verb: Literal["pause", "resume", "stop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Nothing happened but time."""
+
+
+Event = (
+    EngineJoined
+    | EngineLoaded
+    | EngineLost
+    | EngineSilent
+    | EngineHeard
+    | RetireEngine
+    | WorkDone
+    | LeaseDeclined
+    | UserCodeFailed
+    | Committed
+    | CommitRefused
+    | CommitFailed
+    | Asked
+    | Tick
+)
+
+
+# Actions -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LoadEngine:
+    """Send model and data to an engine."""
+
+    engine: int
+
+
+@dataclass(frozen=True, slots=True)
+class Assign:
+    """Let an engine compute shards of a task."""
+
+    engine: int
+    kind: WorkKind
+    step: int
+    shards: tuple[int, ...]
+    fresh: bool  # the first shards of this task on this engine: its slab starts from zero
+    lease: int  # unlike any other's; the answer names it
+    apart: bool = False  # into another slab, as what the engine has reported lies in its own
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """Reduce and apply a task, then answer with `Committed`, `CommitRefused` or `CommitFailed`."""
+
+    kind: WorkKind
+    step: int
+    reports: tuple[tuple[int, tuple[int, ...]], ...]  # (engine, shards) of those that count, in order
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Write an event into the run's history."""
+
+    kind: str
+    text: str
+    engine: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The run needs an engine no more: it is free to go."""
+
+    engine: int
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The run has ended; engines may forget it."""
+
+    status: RunStatus
+    error: str = ""
+    traceback: str = ""
+
+
+Action = LoadEngine | Assign | Commit | Note | Release | End

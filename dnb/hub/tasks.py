@@ -1,0 +1,63 @@
+"""A step or an evaluation under way: what is reported, and what lies in whose slab."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dnb.hub.leases import Lease
+from dnb.records import Failure, WorkKind
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Reported shards."""
+
+    engine: int
+    shards: tuple[int, ...]
+    apart: bool
+
+
+@dataclass(slots=True)
+class Task:
+    """A step or an evaluation: every shard is in an open lease, is reported once, or waits for somebody to be free."""
+
+    kind: WorkKind
+    step: int
+    parts: list[Part] = field(default_factory=list)
+    num_done: int = 0  # shards of all parts
+    touched: set[int] = field(default_factory=set)  # engines whose own slab holds something of this task
+    has_gaps: bool = False  # some shards may be neither leased nor reported
+    has_rivals: bool = False  # some shards may be leased twice
+    failures: list[tuple[int, Failure]] = field(default_factory=list)  # of user code, with the engine
+    failed_at: float = 0.0
+    cramped: set[int] = field(default_factory=set)  # engines that cannot have another slab
+
+    def add(self, lease: Lease) -> None:
+        """Count what was leased as done."""
+        self.parts.append(Part(lease.engine, lease.shards, lease.apart))
+        self.num_done += len(lease.shards)
+
+    def tear(self, engine: int) -> int:
+        """An engine's slab is not what it reported any more; how many shards are to be redone for that."""
+        self.touched.discard(engine)
+        torn = sum(len(part.shards) for part in self.parts if part.engine == engine)
+        if torn:
+            self.parts = [part for part in self.parts if part.engine != engine]
+            self.num_done -= torn
+            self.has_gaps = True
+        return torn
+
+    def shards_in_slab(self, engine: int) -> set[int]:
+        """What an engine has reported in its own slab."""
+        return {shard for part in self.parts if part.engine == engine and not part.apart for shard in part.shards}
+
+    def can_redo(self, engine: int) -> bool:
+        """Whether there is a slab for an attempt that may come to nothing: its own if that is empty, or one more."""
+        if engine not in self.touched:
+            return True
+        return engine not in self.cramped and not any(part.engine == engine and part.apart for part in self.parts)
+
+    @property
+    def reports(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """(engine, shards) of every part, in order."""
+        return tuple(sorted((part.engine, part.shards) for part in self.parts))
