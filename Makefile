@@ -15,7 +15,7 @@ export IPYTHONDIR := $(CURDIR)/build/ipython
 export MPLCONFIGDIR := $(CURDIR)/build/matplotlib
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: help demo test lint pytest nbval format store bench coverage lab clean distclean
+.PHONY: help demo test lint pytest soak nbval format store bench coverage lab clean distclean
 
 help:
 	@echo "make demo       run notebooks/quickstart.ipynb headless; leaves build/quickstart.ipynb and .html"
@@ -25,6 +25,7 @@ help:
 	@echo "make format     rewrite the code as 'make lint' wants it"
 	@echo "make store      run the notebooks and keep their outputs, as they are committed"
 	@echo "make bench      benchmarks beside their rivals, about 25 minutes; python -m benchmarks --list says which"
+	@echo "make soak       20,000 random schedules of the coordinator, about 20 minutes"
 	@echo "make coverage   the tests with coverage, engines and hub included"
 	@echo "make clean      remove build/ and caches; distclean removes .venv too"
 
@@ -58,6 +59,9 @@ test: lint pytest nbval
 
 pytest: $(VENV)/.dev-stamp | build
 	$(BIN)/python -m pytest tests
+
+soak: $(VENV)/.dev-stamp | build
+	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest tests/unit/test_coordinator_schedules.py --timeout 0
 
 # A call of its own: nbval collects by file and has its own options. Each notebook starts its own pool.
 nbval: $(VENV)/.dev-stamp | build
