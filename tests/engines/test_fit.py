@@ -209,19 +209,34 @@ def test_the_history_becomes_a_table(pool):
 # What goes wrong
 
 
-def test_labels_out_of_range_fail_the_run_with_engine_step_and_traceback(pool):
+def test_labels_out_of_range_pause_the_run_with_engine_step_and_traceback(pool):
     inputs, targets = digits()
     run = fit(pool, train=(inputs, targets + 10), batch_size=1797)
-    with pytest.raises(RunError, match=r"(?s)step 1 on engine \d+: IndexError: Target \d+ is out of bounds.*Traceback"):
+    told = r"paused at step 1: IndexError: Target \d+ is out of bounds. \(engines? \d.*nothing of this step was applied"
+    with pytest.raises(RunError, match=rf"(?s){told}.*Traceback"):
+        wait(run)
+    assert (run.status, run.step) == ("paused", 0)
+
+
+def test_the_pool_is_usable_after_a_run_whose_user_code_failed(pool):
+    inputs, targets = digits()
+    run = fit(pool, train=(inputs, targets + 10))
+    with pytest.raises(RunError):
+        wait(run)
+    run.stop()
+    assert wait(run).status == "stopped"
+    assert wait(fit(pool, steps=2)).status == "finished"
+
+
+def test_an_optimizer_that_fails_in_a_step_fails_the_run(pool):
+    class Broken(torch.optim.SGD):
+        def step(self, closure=None):
+            raise ZeroDivisionError("no step")
+
+    run = fit(pool, optimizer=lambda parameters: Broken(parameters, lr=0.1), lr=None)
+    with pytest.raises(RunError, match=r"(?s)step 1: ZeroDivisionError: no step.*Traceback"):
         wait(run)
     assert run.status == "failed"
-
-
-def test_the_pool_is_usable_after_a_failed_run(pool):
-    inputs, targets = digits()
-    with pytest.raises(RunError):
-        wait(fit(pool, train=(inputs, targets + 10)))
-    assert wait(fit(pool, steps=2)).status == "finished"
 
 
 def test_a_nan_loss_pauses_at_its_step_with_nothing_applied(pool):
@@ -230,7 +245,7 @@ def test_a_nan_loss_pauses_at_its_step_with_nothing_applied(pool):
     inputs[5 * 64 + 3] = float("nan")  # the 6th batch, as nothing is shuffled
     model, plain = mlp(), mlp()
     run = fit(pool, model, train=(inputs, targets), shuffle=False)
-    with pytest.raises(RunError, match=r"paused at step 6: the loss is nan \(engine 0, shard 0: .*nothing of this"):
+    with pytest.raises(RunError, match=r"paused at step 6: the loss is nan \(engine 0, shard 2: .*nothing of this"):
         wait(run)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3)
     for first in range(0, 5 * 64, 64):
