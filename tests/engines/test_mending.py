@@ -114,7 +114,7 @@ def test_functions_are_replaced_only_while_a_run_is_paused(pool):
         ({"loss": nn.MSELoss(reduction="sum")}, ArgumentError, "reduction='sum'"),
         ({"step": (_ for _ in ()).__next__}, ShippingError, "cannot be sent"),
     ],
-    ids=str,
+    ids=["a_number", "an_unknown_name", "both", "a_sum", "a_generator"],
 )
 def test_what_is_no_function_is_refused_and_the_run_stays_paused(pool, functions, error, message):
     run = fit_picky(pool)

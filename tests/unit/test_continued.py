@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dnb.hub.batches import Batches
 
 from dnb.hub.coordinator import Assign, Coordinator, EngineLoaded
+from dnb.hub.samples import Batches
 from dnb.planning.sample_order import BatchOrder
 
 
