@@ -111,7 +111,7 @@ def test_a_cell_runs_on_the_engines_that_are_named(shell, capfd):
         ("%dtrain fit model train --lsos mse_loss", "has no flag '--lsos': did you mean '--loss'"),
         ("%dtrain fit model", "needs model and train: train is missing"),
         ("%dtrain start -n 2 --profle x", "has no flag '--profle': did you mean '--profile'"),
-        ("%dtrain set momentum=1", "has no flag '--momentum=1'"),
+        ("%dtrain set momentum", "is not NAME=VALUE, such as lr=1e-4"),
     ],
 )
 def test_a_wrong_line_is_refused_with_the_nearest_right_one(shell, line, message):
