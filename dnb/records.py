@@ -67,6 +67,7 @@ class PoolFacts(Record, frozen=True):
     """A pool as it lies on disk, enough to find every process it owns."""
 
     cluster_id: str
+    guardian: Process  # the hub's parent, which starts it again: the pool lives as long as it does
     hub: Process
     controller: Process
     helpers: tuple[Process, ...]  # other children of the controller and of the engines
@@ -247,9 +248,10 @@ class RunSpec(Record, frozen=True):
 
 
 class Join(Message, frozen=True):
-    """An engine asks to be taken in."""
+    """An engine asks to be taken in, or to be taken back."""
 
     facts: EngineFacts
+    num_wires: int = 0  # that it has lost: who asks twice with one number is taken in once
 
 
 class Attach(Message, frozen=True):
@@ -334,6 +336,12 @@ class Welcome(Message, frozen=True):
     """The hub has taken the engine in."""
 
 
+class Rejoin(Message, frozen=True):
+    """A new hub hears an engine beat that it does not know: it shall join."""
+
+    life: int  # which hub of the pool asks, counted from 0
+
+
 class Challenge(Message, frozen=True):
     """The first record of the hub on a wire."""
 
@@ -415,7 +423,7 @@ class Exit(Message, frozen=True):
     """End the process: the pool is shut down, or the engine was asked to leave it."""
 
 
-HubMessage = Welcome | Load | Unload | Slow | Exit
+HubMessage = Welcome | Rejoin | Load | Unload | Slow | Exit
 WireMessage = AddSlabs | Shipped | Work | Diagnose | Mended
 
 
@@ -511,6 +519,10 @@ class Chaos(Message, frozen=True):
     amount: float = 0.0  # seconds that it is stopped; how many times as slow
 
 
+class KillHub(Message, frozen=True):
+    """Harm the hub on purpose: it ends by SIGKILL when it has answered."""
+
+
 class Shutdown(Message, frozen=True):
     """End the pool."""
 
@@ -522,6 +534,7 @@ Request = (
     | Retire
     | KeepSpares
     | Chaos
+    | KillHub
     | Submit
     | GetRun
     | Control
@@ -531,6 +544,12 @@ Request = (
     | TakeCheckpoint
     | GetCheckpoint
     | Shutdown
+)
+
+
+# What may be asked twice, as when the hub died before it answered: the second time changes nothing.
+Repeatable = (
+    Hello | GetPool | GetMembers | Retire | KeepSpares | GetRun | SetOptions | GetState | GetCheckpoint | Shutdown
 )
 
 
@@ -610,7 +629,7 @@ class CheckpointState(Message, frozen=True):
 
 
 class HubConfig(Record, frozen=True):
-    """What the controller tells its hub, on standard input."""
+    """What the controller tells the hub's guardian, on standard input."""
 
     cluster_id: str
     key: str  # signs parcels
@@ -622,9 +641,9 @@ class HubConfig(Record, frozen=True):
 
 
 class HubBinding(Record, frozen=True):
-    """What the hub answers once its sockets are bound."""
+    """What the guardian answers once the hub's ports are bound."""
 
-    hub: Process
+    guardian: Process
     client: Address
     engine: Address
 

@@ -32,6 +32,7 @@ from dnb.records import (
     LoadFailed,
     NoSharedMemory,
     Process,
+    Rejoin,
     Slow,
     Unload,
     Welcome,
@@ -72,7 +73,7 @@ def join_pool(engine: int, *, num_threads: int, connection_file: str, timeout_se
         _worker = Worker(
             facts,
             address=msgspec.convert(connection["dnb"]["address"], Address),
-            hub=msgspec.convert(connection["dnb"]["hub"], Process),
+            guardian=msgspec.convert(connection["dnb"]["guardian"], Process),
             key=connection["key"].encode(),
         )
         _worker.start()
@@ -110,15 +111,17 @@ class Worker(threading.Thread):
     Args:
         facts: of this engine.
         address: of the hub.
-        hub: its process; if it dies, so does this engine.
+        guardian: of the hub; if it dies, so does this engine.
         key: the cluster's key, which signs every parcel.
     """
 
-    def __init__(self, facts: EngineFacts, *, address: Address, hub: Process, key: bytes) -> None:
+    def __init__(self, facts: EngineFacts, *, address: Address, guardian: Process, key: bytes) -> None:
         super().__init__(name="dnb-worker", daemon=True)
         self._facts = facts
         self._address = address
-        self._hub = hub
+        self._guardian = guardian
+        self._num_lost_wires = 0
+        self._life = 0  # which hub of the pool this engine has joined
         self._key = key
         self._stopwatch = Stopwatch()
         self.is_welcome = threading.Event()
@@ -136,7 +139,7 @@ class Worker(threading.Thread):
         heart = Heart(self._facts, address=self._address)
         heart.start()
         try:
-            self._send(Join(facts=self._facts))
+            self._join()
             while self._serve_once():
                 pass
         finally:
@@ -149,7 +152,7 @@ class Worker(threading.Thread):
 
     def _serve_once(self) -> bool:
         ready = self._poller.poll(WATCH_MILLISECONDS)
-        if not ready and not is_alive(self._hub):
+        if not ready and not is_alive(self._guardian):
             log.warning("the hub is gone: engine %d ends", self._facts.engine)
             return False
         for source, _ in ready:
@@ -166,6 +169,11 @@ class Worker(threading.Thread):
         match message:
             case Welcome():
                 self.is_welcome.set()
+            case Rejoin(life=life):
+                if life != self._life:
+                    self._life = life
+                    self._close_session()
+                    self._join()
             case Load():
                 self._load(message, frames)
             case Unload():
@@ -188,8 +196,9 @@ class Worker(threading.Thread):
         if wire.is_closed and self._wire is wire:
             was_at_work = self._session is not None
             self._drop_wire()
-            if was_at_work and is_alive(self._hub):
-                self._send(Join(facts=self._facts))  # the hub gave this engine up: come back as a new one
+            if was_at_work and is_alive(self._guardian):
+                self._num_lost_wires += 1
+                self._join()  # the hub died, or gave this engine up: come back as a new one
 
     def _load(self, load: Load, frames: list[zmq.Frame]) -> None:
         self._close_session()
@@ -248,6 +257,9 @@ class Worker(threading.Thread):
             self._session.close()
             self._session = None
             release_freed_memory()
+
+    def _join(self) -> None:
+        self._send(Join(facts=self._facts, num_wires=self._num_lost_wires))
 
     def _send(self, record: EngineMessage) -> None:
         self._socket.send_multipart(encode(record))

@@ -17,13 +17,15 @@ import msgspec
 
 from dnb.errors import SpaceError
 from dnb.hub import events as machine
-from dnb.hub.accounts import Accounts, Columns
+from dnb.hub.accounts import Accounts
 from dnb.hub.agreement import Agreement
+from dnb.hub.beginnings import Beginning
 from dnb.hub.checkpointer import Checkpointer, Place
 from dnb.hub.coordinator import Coordinator
 from dnb.hub.history import HistoryRow, RunFolder, RunSummary, summarize
-from dnb.hub.reducer import Contribution, Master, NotFinite, mean_of
-from dnb.hub.restoring import restore, rows_of
+from dnb.hub.memo import RunMemo
+from dnb.hub.reducer import Contribution, NotFinite, mean_of
+from dnb.hub.restoring import rows_of
 from dnb.hub.samples import Batches
 from dnb.records import (
     ENDED,
@@ -41,6 +43,7 @@ from dnb.records import (
     Mended,
     Message,
     NoSharedMemory,
+    ParcelRef,
     RunEvent,
     RunSpec,
     RunState,
@@ -54,7 +57,6 @@ from dnb.records import (
     WorkKind,
     WorkReport,
 )
-from dnb.transport.job import Job
 from dnb.transport.segments import open_segment
 from dnb.transport.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Flat, Wire
 
@@ -70,25 +72,25 @@ class ActiveRun:
     Args:
         spec: the run's numbers.
         frames: spec, job, data and signature as the client signed them, for the engines.
-        job: as unpacked.
-        engines: those that take part from the start.
-        folders: where segments may lie.
+        beginning: the state that it begins with; closed if the run cannot begin.
+        engines: those that take part from the start; of a run that was taken over, those that are to come back.
         send: sends a record with frames to an engine.
         offer_wire: lets an engine connect its wire.
         release: told of an engine that was asked to leave, when it owes the run nothing any more.
+        life: how many hubs the pool had before this one.
     """
 
     def __init__(
         self,
         spec: RunSpec,
         frames: Sequence[bytes],
-        job: Job,
+        beginning: Beginning,
         *,
         engines: Iterable[EngineFacts],
-        folders: Sequence[Path],
         send: Send,
         offer_wire: OfferWire,
         release: Callable[[int], None],
+        life: int = 0,
     ) -> None:
         self.spec = spec
         self._frames = frames
@@ -99,18 +101,16 @@ class ActiveRun:
         self._host = socket.gethostname()
         self._members: dict[int, _Member] = {}
         engines = list(engines)
-        for facts in engines:
+        present = [] if beginning.is_taken_over else engines
+        for facts in present:
             self._members[facts.engine] = self._member(facts)
-        self._accounts = Accounts(engines)
-        self.master = Master(job, folders=folders, prefix=spec.name, clip_norm=spec.clip_norm)
+        self._accounts = Accounts(present)
+        self._beginning = beginning
+        self.master = beginning.master
+        self._columns = beginning.columns
+        self._first_step = beginning.first_step
         num_slabs = -(-spec.num_shards // max(len(engines), 1)) if spec.exact else 1
-        self._columns = Columns()
-        self._first_step = evaluated = 0
-        elapsed_seconds = 0.0
         try:
-            if spec.resumed is not None:
-                begin = restore(Path(spec.resumed.folder), self.master, self._columns)
-                self._first_step, evaluated, elapsed_seconds = begin.step, begin.evaluated, begin.elapsed_seconds
             for engine, member in self._members.items():
                 self.master.add_slabs(engine, num_slabs, kind=member.transport)
             self._folder = RunFolder(Path(spec.folder))
@@ -119,33 +119,38 @@ class ActiveRun:
             self.master.close()
             raise
         self._batches = Batches(
-            job.order,
+            beginning.order,
             num_steps=spec.num_steps,
             num_shards=spec.num_shards,
             num_val_samples=spec.num_val_samples,
-            num_done=self._first_step,
+            num_done=beginning.step,
         )
         self._version = 0  # of the parameters
-        self._started = time.time() - elapsed_seconds
-        self._ended: float | None = None
+        self._started = beginning.started
+        self._ended = beginning.started + beginning.elapsed_seconds if beginning.status in ENDED else None
         self._last_commit = time.monotonic()
         self._reports: dict[tuple[int, tuple[int, ...]], WorkReport] = {}
         self._slabs_of_report: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
         self._chores: deque[Callable[[], None]] = deque()  # what may wait until the engines are at work again
         self._verdict: _Verdict | None = None
-        self._mended: tuple[Mended, bytes] | None = None
+        self._mended = beginning.mended
         self._last_shards: dict[tuple[int, int], tuple[int, ...]] = {}  # by engine and slab
         self._agreement = Agreement(self.master.parameter_layout, num_steps=spec.num_steps, precision=spec.precision)
         self._copy_fault = ""
         self._disagreement = ""
-        self._events: list[RunEvent] = []
+        self._events = beginning.events
         self._coordinator = Coordinator(
             num_steps=spec.num_steps,
             num_shards=spec.num_shards,
             evaluate_every=spec.steps_per_epoch if spec.num_val_samples else None,
-            engines=self._accounts,
-            step=self._first_step,
-            evaluated=evaluated,
+            engines=[facts.engine for facts in present],
+            returning=[facts.engine for facts in engines if beginning.is_taken_over],
+            step=beginning.step,
+            evaluated=beginning.evaluated,
+            status=beginning.status,
+            error=beginning.error,
+            traceback=beginning.traceback,
+            life=life,
         )
         self._checkpoints = Checkpointer(
             spec, frames, self.master, self._columns, place=self._place, tell=self._tell_of_checkpoint
@@ -159,10 +164,21 @@ class ActiveRun:
     @property
     def status(self) -> RunStatus:
         """As the user sees it."""
-        return self._coordinator.status
+        status = self._coordinator.status
+        # To people a run that was taken over has not begun anew.
+        return "running" if status == "starting" and self._beginning.is_taken_over else status
+
+    @property
+    def has_advanced(self) -> bool:
+        """Whether something was committed since the beginning, or will not be."""
+        return self._version > 0 or self._coordinator.status not in ("starting", "running")
 
     def start(self) -> None:
-        """Send the run to its engines."""
+        """Send the run to its engines; one that was taken over waits for those that come back."""
+        if self._beginning.is_taken_over:
+            if self.is_active:
+                self._note(machine.Note("recovered", self._beginning.note))
+            return
         self._write_summary()
         for note in (*self.spec.notes, *self.master.notes):
             self._note(machine.Note("memory", note))
@@ -187,7 +203,7 @@ class ActiveRun:
             self._ship(wire)
             self._open_landings(engine, wire)
         if self._mended is not None:
-            wire.queue(*self._mended)
+            wire.queue(*self._mended_frames())
         wire.flush()
 
     def take(self, engine: int, message: EngineMessage) -> None:
@@ -312,11 +328,21 @@ class ActiveRun:
 
     def mend(self, pickled: bytes, signature: bytes) -> None:
         """Let all engines, and those that join later, go on with another step or loss function."""
-        self._mended = Mended(run=self.spec.id, signature=signature), pickled
+        self._mended = pickled, signature
         for member in self._members.values():
             if member.wire is not None:
-                member.wire.send(*self._mended)
+                member.wire.send(*self._mended_frames())
         self._note(machine.Note("mended", f"another step or loss function from step {self._coordinator.step + 1}"))
+
+    def _mended_frames(self) -> tuple[Mended, bytes]:
+        assert self._mended is not None
+        pickled, signature = self._mended
+        return Mended(run=self.spec.id, signature=signature), pickled
+
+    @property
+    def memo(self) -> RunMemo:
+        """What the next hub needs to take the run over, should this one die."""
+        return RunMemo(frames=tuple(self._frames), clip_norm=self.spec.clip_norm, mended=self._mended, journal=None)
 
     # checkpoints
 
@@ -355,7 +381,7 @@ class ActiveRun:
         columns, frames = self._columns.after(request.seen)
         state = RunState(
             # The end waits for its last checkpoint: who sees it ended finds that in place.
-            status="running" if self._checkpoints.is_finishing else self._coordinator.status,
+            status="running" if self._checkpoints.is_finishing else self.status,
             step=self._coordinator.step,
             first_step=self._first_step,
             num_steps=self.spec.num_steps,
@@ -380,14 +406,14 @@ class ActiveRun:
         self.do_chores()
         self._checkpoints.close()
         self._free_work_memory()
+        _remove_parcel(self.spec.job)
         self.master.close()
         self._folder.close()
 
     def _free_work_memory(self) -> None:
+        """No step will follow; what makes the model stays, for a hub that takes an ended run over."""
         self.master.drop_slabs()
-        for parcel in (self.spec.job, self.spec.data):
-            if parcel.segment is not None:
-                Path(parcel.segment.path).unlink(missing_ok=True)
+        _remove_parcel(self.spec.data)
 
     # carrying out
 
@@ -708,6 +734,11 @@ class _Verdict:
     engine: int
     step: int
     text: str
+
+
+def _remove_parcel(parcel: ParcelRef) -> None:
+    if parcel.segment is not None:
+        Path(parcel.segment.path).unlink(missing_ok=True)
 
 
 def _failure(error: BaseException) -> Failure:

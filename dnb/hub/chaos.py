@@ -25,7 +25,7 @@ class Mischief:
     def __init__(self, send: Callable[[int, Message], None], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._send = send
         self._clock = clock
-        self._stopped: dict[Process, float] = {}  # until when
+        self.stopped: dict[Process, float] = {}  # until when
         self.num_killed = 0
 
     def act(self, request: Chaos, facts: EngineFacts) -> str:
@@ -41,7 +41,7 @@ class Mischief:
                 return f"engine {request.engine} is killed on purpose"
             case "stop":
                 self._signal(request, facts, signal.SIGSTOP)
-                self._stopped[facts.process] = self._clock() + request.amount
+                self.stopped[facts.process] = self._clock() + request.amount
                 return f"engine {request.engine} is stopped on purpose, for {request.amount:g} s"
             case "slow":
                 self._send(request.engine, Slow(factor=request.amount))
@@ -49,16 +49,16 @@ class Mischief:
 
     def look(self) -> None:
         """Let those go on whose time is over."""
-        for process, until in list(self._stopped.items()):
+        for process, until in list(self.stopped.items()):
             if self._clock() >= until:
-                del self._stopped[process]
+                del self.stopped[process]
                 signal_process(process, signal.SIGCONT)
 
     def close(self) -> None:
         """Let all go on: a stopped process cannot see that its pool ends."""
-        for process in self._stopped:
+        for process in self.stopped:
             signal_process(process, signal.SIGCONT)
-        self._stopped.clear()
+        self.stopped.clear()
 
     def _signal(self, request: Chaos, facts: EngineFacts, number: signal.Signals) -> None:
         host = socket.gethostname()

@@ -1,6 +1,6 @@
 """ipyparallel's controller with the hub beside its schedulers; started by the launcher's `controller_cmd`.
 
-The hub is bound before the connection files are written, and its addresses and keys travel inside them: so a
+The hub's ports are bound before the connection files are written, and its addresses and keys travel inside them: so a
 client or engine that has a connection file can reach the hub, under every launcher that brings such files around.
 """
 
@@ -19,7 +19,7 @@ from dnb.transport.lives import this_process
 
 
 class HubChild:
-    """The hub's process, as one more child of the controller."""
+    """The hub's guardian, as one more child of the controller."""
 
     name = "dnb hub"
 
@@ -27,13 +27,13 @@ class HubChild:
         self.process: subprocess.Popen[bytes] | None = None
 
     def open(self, config: HubConfig) -> HubBinding:
-        """Start the process and wait until its sockets are bound.
+        """Start the process and wait until the hub's ports are bound.
 
         Raises:
             RuntimeError: it ended before that; its output is in the controller's log.
         """
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dnb.hub.service"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-m", "dnb.hub.guardian"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -68,7 +68,7 @@ class DnbController(IPController):
         """Write a connection file, with the hub's address for its reader in it."""
         binding = self._open_hub(cdict["key"])
         address = binding.engine if fname == self.engine_json_file else binding.client
-        cdict["dnb"] = msgspec.to_builtins({"address": address, "hub": binding.hub})
+        cdict["dnb"] = msgspec.to_builtins({"address": address, "guardian": binding.guardian})
         super().save_connection_dict(fname, cdict)
 
     def init_schedulers(self) -> None:
@@ -88,7 +88,7 @@ class DnbController(IPController):
         super().start()
 
     def _watch_hub(self) -> None:
-        """Without its hub a pool is of no use: end it, and remove what a killed hub could not."""
+        """Without a guardian there is no hub: end the pool, and remove what a killed hub could not."""
         assert self._hub is not None
         assert self._hub.process is not None
         if self._hub.process.poll() is None:
@@ -97,7 +97,7 @@ class DnbController(IPController):
         from dnb.hub.pool_files import remove_pool_files
         from dnb.transport.segments import remove_pool_folders
 
-        self.log.critical("the dnb hub ended with code %s: the pool ends", self._hub.process.returncode)
+        self.log.critical("the hub's guardian ended with code %s: the pool ends", self._hub.process.returncode)
         remove_pool_folders(self.cluster_id)
         remove_pool_files(self._config_for_hub(""))
         self.terminate_children()
@@ -124,7 +124,7 @@ class DnbController(IPController):
         )
 
 
-# How soon the controller notices that the hub has died.
+# How soon the controller notices that the guardian has died.
 HUB_WATCH_SECONDS = 0.2
 
 

@@ -32,6 +32,8 @@ again, and an answer counts only if its lease is open: that is how late, repeate
 - User code that fails pauses the run at that step, once everybody who can be waited for has answered.
 - An engine that retires answers its lease, gets no other, and is released; without the last one the run pauses.
 - A spare has loaded the run and rests: it gets nothing until it is woken.
+- A coordinator may take a run over from one that is gone, after the last step that counts. It waits for the engines of
+  its predecessor to return; who takes too long joins later. Nothing else is inherited: leases die with the wires.
 """
 
 from __future__ import annotations
@@ -86,6 +88,11 @@ class Coordinator:
         engines: ids of the engines that take part from the start.
         step: committed by an earlier run that this one continues.
         evaluated: the last step after which that run had committed an evaluation.
+        returning: ids of engines that are to join again, as this coordinator takes the run over.
+        status: "starting", or as the run was taken over: paused, or ended.
+        error: of a run that was taken over.
+        traceback: of what is in `error`.
+        life: how many coordinators had the run before: no lease has the number of one of theirs.
     """
 
     def __init__(
@@ -97,21 +104,28 @@ class Coordinator:
         engines: Iterable[int],
         step: int = 0,
         evaluated: int = 0,
+        returning: Iterable[int] = (),
+        status: RunStatus = "starting",
+        error: str = "",
+        traceback: str = "",
+        life: int = 0,
     ) -> None:
         self.num_steps = num_steps
         self.num_shards = num_shards
         self.evaluate_every = evaluate_every
-        self.status: RunStatus = "starting"
-        self.error = ""
-        self.traceback = ""  # of what is in `error`
+        self.status: RunStatus = status
+        self.error = error
+        self.traceback = traceback  # of what is in `error`
         self.step = step  # committed
         self._evaluated = evaluated  # the last step after which an evaluation was committed
         self._loading: set[int] = set(engines)
+        self._returning: set[int] = set(returning)
+        self._returning_since: float | None = None
         self._ready: set[int] = set()
         self._silent: dict[int, float] = {}  # since when, of those that are loading or ready
         self._retiring: set[int] = set()
         self._resting: set[int] = set()  # spares, loaded or not
-        self._leases = Leases(num_shards)
+        self._leases = Leases(num_shards, first=life << 32)
         self._task: Task | None = None
         self._wish: Literal["pause", "stop"] | None = None
         self._committing = False
@@ -195,6 +209,7 @@ class Coordinator:
     def _join(self, engine: int) -> list[Action]:
         if engine in self._loading or engine in self._ready:
             return []
+        self._returning.discard(engine)
         self._loading.add(engine)
         return [LoadEngine(engine)]
 
@@ -220,7 +235,7 @@ class Coordinator:
             for engine in self._loading
             if self._leases.now - self._silent.get(engine, self._leases.now) >= START_SECONDS
         }
-        if mute != self._loading:
+        if mute != self._loading or self._is_return_awaited():
             return []
         self.status = "running"
         return [
@@ -229,7 +244,19 @@ class Coordinator:
             *self._next_task(),
         ]
 
+    def _is_return_awaited(self) -> bool:
+        """Whether engines of this run's former life may still be on their way."""
+        if not self._returning:
+            return False
+        if self._returning_since is None:
+            self._returning_since = self._leases.now
+        return self._leases.now - self._returning_since < START_SECONDS
+
     def _lose(self, engine: int, reason: str) -> list[Action]:
+        if engine in self._returning:
+            self._returning.discard(engine)
+            self._last_loss, self._was_asked_for = f"engine {engine} {reason}", False
+            return [Note("died", self._last_loss, engine), *self._end_or_go_on()]
         if engine not in self._loading and engine not in self._ready:
             return []
         self._last_loss, self._was_asked_for = f"engine {engine} {reason}", False
@@ -244,12 +271,18 @@ class Coordinator:
         num_shards = self._take_away(lease) if lease is not None and lease.is_open else 0
         if self._committing:
             return []  # what is being committed is whole; the next task sees who is left
-        if not self._ready and not self._loading:
+        actions = [_reassigned(engine, num_shards)] if num_shards and self._has_engines else []
+        return [*actions, *self._end_or_go_on()]
+
+    @property
+    def _has_engines(self) -> bool:
+        return bool(self._ready or self._loading or self._returning)
+
+    def _end_or_go_on(self) -> list[Action]:
+        """Somebody is gone: others may go on without, or nobody is left."""
+        if not self._has_engines:
             return self._end_without_engines()
-        actions: list[Action] = []
-        if num_shards:
-            actions.append(_reassigned(engine, num_shards))
-        return actions + self._begin_if_loaded() + self._go_on()
+        return self._begin_if_loaded() + self._go_on()
 
     def _retire(self, engine: int) -> list[Action]:
         if engine not in self._loading and engine not in self._ready:
@@ -412,7 +445,7 @@ class Coordinator:
         return self.step == self.num_steps or self.step % self.evaluate_every == 0
 
     def _open(self, kind: WorkKind, step: int) -> list[Action]:
-        if not self._ready and not self._loading:
+        if not self._has_engines:
             return self._end_without_engines()
         self._task = task = Task(kind, step)
         engines = sorted(self._ready)

@@ -106,6 +106,11 @@ class RunFolder:
         """Add many lines to the history, as those of a run that is continued."""
         self._write(self._history, b"".join(self._encoder.encode(_line(row)) + b"\n" for row in rows))
 
+    def replace_history(self, rows: Iterable[HistoryRow]) -> None:
+        """Write the history anew."""
+        os.ftruncate(self._history, 0)
+        self.append_rows(rows)
+
     def append_event(self, event: RunEvent) -> None:
         """Add a line to the events."""
         self._append(self._events, event)

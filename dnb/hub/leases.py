@@ -35,12 +35,13 @@ class Leases:
 
     Args:
         num_shards: of every task.
+        first: the leases' numbers are above that.
     """
 
-    def __init__(self, num_shards: int) -> None:
+    def __init__(self, num_shards: int, *, first: int = 0) -> None:
         self.now = 0.0
         self.by_engine: dict[int, Lease] = {}
-        self._count = 0
+        self._count = first
         self._all_shards = tuple(range(num_shards))
         self._speeds: dict[WorkKind, Speeds] = {"step": Speeds(num_shards), "evaluation": Speeds(num_shards)}
         self._equal: tuple[tuple[int, ...], dict[int, tuple[int, ...]]] = (), {}  # engines and their parts

@@ -1,19 +1,19 @@
 """The hub's process: sockets, the lives of engines and kernel, and at most one run at a time.
 
-Started by `dnb.hub.controller`; reads a `HubConfig` from standard input and answers with a `HubBinding`.
+Started by `dnb.hub.guardian`, again if it dies: then it takes over what the one before has left, and the engines that
+beat are asked to join again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import logging
 import os
 import signal
+import socket
 import sys
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,7 @@ import zmq
 from dnb.errors import ArgumentError, DnbError, HubError
 from dnb.hub.chaos import Mischief
 from dnb.hub.hearts import SILENT_SECONDS, Hearts
+from dnb.hub.memo import POOL_FILE, RUN_FILE, PoolMemo, RunMemo, read_memo, remove_memo, write_memo
 from dnb.hub.pool_files import remove_pool_files, write_pool_file
 from dnb.hub.roster import becomes_spare, check_known, check_retirement, choose_successor, lacks_workers
 from dnb.hub.wiring import Line, Wiring
@@ -46,10 +47,10 @@ from dnb.records import (
     GetRun,
     GetState,
     Hello,
-    HubBinding,
     HubConfig,
     Join,
     KeepSpares,
+    KillHub,
     Members,
     Mend,
     Message,
@@ -57,6 +58,7 @@ from dnb.records import (
     PoolState,
     Process,
     Refused,
+    Rejoin,
     Request,
     Retire,
     RunSpec,
@@ -66,14 +68,7 @@ from dnb.records import (
     TakeCheckpoint,
     Welcome,
 )
-from dnb.transport.channels import (
-    CLIENT_ROLE,
-    ENGINE_ROLE,
-    RoleKeys,
-    bind_router,
-    encode,
-    start_authenticator,
-)
+from dnb.transport.channels import CLIENT_ROLE, ENGINE_ROLE, RoleKeys, bind_router, encode, start_authenticator
 from dnb.transport.lives import (
     children_of,
     end_processes,
@@ -97,6 +92,10 @@ TICK_SECONDS = 0.1
 EXIT_SECONDS = 3.0
 # How long an engine that left its pool may take to end; then it is killed.
 LEAVE_SECONDS = 5.0
+# A hub that has lived so long without having a run to advance is of use, too.
+USEFUL_SECONDS = 2.0
+# How often an engine is asked to join again that does not.
+ASK_SECONDS = 1.0
 # ipyparallel's nannies and heart monitor have nothing to save, and may take seconds to see that they are alone.
 HELPER_EXIT_SECONDS = 0.2
 
@@ -107,6 +106,7 @@ class _Engine:
     identity: bytes
     messages_in: int = 0
     messages_out: int = 0
+    num_wires: int = 0  # that it had lost when it joined
     is_spare: bool = False  # loads the run and rests
     is_retiring: bool = False  # leaves as soon as it owes the run nothing
 
@@ -116,16 +116,36 @@ class Service:
 
     Args:
         config: from the controller.
-        keys: made for this hub.
+        keys: of the pool.
+        listeners: the ports of engines and clients, by role.
+        guardian: the parent.
+        life: how many hubs this pool had before.
+        is_wary: hubs died of the run that they took over: it is given up.
+        be_of_use: called once, when this hub has done something, so that its death is not one of those.
     """
 
-    def __init__(self, config: HubConfig, keys: RoleKeys) -> None:
+    def __init__(
+        self,
+        config: HubConfig,
+        keys: RoleKeys,
+        listeners: Mapping[str, socket.socket],
+        *,
+        guardian: Process,
+        life: int = 0,
+        is_wary: bool = False,
+        be_of_use: Callable[[], object] = lambda: None,
+    ) -> None:
         self._config = config
+        self._guardian = guardian
+        self._life = life
+        self._be_of_use = be_of_use
+        self._is_of_use = False
+        self._began = time.monotonic()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._authenticator = start_authenticator(self._context, keys)
-        self._engine_socket = bind_router(self._context, keys, role=ENGINE_ROLE, host=config.host)
-        self._client_socket = bind_router(self._context, keys, role=CLIENT_ROLE, host=config.host)
-        self._keys = keys
+        self._engine_socket, self._client_socket = (
+            bind_router(self._context, keys, role=role, listener=listeners[role]) for role in (ENGINE_ROLE, CLIENT_ROLE)
+        )
         self._process = this_process()
         self._owner = config.owner
         self._orphaned: float | None = None  # since when nobody steers a pool whose run does not advance
@@ -140,19 +160,19 @@ class Service:
         self._dead: set[int] = set()
         self._leavers: dict[Process, float] = {}  # told to end; when they are killed
         self._is_file_old = False  # the pool's record on disk
+        self._is_memo_old = self._is_run_memo_old = False  # what the next hub will find
         self._mischief = Mischief(self._send_to_engine)
+        self._is_doomed = False
         self._ending = ""
         self._decode_engine = msgspec.msgpack.Decoder(EngineMessage).decode
         self._decode_request = msgspec.msgpack.Decoder(Request).decode
-
-    @property
-    def binding(self) -> HubBinding:
-        """How to reach this hub."""
-        return HubBinding(
-            hub=self._process,
-            client=self._keys.address(CLIENT_ROLE, _endpoint(self._client_socket)),
-            engine=self._keys.address(ENGINE_ROLE, _endpoint(self._engine_socket)),
-        )
+        self._folders = pool_folders(config.cluster_id)
+        self._returning: dict[int, EngineFacts] = {}  # engines of the hub before
+        self._spares: frozenset[int] = frozenset()  # spares among them
+        self._leaving: frozenset[int] = frozenset()  # those of them who were asked to leave
+        self._asked: dict[int, float] = {}  # engines to join again, and when they may be asked once more
+        if life:
+            self._take_over(is_wary=is_wary)
 
     def end(self, reason: str) -> None:
         """Let the loop end; safe from a signal handler."""
@@ -183,6 +203,69 @@ class Service:
                 self._watch_writers()
         finally:
             self._end_pool()
+
+    # what the hub before has left
+
+    def _take_over(self, *, is_wary: bool) -> None:
+        memo = read_memo(self._folders, POOL_FILE, PoolMemo)
+        if memo is not None:
+            self._owner = memo.owner
+            self._kernels = {bytes.fromhex(name): kernel for name, kernel in memo.kernels.items()}
+            self._returning = {facts.engine: facts for facts in memo.engines}
+            self._spares = frozenset(memo.spares)
+            self._leaving = frozenset(memo.leaving)
+            self._wanted_spares = memo.wanted_spares
+            self._dead = set(memo.dead)
+            self._mischief.num_killed = memo.num_killed
+            self._mischief.stopped = dict(memo.stopped)
+            self._known_helpers = set(memo.helpers)
+        run = read_memo(self._folders, RUN_FILE, RunMemo)
+        if run is not None:
+            self._take_over_run(run, is_wary=is_wary)
+        self._is_file_old = True
+
+    def _take_over_run(self, memo: RunMemo, *, is_wary: bool) -> None:
+        from dnb.hub.beginnings import give_up
+
+        try:
+            if is_wary:
+                raise HubError(f"{self._life} hubs died of it")
+            self._run = self._open_run(memo.frames, self._verified_spec(memo.frames), memo)
+            self._run.start()
+        except Exception as error:  # whatever it is: without the run, the pool can still be used
+            log.exception("the run cannot be taken over")
+            give_up(memo, f"the hub died, and the run could not be taken over: {type(error).__name__}: {error}")
+            remove_memo(self._folders, RUN_FILE)
+
+    def _write_memos(self) -> None:
+        if self._is_memo_old:
+            self._is_memo_old = False
+            write_memo(self._folders, POOL_FILE, self._memo)
+        if self._is_run_memo_old and self._run is not None:
+            self._is_run_memo_old = False
+            write_memo(self._folders, RUN_FILE, self._run.memo)
+
+    @property
+    def _memo(self) -> PoolMemo:
+        engines = [*self._returning.values(), *(engine.facts for engine in self._engines.values())]
+        return PoolMemo(
+            owner=self._owner,
+            kernels={name.hex(): kernel for name, kernel in self._kernels.items()},
+            engines=tuple(engines),
+            spares=(
+                *(self._spares & self._returning.keys()),
+                *(number for number, engine in self._engines.items() if engine.is_spare),
+            ),
+            leaving=(
+                *(self._leaving & self._returning.keys()),
+                *(number for number, engine in self._engines.items() if engine.is_retiring),
+            ),
+            wanted_spares=self._wanted_spares,
+            dead=tuple(self._dead),
+            num_killed=self._mischief.num_killed,
+            stopped=tuple(self._mischief.stopped.items()),
+            helpers=tuple(self._known_helpers),
+        )
 
     def _drain(self, router: zmq.Socket[bytes], take: Any) -> None:
         while router.poll(0):
@@ -251,7 +334,7 @@ class Service:
             log.warning("a message from %r was refused: %s", identity, error)
             return
         if isinstance(message, Join):
-            self._join(message.facts, identity)
+            self._join(message, identity)
             return
         if isinstance(message, Beat):
             self._hear(message)
@@ -270,18 +353,25 @@ class Service:
         if self._run is not None and self._run.spec.id == message.run:
             self._run.take(number, message)
 
-    def _join(self, facts: EngineFacts, identity: bytes) -> None:
-        others = [engine for number, engine in self._engines.items() if number != facts.engine]
-        is_spare = becomes_spare(others, wanted=self._wanted_spares)
-        self._engines[facts.engine] = _Engine(facts, identity, is_spare=is_spare)
-        self._dead.discard(facts.engine)  # it had only lost its connection, or stood still
-        self._hearts.begin(facts.engine, time.monotonic())
-        self._send_to_engine(facts.engine, Welcome())
-        self._is_file_old = True
+    def _join(self, join: Join, identity: bytes) -> None:
+        facts, number = join.facts, join.facts.engine
+        known = self._engines.get(number)
+        if known is not None and known.facts.process == facts.process and known.num_wires == join.num_wires:
+            return  # it asked by itself, and was asked to
+        others = [engine for other, engine in self._engines.items() if other != number]
+        is_back = self._returning.pop(number, None) is not None
+        is_spare = number in self._spares if is_back else becomes_spare(others, wanted=self._wanted_spares)
+        self._engines[number] = _Engine(facts, identity, num_wires=join.num_wires, is_spare=is_spare)
+        self._dead.discard(number)  # it had only lost its connection, or stood still
+        self._hearts.begin(number, time.monotonic())
+        self._send_to_engine(number, Welcome())
+        self._is_file_old = self._is_memo_old = True
         if self._run is not None and self._run.is_active:
-            self._run.add_engine(facts)
             if is_spare:
-                self._run.rest_engine(facts.engine)
+                self._run.rest_engine(number)
+            self._run.add_engine(facts)
+        if is_back and number in self._leaving:
+            self._let_leave([number])
 
     def _lose(self, engine: int, reason: str) -> None:
         lost = self._engines.pop(engine, None)
@@ -294,14 +384,27 @@ class Service:
         if self._run is not None:
             self._run.lose_engine(engine, reason)
 
+    def _miss(self, number: int) -> None:
+        """An engine of the hub before will not come back."""
+        del self._returning[number]
+        self._dead.add(number)
+        if number not in self._spares and not self._wake_spare():
+            self._spares = frozenset(sorted(self._spares)[1:])  # one who is still to come does not rest
+        if self._run is not None:
+            self._run.lose_engine(number, "died")
+
     # those who leave, and spares
 
     def _retire(self, request: Retire) -> None:
         run = self._run if self._run is not None and self._run.is_active else None
         name = None if run is None else run.spec.name
         leaving = check_retirement(request.engines, self._engines, active_run=name, force=request.force)
+        self._let_leave(leaving)
+
+    def _let_leave(self, leaving: Iterable[int]) -> None:
+        run = self._run if self._run is not None and self._run.is_active else None
         for number in leaving:
-            self._engines[number].is_retiring = True
+            self._engines[number].is_retiring = self._is_memo_old = True
         if lacks_workers(self._engines):
             self._wake_spare()
         for number in leaving:
@@ -329,17 +432,20 @@ class Service:
             elif time.monotonic() > deadline:
                 signal_process(process, signal.SIGKILL)
 
-    def _wake_spare(self) -> None:
+    def _wake_spare(self) -> bool:
+        """Let a spare work; whether there was one."""
         number = choose_successor(self._engines)
         if number is None:
-            return
+            return False
         self._engines[number].is_spare = False
         if self._run is not None:
             self._run.wake_engine(number)
+        return True
 
     def _harm(self, request: Chaos) -> None:
         check_known([request.engine], self._engines)
         told = self._mischief.act(request, self._engines[request.engine].facts)
+        self._is_memo_old = True
         if self._run is not None:
             self._run.tell("chaos", told, request.engine)
 
@@ -372,6 +478,7 @@ class Service:
             request = self._decode_request(header)
             self._check_steering(identity, request)
             reply, out = self._serve_request(identity, request, frames)
+            self._write_memos()  # what was answered stays done, whatever becomes of this hub
         except (DnbError, OSError, msgspec.MsgspecError) as error:
             kind = type(error).__name__ if isinstance(error, DnbError) else HubError.__name__
             reply, out = Refused(error=kind, message=str(error)), []
@@ -395,11 +502,13 @@ class Service:
                 f"the kernel with pid {owner.pid} on {owner.host} steers this pool, this one only watches: "
                 "dnb.attach(steer=True) or %dtrain attach --steer takes over"
             )
+        self._is_memo_old = True
         self._owner = caller or owner  # who looked on until now has its hand on the wheel
 
     def _greet(self, identity: bytes, hello: Hello) -> None:
         owner = self._owner
         self._kernels[identity] = hello.owner
+        self._is_memo_old = True
         if hello.wish == "watch":
             return
         if hello.wish == "steer" and owner is not None and not is_same(owner, hello.owner) and is_alive(owner):
@@ -422,8 +531,13 @@ class Service:
                 self._retire(request)
             case KeepSpares(number=number):
                 self._wanted_spares = number
+                self._is_memo_old = True
             case Chaos():
                 self._harm(request)
+            case KillHub():
+                self._is_doomed = True
+                if self._run is not None:
+                    self._run.tell("chaos", "the hub is killed on purpose")
             case Submit():
                 self._submit(frames)
             case GetRun(run=name):
@@ -432,6 +546,7 @@ class Service:
                 self._control(name, verb)
             case SetOptions(run=name, options=options):
                 self._active(name, "set").set(options)
+                self._is_run_memo_old = True
             case Mend(run=name):
                 self._mend(name, frames)
             case GetState(run=name, optimizer=optimizer):
@@ -468,6 +583,7 @@ class Service:
         if run.status != "paused":
             raise ArgumentError(f"run {name!r} is {run.status}, not paused: pause it before it gets other functions")
         run.mend(pickled, signature)
+        self._is_run_memo_old = True
 
     def _control(self, name: str, verb: Literal["pause", "resume", "stop"]) -> None:
         run = self._named(name)
@@ -478,48 +594,72 @@ class Service:
         run.ask(verb)
 
     def _submit(self, frames: Sequence[bytes]) -> None:
-        from dnb.hub.active_run import ActiveRun
-        from dnb.transport.parcels import unpack, verify
-
         if len(frames) != 4:
             raise HubError(f"a run comes in 4 frames, not {len(frames)}")
-        spec_bytes, job_bytes, data_bytes, signature = frames
-        verify(self._config.key.encode(), [spec_bytes, job_bytes, data_bytes], signature)
-        spec = msgspec.msgpack.decode(spec_bytes, type=RunSpec)
+        spec = self._verified_spec(frames)
         if self._run is not None:
             if self._run.is_active:
                 raise ArgumentError(_still_active(self._run))
             self._run.close()
             self._run = None
-        sys.path.extend(path for path in spec.sys_path if path not in sys.path)
-        self._run = ActiveRun(
-            spec,
-            frames,
-            unpack(job_bytes, spec.job),
-            engines=[engine.facts for engine in self._engines.values()],
-            folders=pool_folders(self._config.cluster_id),
-            send=self._send_to_engine,
-            offer_wire=self._wiring.offer,
-            release=self._release,
-        )
+        self._run = self._open_run(frames, spec)
         for number, engine in self._engines.items():
             if engine.is_spare:
                 self._run.rest_engine(number)
+        self._is_run_memo_old = True
         self._write_pool_file()
         self._run.start()
         for number in sorted(self._hearts.silent):
             self._run.silence_engine(number, "is silent")
 
+    def _verified_spec(self, frames: Sequence[bytes]) -> RunSpec:
+        from dnb.transport.parcels import verify
+
+        spec_bytes, job_bytes, data_bytes, signature = frames
+        verify(self._config.key.encode(), [spec_bytes, job_bytes, data_bytes], signature)
+        return msgspec.msgpack.decode(spec_bytes, type=RunSpec)
+
+    def _open_run(self, frames: Sequence[bytes], spec: RunSpec, memo: RunMemo | None = None) -> ActiveRun:
+        """A new run, or the one of the hub before."""
+        from dnb.hub.active_run import ActiveRun
+        from dnb.hub.beginnings import begin, take_over
+        from dnb.transport.parcels import unpack
+
+        sys.path.extend(path for path in spec.sys_path if path not in sys.path)
+        job = unpack(frames[1], spec.job)
+        if memo is None:
+            beginning = begin(spec, job, folders=self._folders)
+        else:
+            spec = msgspec.structs.replace(spec, clip_norm=memo.clip_norm)
+            beginning = take_over(spec, memo, job, folders=self._folders)
+        engines = self._returning.values() if memo else [engine.facts for engine in self._engines.values()]
+        return ActiveRun(
+            spec,
+            frames,
+            beginning,
+            engines=engines,
+            send=self._send_to_engine,
+            offer_wire=self._wiring.offer,
+            release=self._release,
+            life=self._life,
+        )
+
     # lives
 
     def _tick(self) -> None:
-        if os.getppid() != self._config.controller.pid:
-            self.end("the controller is gone")
+        if os.getppid() != self._guardian.pid:
+            self.end("the guardian is gone")
         for place in self._wiring.silent():
             self._drop_line(place, self._wiring.lines[place])
         self._look_at_engines()
         if self._run is not None:
             self._run.tick()
+        has_advanced = self._run is not None and self._run.has_advanced
+        if not self._is_of_use and (has_advanced or time.monotonic() - self._began > USEFUL_SECONDS):
+            self._is_of_use = True
+            self._be_of_use()
+        if self._is_doomed:
+            os.kill(os.getpid(), signal.SIGKILL)
         self._mischief.look()
         self._watch_leavers()
         if self._is_file_old:
@@ -529,6 +669,9 @@ class Service:
     def _look_at_engines(self) -> None:
         for number in self._hearts.tick(time.monotonic()):
             self._tell_silent(number, f"was not heard for {SILENT_SECONDS:g} s")
+        for number, facts in list(self._returning.items()):
+            if look_at(facts.process) == "gone":
+                self._miss(number)
         for number, engine in list(self._engines.items()):
             state = look_at(engine.facts.process)
             if state == "gone":
@@ -542,13 +685,27 @@ class Service:
 
     def _hear(self, beat: Beat) -> None:
         engine = self._engines.get(beat.engine)
-        if engine is None or engine.facts.process != beat.process:
+        if engine is None:
+            self._ask_back(beat)
+            return
+        if engine.facts.process != beat.process:
             return
         # The last beat before a signal may come after the tick that saw the engine stopped.
         if beat.engine in self._hearts.silent and look_at(beat.process) == "stopped":
             return
         if self._hearts.beat(beat.engine, time.monotonic()) and self._run is not None:
             self._run.hear_engine(beat.engine)
+
+    def _ask_back(self, beat: Beat) -> None:
+        """An engine beats that this hub does not know: it belonged to the one before, or its greeting was lost."""
+        now = time.monotonic()
+        if beat.process in self._leavers or now < self._asked.get(beat.engine, 0.0):
+            return
+        self._asked[beat.engine] = now + ASK_SECONDS
+        with contextlib.suppress(zmq.ZMQError):  # its other socket is not connected yet
+            self._engine_socket.send_multipart([b"engine-%d" % beat.engine, *encode(Rejoin(life=self._life))])
+            return
+        del self._asked[beat.engine]
 
     def _watch_owner(self) -> None:
         """The pool ends with its kernel, unless a run is advancing, or was and may still be asked for."""
@@ -578,6 +735,7 @@ class Service:
         run = self._run
         return PoolFacts(
             cluster_id=self._config.cluster_id,
+            guardian=self._guardian,
             hub=self._process,
             controller=self._config.controller,
             helpers=self._helpers(look=look),
@@ -594,7 +752,8 @@ class Service:
         ]
         if look:
             # Remembered, as the children of a controller that was killed can no longer be found.
-            self._known_helpers |= {child for child in children_of(parents) if child.pid != self._process.pid}
+            own = {self._process.pid, self._guardian.pid}
+            self._known_helpers |= {child for child in children_of(parents) if child.pid not in own}
         return tuple(helper for helper in self._known_helpers if is_alive(helper))
 
     def _write_pool_file(self) -> None:
@@ -603,6 +762,8 @@ class Service:
         # of an engine that has just joined ends with its engine.
         is_training = self._run is not None and self._run.is_active
         write_pool_file(Path(self._config.security_dir), self._facts(look=not is_training))
+        self._is_memo_old = True
+        self._write_memos()
 
     def _end_pool(self) -> None:
         """End every process of the pool and remove what it left; the controller goes last."""
@@ -665,33 +826,3 @@ def _status(engine: _Engine, *, is_busy: bool, is_silent: bool, num_on_wires: in
         messages_in=engine.messages_in,
         messages_out=engine.messages_out + num_on_wires,
     )
-
-
-def _endpoint(bound: zmq.Socket[bytes]) -> str:
-    return bound.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()  # type: ignore[union-attr]
-
-
-def _warm_up() -> None:
-    importlib.import_module("dnb.hub.active_run")
-    importlib.import_module("dnb.hub.optimizers").warm_up()
-
-
-def main() -> None:
-    """Bind, answer the controller, then serve."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    config = msgspec.json.decode(sys.stdin.buffer.readline(), type=HubConfig)
-    service = Service(config, RoleKeys())
-    signal.signal(signal.SIGTERM, lambda *_: service.end("asked to, by a signal"))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.stdout.buffer.write(msgspec.json.encode(service.binding) + b"\n")
-    sys.stdout.flush()
-    # torch takes seconds to import: a first run finds it there, and until then the hub answers.
-    threading.Thread(target=_warm_up, name="dnb-warm-up", daemon=True).start()
-    sys.stdout = sys.stderr  # user code that prints must not fill a pipe that nobody reads
-    service.serve()
-    logging.shutdown()
-    os._exit(0)  # nothing is left to do, and taking torch's modules apart would take another second
-
-
-if __name__ == "__main__":
-    main()

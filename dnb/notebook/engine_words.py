@@ -15,16 +15,17 @@ _EXAMPLES = {
     "kill": "%dtrain chaos kill 1",
     "stop": "%dtrain chaos stop 1 5s",
     "slow": "%dtrain chaos slow 2 4x",
+    "hub": "%dtrain chaos hub",
 }
 _UNITS = {"stop": "s", "slow": "x"}
 
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """What is to be done to which engines."""
+    """What is to be done to which engines, or to the hub."""
 
-    verb: Literal["kill", "stop", "slow"]
-    engines: tuple[int, ...]
+    verb: Literal["kill", "stop", "slow", "hub"]
+    engines: tuple[int, ...] = ()
     amount: float = 0.0  # seconds, or how many times as slow
 
 
@@ -60,6 +61,10 @@ def read_chaos(words: Sequence[str], *, known: Sequence[int]) -> Act:
         hint = nearest(verb, _EXAMPLES) if verb else f"known: {', '.join(_EXAMPLES)}"
         raise ArgumentError(f"%dtrain chaos has no verb {verb!r}: {hint}; such as {_EXAMPLES['kill']}")
     example = _EXAMPLES[verb]
+    if verb == "hub":
+        if rest:
+            raise ArgumentError(f"%dtrain chaos hub takes no other words, as a pool has one hub: {example}")
+        return Act("hub")
     needed = 2 if verb in _UNITS else 1
     if len(rest) != needed:
         what = "an engine and an amount" if needed == 2 else "an engine"

@@ -47,6 +47,8 @@ class PoolVerbs:
         pool = _require_pool()
         words = [word.text for word in split_line(line)]
         act = read_chaos(words, known=[engine.id for engine in pool.engines])
+        if act.verb == "hub":
+            pool.chaos.hub()
         for engine in act.engines:
             match act.verb:
                 case "kill":

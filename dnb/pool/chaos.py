@@ -7,11 +7,11 @@ from typing import Any
 
 from dnb.errors import ArgumentError
 from dnb.records import Chaos as ChaosRequest
-from dnb.records import Done, Message
+from dnb.records import Done, KillHub, Message
 
 
 class Chaos:
-    """Kills, stops and slows engines.
+    """Kills, stops and slows engines, and kills the hub.
 
     Only processes of this pool on the hub's host are signalled, by pid and start time; slowing works on every host.
 
@@ -36,6 +36,10 @@ class Chaos:
         if amount < 1:
             raise ArgumentError(f"factor must be at least 1, not {factor!r}: pool.chaos.slow(2, 4), and 1 ends it")
         self._ask(ChaosRequest(verb="slow", engine=_id(engine), amount=amount), Done)
+
+    def hub(self) -> None:
+        """End the hub by SIGKILL: another one takes its place, and the run goes on after the last committed step."""
+        self._ask(KillHub(), Done)
 
 
 def _id(engine: object) -> int:

@@ -88,10 +88,10 @@ class EnginePool:
         wish: Literal["steer", "watch"] = "steer",
     ) -> None:
         self.client = client
-        self._hub_process = msgspec.convert(connection["dnb"]["hub"], Process)
+        self._guardian = msgspec.convert(connection["dnb"]["guardian"], Process)
         self.hub = HubClient(
             msgspec.convert(connection["dnb"]["address"], Address),
-            is_alive=lambda: is_alive(self._hub_process),
+            is_alive=lambda: is_alive(self._guardian),
         )
         self.key: bytes = connection["key"].encode()
         self._cluster = cluster
@@ -128,7 +128,7 @@ class EnginePool:
     @property
     def is_open(self) -> bool:
         """Whether the pool can still be asked; False after `shutdown` or if its hub has died."""
-        return self._is_open and is_alive(self._hub_process)
+        return self._is_open and is_alive(self._guardian)
 
     @property
     def is_steered_here(self) -> bool:
@@ -291,7 +291,7 @@ class EnginePool:
 
     def _ask_to_end(self) -> list[Process]:
         """Let the hub end the pool; every process that should then be gone."""
-        processes = [self._hub_process]
+        processes = [self._guardian]
         try:
             facts = self.facts
             processes = all_processes(facts)
@@ -325,8 +325,9 @@ class EnginePool:
 
 
 def all_processes(facts: PoolFacts) -> list[Process]:
-    """Hub, controller, schedulers and engines of a pool."""
+    """Guardian, hub, controller, schedulers and engines of a pool."""
     return [
+        facts.guardian,  # first: it would start the hub again
         facts.hub,
         facts.controller,
         *facts.helpers,

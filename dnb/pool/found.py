@@ -19,14 +19,14 @@ class Found:
     ours: list[PoolFacts]  # of this very kernel
     orphans: list[PoolFacts]  # alive, and their kernel is gone
     foreign: list[PoolFacts]  # alive, and steered by another living kernel
-    dead: list[PoolFacts]  # the hub is gone
+    dead: list[PoolFacts]  # the hub is gone, and its guardian
 
 
 def find_pools(security_dir: Path) -> Found:
     """Look at every pool of a profile, by pid and start time."""
     found = Found([], [], [], [])
     for facts in read_pool_files(security_dir):
-        if not is_alive(facts.hub):
+        if not is_alive(facts.guardian):
             found.dead.append(facts)
         elif facts.owner is not None and is_this_process(facts.owner):
             found.ours.append(facts)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,13 +15,16 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from dnb.errors import HubError
-from dnb.records import Address, Message
+from dnb.records import Address, Message, Repeatable
 
 T = TypeVar("T")
 
+SERVER_ROLE = "server"
 ENGINE_ROLE = "engine"
 CLIENT_ROLE = "client"
 
+# How soon a hub that was started again is found.
+RECONNECT_MILLISECONDS = 20
 # How often a client that waits for an answer looks whether the hub still lives.
 LOOK_SECONDS = 0.25
 
@@ -31,11 +37,16 @@ def encode(record: Message, frames: Sequence[Any] = ()) -> list[Any]:
 
 
 class RoleKeys:
-    """The server's key pair and one pair per role, made anew for every hub; kept in memory."""
+    """The server's key pair and one pair per role, made anew for every pool; kept in memory.
 
-    def __init__(self) -> None:
-        self.server_public, self.server_secret = zmq.curve_keypair()
-        self.roles = {role: zmq.curve_keypair() for role in (ENGINE_ROLE, CLIENT_ROLE)}
+    Args:
+        pairs: those of another process of the pool; None makes new ones.
+    """
+
+    def __init__(self, pairs: dict[str, tuple[bytes, bytes]] | None = None) -> None:
+        self.pairs = pairs or {role: zmq.curve_keypair() for role in (SERVER_ROLE, ENGINE_ROLE, CLIENT_ROLE)}
+        self.server_public, self.server_secret = self.pairs[SERVER_ROLE]
+        self.roles = {role: self.pairs[role] for role in (ENGINE_ROLE, CLIENT_ROLE)}
 
     def address(self, role: str, url: str) -> Address:
         """What a peer of this role needs to connect."""
@@ -68,8 +79,24 @@ def start_authenticator(context: zmq.Context[Any], keys: RoleKeys) -> ThreadAuth
     return authenticator
 
 
-def bind_router(context: zmq.Context[Any], keys: RoleKeys, *, role: str, host: str) -> zmq.Socket[bytes]:
-    """A ROUTER on a free port that only peers of `role` may enter."""
+def listen(host: str) -> socket.socket:
+    """A free port of this host; `bind_router` takes it, in this process or in one that inherits it."""
+    host = "0.0.0.0" if host == "*" else host  # as ipyparallel was told
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener.bind((host, 0))
+    listener.listen(128)
+    listener.setblocking(False)
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Where the port is reached."""
+    host, port = listener.getsockname()[:2]
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+def bind_router(context: zmq.Context[Any], keys: RoleKeys, *, role: str, listener: socket.socket) -> zmq.Socket[bytes]:
+    """A ROUTER on a port that only peers of `role` may enter; the port stays open when the ROUTER is gone."""
     router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     router.linger = 0
     router.set_hwm(0)
@@ -79,7 +106,8 @@ def bind_router(context: zmq.Context[Any], keys: RoleKeys, *, role: str, host: s
     router.curve_secretkey = keys.server_secret
     router.curve_publickey = keys.server_public
     router.zap_domain = role.encode()
-    router.bind_to_random_port(f"tcp://{host}")
+    router.setsockopt(zmq.USE_FD, os.dup(listener.fileno()))  # ZeroMQ closes what it is given
+    router.bind(url_of(listener))
     return router
 
 
@@ -87,6 +115,7 @@ def connect_dealer(context: zmq.Context[Any], address: Address, *, identity: byt
     """A DEALER towards the hub."""
     dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
     dealer.linger = 1000
+    dealer.reconnect_ivl = RECONNECT_MILLISECONDS
     dealer.set_hwm(0)
     if identity is not None:
         dealer.setsockopt(zmq.IDENTITY, identity)
@@ -100,9 +129,12 @@ def connect_dealer(context: zmq.Context[Any], address: Address, *, identity: byt
 class HubClient:
     """Asks the hub and waits for its answer; may be shared by threads.
 
+    A hub that dies is started again and finds this client's name in what the one before has left. What it was asked
+    meanwhile is asked again if that does no harm.
+
     Args:
         address: the hub's client address.
-        is_alive: asked while waiting, so that a dead hub is told at once.
+        is_alive: whether there will be an answer; asked while waiting, so that the end of a pool is told at once.
         timeout_seconds: how long an answer may take.
     """
 
@@ -117,7 +149,11 @@ class HubClient:
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
         self._context = zmq.Context()
-        self._socket = connect_dealer(self._context, address)
+        self._socket = connect_dealer(self._context, address, identity=f"client-{secrets.token_hex(8)}".encode())
+        self._breaks = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._breaks, zmq.POLLIN)
         self._count = 0
 
     def ask(
@@ -132,7 +168,7 @@ class HubClient:
 
         Raises:
             DnbError: the hub refused; of the class that the hub named.
-            HubError: no answer in time.
+            HubError: no answer in time, or none because the hub died and may have done what was asked.
         """
         limit = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         with self._lock:
@@ -140,28 +176,49 @@ class HubClient:
                 raise HubError("the connection to the hub is closed: %dtrain start opens a new pool")
             self._count += 1
             number = str(self._count).encode()
-            self._socket.send_multipart([number, *encode(request, frames)], copy=False)
-            reply = self._receive(number, limit, request=type(request).__name__)
+            self._take_break()  # of the time when nobody asked
+            parts = [number, *encode(request, frames)]
+            self._socket.send_multipart(parts, copy=False)
+            reply = self._receive(number, limit, request=request, parts=parts)
         return decode_reply(reply[0], expect), reply[1:]
 
-    def _receive(self, number: bytes, limit: float, *, request: str) -> list[bytes]:
+    def _receive(self, number: bytes, limit: float, *, request: Message, parts: list[Any]) -> list[bytes]:
+        name = type(request).__name__
         deadline = time.monotonic() + limit
         while (left := deadline - time.monotonic()) > 0:
-            if self._socket.poll(int(1000 * min(left, LOOK_SECONDS)) + 1):
+            ready = dict(self._poller.poll(int(1000 * min(left, LOOK_SECONDS)) + 1))
+            if self._socket in ready:
                 got, *reply = self._socket.recv_multipart()
                 if got == number:  # an older number answers a request that was given up
                     return reply
-            elif not self._is_alive():
+            elif self._take_break():
+                if not isinstance(request, Repeatable):
+                    raise HubError(
+                        f"the hub died and was started again while it was asked to {name}: look whether that was done, "
+                        "and ask again"
+                    )
+                self._socket.send_multipart(parts, copy=False)
+            elif not ready and not self._is_alive():
                 raise HubError("the hub has died: %dtrain shutdown clears up, %dtrain start opens a new pool")
         raise HubError(
-            f"the hub did not answer {request} within {limit:g} s: it is busy or dead; "
+            f"the hub did not answer {name} within {limit:g} s: it is busy or dead; "
             "%dtrain status looks again, %dtrain shutdown ends the pool"
         )
+
+    def _take_break(self) -> bool:
+        """Whether the connection has broken since this was asked last."""
+        has_broken = False
+        while self._breaks.poll(0):
+            self._breaks.recv_multipart()
+            has_broken = True
+        return has_broken
 
     def close(self) -> None:
         """Close the socket; safe to call twice."""
         with self._lock:
             if not self._socket.closed:
+                self._socket.disable_monitor()
+                self._breaks.close(linger=0)
                 self._socket.close(linger=0)
                 self._context.term()
 

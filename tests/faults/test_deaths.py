@@ -1,18 +1,25 @@
 """Engines, hubs, controllers and kernels that die, on purpose."""
 
+import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
+import msgspec
+import psutil
 import pytest
 import torch
 
 from dnb import training
-from dnb.errors import HubError, PoolError, RunError
+from dnb.errors import DnbError, HubError, PoolError, RunError
 from dnb.hub.history import read_history
 from dnb.pool.found import find_pools
 from dnb.pool.starting import profile_folder
+from dnb.records import Done, GetPool, HubBinding, PoolState, Shutdown
+from dnb.transport.channels import HubClient
 from dnb.transport.segments import FOLDERS_VARIABLE
 from tests.engines.pools import open_small_pool
 from tests.faults.kernels import Kernel
@@ -92,15 +99,65 @@ def test_an_engine_that_stands_still_is_called_hung(own_pool):
     until(lambda: [engine.state for engine in own_pool.engines] == hung, what="the hub has noticed")
 
 
-def test_a_killed_hub_ends_the_pool_and_the_run_says_what_happened(own_pool, leftovers):
+def test_a_killed_guardian_ends_the_pool_and_the_run_says_what_happened(own_pool, leftovers):
     run = own_pool.fit(mlp(), digits(), loss="cross_entropy", epochs=10_000)
     wait_for_step(run, 3)
-    os.kill(own_pool.facts.hub.pid, signal.SIGKILL)
+    os.kill(own_pool.facts.guardian.pid, signal.SIGKILL)
     with pytest.raises(RunError, match=r"the hub was lost at step \d+: the hub has died"):
         run.wait(timeout_seconds=60)
     leftovers.wait_until_none(timeout_seconds=20)
     with pytest.raises((PoolError, HubError), match="%dtrain start"):
         _ = own_pool.engines
+
+
+def test_a_hub_that_dies_again_and_again_ends_the_pool(own_pool, leftovers):
+    killed = set()
+
+    def kill_the_next():
+        with contextlib.suppress(psutil.Error, DnbError):
+            hubs = psutil.Process(own_pool._guardian.pid).children()
+            killed.update(hub.pid for hub in hubs)
+            for hub in hubs:
+                hub.kill()
+        return not own_pool.is_open
+
+    until(kill_the_next, what="the guardian gives up")
+    leftovers.wait_until_none(timeout_seconds=20)
+    assert len(killed) >= 5
+
+
+CONTROLLER = """
+import subprocess, sys
+import msgspec
+from dnb.records import HubConfig
+from dnb.transport.lives import this_process
+config = HubConfig(
+    cluster_id="spawned", key="key", security_dir="{folder}", log_dir="{folder}", host="127.0.0.1",
+    controller=this_process(), owner=None,
+)
+guard = "from dnb.hub import guardian; guardian.CAN_FORK = False; guardian.main()"
+guardian = subprocess.Popen([sys.executable, "-c", guard], stdin=subprocess.PIPE)
+guardian.stdin.write(msgspec.json.encode(config) + b"\\n")
+guardian.stdin.close()
+guardian.wait()
+"""
+
+
+def test_where_processes_cannot_be_forked_a_hub_is_a_process_of_its_own(tmp_path, leftovers):
+    script = CONTROLLER.format(folder=tmp_path)
+    controller = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert controller.stdout is not None
+    with controller.stdout as pipe:
+        binding = msgspec.json.decode(pipe.readline(), type=HubBinding)
+    client = HubClient(binding.client, timeout_seconds=120)
+    hubs = [client.ask(GetPool(), PoolState)[0].facts.hub.pid]
+    os.kill(hubs[0], signal.SIGKILL)
+    hubs.append(client.ask(GetPool(), PoolState)[0].facts.hub.pid)
+    client.ask(Shutdown(), Done)
+    client.close()
+    controller.wait(30)
+    leftovers.wait_until_none()
+    assert hubs[0] != hubs[1]
 
 
 def test_a_killed_controller_takes_hub_and_engines_with_it(own_pool, leftovers):

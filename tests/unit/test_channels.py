@@ -8,7 +8,7 @@ import pytest
 import zmq
 
 from dnb.errors import ArgumentError, HubError
-from dnb.records import Address, Done, GetPool, Hello, Message, Process, Refused, Shutdown
+from dnb.records import Address, Done, GetPool, Hello, Message, Process, Refused, Shutdown, Submit
 from dnb.transport.channels import (
     CLIENT_ROLE,
     ENGINE_ROLE,
@@ -17,7 +17,9 @@ from dnb.transport.channels import (
     bind_router,
     connect_dealer,
     encode,
+    listen,
     start_authenticator,
+    url_of,
 )
 
 # Long enough for a handshake on loopback (about 5 ms), short enough to wait for what must not come.
@@ -32,16 +34,29 @@ class Hub:
         self.keys = RoleKeys()
         self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._authenticator = start_authenticator(self.context, self.keys)
-        self.routers = {
-            role: bind_router(self.context, self.keys, role=role, host="127.0.0.1")
-            for role in (ENGINE_ROLE, CLIENT_ROLE)
-        }
+        self.listeners = {role: listen("127.0.0.1") for role in (ENGINE_ROLE, CLIENT_ROLE)}
+        self.routers: dict[str, zmq.Socket[bytes]] = {}
         self._threads: list[threading.Thread] = []
+        self.open()
+
+    def open(self) -> None:
+        """Take the ports, as a hub does when it is started."""
+        self.routers = {
+            role: bind_router(self.context, self.keys, role=role, listener=listener)
+            for role, listener in self.listeners.items()
+        }
+
+    def die(self) -> None:
+        """Let go of the ports, which stay open."""
+        for thread in self._threads:
+            thread.join(LIMIT_MILLISECONDS / 1000)
+        self._threads.clear()
+        for router in self.routers.values():
+            router.close(linger=0)
 
     def address(self, role: str, *, of: str | None = None) -> Address:
         """Where the socket of a role is, with the keys of that role, or of another."""
-        url = self.routers[role].getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
-        return self.keys.address(of or role, url)
+        return self.keys.address(of or role, url_of(self.listeners[role]))
 
     def answer(self, *replies: Callable[[list[bytes]], list[list[bytes]]]) -> None:
         """Take one request after the other and send what each function makes of its parts."""
@@ -62,6 +77,8 @@ class Hub:
             thread.join(LIMIT_MILLISECONDS / 1000)
         self._authenticator.stop()
         self.context.destroy(linger=0)
+        for listener in self.listeners.values():
+            listener.close()
 
 
 def reply(record: Message, *frames: bytes) -> Callable[[list[bytes]], list[list[bytes]]]:
@@ -235,6 +252,53 @@ def test_threads_that_share_a_client_each_get_their_own_answer(hub: Hub, client_
     for thread in threads:
         thread.join(LIMIT_MILLISECONDS / 1000)
     assert answers == {pid: str(pid).encode() for pid in range(8)}
+
+
+def nothing(_parts: list[bytes]) -> list[list[bytes]]:
+    return []
+
+
+def test_what_a_hub_did_not_answer_before_it_died_is_asked_again_if_that_does_no_harm(hub: Hub, client_of):
+    client = client_of(hub.address(CLIENT_ROLE))
+    hub.answer(nothing)
+
+    def restart() -> None:
+        hub.die()
+        hub.open()
+        hub.answer(reply(Done(), b"of the next hub"))
+
+    restarting = threading.Thread(target=restart, name="restart")
+    restarting.start()
+    answer = client.ask(GetPool(), Done)
+    restarting.join()
+    assert answer == (Done(), [b"of the next hub"])
+
+
+def test_what_must_not_be_done_twice_is_not_asked_again(hub: Hub, client_of):
+    client = client_of(hub.address(CLIENT_ROLE))
+    hub.answer(nothing)
+    dying = threading.Thread(target=hub.die, name="dying")
+    dying.start()
+    with pytest.raises(HubError, match="died and was started again while it was asked to Submit: look whether"):
+        client.ask(Submit(), Done)
+    dying.join()
+
+
+def test_a_client_has_the_same_name_for_the_next_hub(hub: Hub, client_of):
+    names: list[bytes] = []
+
+    def keep(parts: list[bytes]) -> list[list[bytes]]:
+        names.append(parts[0])
+        return reply(Done())(parts)
+
+    client = client_of(hub.address(CLIENT_ROLE))
+    hub.answer(keep)
+    client.ask(GetPool(), Done)
+    hub.die()
+    hub.open()
+    hub.answer(keep)
+    client.ask(GetPool(), Done)
+    assert names[0] == names[1]
 
 
 def test_a_closed_client_says_that_it_is_closed(hub: Hub, client_of):

@@ -52,8 +52,13 @@ class Engine:
     is_loaded: bool = False
     is_left_out: bool = False  # it could not load the run
     is_stopped: bool = False
+    is_away: bool = False  # it has not joined the hub that was started again
     work: Assign | None = None  # being computed
     answers: deque[WorkDone | UserCodeFailed] = field(default_factory=deque)  # on their way
+
+    @property
+    def may_load(self) -> bool:
+        return not (self.is_loaded or self.is_left_out or self.is_stopped or self.is_away)
 
     @property
     def has_unanswered(self) -> bool:
@@ -77,6 +82,7 @@ class Schedule(RuleBasedStateMachine):
         self.counted: dict[tuple[int, tuple[int, ...]], bool] = {}  # engine and shards: in which slab
         self.sent: list[WorkDone | UserCodeFailed] = []
         self.apart_of: dict[int, bool] = {}  # by lease
+        self.life = 0  # of the hub
         self.next_engine = 0
         self.has_room = True  # for another slab
         self.commit: Commit | None = None
@@ -192,12 +198,16 @@ class Schedule(RuleBasedStateMachine):
             for number, engine in self.engines.items()
             if (computing and engine.work is not None and not engine.is_stopped)
             or (answering and engine.answers)
-            or (loading and not engine.is_loaded and not engine.is_left_out and not engine.is_stopped)
+            or (loading and engine.may_load)
         ]
 
     def _steady(self) -> set[int]:
         """Engines that are in the run to stay."""
         return {number for number, engine in self.engines.items() if not engine.is_left_out} - self.retiring
+
+    def _known(self) -> set[int]:
+        """Engines that the hub knows."""
+        return {number for number, engine in self.engines.items() if not engine.is_away}
 
     def _draw(self, data: st.DataObject, numbers: list[int] | set[int]) -> int:
         return data.draw(st.sampled_from(sorted(numbers)))
@@ -260,16 +270,16 @@ class Schedule(RuleBasedStateMachine):
     @rule(data=st.data())
     def retire(self, data: st.DataObject) -> None:
         number = self._draw(data, set(self.engines))
-        if self._steady() != {number}:
+        if self._steady() != {number} and number in self._known():
             self.retiring.add(number)
             self._tell(RetireEngine(number))
 
     # engines that hang, and are slow
 
-    @precondition(lambda self: set(self.engines) - self.silent)
+    @precondition(lambda self: self._known() - self.silent)
     @rule(data=st.data(), is_false_alarm=st.booleans())
     def hang(self, data: st.DataObject, is_false_alarm: bool) -> None:
-        number = self._draw(data, set(self.engines) - self.silent)
+        number = self._draw(data, self._known() - self.silent)
         self.engines[number].is_stopped = not is_false_alarm
         if not self.engines[number].is_left_out:
             self.silent.add(number)
@@ -303,6 +313,60 @@ class Schedule(RuleBasedStateMachine):
     @rule()
     def run_out_of_room(self) -> None:
         self.has_room = not self.has_room
+
+    # a hub that dies
+
+    @precondition(lambda self: self.ended is None)
+    @rule(is_applied=st.booleans())
+    def restart_the_hub(self, is_applied: bool) -> None:
+        """Leases, answers and silence are forgotten; a commit under way has been made, or it has not."""
+        if self.commit is not None and is_applied:
+            (self.committed if self.commit.kind == "step" else self.evaluated).append(self.commit.step)
+        self.commit = None
+        for engine in self.engines.values():
+            self.sent += engine.answers
+            engine.answers.clear()
+            engine.work = None
+            engine.is_loaded = engine.is_left_out = False
+            engine.is_away = True
+        self.slabs.clear()
+        self.counted.clear()
+        self.silent.clear()
+        self.life += 1
+        old = self.coordinator
+        self.coordinator = Coordinator(
+            num_steps=NUM_STEPS,
+            num_shards=NUM_SHARDS,
+            evaluate_every=EVALUATE_EVERY,
+            engines=(),
+            returning=list(self.engines),
+            step=len(self.committed),
+            evaluated=max(self.evaluated, default=0),
+            status="paused" if old.status == "paused" else "starting",
+            error=old.error,
+            traceback=old.traceback,
+            life=self.life,
+        )
+        self._perform(self.coordinator.start())
+
+    def _return(self, number: int) -> None:
+        self.engines[number].is_away = self.engines[number].is_stopped = False
+        self._tell(EngineJoined(number))
+        if number in self.retiring:
+            self._tell(RetireEngine(number))
+
+    @precondition(lambda self: len(self._known()) < len(self.engines))
+    @rule(data=st.data())
+    def return_to_the_hub(self, data: st.DataObject) -> None:
+        self._return(self._draw(data, set(self.engines) - self._known()))
+
+    @precondition(lambda self: len(self._known()) < len(self.engines))
+    @rule()
+    def all_return_and_load(self) -> None:
+        for number in sorted(set(self.engines) - self._known()):
+            self._return(number)
+        for number in self._numbers(loading=True):
+            self._load(number)
 
     # work
 
@@ -425,6 +489,8 @@ class Schedule(RuleBasedStateMachine):
                 break
             if self.silent:
                 self._recover(min(self.silent))
+            elif away := set(self.engines) - self._known():
+                self._return(min(away))
             elif self.coordinator.status == "paused":
                 self._tell(Asked("resume"))
             elif loading := self._numbers(loading=True):

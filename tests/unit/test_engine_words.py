@@ -49,7 +49,7 @@ def test_chaos_is_a_verb_engines_and_an_amount(line: str, act: Act):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", r"%dtrain chaos has no verb '': known: kill, stop, slow; such as %dtrain chaos kill 1"),
+        ("", r"%dtrain chaos has no verb '': known: kill, stop, slow, hub; such as %dtrain chaos kill 1"),
         ("kil 1", r"%dtrain chaos has no verb 'kil': did you mean 'kill'"),
         ("kill", r"%dtrain chaos kill takes an engine, not 0 words: %dtrain chaos kill 1"),
         ("kill 1 2", r"%dtrain chaos kill takes an engine, not 2 words: %dtrain chaos kill 1"),
@@ -60,6 +60,7 @@ def test_chaos_is_a_verb_engines_and_an_amount(line: str, act: Act):
         ("slow 2 4", r"'4' is no factor, such as 4x: %dtrain chaos slow 2 4x"),
         ("slow 2 fourx", r"'fourx' is no factor"),
         ("slow 2 0.5x", r"an engine can only be slowed, by 1x or more"),
+        ("hub 1", r"%dtrain chaos hub takes no other words, as a pool has one hub: %dtrain chaos hub"),
         ("kill one", r"'one' is no engine id or range; such as %dtrain chaos kill 1"),
         ("kill 7", r"no engine 7: there are 0, 1, 2"),
     ],

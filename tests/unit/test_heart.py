@@ -8,7 +8,7 @@ import zmq
 
 from dnb.engine.heart import Heart
 from dnb.records import Beat, EngineFacts, EngineMessage
-from dnb.transport.channels import ENGINE_ROLE, RoleKeys, bind_router, start_authenticator
+from dnb.transport.channels import ENGINE_ROLE, RoleKeys, bind_router, listen, start_authenticator, url_of
 from dnb.transport.lives import this_process
 
 LIMIT_MILLISECONDS = 10_000
@@ -20,16 +20,17 @@ def router_and_heart() -> Iterator[tuple[zmq.Socket[bytes], Heart]]:
     keys = RoleKeys()
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     authenticator = start_authenticator(context, keys)
-    router = bind_router(context, keys, role=ENGINE_ROLE, host="127.0.0.1")
-    url = router.getsockopt(zmq.LAST_ENDPOINT).rstrip(b"\0").decode()
+    listener = listen("127.0.0.1")
+    router = bind_router(context, keys, role=ENGINE_ROLE, listener=listener)
     facts = EngineFacts(engine=3, process=this_process(), cores=1, memory_bytes=1, device="cpu", torch_version="2")
-    heart = Heart(facts, address=keys.address(ENGINE_ROLE, url))
+    heart = Heart(facts, address=keys.address(ENGINE_ROLE, url_of(listener)))
     heart.start()
     yield router, heart
     heart.stop()
     router.close()
     authenticator.stop()
     context.term()
+    listener.close()
 
 
 def test_a_heart_beats_again_and_again_and_says_whose_it_is(router_and_heart: tuple[zmq.Socket[bytes], Heart]):

@@ -1,0 +1,82 @@
+"""What a hub leaves for the next one, in the pool's folder: in memory, and gone with the pool.
+
+Two records, each replaced in one move: who belongs to the pool, and what was submitted. How far a run has come is not
+in them: that is in its folder, and in `dnb.hub.journal`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from dnb.records import EngineFacts, Process, Record, SegmentRef
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T", bound=Record)
+
+POOL_FILE = "hub.msgpack"
+RUN_FILE = "run.msgpack"
+
+
+class PoolMemo(Record, frozen=True):
+    """Who belongs to the pool."""
+
+    owner: Process | None
+    kernels: dict[str, Process]  # by the names of their sockets, in hexadecimal
+    engines: tuple[EngineFacts, ...]
+    spares: tuple[int, ...]
+    leaving: tuple[int, ...]
+    wanted_spares: int
+    dead: tuple[int, ...]
+    num_killed: int
+    stopped: tuple[tuple[Process, float], ...]  # on purpose; until when on the host's monotonic clock
+    helpers: tuple[Process, ...]
+
+
+class RunMemo(Record, frozen=True):
+    """The run that the hub holds."""
+
+    frames: tuple[bytes, ...]  # spec, job, data, signature: as the client signed them
+    clip_norm: float | None  # as it is by now
+    mended: tuple[bytes, bytes] | None  # pickle and signature
+    journal: SegmentRef | None
+
+
+def write_memo(folders: Sequence[Path], name: str, memo: Record) -> None:
+    """Replace a record in the first folder that takes it; a pool without room for it goes on without."""
+    packed = msgspec.msgpack.encode(memo)
+    for folder in folders:
+        aside = folder / f"{name}.new"
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+                file.write(packed)
+            aside.replace(folder / name)
+        except OSError as error:
+            log.warning("%s cannot be kept in %s: %s", name, folder, error)
+        else:
+            return
+
+
+def read_memo(folders: Sequence[Path], name: str, kind: type[T]) -> T | None:
+    """What the hub before has left, if there was one."""
+    for folder in folders:
+        try:
+            return msgspec.msgpack.decode((folder / name).read_bytes(), type=kind)
+        except FileNotFoundError:
+            continue
+        except (OSError, msgspec.MsgspecError) as error:
+            log.warning("%s is of no use: %s", folder / name, error)
+    return None
+
+
+def remove_memo(folders: Sequence[Path], name: str) -> None:
+    """Forget a record."""
+    for folder in folders:
+        (folder / name).unlink(missing_ok=True)

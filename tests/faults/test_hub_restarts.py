@@ -1,0 +1,146 @@
+"""A hub that is killed is started again, and nothing that counted is lost."""
+
+import contextlib
+import os
+import signal
+import time
+
+import psutil
+import pytest
+import torch
+
+from dnb.errors import RunError
+from tests.engines.pools import open_small_pool, wait, wait_until
+from tests.models import digits, largest_gap, mlp, plain_losses
+
+pytestmark = [pytest.mark.engines, pytest.mark.faults]
+
+
+@pytest.fixture(scope="module")
+def shared_pool(leftovers, tmp_path_factory):
+    with open_small_pool(3, profile_dir=tmp_path_factory.mktemp("restarts") / "profile") as pool:
+        yield pool
+    leftovers.wait_until_none()
+
+
+@pytest.fixture
+def pool(shared_pool, tmp_path, monkeypatch):
+    """Three engines and a healthy hub."""
+    monkeypatch.chdir(tmp_path)
+    if len(shared_pool.engines) < 3:
+        shared_pool.add(3 - len(shared_pool.engines))
+    pids = {engine.pid for engine in shared_pool.engines}
+    yield shared_pool
+    until(lambda: are_back(shared_pool, pids), what="all that live are back")
+    if shared_pool.run is not None:
+        shared_pool.run.stop()
+        with contextlib.suppress(RunError):
+            shared_pool.run.wait(timeout_seconds=60)
+
+
+def until(holds, *, what, limit_seconds=30):
+    deadline = time.monotonic() + limit_seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {limit_seconds} s: {what}"
+        time.sleep(0.02)
+
+
+def are_back(pool, pids):
+    return {pid for pid in pids if psutil.pid_exists(pid)} <= {engine.pid for engine in pool.engines}
+
+
+def kill_hub(pool):
+    """SIGKILL; the next hub answers when this returns."""
+    before = pool.facts.hub
+    os.kill(before.pid, signal.SIGKILL)
+    until(lambda: pool.facts.hub.pid != before.pid, what="another hub answers")
+
+
+def wait_for_step(run, step):
+    wait_until(run, lambda run: run.step >= step, what=f"step {step}")
+    assert run.step >= step, run
+
+
+def fit(pool, **options):
+    return pool.fit(mlp(), digits(), loss="cross_entropy", lr=1e-3, **options)
+
+
+def test_a_run_goes_on_with_the_same_loss_when_the_hub_is_killed(pool):
+    run = fit(pool, steps=300)
+    for step in (20, 100, 200):
+        wait_for_step(run, step)
+        kill_hub(pool)
+    wait(run)
+    plain = plain_losses(mlp(), digits(), num_steps=300, batch_size=64)
+    assert (run.status, run.step) == ("finished", 300)
+    assert largest_gap(run.history["loss"][:50], plain[:50]) <= 1e-6
+    assert largest_gap(run.history["loss"], plain) <= 1e-4
+
+
+def test_an_idle_pool_keeps_its_engines_and_trains(pool):
+    engines = [(engine.id, engine.pid) for engine in pool.engines]
+    kill_hub(pool)
+    until(lambda: len(pool.engines) == len(engines), what="all engines are back")
+    assert [(engine.id, engine.pid) for engine in pool.engines] == engines
+    assert wait(fit(pool, steps=20)).status == "finished"
+
+
+def test_a_paused_run_stays_paused_and_can_be_resumed(pool):
+    run = fit(pool, steps=300)
+    wait_for_step(run, 10)
+    run.pause()
+    wait_until(run, lambda run: run.status == "paused", what="the pause")
+    at = run.step
+    kill_hub(pool)
+    until(lambda: len(pool.engines) == 3, what="all engines are back")
+    assert (run.status, run.step) == ("paused", at)
+    run.resume()
+    assert wait(run).step == 300
+
+
+def test_a_run_that_has_ended_still_gives_its_weights(pool):
+    run = wait(fit(pool, steps=40))
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    kill_hub(pool)
+    run._fetched = None
+    after = pool.run.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_an_engine_that_dies_with_the_hub_is_done_without(pool):
+    run = fit(pool, steps=300)
+    wait_for_step(run, 20)
+    victim = pool.engines[0]
+    hub = pool.facts.hub.pid
+    os.kill(victim.pid, signal.SIGKILL)
+    os.kill(hub, signal.SIGKILL)
+    wait(run)
+    plain = plain_losses(mlp(), digits(), num_steps=50, batch_size=64)
+    assert (run.status, victim.id in [engine.id for engine in pool.engines]) == ("finished", False)
+    assert largest_gap(run.history["loss"][:50], plain) <= 1e-6
+
+
+def test_another_hub_takes_its_place_when_the_user_kills_it_on_purpose(pool):
+    run = fit(pool, steps=300)
+    wait_for_step(run, 10)
+    pool.chaos.hub()
+    wait(run)
+    kinds = [event.kind for event in run.events]
+    assert kinds.index("chaos") < kinds.index("recovered")
+
+
+def test_an_engine_that_was_stopped_on_purpose_goes_on_although_the_hub_has_died(pool):
+    victim = pool.engines[1]
+    pool.chaos.stop(victim.id, 1.0)
+    kill_hub(pool)
+    until(lambda: psutil.Process(victim.pid).status() != psutil.STATUS_STOPPED, what="it goes on")
+    until(lambda: len(pool.engines) == 3, what="it has joined again")
+
+
+def test_spares_rest_on_and_are_kept(pool):
+    pool.keep_spares(1)
+    spare = next(engine.id for engine in pool.engines if engine.state == "spare")
+    kill_hub(pool)
+    until(lambda: len(pool.engines) == 4, what="all engines are back")
+    assert [engine.id for engine in pool.engines if engine.state == "spare"] == [spare]
+    pool.keep_spares(0)
