@@ -22,7 +22,7 @@ from dnb.hub.agreement import Agreement
 from dnb.hub.checkpointer import Checkpointer, Place
 from dnb.hub.coordinator import Coordinator
 from dnb.hub.history import HistoryRow, RunFolder, RunSummary, summarize
-from dnb.hub.reducer import Contribution, Master, NotFinite, mean_of
+from dnb.hub.reducer import Contribution, Master, NotFinite, StepResult, mean_of
 from dnb.hub.restoring import restore, rows_of
 from dnb.hub.samples import Batches
 from dnb.records import (
@@ -111,6 +111,7 @@ class ActiveRun:
             if spec.resumed is not None:
                 begin = restore(Path(spec.resumed.folder), self.master, self._columns)
                 self._first_step, evaluated, elapsed_seconds = begin.step, begin.evaluated, begin.elapsed_seconds
+            self.master.keep_journal(step=self._first_step, evaluated=evaluated)
             for engine, member in self._members.items():
                 self.master.add_slabs(engine, num_slabs, kind=member.transport)
             self._folder = RunFolder(Path(spec.folder))
@@ -541,6 +542,9 @@ class ActiveRun:
         except Exception as error:  # noqa: BLE001 - a user's optimizer may raise anything; the run fails with it
             self._checkpoints.is_torn = True
             return machine.CommitFailed(step, _failure(error))
+        if kind == "evaluation":
+            self.master.commit_evaluation(step, values)
+        self._chores.append(self.master.settle)
         self._chores.append(partial(self._record, kind, step, values, time.time()))
         if kind == "step" and self._agreement.is_digest_due(step):
             self._chores.append(partial(self._take_digest, step))
@@ -566,12 +570,16 @@ class ActiveRun:
             loss, metrics = mean_of([c.sums for c in contributions])
             self._last_commit = time.monotonic()
             return {"val_loss": loss, **{f"val_{name}": value for name, value in metrics.items()}}
-        result = self.master.commit(contributions)
+        result = self.master.commit(contributions, describe=self._describe)
         self._version += 1
         samples: dict[int, int] = {}
         for part in contributions:
             samples[part.engine] = samples.get(part.engine, 0) + part.sums.num_samples
         self._accounts.count_step(samples)
+        return result.values
+
+    def _describe(self, result: StepResult) -> dict[str, float]:
+        """What the history says of a step; it is in the journal before the step is applied."""
         now = time.monotonic()
         speed = result.num_samples / max(now - self._last_commit, 1e-9)
         self._last_commit = now

@@ -10,7 +10,7 @@ has); the one that is not named is free to be written. So nothing that is read c
     SEQUENCE   number of commits, evaluations and changes of options; the last of the two commit records holds
     INTENT     step whose update may be finished by the next process, as the intent record says (rolled forward)
     DIRTY      step whose update cannot be finished: undone by the shadow copy, if there is one (rolled back)
-    SHADOW     step after which the shadow copy was taken
+    SHADOW     step that the shadow copy was taken for
     STEPS      step, and whether its step counts were saved (1) and raised (2)
     PARTS      for each part of the update: step, chunks saved and done
 

@@ -11,6 +11,7 @@ user's optimizer, must not depend on anything but their state.
 
 from __future__ import annotations
 
+import glob
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -62,6 +63,8 @@ log = logging.getLogger(__name__)
 SHADOW_BYTES = 64 << 20
 # Of a state record, besides what the optimizer's state needs: groups and scheduler may grow.
 _SPARE_STATE_BYTES = 64 << 10
+# As the files of a run's segments are named.
+_KINDS = ("parameters", "optimizer", "undo", "shadow", "journal", "slab")
 
 Buffers = Iterable[tuple[str, torch.Tensor]]
 
@@ -167,7 +170,7 @@ class Keeper:
         if self.journal.last.owes_scheduler:
             self._write_state()
             self.journal.republish()
-        if self._is_rolled_back and not self.journal.is_marked(SHADOW, self.step):
+        if self._is_rolled_back and not self.journal.is_marked(SHADOW, self.step + 1):
             self._copy_aside()
 
     def change(self, *, clip_norm: float | None) -> None:
@@ -186,13 +189,18 @@ class Keeper:
         """Which parameters have gradients, or where these lie, has changed."""
         self._rolling, self._is_planned = None, False
 
+    @property
+    def segments(self) -> list[Segment]:
+        """All that another process needs, but for parameters and slabs."""
+        found = [self.journal.segment]
+        found += [self._undo.segment] if self._undo is not None else []
+        found += [self._shadow] if self._shadow is not None else []
+        return found + ([self._moments.segment] if self._moments is not None else [])
+
     def unlink(self) -> None:
         """Nobody will go on from here."""
-        for segment in (self.journal.segment, self._undo.segment if self._undo else None, self._shadow):
-            if segment is not None:
-                segment.unlink()
-        if self._moments is not None:
-            self._moments.segment.unlink()
+        for segment in self.segments:
+            segment.unlink()
 
     # going on
 
@@ -243,7 +251,7 @@ class Keeper:
                 parameter.grad = None
 
     def _undo_update(self) -> None:
-        if not self.journal.is_marked(SHADOW, self.step) or self._shadow is None:
+        if not self.journal.is_marked(SHADOW, self.step + 1) or self._shadow is None:
             raise Torn(f"the hub died while it applied step {self.step + 1}, of which there is no copy")
         for source, place in self._shadow_copies():
             np.copyto(source, place)
@@ -405,7 +413,7 @@ class Keeper:
                 before.unlink()
         for source, place in self._shadow_copies():
             np.copyto(place, source)
-        self.journal.mark(SHADOW, self.step)
+        self.journal.mark(SHADOW, self.step + 1)
 
     def _shadow_copies(self) -> list[Copy]:
         assert self._shadow is not None
@@ -512,12 +520,14 @@ def begin_keeping(held: Held, *, clip_norm: float | None, step: int, evaluated: 
     return keeper
 
 
-def remove_segments(folders: Sequence[Path], prefix: str, *, kinds: Sequence[str]) -> None:
+def remove_segments(folders: Sequence[Path], prefix: str, *, but: Iterable[Segment]) -> None:
     """Remove what a dead hub left of a run; processes that have it mapped keep it until they end."""
+    kept = {segment.path for segment in but}
     for folder in folders:
-        for kind in kinds:
-            for path in folder.glob(f"{prefix}-{kind}-*"):
-                path.unlink(missing_ok=True)
+        for kind in _KINDS:
+            for path in folder.glob(f"{glob.escape(prefix)}-{kind}-*"):
+                if path not in kept:
+                    path.unlink(missing_ok=True)
 
 
 def _mark_as_stepped(optimizer: Any) -> None:

@@ -14,8 +14,6 @@ from dnb.records import SegmentRef
 from dnb.transport.job import Job
 from dnb.transport.segments import open_segment
 
-_KINDS = ("parameters", "optimizer", "undo", "shadow", "journal")
-
 
 def recover_master(job: Job, *, journal: SegmentRef, folders: Sequence[Path], prefix: str) -> tuple[Master, LastCommit]:
     """Come to the state after the last committed step, and keep the same journal from there on.
@@ -44,13 +42,13 @@ def recover_master(job: Job, *, journal: SegmentRef, folders: Sequence[Path], pr
             num_threads=state.num_threads,
         )
         last = _recover(master, found, state)
+        remove_segments(folders, prefix, but=master.segments)
     except (OSError, ValueError, KeyError, msgspec.MsgspecError) as error:
         _remove(master, folders, prefix)
         raise Torn(f"the journal is of no use: {type(error).__name__}: {error}") from error
     except BaseException:
         _remove(master, folders, prefix)
         raise
-    remove_segments(folders, prefix, kinds=("slab",))
     return master, last
 
 
@@ -64,4 +62,4 @@ def _recover(master: Master, journal: Journal, state: State) -> LastCommit:
 def _remove(master: Master | None, folders: Sequence[Path], prefix: str) -> None:
     if master is not None:
         master.close()
-    remove_segments(folders, prefix, kinds=(*_KINDS, "slab"))
+    remove_segments(folders, prefix, but=())

@@ -174,6 +174,11 @@ class Master:
         return None if self._keeper is None else self._keeper.journal.ref
 
     @property
+    def segments(self) -> list[Segment]:
+        """What outlives the process, but for slabs."""
+        return [self._segment, *([] if self._keeper is None else self._keeper.segments)]
+
+    @property
     def held(self) -> Held:
         """What a journal is kept of."""
         return Held(
@@ -316,9 +321,8 @@ class Master:
     def close(self) -> None:
         """Unlink parameters and journal; the memory goes when the last process lets go of it."""
         self._crew.close()
-        self._segment.unlink()
-        if self._keeper is not None:
-            self._keeper.unlink()
+        for segment in self.segments:
+            segment.unlink()
 
     def _drop(self, key: tuple[int, int]) -> None:
         slab = self._slabs.pop(key)

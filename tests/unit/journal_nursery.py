@@ -328,6 +328,7 @@ def life(case: Case, folder: Path, order: dict[str, Any], wanted: Any) -> Callab
                 return f"the state is not that after step {last.step}: {last.note}"
             if last.values != wanted[1][last.step]:
                 return f"the values of step {last.step} are {last.values}"
+            log.write_text(str(last.step))
         else:
             log.write_text("0")
             hub.begin()
@@ -383,7 +384,9 @@ def scripts(order: dict[str, Any], rng: random.Random) -> list[list[dict[str, An
             return [[]]
         case "at every store":
             # the first step's, and those of the step in which more parameters are used
-            first = [{kind: number, "settles": number % 2} for number in order["stores"] for kind in ("before", "after")]
+            first = [
+                {kind: number, "settles": number % 2} for number in order["stores"] for kind in ("before", "after")
+            ]
             return [[each] for each in first]
         case "again and again":
             names = ["before", "after", "update"]
