@@ -46,7 +46,7 @@ def recover_master(job: Job, *, journal: SegmentRef, folders: Sequence[Path], pr
     except (OSError, ValueError, KeyError, msgspec.MsgspecError) as error:
         _remove(master, folders, prefix)
         raise Torn(f"the journal is of no use: {type(error).__name__}: {error}") from error
-    except BaseException:
+    except Exception:
         _remove(master, folders, prefix)
         raise
     return master, last

@@ -10,12 +10,13 @@ import json
 import os
 import pickle
 import random
+import select
 import shutil
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +96,9 @@ class Case:
     clip_norm: float | None = None
     num_slabs: int = 2
     num_threads: int = 1
-    unused: Callable[[int, str], bool] = lambda step, name: False
+    unused: Callable[[int, str], bool] | None = None
     kind: str = "memory"
-    shadow_bytes: int = field(default=keeping.SHADOW_BYTES)
+    shadow_bytes: int = keeping.SHADOW_BYTES
 
 
 def rare(step: int, name: str) -> bool:
@@ -157,7 +158,8 @@ class Hub:
         if not self._is_plain:
             self.master.keep_journal(step=0, evaluated=0)
             ref = self.master.journal_ref
-            (self._folder / "ref").write_text(json.dumps([ref.path, ref.num_bytes]))
+            replace(self._folder / "log", "0")
+            replace(self._folder / "ref", json.dumps([ref.path, ref.num_bytes]))
 
     def recover(self) -> Any:
         path, num_bytes = json.loads((self._folder / "ref").read_text())
@@ -169,7 +171,7 @@ class Hub:
         generator = torch.Generator().manual_seed(step)
         contributions = []
         names = [slot.name for slot in self.master.gradient_layout.slots]
-        unused = tuple(place for place, name in enumerate(names) if self.case.unused(step, name))
+        unused = tuple(place for place, name in enumerate(names) if self.case.unused and self.case.unused(step, name))
         for number in range(self.case.num_slabs):
             self.master.add_slabs(number // 2, number % 2 + 1, kind=self.case.kind)
             slab = self.master.slabs_of(number // 2)[number % 2]
@@ -217,76 +219,103 @@ def _plain(value: Any) -> Any:
     return repr(value)
 
 
+def replace(path: Path, text: str) -> None:
+    """Write a file so that it is never seen half written."""
+    aside = path.with_suffix(".new")
+    aside.write_text(text)
+    aside.replace(path)
+
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def scripted(hub: Hub, order: dict[str, Any]) -> None:
     """Let the hub die at one of its stores, or in the middle of one of its changes."""
-    journal = hub.master._keeper.journal
-    counts = {"mark": 0, "update": 0}
-    mark, update = journal.mark, rolling.update_adam
+    die_at_stores(hub.master._keeper.journal, order)
+    die_in_kernels(order)
+    die_in_optimizers(hub, order)
+    die_in_schedulers(hub, order)
+
+
+def die_at_stores(journal: Any, order: dict[str, Any]) -> None:
+    mark, count = journal.mark, 0
 
     def marked(place: int, value: int) -> None:
-        counts["mark"] += 1
-        if order.get("before") == counts["mark"]:
+        nonlocal count
+        count += 1
+        if order.get("before") == count:
             die()
         mark(place, value)
-        if order.get("after") == counts["mark"]:
+        if order.get("after") == count:
             die()
 
+    journal.mark = marked
+
+
+def die_in_kernels(order: dict[str, Any]) -> None:
+    update, count = rolling.update_adam, 0
+
     def updated(optimizer: Any, options: Any, part: Any) -> None:
-        counts["update"] += 1
-        if order.get("update") == counts["update"]:
-            for place in (0, 2, 3, 4):
-                for tensor in part[place]:
-                    tensor.view(-1)[: 1 + tensor.numel() // 2].fill_(77)
+        nonlocal count
+        count += 1
+        if order.get("update") == count:
+            for tensor in (tensor for place in (0, 2, 3, 4) for tensor in part[place]):
+                tensor.view(-1)[: 1 + tensor.numel() // 2].fill_(77)
             die()
         update(optimizer, options, part)
 
-    journal.mark = marked
     rolling.update_adam = updated
-    keeping_step = hub.master._stepper.step
+
+
+def die_in_optimizers(hub: Hub, order: dict[str, Any]) -> None:
+    stepper = hub.master._stepper
+    step = stepper.step
 
     def stepped() -> None:
         if order.get("step") == hub.master._keeper.step + 1:
-            for group in hub.master.optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.data.fill_(77)
-            for state in hub.master.optimizer.state.values():
-                for value in state.values():
-                    if isinstance(value, torch.Tensor):
-                        value.fill_(77)
+            for parameter in hub.master.model.parameters():
+                parameter.data.fill_(77)
+            for value in (value for state in hub.master.optimizer.state.values() for value in state.values()):
+                if isinstance(value, torch.Tensor):
+                    value.fill_(77)
             die()
-        keeping_step()
+        step()
 
-    hub.master._stepper.step = stepped
+    stepper.step = stepped
+
+
+def die_in_schedulers(hub: Hub, order: dict[str, Any]) -> None:
     scheduler = hub.master.scheduler
-    if scheduler is not None and order.get("scheduler"):
-        schedule = scheduler.step
+    if scheduler is None or "scheduler" not in order:
+        return
+    step = scheduler.step
 
-        def scheduled() -> None:
-            schedule()
-            if hub.master._keeper.step + 1 == order["scheduler"]:
-                die()
+    def stepped() -> None:
+        step()
+        if hub.master._keeper.step + 1 == order["scheduler"]:
+            die()
 
-        scheduler.step = scheduled
+    scheduler.step = stepped
 
 
-def fork(task: Callable[[], Any]) -> tuple[int, Any]:
-    """Signal that ended a child, and what it returned."""
+def fork(task: Callable[[], Any], *, seconds: float | None = None) -> tuple[int, Any]:
+    """Signal that ended a child, and what it returned; killed after so many seconds."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
         try:
             answer = task()
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - told to the parent
             answer = traceback.format_exc()
         with open(writing, "wb") as pipe:
             pickle.dump(answer, pipe)
         os._exit(0)
     os.close(writing)
+    if seconds is not None:
+        select.select([reading], [], [], seconds)
+        os.kill(child, signal.SIGKILL)
     with open(reading, "rb") as pipe:
         answer = pipe.read()
     _, status = os.waitpid(child, 0)
@@ -317,50 +346,61 @@ def life(case: Case, folder: Path, order: dict[str, Any], wanted: Any) -> Callab
         hub = Hub(case, folder)
         log = folder / "log"
         if (folder / "ref").exists():
-            try:
-                last = hub.recover()
-            except Torn:
-                return "torn"
-            noted = int(log.read_text() or 0)
-            if last.step not in (noted, noted + 1):
-                return f"step {noted} was committed, and {last.step} was found"
-            if hub.state() != wanted[0][last.step]:
-                return f"the state is not that after step {last.step}: {last.note}"
-            if last.values != wanted[1][last.step]:
-                return f"the values of step {last.step} are {last.values}"
-            log.write_text(str(last.step))
+            fault = revive(hub, int(log.read_text()), wanted)
+            if fault:
+                return fault
         else:
-            log.write_text("0")
             hub.begin()
-        keeper = hub.master._keeper
-        if keeper is None:
-            return f"no journal: {hub.master.notes}"
+        replace(log, str(hub.master._keeper.step))
         scripted(hub, order)
-        for step in range(keeper.step + 1, NUM_STEPS + 1):
-            if hub.commit(step) != wanted[1][step]:
-                return f"the values of step {step}"
-            log.write_text(str(step))
-            if order.get("settles", True):
-                hub.master.settle()
-        if hub.state() != wanted[0][NUM_STEPS]:
-            return "the last state is another"
-        hub.master.drop_slabs()
-        hub.master.close()
-        left = {path.name for path in folder.iterdir()} - {"ref", "log"}
-        return f"left over: {left}" if left else ""
+        return live(hub, log, order, wanted)
 
     return run
+
+
+def revive(hub: Hub, noted: int, wanted: Any) -> str:
+    """Take a run over from the hub before."""
+    try:
+        last = hub.recover()
+    except Torn as verdict:
+        return "torn" if "no copy" in str(verdict) else str(verdict)
+    if last.step not in (noted, noted + 1):
+        return f"step {noted} was committed, and {last.step} was found"
+    if hub.state() != wanted[0][last.step]:
+        return f"the state is not that after step {last.step}: {last.note}"
+    if last.values != wanted[1][last.step]:
+        return f"the values of step {last.step} are {last.values}"
+    return ""
+
+
+def live(hub: Hub, log: Path, order: dict[str, Any], wanted: Any) -> str:
+    """Go on to the last step."""
+    for step in range(hub.master._keeper.step + 1, NUM_STEPS + 1):
+        if hub.commit(step) != wanted[1][step]:
+            return f"the values of step {step}"
+        replace(log, str(step))
+        if order.get("settles", True):
+            hub.master.settle()
+    if hub.state() != wanted[0][NUM_STEPS]:
+        return "the last state is another"
+    (log.parent / "ref").rename(log.parent / "ended")
+    hub.master.drop_slabs()
+    hub.master.close()
+    left = {path.name for path in log.parent.iterdir()} - {"ended", "log"}
+    return f"left over: {left}" if left else ""
 
 
 def lives(case: Case, folder: Path, orders: list[dict[str, Any]], wanted: Any) -> str:
     """Hubs that follow each other; the last one is not disturbed."""
     (folder / "ref").unlink(missing_ok=True)
     for order in [*orders, {}]:
-        killed, answer = fork(life(case, folder, order, wanted))
-        if not killed:
+        killed, answer = fork(life(case, folder, order, wanted), seconds=order.get("seconds"))
+        if not killed or (folder / "ended").exists():
+            killed = 0
             break
     for path in folder.iterdir():
         path.unlink()
+    answer = answer or ""
     return "killed in the end" if killed else answer
 
 
@@ -379,20 +419,22 @@ def obey(order: dict[str, Any], folder: Path) -> str:
 
 
 def scripts(order: dict[str, Any], rng: random.Random) -> list[list[dict[str, Any]]]:
+    """The lives' orders, one list for each run."""
     match order["how"]:
         case "not at all":
             return [[]]
-        case "at every store":
-            # the first step's, and those of the step in which more parameters are used
-            first = [
-                {kind: number, "settles": number % 2} for number in order["stores"] for kind in ("before", "after")
-            ]
-            return [[each] for each in first]
+        case "at a store":
+            kinds = order.get("kinds", ("before", "after"))
+            return [[{kind: number, "settles": number % 2}] for number in order["stores"] for kind in kinds]
         case "again and again":
-            names = ["before", "after", "update"]
-            return [[{rng.choice(names): rng.randint(1, 30)} for _ in range(8)] for _ in range(order["times"])]
+            return [
+                [{rng.choice(["before", "after", "update"]): rng.randint(1, 25)} for _ in range(6)]
+                for _ in range(order["times"])
+            ]
         case "in the update":
-            return [[{name: number}] for name in ("update", "step", "scheduler") for number in (1, 2, 3)]
+            return [[{name: number}] for name in order["in"] for number in (1, 2, 3)]
+        case "at random moments":
+            return [[{"seconds": rng.uniform(0.004, 0.04)} for _ in range(10)] for _ in range(order["times"])]
     raise ValueError(order["how"])
 
 
@@ -406,7 +448,7 @@ def main() -> None:
     for line in sys.stdin:
         try:
             answer = obey(json.loads(line), folder)
-        except Exception:
+        except Exception:  # noqa: BLE001 - told to the test
             answer = traceback.format_exc()
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
