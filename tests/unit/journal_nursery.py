@@ -350,6 +350,8 @@ def life(case: Case, folder: Path, order: dict[str, Any], wanted: Any) -> Callab
             if fault:
                 return fault
         else:
+            for path in folder.iterdir():
+                path.unlink()  # of a hub that was killed before it had a journal
             hub.begin()
         replace(log, str(hub.master._keeper.step))
         scripted(hub, order)
