@@ -24,7 +24,7 @@ from dnb.hub.checkpointer import Checkpointer, Place
 from dnb.hub.coordinator import Coordinator
 from dnb.hub.history import HistoryRow, RunFolder, RunSummary, summarize
 from dnb.hub.memo import RunMemo
-from dnb.hub.reducer import Contribution, NotFinite, mean_of
+from dnb.hub.reducer import Contribution, NotFinite, StepResult, mean_of
 from dnb.hub.restoring import rows_of
 from dnb.hub.samples import Batches
 from dnb.records import (
@@ -342,7 +342,12 @@ class ActiveRun:
     @property
     def memo(self) -> RunMemo:
         """What the next hub needs to take the run over, should this one die."""
-        return RunMemo(frames=tuple(self._frames), clip_norm=self.spec.clip_norm, mended=self._mended, journal=None)
+        return RunMemo(
+            frames=tuple(self._frames),
+            clip_norm=self.spec.clip_norm,
+            mended=self._mended,
+            journal=self.master.journal_ref,
+        )
 
     # checkpoints
 
@@ -567,6 +572,9 @@ class ActiveRun:
         except Exception as error:  # noqa: BLE001 - a user's optimizer may raise anything; the run fails with it
             self._checkpoints.is_torn = True
             return machine.CommitFailed(step, _failure(error))
+        if kind == "evaluation":
+            self.master.commit_evaluation(step, values)
+        self._chores.append(self.master.settle)
         self._chores.append(partial(self._record, kind, step, values, time.time()))
         if kind == "step" and self._agreement.is_digest_due(step):
             self._chores.append(partial(self._take_digest, step))
@@ -592,12 +600,16 @@ class ActiveRun:
             loss, metrics = mean_of([c.sums for c in contributions])
             self._last_commit = time.monotonic()
             return {"val_loss": loss, **{f"val_{name}": value for name, value in metrics.items()}}
-        result = self.master.commit(contributions)
+        result = self.master.commit(contributions, describe=self._describe)
         self._version += 1
         samples: dict[int, int] = {}
         for part in contributions:
             samples[part.engine] = samples.get(part.engine, 0) + part.sums.num_samples
         self._accounts.count_step(samples)
+        return result.values
+
+    def _describe(self, result: StepResult) -> dict[str, float]:
+        """What the history says of a step; it is in the journal before the step is applied."""
         now = time.monotonic()
         speed = result.num_samples / max(now - self._last_commit, 1e-9)
         self._last_commit = now

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 
 import msgspec
@@ -14,7 +16,10 @@ from dnb.errors import ArgumentError
 from dnb.hub.accounts import Columns
 from dnb.hub.checkpoints import find_checkpoint, remove_torn
 from dnb.hub.history import HistoryRow, RunFolder, read_events, read_history, read_summary
+from dnb.hub.journal import LastCommit, Torn
+from dnb.hub.keeping import remove_segments
 from dnb.hub.memo import RunMemo
+from dnb.hub.recovering import recover_master
 from dnb.hub.reducer import Master
 from dnb.hub.restoring import restore, rows_of
 from dnb.planning.sample_order import BatchOrder
@@ -69,6 +74,7 @@ def begin(spec: RunSpec, job: Job, *, folders: Sequence[Path]) -> Beginning:
         if spec.resumed is not None:
             manifest = restore(Path(spec.resumed.folder), master, columns)
             step, evaluated, elapsed_seconds = manifest.step, manifest.evaluated, manifest.elapsed_seconds
+        master.keep_journal(step=step, evaluated=evaluated)
     except BaseException:
         master.close()
         raise
@@ -83,17 +89,71 @@ def begin(spec: RunSpec, job: Job, *, folders: Sequence[Path]) -> Beginning:
     )
 
 
-def take_over(spec: RunSpec, memo: RunMemo, job: Job, *, folders: Sequence[Path]) -> Beginning:
-    """A run that a hub held which died: from its newest checkpoint, else from its beginning.
+def take_over(spec: RunSpec, memo: RunMemo, unpack: Callable[[], Job], *, folders: Sequence[Path]) -> Beginning:
+    """A run that a hub held which died: after its last committed step, or from its newest checkpoint.
 
     Args:
         spec: of the run.
         memo: of the hub before.
-        job: as unpacked.
+        unpack: makes the job anew.
         folders: where segments may lie.
     """
     folder = Path(spec.folder)
     summary = read_summary(folder)
+    found = _from_journal(spec, memo, unpack(), folders) or _from_checkpoint(spec, memo, unpack(), folders)
+    return Beginning(
+        master=found.master,
+        order=found.order,
+        columns=found.columns,
+        first_step=0 if spec.resumed is None else spec.resumed.step,
+        step=found.step,
+        evaluated=found.evaluated,
+        started=summary.started,
+        elapsed_seconds=summary.elapsed_seconds,
+        status="starting" if summary.status == "running" else summary.status,
+        error=summary.error,
+        traceback=summary.remote_traceback,
+        events=read_events(folder),
+        note=found.note,
+        mended=memo.mended,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What of a run is still there."""
+
+    master: Master
+    order: BatchOrder
+    columns: Columns
+    step: int
+    evaluated: int
+    note: str
+
+
+def _from_journal(spec: RunSpec, memo: RunMemo, job: Job, folders: Sequence[Path]) -> _Found | None:
+    """From what lies in shared memory, if it is whole."""
+    if memo.journal is None:
+        remove_segments(folders, spec.name, but=())
+        return None
+    try:
+        master, last = recover_master(job, journal=memo.journal, folders=folders, prefix=spec.name)
+    except Torn as torn:
+        log.warning("run %r goes on from a checkpoint: %s", spec.name, torn)
+        return None
+    columns = columns_of(read_history(Path(spec.folder)))
+    missing = _missing_row(columns, last)
+    if missing is not None:
+        _add_row(columns, missing)
+        with RunFolder(Path(spec.folder)) as files:
+            files.append_row(missing)
+    note = f"the hub died and was started again: the run goes on after step {last.step}"
+    return _Found(master, job.order, columns, last.step, last.evaluated, f"{note}; {last.note}" if last.note else note)
+
+
+def _from_checkpoint(spec: RunSpec, memo: RunMemo, job: Job, folders: Sequence[Path]) -> _Found:
+    """From the newest checkpoint, else from the beginning; the history forgets what is done again."""
+    folder = Path(spec.folder)
     last = max((row.step for row in read_history(folder)), default=0)
     master = Master(job, folders=folders, prefix=spec.name, clip_norm=memo.clip_norm)
     columns = Columns()
@@ -102,26 +162,13 @@ def take_over(spec: RunSpec, memo: RunMemo, job: Job, *, folders: Sequence[Path]
     if source is not None:
         manifest = restore(source, master, columns)
         step, evaluated = manifest.step, manifest.evaluated
-    _rewrite_history(folder, columns, started=summary.started)
+    master.keep_journal(step=step, evaluated=evaluated)
+    with RunFolder(folder) as files:
+        files.replace_history(rows_of(columns, time=read_summary(folder).started))
     note = f"the hub died and was started again: the run goes on after step {step}"
     if step < last:
         note += f", from {source or 'the beginning'}; steps {step + 1} to {last} are done again"
-    return Beginning(
-        master=master,
-        order=job.order,
-        columns=columns,
-        first_step=0 if spec.resumed is None else spec.resumed.step,
-        step=step,
-        evaluated=evaluated,
-        started=summary.started,
-        elapsed_seconds=summary.elapsed_seconds,
-        status="starting" if summary.status == "running" else summary.status,
-        error=summary.error,
-        traceback=summary.remote_traceback,
-        events=read_events(folder),
-        note=note,
-        mended=memo.mended,
-    )
+    return _Found(master, job.order, columns, step, evaluated, note)
 
 
 def give_up(memo: RunMemo, reason: str) -> None:
@@ -137,15 +184,35 @@ def give_up(memo: RunMemo, reason: str) -> None:
         log.warning("%s cannot be told that its run has failed: %s", folder, error)
 
 
-def columns_of(rows: Sequence[HistoryRow]) -> Columns:
-    """The history in memory, from its lines."""
+def columns_of(rows: Iterable[HistoryRow]) -> Columns:
+    """The history in memory, from its lines; a step whose line is missing, as on a full disk, is not a number."""
     columns = Columns()
     for row in rows:
-        if row.kind == "step":
-            columns.add_step(row.values)
-        else:
-            columns.add_evaluation(row.step, row.values)
+        _add_row(columns, row)
     return columns
+
+
+def _add_row(columns: Columns, row: HistoryRow) -> None:
+    if row.kind != "step":
+        columns.add_evaluation(row.step, row.values)
+        return
+    columns.add_step(row.values)
+    for name in row.values:
+        values = columns.by_step[name]
+        if len(values) < row.step:
+            values[-1:] = array("d", [nan] * (row.step - len(values)) + [row.values[name]])
+
+
+def _missing_row(columns: Columns, last: LastCommit) -> HistoryRow | None:
+    """The line of the last commit, which is written a little later."""
+    if last.step == 0 or not last.values:
+        return None
+    if last.kind == "step":
+        is_there = any(len(values) >= last.step for values in columns.by_step.values())
+    else:
+        name = next(iter(last.values))
+        is_there = last.step in columns.by_evaluation.get(name, array("d"))[-2::2]
+    return None if is_there else HistoryRow(kind=last.kind, step=last.step, time=last.time, values=last.values)
 
 
 def _newest_checkpoint(spec: RunSpec) -> Path | None:
@@ -157,9 +224,3 @@ def _newest_checkpoint(spec: RunSpec) -> Path | None:
         return None if spec.resumed is None else Path(spec.resumed.folder)
     remove_torn(found.parent)
     return found
-
-
-def _rewrite_history(folder: Path, columns: Columns, *, started: float) -> None:
-    """Leave out the steps that are done again."""
-    with RunFolder(folder) as files:
-        files.replace_history(rows_of(columns, time=started))

@@ -123,9 +123,8 @@ class Stepper:
     def __init__(self, optimizer: torch.optim.Optimizer, crew: Crew) -> None:
         self._optimizer = optimizer
         self._crew = crew
-        is_plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and is_fused(optimizer)
-        self._has_kernel = is_plain and hasattr(torch, "_fused_adam_") and hasattr(torch, "_fused_adamw_")
-        self._groups: list[_AdamGroup] = []
+        self._has_kernel = has_kernel(optimizer)
+        self._groups: list[AdamGroup] = []
 
     def forget(self) -> None:
         """Which parameters have gradients, or where these lie, has changed."""
@@ -133,53 +132,45 @@ class Stepper:
 
     def step(self) -> None:
         """One optimizer step."""
-        if not self._has_kernel or not self._groups or _has_hooks(self._optimizer):
+        if not self._has_kernel or not self._groups or has_hooks(self._optimizer):
             self._optimizer.step()
             if self._has_kernel:
-                self._groups = _adam_groups(self._optimizer, self._crew)
+                self._groups = adam_groups(self._optimizer, self._crew)
             return
         for group in self._groups:
             torch._foreach_add_(group.steps, 1)
             self._crew.share([partial(self._update, group.options, part) for part in group.parts])
 
-    def _update(self, options: dict[str, Any], part: _AdamPart) -> None:
-        beta1, beta2 = options["betas"]
-        is_decoupled = options.get("decoupled_weight_decay", isinstance(self._optimizer, torch.optim.AdamW))
-        kernel = torch._fused_adamw_ if is_decoupled else torch._fused_adam_
-        kernel(
-            *part,
-            amsgrad=options["amsgrad"],
-            lr=options["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=options["weight_decay"],
-            eps=options["eps"],
-            maximize=options["maximize"],
-            grad_scale=None,
-            found_inf=None,
-        )
+    def _update(self, options: dict[str, Any], part: AdamPart) -> None:
+        update_adam(self._optimizer, options, part)
+
+
+def has_kernel(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is an Adam or AdamW that its kernel alone can step."""
+    is_plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and is_fused(optimizer)
+    return is_plain and hasattr(torch, "_fused_adam_") and hasattr(torch, "_fused_adamw_")
 
 
 # Parameters, gradients, first and second moments, largest second moments, step counts, as the kernel takes them.
-_AdamPart = list[list[torch.Tensor]]
+AdamPart = list[list[torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class _AdamGroup:
+class AdamGroup:
     """Tensors of one parameter group and dtype, cut into parts for the crew."""
 
     options: dict[str, Any]
     steps: list[torch.Tensor]
-    parts: list[_AdamPart]
+    parts: list[AdamPart]
 
 
-def _adam_groups(optimizer: torch.optim.Optimizer, crew: Crew) -> list[_AdamGroup]:
+def adam_groups(optimizer: torch.optim.Optimizer, crew: Crew) -> list[AdamGroup]:
     """Tensors by group and dtype; none if a group is out of the ordinary."""
-    found: list[_AdamGroup] = []
+    found: list[AdamGroup] = []
     for group in optimizer.param_groups:
         if group.get("capturable") or group.get("differentiable") or isinstance(group["lr"], torch.Tensor):
             return []
-        by_dtype: dict[torch.dtype, _AdamPart] = {}
+        by_dtype: dict[torch.dtype, AdamPart] = {}
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
@@ -192,17 +183,36 @@ def _adam_groups(optimizer: torch.optim.Optimizer, crew: Crew) -> list[_AdamGrou
             for place, tensor in zip(lists, tensors, strict=False):
                 place.append(tensor)
             lists[5].append(state["step"])
-        found += [_AdamGroup(group, lists[5], _adam_parts(lists, crew)) for lists in by_dtype.values()]
+        found += [AdamGroup(group, lists[5], _adam_parts(lists, crew)) for lists in by_dtype.values()]
     return found
 
 
-def _adam_parts(lists: _AdamPart, crew: Crew) -> list[_AdamPart]:
+def update_adam(optimizer: torch.optim.Optimizer, options: dict[str, Any], part: AdamPart) -> None:
+    """Run the kernel on tensors of one group; their step counts were raised before."""
+    beta1, beta2 = options["betas"]
+    is_decoupled = options.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
+    kernel = torch._fused_adamw_ if is_decoupled else torch._fused_adam_
+    kernel(
+        *part,
+        amsgrad=options["amsgrad"],
+        lr=options["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=options["weight_decay"],
+        eps=options["eps"],
+        maximize=options["maximize"],
+        grad_scale=None,
+        found_inf=None,
+    )
+
+
+def _adam_parts(lists: AdamPart, crew: Crew) -> list[AdamPart]:
     """The same elements in as many parts as the crew makes of them; a tensor may be cut."""
     sizes = [parameter.numel() for parameter in lists[0]]
     bounds = crew.cut(sum(sizes))
     if len(bounds) == 1:
         return [lists]
-    parts: list[_AdamPart] = [[[] for _ in range(6)] for _ in bounds]
+    parts: list[AdamPart] = [[[] for _ in range(6)] for _ in bounds]
     share = sum(sizes) / len(bounds)
     filled = 0.0
     for index, size in enumerate(sizes):
@@ -223,7 +233,8 @@ def _needs_closure(kind: type[torch.optim.Optimizer]) -> bool:
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
-def _has_hooks(optimizer: Any) -> bool:
+def has_hooks(optimizer: Any) -> bool:
+    """Whether somebody wants to be called before or after a step."""
     return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 

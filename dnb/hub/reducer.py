@@ -6,7 +6,7 @@ import cmath
 import math
 import mmap
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dnb.errors import SpaceError
 from dnb.hub.crew import Crew, usable_threads
+from dnb.hub.keeping import Held, Keeper, Update, begin_keeping
 from dnb.hub.optimizers import Stepper, build_optimizer, build_scheduler, check_setting
 from dnb.records import SegmentRef, Sums, TransportKind
 from dnb.transport.job import Job
 from dnb.transport.layout import plan_gradients, plan_layout, region_views, slot_views
-from dnb.transport.segments import Segment, create_segment
+from dnb.transport.segments import Segment, create_segment, open_segment
 from dnb.transport.wires import Flat
 
 # Elements that are added and checked at a time, so that the check finds them in the cache.
@@ -48,6 +50,7 @@ class StepResult:
     metrics: dict[str, float]
     lr: float
     num_samples: int
+    values: dict[str, float]  # as they go into the history
 
 
 class NotFinite(Exception):  # noqa: N818 - a verdict, not a fault
@@ -68,8 +71,9 @@ class NotFinite(Exception):  # noqa: N818 - a verdict, not a fault
 class HubSlab:
     """One flat gradient with buffers behind it, as the hub sees it: shared with its engine, or filled over a wire."""
 
-    def __init__(self, memory: mmap.mmap, master: Master, *, segment: Segment | None) -> None:
+    def __init__(self, memory: mmap.mmap, master: Master, *, segment: Segment | None, is_shared: bool = True) -> None:
         self.segment = segment
+        self._is_shared = is_shared
         self.flat = Flat(memoryview(memory))
         self.regions = region_views(master.gradient_layout, memory)
         self.gradients = list(slot_views(master.gradient_layout, memory).values())
@@ -78,7 +82,7 @@ class HubSlab:
     @property
     def ref(self) -> SegmentRef:
         """What the engine needs to map it."""
-        return self.segment.ref if self.segment is not None else NOWHERE
+        return self.segment.ref if self.segment is not None and self._is_shared else NOWHERE
 
 
 class Master:
@@ -89,13 +93,24 @@ class Master:
         folders: where segments may lie.
         prefix: of the segments' file names.
         clip_norm: largest global norm of the aggregated gradient; None does not clip.
+        parameters: where they lie already, with their values; None moves the job's there.
+        num_threads: that share the work; None: as many as are of use.
     """
 
-    def __init__(self, job: Job, *, folders: Sequence[Path], prefix: str, clip_norm: float | None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        *,
+        folders: Sequence[Path],
+        prefix: str,
+        clip_norm: float | None,
+        parameters: SegmentRef | None = None,
+        num_threads: int | None = None,
+    ) -> None:
         # One of OpenMP's, and no more: a second one spins for a core that an engine has, and shows in the last bits of
         # norms. What is worth sharing is shared by the crew.
         torch.set_num_threads(1)
-        self._crew = Crew(usable_threads())
+        self._crew = Crew(num_threads or usable_threads())
         self.model = job.model
         self.notes: list[str] = []
         self._folders = folders
@@ -105,10 +120,10 @@ class Master:
         self.optimizer = build_optimizer(job.optimizer, job.model.parameters(), lr=job.lr)
         self.scheduler = build_scheduler(job.scheduler, self.optimizer)
         self._stepper = Stepper(self.optimizer, self._crew)
-        parameters = dict(job.model.named_parameters())
+        named = dict(job.model.named_parameters())
         buffers = dict(job.model.named_buffers())
-        trainable = {name: p for name, p in parameters.items() if p.requires_grad}
-        frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+        trainable = {name: p for name, p in named.items() if p.requires_grad}
+        frozen = {name: p for name, p in named.items() if not p.requires_grad}
         tensors = {**trainable, **buffers, **frozen}
         self.parameter_layout = plan_layout(tensors.items())
         self.gradient_layout = plan_gradients(trainable.items())
@@ -118,16 +133,79 @@ class Master:
             for slot in self.parameter_layout.slots
             if slot.name not in frozen
         )
-        self._segment = self._create("parameters", self.parameter_layout.num_bytes)
+        if parameters is None:
+            self._segment = self._create("parameters", self.parameter_layout.num_bytes)
+        else:
+            self._segment = open_segment(parameters)
         views = slot_views(self.parameter_layout, self._segment.memory)
         for name, tensor in tensors.items():
-            views[name].copy_(tensor.detach())
+            if parameters is None:
+                views[name].copy_(tensor.detach())
             tensor.data = views[name]
         self._buffers = buffers
         self._tensors = tensors
         self._trainable = [trainable[slot.name] for slot in self.gradient_layout.slots]
         self._bound: tuple[tuple[int, int], frozenset[int]] | None = None  # whose slab the gradients are views of
         self._slabs: dict[tuple[int, int], HubSlab] = {}
+        self._keeper: Keeper | None = None
+
+    # what the next hub goes on from
+
+    def keep_journal(self, *, step: int, evaluated: int) -> None:
+        """Write down every step from here on; before slabs are added. Without room for it the run goes on without.
+
+        Args:
+            step: that the state as it is now was committed by.
+            evaluated: last step after which an evaluation was committed.
+        """
+        try:
+            self._keeper = begin_keeping(self.held, clip_norm=self._clip_norm, step=step, evaluated=evaluated)
+        except (SpaceError, TypeError) as error:
+            self.notes.append(f"if the hub dies, the run goes on from its last checkpoint: {error}")
+
+    def go_on_with(self, keeper: Keeper) -> None:
+        """Write on in the journal that this state was recovered from."""
+        self._keeper = keeper
+        self._stepper.forget()
+
+    @property
+    def journal_ref(self) -> SegmentRef | None:
+        """From which `dnb.hub.recovering.recover_master` makes this master copy anew; None: there is no journal."""
+        return None if self._keeper is None else self._keeper.journal.ref
+
+    @property
+    def segments(self) -> list[Segment]:
+        """What outlives the process, but for slabs."""
+        return [self._segment, *([] if self._keeper is None else self._keeper.segments)]
+
+    @property
+    def held(self) -> Held:
+        """What a journal is kept of."""
+        return Held(
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            stepper=self._stepper,
+            crew=self._crew,
+            parameters=self._segment,
+            changing=self.changing,
+            trainable=self._trainable,
+            gradient_layout=self.gradient_layout,
+            buffers=self._buffers,
+            folders=self._folders,
+            prefix=self._prefix,
+        )
+
+    def settle(self) -> None:
+        """Write down what a commit left for later; to be called while engines compute."""
+        if self._keeper is not None:
+            self._keeper.settle()
+
+    def commit_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """An evaluation of the state after a step: nothing changes but that it was done."""
+        if self._keeper is not None:
+            self._keeper.evaluate(step, values)
+
+    # what engines see
 
     @property
     def parameters_ref(self) -> SegmentRef:
@@ -159,8 +237,17 @@ class Master:
         for key in [key for key in self._slabs if key[0] == engine]:
             self._drop(key)
 
-    def commit(self, contributions: Sequence[Contribution]) -> StepResult:
+    def commit(
+        self,
+        contributions: Sequence[Contribution],
+        *,
+        describe: Callable[[StepResult], dict[str, float]] | None = None,
+    ) -> StepResult:
         """Add up the slabs in the order of their shards and apply one optimizer step.
+
+        Args:
+            contributions: of the engines.
+            describe: called once before the update; what the history, and so the journal, is to say of the step.
 
         Raises:
             NotFinite: a loss or gradient is NaN or infinite; nothing was changed.
@@ -171,14 +258,29 @@ class Master:
             raise _culprit_of(loss, contributions)
         keys = list(dict.fromkeys((c.engine, c.slab) for c in contributions))
         self._reduce(keys, contributions)
-        self._mix_buffers(keys, contributions)
         if self._clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._trainable, self._clip_norm)
         lr = float(self.optimizer.param_groups[0]["lr"])
+        result = StepResult(loss, metrics, lr, sum(c.sums.num_samples for c in contributions), {})
+        result.values.update({"loss": loss, "lr": lr, **metrics} if describe is None else describe(result))
+        self._apply(keys, contributions, result.values)
+        return result
+
+    def _apply(
+        self, keys: Sequence[tuple[int, int]], contributions: Sequence[Contribution], values: dict[str, float]
+    ) -> None:
+        mix = partial(self._mixed_buffers, keys, contributions)
+        if self._keeper is not None:
+            assert self._bound is not None
+            slab = self._slabs[keys[0]].segment
+            ref = None if slab is None else slab.ref
+            self._keeper.commit(Update(slab=ref, unused=self._bound[1], mix=mix, values=values))
+            return
+        for name, value in mix():
+            self._buffers[name].copy_(value)
         self._stepper.step()
         if self.scheduler is not None:
             self.scheduler.step()
-        return StepResult(loss, metrics, lr, sum(c.sums.num_samples for c in contributions))
 
     def set(self, options: Mapping[str, float | None]) -> None:
         """Change clip_norm, or numbers of every parameter group such as lr and weight_decay.
@@ -196,6 +298,8 @@ class Master:
             else:
                 for group in groups:
                     group[name] = value
+        if self._keeper is not None:
+            self._keeper.change(clip_norm=self._clip_norm)
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over parameters and buffers by name; the optimizer's state may have been replaced too."""
@@ -215,9 +319,10 @@ class Master:
             self._drop(key)
 
     def close(self) -> None:
-        """Unlink the parameters; the memory goes when the last process lets go of it."""
+        """Unlink parameters and journal; the memory goes when the last process lets go of it."""
         self._crew.close()
-        self._segment.unlink()
+        for segment in self.segments:
+            segment.unlink()
 
     def _drop(self, key: tuple[int, int]) -> None:
         slab = self._slabs.pop(key)
@@ -236,10 +341,17 @@ class Master:
 
     def _make_slab(self, engine: int, index: int, kind: TransportKind) -> HubSlab:
         num_bytes = self.buffer_layout.num_bytes
-        if kind == "socket":
+        is_shared = kind != "socket"
+        if not is_shared and self._keeper is None:
             return HubSlab(mmap.mmap(-1, max(num_bytes, 1)), self, segment=None)
-        segment = self._create(f"slab-{engine}-{index}", num_bytes)
-        return HubSlab(segment.memory, self, segment=segment)
+        # Also one that is filled over a wire may hold the sum of all, which the next hub needs to finish a step.
+        try:
+            segment = self._create(f"slab-{engine}-{index}", num_bytes)
+        except SpaceError:
+            if is_shared:
+                raise
+            return HubSlab(mmap.mmap(-1, max(num_bytes, 1)), self, segment=None)
+        return HubSlab(segment.memory, self, segment=segment, is_shared=is_shared)
 
     def _reduce(self, keys: Sequence[tuple[int, int]], contributions: Sequence[Contribution]) -> None:
         first, *others = (self._slabs[key] for key in keys)
@@ -253,6 +365,8 @@ class Master:
                 parameter.grad = None if number in unused else gradient
             self._bound = keys[0], unused
             self._stepper.forget()
+            if self._keeper is not None:
+                self._keeper.forget()
 
     def _find_culprit(self, keys: Sequence[tuple[int, int]]) -> NotFinite:
         """Whose gradient it was; the first slab holds the sum by now, so it is asked last."""
@@ -262,7 +376,9 @@ class Master:
                     return NotFinite(f"the gradient of {slot.name!r} is not finite", engine=engine, slab=slab)
         return NotFinite("the gradient is not finite", engine=keys[0][0], slab=keys[0][1])
 
-    def _mix_buffers(self, keys: Sequence[tuple[int, int]], contributions: Sequence[Contribution]) -> None:
+    def _mixed_buffers(
+        self, keys: Sequence[tuple[int, int]], contributions: Sequence[Contribution]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Running statistics become the slabs' mean, weighted by samples; other buffers the first slab's."""
         if not self._buffers:
             return
@@ -275,12 +391,12 @@ class Master:
             if all(torch.equal(buffer, master) for buffer in seen):
                 continue  # a constant must not drift by rounding
             if not master.is_floating_point() or len(seen) == 1:
-                master.copy_(next(b for k, b in zip(keys, seen, strict=True) if weights[k] or not total))
+                yield name, next(b for k, b in zip(keys, seen, strict=True) if weights[k] or not total)
                 continue
             mixed = torch.zeros_like(master, dtype=torch.float64)
             for key, buffer in zip(keys, seen, strict=True):
                 mixed += buffer.double() * (weights[key] / total)
-            master.copy_(mixed)
+            yield name, mixed
 
 
 def sum_regions(

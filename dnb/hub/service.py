@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -626,12 +627,12 @@ class Service:
         from dnb.transport.parcels import unpack
 
         sys.path.extend(path for path in spec.sys_path if path not in sys.path)
-        job = unpack(frames[1], spec.job)
+        make_job = partial(unpack, frames[1], spec.job)
         if memo is None:
-            beginning = begin(spec, job, folders=self._folders)
+            beginning = begin(spec, make_job(), folders=self._folders)
         else:
             spec = msgspec.structs.replace(spec, clip_norm=memo.clip_norm)
-            beginning = take_over(spec, memo, job, folders=self._folders)
+            beginning = take_over(spec, memo, make_job, folders=self._folders)
         engines = self._returning.values() if memo else [engine.facts for engine in self._engines.values()]
         return ActiveRun(
             spec,

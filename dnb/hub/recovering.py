@@ -1,0 +1,65 @@
+"""A master copy from the journal of a hub that died."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from dnb.hub.journal import Journal, LastCommit, State, Torn
+from dnb.hub.keeping import Keeper, remove_segments
+from dnb.hub.reducer import Master
+from dnb.records import SegmentRef
+from dnb.transport.job import Job
+from dnb.transport.segments import open_segment
+
+
+def recover_master(job: Job, *, journal: SegmentRef, folders: Sequence[Path], prefix: str) -> tuple[Master, LastCommit]:
+    """Come to the state after the last committed step, and keep the same journal from there on.
+
+    The slabs of the hub that died are removed: those who write into them must have been told to stop.
+
+    Args:
+        job: unpacked anew, as the run began with it.
+        journal: `Master.journal_ref` of the hub that died.
+        folders: where segments may lie.
+        prefix: of the segments' file names, as it was.
+
+    Raises:
+        Torn: that state cannot be had; nothing of it is left.
+    """
+    master: Master | None = None
+    try:
+        found = Journal(open_segment(journal))
+        state = found.read()
+        master = Master(
+            job,
+            folders=folders,
+            prefix=prefix,
+            clip_norm=state.clip_norm,
+            parameters=state.parameters,
+            num_threads=state.num_threads,
+        )
+        last = _recover(master, found, state)
+        remove_segments(folders, prefix, but=master.segments)
+    except (OSError, ValueError, KeyError, msgspec.MsgspecError) as error:
+        _remove(master, folders, prefix)
+        raise Torn(f"the journal is of no use: {type(error).__name__}: {error}") from error
+    except Exception:
+        _remove(master, folders, prefix)
+        raise
+    return master, last
+
+
+def _recover(master: Master, journal: Journal, state: State) -> LastCommit:
+    keeper = Keeper(master.held, journal, clip_norm=state.clip_norm, state=state)
+    last = keeper.recover()
+    master.go_on_with(keeper)
+    return last
+
+
+def _remove(master: Master | None, folders: Sequence[Path], prefix: str) -> None:
+    if master is not None:
+        master.close()
+    remove_segments(folders, prefix, but=())
