@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dnb.errors import RunError
+from dnb.hub.history import read_history
 from tests.engines.pools import open_small_pool, wait, wait_until
 from tests.models import digits, largest_gap, mlp, plain_losses
 
@@ -144,3 +145,41 @@ def test_spares_rest_on_and_are_kept(pool):
     until(lambda: len(pool.engines) == 4, what="all engines are back")
     assert [engine.id for engine in pool.engines if engine.state == "spare"] == [spare]
     pool.keep_spares(0)
+
+
+def test_no_committed_step_is_lost_or_done_twice(pool):
+    run = fit(pool, steps=200)
+    wait_for_step(run, 50)
+    at = run.step
+    kill_hub(pool)
+    wait(run)
+    steps = [row.step for row in read_history(run.folder) if row.kind == "step"]
+    told = next(event for event in run.events if event.kind == "recovered")
+    assert steps == list(range(1, 201))
+    assert told.step >= at
+    assert "the hub died and was started again: the run goes on after step" in told.text
+
+
+def test_an_exact_run_comes_to_the_same_bits(pool):
+    undisturbed = wait(fit(pool, steps=120, exact=True, shards=4))
+    run = fit(pool, steps=120, exact=True, shards=4)
+    for step in (30, 80):
+        wait_for_step(run, step)
+        kill_hub(pool)
+    wait(run)
+    expected, found = undisturbed.model.state_dict(), run.model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert run.history["loss"] == undisturbed.history["loss"]
+
+
+def test_what_was_set_while_the_run_went_on_stays_set(pool):
+    run = fit(pool, steps=400)
+    wait_for_step(run, 10)
+    run.set(lr=5e-4, clip_norm=0.5)
+    at = run.step
+    wait_for_step(run, at + 5)
+    kill_hub(pool)
+    wait_for_step(run, at + 60)
+    rates = run.history["lr"]
+    assert rates[-1] == 5e-4
+    assert set(rates[at + 5 :]) == {5e-4}
