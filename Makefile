@@ -58,7 +58,7 @@ lab: $(VENV)/.demo-stamp | build
 test: lint pytest nbval
 
 pytest: $(VENV)/.dev-stamp | build
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal
 
 soak: $(VENV)/.dev-stamp | build
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest tests/unit/test_coordinator_schedules.py --timeout 0
