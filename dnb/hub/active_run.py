@@ -313,6 +313,7 @@ class ActiveRun:
     def mend(self, pickled: bytes, signature: bytes) -> None:
         """Let all engines, and those that join later, go on with another step or loss function."""
         self._mended = Mended(run=self.spec.id, signature=signature), pickled
+        self._checkpoints.mend(pickled)
         for member in self._members.values():
             if member.wire is not None:
                 member.wire.send(*self._mended)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import dnb
 from dnb.errors import ArgumentError, RunError, ShippingError
 from tests.engines.pools import let_join, start_engine, wait, wait_until
 from tests.models import cross_entropy_step, digits, largest_gap, mlp
@@ -94,6 +95,39 @@ def test_an_engine_that_joins_later_has_the_mended_function_too(pool):
     let_join(pool, engine)
     wait_until(run, lambda run: any(worker.steps > 3 for worker in run.workers[2:]), what="the joiner works")
     assert run.status == "running"
+
+
+def test_a_checkpoint_after_that_goes_on_with_the_mended_function(pool):
+    run = fit_picky(pool, epochs=2, checkpoint_every=1)
+    with pytest.raises(RunError):
+        wait(run)
+    run.resume(step=clipping_step)
+    wait(run)
+    resumed = wait(dnb.resume(run.folder, epochs=4, pool=pool))
+    assert (resumed.status, resumed.step) == ("finished", 40)  # the bad sample came twice more
+    again = wait(dnb.resume(resumed.checkpoint(), train=marked_digits(), epochs=5, pool=pool))
+    assert (again.status, again.step) == ("finished", 50)
+
+
+def test_a_checkpoint_before_that_has_the_function_that_failed(pool, tmp_path):
+    run = fit_picky(pool)
+    with pytest.raises(RunError):
+        wait(run)
+    path = run.checkpoint(tmp_path / "before")
+    run.stop()
+    wait(run)
+    with pytest.raises(RunError, match="a pixel of 77"):
+        wait(dnb.resume(path, pool=pool))
+
+
+def test_functions_that_are_given_to_resume_come_before_those_that_were_mended(pool):
+    run = fit_picky(pool)
+    with pytest.raises(RunError):
+        wait(run)
+    run.resume(loss="cross_entropy")
+    path = wait(run).checkpoint()
+    with pytest.raises(RunError, match="a pixel of 77"):
+        wait(dnb.resume(path, model=mlp(), train=marked_digits(), step=picky_step, epochs=2, pool=pool))
 
 
 def test_functions_are_replaced_only_while_a_run_is_paused(pool):
