@@ -18,7 +18,7 @@ pytestmark = pytest.mark.engines
 
 def train(pool, model, data=None, **options):
     data = digits() if data is None else data
-    return wait(pool.fit(model, data, **{"loss": "cross_entropy", "lr": 1e-3, "steps": 12, **options}))
+    return wait(pool.fit(model, data, **{"loss": "cross_entropy", "lr": 1e-3, "steps": 12, "shards": 2, **options}))
 
 
 def large_net():
