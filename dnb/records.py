@@ -503,6 +503,12 @@ class KeepSpares(Message, frozen=True):
     number: int
 
 
+class KeepRestart(Message, frozen=True):
+    """Remember, for whichever kernel steers, whether engines that die are replaced."""
+
+    policy: Literal["never", "always"]
+
+
 class Chaos(Message, frozen=True):
     """Harm an engine on purpose."""
 
@@ -521,6 +527,7 @@ Request = (
     | GetMembers
     | Retire
     | KeepSpares
+    | KeepRestart
     | Chaos
     | Submit
     | GetRun
@@ -564,6 +571,7 @@ class Members(Message, frozen=True):
     wanted_spares: int
     num_died: int  # since the pool was started; neither those that left on request, nor those that came back
     num_killed: int  # of these, by chaos
+    restart: Literal["never", "always"] = "never"
 
 
 class Column(Record, frozen=True):

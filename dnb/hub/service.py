@@ -49,6 +49,7 @@ from dnb.records import (
     HubBinding,
     HubConfig,
     Join,
+    KeepRestart,
     KeepSpares,
     Members,
     Mend,
@@ -137,6 +138,7 @@ class Service:
         self._known_helpers: set[Process] = set()
         self._run: ActiveRun | None = None
         self._wanted_spares = 0
+        self._restart: Literal["never", "always"] = "never"  # kept for the kernel that steers
         self._dead: set[int] = set()
         self._leavers: dict[Process, float] = {}  # told to end; when they are killed
         self._is_file_old = False  # the pool's record on disk
@@ -352,6 +354,7 @@ class Service:
             wanted_spares=self._wanted_spares,
             num_died=len(self._dead),
             num_killed=self._mischief.num_killed,
+            restart=self._restart,
         )
 
     def _send_to_engine(self, engine: int, record: Message, frames: Sequence[Any] = ()) -> None:
@@ -422,6 +425,8 @@ class Service:
                 self._retire(request)
             case KeepSpares(number=number):
                 self._wanted_spares = number
+            case KeepRestart(policy=policy):
+                self._restart = policy
             case Chaos():
                 self._harm(request)
             case Submit():
