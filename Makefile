@@ -25,7 +25,7 @@ help:
 	@echo "make format     rewrite the code as 'make lint' wants it"
 	@echo "make store      run the notebooks and keep their outputs, as they are committed"
 	@echo "make bench      benchmarks beside their rivals, about 25 minutes; python -m benchmarks --list says which"
-	@echo "make soak       20,000 random schedules of the coordinator, about 20 minutes"
+	@echo "make soak       20,000 random schedules of the coordinator and 20 of a real pool, about 25 minutes"
 	@echo "make coverage   the tests with coverage, engines and hub included"
 	@echo "make clean      remove build/ and caches; distclean removes .venv too"
 
@@ -58,10 +58,11 @@ lab: $(VENV)/.demo-stamp | build
 test: lint pytest nbval
 
 pytest: $(VENV)/.dev-stamp | build
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal
 
 soak: $(VENV)/.dev-stamp | build
-	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest tests/unit/test_coordinator_schedules.py --timeout 0
+	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest --timeout 0 \
+	    tests/unit/test_coordinator_schedules.py tests/faults/test_random_schedules.py
 
 # A call of its own: nbval collects by file and has its own options. Each notebook starts its own pool.
 nbval: $(VENV)/.dev-stamp | build

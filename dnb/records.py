@@ -511,6 +511,12 @@ class KeepSpares(Message, frozen=True):
     number: int
 
 
+class KeepRestart(Message, frozen=True):
+    """Remember, for whichever kernel steers, whether engines that die are replaced."""
+
+    policy: Literal["never", "always"]
+
+
 class Chaos(Message, frozen=True):
     """Harm an engine on purpose."""
 
@@ -533,6 +539,7 @@ Request = (
     | GetMembers
     | Retire
     | KeepSpares
+    | KeepRestart
     | Chaos
     | KillHub
     | Submit
@@ -549,7 +556,17 @@ Request = (
 
 # What may be asked twice, as when the hub died before it answered: the second time changes nothing.
 Repeatable = (
-    Hello | GetPool | GetMembers | Retire | KeepSpares | GetRun | SetOptions | GetState | GetCheckpoint | Shutdown
+    Hello
+    | GetPool
+    | GetMembers
+    | Retire
+    | KeepSpares
+    | KeepRestart
+    | GetRun
+    | SetOptions
+    | GetState
+    | GetCheckpoint
+    | Shutdown
 )
 
 
@@ -583,6 +600,7 @@ class Members(Message, frozen=True):
     wanted_spares: int
     num_died: int  # since the pool was started; neither those that left on request, nor those that came back
     num_killed: int  # of these, by chaos
+    restart: Literal["never", "always"] = "never"
 
 
 class Column(Record, frozen=True):

@@ -17,6 +17,7 @@ import torch
 
 from dnb.errors import ArgumentError
 from dnb.hub.checkpoints import Checkpoint, Manifest, find_checkpoint, remove_torn
+from dnb.hub.sources import MENDED_FILE
 from dnb.inputs import Source, check_model, check_positive, read_loss, read_metrics, read_source
 from dnb.planning.sample_order import BatchOrder, count_batches
 from dnb.planning.shards import choose_num_shards
@@ -127,6 +128,8 @@ def resume(
     remove_torn(checkpoint.folder.parent)
     old = checkpoint.manifest.spec
     num_steps = _num_steps(checkpoint, epochs=epochs, steps=steps)
+    if _has_mended(checkpoint.manifest, given):
+        given = replace(given, **_read_mended(checkpoint))
     sources = _read_sources(given, old)
     job, ship_job = _job_of(checkpoint, given, sources)
     ship_data = _data_of(checkpoint, given, sources)
@@ -188,7 +191,14 @@ def _wants(manifest: Manifest, *, given: _Given) -> list[str]:
                     f"give {'model=... and train=...' if kind == 'job' else 'train=...'}"
                 )
             wanted += names
+    if _has_mended(manifest, given):
+        wanted.append(MENDED_FILE)
     return wanted
+
+
+def _has_mended(manifest: Manifest, given: _Given) -> bool:
+    """Whether functions that were mended in mid-run count: not if others are given now."""
+    return MENDED_FILE in manifest.files and given.loss is None and given.step is None
 
 
 def _needs(kind: str, manifest: Manifest, given: _Given) -> bool:
@@ -379,6 +389,19 @@ def _unpickle(checkpoint: Checkpoint, kind: str, parcel: ParcelRef) -> Any:
             f"{path}, written under Python {python}, cannot be read here: {type(error).__name__}: {error}. "
             f"Make importable what it names, or give {way}"
         ) from error
+
+
+def _read_mended(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Step and loss function with which the run went on; like `_unpickle`, it runs code of who wrote them."""
+    path = checkpoint.folder / MENDED_FILE
+    try:
+        functions: dict[str, Any] = unpack(path.read_bytes(), NOTHING)
+    except Exception as error:
+        raise ArgumentError(
+            f"{path}, functions that were mended in mid-run, cannot be read here: {type(error).__name__}: {error}. "
+            "Make importable what it names, or give loss or step"
+        ) from error
+    return functions
 
 
 def _ship_kept(

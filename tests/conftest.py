@@ -44,8 +44,45 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def leftovers():
-    """Fails the session if it leaves anything; a test may ask earlier, by `wait_until_none`."""
+def nothing_is_left():
+    """Fails the session if it leaves anything."""
     watch = leftovers_module.Leftovers()
-    yield watch
+    yield
     watch.wait_until_none(timeout_seconds=10)
+
+
+@pytest.fixture
+def leftovers():
+    """What has appeared since the test began; the pool that tests share may be there all the time."""
+    return leftovers_module.Leftovers()
+
+
+@pytest.fixture(scope="session")
+def shared(nothing_is_left):
+    """The pool of this test process, for all tests that need none of their own."""
+    from tests.engines.pools import SharedPool  # not for the unit tests
+
+    pool = SharedPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session", params=[1, 2, 3, 4], ids="{}_engines".format)
+def num_engines(request):
+    """Of the session, so that tests of several files that want as many engines follow one another."""
+    return request.param
+
+
+@pytest.fixture
+def pool_of(shared, num_engines, tmp_path, monkeypatch):
+    """The shared pool with 1 to 4 engines."""
+    monkeypatch.chdir(tmp_path)
+    return shared.of(num_engines)
+
+
+@pytest.fixture
+def pool(shared, tmp_path, monkeypatch):
+    """The shared pool with two engines, in a folder of the test's own, and without an active run at the end."""
+    monkeypatch.chdir(tmp_path)
+    yield shared.of(2)
+    shared.calm()

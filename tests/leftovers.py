@@ -17,16 +17,18 @@ MARK_VALUE = uuid.uuid4().hex
 
 
 class Leftovers:
-    """Names what has appeared on this machine since the session began."""
+    """Names what this session has put on this machine since this object was made."""
 
     def __init__(self) -> None:
         self._folders = segment_roots()  # now: a test may name others
         self._known_files = find_files(self._folders)
+        self._known_processes = set(find_processes())
 
     def find(self) -> list[str]:
         """List what is there now, one readable line each; empty is clean."""
         files = sorted(find_files(self._folders) - self._known_files)
-        return [describe(process) for process in find_processes()] + files
+        new = [process for process in find_processes() if process not in self._known_processes]
+        return [describe(process) for process in new] + files
 
     def wait_until_none(self, *, timeout_seconds: float = 10) -> None:
         """Give what is just ending time to end.

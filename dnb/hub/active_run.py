@@ -155,6 +155,8 @@ class ActiveRun:
         self._checkpoints = Checkpointer(
             spec, frames, self.master, self._columns, place=self._place, tell=self._tell_of_checkpoint
         )
+        if self._mended is not None:
+            self._checkpoints.mend(self._mended[0])
 
     @property
     def is_active(self) -> bool:
@@ -329,6 +331,7 @@ class ActiveRun:
     def mend(self, pickled: bytes, signature: bytes) -> None:
         """Let all engines, and those that join later, go on with another step or loss function."""
         self._mended = pickled, signature
+        self._checkpoints.mend(pickled)
         for member in self._members.values():
             if member.wire is not None:
                 member.wire.send(*self._mended_frames())

@@ -168,6 +168,10 @@ class Checkpointer:
         self.collect()
         return self._tickets[ticket]
 
+    def mend(self, pickled: bytes) -> None:
+        """Another step or loss function belongs to every later checkpoint."""
+        self._sources.mend(pickled)
+
     def tick(self, *, is_still: bool) -> None:
         """Look after the thread; serve wishes, if no commit will come that does it."""
         self.collect()

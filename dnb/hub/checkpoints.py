@@ -6,6 +6,7 @@
         history.safetensors    what was measured until then, float64
         checkpoint.json        everything else, with a digest of every file and of itself
         job.*, data.*          the user's objects as `fit` sent them: hard links to <run>/checkpoints/sources
+        mended.pickle          step and loss function that took the place of the job's in mid-run
 
 A checkpoint is whole or not there: it is written aside, synced and renamed. No file but job.* and data.* needs pickle,
 and nothing here opens those.

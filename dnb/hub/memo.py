@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
@@ -33,6 +33,7 @@ class PoolMemo(Record, frozen=True):
     spares: tuple[int, ...]
     leaving: tuple[int, ...]
     wanted_spares: int
+    restart: Literal["never", "always"]
     dead: tuple[int, ...]
     num_killed: int
     stopped: tuple[tuple[Process, float], ...]  # on purpose; until when on the host's monotonic clock

@@ -50,6 +50,7 @@ from dnb.records import (
     Hello,
     HubConfig,
     Join,
+    KeepRestart,
     KeepSpares,
     KillHub,
     Members,
@@ -158,6 +159,7 @@ class Service:
         self._known_helpers: set[Process] = set()
         self._run: ActiveRun | None = None
         self._wanted_spares = 0
+        self._restart: Literal["never", "always"] = "never"  # kept for the kernel that steers
         self._dead: set[int] = set()
         self._leavers: dict[Process, float] = {}  # told to end; when they are killed
         self._is_file_old = False  # the pool's record on disk
@@ -216,6 +218,7 @@ class Service:
             self._spares = frozenset(memo.spares)
             self._leaving = frozenset(memo.leaving)
             self._wanted_spares = memo.wanted_spares
+            self._restart = memo.restart
             self._dead = set(memo.dead)
             self._mischief.num_killed = memo.num_killed
             self._mischief.stopped = dict(memo.stopped)
@@ -262,6 +265,7 @@ class Service:
                 *(number for number, engine in self._engines.items() if engine.is_retiring),
             ),
             wanted_spares=self._wanted_spares,
+            restart=self._restart,
             dead=tuple(self._dead),
             num_killed=self._mischief.num_killed,
             stopped=tuple(self._mischief.stopped.items()),
@@ -459,6 +463,7 @@ class Service:
             wanted_spares=self._wanted_spares,
             num_died=len(self._dead),
             num_killed=self._mischief.num_killed,
+            restart=self._restart,
         )
 
     def _send_to_engine(self, engine: int, record: Message, frames: Sequence[Any] = ()) -> None:
@@ -532,6 +537,9 @@ class Service:
                 self._retire(request)
             case KeepSpares(number=number):
                 self._wanted_spares = number
+                self._is_memo_old = True
+            case KeepRestart(policy=policy):
+                self._restart = policy
                 self._is_memo_old = True
             case Chaos():
                 self._harm(request)

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 SOURCES_FOLDER = "sources"
 JOB_FILES = ("job.pickle", "job.buffers")
 DATA_FILES = ("data.pickle", "data.buffers")
+# Step and loss function that took the place of the job's in mid-run; only where some did.
+MENDED_FILE = "mended.pickle"
 
 # What the system says where a file cannot have a second name: another disk, a file system without links.
 _NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES, errno.ENOSYS})
@@ -40,6 +42,11 @@ class Sources:
             if (memory := _open(parcel)) is not None
         }
         self._kept: dict[str, FileFacts] = {}
+        self._mended: bytes | None = None
+
+    def mend(self, pickled: bytes) -> None:
+        """Checkpoints from now on hold these functions beside the job that was sent first."""
+        self._mended = pickled
 
     @property
     def pending_bytes(self) -> int:
@@ -67,6 +74,8 @@ class Sources:
                 if error.errno not in _NO_LINK:
                     raise
                 files[name] = write_file(folder / name, _pieces_of(self._folder / name), disk)
+        if self._mended is not None:
+            files[MENDED_FILE] = write_file(folder / MENDED_FILE, [memoryview(self._mended)], disk)
         return files
 
     def forget_data(self) -> None:

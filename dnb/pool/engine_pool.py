@@ -29,6 +29,7 @@ from dnb.records import (
     GetMembers,
     GetPool,
     Hello,
+    KeepRestart,
     KeepSpares,
     Members,
     PoolFacts,
@@ -103,12 +104,11 @@ class EnginePool:
         self._starter = EngineStarter(
             client, cluster=cluster, cluster_id=self.cluster_id, profile_dir=security_dir.parent
         )
-        self._restart: RestartPolicy = "never"
         self._keeper: Keeper | None = None
         self._steady = threading.Lock()  # held by whoever changes how many engines there are
         self.chaos = Chaos(self.hub.ask)
         if wish == "steer":
-            self._keep()  # the spares of a pool that was taken over
+            self._keep()  # what the kernel before wanted: spares, the dead replaced
 
     @property
     def facts(self) -> PoolFacts:
@@ -229,14 +229,14 @@ class EnginePool:
 
     @property
     def restart(self) -> RestartPolicy:
-        """Whether engines that die are replaced by this kernel: "never" or "always"; may be set."""
-        return self._restart
+        """Whether engines that die are replaced by the kernel that steers: "never" or "always"; may be set."""
+        return self._members().restart
 
     @restart.setter
     def restart(self, policy: RestartPolicy) -> None:
         if policy not in ("never", "always"):
             raise ArgumentError(f"restart must be 'never' or 'always', not {policy!r}")
-        self._restart = policy
+        self.hub.ask(KeepRestart(policy=policy), Done)
         self._stop_keeping()
         self._keep()
 
@@ -249,8 +249,10 @@ class EnginePool:
         """Have a keeper if there is something to keep."""
         if self._keeper is not None and self._keeper.is_alive():
             return
-        if self._restart == "always" or self.spares:
-            self._keeper = Keeper(self._restart, look=self._members, start=self._start_engines, steady=self._steady)
+        members = self._members()
+        if members.restart == "always" or members.wanted_spares:
+            look, start = self._members_if_steered, self._start_engines
+            self._keeper = Keeper(members.restart, look=look, start=start, steady=self._steady)
             self._keeper.start()
 
     def _stop_keeping(self) -> None:
@@ -263,6 +265,12 @@ class EnginePool:
         threads = [status.facts.cores for status in self.statuses]
         num_threads = max(threads) if threads else choose_num_threads(os.cpu_count() or 1, num_engines=n)
         return self._starter.start(n, num_threads=num_threads, timeout_seconds=timeout_seconds)
+
+    def _members_if_steered(self) -> Members:
+        """For the keeper: who is there, unless another kernel has taken over and keeps the pool itself."""
+        if not self.is_steered_here:
+            raise PoolError("another kernel steers it")
+        return self._members()
 
     def _members(self) -> Members:
         members, _ = self.hub.ask(GetMembers(), Members)

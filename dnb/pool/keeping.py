@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
-from dnb.errors import DnbError, HubError
+from dnb.errors import DnbError, HubError, PoolError
 from dnb.records import Members
 
 log = logging.getLogger(__name__)
@@ -103,12 +103,12 @@ class Keeper(threading.Thread):
         self._stopped.set()
 
     def run(self) -> None:
-        """Look until it is stopped, the hub is gone, or the engines die faster than they can be replaced."""
+        """Look until it is stopped, hub or steering are gone, or the engines die faster than they can be replaced."""
         while not self.trouble and not self._stopped.wait(LOOK_SECONDS):
             try:
                 with self._steady:
                     self._replace()
-            except HubError as error:
+            except (HubError, PoolError) as error:
                 log.info("the pool's engines are not kept any more: %s", error)
                 return
 

@@ -110,7 +110,8 @@ def _bring_up(
     cluster.start_controller_sync()
     cluster.start_engines_sync(n)
     # ipython_dir: else the client looks for one anew, and prints a warning into the cell if the home cannot be written.
-    client = cluster.connect_client_sync(ipython_dir=str(Path(cluster.profile_dir).parent))
+    # timeout: its own of 10 s is too short where the machine is busy.
+    client = cluster.connect_client_sync(ipython_dir=str(Path(cluster.profile_dir).parent), timeout=timeout_seconds)
     try:
         client.wait_for_engines(n, timeout=timeout_seconds, interactive=False)
         profile_dir = Path(cluster.profile_dir)

@@ -10,7 +10,7 @@ from tests.browser.lab import CHROMIUM_FLAGS, LabPage, LabServer, find_chromium
 
 
 @pytest.fixture(scope="module")
-def browser(leftovers):
+def browser(nothing_is_left):
     """Chromium, per file: while playwright runs, its event loop owns the main thread."""
     executable = find_chromium()
     if executable is None:
@@ -25,7 +25,7 @@ def browser(leftovers):
 
 
 @pytest.fixture(scope="module")
-def lab_server(leftovers, tmp_path_factory):
+def lab_server(nothing_is_left, tmp_path_factory):
     home = tmp_path_factory.mktemp("lab")
     root = home / "root"
     root.mkdir()

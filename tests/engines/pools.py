@@ -1,13 +1,88 @@
 """What tests do with a real pool: wait for a run, lose engines, and let one more join."""
 
+import contextlib
 import os
 import signal
 import threading
 import time
 
+from dnb import training
 from dnb.engine.worker import join_pool
+from dnb.errors import DnbError
 from dnb.pool.starting import profile_folder, start_pool
+from dnb.records import ENDED
 from dnb.training import Pool
+
+
+class SharedPool:
+    """One pool that many tests train on, one after the other, as starting one costs seconds; the kernel's own.
+
+    Its engines bear other ids after some of them were killed or removed.
+    """
+
+    def __init__(self) -> None:
+        self._pool: Pool | None = None
+
+    def of(self, num_engines: int) -> Pool:
+        """The pool with so many engines that are ready; another pool if a test has broken this one."""
+        if self._pool is None or not self._is_sound():
+            self.close()
+            training._pool = None
+            self._pool = training.start(
+                n=2, timeout_seconds=120
+            )  # 2, so that engines have as many threads whoever is first
+        pool = training._pool = self._pool
+        _resize(pool, num_engines)
+        return pool
+
+    def calm(self) -> None:
+        """End what a test left running, so that the next one finds the pool as it was; if it can be found so."""
+        if self._pool is None or not self._pool.is_open:
+            return
+        pool = self._pool
+        for engine in pool.engines:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(engine.pid, signal.SIGCONT)
+        if pool.run is not None and pool.facts.run_status not in (None, *ENDED):
+            pool.run.stop()
+            with contextlib.suppress(DnbError):
+                wait_until(pool.run, lambda run: not run.is_active, what="the run has ended")
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+    def _is_sound(self) -> bool:
+        assert self._pool is not None
+        try:
+            self.calm()
+            pool = self._pool
+            if not pool.is_open or pool.facts.run_status not in (None, *ENDED):
+                return False
+            pool.restart = "never"
+            pool._stop_keeping()
+            if pool.spares:
+                pool.keep_spares(0)
+            until(lambda: all(engine.state == "ready" for engine in pool.engines), what="all engines are ready")
+        except (AssertionError, DnbError):
+            return False
+        return True
+
+
+def _resize(pool: Pool, num_engines: int) -> None:
+    engines = [engine.id for engine in pool.engines]
+    if len(engines) > num_engines:
+        pool.remove(engines[num_engines:])
+    elif len(engines) < num_engines:
+        pool.add(num_engines - len(engines), timeout_seconds=120)
+
+
+def until(holds, *, what, limit_seconds=60):
+    deadline = time.monotonic() + limit_seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {limit_seconds} s: {what}"
+        time.sleep(0.02)
 
 
 def open_small_pool(n, *, profile_dir=None):
@@ -30,17 +105,9 @@ def wait_until(run, holds, *, what):
     """Wait for something that a run tells its viewers."""
     reached = threading.Event()
     run.add_listener(lambda run: reached.set() if holds(run) or not run.is_active else None)
+    if holds(run) or not run.is_active:  # a run that has ended tells nothing more
+        return
     assert reached.wait(60), f"not within 60 s: {what}: {run}"
-
-
-def shrink(pool, num_engines):
-    """Kill engines, the last ones first, until so many are left; the hub has noticed."""
-    for engine in pool.engines[num_engines:]:
-        os.kill(engine.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 30
-    while len(pool.engines) > num_engines:
-        assert time.monotonic() < deadline, f"the hub still counts {len(pool.engines)} engines after 30 s"
-    return pool
 
 
 def start_engine(pool):

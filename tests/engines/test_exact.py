@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from dnb.engine.replica import part_seed
 from dnb.planning.shards import shard_bounds
 from dnb.transport.layout import plan_layout
-from tests.engines.pools import let_join, open_small_pool, shrink, start_engine, wait, wait_until
+from tests.engines.pools import let_join, start_engine, wait, wait_until
 from tests.models import cnn, cross_entropy_step, digits, dropout_net, transformer, twice
 
 pytestmark = pytest.mark.engines
 
-NUM_STEPS = 200
+NUM_STEPS = 100  # two epochs end in it
 BATCH_SIZE = 27  # no multiple of the shards
 NUM_SAMPLES = 1001  # the last batch of an epoch has two samples, so that two of its shards are empty
 NUM_SHARDS = 4
@@ -94,25 +94,6 @@ class Scripted:
         except FileExistsError:
             return False
         return True
-
-
-@pytest.fixture(scope="module")
-def whole_pool(leftovers):
-    pool = open_small_pool(4)
-    yield pool
-    pool.shutdown()
-
-
-@pytest.fixture(scope="module", params=[4, 3, 2, 1], ids="{}_engines".format)
-def pool_of(request, whole_pool):
-    """A pool that loses one engine after the other."""
-    return shrink(whole_pool, request.param)
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def train(pool, name, *, step=plain_step, **options):
@@ -234,17 +215,15 @@ def test_engines_on_either_transport_come_to_the_same_bits(pool_of):
 
 
 @pytest.mark.parametrize("name", ["mlp_sgd", "transformer_clipped"])
-def test_an_engine_that_is_killed_and_one_that_joins_do_not_change_a_bit(whole_pool, folder, name):
-    while len(whole_pool.engines) < 2:
-        let_join(whole_pool, start_engine(whole_pool))
-    newcomer = start_engine(whole_pool)
+def test_an_engine_that_is_killed_and_one_that_joins_do_not_change_a_bit(pool, tmp_path, name):
+    newcomer = start_engine(pool)
     numbers = [batch[2].tolist() for batch in loader(drop_last=CASES[name].drop_last)]
-    script = Scripted(dies_at=numbers[19][0], waits_at=numbers[29][-1], folder=folder)
-    model, run = train(whole_pool, name, step=script)
-    (folder / "reached").read_text()
-    let_join(whole_pool, newcomer)
+    script = Scripted(dies_at=numbers[19][0], waits_at=numbers[29][-1], folder=tmp_path)
+    model, run = train(pool, name, step=script)
+    (tmp_path / "reached").read_text()
+    let_join(pool, newcomer)
     wait_until(run, partial(has_joined, engine=newcomer), what=f"engine {newcomer} takes part")
-    (folder / "answer").write_text("go on")
+    (tmp_path / "answer").write_text("go on")
     wait(run)
     told = [(event.kind, event.step) for event in run.events if event.kind in ("died", "joined") and event.step]
     assert told == [("died", 19), ("joined", 29)]

@@ -245,7 +245,9 @@ def test_a_nan_loss_pauses_at_its_step_with_nothing_applied(pool):
     inputs[5 * 64 + 3] = float("nan")  # the 6th batch, as nothing is shuffled
     model, plain = mlp(), mlp()
     run = fit(pool, model, train=(inputs, targets), shuffle=False)
-    with pytest.raises(RunError, match=r"paused at step 6: the loss is nan \(engine 0, shard 2: .*nothing of this"):
+    with pytest.raises(
+        RunError, match=rf"paused at step 6: the loss is nan \(engine {pool.engines[0].id}, shard 2: .*nothing of this"
+    ):
         wait(run)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3)
     for first in range(0, 5 * 64, 64):

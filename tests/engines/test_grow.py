@@ -1,12 +1,10 @@
 """Pools that grow and shrink, in mid-run and between runs; spares, and the replacement of the dead."""
 
-import contextlib
 import os
 import signal
 import statistics
 import sys
 import threading
-import time
 from itertools import pairwise
 
 import pytest
@@ -14,10 +12,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dnb.errors import ArgumentError, PoolError, RunError
+from dnb.errors import ArgumentError, PoolError
 from dnb.hub.history import read_history
 from dnb.transport.lives import children_of, is_alive
-from tests.engines.pools import open_small_pool, wait, wait_until
+from tests.engines.pools import open_small_pool, until, wait, wait_until
 from tests.models import cross_entropy_step, digits, dropout_net, largest_gap, mlp, plain_losses, twice
 
 pytestmark = pytest.mark.engines
@@ -73,41 +71,17 @@ class Gates:
         return True
 
 
-@pytest.fixture(scope="module")
-def shared_pool(leftovers):
-    with open_small_pool(1) as pool:
-        yield pool
-
-
 @pytest.fixture
-def pool(shared_pool, tmp_path, monkeypatch):
-    """A pool of one engine that may be added to."""
+def pool(shared, tmp_path, monkeypatch):
+    """The shared pool, with one engine."""
     monkeypatch.chdir(tmp_path)
-    yield shared_pool
-    if shared_pool.run is not None:
-        shared_pool.run.stop()
-        with contextlib.suppress(RunError):
-            wait(shared_pool.run)
-    shared_pool.restart = "never"
-    shared_pool.keep_spares(0)
-    shared_pool._stop_keeping()
-    others = [engine.id for engine in shared_pool.engines][1:]
-    if others:
-        shared_pool.remove(others)
-    if not shared_pool.engines:
-        shared_pool.add(1)
+    yield shared.of(1)
+    shared.calm()
 
 
 def kill(pool, engine):
     pid = next(each.pid for each in pool.engines if each.id == engine)
     os.kill(pid, signal.SIGKILL)
-
-
-def until(holds, *, what, limit_seconds=60):
-    deadline = time.monotonic() + limit_seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"not within {limit_seconds} s: {what}"
-        time.sleep(0.02)
 
 
 def wait_for_step(run, step):

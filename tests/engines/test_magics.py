@@ -98,8 +98,9 @@ def test_px_reaches_every_engine(shell, pool):
     assert pool.client[:]["answer"] == [42, 42]
 
 
-def test_a_cell_runs_on_the_engines_that_are_named(shell, capfd):
-    shell.run_cell("%%dtrain --on 1\nprint('only', 'here')", store_history=False).raise_error()
+def test_a_cell_runs_on_the_engines_that_are_named(shell, pool, capfd):
+    engine = pool.engines[1].id
+    shell.run_cell(f"%%dtrain --on {engine}\nprint('only', 'here')", store_history=False).raise_error()
     assert "only here" in capfd.readouterr().out
 
 
@@ -111,12 +112,17 @@ def test_a_cell_runs_on_the_engines_that_are_named(shell, capfd):
         ("%dtrain fit model train --lsos mse_loss", "has no flag '--lsos': did you mean '--loss'"),
         ("%dtrain fit model", "needs model and train: train is missing"),
         ("%dtrain start -n 2 --profle x", "has no flag '--profle': did you mean '--profile'"),
-        ("%dtrain set momentum", "is not NAME=VALUE, such as lr=1e-4"),
     ],
 )
 def test_a_wrong_line_is_refused_with_the_nearest_right_one(shell, line, message):
     result = shell.run_cell(line, store_history=False)
     assert message in str(result.error_in_exec)
+
+
+def test_a_setting_without_a_value_is_refused_with_an_example(shell):
+    run(shell, "%dtrain fit model train --loss cross_entropy --epochs 5000")
+    result = shell.run_cell("%dtrain set momentum", store_history=False)
+    assert "is not NAME=VALUE, such as lr=1e-4" in str(result.error_in_exec)
 
 
 def test_an_error_is_shown_as_one_line_without_dnb_s_own_frames(shell, capsys):

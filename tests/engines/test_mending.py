@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+import dnb
 from dnb.errors import ArgumentError, RunError, ShippingError
-from tests.engines.pools import let_join, open_small_pool, start_engine, wait, wait_until
+from tests.engines.pools import let_join, start_engine, wait, wait_until
 from tests.models import cross_entropy_step, digits, largest_gap, mlp
 
 pytestmark = pytest.mark.engines
@@ -54,7 +55,7 @@ def test_a_failure_names_engine_step_shard_and_sample(pool):
     with pytest.raises(RunError, match="ValueError: a pixel of 77") as caught:
         wait(run)
     assert "step 6" in str(caught.value)
-    assert f"engine 0: shard 2, sample {BAD_SAMPLE}" in str(caught.value)
+    assert f"engine {pool.engines[0].id}: shard 2, sample {BAD_SAMPLE}" in str(caught.value)
     assert "picky_step" in caught.value.remote_traceback
 
 
@@ -85,17 +86,48 @@ def test_a_run_that_is_resumed_as_it_was_fails_at_the_same_step_again(pool):
         run.resume()
 
 
-def test_an_engine_that_joins_later_has_the_mended_function_too(leftovers, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with open_small_pool(1) as pool:
-        engine = start_engine(pool)
-        run = fit_picky(pool, epochs=2000)
-        with pytest.raises(RunError):
-            wait(run)
-        run.resume(step=clipping_step)
-        let_join(pool, engine)
-        wait_until(run, lambda run: any(worker.steps > 3 for worker in run.workers[1:]), what="the joiner works")
-        assert run.status == "running"
+def test_an_engine_that_joins_later_has_the_mended_function_too(pool):
+    engine = start_engine(pool)
+    run = fit_picky(pool, epochs=2000)
+    with pytest.raises(RunError):
+        wait(run)
+    run.resume(step=clipping_step)
+    let_join(pool, engine)
+    wait_until(run, lambda run: any(worker.steps > 3 for worker in run.workers[2:]), what="the joiner works")
+    assert run.status == "running"
+
+
+def test_a_checkpoint_after_that_goes_on_with_the_mended_function(pool):
+    run = fit_picky(pool, epochs=2, checkpoint_every=1)
+    with pytest.raises(RunError):
+        wait(run)
+    run.resume(step=clipping_step)
+    wait(run)
+    resumed = wait(dnb.resume(run.folder, epochs=4, pool=pool))
+    assert (resumed.status, resumed.step) == ("finished", 40)  # the bad sample came twice more
+    again = wait(dnb.resume(resumed.checkpoint(), train=marked_digits(), epochs=5, pool=pool))
+    assert (again.status, again.step) == ("finished", 50)
+
+
+def test_a_checkpoint_before_that_has_the_function_that_failed(pool, tmp_path):
+    run = fit_picky(pool)
+    with pytest.raises(RunError):
+        wait(run)
+    path = run.checkpoint(tmp_path / "before")
+    run.stop()
+    wait(run)
+    with pytest.raises(RunError, match="a pixel of 77"):
+        wait(dnb.resume(path, pool=pool))
+
+
+def test_functions_that_are_given_to_resume_come_before_those_that_were_mended(pool):
+    run = fit_picky(pool)
+    with pytest.raises(RunError):
+        wait(run)
+    run.resume(loss="cross_entropy")
+    path = wait(run).checkpoint()
+    with pytest.raises(RunError, match="a pixel of 77"):
+        wait(dnb.resume(path, model=mlp(), train=marked_digits(), step=picky_step, epochs=2, pool=pool))
 
 
 def test_functions_are_replaced_only_while_a_run_is_paused(pool):

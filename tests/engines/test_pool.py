@@ -3,6 +3,8 @@
 import logging
 import os
 import socket
+from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -11,6 +13,7 @@ from dnb import training
 from dnb.errors import ArgumentError, PoolError
 from dnb.pool.engine_pool import all_processes, describe_engines
 from dnb.pool.starting import profile_folder, start_pool
+from dnb.records import Process
 from dnb.transport.lives import is_alive
 from tests.models import digits, mlp
 
@@ -105,14 +108,28 @@ def test_a_taken_port_is_told_and_leaves_no_process(leftovers, tmp_path):
     assert set(leftovers.find()) <= before
 
 
-def test_shutdown_ends_every_process_and_removes_every_file(tmp_path):
-    with fresh_pool(profile_dir=tmp_path) as pool:
-        processes = all_processes(pool.facts)
-        folders = pool.segment_folders
-    assert [process for process in processes if is_alive(process)] == []
-    assert list((tmp_path / "security").iterdir()) == []
-    assert list((tmp_path / "log").iterdir()) == []
-    assert [folder.exists() for folder in folders] == [False] * len(folders)
+class Closed(NamedTuple):
+    """A pool that was shut down, and what it had while it was open."""
+
+    pool: training.Pool
+    profile: Path
+    processes: list[Process]
+    folders: list[Path]
+
+
+@pytest.fixture(scope="module")
+def closed(nothing_is_left, tmp_path_factory):
+    profile = tmp_path_factory.mktemp("closed")
+    with fresh_pool(profile_dir=profile) as pool:
+        processes, folders = all_processes(pool.facts), pool.segment_folders
+    return Closed(pool, profile, processes, folders)
+
+
+def test_shutdown_ends_every_process_and_removes_every_file(closed):
+    assert [process for process in closed.processes if is_alive(process)] == []
+    assert list((closed.profile / "security").iterdir()) == []
+    assert list((closed.profile / "log").iterdir()) == []
+    assert [folder.exists() for folder in closed.folders] == [False] * len(closed.folders)
 
 
 def test_keys_on_disk_are_for_their_user_only_and_in_no_command_line(pool):
@@ -124,9 +141,7 @@ def test_keys_on_disk_are_for_their_user_only_and_in_no_command_line(pool):
     assert not any(secret in line for line in lines)
 
 
-def test_a_pool_that_was_shut_down_says_how_to_open_another():
-    pool = fresh_pool()
-    pool.shutdown()
-    pool.shutdown()
+def test_a_pool_that_was_shut_down_says_how_to_open_another(closed):
+    closed.pool.shutdown()
     with pytest.raises(PoolError, match="%dtrain start opens a new one"):
-        _ = pool.engines
+        _ = closed.pool.engines

@@ -3,21 +3,9 @@
 import pytest
 import torch
 
-from tests.engines.pools import open_small_pool, shrink
 from tests.models import batch_norm_net, digits, largest_gap, mlp, plain_losses
 
 pytestmark = pytest.mark.engines
-
-
-@pytest.fixture(scope="module")
-def whole_pool(leftovers):
-    with open_small_pool(4) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module", params=[4, 3, 2, 1])
-def pool_of(request, whole_pool):
-    return shrink(whole_pool, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -27,35 +15,34 @@ def plain():
 
 
 @pytest.fixture(scope="module", params=["memory", "socket"])
-def trained(request, pool_of, tmp_path_factory):
+def trained(request, shared, num_engines, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("runs"))
         model = mlp()
         options = {"lr": 1e-3, "batch_size": 64, "steps": 50, "transport": request.param}
-        run = pool_of.fit(model, digits(), loss="cross_entropy", **options)
+        run = shared.of(num_engines).fit(model, digits(), loss="cross_entropy", **options)
         run.wait(timeout_seconds=120)
-    return pool_of, run, model
+    return run, model
 
 
 def test_the_first_50_losses_are_those_of_a_plain_loop_within_1e_6(trained, plain):
-    _, run, _ = trained
+    run, _ = trained
     assert largest_gap(run.history["loss"], plain[0]) <= 1e-6
 
 
 def test_the_notebook_s_model_ends_with_the_plain_loop_s_parameters(trained, plain):
-    _, _, model = trained
+    _, model = trained
     gaps = [(a - b).abs().max() for a, b in zip(model.parameters(), plain[1].parameters(), strict=True)]
     assert max(gaps) < 1e-5
 
 
 def test_every_sample_of_every_batch_was_counted_once(trained):
-    _, run, _ = trained
+    run, _ = trained
     per_epoch = 1797
     assert sum(worker.samples for worker in run.workers) == per_epoch + 64 * (50 - 29)
 
 
-def test_batch_norm_statistics_come_home_and_do_not_depend_much_on_the_split(pool_of, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_batch_norm_statistics_come_home_and_do_not_depend_much_on_the_split(pool_of):
     model, plain = batch_norm_net(), batch_norm_net()
     pool_of.fit(model, digits(), loss="cross_entropy", lr=1e-3, batch_size=256, steps=7).wait(timeout_seconds=60)
     plain.train()

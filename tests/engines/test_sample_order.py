@@ -10,9 +10,11 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 
 from dnb.engine.replica import PROBE_SAMPLES
 from dnb.planning.shards import choose_num_shards, deal_shards, shard_bounds
-from tests.engines.pools import shrink, wait
+from tests.engines.pools import wait
 
 pytestmark = pytest.mark.engines
+
+of_engines = pytest.mark.parametrize("num_engines", [1, 2], indirect=True, ids="{}_engines".format)
 
 
 class Ledger(Dataset):
@@ -81,11 +83,6 @@ LOADERS = {
 }
 
 
-@pytest.fixture(scope="module", params=[2, 1], ids="{}_engines".format)
-def engines(request, shared_pool):
-    return shrink(shared_pool, request.param).engines
-
-
 def mean_step(model, batch):
     return model(batch).mean() * 0.0
 
@@ -110,26 +107,30 @@ def check_ledger(folder, engines, batches, *, num_shards):
     assert seen == {pid: probe + numbers for pid, numbers in expected.items() if numbers}
 
 
+@of_engines
 @pytest.mark.parametrize("name", LOADERS)
-def test_a_loader_s_batches_are_those_of_one_process(pool, engines, tmp_path, name):
+def test_a_loader_s_batches_are_those_of_one_process(pool_of, tmp_path, name):
     data = Ledger(tmp_path)
     make = LOADERS[name]
     loader = make(data)
     num_steps = 2 * len(loader) + 2  # ends in mid-epoch
     batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", len(data) // len(loader))
-    train(pool, loader, steps=num_steps)
+    train(pool_of, loader, steps=num_steps)
     batches = expected_batches(list_loader(make, data), num_steps)
-    check_ledger(tmp_path, engines, batches, num_shards=choose_num_shards(len(engines), batch_size=batch_size))
+    check_ledger(
+        tmp_path, pool_of.engines, batches, num_shards=choose_num_shards(len(pool_of.engines), batch_size=batch_size)
+    )
 
 
+@of_engines
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("steps", [3, 7, 15])
-def test_a_data_set_s_batches_are_those_of_a_seeded_loader(pool, engines, tmp_path, shuffle, steps):
+def test_a_data_set_s_batches_are_those_of_a_seeded_loader(pool_of, tmp_path, shuffle, steps):
     data = Ledger(tmp_path)
-    train(pool, data, steps=steps, batch_size=8, shuffle=shuffle, seed=11)
+    train(pool_of, data, steps=steps, batch_size=8, shuffle=shuffle, seed=11)
     loader = list_loader(lambda d: DataLoader(d, 8, shuffle=shuffle, generator=seeded(11)), data)
-    num_shards = choose_num_shards(len(engines), batch_size=8)
-    check_ledger(tmp_path, engines, expected_batches(loader, steps), num_shards=num_shards)
+    num_shards = choose_num_shards(len(pool_of.engines), batch_size=8)
+    check_ledger(tmp_path, pool_of.engines, expected_batches(loader, steps), num_shards=num_shards)
 
 
 def list_loader(make, data):

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from dnb import training
 from dnb.errors import RunError
-from tests.engines.pools import open_small_pool, wait, wait_until
+from tests.engines.pools import wait, wait_until
 from tests.models import digits, largest_gap, largest_relative_gap, mlp, plain_run, twice
 
 pytestmark = [pytest.mark.engines, pytest.mark.faults]
@@ -19,24 +18,15 @@ FAULTY_STEP = 4
 FAULTY_PLACE = 40  # in a batch of 64: shard 30 of 48, on the second engine
 
 
-@pytest.fixture(scope="module")
-def shared_pool(leftovers):
-    training.start(n=2)
-    yield training.current_pool()
-    training.shutdown()
-
-
 @pytest.fixture
-def pool(shared_pool, tmp_path, monkeypatch):
+def pool(shared, tmp_path, monkeypatch):
     """The shared pool, which still trains after the test."""
     monkeypatch.chdir(tmp_path)
-    yield shared_pool
-    run = shared_pool.run
-    if run is not None and run.is_active:
-        run.stop()
-        wait_until(run, lambda run: not run.is_active, what="the run has ended")
+    pool = shared.of(2)
+    yield pool
+    shared.calm()
     model, plain = twice(mlp)
-    run = wait(shared_pool.fit(model, digits(), loss="cross_entropy", lr=1e-3, steps=3, name="afterwards"))
+    run = wait(pool.fit(model, digits(), loss="cross_entropy", lr=1e-3, steps=3, name="afterwards"))
     assert largest_gap(run.history["loss"], plain_run(plain, digits(), num_steps=3).losses) < 1e-6
 
 
@@ -261,7 +251,7 @@ def test_engines_whose_forward_differs_are_named_before_anything_is_trained(pool
     view.execute("import os; os.environ['DNB_TEST_SCALE'] = '1.01'", block=True)
     try:
         run = pool.fit(model, digits(), loss="cross_entropy", lr=1e-3, steps=5)
-        with pytest.raises(RunError, match=r"engines disagree: for the same samples the loss is .* on engine \d and"):
+        with pytest.raises(RunError, match=r"engines disagree: for the same samples the loss is .* on engine \d+ and"):
             wait(run)
     finally:
         view.execute("del os.environ['DNB_TEST_SCALE']", block=True)
@@ -330,18 +320,8 @@ class SlowToOpen(Dataset):
         return torch.zeros(64), 0
 
 
-@pytest.fixture
-def own_pool(leftovers, tmp_path, monkeypatch):
-    """A pool that may be left with a run that hangs."""
-    monkeypatch.chdir(tmp_path)
-    pool = open_small_pool(2, profile_dir=tmp_path / "profile")
-    yield pool
-    pool.shutdown()
-
-
 @pytest.mark.parametrize("name", ["same", "other"])
-def test_the_late_word_of_a_stopped_run_is_not_taken_for_that_of_the_next(own_pool, tmp_path, monkeypatch, name):
-    pool = own_pool
+def test_the_late_word_of_a_stopped_run_is_not_taken_for_that_of_the_next(pool, tmp_path, monkeypatch, name):
     stopped = train(pool, mlp(), SlowToOpen(tmp_path), name="same")
     (tmp_path / "reached").read_text()
     stopped.stop()

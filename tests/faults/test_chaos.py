@@ -1,63 +1,44 @@
 """Harm done on purpose through the pool, and pools of dead kernels that grow."""
 
-import time
-
 import psutil
 import pytest
 
 from dnb import training
 from dnb.errors import ArgumentError
-from tests.engines.pools import open_small_pool, wait_until
+from dnb.pool.starting import profile_folder
+from tests.engines.pools import until, wait_until
 from tests.faults.kernels import Kernel
 from tests.faults.test_deaths import START_AND_TRAIN
-from tests.leftovers import find_processes
 from tests.models import digits, mlp
 
 pytestmark = [pytest.mark.engines, pytest.mark.faults]
 
 
-@pytest.fixture(scope="module")
-def shared_pool(leftovers, tmp_path_factory):
-    with open_small_pool(2, profile_dir=tmp_path_factory.mktemp("chaos") / "profile") as pool:
-        yield pool
-
-
 @pytest.fixture
-def run(shared_pool, tmp_path, monkeypatch):
+def run(pool):
     """A run that goes on until the test is over."""
-    monkeypatch.chdir(tmp_path)
-    if len(shared_pool.engines) < 2:
-        shared_pool.add(2 - len(shared_pool.engines))
-    run = shared_pool.fit(mlp(), digits(), loss="cross_entropy", epochs=100_000)
+    run = pool.fit(mlp(), digits(), loss="cross_entropy", epochs=100_000)
     wait_until(run, lambda run: run.step > 3, what="step 3")
-    yield run
-    run.stop()
-    run.wait(timeout_seconds=60)
-
-
-def until(holds, *, what, limit_seconds=30):
-    deadline = time.monotonic() + limit_seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"not within {limit_seconds} s: {what}"
-        time.sleep(0.02)
+    return run
 
 
 def has(run, kind, engine):
     return any((event.kind, event.engine) == (kind, engine) for event in run.events)
 
 
-def test_a_killed_engine_is_in_the_history_as_an_act_and_as_a_death(shared_pool, run):
-    victim = shared_pool.engines[1].id
-    shared_pool.chaos.kill(victim)
+def test_a_killed_engine_is_in_the_history_as_an_act_and_as_a_death(pool, run):
+    victim = pool.engines[1].id
+    before = pool._members().num_killed
+    pool.chaos.kill(victim)
     wait_until(run, lambda run: has(run, "died", victim), what="the death")
     kinds = [event.kind for event in run.events if event.engine == victim and event.kind in ("chaos", "died")]
     assert kinds == ["chaos", "died"]
-    assert shared_pool._members().num_killed == 1
+    assert pool._members().num_killed == before + 1
 
 
-def test_a_stopped_engine_goes_on_when_its_time_is_over(shared_pool, run):
-    victim = shared_pool.engines[1]
-    shared_pool.chaos.stop(victim.id, 0.5)
+def test_a_stopped_engine_goes_on_when_its_time_is_over(pool, run):
+    victim = pool.engines[1]
+    pool.chaos.stop(victim.id, 0.5)
     until(lambda: psutil.Process(victim.pid).status() == psutil.STATUS_STOPPED, what="it stands still")
     until(lambda: psutil.Process(victim.pid).status() != psutil.STATUS_STOPPED, what="it goes on")
     at = run.step
@@ -65,9 +46,9 @@ def test_a_stopped_engine_goes_on_when_its_time_is_over(shared_pool, run):
     wait_until(run, lambda run: has(run, "chaos", victim.id), what="the act is told")
 
 
-def test_a_slowed_engine_computes_longer_than_the_others_and_its_account_says_so(shared_pool, run):
-    other, victim = shared_pool.engines
-    shared_pool.chaos.slow(victim.id, 20)
+def test_a_slowed_engine_computes_longer_than_the_others_and_its_account_says_so(pool, run):
+    other, victim = pool.engines
+    pool.chaos.slow(victim.id, 20)
     wait_until(run, lambda run: has(run, "chaos", victim.id), what="the act is told")
     at = run.step
     before = {worker.engine: worker.compute_seconds for worker in run._totals}
@@ -79,7 +60,7 @@ def test_a_slowed_engine_computes_longer_than_the_others_and_its_account_says_so
 
     assert after[victim.id].compute_seconds > before[victim.id]
     assert seconds_per_sample(victim.id) > 2 * seconds_per_sample(other.id)
-    shared_pool.chaos.slow(victim.id, 1)
+    pool.chaos.slow(victim.id, 1)
 
 
 @pytest.mark.parametrize(
@@ -91,16 +72,16 @@ def test_a_slowed_engine_computes_longer_than_the_others_and_its_account_says_so
         (lambda chaos: chaos.slow(0, 0.5), "factor must be at least 1, not 0.5"),
     ],
 )
-def test_acts_that_make_no_sense_are_refused(shared_pool, act, message):
+def test_acts_that_make_no_sense_are_refused(pool, act, message):
     with pytest.raises(ArgumentError, match=message):
-        act(shared_pool.chaos)
+        act(pool.chaos)
 
 
-def test_a_stopped_engine_goes_on_although_its_kernel_is_dead(folder):
+def test_a_pool_that_a_dead_kernel_left_lets_stopped_engines_go_on_and_can_grow_and_shrink(folder):
     kernel = Kernel(
         START_AND_TRAIN
         + """
-victim = pool.engines[1]
+victim = pool.engines[0]
 pool.chaos.stop(victim.id, 3)
 say(victim.pid)
 """,
@@ -110,13 +91,6 @@ say(victim.pid)
     kernel.kill()
     assert psutil.Process(pid).status() == psutil.STATUS_STOPPED
     until(lambda: psutil.Process(pid).status() != psutil.STATUS_STOPPED, what="it goes on")
-    training.attach()  # so that the pool is shut down with the test
-
-
-def test_a_pool_that_a_dead_kernel_left_can_grow_and_shrink(folder):
-    kernel = Kernel(START_AND_TRAIN, folder=folder)
-    kernel.wait_until_ready()
-    kernel.kill()
     run = training.attach()
     pool = training.current_pool()
     (newcomer,) = pool.add(1)
@@ -126,8 +100,11 @@ def test_a_pool_that_a_dead_kernel_left_can_grow_and_shrink(folder):
     assert newcomer not in [engine.id for engine in pool.engines]
 
 
-def test_engines_that_are_being_started_when_the_kernel_dies_end_with_the_pool(folder):
-    before = {process.pid for process in find_processes()}
+def test_engines_that_are_being_started_when_the_kernel_dies_end_with_the_pool(folder, leftovers):
+    # An engine that the hub does not know yet ends when it misses ipyparallel's heartbeat, 50 times by default.
+    profile = profile_folder(None)
+    profile.mkdir(parents=True, exist_ok=True)
+    (profile / "ipengine_config.py").write_text("c.IPEngine.max_heartbeat_misses = 4\n")
     kernel = Kernel(
         """
         import threading, time
@@ -140,14 +117,4 @@ def test_engines_that_are_being_started_when_the_kernel_dies_end_with_the_pool(f
     )
     kernel.wait_until_ready()
     kernel.kill()
-    # An engine that the hub does not know yet ends when it misses ipyparallel's heartbeat.
-    until(lambda: {p.pid for p in find_processes()} <= before, what="nothing is left", limit_seconds=90)
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch, leftovers):
-    """A folder and profiles of the test's own, shared with the kernels it starts."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    yield tmp_path
-    training.shutdown()
+    leftovers.wait_until_none(timeout_seconds=60)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 
 import msgspec
 import psutil
@@ -21,14 +20,14 @@ from dnb.pool.starting import profile_folder
 from dnb.records import Done, GetPool, HubBinding, PoolState, Shutdown
 from dnb.transport.channels import HubClient
 from dnb.transport.segments import FOLDERS_VARIABLE
-from tests.engines.pools import open_small_pool
+from tests.engines.pools import open_small_pool, until
 from tests.faults.kernels import Kernel
 from tests.models import digits, largest_gap, mlp, plain_losses
 
 pytestmark = [pytest.mark.engines, pytest.mark.faults]
 
 START_AND_TRAIN = """
-pool = training.start(n=2)
+pool = training.start(n=1)
 run = pool.fit(mlp(), digits(), loss="cross_entropy", epochs=100_000, name="orphan")
 import threading
 moved = threading.Event()
@@ -41,19 +40,17 @@ assert moved.wait(60)
 def own_pool(leftovers, tmp_path, monkeypatch):
     """A pool that the test may break."""
     monkeypatch.chdir(tmp_path)
-    pool = open_small_pool(3, profile_dir=tmp_path / "profile")
+    pool = open_small_pool(1, profile_dir=tmp_path / "profile")
     yield pool
     pool.shutdown()
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, leftovers):
-    """A folder and profiles of the test's own, shared with the kernels it starts."""
+def three_engines(shared, tmp_path, monkeypatch):
+    """The shared pool, which gets others for those that a test has killed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    yield tmp_path
-    training.shutdown()
-    leftovers.wait_until_none()
+    yield shared.of(3)
+    shared.calm()
 
 
 def wait_for_step(run, step):
@@ -62,41 +59,36 @@ def wait_for_step(run, step):
     assert reached.wait(60), f"step {step} was not reached in 60 s: {run}"
 
 
-def until(holds, *, what, limit_seconds=30):
-    deadline = time.monotonic() + limit_seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"not within {limit_seconds} s: {what}"
-        time.sleep(0.05)
+def test_an_engine_that_stands_still_is_called_hung(three_engines):
+    victim = three_engines.engines[0]
+    os.kill(victim.pid, signal.SIGSTOP)
+    hung = ["hung", "ready", "ready"]
+    until(lambda: [engine.state for engine in three_engines.engines] == hung, what="the hub has noticed")
 
 
-def test_a_run_goes_on_with_the_same_loss_when_engines_are_killed(own_pool):
-    run = own_pool.fit(mlp(), digits(), loss="cross_entropy", lr=1e-3, steps=400)
+def test_a_run_goes_on_with_the_same_loss_when_engines_are_killed(three_engines):
+    run = three_engines.fit(mlp(), digits(), loss="cross_entropy", lr=1e-3, steps=400)
     for step in (20, 60):
         wait_for_step(run, step)
-        os.kill(own_pool.engines[0].pid, signal.SIGKILL)
+        os.kill(three_engines.engines[0].pid, signal.SIGKILL)
     run.wait(timeout_seconds=120)
     plain = plain_losses(mlp(), digits(), num_steps=400, batch_size=64)
     assert run.status == "finished"
     assert [event.kind for event in run.events].count("died") == 2
     assert largest_gap(run.history["loss"][:50], plain[:50]) <= 1e-6
     assert largest_gap(run.history["loss"], plain) <= 1e-4
-    assert len(own_pool.engines) == 1
+    assert len(three_engines.engines) == 1
 
 
-def test_a_run_that_lost_its_last_engine_fails_and_says_so(own_pool):
-    run = own_pool.fit(mlp(), digits(), loss="cross_entropy", epochs=10_000)
+def test_a_run_that_lost_its_last_engine_fails_and_says_so(shared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pool = shared.of(2)
+    run = pool.fit(mlp(), digits(), loss="cross_entropy", epochs=10_000)
     wait_for_step(run, 3)
-    for engine in own_pool.engines:
+    for engine in pool.engines:
         os.kill(engine.pid, signal.SIGKILL)
-    with pytest.raises(RunError, match=r"no engine is left at step \d+: engine \d died"):
+    with pytest.raises(RunError, match=r"no engine is left at step \d+: engine \d+ died"):
         run.wait(timeout_seconds=60)
-
-
-def test_an_engine_that_stands_still_is_called_hung(own_pool):
-    victim = own_pool.engines[0]
-    os.kill(victim.pid, signal.SIGSTOP)
-    hung = ["hung", "ready", "ready"]
-    until(lambda: [engine.state for engine in own_pool.engines] == hung, what="the hub has noticed")
 
 
 def test_a_killed_guardian_ends_the_pool_and_the_run_says_what_happened(own_pool, leftovers):
@@ -166,7 +158,7 @@ def test_a_killed_controller_takes_hub_and_engines_with_it(own_pool, leftovers):
 
 
 def test_nothing_outlives_a_killed_kernel_without_a_run(folder, leftovers):
-    kernel = Kernel("training.start(n=2)", folder=folder)
+    kernel = Kernel("training.start(n=1)", folder=folder)
     kernel.wait_until_ready()
     kernel.kill()
     leftovers.wait_until_none(timeout_seconds=20)
@@ -186,7 +178,7 @@ def test_a_new_kernel_finds_the_run_that_a_killed_one_left_and_can_end_it(folder
     kernel.kill()
     pool, notices = open_pool()
     assert notices == [
-        "found a pool of 2 engines, which a kernel that is gone had started, and took it over: "
+        "found a pool of 1 engines, which a kernel that is gone had started, and took it over: "
         "run 'orphan' is running; %dtrain attach shows it, %dtrain shutdown ends both"
     ]
     run = training.attach()
@@ -244,16 +236,6 @@ def test_an_orphaned_pool_ends_by_itself_when_its_run_has_ended_and_nobody_attac
     assert training.Run.open(folder / ".dnb" / "runs" / "short").status == "finished"
 
 
-def test_another_kernel_s_pool_is_told_and_left_alone(folder):
-    kernel = Kernel("training.start(n=1)", folder=folder)
-    kernel.wait_until_ready()
-    _, notices = open_pool(n=1)
-    assert notices == ["another kernel runs 1 engines on this host, which share its cores"]
-    training.shutdown()
-    assert len(find_pools(profile_folder(None) / "security").foreign) == 1
-    kernel.end()
-
-
 def test_what_a_dead_pool_left_is_cleared_at_the_next_start(folder):
     kernel = Kernel(
         """
@@ -296,9 +278,9 @@ def test_no_folder_with_room_refuses_the_run_with_needed_and_free(tiny_memory, f
     assert pool.facts.run is None
 
 
-def test_a_full_disk_leaves_gaps_in_the_history_and_ends_no_training(tiny_memory, folder, monkeypatch):
+def test_a_full_disk_leaves_gaps_in_the_history_and_ends_no_training(shared, tiny_memory, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_memory)
-    pool, _ = open_pool(n=1)
+    pool = shared.of(1)
     run = pool.fit(mlp(), digits(), loss="cross_entropy", steps=2500)
     run.wait(timeout_seconds=120)
     rows = read_history(run.folder)
@@ -309,7 +291,7 @@ def test_a_full_disk_leaves_gaps_in_the_history_and_ends_no_training(tiny_memory
     ]
     losses = [row.values["loss"] for row in rows if row.kind == "step"]
     assert losses == run.history["loss"][: len(losses)]
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(tmp_path)
 
 
 def open_pool(n=2):

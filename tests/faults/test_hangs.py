@@ -9,61 +9,26 @@ import torch
 from torch.nn import functional
 
 from dnb.errors import RunError
-from tests.engines.pools import open_small_pool, wait, wait_until
+from tests.engines.pools import wait, wait_until
 from tests.models import digits, largest_gap, mlp, plain_losses
 
 pytestmark = [pytest.mark.engines, pytest.mark.faults]
 
 
-def open_pool(num_engines, folder):
-    pool = open_small_pool(num_engines, profile_dir=folder)
-    yield pool
-    go_on(pool)
-    pool.shutdown()
-
-
-def go_on(pool):
-    for engine in pool.engines:
-        os.kill(engine.pid, signal.SIGCONT)
-
-
-@pytest.fixture(scope="module")
-def three_engines(leftovers, tmp_path_factory):
-    yield from open_pool(3, tmp_path_factory.mktemp("three"))
-
-
-@pytest.fixture(scope="module")
-def one_engine(leftovers, tmp_path_factory):
-    yield from open_pool(1, tmp_path_factory.mktemp("one"))
-
-
 @pytest.fixture
-def own_pool(leftovers, tmp_path, monkeypatch):
-    """Two engines of which the test may kill one."""
-    monkeypatch.chdir(tmp_path)
-    yield from open_pool(2, tmp_path / "profile")
-
-
-@pytest.fixture
-def pool(three_engines, tmp_path, monkeypatch):
+def pool(shared, tmp_path, monkeypatch):
     """Three engines that all go on when the test is over."""
     monkeypatch.chdir(tmp_path)
-    yield three_engines
-    clear(three_engines)
+    yield shared.of(3)
+    shared.calm()
 
 
 @pytest.fixture
-def small_pool(one_engine, tmp_path, monkeypatch):
+def small_pool(shared, tmp_path, monkeypatch):
+    """One engine that goes on when the test is over."""
     monkeypatch.chdir(tmp_path)
-    yield one_engine
-    clear(one_engine)
-
-
-def clear(pool):
-    go_on(pool)
-    if pool.run is not None and pool.run.is_active:
-        pool.run.stop()
-        wait_until(pool.run, lambda run: not run.is_active, what="the run has ended")
+    yield shared.of(1)
+    shared.calm()
 
 
 def kinds(run, engine):
@@ -113,46 +78,6 @@ def test_a_stopped_engine_costs_no_step_and_takes_part_again_when_it_goes_on(poo
     assert largest_gap(run.history["loss"][:50], losses[:50]) <= 1e-6
     assert largest_gap(run.history["loss"], losses) <= 1e-4
     assert len(run.history["loss"]) == run.step
-
-
-def test_the_only_engine_is_waited_for_while_it_is_stopped(small_pool):
-    (victim,) = small_pool.engines
-    run = small_pool.fit(mlp(), digits(), loss="cross_entropy", lr=1e-3, epochs=1000)
-    wait_until(run, lambda run: run.step >= 10, what="step 10")
-    os.kill(victim.pid, signal.SIGSTOP)
-    wait_until(run, lambda run: "hung" in kinds(run, victim.id), what="the engine is called hung")
-    at = run.step
-    assert run.status == "running"
-    os.kill(victim.pid, signal.SIGCONT)
-    wait_until(run, lambda run: run.step > at + 20, what="20 steps more")
-    run.stop()
-    wait(run)
-    num_steps = min(run.step, 200)
-    assert largest_gap(run.history["loss"][:50], plain(50)) <= 1e-6
-    assert largest_gap(run.history["loss"][:num_steps], plain(num_steps)) <= 1e-4
-
-
-def test_a_run_whose_only_engine_is_stopped_can_be_stopped(small_pool):
-    (victim,) = small_pool.engines
-    run = small_pool.fit(mlp(), digits(), loss="cross_entropy", lr=1e-3, epochs=1000)
-    wait_until(run, lambda run: run.step >= 3, what="step 3")
-    os.kill(victim.pid, signal.SIGSTOP)
-    wait_until(run, lambda run: "hung" in kinds(run, victim.id), what="the engine is called hung")
-    run.stop()
-    assert wait(run).status == "stopped"
-
-
-def test_a_stopped_engine_that_is_killed_is_not_missed(own_pool):
-    victim = own_pool.engines[1]
-    run = own_pool.fit(mlp(), digits(), loss="cross_entropy", lr=1e-3, epochs=1000)
-    wait_until(run, lambda run: run.step >= 3, what="step 3")
-    os.kill(victim.pid, signal.SIGSTOP)
-    wait_until(run, lambda run: "hung" in kinds(run, victim.id), what="the engine is called hung")
-    os.kill(victim.pid, signal.SIGKILL)
-    wait_until(run, lambda run: "died" in kinds(run, victim.id), what="the engine is called dead")
-    at = run.step
-    wait_until(run, lambda run: run.step > at + 20, what="20 steps more")
-    assert len(own_pool.engines) == 1
 
 
 def test_an_engine_that_is_stopped_when_a_run_is_submitted_does_not_hold_it_up(pool):
@@ -258,9 +183,54 @@ def test_a_failing_loss_pauses_with_one_cause_and_the_same_step_is_tried_again(p
 
 def test_the_pool_trains_after_a_run_that_failed_in_mid_step_was_stopped(pool):
     run = pool.fit(mlp(), digits(), loss=Failing([pool.engines[1].pid], 3), lr=1e-3, steps=60)
-    with pytest.raises(RunError, match=r"paused at step 3: ValueError: bad sample \(engine 1: one of shards"):
+    with pytest.raises(
+        RunError, match=rf"paused at step 3: ValueError: bad sample \(engine {pool.engines[1].id}: one of shards"
+    ):
         wait(run)
     run.stop()
     wait_until(run, lambda run: run.status == "stopped", what="the run has stopped")
     again = wait(pool.fit(mlp(), digits(), loss="cross_entropy", lr=1e-3, steps=20))
     assert largest_gap(again.history["loss"], plain(20)) <= 1e-6
+
+
+# Last, as they leave the shared pool with fewer engines
+
+
+def test_a_stopped_engine_that_is_killed_is_not_missed(pool):
+    victim = pool.engines[1]
+    run = pool.fit(mlp(), digits(), loss="cross_entropy", lr=1e-3, epochs=1000)
+    wait_until(run, lambda run: run.step >= 3, what="step 3")
+    os.kill(victim.pid, signal.SIGSTOP)
+    wait_until(run, lambda run: "hung" in kinds(run, victim.id), what="the engine is called hung")
+    os.kill(victim.pid, signal.SIGKILL)
+    wait_until(run, lambda run: "died" in kinds(run, victim.id), what="the engine is called dead")
+    at = run.step
+    wait_until(run, lambda run: run.step > at + 20, what="20 steps more")
+    assert len(pool.engines) == 2
+
+
+def test_the_only_engine_is_waited_for_while_it_is_stopped(small_pool):
+    (victim,) = small_pool.engines
+    run = small_pool.fit(mlp(), digits(), loss="cross_entropy", lr=1e-3, epochs=1000)
+    wait_until(run, lambda run: run.step >= 10, what="step 10")
+    os.kill(victim.pid, signal.SIGSTOP)
+    wait_until(run, lambda run: "hung" in kinds(run, victim.id), what="the engine is called hung")
+    at = run.step
+    assert run.status == "running"
+    os.kill(victim.pid, signal.SIGCONT)
+    wait_until(run, lambda run: run.step > at + 20, what="20 steps more")
+    run.stop()
+    wait(run)
+    num_steps = min(run.step, 200)
+    assert largest_gap(run.history["loss"][:50], plain(50)) <= 1e-6
+    assert largest_gap(run.history["loss"][:num_steps], plain(num_steps)) <= 1e-4
+
+
+def test_a_run_whose_only_engine_is_stopped_can_be_stopped(small_pool):
+    (victim,) = small_pool.engines
+    run = small_pool.fit(mlp(), digits(), loss="cross_entropy", lr=1e-3, epochs=1000)
+    wait_until(run, lambda run: run.step >= 3, what="step 3")
+    os.kill(victim.pid, signal.SIGSTOP)
+    wait_until(run, lambda run: "hung" in kinds(run, victim.id), what="the engine is called hung")
+    run.stop()
+    assert wait(run).status == "stopped"

@@ -8,19 +8,18 @@ import time
 import psutil
 import pytest
 
-from dnb import training
 from dnb.hub.checkpoints import find_checkpoint
 from dnb.pool.found import find_pools, reap_dead
 from dnb.pool.starting import profile_folder
 from dnb.resuming import resume
-from tests.engines.pools import open_small_pool, wait, wait_until
+from tests.engines.pools import wait, wait_until
 from tests.faults.kernels import Kernel
 from tests.models import digits, largest_gap, mlp, plain_run
 
 pytestmark = [pytest.mark.engines, pytest.mark.faults]
 
 TRAIN = """
-pool = training.start(n=2)
+pool = training.start(n=1)
 run = pool.fit(
     mlp(), digits(), loss="cross_entropy", lr=1e-3, epochs=100_000, name="lost", checkpoint_every=5, checkpoint_keep=3
 )
@@ -34,15 +33,11 @@ say(*[process.pid for process in all_processes(pool.facts)])
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, leftovers):
-    """A folder and profiles of the test's own, shared with the kernels it starts."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    yield tmp_path
-    training.shutdown()
+def folder(folder):
+    """The folder, from which dead pools are cleared afterwards."""
+    yield folder
     profile = profile_folder(None)
     reap_dead(find_pools(profile / "security"), security_dir=profile / "security", log_dir=profile / "log")
-    leftovers.wait_until_none()
 
 
 def kill_all(pids):
@@ -83,19 +78,13 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.fixture
-def pool(leftovers):
-    pool = open_small_pool(1)
-    yield pool
-    pool.shutdown()
-
-
 def checkpoints_of(run):
     return [event for event in run.events if event.kind == "checkpoint" and "is in" in event.text]
 
 
-def test_a_full_disk_pauses_nothing_loses_nothing_and_is_told_once(pool, small_disk, monkeypatch, tmp_path):
+def test_a_full_disk_pauses_nothing_loses_nothing_and_is_told_once(shared, small_disk, monkeypatch, tmp_path):
     monkeypatch.chdir(small_disk)
+    pool = shared.of(1)
     run = pool.fit(mlp(), digits(200), loss="cross_entropy", epochs=100_000, checkpoint_every=20, checkpoint_keep=1)
     monkeypatch.chdir(tmp_path)
     wait_until(run, lambda run: checkpoints_of(run), what="one is durable")

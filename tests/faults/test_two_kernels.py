@@ -1,13 +1,18 @@
 """Several kernels look at one pool: all see, one steers."""
 
+import contextlib
 import os
+from pathlib import Path
 
 import pytest
 
 from dnb import training
-from dnb.errors import ArgumentError
+from dnb.errors import ArgumentError, PoolError
+from dnb.pool.found import find_pools
+from dnb.pool.starting import profile_folder
 from tests.engines.pools import wait_until
 from tests.faults.kernels import Kernel
+from tests.leftovers import Leftovers
 from tests.models import digits, mlp
 
 pytestmark = [pytest.mark.engines, pytest.mark.faults]
@@ -18,19 +23,58 @@ run = pool.fit(mlp(), digits(), loss="cross_entropy", epochs=100_000, name="shar
 """
 
 
-@pytest.fixture
-def other_kernel(tmp_path, monkeypatch, leftovers):
-    """Another kernel, with a pool and a run."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    kernel = Kernel(START_AND_TRAIN, folder=tmp_path)
-    kernel.wait_until_ready()
-    yield kernel
-    training.attach(steer=True)  # its run would go on without it
-    training.shutdown()
-    if kernel.process.poll() is None:
-        kernel.end()
+class Others:
+    """Another kernel with a pool and a run; started anew when a test has ended the one before, or its pool."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._kernel: Kernel | None = None
+
+    def kernel(self) -> Kernel:
+        if self._kernel is None or not self._steers(self._kernel):
+            self.end()
+            self._kernel = Kernel(START_AND_TRAIN, folder=self.folder)
+            self._kernel.wait_until_ready()
+        return self._kernel
+
+    def end(self) -> None:
+        if self._kernel is None:
+            return
+        with contextlib.suppress(PoolError):  # it was ended
+            training.attach(steer=True)  # its run would go on without it
+        training.shutdown()
+        if self._kernel.process.poll() is None:
+            self._kernel.end()
+        self._kernel = None
+
+    def _steers(self, kernel: Kernel) -> bool:
+        owners = [facts.owner.pid for facts in find_pools(profile_folder(None) / "security").foreign]
+        return owners == [kernel.process.pid]
+
+
+@pytest.fixture(scope="module")
+def others(nothing_is_left, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("others")
+    leftovers, others = Leftovers(), Others(folder)
+    yield others
+    with pytest.MonkeyPatch.context() as patch:
+        set_apart(patch, folder)
+        others.end()
     leftovers.wait_until_none()
+
+
+@pytest.fixture
+def other_kernel(others, monkeypatch):
+    """Another kernel, with a pool and a run; this one has no pool yet."""
+    set_apart(monkeypatch, others.folder)
+    yield others.kernel()
+    training.shutdown()  # ends the other's pool only if the test has taken it over
+
+
+def set_apart(patch, folder):
+    patch.chdir(folder)
+    patch.setenv("IPYTHONDIR", str(folder / "ipython"))
+    patch.setattr(training, "_pool", None)  # the tests' shared one is back afterwards
 
 
 def test_a_second_kernel_sees_the_run_and_is_told_who_steers(other_kernel, caplog):
@@ -63,6 +107,15 @@ def test_a_kernel_that_watches_leaves_the_pool_as_it_is_when_it_goes(other_kerne
     run = training.attach()
     before = run.step
     wait_until(run, lambda run: run.step > before + 3, what="3 more steps")
+
+
+def test_another_kernel_s_pool_is_told_and_left_alone(other_kernel):
+    _, notices = training.open_pool(
+        1, profile=None, launcher="local", threads_per_engine=1, timeout_seconds=60, linger_seconds=60
+    )
+    assert notices == ["another kernel runs 1 engines on this host, which share its cores"]
+    training.shutdown()
+    assert len(find_pools(profile_folder(None) / "security").foreign) == 1
 
 
 def test_a_kernel_may_take_over_and_end_the_pool(other_kernel):

@@ -1,0 +1,25 @@
+"""What the pool of a dead kernel goes on with when another kernel steers it."""
+
+import os
+import signal
+
+import pytest
+
+from dnb import training
+from tests.engines.pools import until
+from tests.faults.kernels import Kernel
+from tests.faults.test_deaths import START_AND_TRAIN
+
+pytestmark = [pytest.mark.engines, pytest.mark.faults]
+
+
+def test_the_next_kernel_that_steers_replaces_engines_that_die_if_the_one_before_did(folder):
+    kernel = Kernel(START_AND_TRAIN + 'pool.restart = "always"\n', folder=folder)
+    kernel.wait_until_ready()
+    kernel.kill()
+    training.attach()
+    pool = training.current_pool()
+    assert pool.restart == "always"
+    (victim,) = pool.engines
+    os.kill(victim.pid, signal.SIGKILL)
+    until(lambda: pool.engines and pool.engines[0].id != victim.id, what="another engine is there")
