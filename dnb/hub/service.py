@@ -611,6 +611,7 @@ class Service:
                 raise ArgumentError(_still_active(self._run))
             self._run.close()
             self._run = None
+            remove_memo(self._folders, RUN_FILE)
         self._run = self._open_run(frames, spec)
         for number, engine in self._engines.items():
             if engine.is_spare:
