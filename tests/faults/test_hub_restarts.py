@@ -1,6 +1,5 @@
 """A hub that is killed is started again, and nothing that counted is lost."""
 
-import contextlib
 import os
 import signal
 import time
@@ -9,34 +8,22 @@ import psutil
 import pytest
 import torch
 
-from dnb.errors import RunError
 from dnb.hub.history import read_history
-from tests.engines.pools import open_small_pool, wait, wait_until
+from tests.engines.pools import wait, wait_until
 from tests.models import digits, largest_gap, mlp, plain_losses
 
 pytestmark = [pytest.mark.engines, pytest.mark.faults]
 
 
-@pytest.fixture(scope="module")
-def shared_pool(leftovers, tmp_path_factory):
-    with open_small_pool(3, profile_dir=tmp_path_factory.mktemp("restarts") / "profile") as pool:
-        yield pool
-    leftovers.wait_until_none()
-
-
 @pytest.fixture
-def pool(shared_pool, tmp_path, monkeypatch):
+def pool(shared, tmp_path, monkeypatch):
     """Three engines and a healthy hub."""
     monkeypatch.chdir(tmp_path)
-    if len(shared_pool.engines) < 3:
-        shared_pool.add(3 - len(shared_pool.engines))
-    pids = {engine.pid for engine in shared_pool.engines}
-    yield shared_pool
-    until(lambda: are_back(shared_pool, pids), what="all that live are back")
-    if shared_pool.run is not None:
-        shared_pool.run.stop()
-        with contextlib.suppress(RunError):
-            shared_pool.run.wait(timeout_seconds=60)
+    pool = shared.of(3)
+    pids = {engine.pid for engine in pool.engines}
+    yield pool
+    until(lambda: are_back(pool, pids), what="all that live are back")
+    shared.calm()
 
 
 def until(holds, *, what, limit_seconds=30):
