@@ -240,12 +240,12 @@ def test_what_a_dead_pool_left_is_cleared_at_the_next_start(folder):
     kernel = Kernel(
         """
         pool = training.start(n=1)
-        say(*[process.pid for process in (pool.facts.hub, pool.facts.controller)])
+        say(*[process.pid for process in (pool.facts.guardian, pool.facts.hub, pool.facts.controller)])
         """,
         folder=folder,
     )
     pids = [int(pid) for pid in kernel.wait_until_ready()[0].split()]
-    for pid in reversed(pids):  # the controller first: nobody is left to clear up
+    for pid in reversed(pids):  # the guardian last: nobody is left to clear up or to start another hub
         os.kill(pid, signal.SIGSTOP)
     kernel.kill()
     for pid in pids:

