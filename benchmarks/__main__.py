@@ -19,6 +19,8 @@ GROUPS = {
     "warm": "a second fit to its first step, against a fresh torchrun",
     "cold": "a fresh process to its first step, against a fresh torchrun",
     "watching": "telemetry and live view, against a run that nobody watches",
+    "faults": "engines killed, stopped, slowed and added, against torchft",
+    "goodput": "a run under steady fire, and its ledger",
     "hub": "the hub's CPU time as engines are added",
 }
 LEAST_PAIRS = 5

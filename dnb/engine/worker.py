@@ -17,6 +17,7 @@ import zmq
 from dnb.engine.allocator import keep_freed_memory, release_freed_memory
 from dnb.engine.heart import Heart
 from dnb.engine.memory import EngineMemory
+from dnb.engine.priority import become_usual
 from dnb.engine.session import Session, describe
 from dnb.engine.telemetry import Stopwatch
 from dnb.errors import HubError, PoolError
@@ -228,6 +229,7 @@ class Worker(threading.Thread):
             release_freed_memory()  # where the parameters lay before they were bound to the hub's
             torch.set_num_threads(self._session.num_threads(self._facts.cores))
             self._stopwatch.take()
+            become_usual()
             self._session.send(Loaded(run=load.run))
 
     def _wire_to(self, load: Load) -> Wire:

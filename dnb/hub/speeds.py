@@ -21,6 +21,8 @@ UNEQUAL_SECONDS = 0.005
 # An engine with few shards may be held for slower than it is, as every part costs something besides its shards: it is
 # tried with twice its share after so many tasks, then more and more rarely, unless it is not too slow for that.
 TRIAL_TASKS, TRIAL_TASKS_AT_MOST = 16, 64
+# Whoever has joined takes so many times as long for its first part: it touches all its memory for the first time.
+FIRST_RATIO = 2.0
 # A batch with fewer samples than this part of the usual says little: the last one of an epoch.
 FULL_ENOUGH = 0.4
 
@@ -104,6 +106,19 @@ class Speeds:
         typical = sorted(known)[len(known) // 2] if known else 1.0
         return {engine: self._paces[engine].seconds if engine in self._paces else typical for engine in engines}
 
+    def costs_with_new(self, engines: Sequence[int]) -> dict[int, float] | None:
+        """As `costs`, but those who have joined and not answered yet are given less, so that nobody waits for them."""
+        paces = self._paces
+        if not paces or all(engine in paces for engine in engines):
+            return self.costs(engines)
+        costs = self.costs(engines)
+        if costs is None:
+            known = [paces[engine].seconds for engine in engines if engine in paces]
+            if not known:
+                return None
+            costs = dict.fromkeys(engines, sum(known) / len(known))
+        return {engine: cost if engine in paces else FIRST_RATIO * cost for engine, cost in costs.items()}
+
     def plan(self, engines: Sequence[int]) -> dict[int, float] | None:
         """As `costs`, for a task that is about to begin; now and then one engine is tried with more than its share."""
         longest, self._longest = self._longest, 0.0
@@ -112,8 +127,8 @@ class Speeds:
             return None
         self._judge_trial()
         self._compare(engines)
-        costs = self.costs(engines)
-        if costs is not None:
+        costs = self.costs_with_new(engines)
+        if self._is_unequal and costs is not None:
             self._try_one(costs)
         return costs
 

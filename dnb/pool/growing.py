@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -53,8 +54,14 @@ class EngineStarter:
         """The pool ends: what is being started is ended, too."""
         self._cancelled.set()
 
-    def start(self, n: int, *, num_threads: int, timeout_seconds: float) -> list[int]:
+    def start(self, n: int, *, num_threads: int, timeout_seconds: float, gently: bool = False) -> list[int]:
         """Start engines and wait until the hub has welcomed them; their ids.
+
+        Args:
+            n: how many.
+            num_threads: for torch, each.
+            timeout_seconds: for all of it.
+            gently: leave the cores to others until they take part, see `dnb.engine.gentle`; where they are local.
 
         Raises:
             PoolError: not all came up in time; those that did take part, the others are ended.
@@ -62,9 +69,11 @@ class EngineStarter:
         with self._lock:
             cluster = self._cluster = self._cluster or reopen_cluster(self._profile_dir, self._cluster_id)
             attempt = _Attempt(self._client, n, deadline=time.monotonic() + timeout_seconds, cancelled=self._cancelled)
-            environment = thread_environment(num_threads)
+            options: dict[str, Any] = {"environment": thread_environment(num_threads)}
+            if gently and cluster.engine_launcher_class is LocalEngineSetLauncher:
+                options["engine_cmd"] = [sys.executable, "-m", "dnb.engine.gentle"]
             try:
-                set_id = cluster.start_engines_sync(n, environment=environment)
+                set_id = cluster.start_engines_sync(n, **options)
                 attempt.watch(cluster.engines[set_id], stop=partial(cluster.stop_engines_sync, set_id))
                 attempt.wait_until_registered()
                 file = self._profile_dir / "security" / f"ipcontroller-{self._cluster_id}-engine.json"
