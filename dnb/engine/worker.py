@@ -13,11 +13,11 @@ import msgspec
 import psutil
 import torch
 import zmq
+from threadpoolctl import threadpool_limits
 
 from dnb.engine.allocator import keep_freed_memory, release_freed_memory
 from dnb.engine.heart import Heart
 from dnb.engine.memory import EngineMemory
-from dnb.engine.priority import become_usual
 from dnb.engine.session import Session, describe
 from dnb.engine.telemetry import Stopwatch
 from dnb.errors import HubError, PoolError
@@ -67,6 +67,7 @@ def join_pool(engine: int, *, num_threads: int, connection_file: str, timeout_se
     global _worker
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
     torch.set_num_threads(num_threads)
+    threadpool_limits(num_threads)  # NumPy's, too: it may have been imported under another environment
     connection = _read_connection(connection_file)
     facts = engine_facts(engine, num_threads=num_threads)
     if _worker is None:
@@ -229,7 +230,6 @@ class Worker(threading.Thread):
             release_freed_memory()  # where the parameters lay before they were bound to the hub's
             torch.set_num_threads(self._session.num_threads(self._facts.cores))
             self._stopwatch.take()
-            become_usual()
             self._session.send(Loaded(run=load.run))
 
     def _wire_to(self, load: Load) -> Wire:

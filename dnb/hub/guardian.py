@@ -1,12 +1,12 @@
 """The hub's parent: holds its ports and keys, and starts it again when it dies.
 
 Started by `dnb.hub.controller`; reads a `HubConfig` from standard input and answers with a `HubBinding`. The guardian
-does nothing else, so nothing a user's code does can end it. It listens on the hub's ports from the beginning; whoever
+runs none of the user's code, so nothing that does can end it. It listens on the hub's ports from the beginning; whoever
 calls while no hub is there waits in the queue of the port.
 
-On Linux a hub is a fork of the guardian, which has imported torch by then: a new one is there within milliseconds, and
-both share the memory of what they imported. Elsewhere, where forking with a system's libraries loaded is not safe, it
-is a fresh process, which takes the seconds that importing torch takes.
+On Linux hubs and local engines are forks of the guardian, which has imported torch by then: a new one is there within
+milliseconds, and all share the memory of what they imported. Elsewhere, where forking with a system's libraries loaded
+is not safe, they are fresh processes, which take the seconds that importing torch takes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from typing import NoReturn
 
 import msgspec
 
+from dnb.hub import nursery
 from dnb.hub.pool_files import remove_pool_files
 from dnb.records import HubBinding, HubConfig, Process, Record
 from dnb.transport.channels import CLIENT_ROLE, ENGINE_ROLE, RoleKeys, listen, url_of
-from dnb.transport.lives import this_process
+from dnb.transport.lives import name_process, this_process
 from dnb.transport.segments import remove_pool_folders
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,8 @@ WARY_DEATHS = 3
 # And after so many the pool ends: the next one would die of the same.
 MOST_DEATHS = 5
 
-CAN_FORK = sys.platform == "linux"
+# How long engines may take to end after the hub; they are the guardian's to bury.
+FAREWELL_SECONDS = 3.0
 
 
 class Guardian:
@@ -54,7 +56,8 @@ class Guardian:
 
     def __init__(self, config: HubConfig) -> None:
         self._config = config
-        self._forks = CAN_FORK
+        self._forks = nursery.CAN_FORK
+        self._nursery = nursery.Nursery(config.cluster_id) if self._forks else None
         self._process = this_process()
         self._keys = RoleKeys()
         self._listeners = {role: listen(config.host) for role in (ENGINE_ROLE, CLIENT_ROLE)}
@@ -81,12 +84,14 @@ class Guardian:
     def guard(self) -> None:
         """Keep a hub alive until the pool has ended."""
         if self._forks:
-            warm_up()
+            warm_up(with_engines=True)
         num_deaths = 0  # in a row
         life = 0
         while num_deaths < MOST_DEATHS:
             code = self._run_hub(life, is_wary=num_deaths >= WARY_DEATHS)
             if code == 0 or self._is_ending:
+                if self._nursery is not None:
+                    self._nursery.wait_until_empty(limit_seconds=FAREWELL_SECONDS)
                 return
             life += 1
             num_deaths = 0 if self._was_of_use() else num_deaths + 1
@@ -117,15 +122,18 @@ class Guardian:
             return False
 
     def _wait(self, pid: int) -> int | None:
-        """How the child has ended, or None after a while."""
-        if hasattr(os, "pidfd_open"):
+        """How the child has ended, or None after a while; meanwhile engines are born and buried."""
+        if self._nursery is None:
+            time.sleep(LOOK_SECONDS)
+        else:
             watched = os.pidfd_open(pid)
             try:
-                select.select([watched], [], [], LOOK_SECONDS)
+                ready, _, _ = select.select([watched, self._nursery.fileno()], [], [], LOOK_SECONDS)
             finally:
                 os.close(watched)
-        else:
-            time.sleep(LOOK_SECONDS)
+            if self._nursery.fileno() in ready:
+                self._nursery.serve()
+            self._nursery.bury()
         ended, status = os.waitpid(pid, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if ended else None
 
@@ -160,8 +168,10 @@ class Bequest(Record, frozen=True):
     is_wary: bool
 
 
-def warm_up() -> None:
+def warm_up(*, with_engines: bool = False) -> None:
     """Import what hubs need, and what torch leaves until an optimizer first steps: seconds in all."""
+    if with_engines:
+        nursery.warm_up()
     importlib.import_module("dnb.hub.service")
     importlib.import_module("dnb.hub.active_run")
     importlib.import_module("dnb.hub.optimizers").warm_up()
@@ -175,6 +185,7 @@ def _serve(bequest: Bequest, listeners: dict[str, socket.socket], sign: int) -> 
     try:
         from dnb.hub.service import Service
 
+        name_process("dnb-hub")
         keys = RoleKeys(bequest.keys)
         service = Service(
             bequest.config,
@@ -206,6 +217,7 @@ def main() -> None:
         listeners = {role: socket.socket(fileno=number) for role, number in descriptors.items()}
         warm_up()
         _serve(msgspec.json.decode(sys.stdin.buffer.readline(), type=Bequest), listeners, sign)
+    name_process("dnb-guardian")
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=HubConfig)
     guardian = Guardian(config)
     signal.signal(signal.SIGTERM, guardian.end)

@@ -262,11 +262,9 @@ class EnginePool:
             self._keeper = None
 
     def _start_engines(self, n: int, *, timeout_seconds: float = 60.0) -> list[int]:
-        state = self._state()
-        threads = [status.facts.cores for status in state.engines]
+        threads = [status.facts.cores for status in self.statuses]
         num_threads = max(threads) if threads else choose_num_threads(os.cpu_count() or 1, num_engines=n)
-        is_training = state.facts.run_status in ("starting", "running")
-        return self._starter.start(n, num_threads=num_threads, timeout_seconds=timeout_seconds, gently=is_training)
+        return self._starter.start(n, num_threads=num_threads, timeout_seconds=timeout_seconds)
 
     def _members_if_steered(self) -> Members:
         """For the keeper: who is there, unless another kernel has taken over and keeps the pool itself."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -19,6 +18,7 @@ from ipyparallel.cluster.launcher import LocalEngineSetLauncher
 
 from dnb.engine.worker import join_pool
 from dnb.errors import PoolError
+from dnb.pool.forking import ForkedEngineSetLauncher
 from dnb.records import EngineFacts, Process
 from dnb.transport.lives import children_of, end_processes, find_process, is_alive
 
@@ -26,6 +26,8 @@ from dnb.transport.lives import children_of, end_processes, find_process, is_ali
 LOOK_SECONDS = 0.05
 # How long engines that did not come up get to end by themselves, and then their nannies.
 END_SECONDS = 3.0
+# Whose processes are this host's.
+LOCAL_LAUNCHERS = (LocalEngineSetLauncher, ForkedEngineSetLauncher)
 # Lines of an engine's output that go into an error.
 OUTPUT_LINES = 8
 
@@ -54,14 +56,13 @@ class EngineStarter:
         """The pool ends: what is being started is ended, too."""
         self._cancelled.set()
 
-    def start(self, n: int, *, num_threads: int, timeout_seconds: float, gently: bool = False) -> list[int]:
+    def start(self, n: int, *, num_threads: int, timeout_seconds: float) -> list[int]:
         """Start engines and wait until the hub has welcomed them; their ids.
 
         Args:
             n: how many.
             num_threads: for torch, each.
             timeout_seconds: for all of it.
-            gently: leave the cores to others until they take part, see `dnb.engine.gentle`; where they are local.
 
         Raises:
             PoolError: not all came up in time; those that did take part, the others are ended.
@@ -69,11 +70,8 @@ class EngineStarter:
         with self._lock:
             cluster = self._cluster = self._cluster or reopen_cluster(self._profile_dir, self._cluster_id)
             attempt = _Attempt(self._client, n, deadline=time.monotonic() + timeout_seconds, cancelled=self._cancelled)
-            options: dict[str, Any] = {"environment": thread_environment(num_threads)}
-            if gently and cluster.engine_launcher_class is LocalEngineSetLauncher:
-                options["engine_cmd"] = [sys.executable, "-m", "dnb.engine.gentle"]
             try:
-                set_id = cluster.start_engines_sync(n, **options)
+                set_id = cluster.start_engines_sync(n, environment=thread_environment(num_threads))
                 attempt.watch(cluster.engines[set_id], stop=partial(cluster.stop_engines_sync, set_id))
                 attempt.wait_until_registered()
                 file = self._profile_dir / "security" / f"ipcontroller-{self._cluster_id}-engine.json"
@@ -112,7 +110,7 @@ class _Attempt:
     def watch(self, launcher: Any, *, stop: Callable[[], object]) -> None:
         """Know the processes, where they are this host's; else only how to stop all of them."""
         self._launcher, self._stop = launcher, stop
-        if type(launcher) is not LocalEngineSetLauncher:  # its subclasses have the pids of other hosts
+        if type(launcher) not in LOCAL_LAUNCHERS:  # their subclasses have the pids of other hosts
             return
         found = [find_process(each.pid) for each in list(launcher.launchers.values())]
         self._processes = [process for process in found if process is not None]

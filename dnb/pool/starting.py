@@ -19,6 +19,7 @@ from traitlets.config import Config
 from dnb.errors import ArgumentError, PoolError, nearest
 from dnb.planning.capacity import check_num_engines, choose_num_threads
 from dnb.pool.engine_pool import EnginePool
+from dnb.pool.forking import engine_launcher
 from dnb.pool.growing import quiet_log, start_joining, thread_environment
 from dnb.records import PoolFacts
 from dnb.transport.lives import this_process
@@ -149,7 +150,7 @@ def _cluster(profile_dir: Path, *, launcher: str, num_threads: int, timeout_seco
     options.EngineLauncher.environment = thread_environment(num_threads)
     return ipyparallel.Cluster(
         profile_dir=str(profile_dir),
-        engines=launcher,
+        engines=engine_launcher(launcher),
         config=options,
         controller_args=[
             # Schedulers as threads: one process instead of eight, and nothing of the training goes through them.

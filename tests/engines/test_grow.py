@@ -6,9 +6,7 @@ import statistics
 import sys
 import threading
 from itertools import pairwise
-from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from torch import nn
@@ -134,29 +132,6 @@ def test_an_exact_run_whose_pool_grows_and_shrinks_comes_to_the_same_bits(pool, 
     assert samples_by_engine(run)[newcomer] > 0
     assert run.history["loss"] == alone.history["loss"]
     assert run.history["digest"][-1] == alone.history["digest"][-1]
-
-
-def test_an_engine_that_joins_a_run_starts_gently_and_then_takes_the_cores_like_the_others(pool):
-    run = pool.fit(mlp(), digits(), loss="cross_entropy", epochs=100_000)
-    wait_for_step(run, 1)
-    (newcomer,) = pool.add(1)
-    wait_until(run, lambda run: ("joined", newcomer) in told(run, "joined"), what=f"engine {newcomer} takes part")
-    first, second = (engine.pid for engine in pool.engines)
-    assert "dnb.engine.gentle" in psutil.Process(second).cmdline()
-    assert nicenesses(second) == nicenesses(first)
-
-
-def test_an_engine_that_is_added_between_runs_starts_as_the_first_ones_did(pool):
-    pool.add(1)
-    first, second = (psutil.Process(engine.pid).cmdline() for engine in pool.engines)
-    assert first[:3] == second[:3]
-
-
-def nicenesses(pid):
-    """Of all of a process's threads, and of its session."""
-    threads = {os.getpriority(os.PRIO_PROCESS, thread.id) for thread in psutil.Process(pid).threads()}
-    group = Path(f"/proc/{pid}/autogroup")
-    return threads, group.read_text().split()[-1] if group.exists() else None
 
 
 def test_an_engine_that_was_removed_leaves_no_process_and_no_trace_in_the_pool(pool):

@@ -1,0 +1,172 @@
+"""Engines as forks of the hub's guardian: there within milliseconds, and sharing the memory of what it imported.
+
+The guardian listens on a local socket in the abstract namespace, so no file is left behind; both sides let only
+processes of their own user in. An `Order` comes with the file that takes the engine's output, the answer is its pid.
+While the guardian still imports torch, orders wait in the queue of the socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import socket
+import struct
+import sys
+import time
+from collections.abc import Mapping
+from typing import NoReturn
+
+import msgspec
+
+from dnb.errors import PoolError
+from dnb.records import Record
+
+log = logging.getLogger(__name__)
+
+CAN_FORK = sys.platform == "linux"
+# Imported by name: the floors of hub and engine do not know each other.
+BIRTH_MODULE = "dnb.engine.birth"
+# What engines need beside what the hub needs.
+ENGINE_MODULES = (BIRTH_MODULE, "dnb.engine.worker", "ipyparallel.engine.app", "ipyparallel.engine.nanny")
+# An order is one message, read to its end; whoever takes longer to write it is not answered.
+ORDER_SECONDS = 5.0
+# How long the guardian may take for everything before: on a busy machine torch is imported in tens of seconds.
+ANSWER_SECONDS = 300.0
+QUEUE_LENGTH = 64
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+
+
+class Order(Record, frozen=True):
+    """How an engine is to be started."""
+
+    arguments: tuple[str, ...]  # of ipyparallel's engine command
+    environment: dict[str, str]
+    folder: str  # to work in
+
+
+class Nursery:
+    """The guardian's side: takes orders and forks engines.
+
+    Args:
+        cluster_id: of the pool.
+    """
+
+    def __init__(self, cluster_id: str) -> None:
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(_address(cluster_id))
+        self._listener.listen(QUEUE_LENGTH)
+        self._engines: set[int] = set()  # their pids
+
+    def fileno(self) -> int:
+        """For `select`."""
+        return self._listener.fileno()
+
+    def serve(self) -> None:
+        """Take one order; whatever is wrong with it is its sender's trouble."""
+        caller, _ = self._listener.accept()
+        with caller:
+            if not _is_own(caller):
+                return
+            try:
+                order, output = _take(caller)
+            except (OSError, msgspec.MsgspecError) as error:
+                log.warning("an order for an engine was refused: %s", error)
+                return
+            pid = os.fork()
+            if pid == 0:
+                _be_engine(order, output)
+            self._engines.add(pid)
+            os.close(output)
+            with contextlib.suppress(OSError):  # who asked has gone: the engine registers all the same
+                caller.sendall(b"%d" % pid)
+
+    def bury(self) -> None:
+        """Let engines that have ended leave the table of processes."""
+        for pid in list(self._engines):
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                self._engines.discard(pid)
+
+    def wait_until_empty(self, *, limit_seconds: float) -> None:
+        """Give the engines time to end; the pool does."""
+        deadline = time.monotonic() + limit_seconds
+        while self._engines and time.monotonic() < deadline:
+            self.bury()
+            time.sleep(0.02)
+
+
+def warm_up() -> None:
+    """Import what engines need."""
+    for module in ENGINE_MODULES:
+        importlib.import_module(module)
+
+
+def fork_engine(
+    cluster_id: str, arguments: list[str], *, environment: Mapping[str, str], folder: str, output: int
+) -> int:
+    """Ask a pool's guardian of this host for an engine; its pid.
+
+    Args:
+        cluster_id: of the pool.
+        arguments: for ipyparallel's engine.
+        environment: all of it.
+        folder: to work in.
+        output: descriptor of an open file for what it prints.
+
+    Raises:
+        PoolError: the guardian does not answer.
+    """
+    order = Order(arguments=tuple(arguments), environment=dict(environment), folder=folder)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
+        line.settimeout(ANSWER_SECONDS)
+        try:
+            line.connect(_address(cluster_id))
+            if not _is_own(line):
+                raise PoolError(f"the guardian of pool {cluster_id} belongs to another user")
+            socket.send_fds(line, [b"\n"], [output])
+            line.sendall(msgspec.msgpack.encode(order))
+            line.shutdown(socket.SHUT_WR)
+            answer = line.recv(32)
+        except OSError as error:
+            raise PoolError(f"the guardian of pool {cluster_id} does not answer: {error}") from error
+    if not answer:
+        raise PoolError(f"the guardian of pool {cluster_id} has started no engine: its log says why")
+    return int(answer)
+
+
+def _take(caller: socket.socket) -> tuple[Order, int]:
+    caller.settimeout(ORDER_SECONDS)
+    _, descriptors, _, _ = socket.recv_fds(caller, 1, 1)
+    if len(descriptors) != 1:
+        raise OSError("it came without a file for the output")
+    try:
+        with caller.makefile("rb") as stream:
+            return msgspec.msgpack.decode(stream.read(), type=Order), descriptors[0]
+    except BaseException:
+        os.close(descriptors[0])
+        raise
+
+
+def _be_engine(order: Order, output: int) -> NoReturn:
+    """In the fork: never come back into the guardian's loop."""
+    code = 1
+    try:
+        code = importlib.import_module(BIRTH_MODULE).be_engine(
+            list(order.arguments), environment=order.environment, folder=order.folder, output=output
+        )
+    except BaseException:
+        log.exception("an engine could not be started")
+    finally:
+        os._exit(code)
+
+
+def _is_own(line: socket.socket) -> bool:
+    """Whether the other end is a process of this user, or of root."""
+    credentials = line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, user, _ = _CREDENTIALS.unpack(credentials)
+    return user in (os.geteuid(), 0)
+
+
+def _address(cluster_id: str) -> str:
+    return f"\0dnb-{cluster_id}-{os.geteuid()}"

@@ -1,0 +1,60 @@
+"""ipyparallel's local engines, but forked by the pool's guardian instead of started by a command."""
+
+from __future__ import annotations
+
+import os
+import select
+from typing import Any
+
+import psutil
+from ipyparallel.cluster.launcher import LocalEngineLauncher, LocalEngineSetLauncher, ipengine_cmd_argv
+
+from dnb.hub.nursery import CAN_FORK, fork_engine
+
+
+class ForkedEngineLauncher(LocalEngineLauncher):
+    """One engine; a command of the user's own is started as it is."""
+
+    def start(self) -> Any:
+        """Let the guardian fork it; return when it is there, before it has registered."""
+        if self.engine_cmd != ipengine_cmd_argv:
+            return super().start()
+        with open(self.output_file, "ab") as output:
+            self.pid = fork_engine(
+                self.cluster_id,
+                [*self.cluster_args, *self.engine_args],
+                environment={**os.environ, **self.get_env()},
+                folder=os.path.abspath(self.work_dir),
+                output=output.fileno(),
+            )
+        self.process = psutil.Process(self.pid)
+        self.notify_start(self.pid)
+        self._start_waiting()
+        return self.pid
+
+    def _wait(self) -> None:
+        """Tell when the process has ended: it is the guardian's child, so its end is seen, its exit code is not."""
+        try:
+            watched = os.pidfd_open(self.pid)
+        except ProcessLookupError:  # it has ended already
+            watched = None
+        if watched is not None:
+            try:
+                while not self._stop_waiting.is_set() and self.state == "running":
+                    if select.select([watched], [], [], self.poll_seconds)[0]:
+                        break
+            finally:
+                os.close(watched)
+        stop_data = {"exit_code": None, "pid": self.pid, "identifier": self.identifier}
+        self.loop.add_callback(lambda: self.notify_stop(stop_data))
+
+
+class ForkedEngineSetLauncher(LocalEngineSetLauncher):
+    """Several engines of this host."""
+
+    launcher_class = ForkedEngineLauncher
+
+
+def engine_launcher(name: str) -> Any:
+    """The launcher of that name; local engines are forked where that is safe."""
+    return ForkedEngineSetLauncher if CAN_FORK and name.lower() == "local" else name

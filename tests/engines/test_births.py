@@ -1,0 +1,112 @@
+"""Local engines are forks of the hub's guardian, and like engines that a command has started."""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+
+import psutil
+import pytest
+
+from dnb.hub import nursery
+from tests.engines.pools import until
+
+pytestmark = [pytest.mark.engines, pytest.mark.skipif(sys.platform != "linux", reason="engines are forked on Linux")]
+
+
+def on_each(pool, function):
+    return pool.client[:].apply_sync(function)
+
+
+def test_an_engine_is_a_child_of_the_guardian_that_imported_torch_for_it(pool):
+    (newcomer,) = pool.add(1)
+    pid = next(engine.pid for engine in pool.engines if engine.id == newcomer)
+    assert psutil.Process(pid).ppid() == pool.facts.guardian.pid
+
+
+def test_engines_draw_different_random_numbers_outside_torch(pool):
+    def draw():
+        import random
+
+        import numpy as np
+
+        return random.random(), np.random.random()
+
+    one, other = on_each(pool, draw)
+    assert one[0] != other[0]
+    assert one[1] != other[1]
+
+
+def test_an_engine_works_in_the_kernels_folder_and_environment(pool, monkeypatch, tmp_path):
+    def look():
+        import os
+        import sys
+
+        return os.getcwd(), sys.path[0], os.environ.get("TOLD_BY_THE_KERNEL")
+
+    monkeypatch.setenv("TOLD_BY_THE_KERNEL", "yes")
+    (newcomer,) = pool.add(1)
+    assert pool.client[newcomer].apply_sync(look) == (str(tmp_path), str(tmp_path), "yes")
+
+
+def test_an_engine_holds_no_port_of_the_hub(pool):
+    ports = listening(pool.facts.guardian.pid)
+    assert ports
+    assert not any(ports & listening(engine.pid) for engine in pool.engines)
+
+
+def listening(pid):
+    return {each.laddr.port for each in psutil.Process(pid).net_connections() if each.status == "LISTEN"}
+
+
+def test_numpy_takes_as_many_threads_as_torch(pool):
+    def count_threads():
+        import numpy as np  # noqa: F401
+        import threadpoolctl
+        import torch
+
+        return torch.get_num_threads(), {each["num_threads"] for each in threadpoolctl.threadpool_info()}
+
+    for threads, found in on_each(pool, count_threads):
+        assert found == {threads}
+
+
+def test_a_cell_on_an_engine_can_be_interrupted(pool):
+    def wait_long():
+        import time
+
+        time.sleep(600)
+
+    view = pool.client[pool.engines[0].id]
+    call = view.apply_async(wait_long)
+    until(lambda: call.metadata.started or not call.ready(), what="it was sent")
+    until(lambda: _interrupt(pool, call), what="the call ended")
+    with pytest.raises(Exception, match="KeyboardInterrupt"):
+        call.get(timeout=60)
+
+
+def _interrupt(pool, call):
+    pool.client.send_signal(signal.SIGINT, pool.engines[0].id).get(timeout=60)
+    call.wait(1)
+    return call.ready()
+
+
+def test_an_engine_that_was_killed_leaves_no_zombie(pool):
+    victim = pool.engines[1]
+    os.kill(victim.pid, signal.SIGKILL)
+    until(lambda: not psutil.pid_exists(victim.pid), what="the guardian has buried it")
+
+
+@pytest.mark.parametrize("words", [b"", b"\n", b"no order at all"], ids=str)
+def test_nonsense_on_the_guardians_socket_starts_nothing_and_ends_nothing(pool, words):
+    guardian = psutil.Process(pool.facts.guardian.pid)
+    before = {child.pid for child in guardian.children()}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
+        line.connect(nursery._address(pool.cluster_id))
+        line.sendall(words)
+        line.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ConnectionResetError):
+            assert line.recv(32) == b""
+    assert {child.pid for child in guardian.children()} == before
+    assert len(pool.add(1)) == 1
