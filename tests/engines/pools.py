@@ -13,6 +13,8 @@ from dnb.pool.starting import profile_folder, start_pool
 from dnb.records import ENDED
 from dnb.training import Pool
 
+THREADS = max(1, (os.cpu_count() or 1) // 2)  # of each engine of two
+
 
 class SharedPool:
     """One pool that many tests train on, one after the other, as starting one costs seconds; the kernel's own.
@@ -28,9 +30,8 @@ class SharedPool:
         if self._pool is None or not self._is_sound():
             self.close()
             training._pool = None
-            self._pool = training.start(
-                n=2, timeout_seconds=120
-            )  # 2, so that engines have as many threads whoever is first
+            # 2, so that engines have as many threads whoever is first.
+            self._pool = training.start(n=2, timeout_seconds=120)
         pool = training._pool = self._pool
         _resize(pool, num_engines)
         return pool
@@ -59,6 +60,8 @@ class SharedPool:
             self.calm()
             pool = self._pool
             if not pool.is_open or pool.facts.run_status not in (None, *ENDED):
+                return False
+            if any(engine.cores != THREADS for engine in pool.engines):  # added when no other was left
                 return False
             pool.restart = "never"
             pool._stop_keeping()

@@ -100,8 +100,8 @@ def test_an_optimizer_class_of_a_cell_trains_as_in_one_process(pool):
     )
     model, plain = twice(mlp)
     kind = scope["SignDescent"]
-    run = wait(fit(pool, model, optimizer=kind, steps=10))
-    instance_run = wait(fit(pool, again := mlp(), optimizer=kind(again.parameters()), steps=10))
+    run = wait(fit(pool, model, optimizer=kind, steps=10, exact=True))
+    instance_run = wait(fit(pool, again := mlp(), optimizer=kind(again.parameters()), steps=10, exact=True))
     expected = plain_run(plain, digits(), num_steps=10, optimizer=kind(plain.parameters())).losses
     assert largest_gap(run.history["loss"], expected) < 1e-6
     assert instance_run.history["loss"] == run.history["loss"]

@@ -74,11 +74,12 @@ def test_chaos_slows_and_stops_engines_and_the_run_s_events_say_so(shell, pool):
         ("%dtrain spares", "%dtrain spares needs n: n is missing"),
         ("%dtrain spares -1", "the number of spares must be 0 or more, not -1"),
         ("%dtrain chaos", "%dtrain chaos has no verb ''"),
-        ("%dtrain chaos stop 1 5", "'5' is no number of seconds, such as 5s: %dtrain chaos stop 1 5s"),
+        ("%dtrain chaos stop {one} 5", "'5' is no number of seconds, such as 5s: %dtrain chaos stop 1 5s"),
         ("%dtrain start --restart sometimes", "no restart 'sometimes'"),
     ],
 )
 def test_a_wrong_line_is_refused_with_one_that_is_right(shell, pool, line, message):
-    result = shell.run_cell(line, store_history=False)
-    ids = ", ".join(str(engine.id) for engine in pool.engines)
-    assert message.format(ids=ids) in str(result.error_in_exec)
+    ids = [engine.id for engine in pool.engines]
+    names = {"one": ids[0], "ids": ", ".join(map(str, ids))}
+    result = shell.run_cell(line.format(**names), store_history=False)
+    assert message.format(**names) in str(result.error_in_exec)

@@ -57,7 +57,7 @@ def test_micro_batches_of_a_model_of_several_pieces_come_to_the_same_bits_over_a
 
 
 def test_a_data_set_of_the_user_s_own_travels_over_a_socket(pool):
-    options = {"loss": None, "step": weighted_step, "steps": 8}
+    options = {"loss": None, "step": weighted_step, "steps": 8, "exact": True}
     histories = [
         train(pool, mlp(), DataLoader(DigitRows(), 50, shuffle=True), transport=wish, **options).history
         for wish in ("memory", "socket")
@@ -68,9 +68,9 @@ def test_a_data_set_of_the_user_s_own_travels_over_a_socket(pool):
 
 def test_validation_metrics_and_buffers_come_over_a_socket(pool):
     by_memory, by_socket = twice(batch_norm_net)
+    options = {"val": digits(201), "metrics": "accuracy", "steps": None, "batch_size": 256, "epochs": 2, "exact": True}
     runs = [
-        train(pool, model, val=digits(201), metrics="accuracy", steps=None, batch_size=256, epochs=2, transport=wish)
-        for model, wish in ((by_memory, "memory"), (by_socket, "socket"))
+        train(pool, model, transport=wish, **options) for model, wish in ((by_memory, "memory"), (by_socket, "socket"))
     ]
     for name in ("loss", "accuracy", "val_loss", "val_accuracy", "digest"):
         assert runs[1].history[name] == runs[0].history[name]
