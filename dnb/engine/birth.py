@@ -16,10 +16,19 @@ from typing import IO, Any
 import numpy as np
 from ipyparallel.engine import app as engine_app
 from ipyparallel.engine import nanny
+from traitlets import default
 
 from dnb.transport.lives import name_process
 
 FIRST_FREE_DESCRIPTOR = 3
+
+
+class _Engine(engine_app.IPEngine):
+    """`ipengine`, where it is now: its own default is where it was imported."""
+
+    @default("work_dir")
+    def _work_dir_default(self) -> str:
+        return os.getcwd()
 
 
 def be_engine(arguments: list[str], *, environment: Mapping[str, str], folder: str, output: int) -> int:
@@ -41,7 +50,7 @@ def be_engine(arguments: list[str], *, environment: Mapping[str, str], folder: s
     _seed_anew()
     # Now, while there is one thread: a process with several is not forked safely.
     engine_app.start_nanny = _NannyInWaiting().start
-    code = _run(engine_app.main)
+    code = _run(_Engine.launch_instance)
     atexit._run_exitfuncs()
     return code
 
