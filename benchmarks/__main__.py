@@ -21,6 +21,7 @@ GROUPS = {
     "watching": "telemetry and live view, against a run that nobody watches",
     "faults": "engines killed, stopped, slowed and added, against torchft",
     "goodput": "a run under steady fire, and its ledger",
+    "overhead": "what being ready for faults costs while there is none",
     "hub": "the hub's CPU time as engines are added",
 }
 LEAST_PAIRS = 5

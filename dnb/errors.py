@@ -71,3 +71,7 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"{hint}known: {', '.join(names)}"
+
+
+# What a user's function may raise: one that calls `sys.exit` must not end an engine, and then the next one.
+USER_ERRORS = (Exception, SystemExit)

@@ -19,7 +19,7 @@ from dnb.engine.gradients import Gradients
 from dnb.engine.loader import fetch_batch
 from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.telemetry import Stopwatch
-from dnb.errors import DnbError
+from dnb.errors import USER_ERRORS, DnbError
 from dnb.records import Diagnose, Diagnosis, Load, RunSpec, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
 from dnb.transport.layout import slot_views
@@ -116,7 +116,7 @@ class Replica:
             if self._spec.exact:
                 return self._compute_each_shard(work, indices)
             return self._compute_together(work, indices)
-        except Exception:
+        except USER_ERRORS:
             for name in self._named:
                 self._check_parameter(name)  # if one was replaced, that is the cause
             raise
@@ -138,7 +138,7 @@ class Replica:
         """Go on with another step function, or another loss; one of them is None."""
         self._job = dataclasses.replace(self._job, step=step, loss=loss)
 
-    def find_place(self, work: Work, indices: torch.Tensor, error: Exception) -> str:
+    def find_place(self, work: Work, indices: torch.Tensor, error: BaseException) -> str:
         """The shard and the samples at which an error comes up again, as narrow as can be found, for people.
 
         Only forward is computed again, by halves; what does not come up again is said to lie somewhere in the work.
@@ -152,7 +152,7 @@ class Replica:
             try:
                 self._seed(work.step, work.shards[0])
                 self._forward(source, part, batch_samples=None)
-            except Exception as again:  # noqa: BLE001 - whatever a user's model raises
+            except USER_ERRORS as again:  # whatever a user's model raises
                 return type(again) is type(error)
             return False
 
@@ -172,7 +172,7 @@ class Replica:
         try:
             with torch.no_grad():
                 sums, _ = self._forward(self._data.train, indices, batch_samples=None)
-        except Exception as error:  # noqa: BLE001 - a step function may need gradients; its own step will tell
+        except USER_ERRORS as error:  # a step function may need gradients; its own step will tell
             log.info("the model was not probed: %s", error)
             return None
         finally:

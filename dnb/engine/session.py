@@ -14,6 +14,7 @@ import torch
 from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.replica import Replica
 from dnb.engine.telemetry import Stopwatch
+from dnb.errors import USER_ERRORS
 from dnb.records import (
     AddSlabs,
     Diagnose,
@@ -141,7 +142,7 @@ class Session:
             probe = self._replica.probe() if work.probe else None
             digests = self._replica.digests() if work.check_copy else b""  # of what this work begins with
             outcome = self._replica.compute(work, indices)
-        except Exception as error:  # noqa: BLE001 - whatever a user's model raises is the user's to read
+        except USER_ERRORS as error:  # whatever a user's model raises is the user's to read
             failure = describe(error, place=self._replica.find_place(work, indices, error))
             self.send(
                 WorkFailed(
@@ -174,7 +175,7 @@ class Session:
     def _diagnose(self, request: Diagnose, indices: torch.Tensor) -> None:
         try:
             self.send(self._replica.diagnose(request, indices))
-        except Exception as error:  # noqa: BLE001 - whatever a user's model raises is the user's to read
+        except USER_ERRORS as error:  # whatever a user's model raises is the user's to read
             failed = WorkFailed(
                 run=self.run, lease=0, kind="step", step=request.step, shards=request.shards, failure=describe(error)
             )
@@ -184,7 +185,7 @@ class Session:
         verify(self._key, [pickled], message.signature)
         try:
             functions = cloudpickle.loads(pickled)
-        except Exception as error:  # noqa: BLE001 - what a user's function needs may be missing here: its next call says so
+        except USER_ERRORS as error:  # what a user's function needs may be missing here: its next call says so
             self._replica.mend(step=partial(_raise, error), loss=None)
         else:
             self._replica.mend(**functions)
@@ -220,7 +221,7 @@ def describe(error: BaseException, *, place: str = "") -> Failure:
     )
 
 
-def _raise(error: Exception, *_arguments: object) -> None:
+def _raise(error: BaseException, *_arguments: object) -> None:
     raise error
 
 

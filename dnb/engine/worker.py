@@ -20,7 +20,7 @@ from dnb.engine.heart import Heart
 from dnb.engine.memory import EngineMemory
 from dnb.engine.session import Session, describe
 from dnb.engine.telemetry import Stopwatch
-from dnb.errors import HubError, PoolError
+from dnb.errors import USER_ERRORS, HubError, PoolError
 from dnb.records import (
     Address,
     EngineFacts,
@@ -224,7 +224,7 @@ class Worker(threading.Thread):
                 memory=memory,
                 stopwatch=self._stopwatch,
             )
-        except Exception as error:  # noqa: BLE001 - whatever a user's class raises is the user's to read
+        except USER_ERRORS as error:  # whatever a user's class raises is the user's to read
             self._send(LoadFailed(run=load.run, failure=describe(error)))
         else:
             release_freed_memory()  # where the parameters lay before they were bound to the hub's

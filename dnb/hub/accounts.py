@@ -19,6 +19,7 @@ class _Worker:
     joined: float
     left: float | None = None
     fate: Literal["dead", "left"] = "dead"  # once it has left
+    former_seconds: float = 0.0  # that count, from before it was away
     compute_seconds: float = 0.0
     data_seconds: float = 0.0
     wait_seconds: float = 0.0
@@ -52,12 +53,18 @@ class Accounts:
         return [engine for engine, worker in self._workers.items() if worker.left is None]
 
     def open(self, facts: EngineFacts) -> None:
-        """An engine joins."""
-        self._workers[facts.engine] = _Worker(facts, time.monotonic())
+        """An engine joins, or comes back: what it did before stays counted, the time it was away does not."""
+        now = time.monotonic()
+        worker = self._workers.setdefault(facts.engine, _Worker(facts, now))
+        worker.facts = facts
+        if worker.left is not None:
+            worker.former_seconds = worker.left - worker.joined
+            worker.joined, worker.left, worker.busy_seconds = now - worker.former_seconds, None, 0.0
 
     def begin(self, engine: int) -> None:
         """The engine's time counts from now: it has loaded the run."""
-        self._workers[engine].joined = time.monotonic()
+        worker = self._workers[engine]
+        worker.joined = time.monotonic() - worker.former_seconds
 
     def leave(self, engine: int, *, fate: Literal["dead", "left"] = "dead") -> None:
         """The engine's time counts no further."""

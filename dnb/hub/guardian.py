@@ -172,6 +172,9 @@ def warm_up(*, with_engines: bool = False) -> None:
     """Import what hubs need, and what torch leaves until an optimizer first steps: seconds in all."""
     if with_engines:
         nursery.warm_up()
+        import torch
+
+        torch.set_num_threads(1)  # OpenMP does not survive a fork once it has threads; engines set their own number
     importlib.import_module("dnb.hub.service")
     importlib.import_module("dnb.hub.active_run")
     importlib.import_module("dnb.hub.optimizers").warm_up()

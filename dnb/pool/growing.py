@@ -214,7 +214,7 @@ def reopen_cluster(profile_dir: Path, cluster_id: str) -> ipyparallel.Cluster:
     """
     path = profile_dir / "security" / f"cluster-{cluster_id}.json"
     try:
-        launcher = json.loads(path.read_text())["engines"]["class"]
+        launcher = json.loads(path.read_text())["engines"]["class"].replace(":", ".")  # it writes what it cannot read
     except (OSError, ValueError, KeyError) as error:
         raise PoolError(
             f"this pool was started by another kernel, and {path} does not say how ({error}): "

@@ -10,6 +10,8 @@ import psutil
 import pytest
 
 from dnb.hub import nursery
+from dnb.pool.starting import start_pool
+from dnb.training import Pool
 from tests.engines.pools import until
 
 pytestmark = [pytest.mark.engines, pytest.mark.skipif(sys.platform != "linux", reason="engines are forked on Linux")]
@@ -109,3 +111,22 @@ def test_nonsense_on_the_guardians_socket_starts_nothing_and_ends_nothing(pool, 
             assert line.recv(32) == b""
     assert {child.pid for child in guardian.children()} <= before
     assert len(pool.add(1)) == 1
+
+
+def test_an_engine_with_two_threads_computes_in_parallel_after_the_fork(tmp_path, monkeypatch):
+    def multiply():
+        import torch
+
+        a = torch.ones(600, 600)
+        return torch.get_num_threads(), float((a @ a).sum())
+
+    monkeypatch.chdir(tmp_path)
+    with start_pool(
+        Pool,
+        n=1,
+        profile_dir=tmp_path / "profile",
+        launcher="local",
+        threads_per_engine=2,
+        timeout_seconds=120,
+    ) as pool:
+        assert pool.client[:].apply_async(multiply).get(timeout=60) == [(2, 600.0**3)]

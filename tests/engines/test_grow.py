@@ -313,7 +313,7 @@ def test_an_engine_that_dies_is_replaced_if_that_is_asked_for(pool):
     until(lambda: len(pool._members().workers) == 2 and second not in pool._members().workers, what="a new engine")
     newcomer = pool._members().workers[-1]
     wait_until(run, lambda run: samples_by_engine(run).get(newcomer, 0) > 0, what="the new engine works")
-    assert told(run, "died") == [("died", second)], run.events
+    assert told(run, "died") == [("died", second)], (newcomer, pool._members(), pool.statuses, run.events)
 
 
 def test_another_policy_of_replacement_is_refused(pool):
