@@ -310,10 +310,10 @@ def test_an_engine_that_dies_is_replaced_if_that_is_asked_for(pool):
     run = pool.fit(mlp(), digits(), loss="cross_entropy", epochs=100_000)
     wait_for_step(run, 20)
     kill(pool, second)
-    until(lambda: len(pool._members().workers) == 2 and second not in pool._members().workers, what="a new engine")
+    until(lambda: pool._members().workers[-1] > second, what="a new engine")
     newcomer = pool._members().workers[-1]
     wait_until(run, lambda run: samples_by_engine(run).get(newcomer, 0) > 0, what="the new engine works")
-    assert told(run, "died") == [("died", second)], (newcomer, pool._members(), pool.statuses, run.events)
+    assert told(run, "died") == [("died", second)]
 
 
 def test_another_policy_of_replacement_is_refused(pool):
