@@ -57,6 +57,8 @@ def rows(settings: Settings) -> Iterator[Row]:
         yield from _kill_rows(_killed(side, number), _rival(number))
         yield from _stopped(side, number)
         yield _spare_row(side, number)
+    with open_side(3) as side:
+        yield _hub_row(side, number)
     with open_side(2) as side:
         yield _slowed(side, 3 if settings.is_quick else settings.pairs)
 
@@ -208,24 +210,19 @@ def _slowed(side: Side, rounds: int) -> Row:
     )
 
 
-def hub_rows(settings: Settings) -> Iterator[Row]:
-    """SIGKILL the hub: until the next committed step. Not among `rows` before a killed hub is started again."""
+def _hub_row(side: Side, number: int) -> Row:
+    """SIGKILL the hub: until the next committed step."""
     stalls: list[float] = []
-    with open_side(3) as side:
-        run = _start(side)
-        for _ in range(NUM_FAULTS_QUICK if settings.is_quick else NUM_FAULTS):
-            _settle(run)
-            killed, step = time.time(), run.step
-            os.kill(side.pool.facts.hub.pid, signal.SIGKILL)
-            wait_until(lambda step=step: _last_commit(run) > step + STEPS_BEFORE, what="steps after the hub's death")
-            commits = commit_times(run)
-            stalls.append(stall(commits, killed))
-        _end(side, run)
-    yield _tail_row("the hub killed: beyond a median step, p95", stalls, reach=HUB_SECONDS)
-
-
-def _last_commit(run: dnb.Run) -> int:
-    return len(commit_times(run))
+    run = _start(side)
+    for _ in range(number):
+        _settle(run)
+        step = len(commit_times(run))
+        killed = time.time()
+        os.kill(side.pool.facts.hub.pid, signal.SIGKILL)
+        wait_until(lambda step=step: len(commit_times(run)) > step + STEPS_BEFORE, what="steps after the hub's death")
+        stalls.append(stall(commit_times(run), killed))
+    _end(side, run)
+    return _tail_row("the hub killed: beyond a median step, p95", stalls, reach=HUB_SECONDS)
 
 
 def _start(side: Side) -> dnb.Run:

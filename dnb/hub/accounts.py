@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+import msgspec
 
 from dnb.records import Column, EngineFacts, Telemetry, WorkerState, WorkerTotals
 
@@ -39,6 +41,7 @@ class Accounts:
 
     def __init__(self, engines: Iterable[EngineFacts]) -> None:
         self._workers: dict[int, _Worker] = {}
+        self._former: dict[int, WorkerTotals] = {}  # as the hub before had counted, of those who are not back
         self._task_opened = time.monotonic()
         self._closed: float | None = None
         for facts in engines:
@@ -56,10 +59,30 @@ class Accounts:
         """An engine joins, or comes back: what it did before stays counted, the time it was away does not."""
         now = time.monotonic()
         worker = self._workers.setdefault(facts.engine, _Worker(facts, now))
+        if (former := self._former.pop(facts.engine, None)) is not None:
+            worker.samples, worker.steps = former.samples, former.steps
         worker.facts = facts
         if worker.left is not None:
             worker.former_seconds = worker.left - worker.joined
             worker.joined, worker.left, worker.busy_seconds = now - worker.former_seconds, None, 0.0
+
+    def restore(self, former: Iterable[WorkerTotals], ledger: Mapping[int, tuple[int, int]]) -> None:
+        """Go on from what the hub before had counted.
+
+        Args:
+            former: the engines it knew; their times may be old.
+            ledger: samples and steps of each engine, as the committed steps say.
+        """
+        known = {totals.engine: totals for totals in former}
+        for engine in sorted(known.keys() | ledger.keys()):
+            samples, steps = ledger.get(engine, (0, 0))
+            totals = known.get(engine) or _stranger(engine)
+            self._former[engine] = msgspec.structs.replace(totals, samples=samples, steps=steps)
+
+    @property
+    def departed(self) -> tuple[WorkerTotals, ...]:
+        """The accounts that nobody adds to any more."""
+        return tuple(totals for totals in self.totals(working=()) if totals.state in ("dead", "left"))
 
     def begin(self, engine: int) -> None:
         """The engine's time counts from now: it has loaded the run."""
@@ -68,6 +91,8 @@ class Accounts:
 
     def leave(self, engine: int, *, fate: Literal["dead", "left"] = "dead") -> None:
         """The engine's time counts no further."""
+        if engine in self._former:
+            self._former[engine] = msgspec.structs.replace(self._former[engine], state=fate)
         worker = self._workers.get(engine)
         if worker is not None and worker.left is None:
             worker.left, worker.fate = time.monotonic(), fate
@@ -106,10 +131,11 @@ class Accounts:
 
     def totals(self, *, working: Collection[int], resting: Collection[int] = ()) -> tuple[WorkerTotals, ...]:
         """Every account, in order of the engines' ids."""
-        return tuple(
+        totals = [
             self._total(engine, "busy" if engine in working else "spare" if engine in resting else "ready")
-            for engine in sorted(self._workers)
-        )
+            for engine in self._workers
+        ]
+        return tuple(sorted([*totals, *self._former.values()], key=lambda each: each.engine))
 
     def _total(self, engine: int, state: WorkerState) -> WorkerTotals:
         worker = self._workers[engine]
@@ -128,6 +154,30 @@ class Accounts:
             samples=worker.samples,
             steps=worker.steps,
         )
+
+
+def account_of(facts: EngineFacts) -> WorkerTotals:
+    """The empty account of an engine that is known."""
+    return msgspec.structs.replace(
+        _stranger(facts.engine), host=facts.process.host, pid=facts.process.pid, state="ready"
+    )
+
+
+def _stranger(engine: int) -> WorkerTotals:
+    return WorkerTotals(
+        engine=engine,
+        host="",
+        pid=0,
+        state="dead",
+        compute_seconds=0.0,
+        data_seconds=0.0,
+        wait_seconds=0.0,
+        alive_seconds=0.0,
+        cpu_percent=None,
+        rss_bytes=None,
+        samples=0,
+        steps=0,
+    )
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ import msgspec
 
 from dnb.errors import SpaceError
 from dnb.hub import events as machine
-from dnb.hub.accounts import Accounts
+from dnb.hub.accounts import Accounts, account_of
 from dnb.hub.agreement import Agreement
 from dnb.hub.beginnings import Beginning
 from dnb.hub.checkpointer import Checkpointer, Place
@@ -53,6 +53,7 @@ from dnb.records import (
     Unload,
     WireOffer,
     Work,
+    WorkerTotals,
     WorkFailed,
     WorkKind,
     WorkReport,
@@ -91,6 +92,7 @@ class ActiveRun:
         offer_wire: OfferWire,
         release: Callable[[int], None],
         life: int = 0,
+        departed: Iterable[WorkerTotals] = (),
     ) -> None:
         self.spec = spec
         self._frames = frames
@@ -105,6 +107,10 @@ class ActiveRun:
         for facts in present:
             self._members[facts.engine] = self._member(facts)
         self._accounts = Accounts(present)
+        if beginning.is_taken_over:
+            former = {facts.engine: account_of(facts) for facts in engines}
+            former |= {totals.engine: totals for totals in departed}
+            self._accounts.restore(former.values(), beginning.ledger)
         self._beginning = beginning
         self.master = beginning.master
         self._columns = beginning.columns
@@ -352,6 +358,11 @@ class ActiveRun:
             journal=self.master.journal_ref,
         )
 
+    @property
+    def departed(self) -> tuple[WorkerTotals, ...]:
+        """The accounts of engines that are gone."""
+        return self._accounts.departed
+
     # checkpoints
 
     def take_checkpoint(self, path: Path | None) -> CheckpointState:
@@ -569,7 +580,7 @@ class ActiveRun:
             reason, self._copy_fault = self._copy_fault, ""
             return machine.CommitRefused(step, reason)
         try:
-            values = self._apply(kind, contributions)
+            values, samples = self._apply(kind, contributions)
         except NotFinite as verdict:
             return self._diagnose(step, verdict, contributions)
         except Exception as error:  # noqa: BLE001 - a user's optimizer may raise anything; the run fails with it
@@ -578,7 +589,7 @@ class ActiveRun:
         if kind == "evaluation":
             self.master.commit_evaluation(step, values)
         self._chores.append(self.master.settle)
-        self._chores.append(partial(self._record, kind, step, values, time.time()))
+        self._chores.append(partial(self._record, kind, step, values, samples, time.time()))
         if kind == "step" and self._agreement.is_digest_due(step):
             self._chores.append(partial(self._take_digest, step))
         if self._checkpoints.is_due(kind, step, values, owes_evaluation=self._owes_evaluation(kind, step)):
@@ -598,18 +609,16 @@ class ActiveRun:
             for slab, shard, sums in zip(slabs, firsts, report.parts, strict=True)
         ]
 
-    def _apply(self, kind: WorkKind, contributions: Sequence[Contribution]) -> dict[str, float]:
+    def _apply(self, kind: WorkKind, contributions: Sequence[Contribution]) -> tuple[dict[str, float], dict[int, int]]:
+        """What the history says, and who brought how many samples to a step."""
         if kind == "evaluation":
             loss, metrics = mean_of([c.sums for c in contributions])
             self._last_commit = time.monotonic()
-            return {"val_loss": loss, **{f"val_{name}": value for name, value in metrics.items()}}
+            return {"val_loss": loss, **{f"val_{name}": value for name, value in metrics.items()}}, {}
         result = self.master.commit(contributions, describe=self._describe)
         self._version += 1
-        samples: dict[int, int] = {}
-        for part in contributions:
-            samples[part.engine] = samples.get(part.engine, 0) + part.sums.num_samples
-        self._accounts.count_step(samples)
-        return result.values
+        self._accounts.count_step(result.samples)
+        return result.values, result.samples
 
     def _describe(self, result: StepResult) -> dict[str, float]:
         """What the history says of a step; it is in the journal before the step is applied."""
@@ -618,12 +627,14 @@ class ActiveRun:
         self._last_commit = now
         return {"loss": result.loss, "lr": result.lr, "samples_per_second": speed, **result.metrics}
 
-    def _record(self, kind: WorkKind, step: int, values: dict[str, float], when: float) -> None:
+    def _record(
+        self, kind: WorkKind, step: int, values: dict[str, float], samples: dict[int, int], when: float
+    ) -> None:
         if kind == "step":
             self._columns.add_step(values)
         else:
             self._columns.add_evaluation(step, values)
-        self._folder.append_row(HistoryRow(kind=kind, step=step, time=when, values=values))
+        self._folder.append_row(HistoryRow(kind=kind, step=step, time=when, values=values, samples=samples))
         if fault := self._folder.take_fault():
             self._note(machine.Note("disk", fault))
 

@@ -45,6 +45,7 @@ class Beginning:
     error: str = ""
     traceback: str = ""
     events: list[RunEvent] = field(default_factory=list)
+    ledger: dict[int, tuple[int, int]] = field(default_factory=dict)  # samples and steps of each engine
     note: str = ""  # for people: that it was taken over, and from where it goes on
     mended: tuple[bytes, bytes] | None = None  # pickle and signature
 
@@ -114,6 +115,7 @@ def take_over(spec: RunSpec, memo: RunMemo, unpack: Callable[[], Job], *, folder
         error=summary.error,
         traceback=summary.remote_traceback,
         events=read_events(folder),
+        ledger=_ledger(read_history(folder), found.step),
         note=found.note,
         mended=memo.mended,
     )
@@ -163,8 +165,13 @@ def _from_checkpoint(spec: RunSpec, memo: RunMemo, job: Job, folders: Sequence[P
         manifest = restore(source, master, columns)
         step, evaluated = manifest.step, manifest.evaluated
     master.keep_journal(step=step, evaluated=evaluated)
+    brought = {row.step: row.samples for row in read_history(folder) if row.kind == "step"}
+    rows = [
+        msgspec.structs.replace(row, samples=brought.get(row.step, {}) if row.kind == "step" else {})
+        for row in rows_of(columns, time=read_summary(folder).started)
+    ]
     with RunFolder(folder) as files:
-        files.replace_history(rows_of(columns, time=read_summary(folder).started))
+        files.replace_history(rows)
     note = f"the hub died and was started again: the run goes on after step {step}"
     if step < last:
         note += f", from {source or 'the beginning'}; steps {step + 1} to {last} are done again"
@@ -182,6 +189,16 @@ def give_up(memo: RunMemo, reason: str) -> None:
                 files.write_summary(msgspec.structs.replace(summary, status="failed", error=reason))
     except (OSError, msgspec.MsgspecError) as error:
         log.warning("%s cannot be told that its run has failed: %s", folder, error)
+
+
+def _ledger(rows: Iterable[HistoryRow], step: int) -> dict[int, tuple[int, int]]:
+    """Samples and steps of each engine, up to a step."""
+    counts: dict[int, tuple[int, int]] = {}
+    for row in rows:
+        for engine, num_samples in row.samples.items() if row.step <= step else ():
+            samples, steps = counts.get(engine, (0, 0))
+            counts[engine] = samples + num_samples, steps + 1
+    return counts
 
 
 def columns_of(rows: Iterable[HistoryRow]) -> Columns:
@@ -212,7 +229,11 @@ def _missing_row(columns: Columns, last: LastCommit) -> HistoryRow | None:
     else:
         name = next(iter(last.values))
         is_there = last.step in columns.by_evaluation.get(name, array("d"))[-2::2]
-    return None if is_there else HistoryRow(kind=last.kind, step=last.step, time=last.time, values=last.values)
+    return (
+        None
+        if is_there
+        else HistoryRow(kind=last.kind, step=last.step, time=last.time, values=last.values, samples=last.samples)
+    )
 
 
 def _newest_checkpoint(spec: RunSpec) -> Path | None:

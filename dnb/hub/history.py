@@ -32,6 +32,7 @@ class HistoryRow(Record, frozen=True):
     step: int
     time: float  # seconds since the epoch
     values: dict[str, float]
+    samples: dict[int, int] = msgspec.field(default_factory=dict)  # that each engine brought to the step
 
 
 class RunSummary(Record, frozen=True):
@@ -183,7 +184,8 @@ def read_events(path: Path) -> list[RunEvent]:
 def _line(row: HistoryRow) -> dict[str, Any]:
     # JSON has no NaN and no infinity: they are written as words.
     values = {name: value if math.isfinite(value) else str(value) for name, value in row.values.items()}
-    return {"kind": row.kind, "step": row.step, "time": row.time, "values": values}
+    line = {"kind": row.kind, "step": row.step, "time": row.time, "values": values}
+    return line | {"samples": row.samples} if row.samples else line
 
 
 def _read_lines(path: Path, kind: type[T]) -> Iterator[T]:

@@ -64,6 +64,7 @@ class LastCommit:
         evaluated: last step after which an evaluation was committed.
         kind: what was committed.
         values: as they go into the history; its row may be missing on disk.
+        samples: that each engine brought to the step, likewise.
         time: seconds since the epoch.
         note: for people, how it was brought about.
     """
@@ -72,6 +73,7 @@ class LastCommit:
     evaluated: int
     kind: WorkKind
     values: dict[str, float]
+    samples: dict[int, int]
     time: float
     note: str = ""
 
@@ -81,6 +83,7 @@ class _Commit(Record, frozen=True):
     evaluated: int
     kind: WorkKind
     values: dict[str, float]
+    samples: dict[int, int]
     time: float
     place: int  # of the state record
     owes_scheduler: bool  # the state record is of before the scheduler was stepped
@@ -94,6 +97,7 @@ class Intent(Record, frozen=True):
     unused: tuple[int, ...]  # trainable parameters without one
     staged: tuple[str, ...]  # buffers whose new values lie beside the undo areas
     values: dict[str, float]
+    samples: dict[int, int]
     time: float
 
 
@@ -123,7 +127,9 @@ class Journal:
         self._memory = memoryview(segment.memory)
         self._words = self._memory[:_HEADER_BYTES].cast("Q")
         self._state_bytes = (len(self._memory) - _HEADER_BYTES - 2 * _COMMIT_BYTES - _INTENT_BYTES) // 2
-        self.last = _Commit(step=0, evaluated=0, kind="step", values={}, time=0.0, place=1, owes_scheduler=False)
+        self.last = _Commit(
+            step=0, evaluated=0, kind="step", values={}, samples={}, time=0.0, place=1, owes_scheduler=False
+        )
         self._next_place: int | None = None
         self._encode = msgspec.msgpack.Encoder().encode
 
@@ -180,6 +186,7 @@ class Journal:
         step: int,
         kind: WorkKind = "step",
         values: dict[str, float] | None = None,
+        samples: dict[int, int] | None = None,
         evaluated: int | None = None,
         owes_scheduler: bool = False,
         when: float | None = None,
@@ -191,6 +198,7 @@ class Journal:
             evaluated=last.evaluated if evaluated is None else evaluated,
             kind=kind,
             values=last.values if values is None else values,
+            samples=last.samples if samples is None else samples,
             time=time.time() if when is None else when,
             place=last.place if self._next_place is None else self._next_place,
             owes_scheduler=owes_scheduler,

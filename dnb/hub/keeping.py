@@ -93,7 +93,8 @@ class Update:
     slab: SegmentRef | None  # holds them; None: in this process alone
     unused: frozenset[int]
     mix: Callable[[], Buffers]  # buffers that change
-    values: dict[str, float]
+    values: dict[str, float]  # as they go into the history
+    samples: dict[int, int]  # of each engine, likewise
 
 
 @dataclass(slots=True)
@@ -150,7 +151,7 @@ class Keeper:
             self._moments = self._create_moments(adam_tensors(optimizer))
         self._adopt()
         self._write_state()
-        self.journal.publish(step=step, evaluated=evaluated, values={})
+        self.journal.publish(step=step, evaluated=evaluated, values={}, samples={})
 
     # a step
 
@@ -183,7 +184,7 @@ class Keeper:
     def evaluate(self, step: int, values: dict[str, float]) -> None:
         """Commit an evaluation."""
         self.settle()
-        self._try(lambda: self.journal.publish(step=step, kind="evaluation", values=values, evaluated=step))
+        self._try(lambda: self.journal.publish(step=step, kind="evaluation", values=values, samples={}, evaluated=step))
 
     def forget(self) -> None:
         """Which parameters have gradients, or where these lie, has changed."""
@@ -230,7 +231,13 @@ class Keeper:
             note = f"step {self.step + 1}, in which the hub had died, was undone"
         last = journal.last
         return LastCommit(
-            step=last.step, evaluated=last.evaluated, kind=last.kind, values=last.values, time=last.time, note=note
+            step=last.step,
+            evaluated=last.evaluated,
+            kind=last.kind,
+            values=last.values,
+            samples=last.samples,
+            time=last.time,
+            note=note,
         )
 
     def _finish(self, intent: Intent) -> None:
@@ -303,6 +310,7 @@ class Keeper:
             unused=tuple(update.unused),
             staged=tuple(staged),
             values=update.values,
+            samples=update.samples,
             time=time.time(),
         )
         self._try(lambda: self.journal.write_intent(intent))
@@ -319,7 +327,13 @@ class Keeper:
         if self._has_grown:
             self._write_state()
         self._try(
-            lambda: self.journal.publish(step=intent.step, values=intent.values, when=intent.time, owes_scheduler=owes)
+            lambda: self.journal.publish(
+                step=intent.step,
+                values=intent.values,
+                samples=intent.samples,
+                when=intent.time,
+                owes_scheduler=owes,
+            )
         )
 
     def _bind_used(self) -> None:
@@ -367,7 +381,7 @@ class Keeper:
         if self._is_off:
             return
         self._write_state()
-        self._try(lambda: self.journal.publish(step=step, values=update.values))
+        self._try(lambda: self.journal.publish(step=step, values=update.values, samples=update.samples))
         if gone is not None:
             gone.segment.unlink()
 

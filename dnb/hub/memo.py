@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from dnb.records import EngineFacts, Process, Record, SegmentRef
+from dnb.records import EngineFacts, Process, Record, SegmentRef, WorkerTotals
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +22,7 @@ T = TypeVar("T", bound=Record)
 
 POOL_FILE = "hub.msgpack"
 RUN_FILE = "run.msgpack"
+ACCOUNTS_FILE = "accounts.msgpack"
 
 
 class PoolMemo(Record, frozen=True):
@@ -47,6 +48,12 @@ class RunMemo(Record, frozen=True):
     clip_norm: float | None  # as it is by now
     mended: tuple[bytes, bytes] | None  # pickle and signature
     journal: SegmentRef | None
+
+
+class AccountsMemo(Record, frozen=True):
+    """Who is gone from the run that the hub holds."""
+
+    departed: tuple[WorkerTotals, ...]
 
 
 def write_memo(folders: Sequence[Path], name: str, memo: Record) -> None:

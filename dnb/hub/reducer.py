@@ -49,8 +49,13 @@ class StepResult:
     loss: float
     metrics: dict[str, float]
     lr: float
-    num_samples: int
+    samples: dict[int, int]  # that each engine brought
     values: dict[str, float]  # as they go into the history
+
+    @property
+    def num_samples(self) -> int:
+        """Of all engines."""
+        return sum(self.samples.values())
 
 
 class NotFinite(Exception):  # noqa: N818 - a verdict, not a fault
@@ -261,20 +266,25 @@ class Master:
         if self._clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._trainable, self._clip_norm)
         lr = float(self.optimizer.param_groups[0]["lr"])
-        result = StepResult(loss, metrics, lr, sum(c.sums.num_samples for c in contributions), {})
+        samples: dict[int, int] = {}
+        for part in contributions:
+            samples[part.engine] = samples.get(part.engine, 0) + part.sums.num_samples
+        result = StepResult(loss, metrics, lr, samples, {})
         result.values.update({"loss": loss, "lr": lr, **metrics} if describe is None else describe(result))
-        self._apply(keys, contributions, result.values)
+        self._apply(keys, contributions, result)
         return result
 
     def _apply(
-        self, keys: Sequence[tuple[int, int]], contributions: Sequence[Contribution], values: dict[str, float]
+        self, keys: Sequence[tuple[int, int]], contributions: Sequence[Contribution], result: StepResult
     ) -> None:
         mix = partial(self._mixed_buffers, keys, contributions)
         if self._keeper is not None:
             assert self._bound is not None
             slab = self._slabs[keys[0]].segment
             ref = None if slab is None else slab.ref
-            self._keeper.commit(Update(slab=ref, unused=self._bound[1], mix=mix, values=values))
+            self._keeper.commit(
+                Update(slab=ref, unused=self._bound[1], mix=mix, values=result.values, samples=result.samples)
+            )
             return
         for name, value in mix():
             self._buffers[name].copy_(value)

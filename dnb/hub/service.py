@@ -26,7 +26,17 @@ import zmq
 from dnb.errors import ArgumentError, DnbError, HubError
 from dnb.hub.chaos import Mischief
 from dnb.hub.hearts import SILENT_SECONDS, Hearts
-from dnb.hub.memo import POOL_FILE, RUN_FILE, PoolMemo, RunMemo, read_memo, remove_memo, write_memo
+from dnb.hub.memo import (
+    ACCOUNTS_FILE,
+    POOL_FILE,
+    RUN_FILE,
+    AccountsMemo,
+    PoolMemo,
+    RunMemo,
+    read_memo,
+    remove_memo,
+    write_memo,
+)
 from dnb.hub.pool_files import remove_pool_files, write_pool_file
 from dnb.hub.roster import becomes_spare, check_known, check_retirement, choose_successor, lacks_workers
 from dnb.hub.wiring import Line, Wiring
@@ -239,12 +249,18 @@ class Service:
         except Exception as error:  # whatever it is: without the run, the pool can still be used
             log.exception("the run cannot be taken over")
             give_up(memo, f"the hub died, and the run could not be taken over: {type(error).__name__}: {error}")
-            remove_memo(self._folders, RUN_FILE)
+            self._forget_run_memos()
+
+    def _forget_run_memos(self) -> None:
+        for name in (RUN_FILE, ACCOUNTS_FILE):
+            remove_memo(self._folders, name)
 
     def _write_memos(self) -> None:
         if self._is_memo_old:
             self._is_memo_old = False
             write_memo(self._folders, POOL_FILE, self._memo)
+            if self._run is not None:
+                write_memo(self._folders, ACCOUNTS_FILE, AccountsMemo(departed=self._run.departed))
         if self._is_run_memo_old and self._run is not None:
             self._is_run_memo_old = False
             write_memo(self._folders, RUN_FILE, self._run.memo)
@@ -381,7 +397,7 @@ class Service:
     def _lose(self, engine: int, reason: str) -> None:
         lost = self._engines.pop(engine, None)
         self._hearts.drop(engine)
-        self._is_file_old = True
+        self._is_file_old = self._is_memo_old = True
         if lost is not None:
             self._dead.add(engine)
             if not lost.is_spare and not lost.is_retiring:
@@ -425,7 +441,7 @@ class Service:
         if engine is not None:
             self._leavers[engine.facts.process] = time.monotonic() + LEAVE_SECONDS
             self._known_helpers.add(engine.facts.process)  # it belongs to the pool until it is gone
-            self._is_file_old = True
+            self._is_file_old = self._is_memo_old = True
 
     def _watch_leavers(self) -> None:
         if self._run is None or not self._run.is_active:
@@ -611,7 +627,7 @@ class Service:
                 raise ArgumentError(_still_active(self._run))
             self._run.close()
             self._run = None
-            remove_memo(self._folders, RUN_FILE)
+            self._forget_run_memos()
         self._run = self._open_run(frames, spec)
         for number, engine in self._engines.items():
             if engine.is_spare:
@@ -643,6 +659,7 @@ class Service:
             spec = msgspec.structs.replace(spec, clip_norm=memo.clip_norm)
             beginning = take_over(spec, memo, make_job, folders=self._folders)
         engines = self._returning.values() if memo else [engine.facts for engine in self._engines.values()]
+        accounts = read_memo(self._folders, ACCOUNTS_FILE, AccountsMemo) if memo else None
         return ActiveRun(
             spec,
             frames,
@@ -652,6 +669,7 @@ class Service:
             offer_wire=self._wiring.offer,
             release=self._release,
             life=self._life,
+            departed=() if accounts is None else accounts.departed,
         )
 
     # lives

@@ -41,6 +41,8 @@ class Sources:
             for name, parcel in (("job.buffers", spec.job), ("data.buffers", spec.data))
             if (memory := _open(parcel)) is not None
         }
+        if spec.data.segment is not None and "data.buffers" not in self._memory:
+            del self._pickles["data.pickle"]  # the run had ended under a hub before
         self._kept: dict[str, FileFacts] = {}
         self._mended: bytes | None = None
 
@@ -110,11 +112,14 @@ class Sources:
 
 
 def _open(parcel: ParcelRef) -> mmap.mmap | None:
-    """Map a segment, so that its memory outlives its name."""
+    """Map a segment, so that its memory outlives its name; None if there is none any more."""
     if parcel.segment is None:
         return None
-    with open(parcel.segment.path, "rb") as file:
-        return mmap.mmap(file.fileno(), parcel.segment.num_bytes, access=mmap.ACCESS_READ)
+    try:
+        with open(parcel.segment.path, "rb") as file:
+            return mmap.mmap(file.fileno(), parcel.segment.num_bytes, access=mmap.ACCESS_READ)
+    except FileNotFoundError:
+        return None
 
 
 def _cut(whole: bytes | mmap.mmap) -> Iterator[memoryview]:

@@ -8,6 +8,7 @@ import psutil
 import pytest
 import torch
 
+from dnb import training
 from dnb.hub.history import read_history
 from tests.engines.pools import wait, wait_until
 from tests.models import digits, largest_gap, mlp, plain_losses
@@ -90,9 +91,10 @@ def test_a_run_that_has_ended_still_gives_its_weights(pool):
     run = wait(fit(pool, steps=40))
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     kill_hub(pool)
-    run._fetched = None
-    after = pool.run.model.state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    fresh = mlp(seed=9)
+    attached = training.attach(model=fresh).wait(timeout_seconds=60)
+    assert attached.status == "finished"
+    assert all(torch.equal(fresh.state_dict()[name], tensor) for name, tensor in before.items())
 
 
 def test_an_engine_that_dies_with_the_hub_is_done_without(pool):
@@ -145,6 +147,25 @@ def test_no_committed_step_is_lost_or_done_twice(pool):
     assert steps == list(range(1, 201))
     assert told.step >= at
     assert "the hub died and was started again: the run goes on after step" in told.text
+
+
+@pytest.mark.parametrize("transport", ["memory", "socket"])
+def test_the_engines_accounts_go_on_and_come_to_every_sample_once(pool, transport):
+    run = fit(pool, epochs=40, transport=transport)
+    wait_for_step(run, 40)
+    victim = pool.engines[0]
+    os.kill(victim.pid, signal.SIGKILL)
+    wait_until(run, lambda run: "died" in [event.kind for event in run.events], what="an engine died")
+    kill_hub(pool)
+    wait_for_step(run, run.step + 40)
+    kill_hub(pool)
+    wait(run)
+    dead = next(worker for worker in run.workers if worker.engine == victim.id)
+    assert sum(worker.samples for worker in run.workers) == 40 * 1797
+    assert sum(sum(row.samples.values()) for row in read_history(run.folder)) == 40 * 1797
+    assert (dead.pid, dead.state) == (victim.pid, "dead")
+    assert dead.samples > 0
+    assert all(worker.steps > 40 for worker in run.workers if worker.engine != victim.id)
 
 
 def test_an_exact_run_comes_to_the_same_bits(pool):
