@@ -215,6 +215,31 @@ class ResumeFrom(Record, frozen=True):
     notes: tuple[str, ...]  # for the run's events
 
 
+ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]
+
+
+class Partition(Record, frozen=True):
+    """How a model is divided over the engines of a team that computes together."""
+
+    kind: Literal["pipeline", "tensor"]
+    num_engines: int  # of the team
+    num_stages: int = 1  # of a pipeline; a multiple of its engines: stage s is on engine s % num_engines of the team
+    # Names of the modules at which stages 1, 2, ... begin; empty: the user's own `Job.stages`.
+    cuts: tuple[str, ...] = ()
+    schedule: ScheduleName = "1f1b"
+    num_micro_batches: int = 1
+
+
+class Seat(Record, frozen=True):
+    """An engine's place in a team, and where it meets the others."""
+
+    team: int  # a number that never comes again
+    rank: int
+    partition: Partition
+    host: str  # of the store by which the team's process group finds itself
+    port: int
+
+
 class RunSpec(Record, frozen=True):
     """What a run is, as numbers and names; the objects travel beside it in a parcel."""
 

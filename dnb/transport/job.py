@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,9 @@ class Job:
     lr: float | None
     scheduler: Any  # LRScheduler on that optimizer | callable(optimizer) -> LRScheduler | None
     order: Any  # planning.sample_order.BatchOrder
+    stages: Sequence[torch.nn.Module] | None = (
+        None  # of a pipeline, if the user has cut the model; they share its tensors
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
