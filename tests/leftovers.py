@@ -71,7 +71,7 @@ def find_files(folders: list[Path]) -> set[str]:
 def describe(process: psutil.Process) -> str:
     """Say which process this is, even if it ends while we look."""
     try:
-        return f"pid {process.pid}: {' '.join(process.cmdline())[:200]}"
+        return f"pid {process.pid} ({process.name()}, {process.status()}): {' '.join(process.cmdline())[:200]}"
     except psutil.NoSuchProcess:
         return f"pid {process.pid}: ended just now"
 

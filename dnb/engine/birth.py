@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import logging
 import os
 import pickle
@@ -21,6 +22,8 @@ from traitlets import default
 from dnb.transport.lives import name_process
 
 FIRST_FREE_DESCRIPTOR = 3
+# Of <linux/prctl.h>: the kernel sends a signal when the parent ends.
+PR_SET_PDEATHSIG = 1
 
 
 class _Engine(engine_app.IPEngine):
@@ -56,14 +59,18 @@ def be_engine(arguments: list[str], *, environment: Mapping[str, str], folder: s
 
 
 def _leave_parent(output: int) -> None:
-    """A session, descriptors, signal handlers and log of its own."""
+    """A session, descriptors, signal handlers and log of its own; the parent's death is its own."""
     os.setsid()
+    guardian = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
     _close_all_but_standard()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if os.getppid() != guardian:  # it had died before that
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     root = logging.getLogger()
     root.handlers.clear()

@@ -5,7 +5,6 @@ import pytest
 
 from dnb import training
 from dnb.errors import ArgumentError
-from dnb.pool.starting import profile_folder
 from tests.engines.pools import until, wait_until
 from tests.faults.kernels import Kernel
 from tests.faults.test_deaths import START_AND_TRAIN
@@ -101,10 +100,6 @@ say(victim.pid)
 
 
 def test_engines_that_are_being_started_when_the_kernel_dies_end_with_the_pool(folder, leftovers):
-    # An engine that the hub does not know yet ends when it misses ipyparallel's heartbeat, 50 times by default.
-    profile = profile_folder(None)
-    profile.mkdir(parents=True, exist_ok=True)
-    (profile / "ipengine_config.py").write_text("c.IPEngine.max_heartbeat_misses = 4\n")
     kernel = Kernel(
         """
         import threading, time
