@@ -267,6 +267,9 @@ class RunSpec(Record, frozen=True):
     checkpoints: CheckpointPolicy | None = None
     plain: PlainJob | None = None
     resumed: ResumeFrom | None = None
+    partitions: tuple[Partition, ...] = ()  # how the model may be divided, by number of engines; empty: not at all
+    team_size: int | None = None  # engines of a team; None: as many as there are
+    ties: tuple[str, ...] = ()  # parameters that more than one stage may use
 
 
 # Engine to hub -------------------------------------------------------------------------------
@@ -297,6 +300,7 @@ class Loaded(Message, frozen=True):
     """An engine holds model and data of a run."""
 
     run: str
+    team: int | None = None  # that it has met, if it has a seat in one
 
 
 class LoadFailed(Message, frozen=True):
@@ -321,6 +325,10 @@ class WorkReport(Message, frozen=True):
     note: str = ""  # for the run's events
     probe: float | None = None
     digests: bytes = b""  # uint32 per slot of the parameter layout, if asked for
+
+
+# Kind of the failure of an engine that could not go on because another one of its team was gone.
+PEER_LOST = "PeerLost"
 
 
 class WorkFailed(Message, frozen=True):
@@ -383,6 +391,7 @@ class Load(Message, frozen=True):
     parameter_layout: Layout
     gradient_layout: Layout
     buffer_layout: Layout  # in the slab, behind the gradients
+    seat: Seat | None = None  # in a team; None: alone
 
 
 class AddSlabs(Message, frozen=True):

@@ -23,12 +23,15 @@ from dnb.hub.beginnings import Beginning
 from dnb.hub.checkpointer import Checkpointer, Place
 from dnb.hub.coordinator import Coordinator
 from dnb.hub.history import HistoryRow, RunFolder, RunSummary, summarize
+from dnb.hub.meeting import Meeting, open_meeting
 from dnb.hub.memo import RunMemo
 from dnb.hub.reducer import Contribution, NotFinite, StepResult, mean_of
 from dnb.hub.restoring import rows_of
 from dnb.hub.samples import Batches
+from dnb.hub.teams import FIRST_TEAM, Teams
 from dnb.records import (
     ENDED,
+    PEER_LOST,
     AddSlabs,
     CheckpointState,
     Diagnose,
@@ -48,7 +51,9 @@ from dnb.records import (
     RunSpec,
     RunState,
     RunStatus,
+    Seat,
     Shipped,
+    Sums,
     TransportKind,
     Unload,
     WireOffer,
@@ -62,6 +67,9 @@ from dnb.transport.segments import open_segment
 from dnb.transport.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Flat, Wire
 
 log = logging.getLogger(__name__)
+
+# Of a member of a team that has no part in the loss.
+NO_SUMS = Sums(loss_total=0.0, loss_weight=0.0, metric_totals={}, metric_weights={}, num_samples=0)
 
 Send = Callable[[int, Message, Sequence[Any]], None]
 OfferWire = Callable[..., WireOffer]  # of `Wiring.offer`
@@ -91,6 +99,7 @@ class ActiveRun:
         send: Send,
         offer_wire: OfferWire,
         release: Callable[[int], None],
+        condemn: Callable[[int], None],
         life: int = 0,
         departed: Iterable[WorkerTotals] = (),
     ) -> None:
@@ -104,6 +113,8 @@ class ActiveRun:
         self._members: dict[int, _Member] = {}
         engines = list(engines)
         present = [] if beginning.is_taken_over else engines
+        self._condemn = condemn
+        self._meeting: Meeting | None = None  # where teams find themselves
         for facts in present:
             self._members[facts.engine] = self._member(facts)
         self._accounts = Accounts(present)
@@ -117,7 +128,7 @@ class ActiveRun:
         self._first_step = beginning.first_step
         num_slabs = -(-spec.num_shards // max(len(engines), 1)) if spec.exact else 1
         try:
-            for engine, member in self._members.items():
+            for engine, member in self._members.items() if not spec.partitions else ():
                 self.master.add_slabs(engine, num_slabs, kind=member.transport)
             self._folder = RunFolder(Path(spec.folder))
         except BaseException:
@@ -137,6 +148,7 @@ class ActiveRun:
         self._last_commit = time.monotonic()
         self._reports: dict[tuple[int, tuple[int, ...]], WorkReport] = {}
         self._slabs_of_report: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
+        self._owner_of_report: dict[tuple[int, tuple[int, ...]], int] = {}  # whose slabs these are
         self._chores: deque[Callable[[], None]] = deque()  # what may wait until the engines are at work again
         self._verdict: _Verdict | None = None
         self._mended = beginning.mended
@@ -145,17 +157,9 @@ class ActiveRun:
         self._copy_fault = ""
         self._disagreement = ""
         self._events = beginning.events
-        self._coordinator = Coordinator(
-            num_steps=spec.num_steps,
-            num_shards=spec.num_shards,
-            evaluate_every=spec.steps_per_epoch if spec.num_val_samples else None,
+        self._coordinator = self._make_coordinator(
             engines=[facts.engine for facts in present],
             returning=[facts.engine for facts in engines if beginning.is_taken_over],
-            step=beginning.step,
-            evaluated=beginning.evaluated,
-            status=beginning.status,
-            error=beginning.error,
-            traceback=beginning.traceback,
             life=life,
         )
         self._checkpoints = Checkpointer(
@@ -163,6 +167,31 @@ class ActiveRun:
         )
         if self._mended is not None:
             self._checkpoints.mend(self._mended[0])
+
+    def _make_coordinator(self, *, engines: list[int], returning: list[int], life: int) -> Coordinator | Teams:
+        spec, beginning = self.spec, self._beginning
+        make = partial(
+            Coordinator,
+            num_steps=spec.num_steps,
+            num_shards=spec.num_shards,
+            evaluate_every=spec.steps_per_epoch if spec.num_val_samples else None,
+            step=beginning.step,
+            evaluated=beginning.evaluated,
+            status=beginning.status,
+            error=beginning.error,
+            traceback=beginning.traceback,
+            life=life,
+        )
+        if not spec.partitions:
+            return make(engines=engines, returning=returning)
+        return Teams(
+            lambda teams: make(engines=teams),
+            partitions={partition.num_engines: partition for partition in spec.partitions},
+            size=spec.team_size,
+            engines=engines,
+            returning=returning,
+            first=FIRST_TEAM * (life + 1),
+        )
 
     @property
     def is_active(self) -> bool:
@@ -205,7 +234,7 @@ class ActiveRun:
             wire.close()
             return
         member.wire, member.version = wire, self._version
-        slabs = self.master.slabs_of(engine)
+        slabs = self.master.slabs_of(self._coordinator.owner_of(engine))
         wire.queue(AddSlabs(run=self.spec.id, slabs=tuple(slab.ref for slab in slabs)))
         if member.transport == "socket":
             self._ship(wire)
@@ -219,15 +248,19 @@ class ActiveRun:
         match message:
             case NoSharedMemory(reason=reason):
                 self._change_to_socket(engine, reason)
-            case Loaded():
-                self._accounts.begin(engine)
-                self._dispatch(machine.EngineLoaded(engine))
+            case Loaded(team=team):
+                seat = self._coordinator.seat_of(engine)
+                if seat is None or seat[0] == team:  # else it had sat down before it got another seat
+                    self._accounts.begin(engine)
+                    self._dispatch(machine.EngineLoaded(engine))
             case LoadFailed(failure=failure):
                 self._dispatch(machine.UserCodeFailed(engine, 0, failure))
             case WorkReport():
                 self._take_report(engine, message)
             case WorkFailed(lease=0):
                 self._conclude(None)
+            case WorkFailed(failure=Failure(kind=kind), lease=lease) if kind == PEER_LOST:
+                self._dispatch(machine.PeerLost(engine, lease))
             case WorkFailed(step=step, failure=failure, lease=lease):
                 self._dispatch(machine.UserCodeFailed(engine, step, failure, lease))
             case Diagnosis():
@@ -456,15 +489,18 @@ class ActiveRun:
                 self._let_go(engine)
             case machine.Note():
                 self._note(action)
+            case machine.Condemn(engine):
+                self._condemn(engine)
             case machine.End():
                 self._end()
         return None
 
     def _load(self, engine: int) -> machine.Event | None:
         master, member = self.master, self._members[engine]
+        owner = self._coordinator.owner_of(engine)
         try:
-            if not master.slabs_of(engine):
-                master.add_slabs(engine, 1, kind=member.transport)
+            if not master.slabs_of(owner):
+                master.add_slabs(owner, 2 if self.spec.ties else 1, kind=member.transport)
         except SpaceError as error:
             return machine.EngineLost(engine, f"cannot take part: {error}")
         record = Load(
@@ -475,9 +511,19 @@ class ActiveRun:
             parameter_layout=master.parameter_layout,
             gradient_layout=master.gradient_layout,
             buffer_layout=master.buffer_layout,
+            seat=self._seat(engine),
         )
         self._send(engine, record, self._frames)
         return None
+
+    def _seat(self, engine: int) -> Seat | None:
+        seat = self._coordinator.seat_of(engine)
+        if seat is None:
+            return None
+        team, rank, partition = seat
+        if self._meeting is None:
+            self._meeting = open_meeting()
+        return Seat(team=team, rank=rank, partition=partition, host=self._meeting.host, port=self._meeting.port)
 
     def _member(self, facts: EngineFacts) -> _Member:
         """How an engine is reached: as was wished, else by memory if it is on this host."""
@@ -516,7 +562,7 @@ class ActiveRun:
         sizes, raw = self._batches.samples_of(action.kind, action.step, action.shards)
         if action.kind == "step":
             self._chores.append(self._batches.prepare)
-        slabs: tuple[int, ...] = (0,)
+        slabs: tuple[int, ...] = (0, 1) if self.spec.ties else (0,)
         if (self.spec.exact or action.apart) and action.kind == "step":
             try:
                 slabs = self._slabs_for(action, member)
@@ -539,12 +585,15 @@ class ActiveRun:
                 batch_samples=self._batches.num_samples(action.kind, action.step),
                 fresh=action.fresh,
                 probe=self._wants_probe(action, member),
-                check_copy=action.kind == "step" and self._agreement.is_digest_due(action.step - 1),
+                check_copy=not self.spec.partitions
+                and action.kind == "step"
+                and self._agreement.is_digest_due(action.step - 1),
             ),
             raw,
         )
         wire.flush()
         self._slabs_of_report[action.engine, action.shards] = slabs
+        self._owner_of_report[action.engine, action.shards] = self._coordinator.owner_of(action.engine)
         return None
 
     def _slabs_for(self, action: machine.Assign, member: _Member) -> tuple[int, ...]:
@@ -569,10 +618,11 @@ class ActiveRun:
         contributions = [c for report in reports for c in self._contributions(*report)]
         self._last_shards = {}
         for engine, shards in reports:
-            key = engine, self._slabs_of_report[engine, shards][0]
+            key = self._owner_of_report[engine, shards], self._slabs_of_report[engine, shards][0]
             self._last_shards[key] = self._last_shards.get(key, ()) + shards
         self._reports.clear()
         self._slabs_of_report.clear()
+        self._owner_of_report.clear()
         if self._disagreement:
             failure = Failure(kind="PlanError", message=self._disagreement, traceback="")
             return machine.CommitFailed(step, failure)
@@ -603,6 +653,12 @@ class ActiveRun:
     def _contributions(self, engine: int, shards: tuple[int, ...]) -> list[Contribution]:
         report = self._reports[engine, shards]
         slabs = self._slabs_of_report[engine, shards]
+        engine = self._owner_of_report[engine, shards]
+        if self.spec.partitions:
+            return [
+                Contribution(engine, slab, shards[0], sums, report.is_sum, report.unused)
+                for slab, sums in zip(slabs, (report.parts[0], NO_SUMS), strict=False)
+            ]
         firsts = shards if len(report.parts) == len(slabs) == len(shards) else shards[:1]
         return [
             Contribution(engine, slab, shard, sums, report.is_sum, report.unused)
@@ -642,7 +698,7 @@ class ActiveRun:
 
     def _diagnose(self, step: int, verdict: NotFinite, contributions: Sequence[Contribution]) -> machine.Event | None:
         """Let the engine whose gradient it is find shard and parameter; the step is refused when it has."""
-        member = self._members.get(verdict.engine)
+        member = self._members.get(verdict.engine) if not self.spec.partitions else None
         if member is None or member.wire is None:
             return machine.CommitRefused(step, str(verdict))
         shards = self._shards_behind(verdict, contributions)
@@ -678,7 +734,9 @@ class ActiveRun:
 
     def _wants_probe(self, action: machine.Assign, member: _Member) -> bool:
         """Whether the engine has not been held against the others yet; alone it has nobody to differ from."""
-        if member.is_probed or action.kind != "step" or action.step > self._first_step + 1 or len(self._members) < 2:
+        if self.spec.partitions or member.is_probed or len(self._members) < 2:
+            return False
+        if action.kind != "step" or action.step > self._first_step + 1:
             return False
         member.is_probed = True
         return True

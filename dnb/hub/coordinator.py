@@ -60,6 +60,7 @@ from dnb.hub.events import (
     LeaseDeclined,
     LoadEngine,
     Note,
+    PeerLost,
     Release,
     RestEngine,
     RetireEngine,
@@ -70,7 +71,7 @@ from dnb.hub.events import (
 )
 from dnb.hub.leases import Lease, Leases
 from dnb.hub.tasks import Task
-from dnb.records import ENDED, Failure, RunStatus, WorkKind
+from dnb.records import ENDED, Failure, Partition, RunStatus, WorkKind
 
 # When user code has failed, and how long the others take is not known yet: so long they are waited for.
 FAILED_SECONDS = 2.0
@@ -160,7 +161,9 @@ class Coordinator:
                 return self._join(engine)
             case EngineLoaded(engine):
                 return self._load(engine)
-            case EngineLost(engine, reason):
+            case EngineLost(engine, reason, is_slab_lost):
+                if is_slab_lost and self._task is not None and not self._committing:
+                    self._task.tear(engine)
                 return self._lose(engine, reason)
             case EngineSilent(engine, reason):
                 return self._silence(engine, reason)
@@ -183,6 +186,8 @@ class Coordinator:
                 return self._end("failed", f"step {step}: {failure.kind}: {failure.message}", failure.traceback)
             case Asked(verb):
                 return self._ask(verb)
+            case PeerLost():
+                return []  # of teams: see `dnb.hub.teams`
 
     @property
     def evaluated(self) -> int:
@@ -203,6 +208,14 @@ class Coordinator:
         """Whether the lease that is answered is this engine's and open, so that the report will count."""
         lease = self._leases.behind(report)
         return lease is not None and lease.is_open
+
+    def owner_of(self, engine: int) -> int:
+        """The engine whose slab an engine writes into: its own, as it is in no team."""
+        return engine
+
+    def seat_of(self, engine: int) -> tuple[int, int, Partition] | None:  # noqa: ARG002 - see `dnb.hub.teams`
+        """No engine has a seat in a team."""
+        return None
 
     # membership
 

@@ -30,6 +30,7 @@ class EngineLost:
 
     engine: int
     reason: str
+    is_slab_lost: bool = False  # even what it had reported whole does not count any more
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,14 @@ class UserCodeFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerLost:
+    """An engine of a team could not answer a lease, as another one of it did not answer to it."""
+
+    engine: int
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
 class Committed:
     """What `Commit` asked for is done."""
 
@@ -146,6 +155,7 @@ Event = (
     | WorkDone
     | LeaseDeclined
     | UserCodeFailed
+    | PeerLost
     | Committed
     | CommitRefused
     | CommitFailed
@@ -203,6 +213,13 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
+class Condemn:
+    """End an engine's process, as others cannot go on while it stands still."""
+
+    engine: int
+
+
+@dataclass(frozen=True, slots=True)
 class End:
     """The run has ended; engines may forget it."""
 
@@ -211,4 +228,4 @@ class End:
     traceback: str = ""
 
 
-Action = LoadEngine | Assign | Commit | Note | Release | End
+Action = LoadEngine | Assign | Commit | Note | Release | Condemn | End

@@ -443,6 +443,12 @@ class Service:
             self._known_helpers.add(engine.facts.process)  # it belongs to the pool until it is gone
             self._is_file_old = self._is_memo_old = True
 
+    def _condemn(self, number: int) -> None:
+        """An engine that stands still holds others up: it is killed, or cut off where that cannot be."""
+        engine = self._engines.get(number)
+        if engine is not None and not signal_process(engine.facts.process, signal.SIGKILL):
+            self._lose(number, "was cut off")
+
     def _watch_leavers(self) -> None:
         if self._run is None or not self._run.is_active:
             for number in [number for number, engine in self._engines.items() if engine.is_retiring]:
@@ -668,6 +674,7 @@ class Service:
             send=self._send_to_engine,
             offer_wire=self._wiring.offer,
             release=self._release,
+            condemn=self._condemn,
             life=self._life,
             departed=() if accounts is None else accounts.departed,
         )

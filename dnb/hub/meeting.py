@@ -1,0 +1,36 @@
+"""Where the engines of a team find each other: a key-value store that the hub serves."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+from torch.distributed import TCPStore
+
+# An engine that waits for another longer than this will not see it any more.
+WAIT_SECONDS = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Meeting:
+    """An open store."""
+
+    store: TCPStore
+    host: str
+    port: int
+
+
+def open_meeting(host: str = "127.0.0.1") -> Meeting:
+    """Serve a store on one interface; it lives as long as the object."""
+    listener = socket.create_server((host, 0))
+    port = listener.getsockname()[1]
+    store = TCPStore(
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=WAIT_SECONDS),
+        master_listen_fd=listener.detach(),
+    )
+    return Meeting(store, host, port)
