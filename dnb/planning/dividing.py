@@ -89,9 +89,11 @@ def divide(
     rehearsal = Rehearsal(model, autocast)
     if stages is not None:
         return _named(model, _divide_chain(list(stages), partition, inputs, rehearsal))
+    call = Call(model, inputs)
+    if partition.num_stages == 1 and not partition.cuts:
+        return _named(model, [StagePart(call, tuple(range(len(inputs.values))), (), (), {}, {})])
     cuts = partition.cuts
     _check_cuts(model, partition, inputs)
-    call = Call(model, inputs)
     trace = _trace(call, inputs, [PREFIX + cut for cut in cuts], rehearsal)
     parts = _split(trace, partition.num_stages, inputs)
     begins = ["", *cuts]
@@ -184,8 +186,8 @@ def _check_cuts(model: nn.Module, partition: Partition, inputs: Inputs) -> None:
     points = cut_points(model, inputs)
     if partition.num_stages > len(points) + 1:
         raise PlanError(
-            f"{partition.num_stages} pipeline stages need as many layers, and this model has {len(points) + 1} that can "
-            f"be a stage: ask for {len(points) + 1} or fewer, or {WAY_OUT}"
+            f"{partition.num_stages} pipeline stages need as many layers, and this model has {len(points) + 1} that "
+            f"can be a stage: ask for {len(points) + 1} or fewer, or {WAY_OUT}"
         )
     raise PlanError(
         f"{partition.num_stages} pipeline stages need {partition.num_stages - 1} cuts, and {len(partition.cuts)} were "
@@ -268,7 +270,7 @@ def _split(trace: Trace, num_stages: int, inputs: Inputs) -> list[_Built]:
     built: list[_Built] = []
     for stage in range(num_stages):
         behind = received[stage + 1] if stage + 1 < num_stages else None
-        graph, used = _stage_graph(trace, nodes, stage, received[stage], behind, placeholders)
+        graph, used = _stage_graph(trace, stage, received[stage], behind, placeholders)
         module: nn.Module = fx.GraphModule(trace.root, graph)
         if behind is None:
             module = _Restored(module, trace.restore)
@@ -346,8 +348,12 @@ def _take_apart(trace: Trace, node: fx.Node, value: Sequence[Any]) -> None:
         if user in elements or (user.op != "output" and trace.stages[user] == home):
             continue
         parts = type(value)(elements) if type(value) in (tuple, list) else tuple(elements)
-        user.args = fx.map_arg(user.args, lambda n: parts if n is node else n)
-        user.kwargs = fx.map_arg(user.kwargs, lambda n: parts if n is node else n)
+        user.args = _replaced(user.args, node, parts)
+        user.kwargs = _replaced(user.kwargs, node, parts)
+
+
+def _replaced(arguments: Any, node: fx.Node, by: Any) -> Any:
+    return fx.map_arg(arguments, lambda other: by if other is node else other)
 
 
 def _check_tensor(value: Any, node: fx.Node, stage: int) -> None:
@@ -360,7 +366,6 @@ def _check_tensor(value: Any, node: fx.Node, stage: int) -> None:
 
 def _stage_graph(
     trace: Trace,
-    nodes: Sequence[fx.Node],
     stage: int,
     received: Sequence[fx.Node],
     behind: Sequence[fx.Node] | None,

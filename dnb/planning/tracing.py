@@ -126,7 +126,7 @@ class Rehearsal:
         """Around a forward; gives the operations that it calls."""
         log = _OperationLog()
         states = random.getstate(), np.random.get_state()
-        # Without data, too, a tensor of one element (BatchNorm's count) is computed with: torch takes it for a constant.
+        # Without data, too, a tensor of one element, such as BatchNorm's count, changes: torch takes it for a constant.
         changed = [b for b in self._model.buffers() if self._fake is None or b.numel() <= 1]
         kept = [buffer.clone() for buffer in changed]
         try:
