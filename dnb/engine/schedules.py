@@ -71,10 +71,12 @@ class WatchedStage(PipelineStage):
         self._trouble = trouble
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        """Forward of one micro-batch."""
         self.submod.micro_batch = fwd_chunk_id
         return self._do("forward", fwd_chunk_id, super().forward_one_chunk, *args, **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        """Backward of one micro-batch, of all or of the inputs only."""
         if not self.has_backward:
             return
         kind: ActionKind = "backward" if kwargs.get("full_backward", True) else "backward-input"
@@ -83,22 +85,27 @@ class WatchedStage(PipelineStage):
         self.bwd_cache[bwd_chunk_id] = tuple(None if g is None else g.contiguous() for g in gradients)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        """What backward of the inputs has left."""
         if self.has_backward:
             self._do("backward-weight", bwd_chunk_id, super().backward_weight_one_chunk, *args, **kwargs)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
+        """Where waiting for an activation begins."""
         self._timeline.enter("wait", self.stage_index, fwd_chunk_id)
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
+        """Where waiting for a gradient begins."""
         self._timeline.enter("wait", self.stage_index, bwd_chunk_id)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
+        """Where sending an activation begins."""
         self._timeline.enter("send", self.stage_index, fwd_chunk_id)
         return super().get_fwd_send_ops(fwd_chunk_id)
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
+        """Where sending a gradient begins."""
         self._timeline.enter("send", self.stage_index, bwd_chunk_id)
         return super().get_bwd_send_ops(bwd_chunk_id)
 

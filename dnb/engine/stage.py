@@ -22,7 +22,7 @@ from dnb.engine.team_group import PeerLost, close_group, is_about_peers, open_gr
 from dnb.engine.telemetry import Stopwatch
 from dnb.engine.timeline import Action, Timeline
 from dnb.errors import USER_ERRORS, PlanError
-from dnb.planning.dividing import StagePart, divide
+from dnb.planning.dividing import Divider, StagePart
 from dnb.planning.tracing import Inputs
 from dnb.records import Diagnose, Diagnosis, Layout, Load, Partition, Region, RunSpec, Seat, Sums, TensorSlot, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
@@ -124,6 +124,12 @@ class StageReplica:
         self._feed = _Feed()
         self._is_training: bool | None = None
         self._has_group = False
+        self._divider = Divider(
+            job.model,
+            seat.partition,
+            stages=job.stages if seat.partition.num_stages > 1 and not seat.partition.cuts else None,
+            autocast=self._autocast,
+        )
         parts = self._first_parts()
         self._begins = [part.begins for part in parts]
         self._indices = {slot.name: index for index, slot in enumerate(self._full_layout.slots)}
@@ -327,7 +333,9 @@ class StageReplica:
             example = self._feed.batches[0] if self._feed.batches else None
             if example is None:
                 example = fetch_batch(source, indices[: len(indices) // number])
-            self._passes[key] = self._build(self._divide(example), number, trains=trains)
+            known = self._first if trains and _shapes(example) == self._first[0] else None
+            parts = known[1] if known is not None else self._divider.parts(Inputs.of(example))
+            self._passes[key] = self._build(parts, number, trains=trains)
             while len(self._passes) > MOST_SHAPES:
                 self._passes.popitem(last=False)
         self._passes.move_to_end(key)
@@ -337,16 +345,12 @@ class StageReplica:
         """The stages for the first samples, to know who owns what."""
         self._be_training(mode=True)
         size = max(1, min(self._spec.batch_size, self._spec.num_samples) // self._partition.num_micro_batches)
-        parts = self._divide(fetch_batch(self._data.train, torch.arange(size)))
+        example = fetch_batch(self._data.train, torch.arange(size))
+        parts = self._divider.parts(Inputs.of(example))
+        self._first = _shapes(example), parts
         mine = [parts[stage] for stage in self.stages]
         self._reads_data = any(part.inputs for part in mine) or mine[-1] is parts[-1]
         return parts
-
-    def _divide(self, example: Any) -> tuple[StagePart, ...]:
-        stages = self._job.stages if not self._partition.cuts and self._partition.num_stages > 1 else None
-        return divide(
-            self._job.model, self._partition, Inputs.of(example), stages=stages, autocast=self._autocast
-        )
 
     def _build(self, parts: Sequence[StagePart], number: int, *, trains: bool) -> _Pass:
         self._adopt(parts, trains=trains)
@@ -525,7 +529,7 @@ def _slabs_of_parameters(parts: Sequence[StagePart], num_engines: int, rank: int
 
 
 def _written_buffers(parts: Sequence[StagePart], layout: Layout, num_engines: int, rank: int) -> tuple[str, ...]:
-    """The buffers that this engine writes back: each is its first user's, and what nobody uses is the first engine's."""
+    """The buffers that this engine writes back: each is its first user's, and the first engine's if nobody uses it."""
     owner: dict[str, int] = {}
     for stage, part in enumerate(parts):
         for name in part.buffers:

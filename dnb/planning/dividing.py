@@ -29,7 +29,6 @@ from dnb.planning.tracing import (
     SymbolTracer,
     Trace,
     is_plain,
-    rehearse,
     trace_by_export,
     trace_by_symbols,
 )
@@ -66,40 +65,82 @@ def no_autocast() -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def divide(
-    model: nn.Module,
-    partition: Partition,
-    inputs: Inputs,
-    *,
-    stages: Sequence[nn.Module] | None = None,
-    autocast: Callable[[], AbstractContextManager[Any]] = no_autocast,
-) -> tuple[StagePart, ...]:
-    """The stages of a model, in the mode (train or eval) that it is in, for inputs of these shapes.
+class Divider:
+    """Divides one model, for one shape of inputs after the other.
 
     Args:
         model: its tensors are used, never copied; no data is read unless the model looks at values.
         partition: how many stages, and where they begin.
-        inputs: of one micro-batch.
         stages: the user's own, instead of cuts.
         autocast: what surrounds every forward.
-
-    Raises:
-        PlanError: the model cannot be divided so.
     """
-    rehearsal = Rehearsal(model, autocast)
-    if stages is not None:
-        return _named(model, _divide_chain(list(stages), partition, inputs, rehearsal))
-    call = Call(model, inputs)
-    if partition.num_stages == 1 and not partition.cuts:
-        return _named(model, [StagePart(call, tuple(range(len(inputs.values))), (), (), {}, {})])
-    cuts = partition.cuts
-    _check_cuts(model, partition, inputs)
-    trace = _trace(call, inputs, [PREFIX + cut for cut in cuts], rehearsal)
-    parts = _split(trace, partition.num_stages, inputs)
-    begins = ["", *cuts]
-    return _named(
-        model, [StagePart(*part, parameters={}, buffers={}, begins=begins[i]) for i, part in enumerate(parts)]
-    )
+
+    def __init__(
+        self,
+        model: nn.Module,
+        partition: Partition,
+        *,
+        stages: Sequence[nn.Module] | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = no_autocast,
+    ) -> None:
+        self._model = model
+        self._partition = partition
+        self._stages = stages
+        self._rehearsal = Rehearsal(model, autocast)
+        self._by_symbols: dict[bool, bool] = {}  # by mode, once it was seen whether symbols tell all that is called
+
+    def parts(self, inputs: Inputs) -> tuple[StagePart, ...]:
+        """The stages, in the mode (train or eval) that the model is in, for inputs of these shapes.
+
+        Args:
+            inputs: of one micro-batch.
+
+        Raises:
+            PlanError: the model cannot be divided so.
+        """
+        partition, model = self._partition, self._model
+        if self._stages is not None:
+            return _named(model, _divide_chain(list(self._stages), partition, inputs, self._rehearsal))
+        call = Call(model, inputs)
+        if partition.num_stages == 1 and not partition.cuts:
+            return _named(model, [StagePart(call, tuple(range(len(inputs.values))), (), (), {}, {})])
+        _check_cuts(model, partition, inputs)
+        trace = self._trace(call, inputs, [PREFIX + cut for cut in partition.cuts])
+        begins = ["", *partition.cuts]
+        built = _split(trace, partition.num_stages, inputs)
+        return _named(model, [StagePart(*part, {}, {}, begins[stage]) for stage, part in enumerate(built)])
+
+    def _trace(self, call: Call, inputs: Inputs, cuts: Sequence[str]) -> Trace:
+        """By symbols if that calls the very operations that the model calls, else by torch.export."""
+        refusal: NotTraceable | None = None
+        is_enough = self._by_symbols.get(call.training)
+        if is_enough is not False:
+            wanted = None if is_enough else _operations(call, inputs, self._rehearsal)
+            try:
+                trace, begun, operations = trace_by_symbols(call, inputs, cuts, self._rehearsal)
+            except NotTraceable as error:
+                if self._rehearsal.has_data:  # the model looks at values, which torch.export cannot follow, either
+                    raise _untraceable(call, error) from error
+                refusal = error
+            else:
+                self._by_symbols[call.training] = is_enough = is_enough or operations == wanted
+                if is_enough:
+                    _check_begun(begun, cuts)
+                    return trace
+        try:
+            trace, begun = trace_by_export(call, inputs, cuts, self._rehearsal)
+        except NotTraceable as error:
+            raise _untraceable(call, refusal if refusal is not None and not error.line else error) from error
+        self._by_symbols[call.training] = False
+        _check_begun(begun, cuts)
+        return trace
+
+
+def divide(
+    model: nn.Module, partition: Partition, inputs: Inputs, *, stages: Sequence[nn.Module] | None = None
+) -> tuple[StagePart, ...]:
+    """The stages of a model, once; see `Divider`."""
+    return Divider(model, partition, stages=stages).parts(inputs)
 
 
 def cut_points(model: nn.Module, inputs: Inputs | None = None) -> list[str]:
@@ -136,10 +177,11 @@ def _calls(model: nn.Module, inputs: Inputs | None, opened: Iterable[str]) -> li
     try:
         if inputs is None:
             unknown = Inputs(tuple(torch.empty(0) for _ in range(_num_required(model))))
-            tracer.follow(Call(model, unknown), unknown.values, has_values=False)
+            tracer.follow(Call(model, unknown), unknown.values, None)
         else:
-            with rehearsal.running():
-                tracer.follow(Call(model, inputs), tuple(rehearsal.convert(value) for value in inputs.values))
+            values = tuple(rehearsal.convert(value) for value in inputs.values)
+            with rehearsal.running() as log:
+                tracer.follow(Call(model, inputs), values, log)
     except Exception:  # noqa: BLE001 - a user's forward may do anything with a symbol
         return None
     return tracer.calls
@@ -178,9 +220,8 @@ def _check_cuts(model: nn.Module, partition: Partition, inputs: Inputs) -> None:
     names = dict(model.named_modules())
     for cut in partition.cuts:
         if not cut or cut not in names:
-            raise PlanError(
-                f"no layer {cut!r} to begin a stage at; {nearest(cut, cut_points(model, inputs) or filter(None, names))}"
-            )
+            known = cut_points(model, inputs) or [name for name in names if name]
+            raise PlanError(f"no layer {cut!r} to begin a stage at; {nearest(cut, known)}")
     if len(partition.cuts) + 1 == partition.num_stages:
         return
     points = cut_points(model, inputs)
@@ -193,32 +234,6 @@ def _check_cuts(model: nn.Module, partition: Partition, inputs: Inputs) -> None:
         f"{partition.num_stages} pipeline stages need {partition.num_stages - 1} cuts, and {len(partition.cuts)} were "
         f"given; the model can be cut at {', '.join(points)}"
     )
-
-
-def _trace(call: Call, inputs: Inputs, cuts: Sequence[str], rehearsal: Rehearsal) -> Trace:
-    """By symbols if that calls the very operations that the model calls, else by torch.export."""
-    wanted = _operations(call, inputs, rehearsal)
-    values = [rehearsal.convert(value) for value in inputs.values]
-    refusal: NotTraceable | None = None
-    try:
-        graph, begun = trace_by_symbols(call, inputs, cuts, rehearsal)
-        with rehearsal.running() as operations:
-            known, stages = rehearse(graph, call, values)
-        if operations == wanted:
-            _check_begun(begun, cuts)
-            return Trace(graph, call, stages, known, restore=lambda output: output)
-    except NotTraceable as error:
-        if rehearsal.has_data:  # the model looks at values, which torch.export cannot, either
-            raise _untraceable(call, error) from error
-        refusal = error
-    try:
-        graph, begun, attributes, restore = trace_by_export(call, inputs, cuts)
-    except NotTraceable as error:
-        raise _untraceable(call, refusal if refusal is not None and not error.line else error) from error
-    _check_begun(begun, cuts)
-    with rehearsal.running():
-        known, stages = rehearse(graph, attributes, values)
-    return Trace(graph, attributes, stages, known, restore=restore)
 
 
 def _operations(call: Call, inputs: Inputs, rehearsal: Rehearsal) -> list[str]:
@@ -291,7 +306,7 @@ class _Restored(nn.Module):
 
 
 def _check_filled(trace: Trace, num_stages: int) -> None:
-    filled = {stage for node, stage in trace.stages.items() if node.op.startswith("call")}
+    filled = {_stage_of(node) for node in trace.graph.nodes if node.op.startswith("call")}
     for stage in range(num_stages):
         if stage not in filled:
             raise PlanError(f"stage {stage} would have no layer: begin the next one later")
@@ -312,8 +327,8 @@ def _crossings(trace: Trace, nodes: Sequence[fx.Node], num_stages: int) -> list[
     for node in nodes:
         if node.op in ("placeholder", "get_attr", "output"):
             continue
-        first = trace.stages[node]
-        last = max((_stage_of_use(trace, user, num_stages) for user in node.users), default=first)
+        first = _stage_of(node)
+        last = max((_stage_of_use(user, num_stages) for user in node.users), default=first)
         value = trace.values[node]
         if last == first or is_plain(value):
             continue
@@ -330,22 +345,26 @@ def _grew(trace: Trace, nodes: Sequence[fx.Node]) -> bool:
     return len(trace.graph.nodes) != len(nodes)
 
 
-def _stage_of_use(trace: Trace, user: fx.Node, num_stages: int) -> int:
-    return num_stages - 1 if user.op == "output" else trace.stages[user]
+def _stage_of(node: fx.Node) -> int:
+    return int(node.meta["stage"])
+
+
+def _stage_of_use(user: fx.Node, num_stages: int) -> int:
+    return num_stages - 1 if user.op == "output" else _stage_of(user)
 
 
 def _take_apart(trace: Trace, node: fx.Node, value: Sequence[Any]) -> None:
     """Later stages use the elements of a tuple, each of which can be handed on."""
-    home = trace.stages[node]
+    home = _stage_of(node)
     with trace.graph.inserting_after(node):
         elements = []
         for index in reversed(range(len(value))):
             element = trace.graph.call_function(operator.getitem, (node, index))
-            trace.stages[element] = home
+            element.meta["stage"] = home
             trace.values[element] = value[index]
             elements.insert(0, element)
     for user in list(node.users):
-        if user in elements or (user.op != "output" and trace.stages[user] == home):
+        if user in elements or (user.op != "output" and _stage_of(user) == home):
             continue
         parts = type(value)(elements) if type(value) in (tuple, list) else tuple(elements)
         user.args = _replaced(user.args, node, parts)
@@ -372,7 +391,7 @@ def _stage_graph(
     placeholders: Mapping[fx.Node, int],
 ) -> tuple[fx.Graph, tuple[int, ...]]:
     """The stage alone, and which of the model's inputs it uses, in its arguments' order."""
-    mine = [n for n in trace.graph.nodes if trace.stages[n] == stage and n.op.startswith("call")]
+    mine = [n for n in trace.graph.nodes if _stage_of(n) == stage and n.op.startswith("call")]
     output = next(node for node in trace.graph.nodes if node.op == "output")
     needs = {read for node in mine for read in node.all_input_nodes}
     if behind is None:

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnb.errors import PlanError
@@ -68,11 +68,10 @@ class Call(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A graph, and what became of its values when it was rehearsed."""
+    """A graph whose nodes have a stage, and what became of their values when it was rehearsed."""
 
     graph: fx.Graph
     root: nn.Module | dict[str, Any]  # what the graph's nodes name
-    stages: dict[fx.Node, int]
     values: dict[fx.Node, Any]
     restore: Callable[[Any], Any]  # from the graph's output to the model's
 
@@ -155,7 +154,7 @@ class _OperationLog(TorchDispatchMode):
     def __torch_dispatch__(
         self,
         func: Any,
-        types: Any,  # noqa: ARG002 - torch's signature
+        types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
@@ -212,15 +211,25 @@ class SymbolTracer(fx.Tracer):
         self.calls: list[tuple[str, int]] = []  # every module that is called, and the number of nodes before it
         self.values: dict[fx.Node, Any] = {}
         self.last_operation = ""
+        self.operations: list[str] = []  # that the graph calls
         self._inputs: tuple[Any, ...] = ()
         self._has_values = True
+        self._log: list[str] = []
+        self._watch = _Watch()
         self._is_computing = False
         self._num_nodes = 0
 
-    def follow(self, call: Call, inputs: tuple[Any, ...], *, has_values: bool = True) -> fx.Graph:
-        """Trace; only tensors become symbols."""
+    def follow(self, call: Call, inputs: tuple[Any, ...], log: list[str] | None) -> fx.Graph:
+        """Trace; only tensors become symbols.
+
+        Args:
+            call: the model.
+            inputs: without data.
+            log: to which the rehearsal adds operations; None: nothing is computed beside the symbols.
+        """
         self._inputs = inputs
-        self._has_values = has_values
+        self._has_values = log is not None
+        self._log = [] if log is None else log
         with _Factories(self):
             return self.trace(call)
 
@@ -229,7 +238,7 @@ class SymbolTracer(fx.Tracer):
         """Whether what is called now is the user's forward, not a value beside it."""
         return not self._is_computing and hasattr(self, "graph")
 
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:  # noqa: ARG002, FBT001
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:  # noqa: ARG002
         """One symbol per tensor."""
         arguments = [
             self.create_proxy("placeholder", f"input_{number}", (), {}) if isinstance(value, torch.Tensor) else value
@@ -271,10 +280,14 @@ class SymbolTracer(fx.Tracer):
         proxy = super().create_proxy(kind, *arguments, **named)
         node = proxy.node
         if node.op.startswith("call"):
-            self.last_operation = _target_name(node)
+            self.last_operation = target_name(node)
         if not self._has_values:
             return proxy
+        self._watch.enter(len(self.begun), self.values)
+        begin = len(self._log)
         value = self.values[node] = self._computed(node)
+        self.operations += self._log[begin:]
+        self._watch.check(node)
         if node.op.startswith("call") and value is not None and is_plain(value):
             self.graph.erase_node(node)
             self._num_nodes -= 1
@@ -308,7 +321,7 @@ class _Factories(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Any,
-        types: Any,  # noqa: ARG002 - torch's signature
+        types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
@@ -325,37 +338,36 @@ class _Factories(TorchFunctionMode):
 
 def trace_by_symbols(
     call: Call, inputs: Inputs, cuts: Sequence[str], rehearsal: Rehearsal
-) -> tuple[fx.Graph, list[str]]:
-    """The graph of a forward, and the cuts in the order in which they were reached.
+) -> tuple[Trace, list[str], list[str]]:
+    """The trace of a forward, the cuts in the order in which they were reached, and the operations that are called.
 
     Raises:
         NotTraceable: Python decided by a value.
+        PlanError: an operation changes in place what came over a cut.
     """
     tracer = SymbolTracer(cuts)
     values = tuple(rehearsal.convert(value) for value in inputs.values)
     try:
-        with rehearsal.running():
-            graph = tracer.follow(call, values)
-    except Exception as error:  # noqa: BLE001 - a user's forward may do anything with a symbol
+        with rehearsal.running() as log:
+            graph = tracer.follow(call, values, log)
+    except PlanError:
+        raise
+    except Exception as error:
         raise NotTraceable(first_line(error), operator=tracer.last_operation, line=users_line(error)) from error
-    return graph, tracer.begun
+    return Trace(graph, call, tracer.values, lambda output: output), tracer.begun, tracer.operations
 
 
-def trace_by_export(
-    call: Call, inputs: Inputs, cuts: Sequence[str]
-) -> tuple[fx.Graph, list[str], dict[str, Any], Callable[[Any], Any]]:
+def trace_by_export(call: Call, inputs: Inputs, cuts: Sequence[str], rehearsal: Rehearsal) -> tuple[Trace, list[str]]:
     """Like `trace_by_symbols`, by `torch.export`: holds for these shapes and for this mode only.
 
-    Returns:
-        Graph, cuts as reached, what its nodes name, and how the model's output is made of the graph's.
-
     Raises:
-        NotTraceable: as `torch.distributed.pipelining.pipeline` could not, either.
+        NotTraceable: `torch.distributed.pipelining.pipeline` could not trace it, either.
+        PlanError: an operation changes in place what came over a cut.
     """
     try:
         program = torch.export.export(call, inputs.values)
         module = program.module(check_guards=False)
-    except Exception as error:  # noqa: BLE001 - torch.export raises many kinds
+    except Exception as error:
         raise NotTraceable(first_line(error), operator="", line=users_line(error)) from error
     begun: list[str] = []
     attributes: dict[str, Any] = {}
@@ -370,7 +382,9 @@ def trace_by_export(
         if node.op == "call_module":  # guards on shapes, which are kept per shape anyway
             module.graph.erase_node(node)
     spec = program.call_spec.out_spec
-    return module.graph, begun, attributes, lambda flat: pytree.tree_unflatten(list(flat), spec)
+    with rehearsal.running():
+        values = rehearse(module.graph, attributes, [rehearsal.convert(value) for value in inputs.values])
+    return Trace(module.graph, attributes, values, lambda flat: pytree.tree_unflatten(list(flat), spec)), begun
 
 
 def _scopes(node: fx.Node) -> set[str]:
@@ -395,52 +409,60 @@ def _attribute(call: Call, module: nn.Module, target: str) -> Any:
 # Rehearsing -----------------------------------------------------------------------------------------
 
 
-class _Rehearsed(fx.Interpreter):
-    """Runs a graph, keeps every value, and sees what is changed in place beyond a cut."""
+class _Watch:
+    """Sees what is changed in place beyond a cut."""
 
-    def __init__(self, module: fx.GraphModule, stages: Mapping[str, int]) -> None:
-        super().__init__(module, garbage_collect_values=False)
-        self.values: dict[str, Any] = {}
-        self._stages = stages
-        self._versions: list[tuple[fx.Node, torch.Tensor, int]] = []
+    def __init__(self) -> None:
         self._stage = 0
+        self._watched: list[tuple[fx.Node, torch.Tensor, int]] = []
 
-    def run_node(self, n: fx.Node) -> Any:
-        stage = self._stages[n.name]
-        if stage != self._stage:  # what is there now is what crosses the cut
+    def enter(self, stage: int, values: Mapping[fx.Node, Any]) -> None:
+        """The next operation is in this stage: what is there when it begins is what crosses the cut."""
+        if stage != self._stage:
             self._stage = stage
-            self._versions = [
+            self._watched = [
                 (node, value, value._version)
-                for node, value in ((node, self.env[node]) for node in self.env)
-                if isinstance(value, torch.Tensor) and node.op not in ("get_attr", "placeholder")
+                for node, value in values.items()
+                if isinstance(value, torch.Tensor) and node.op.startswith("call")
             ]
-        result = super().run_node(n)
-        self.values[n.name] = result
-        for node, value, version in self._versions:
+
+    def check(self, done: fx.Node) -> None:
+        """After an operation."""
+        for node, value, version in self._watched:
             if value._version != version:
                 raise PlanError(
-                    f"stage {stage} changes in place ({_target_name(n)}) what stage {self._stages[node.name]} has "
-                    f"made ({_target_name(node)}): set inplace=False there, or begin the stage one layer later"
+                    f"stage {self._stage} changes in place ({target_name(done)}) what stage {node.meta['stage']} has "
+                    f"made ({target_name(node)}): set inplace=False there, or begin the stage one layer later"
                 )
+
+
+class _Rehearsed(fx.Interpreter):
+    """Runs a graph, and keeps every value."""
+
+    def __init__(self, module: fx.GraphModule, nodes: Mapping[str, fx.Node]) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.extra_traceback = False
+        self.values: dict[fx.Node, Any] = {}
+        self._nodes = nodes  # `GraphModule` has copied the graph
+        self._watch = _Watch()
+
+    def run_node(self, n: fx.Node) -> Any:
+        node = self._nodes[n.name]
+        self._watch.enter(node.meta["stage"], self.values)
+        result = self.values[node] = super().run_node(n)
+        self._watch.check(node)
         return result
 
 
-def rehearse(
-    graph: fx.Graph, root: nn.Module | dict[str, Any], values: Sequence[Any]
-) -> tuple[dict[fx.Node, Any], dict[fx.Node, int]]:
-    """Run a graph; every node's value, and its stage.
+def rehearse(graph: fx.Graph, attributes: dict[str, Any], values: Sequence[Any]) -> dict[fx.Node, Any]:
+    """Run a graph; every node's value.
 
     Raises:
         PlanError: an operation changes in place what came over a cut.
     """
-    stages = {node: int(node.meta["stage"]) for node in graph.nodes}
-    module = fx.GraphModule(root, graph)
-    tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    by_name = {node.name: stage for node, stage in stages.items()}
-    run = _Rehearsed(module, by_name)
-    run.extra_traceback = False
-    run.run(*tensors, enable_io_processing=False)
-    return {node: run.values.get(node.name) for node in graph.nodes}, stages
+    run = _Rehearsed(fx.GraphModule(attributes, graph), {node.name: node for node in graph.nodes})
+    run.run(*[value for value in values if isinstance(value, torch.Tensor)], enable_io_processing=False)
+    return run.values
 
 
 # Saying what failed -----------------------------------------------------------------------------------
@@ -474,11 +496,9 @@ def is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | complex | str | torch.dtype | torch.device | slice)
 
 
-def _target_name(node: fx.Node) -> str:
+def target_name(node: fx.Node) -> str:
+    """What a node calls, for people."""
     if isinstance(node.target, str):
         name = node.target.removeprefix(PREFIX)
-        owner = node.graph.owning_module
-        if node.op == "call_module" and owner is not None:
-            return f"{name!r}, {type(owner.get_submodule(node.target)).__name__}"
-        return name
+        return repr(name) if node.op == "call_module" else name
     return str(getattr(node.target, "__name__", node.target))

@@ -8,6 +8,7 @@ import os
 import pickle
 import types
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def mlp() -> nn.Module:
     torch.manual_seed(0)
     sizes = (6, 160, 160, 12, 12, 3)  # one weight is large enough to be moved into the slab by a hook
     layers: list[nn.Module] = []
-    for size, following in zip(sizes, sizes[1:], strict=False):
+    for size, following in pairwise(sizes):
         layers += [nn.Linear(size, following), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
@@ -85,7 +86,9 @@ class Block(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows, time, width = x.shape
@@ -213,9 +216,7 @@ def serve(pipe: Any) -> None:
         pipe.send_bytes(pickle.dumps(answer))
 
 
-def begin(
-    spec: RunSpec, job: Job, data: Data, load: Load, slabs: Sequence[Any], seat: Seat
-) -> StageReplica:
+def begin(spec: RunSpec, job: Job, data: Data, load: Load, slabs: Sequence[Any], seat: Seat) -> StageReplica:
     memory = EngineMemory(load)
     memory.add_slabs(slabs)
     return StageReplica(spec, job, data, load, memory=memory, stopwatch=Stopwatch(), seat=seat)
@@ -254,7 +255,7 @@ class Engines:
         self._engines[engine][1].send_bytes(pickle.dumps((verb, arguments)))
 
     def answer(self, engine: int) -> Any:
-        process, pipe = self._engines[engine]
+        _, pipe = self._engines[engine]
         assert pipe.poll(ANSWER_SECONDS), f"engine {engine} does not answer"
         return pickle.loads(pipe.recv_bytes())  # noqa: S301 - of our own process
 
@@ -330,9 +331,7 @@ class Team:
             for rank in range(partition.num_engines)
         ]
         refs = [slab.ref for slab in self.slabs]
-        return self.ask_each(
-            "begin", [(self.spec, self.job, self.data, self.load, refs, seat) for seat in seats]
-        )
+        return self.ask_each("begin", [(self.spec, self.job, self.data, self.load, refs, seat) for seat in seats])
 
     def ask_each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         for member, own in zip(self.members, arguments, strict=True):
