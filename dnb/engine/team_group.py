@@ -1,0 +1,135 @@
+"""The process group by which the engines of a team talk to each other."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from dnb.errors import DnbError, PlanError
+from dnb.records import Seat
+
+# Whoever waits in the group is freed by a peer that leaves it, never by the clock: a user's forward may take hours.
+FOREVER = timedelta(days=20)
+CONNECT = timedelta(seconds=30)
+# How long the others may take to unpickle model and data before they come.
+MEETING_SECONDS = 600.0
+LOOK_SECONDS = 0.01
+# Set by the hub in a team's store if the team will never be complete.
+CANCELLED_KEY = "cancelled"
+INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
+
+
+class PeerLost(DnbError):  # noqa: N818 - a verdict on others, not a fault of this engine
+    """Another engine of the team is gone, or has left its group: this one has nothing to blame."""
+
+
+def open_group(seat: Seat, device: torch.device) -> None:
+    """Meet the other engines of the team; the group is torch's default one.
+
+    Raises:
+        PeerLost: somebody does not come, or the hub has given the team up.
+        PlanError: the process has a group already.
+    """
+    if dist.is_initialized():
+        raise PlanError(
+            "a cell has initialized torch.distributed on this engine, which a pipeline needs for itself: "
+            "call torch.distributed.destroy_process_group() there first"
+        )
+    size = seat.partition.num_engines
+    try:
+        server = dist.TCPStore(seat.host, seat.port, is_master=False, timeout=CONNECT, wait_for_workers=False)
+        store = dist.PrefixStore(f"team-{seat.team}", server)
+        _meet(store, seat.rank, size)
+        with _loopback_if(seat.host):
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=store,
+                rank=seat.rank,
+                world_size=size,
+                timeout=FOREVER,
+            )
+    except RuntimeError as error:  # torch's DistError is one, too
+        raise PeerLost(f"team {seat.team} did not come together: {_first_line(error)}") from error
+
+
+def close_group(error: BaseException | None = None) -> None:
+    """Leave the group, which frees whoever waits for this engine in it.
+
+    Args:
+        error: whose traceback may hold the group: gloo closes its connections only when nobody refers to it any more.
+    """
+    if error is not None:
+        release(error)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    gc.collect()
+
+
+def release(error: BaseException) -> None:
+    """Let go of all that an error's frames refer to; its text stays whole."""
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            traceback.clear_frames(one.__traceback__)
+            waiting += [one.__cause__, one.__context__]
+
+
+def is_about_peers(error: BaseException) -> bool:
+    """Whether an error that was raised outside user code only says that a connection has ended."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error)
+    signs = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
+def _meet(store: dist.Store, rank: int, size: int) -> None:
+    """Wait until all are there, so that the group itself is built in an instant, or not at all."""
+    store.set(f"here-{rank}", "1")
+    deadline = time.monotonic() + MEETING_SECONDS
+    keys = [f"here-{peer}" for peer in range(size)]
+    # Asked again and again, as a store's own waiting ends with nothing but its server, or a warning on the console.
+    while not store.check(keys):
+        if store.check([CANCELLED_KEY]):
+            raise PeerLost("the hub has given this team up")
+        if time.monotonic() > deadline:
+            missing = [peer for peer in range(size) if not store.check([keys[peer]])]
+            raise PeerLost(f"after {MEETING_SECONDS:.0f} s ranks {missing} have not come")
+        time.sleep(LOOK_SECONDS)
+
+
+@contextmanager
+def _loopback_if(host: str) -> Iterator[None]:
+    """On one host gloo listens where nobody else can reach it."""
+    before = os.environ.get(INTERFACE_VARIABLE)
+    name = _loopback_name() if host in ("127.0.0.1", "localhost") else None
+    if name is not None and before is None:
+        os.environ[INTERFACE_VARIABLE] = name
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(INTERFACE_VARIABLE, None)
+
+
+def _loopback_name() -> str | None:
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == "127.0.0.1" for address in addresses):
+            return name
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
