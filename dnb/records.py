@@ -308,6 +308,7 @@ class LoadFailed(Message, frozen=True):
 
     run: str
     failure: Failure
+    team: int | None = None
 
 
 class WorkReport(Message, frozen=True):

@@ -13,6 +13,7 @@ import torch
 
 from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.replica import Replica
+from dnb.engine.stage import StageReplica
 from dnb.engine.telemetry import Stopwatch
 from dnb.errors import USER_ERRORS
 from dnb.records import (
@@ -87,7 +88,8 @@ class Session:
             self._outbox.start()
             publisher = Publisher(load.gradient_layout, load.buffer_layout.num_bytes, self._outbox)
         try:
-            self._replica = Replica(
+            kind = Replica if load.seat is None else partial(StageReplica, seat=load.seat)
+            self._replica: Replica | StageReplica = kind(
                 spec,
                 unpack(job_bytes, spec.job, memory=parcels[JOB_SLOT]),
                 unpack(data_bytes, spec.data, memory=parcels[DATA_SLOT]),

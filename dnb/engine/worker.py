@@ -204,6 +204,7 @@ class Worker(threading.Thread):
 
     def _load(self, load: Load, frames: list[zmq.Frame]) -> None:
         self._close_session()
+        team = None if load.seat is None else load.seat.team
         try:
             wire = self._wire_to(load)
             memory = EngineMemory(load)
@@ -212,7 +213,7 @@ class Worker(threading.Thread):
             if load.transport == "memory":
                 self._send(NoSharedMemory(run=load.run, reason=str(error)))
             else:
-                self._send(LoadFailed(run=load.run, failure=describe(error)))
+                self._send(LoadFailed(run=load.run, failure=describe(error), team=team))
             return
         try:
             self._session = Session(
@@ -225,12 +226,12 @@ class Worker(threading.Thread):
                 stopwatch=self._stopwatch,
             )
         except USER_ERRORS as error:  # whatever a user's class raises is the user's to read
-            self._send(LoadFailed(run=load.run, failure=describe(error)))
+            self._send(LoadFailed(run=load.run, failure=describe(error), team=team))
         else:
             release_freed_memory()  # where the parameters lay before they were bound to the hub's
             torch.set_num_threads(self._session.num_threads(self._facts.cores))
             self._stopwatch.take()
-            self._session.send(Loaded(run=load.run))
+            self._session.send(Loaded(run=load.run, team=team))
 
     def _wire_to(self, load: Load) -> Wire:
         """A new wire for every run: the hub's first records on it belong to that run."""

@@ -253,6 +253,10 @@ class ActiveRun:
                 if seat is None or seat[0] == team:  # else it had sat down before it got another seat
                     self._accounts.begin(engine)
                     self._dispatch(machine.EngineLoaded(engine))
+            case LoadFailed(failure=Failure(kind=kind), team=team) if kind == PEER_LOST:
+                seat = self._coordinator.seat_of(engine)
+                if seat is not None and seat[0] == team:
+                    self._dispatch(machine.PeerLost(engine, None))
             case LoadFailed(failure=failure):
                 self._dispatch(machine.UserCodeFailed(engine, 0, failure))
             case WorkReport():
@@ -489,6 +493,9 @@ class ActiveRun:
                 self._let_go(engine)
             case machine.Note():
                 self._note(action)
+            case machine.Disband(team):
+                if self._meeting is not None:
+                    self._meeting.cancel(team)
             case machine.Condemn(engine):
                 self._condemn(engine)
             case machine.End():

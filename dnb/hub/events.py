@@ -86,7 +86,7 @@ class LeaseDeclined:
     """There is no room for the slab that a lease needs besides the engine's own."""
 
     engine: int
-    lease: int
+    lease: int | None  # None: while it was sitting down
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +220,13 @@ class Condemn:
 
 
 @dataclass(frozen=True, slots=True)
+class Disband:
+    """A team will never come together: whoever waits for its other members need not."""
+
+    team: int
+
+
+@dataclass(frozen=True, slots=True)
 class End:
     """The run has ended; engines may forget it."""
 
@@ -228,4 +235,4 @@ class End:
     traceback: str = ""
 
 
-Action = LoadEngine | Assign | Commit | Note | Release | Condemn | End
+Action = LoadEngine | Assign | Commit | Note | Release | Condemn | Disband | End

@@ -6,7 +6,7 @@ import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
-from torch.distributed import TCPStore
+from torch.distributed import PrefixStore, TCPStore
 
 # An engine that waits for another longer than this will not see it any more.
 WAIT_SECONDS = 300.0
@@ -19,6 +19,10 @@ class Meeting:
     store: TCPStore
     host: str
     port: int
+
+    def cancel(self, team: int) -> None:
+        """Free whoever waits for the others of a team: see `dnb.engine.team_group`."""
+        PrefixStore(f"team-{team}", self.store).set("cancelled", "1")
 
 
 def open_meeting(host: str = "127.0.0.1") -> Meeting:

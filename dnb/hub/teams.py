@@ -28,6 +28,7 @@ from dnb.hub.events import (
     CommitRefused,
     Committed,
     Condemn,
+    Disband,
     EngineHeard,
     EngineJoined,
     EngineLoaded,
@@ -275,7 +276,7 @@ class Teams:
             if engine != without:
                 self._free.add(engine)
         del self._teams[team.number]
-        actions = self._grow()
+        actions = [Disband(team.number), *self._grow()]
         lost = EngineLost(team.number, reason, is_slab_lost=True)  # the next team may write into the same
         return actions + self._tell(lost) + self._release_retired()
 
@@ -320,7 +321,7 @@ class Teams:
         text = f"engine {engine} {reason}: it is killed, as the others of its team wait for it"
         return [Note("hung", text, engine), Condemn(engine)]
 
-    def _suspect(self, engine: int, lease: int) -> list[Action]:
+    def _suspect(self, engine: int, lease: int | None) -> list[Action]:
         team = self._team_of.get(engine)
         if team is not None and team.lease == lease and team.broken_since is None:
             team.broken_since = self._now
