@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -16,7 +17,8 @@ from typing import Any, Literal
 import msgspec
 import torch
 
-from dnb.errors import ArgumentError, HubError, PoolError, SpaceError
+from dnb.division import Division
+from dnb.errors import ArgumentError, HubError, PlanError, PoolError, SpaceError
 from dnb.hub.optimizers import check_optimizer
 from dnb.inputs import (
     PRECISIONS,
@@ -205,6 +207,9 @@ def fit(
     precision: str = "float32",
     metrics: str | Mapping[str, Callable[..., Any]] | None = None,
     strategy: str = "auto",
+    stages: Sequence[str | torch.nn.Module] | None = None,
+    schedule: str = "1f1b",
+    mesh: str | Mapping[str, int] | None = None,
     sync: str = "hub",
     checkpoint_every: int | None = None,
     checkpoint_keep: int = 2,
@@ -238,7 +243,12 @@ def fit(
         clip_norm: largest global norm of the gradient.
         precision: "float32", or "bfloat16" for autocast in forward.
         metrics: {"name": callable(output, target) -> mean over samples}, or "accuracy".
-        strategy: "auto" or "data" in this release.
+        strategy: "data": every engine has the whole model and a part of the batch; "pipeline": every engine has a part
+            of the model; "hybrid": several pipelines. "auto" is "data" in this release.
+        stages: of a pipeline: modules of the model, or their names, each of which gets what the one before it gives;
+            cut where the model allows it if left out.
+        schedule: of a pipeline: "gpipe", "1f1b", "interleaved" or "zero-bubble".
+        mesh: engines along each axis, as "data=2,pipeline=2"; all engines in one pipeline if left out.
         sync: "hub" in this release.
         checkpoint_every: steps between two checkpoints, which `dnb.resume` continues from; one more is written at
             the end. None writes none by itself.
@@ -256,7 +266,7 @@ def fit(
         PlanError: what is asked is not in this release.
     """
     check_model(model)
-    check_choice(strategy, name="strategy", known=STRATEGIES, available=("auto", "data"))
+    check_choice(strategy, name="strategy", known=STRATEGIES, available=("auto", "data", "pipeline", "hybrid"))
     check_choice(sync, name="sync", known=SYNCS, available=("hub",))
     check_choice(precision, name="precision", known=PRECISIONS, available=PRECISIONS)
     loss_function = read_loss(loss, step=step)
@@ -283,11 +293,30 @@ def fit(
         has_val=val is not None,
     )
     data = Data(train=train_source.data, val=None if val_source is None else val_source.data)
+    division = None
+    if strategy in ("pipeline", "hybrid"):
+        division = Division.of(
+            job,
+            data,
+            strategy=strategy,
+            stages=stages,
+            schedule=schedule,
+            mesh=mesh,
+            batch_size=order.batch_size,
+            micro_batch=micro_batch,
+            exact=exact,
+            transport=transport,
+        )
+        job = dataclasses.replace(job, stages=division.stages)
+    elif stages is not None or mesh is not None:
+        raise PlanError("stages= and mesh= divide a model: strategy='pipeline' or 'hybrid' does that")
     steps_per_epoch = count_batches(order)
     num_steps = steps_per_epoch * check_positive(epochs, name="epochs")
     pool = pool or current_pool() or start()
     refuse_busy_or_empty(pool)
     run_name = free_name(name or type(model).__name__.lower())
+    if division is not None:
+        division.check_pool(pool)
     spec = RunSpec(
         id=uuid.uuid4().hex,
         name=run_name,
@@ -297,7 +326,9 @@ def fit(
         num_steps=num_steps if steps is None else check_positive(steps, name="steps"),
         steps_per_epoch=steps_per_epoch,
         batch_size=order.batch_size,
-        num_shards=_num_shards(shards, exact=exact, pool=pool, batch_size=order.batch_size),
+        num_shards=_num_shards(shards, exact=exact, pool=pool, batch_size=order.batch_size)
+        if division is None
+        else division.num_teams,
         exact=bool(exact),
         transport=read_transport(transport),
         telemetry=bool(telemetry),
@@ -312,6 +343,9 @@ def fit(
         data=NOTHING,
         checkpoints=policy,
         plain=plain_job(loss=loss, step=step, optimizer=optimizer, scheduler=scheduler, metrics=metrics, job=job),
+        partitions=() if division is None else division.partitions,
+        team_size=None if division is None else division.team_size,
+        ties=() if division is None else division.ties,
     )
     submit(pool, spec, partial(ship, job), partial(ship, data))
     own_optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None

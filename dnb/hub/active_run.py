@@ -243,7 +243,7 @@ class ActiveRun:
             wire.queue(*self._mended_frames())
         wire.flush()
 
-    def take(self, engine: int, message: EngineMessage) -> None:
+    def take(self, engine: int, message: EngineMessage) -> None:  # noqa: C901 - the table of messages
         """Take an engine's message about this run."""
         match message:
             case NoSharedMemory(reason=reason):

@@ -1,0 +1,119 @@
+"""What `fit` must know to divide a model over engines, found and checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dnb.engine.loader import fetch_batch
+from dnb.errors import PlanError
+from dnb.planning.partitions import pipelines, read_mesh, read_schedule, read_stages
+from dnb.planning.tracing import Inputs
+from dnb.pool.engine_pool import EnginePool
+from dnb.records import Partition
+from dnb.transport.job import Data, Job
+
+# Engines of a pipeline that may come later are planned for, too; more than a host of today holds.
+MOST_ENGINES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """How a run's model is divided.
+
+    Args:
+        partitions: over one engine of a team, over two, ...
+        ties: parameters that more than one engine may use.
+        stages: the user's own modules, if he gave some.
+        num_teams: of engines, at the start.
+        team_size: engines of a team; None: as many as there are.
+        wanted: engines of a team that the user asked for.
+    """
+
+    partitions: tuple[Partition, ...]
+    ties: tuple[str, ...]
+    stages: Sequence[torch.nn.Module] | None
+    num_teams: int
+    team_size: int | None
+    wanted: int | None
+
+    @classmethod
+    def of(
+        cls,
+        job: Job,
+        data: Data,
+        *,
+        strategy: str,
+        stages: Sequence[str | torch.nn.Module] | None,
+        schedule: str,
+        mesh: str | Mapping[str, int] | None,
+        batch_size: int,
+        micro_batch: int | None,
+        exact: bool,
+        transport: Any,
+    ) -> Division:
+        """Divide a model, or say why it cannot be.
+
+        Raises:
+            ArgumentError: schedule, stages or mesh are none.
+            PlanError: the model or the batch cannot be divided so.
+        """
+        axes = read_mesh(mesh)
+        if axes.get("tensor", 1) > 1:
+            raise PlanError("tensor parallelism is not in this release: mesh='data=2,pipeline=2'")
+        if strategy == "hybrid" and axes.get("pipeline", 1) < 2:
+            raise PlanError("a hybrid needs to know the pipelines' length: mesh='data=2,pipeline=2'")
+        _refuse_what_no_pipeline_can(job, exact=exact, transport=transport)
+        num_teams = axes.get("data", 1)
+        if batch_size % num_teams:
+            raise PlanError(f"{num_teams} pipelines cannot share batches of {batch_size} samples evenly")
+        wanted = axes.get("pipeline")
+        own_stages = read_stages(job.model, stages)
+        batch = fetch_batch(data.train, torch.arange(min(batch_size // num_teams, 8)))
+        partitions, ties = pipelines(
+            job.model,
+            Inputs.of(batch),
+            most_engines=wanted or MOST_ENGINES,
+            num_samples=batch_size // num_teams,
+            micro_batch=micro_batch,
+            schedule=read_schedule(schedule),
+            stages=own_stages,
+        )
+        if wanted is not None and len(partitions) < wanted:
+            raise PlanError(
+                f"{wanted} pipeline stages need as many layers: this model can be divided over {len(partitions)} "
+                f"engines with schedule={schedule!r}, mesh='pipeline={len(partitions)}'"
+            )
+        team_size = wanted if num_teams > 1 else None
+        return cls(partitions, ties, own_stages, num_teams, team_size, wanted)
+
+    def check_pool(self, pool: EnginePool) -> None:
+        """Refuse a pool that has too few engines.
+
+        Raises:
+            PlanError: it has.
+        """
+        num_engines = len([engine for engine in pool.engines if engine.state != "spare"])
+        needed = self.num_teams * (self.wanted or 1)
+        if needed > num_engines:
+            raise PlanError(
+                f"{self.num_teams} pipeline{'s' * (self.num_teams > 1)} of {self.wanted} stages need {needed} engines, "
+                f"and the pool has {num_engines}: %dtrain add {needed - num_engines}, or a smaller mesh"
+            )
+
+
+def _refuse_what_no_pipeline_can(job: Job, *, exact: bool, transport: Any) -> None:
+    if job.step is not None:
+        raise PlanError(
+            "a pipeline cannot call a step function, as no engine has the whole model: give loss= instead of step="
+        )
+    if exact:
+        raise PlanError(
+            "exact=True needs a gradient per shard, and a pipeline has one per step: its bits depend on the number of "
+            "micro-batches, not on the engines; leave exact out"
+        )
+    if transport not in (None, "memory"):
+        raise PlanError("the engines of a pipeline share the hub's memory: leave transport out")
