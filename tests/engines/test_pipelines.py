@@ -1,0 +1,227 @@
+"""Models that are divided over the engines of a real pool."""
+
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from dnb.errors import ArgumentError, PlanError
+from tests.engines.pools import until, wait, wait_until
+from tests.models import digits, largest_gap, mlp, plain_losses
+
+pytestmark = pytest.mark.engines
+
+NUM_STEPS = 50
+
+
+@pytest.fixture
+def pool(shared, tmp_path, monkeypatch):
+    """Three engines."""
+    monkeypatch.chdir(tmp_path)
+    yield shared.of(3)
+    shared.calm()
+
+
+@pytest.fixture
+def four(shared, tmp_path, monkeypatch):
+    """Four engines."""
+    monkeypatch.chdir(tmp_path)
+    yield shared.of(4)
+    shared.calm()
+
+
+def deep():
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(64, 96), nn.ReLU(), nn.Linear(96, 96), nn.Tanh(), nn.Linear(96, 10))
+
+
+class Skipping(nn.Module):
+    """A small convolutional network whose input is added again behind."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.first = nn.Conv2d(1, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.third = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8 * 64, 10)
+
+    def forward(self, x):
+        x = functional.relu(self.first(x.view(-1, 1, 8, 8)))
+        y = functional.relu(self.third(functional.relu(self.second(x))))
+        return self.head((x + y).flatten(1))
+
+
+class Tied(nn.Module):
+    """The first and the last layer have one weight."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(5)
+        self.inner = nn.Linear(64, 64, bias=False)
+        self.middle = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+        self.outer = nn.Linear(64, 64, bias=False)
+        self.outer.weight = self.inner.weight
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.head(self.outer(self.middle(self.inner(x))))
+
+
+def fit(pool, model, **options):
+    return pool.fit(
+        model,
+        digits(),
+        **{
+            "loss": "cross_entropy",
+            "lr": 1e-3,
+            "batch_size": 64,
+            "strategy": "pipeline",
+            "steps": NUM_STEPS,
+            **options,
+        },
+    )
+
+
+def plain(make, num_steps=NUM_STEPS):
+    return plain_losses(make(), digits(), num_steps=num_steps, batch_size=64)
+
+
+@pytest.mark.parametrize("make", [deep, Skipping, Tied], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_a_pipeline_has_the_loss_of_a_plain_loop_and_brings_the_weights_home(pool, make, schedule):
+    model, alone = make(), make()
+    run = wait(fit(pool, model, schedule=schedule))
+    losses = plain_losses(alone, digits(), num_steps=NUM_STEPS, batch_size=64)
+    assert largest_gap(run.history["loss"], losses) <= 1e-6
+    gaps = [
+        float((ours - theirs).abs().max()) for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True)
+    ]
+    assert max(gaps) <= 1e-4
+    assert [event.kind for event in run.events].count("planned") == 1
+
+
+def test_every_stage_takes_part_in_every_step_and_each_sample_counts_once(pool):
+    run = wait(fit(pool, deep(), steps=29))
+    assert sum(worker.samples for worker in run.workers) == 1797
+    assert len([worker for worker in run.workers if worker.compute > 0]) == 3
+
+
+def test_validation_and_metrics_are_those_of_data_parallel(pool):
+    options = {"val": digits(201), "metrics": "accuracy", "epochs": 2, "steps": None}
+    divided = wait(fit(pool, deep(), **options))
+    whole = wait(fit(pool, deep(), **options, strategy="data"))
+    for name in ("val_loss", "val_accuracy", "accuracy"):
+        assert len(divided.history[name]) == len(whole.history[name])
+        assert largest_gap(divided.history[name], whole.history[name]) <= 1e-5
+
+
+def test_two_pipelines_of_two_are_one_run(four):
+    run = wait(fit(four, deep(), strategy="hybrid", mesh="data=2,pipeline=2"))
+    assert largest_gap(run.history["loss"], plain(deep)) <= 1e-6
+    assert sum(worker.samples for worker in run.workers) == 1797 + 21 * 64
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_stage_that_is_killed_is_done_without_and_the_same_step_is_done_again(pool, victim):
+    run = fit(pool, deep(), steps=400)
+    wait_until(run, lambda run: run.step >= 20, what="step 20")
+    dead = pool.engines[victim]
+    os.kill(dead.pid, signal.SIGKILL)
+    wait(run)
+    losses = plain(deep, 400)
+    assert run.status == "finished"
+    assert largest_gap(run.history["loss"][:50], losses[:50]) <= 1e-6
+    assert largest_gap(run.history["loss"], losses) <= 1e-3
+    assert [event.engine for event in run.events if event.kind == "died"] == [dead.id]
+    assert [event.kind for event in run.events].count("planned") == 2
+
+
+@pytest.mark.faults
+def test_a_stage_that_stands_still_is_ended_and_the_others_go_on(pool):
+    run = fit(pool, deep(), steps=300)
+    wait_until(run, lambda run: run.step >= 20, what="step 20")
+    os.kill(pool.engines[1].pid, signal.SIGSTOP)
+    wait(run)
+    assert run.status == "finished"
+    assert "killed, as the others of its team wait for it" in " ".join(event.text for event in run.events)
+
+
+@pytest.mark.faults
+def test_an_engine_that_joins_becomes_a_stage(pool):
+    run = fit(pool, deep(), epochs=100_000)
+    wait_until(run, lambda run: run.step >= 10, what="step 10")
+    pool.remove(pool.engines[0].id)
+    wait_until(run, lambda run: [e.kind for e in run.events].count("planned") == 2, what="a pipeline of two")
+    (newcomer,) = pool.add(1)
+    at = run.step
+    until(lambda: [event.kind for event in run.events].count("planned") == 3, what="a pipeline of three")
+    wait_until(run, lambda run: run.step >= at + 20, what="20 steps more")
+    assert f"stage 2 on engine {newcomer}" in [event.text for event in run.events if event.kind == "planned"][-1]
+    run.stop()
+    wait(run)
+
+
+@pytest.mark.faults
+def test_a_run_goes_on_when_the_hub_is_killed(pool):
+    run = fit(pool, deep(), steps=400)
+    wait_until(run, lambda run: run.step >= 20, what="step 20")
+    os.kill(pool.facts.hub.pid, signal.SIGKILL)
+    wait(run)
+    assert run.status == "finished"
+    assert largest_gap(run.history["loss"][:50], plain(deep)) <= 1e-6
+
+
+class Failing:
+    """A loss that raises until there is a file."""
+
+    def __init__(self, mended):
+        self.mended = mended
+        self.count = 0
+
+    def __call__(self, output, target):
+        self.count += torch.is_grad_enabled()
+        if self.count > 40 and not self.mended.exists():
+            raise ValueError("the loss is not ready")
+        return functional.cross_entropy(output, target)
+
+
+def test_a_loss_that_raises_pauses_the_run_and_the_same_step_is_tried_again(pool, tmp_path):
+    mended = tmp_path / "mended"
+    run = fit(pool, deep(), loss=Failing(mended))
+    wait_until(run, lambda run: run.status == "paused", what="it has paused")
+    assert "ValueError: the loss is not ready" in run.error
+    assert "stage 2" in run.error
+    mended.touch()
+    run.resume()
+    wait(run)
+    assert largest_gap(run.history["loss"], plain(deep)) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"mesh": "pipeline=9"}, PlanError, "9 pipeline stages need as many layers"),
+        ({"mesh": "data=2,pipeline=2"}, PlanError, "2 pipelines of 2 stages need 4 engines, and the pool has 3"),
+        ({"mesh": "date=2"}, ArgumentError, "no mesh axis 'date': did you mean 'data'"),
+        ({"schedule": "1f2b"}, ArgumentError, "no schedule '1f2b': did you mean '1f1b'"),
+        ({"stages": ["0", "seven"]}, ArgumentError, "the model has no module 'seven'"),
+        ({"micro_batch": 15}, PlanError, "micro_batch=16 is the nearest"),
+        ({"exact": True}, PlanError, "exact=True needs a gradient per shard"),
+        ({"transport": "socket"}, PlanError, "share the hub's memory"),
+        ({"strategy": "hybrid"}, PlanError, "mesh='data=2,pipeline=2'"),
+        ({"strategy": "data", "stages": ["0", "1"]}, PlanError, "strategy='pipeline'"),
+    ],
+)
+def test_what_no_pipeline_can_is_refused_before_anything_starts(pool, options, error, message):
+    with pytest.raises(error, match=message):
+        fit(pool, deep(), **options)
+
+
+def test_a_step_function_is_refused(pool):
+    with pytest.raises(PlanError, match="give loss= instead of step="):
+        fit(pool, mlp(), loss=None, step=lambda model, batch: model(batch[0]).sum())
