@@ -637,7 +637,7 @@ class ActiveRun:
             reason, self._copy_fault = self._copy_fault, ""
             return machine.CommitRefused(step, reason)
         try:
-            values, samples = self._apply(kind, contributions)
+            values, samples = self._apply(kind, contributions, [engine for engine, _ in reports])
         except NotFinite as verdict:
             return self._diagnose(step, verdict, contributions)
         except Exception as error:  # noqa: BLE001 - a user's optimizer may raise anything; the run fails with it
@@ -672,7 +672,9 @@ class ActiveRun:
             for slab, shard, sums in zip(slabs, firsts, report.parts, strict=True)
         ]
 
-    def _apply(self, kind: WorkKind, contributions: Sequence[Contribution]) -> tuple[dict[str, float], dict[int, int]]:
+    def _apply(
+        self, kind: WorkKind, contributions: Sequence[Contribution], engines: Iterable[int]
+    ) -> tuple[dict[str, float], dict[int, int]]:
         """What the history says, and who brought how many samples to a step."""
         if kind == "evaluation":
             loss, metrics = mean_of([c.sums for c in contributions])
@@ -680,7 +682,7 @@ class ActiveRun:
             return {"val_loss": loss, **{f"val_{name}": value for name, value in metrics.items()}}, {}
         result = self.master.commit(contributions, describe=self._describe)
         self._version += 1
-        self._accounts.count_step(result.samples)
+        self._accounts.count_step(dict.fromkeys(engines, 0) | result.samples)  # of a team one counts the samples
         return result.values, result.samples
 
     def _describe(self, result: StepResult) -> dict[str, float]:
