@@ -29,7 +29,17 @@ CAN_FORK = sys.platform == "linux"
 # Imported by name: the floors of hub and engine do not know each other.
 BIRTH_MODULE = "dnb.engine.birth"
 # What engines need beside what the hub needs.
-ENGINE_MODULES = (BIRTH_MODULE, "dnb.engine.worker", "ipyparallel.engine.app", "ipyparallel.engine.nanny")
+ENGINE_MODULES = (
+    BIRTH_MODULE,
+    "dnb.engine.worker",
+    "ipyparallel.engine.app",
+    "ipyparallel.engine.nanny",
+    # What ipykernel leaves until it starts.
+    "ipykernel.debugger",
+    "tornado.platform.asyncio",
+    "IPython.core.completerlib",
+    "IPython.extensions.storemagic",
+)
 # An order is one message, read to its end; whoever takes longer to write it is not answered.
 ORDER_SECONDS = 5.0
 # How long the guardian may take for everything before: on a busy machine torch is imported in tens of seconds.
