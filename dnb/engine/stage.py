@@ -22,7 +22,8 @@ from dnb.engine.team_group import PeerLost, close_group, is_about_peers, open_gr
 from dnb.engine.telemetry import Stopwatch
 from dnb.engine.timeline import Action, Timeline
 from dnb.errors import USER_ERRORS, PlanError
-from dnb.planning.dividing import Divider, StagePart
+from dnb.planning.dividing import Divider
+from dnb.planning.parts import StagePart
 from dnb.planning.tracing import Inputs
 from dnb.records import Diagnose, Diagnosis, Layout, Load, Partition, Region, RunSpec, Seat, Sums, TensorSlot, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
@@ -39,6 +40,7 @@ NO_SUMS = Sums(loss_total=0.0, loss_weight=0.0, metric_totals={}, metric_weights
 class _Feed:
     """What one pass through the pipeline is about."""
 
+    indices: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     batches: Sequence[Any] = ()  # micro-batches; none where no stage of this engine reads them
     micro_samples: int = 0
     batch_samples: int | None = None  # of the global batch; None: no gradients
@@ -122,6 +124,7 @@ class StageReplica:
         self._timeline = Timeline()
         self._trouble = Trouble()
         self._feed = _Feed()
+        self._failed_samples = self._feed.indices
         self._is_training: bool | None = None
         self._has_group = False
         self._divider = Divider(
@@ -194,18 +197,17 @@ class StageReplica:
             raise PlanError("a pipeline cannot call a step function, as no engine has the whole model: mend its loss")
         self._job = dataclasses.replace(self._job, loss=loss)
 
-    def find_place(self, work: Work, indices: torch.Tensor, error: BaseException) -> str:
-        """The stage and the samples at which user code raised, for people."""
+    def find_place(self, work: Work, _indices: torch.Tensor, error: BaseException) -> str:
+        """The stage and the samples at which user code raised, for people; nothing is computed again."""
         trouble = self._trouble
-        if trouble.error is not error or not len(indices):
+        if trouble.error is not error:
             return ""
-        size = len(indices) // num_micro_batches_for(len(indices), self._partition)
-        samples = indices[trouble.micro_batch * size : (trouble.micro_batch + 1) * size]
         begins = self._begins[trouble.stage]
         where = f"stage {trouble.stage}" + (f" (from {begins})" if begins else "")
-        return f"{where}, micro-batch {trouble.micro_batch} of shards {work.shards[0]} to {work.shards[-1]}, " + (
-            _samples_text(samples)
+        shards = f"one of shards {work.shards[0]} to {work.shards[-1]}" if len(work.shards) > 1 else (
+            f"shard {work.shards[0]}"
         )
+        return f"{where}, {shards}, {_samples_text(self._failed_samples)}"
 
     def probe(self) -> float | None:
         """Nothing: no engine of a team has a loss of its own."""
@@ -261,7 +263,7 @@ class StageReplica:
 
     def _run(self, source: DataSource, indices: torch.Tensor, *, batch_samples: int | None, seed: int) -> _Feed:
         """One pass of all micro-batches."""
-        feed = self._feed = _Feed(batch_samples=batch_samples, seed=seed)
+        feed = self._feed = _Feed(indices, batch_samples=batch_samples, seed=seed)
         if not len(indices):
             return feed
         number = num_micro_batches_for(len(indices), self._partition)
@@ -446,6 +448,8 @@ class StageReplica:
     def _leave(self, error: BaseException | None) -> None:
         """Leave the group, so that the other engines of the team are freed."""
         self._passes.clear()
+        size = self._feed.micro_samples
+        self._failed_samples = self._feed.indices[self._trouble.micro_batch * size :][:size]
         self._feed = _Feed()
         if self._has_group:
             self._has_group = False
