@@ -75,15 +75,12 @@ def _crossings(trace: Trace, nodes: Sequence[fx.Node], num_stages: int) -> list[
             continue
         if isinstance(value, tuple | list):
             _take_apart(trace, node, value)
-            continue  # its elements are nodes behind it, and `_elements` finds them
+            continue  # its elements are new nodes, found by another round
         _check_tensor(value, node, first)
         for stage in range(first + 1, last + 1):
             received[stage].append(node)
-    return received if not _grew(trace, nodes) else _crossings(trace, list(trace.graph.nodes), num_stages)
-
-
-def _grew(trace: Trace, nodes: Sequence[fx.Node]) -> bool:
-    return len(trace.graph.nodes) != len(nodes)
+    has_grown = len(trace.graph.nodes) != len(nodes)
+    return _crossings(trace, list(trace.graph.nodes), num_stages) if has_grown else received
 
 
 def _stage_of(node: fx.Node) -> int:

@@ -51,7 +51,7 @@ class Call(nn.Module):
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         super().__init__()
         self.model = model
-        self.train(model.training)
+        self.training = model.training  # and nothing below: a layer may be in another mode on purpose
         self._num_positional = len(inputs.positional)
         self._names = tuple(inputs.keywords)
         self._has_loss = inputs.has_loss

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dnb.engine.schedules import num_micro_batches_for, schedule_for
-from dnb.engine.stage import own_layout
+from dnb.engine.stage_memory import own_layout
 from dnb.records import Partition, ScheduleName
 from dnb.transport.job import Sum
 from dnb.transport.layout import plan_gradients
@@ -141,7 +142,7 @@ def test_a_stage_zeroes_its_own_slots_alone(team_of: MakeTeam):
     team = team_of(SkipNet(), pipeline("third"), samples=images())
     for gradient in team.slabs[0].gradients:
         gradient.fill_(7.0)
-    team.engines.tell(1, "_begin", (0, 1), fresh=True)
+    team.engines.tell(1, "_slots.begin", (0, 1), fresh=True)
     team.engines.answer(1)
     zeroed = {name for name, gradient in team.gradients().items() if not gradient.any()}
     assert zeroed == {"third.weight", "third.bias", "head.weight", "head.bias"}
@@ -249,9 +250,7 @@ def test_a_sum_is_not_scaled(team_of: MakeTeam):
 def test_a_model_that_takes_dictionaries_returns_its_own_loss(team_of: MakeTeam):
     x, labels = vectors()
     rows = [{"x": x[i], "labels": labels[i]} for i in range(len(x))]
-    team = team_of(
-        LossNet(), pipeline("head"), loss=None, rows=rows, collate=torch.utils.data.default_collate
-    )
+    team = team_of(LossNet(), pipeline("head"), loss=None, rows=rows, collate=torch.utils.data.default_collate)
     answer = last_of(team.compute())
     model = LossNet()
     loss = model(x, labels=labels).loss
@@ -425,7 +424,7 @@ def test_the_timeline_has_no_gaps(team_of: MakeTeam):
     team = team_of(mlp(), pipeline("4"))
     team.compute()
     for actions in team.ask("timeline"):
-        assert all(left.end == right.begin for left, right in zip(actions, actions[1:], strict=False))
+        assert all(left.end == right.begin for left, right in pairwise(actions))
 
 
 # Numbers ------------------------------------------------------------------------------------------------
@@ -446,4 +445,3 @@ def test_a_layout_of_some_slots_zeroes_nothing_between_them():
     layout = plan_gradients(named)
     own = own_layout(layout, [slot for slot in layout.slots if slot.name in "abd"])
     assert [(region.offset_bytes, region.num_elements) for region in own.regions] == [(0, 32), (192, 16)]
-
