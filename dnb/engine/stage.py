@@ -253,6 +253,8 @@ class StageReplica:
         with nullcontext() if batch_samples is not None else torch.no_grad():
             current.schedule.step(*marks, target=targets)
         self._timeline.end()
+        for stage in current.stages:
+            stage.clear_runtime_states()  # else an evaluation's activations stay until the next one
         feed.batches = ()
         return feed
 
