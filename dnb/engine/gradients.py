@@ -17,7 +17,7 @@ class _Direct:
     Nothing is zeroed first, and nothing read to be added to: two passes over the slab fewer.
     """
 
-    __slots__ = ("index", "is_blank", "is_used", "parameter", "view")
+    __slots__ = ("index", "is_blank", "is_used", "parameter", "version", "view")
 
     def __init__(self, index: int, parameter: torch.nn.Parameter) -> None:
         self.index = index
@@ -25,6 +25,7 @@ class _Direct:
         self.view = parameter.detach()
         self.is_blank = True  # what the slab holds is of an earlier step
         self.is_used = False  # since `begin`
+        self.version = 0  # of the view, at `begin`
 
     def take(self) -> None:
         gradient = self.parameter.grad
@@ -89,6 +90,7 @@ class Gradients:
             direct.view = self._views[direct.index]
             direct.is_blank = fresh
             direct.is_used = False
+            direct.version = direct.view._version
             direct.parameter.grad = None if fresh else direct.view
         for index in self._small:
             parameter, view = self._parameters[index], self._views[index]
@@ -109,10 +111,10 @@ class Gradients:
         self.bring_home()
         unused: list[int] = []
         for direct in self._direct:
+            if not direct.is_used and direct.view._version == direct.version:  # zero-bubble schedules call no hook
+                unused.append(direct.index)
             if direct.is_blank:
                 direct.view.zero_()
-            if not direct.is_used:
-                unused.append(direct.index)
         unused += [
             index
             for index, version in zip(self._small, self._versions, strict=True)

@@ -20,7 +20,7 @@ from torch.distributed.pipelining import (
 from dnb.engine.telemetry import Stopwatch
 from dnb.engine.timeline import ActionKind, Timeline
 from dnb.errors import USER_ERRORS
-from dnb.planning.dividing import StagePart
+from dnb.planning.parts import StagePart
 from dnb.records import Partition, ScheduleName
 
 # It prints the whole schedule when user code raises; the user's own error says more.
@@ -66,13 +66,14 @@ class WatchedStage(PipelineStage):
         receives = part.receives if index else (torch.empty(1, dtype=torch.int64, device="meta"),)
         sends = part.sends if index < num_stages - 1 else (torch.empty(1, device="meta", requires_grad=True),)
         super().__init__(body, index, num_stages, device, input_args=receives, output_args=sends)
+        self._body: Any = body
         self._timeline = timeline
         self._stopwatch = stopwatch
         self._trouble = trouble
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Forward of one micro-batch."""
-        self.submod.micro_batch = fwd_chunk_id
+        self._body.micro_batch = fwd_chunk_id
         return self._do("forward", fwd_chunk_id, super().forward_one_chunk, *args, **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
@@ -148,7 +149,7 @@ def build_schedule(
         loss: of the last stage's output; None computes no gradients.
     """
     name = schedule_for(partition, num_micro_batches) if loss is not None else "gpipe"
-    named = {"loss_fn": loss, "scale_grads": False}
+    named: dict[str, Any] = {"loss_fn": loss, "scale_grads": False}
     if name == "zero-bubble":
         return ScheduleInterleavedZeroBubble(list(stages), num_micro_batches, **named)
     if len(stages) > 1:

@@ -9,29 +9,29 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
-from dnb.engine.gradients import Gradients
 from dnb.engine.loader import fetch_batch
 from dnb.engine.memory import EngineMemory, Publisher
-from dnb.engine.replica import Metrics, Outcome, _added, _owner, _samples_text, _weighed, part_seed, tensor_digest
+from dnb.engine.micro_batches import fetch_micro_batches, shapes_of
+from dnb.engine.replica import Metrics, Outcome, _added, _samples_text, _weighed, part_seed
 from dnb.engine.schedules import Trouble, WatchedStage, build_schedule, num_micro_batches_for
+from dnb.engine.stage_memory import StageMemory
 from dnb.engine.team_group import PeerLost, close_group, is_about_peers, open_group, release
 from dnb.engine.telemetry import Stopwatch
 from dnb.engine.timeline import Action, Timeline
 from dnb.errors import USER_ERRORS, PlanError
-from dnb.planning.dividing import Divider, StagePart
+from dnb.planning.dividing import Divider
+from dnb.planning.parts import StagePart
 from dnb.planning.tracing import Inputs
-from dnb.records import Diagnose, Diagnosis, Layout, Load, Partition, Region, RunSpec, Seat, Sums, TensorSlot, Work
+from dnb.records import Diagnose, Diagnosis, Load, Partition, RunSpec, Seat, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
-from dnb.transport.layout import LARGE_ELEMENTS, dtype_named, slot_views
 
 __all__ = ["PeerLost", "StageReplica"]
 
 # Shapes of batches for which stages are kept; a data set whose batches all differ builds them anew each time.
 MOST_SHAPES = 8
+CPU = torch.device("cpu")
 NO_SUMS = Sums(loss_total=0.0, loss_weight=0.0, metric_totals={}, metric_weights={}, num_samples=0)
 
 
@@ -39,6 +39,7 @@ NO_SUMS = Sums(loss_total=0.0, loss_weight=0.0, metric_totals={}, metric_weights
 class _Feed:
     """What one pass through the pipeline is about."""
 
+    indices: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     batches: Sequence[Any] = ()  # micro-batches; none where no stage of this engine reads them
     micro_samples: int = 0
     batch_samples: int | None = None  # of the global batch; None: no gradients
@@ -83,8 +84,9 @@ class StageReplica:
         load: the layouts of that memory.
         memory: parameters and slabs, shared with the hub and the other engines of the team.
         stopwatch: counts data and compute time; what is left of a step is waiting for other stages.
-        publisher: must be None.
         seat: the place in the team.
+        publisher: must be None.
+        device: of activations; the group is NCCL's on "cuda", gloo's elsewhere.
 
     Raises:
         PlanError: the model cannot be divided so.
@@ -102,26 +104,21 @@ class StageReplica:
         stopwatch: Stopwatch,
         seat: Seat,
         publisher: Publisher | None = None,
+        device: torch.device = CPU,
     ) -> None:
         _check(spec, job, memory, seat.partition, has_publisher=publisher is not None)
         self._spec = spec
         self._job = job
         self._data = data
-        self._memory = memory
         self._stopwatch = stopwatch
         self._partition = seat.partition
         self._rank = seat.rank
-        self._device = _device()
-        self._full_layout = load.gradient_layout
-        self._buffer_layout = load.buffer_layout
-        self._master = slot_views(load.parameter_layout, memory.parameters)
-        self._bound: dict[str, torch.nn.Parameter] = {}
-        self._buffers: list[tuple[torch.nn.Module, str, torch.Tensor, str]] = []
-        self._slab_buffers: dict[int, dict[str, torch.Tensor]] = {}
+        self._device = device
         self._passes: OrderedDict[Any, _Pass] = OrderedDict()
         self._timeline = Timeline()
         self._trouble = Trouble()
         self._feed = _Feed()
+        self._failed_samples = self._feed.indices
         self._is_training: bool | None = None
         self._has_group = False
         self._divider = Divider(
@@ -132,14 +129,7 @@ class StageReplica:
         )
         parts = self._first_parts()
         self._begins = [part.begins for part in parts]
-        self._indices = {slot.name: index for index, slot in enumerate(self._full_layout.slots)}
-        self._slab_of = _slabs_of_parameters(parts, seat.partition.num_engines, seat.rank)
-        self._adopt(parts)
-        self._gradients = {
-            offset: self._gradients_of([name for name, own in self._slab_of.items() if own == offset])
-            for offset in sorted({0, *self._slab_of.values()})
-        }
-        self._written_buffers = _written_buffers(parts, self._buffer_layout, seat.partition.num_engines, seat.rank)
+        self._slots = StageMemory(job.model, load, memory, parts, seat)
         open_group(seat, self._device)
         self._has_group = True
 
@@ -173,14 +163,13 @@ class StageReplica:
         with self._leaving_if_it_fails():
             self._be_training(mode=True)
             for shard, part in zip(request.shards, indices.split(request.shard_sizes), strict=True):
-                self._begin((request.slab,), fresh=True)
+                self._slots.begin((request.slab,), fresh=True)
                 seed = part_seed(self._spec.seed, request.step, shard)
                 self._run(self._data.train, part, batch_samples=request.batch_samples, seed=seed)
-                for gradients in self._gradients.values():
-                    gradients.finish()
-                    found = gradients.first_fault()
-                    if found is not None and fault is None:  # the other stages still count on this one
-                        fault = shard, found
+                self._slots.finish()
+                found = self._slots.first_fault()
+                if found is not None and fault is None:  # the other stages still count on this one
+                    fault = shard, found
         shard_or_none, (name, kind) = fault or (None, ("", ""))
         return Diagnosis(run=request.run, step=request.step, shard=shard_or_none, parameter=name, kind=kind)
 
@@ -194,18 +183,19 @@ class StageReplica:
             raise PlanError("a pipeline cannot call a step function, as no engine has the whole model: mend its loss")
         self._job = dataclasses.replace(self._job, loss=loss)
 
-    def find_place(self, work: Work, indices: torch.Tensor, error: BaseException) -> str:
-        """The stage and the samples at which user code raised, for people."""
+    def find_place(self, work: Work, _indices: torch.Tensor, error: BaseException) -> str:
+        """The stage and the samples at which user code raised, for people; nothing is computed again."""
         trouble = self._trouble
-        if trouble.error is not error or not len(indices):
+        if trouble.error is not error:
             return ""
-        size = len(indices) // num_micro_batches_for(len(indices), self._partition)
-        samples = indices[trouble.micro_batch * size : (trouble.micro_batch + 1) * size]
         begins = self._begins[trouble.stage]
         where = f"stage {trouble.stage}" + (f" (from {begins})" if begins else "")
-        return f"{where}, micro-batch {trouble.micro_batch} of shards {work.shards[0]} to {work.shards[-1]}, " + (
-            _samples_text(samples)
+        shards = (
+            f"one of shards {work.shards[0]} to {work.shards[-1]}"
+            if len(work.shards) > 1
+            else (f"shard {work.shards[0]}")
         )
+        return f"{where}, {shards}, {_samples_text(self._failed_samples)}"
 
     def probe(self) -> float | None:
         """Nothing: no engine of a team has a loss of its own."""
@@ -213,13 +203,7 @@ class StageReplica:
 
     def digests(self) -> bytes:
         """As of `Replica`, for the parameters that are bound here."""
-        found = []
-        for slot in self._memory.layout.slots:
-            own = self._bound.get(slot.name)
-            master = self._master[slot.name]
-            is_same = own is None or (own.data_ptr() == master.data_ptr() and own.shape == master.shape)
-            found.append(0 if is_same or own is None else tensor_digest(own))
-        return np.array(found, dtype=np.uint32).tobytes()
+        return self._slots.digests()
 
     def timeline(self) -> tuple[Action, ...]:
         """What this engine did in the last step, and when."""
@@ -228,27 +212,22 @@ class StageReplica:
     def close(self) -> None:
         """Leave the group, and let go of the gradients."""
         self._leave(None)
-        for gradients in self._gradients.values():
-            gradients.close()
+        self._slots.close()
 
     # A step ----------------------------------------------------------------------------------------
 
     def _step(self, work: Work, indices: torch.Tensor) -> Outcome:
         self._be_training(mode=True)
-        self._begin(work.slabs, fresh=work.fresh)
+        self._slots.begin(work.slabs, fresh=work.fresh)
         seed = part_seed(self._spec.seed, work.step, work.shards[0])
         feed = self._run(self._data.train, indices, batch_samples=work.batch_samples, seed=seed)
-        used: set[int] = set()
-        for gradients, names in self._named_gradients():
-            left = set(gradients.finish())
-            used.update(self._indices[name] for index, name in enumerate(names) if index not in left)
-        self._write_buffers(work.slabs[0])
-        unused = tuple(index for index in range(len(self._full_layout.slots)) if index not in used)
+        unused = self._slots.finish()
+        self._slots.write_buffers(work.slabs[0])
         return Outcome((_added(feed.sums) if feed.sums else NO_SUMS,), feed.is_sum, unused)
 
     def _evaluate(self, indices: torch.Tensor) -> Sums:
         assert self._data.val is not None
-        self._read_buffers()
+        self._slots.read_buffers()
         self._be_training(mode=False)
         most = max(1, self._spec.batch_size)
         parts = [
@@ -261,7 +240,7 @@ class StageReplica:
 
     def _run(self, source: DataSource, indices: torch.Tensor, *, batch_samples: int | None, seed: int) -> _Feed:
         """One pass of all micro-batches."""
-        feed = self._feed = _Feed(batch_samples=batch_samples, seed=seed)
+        feed = self._feed = _Feed(indices, batch_samples=batch_samples, seed=seed)
         if not len(indices):
             return feed
         number = num_micro_batches_for(len(indices), self._partition)
@@ -274,6 +253,8 @@ class StageReplica:
         with nullcontext() if batch_samples is not None else torch.no_grad():
             current.schedule.step(*marks, target=targets)
         self._timeline.end()
+        for stage in current.stages:
+            stage.clear_runtime_states()  # else an evaluation's activations stay until the next one
         feed.batches = ()
         return feed
 
@@ -315,25 +296,15 @@ class StageReplica:
         if not self._reads_data and source.collate is None:
             return ()
         with self._stopwatch.measure("data"):
-            batch = fetch_batch(source, indices)
-            pieces = _cut_batch(batch, len(indices), number)
-            if pieces is not None:
-                return pieces
-            found = [fetch_batch(source, part) for part in indices.split(len(indices) // number)]
-        if len({_shapes(piece) for piece in found}) > 1:
-            raise PlanError(
-                "the micro-batches of one step differ in shape, which a pipeline cannot have: let collate_fn put the "
-                "samples on the first axis, so that a whole batch can be cut"
-            )
-        return found
+            return fetch_micro_batches(source, indices, number)
 
     def _pass_of(self, source: DataSource, indices: torch.Tensor, number: int, *, trains: bool) -> _Pass:
-        key: Any = (trains, len(indices), number, None if source.collate is None else _shapes(self._feed.batches[0]))
+        key: Any = (trains, len(indices), number, None if source.collate is None else shapes_of(self._feed.batches[0]))
         if key not in self._passes:
             example = self._feed.batches[0] if self._feed.batches else None
             if example is None:
                 example = fetch_batch(source, indices[: len(indices) // number])
-            known = self._first if trains and _shapes(example) == self._first[0] else None
+            known = self._first if trains and shapes_of(example) == self._first[0] else None
             parts = known[1] if known is not None else self._divider.parts(Inputs.of(example))
             self._passes[key] = self._build(parts, number, trains=trains)
             while len(self._passes) > MOST_SHAPES:
@@ -347,13 +318,13 @@ class StageReplica:
         size = max(1, min(self._spec.batch_size, self._spec.num_samples) // self._partition.num_micro_batches)
         example = fetch_batch(self._data.train, torch.arange(size))
         parts = self._divider.parts(Inputs.of(example))
-        self._first = _shapes(example), parts
+        self._first = shapes_of(example), parts
         mine = [parts[stage] for stage in self.stages]
         self._reads_data = any(part.inputs for part in mine) or mine[-1] is parts[-1]
         return parts
 
     def _build(self, parts: Sequence[StagePart], number: int, *, trains: bool) -> _Pass:
-        self._adopt(parts, trains=trains)
+        self._slots.adopt(parts, trains=trains)
         stages = [
             WatchedStage(
                 _Body(parts[stage], stage, is_last=stage == len(parts) - 1, replica=self),
@@ -369,62 +340,6 @@ class StageReplica:
         ]
         schedule = build_schedule(stages, self._partition, number, loss=_given if trains else None)
         return _Pass(stages, schedule)
-
-    # Memory -----------------------------------------------------------------------------------------
-
-    def _adopt(self, parts: Sequence[StagePart], *, trains: bool = True) -> None:
-        """Bind what this engine's stages use; nothing else is touched."""
-        for stage in self.stages:
-            part = parts[stage]
-            for name, parameter in part.parameters.items():
-                if trains and name in self._indices and name not in self._slab_of:
-                    raise PlanError(f"stage {stage} uses {name!r} for batches of one shape only: a pipeline cannot")
-                if name not in self._bound:
-                    parameter.data = self._master[name]
-                    self._bound[name] = parameter
-            for name, buffer in part.buffers.items():
-                if all(name != known for *_, known in self._buffers):
-                    buffer.data = self._master[name].clone()
-                    self._buffers.append((*_owner(self._job.model, name), buffer, name))
-
-    def _gradients_of(self, names: Sequence[str]) -> Gradients:
-        wanted = set(names)
-        slots = [slot for slot in self._full_layout.slots if slot.name in wanted]
-        return Gradients([self._bound[slot.name] for slot in slots], own_layout(self._full_layout, slots))
-
-    def _named_gradients(self) -> list[tuple[Gradients, list[str]]]:
-        """With the names of their slots, in the layout's order."""
-        return [
-            (gradients, [slot.name for slot in self._full_layout.slots if self._slab_of.get(slot.name) == offset])
-            for offset, gradients in self._gradients.items()
-        ]
-
-    def _begin(self, slabs: Sequence[int], *, fresh: bool) -> None:
-        if fresh:
-            self._read_buffers()
-        for offset, gradients in self._gradients.items():
-            slab = slabs[offset] if offset < len(slabs) else slabs[0] + offset
-            if slab >= len(self._memory.slabs):
-                raise PlanError(f"a parameter that {offset + 1} engines use needs {offset + 1} slabs")
-            gradients.begin(slab, self._memory.slabs[slab], fresh=fresh)
-
-    def _read_buffers(self) -> None:
-        for module, key, own, name in self._buffers:
-            own.copy_(self._master[name])
-            module._buffers[key] = own
-
-    def _write_buffers(self, slab: int) -> None:
-        if not self._written_buffers:
-            return
-        views = self._slab_buffers.get(slab)
-        if views is None:
-            views = self._slab_buffers[slab] = slot_views(self._buffer_layout, self._memory.slabs[slab].memory)
-        own = {name: (module._buffers[key], tensor) for module, key, tensor, name in self._buffers}
-        for name in self._written_buffers:
-            now, tensor = own.get(name, (None, self._master[name]))
-            if now is not None and now is not tensor:  # replaced by user code
-                tensor.copy_(now.detach())
-            views[name].copy_(tensor)
 
     # What surrounds it --------------------------------------------------------------------------------
 
@@ -446,6 +361,8 @@ class StageReplica:
     def _leave(self, error: BaseException | None) -> None:
         """Leave the group, so that the other engines of the team are freed."""
         self._passes.clear()
+        size = self._feed.micro_samples
+        self._failed_samples = self._feed.indices[self._trouble.micro_batch * size :][:size]
         self._feed = _Feed()
         if self._has_group:
             self._has_group = False
@@ -459,6 +376,8 @@ class _Leaving:
         self._replica = replica
 
     def __enter__(self) -> None:
+        if not self._replica._has_group:
+            raise PeerLost("this engine has left its team after an error, and has not joined another")
         self._replica._trouble.error = None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -483,60 +402,6 @@ class _Pass:
     schedule: Any
 
 
-def own_layout(layout: Layout, slots: Sequence[TensorSlot]) -> Layout:
-    """A part of a layout: its regions are the runs of small slots among `slots`, which alone are zeroed.
-
-    Args:
-        layout: of the whole slab.
-        slots: some of its slots, in order.
-    """
-    position = {slot.name: index for index, slot in enumerate(layout.slots)}
-    runs: list[list[TensorSlot]] = []
-    for slot in slots:
-        if _num_elements(slot) >= LARGE_ELEMENTS:
-            continue
-        is_next = runs and position[runs[-1][-1].name] + 1 == position[slot.name] and runs[-1][-1].dtype == slot.dtype
-        if is_next:
-            runs[-1].append(slot)
-        else:
-            runs.append([slot])
-    return Layout(slots=tuple(slots), regions=tuple(_region(run) for run in runs), num_bytes=layout.num_bytes)
-
-
-def _region(run: Sequence[TensorSlot]) -> Region:
-    size = dtype_named(run[0].dtype).itemsize
-    end = run[-1].offset_bytes + _num_elements(run[-1]) * size
-    begin = run[0].offset_bytes
-    return Region(dtype=run[0].dtype, offset_bytes=begin, num_elements=(end - begin) // size)
-
-
-def _num_elements(slot: TensorSlot) -> int:
-    return int(np.prod(slot.shape, dtype=np.int64))
-
-
-def _slabs_of_parameters(parts: Sequence[StagePart], num_engines: int, rank: int) -> dict[str, int]:
-    """In which of the team's slabs this engine writes each of its parameters: the first user in the first, and so on.
-
-    So no two engines write to one place, though they use one weight.
-    """
-    users: dict[str, list[int]] = {}
-    for stage, part in enumerate(parts):
-        for name, parameter in part.parameters.items():
-            engines = users.setdefault(name, [])
-            if parameter.requires_grad and stage % num_engines not in engines:
-                engines.append(stage % num_engines)
-    return {name: engines.index(rank) for name, engines in users.items() if rank in engines}
-
-
-def _written_buffers(parts: Sequence[StagePart], layout: Layout, num_engines: int, rank: int) -> tuple[str, ...]:
-    """The buffers that this engine writes back: each is its first user's, and the first engine's if nobody uses it."""
-    owner: dict[str, int] = {}
-    for stage, part in enumerate(parts):
-        for name in part.buffers:
-            owner.setdefault(name, stage % num_engines)
-    return tuple(slot.name for slot in layout.slots if owner.get(slot.name, 0) == rank)
-
-
 def _check(spec: RunSpec, job: Job, memory: EngineMemory, partition: Partition, *, has_publisher: bool) -> None:
     if partition.kind != "pipeline":
         raise PlanError(f"a {partition.kind} team has no stages")
@@ -555,10 +420,6 @@ def _check(spec: RunSpec, job: Job, memory: EngineMemory, partition: Partition, 
         )
 
 
-def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
 def _sendable(value: torch.Tensor) -> torch.Tensor:
     """Gloo sends what is contiguous, and schedules detach what they have sent, which a view does not allow."""
     return value.clone(memory_format=torch.contiguous_format) if value._is_view() else value.contiguous()
@@ -567,21 +428,3 @@ def _sendable(value: torch.Tensor) -> torch.Tensor:
 def _given(output: torch.Tensor, _number: torch.Tensor) -> torch.Tensor:
     """The loss is what the last stage gives."""
     return output
-
-
-def _cut_batch(batch: Any, num_samples: int, number: int) -> list[Any] | None:
-    """A batch as micro-batches; None if its samples are not on the first axis of everything in it."""
-    leaves, spec = pytree.tree_flatten(batch)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    if any(tensor.dim() == 0 or tensor.shape[0] != num_samples for tensor in tensors):
-        return None
-    if len(tensors) < len(leaves) and number > 1:
-        return None
-    cut = [leaf.split(num_samples // number) if isinstance(leaf, torch.Tensor) else [leaf] for leaf in leaves]
-    return [pytree.tree_unflatten([pieces[index] for pieces in cut], spec) for index in range(number)]
-
-
-def _shapes(batch: Any) -> tuple[Any, ...]:
-    return tuple(
-        tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in pytree.tree_leaves(batch)
-    )

@@ -13,6 +13,7 @@ from datetime import timedelta
 import psutil
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed gives them no types
 
 from dnb.errors import DnbError, PlanError
 from dnb.records import Seat
@@ -46,8 +47,8 @@ def open_group(seat: Seat, device: torch.device) -> None:
         )
     size = seat.partition.num_engines
     try:
-        server = dist.TCPStore(seat.host, seat.port, is_master=False, timeout=CONNECT, wait_for_workers=False)
-        store = dist.PrefixStore(f"team-{seat.team}", server)
+        server = TCPStore(seat.host, seat.port, is_master=False, timeout=CONNECT, wait_for_workers=False)
+        store = PrefixStore(f"team-{seat.team}", server)
         _meet(store, seat.rank, size)
         with _loopback_if(seat.host):
             dist.init_process_group(
@@ -95,7 +96,7 @@ def is_about_peers(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
-def _meet(store: dist.Store, rank: int, size: int) -> None:
+def _meet(store: PrefixStore, rank: int, size: int) -> None:
     """Wait until all are there, so that the group itself is built in an instant, or not at all."""
     store.set(f"here-{rank}", "1")
     deadline = time.monotonic() + MEETING_SECONDS
@@ -127,7 +128,7 @@ def _loopback_if(host: str) -> Iterator[None]:
 def _loopback_name() -> str | None:
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == "127.0.0.1" for address in addresses):
-            return name
+            return str(name)
     return None
 
 

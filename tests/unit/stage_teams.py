@@ -6,19 +6,23 @@ import copy
 import multiprocessing
 import os
 import pickle
+import signal
 import types
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from dnb.engine.memory import EngineMemory
 from dnb.engine.replica import Outcome
 from dnb.engine.stage import StageReplica
+from dnb.engine.team_group import CANCELLED_KEY
 from dnb.engine.telemetry import Stopwatch
 from dnb.hub.reducer import Master
 from dnb.planning.sample_order import BatchOrder
@@ -134,11 +138,11 @@ class LossNet(nn.Module):
         if mask is not None:
             hidden = hidden * mask
         logits = self.head(hidden)
-        return types.SimpleNamespace(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+        return types.SimpleNamespace(loss=cross_entropy(logits, labels), logits=logits)
 
 
 class Failing(nn.Module):
-    """Raises in training when a file is there, so that tests decide when."""
+    """Raises when a file is there, so that tests decide when."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -150,8 +154,21 @@ class Failing(nn.Module):
         return x
 
 
+class Dying(nn.Module):
+    """Kills its process when a file is there."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if os.path.exists(self.path):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x
+
+
 def word_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(output.flatten(0, 1), target.flatten())
+    return cross_entropy(output.flatten(0, 1), target.flatten())
 
 
 def vectors(num_samples: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,7 +194,7 @@ def sentences(num_samples: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def plain_gradients(
-    model: nn.Module, samples: Sequence[torch.Tensor], loss: Callable[..., Any], num_micro_batches: int
+    model: nn.Module, samples: Sequence[torch.Tensor], num_micro_batches: int, loss: Callable[..., Any] = cross_entropy
 ) -> dict[str, torch.Tensor]:
     """What one process computes with the same micro-batches."""
     model = copy.deepcopy(model)
@@ -196,18 +213,18 @@ def serve(pipe: Any) -> None:
     torch.set_num_threads(1)
     replica: StageReplica | None = None
     while True:
-        verb, arguments = pickle.loads(pipe.recv_bytes())  # noqa: S301 - of the test process
+        verb, arguments, named = pickle.loads(pipe.recv_bytes())  # noqa: S301 - of the test process
         try:
             if verb == "end":
                 return
             if verb == "begin":
+                if replica is not None:
+                    replica.close()
                 replica = begin(*arguments)
                 answer: Any = replica.stages
-            elif verb == "die":
-                os.kill(os.getpid(), 9)
             else:
                 assert replica is not None
-                answer = getattr(replica, verb)(*arguments)
+                answer = attrgetter(verb)(replica)(*arguments, **named)
         except Exception as error:  # noqa: BLE001 - the test process judges
             place = ""
             if verb == "compute" and replica is not None:
@@ -245,30 +262,39 @@ class Engines:
         self._num_teams += 1
         return self._num_teams
 
-    def tell(self, engine: int, verb: str, *arguments: Any) -> None:
+    def tell(self, engine: int, verb: str, *arguments: Any, **named: Any) -> None:
         if engine not in self._engines or not self._engines[engine][0].is_alive():
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self._engines[engine] = process, ours
-        self._engines[engine][1].send_bytes(pickle.dumps((verb, arguments)))
+        self._engines[engine][1].send_bytes(pickle.dumps((verb, arguments, named)))
 
     def answer(self, engine: int) -> Any:
         _, pipe = self._engines[engine]
         assert pipe.poll(ANSWER_SECONDS), f"engine {engine} does not answer"
         return pickle.loads(pipe.recv_bytes())  # noqa: S301 - of our own process
 
-    def kill(self, engine: int) -> None:
+    def is_alive(self, engine: int) -> bool:
+        return engine in self._engines and self._engines[engine][0].is_alive()
+
+    def wait_for_death(self, engine: int) -> None:
         process, pipe = self._engines.pop(engine)
-        process.kill()
-        process.join()
+        process.join(ANSWER_SECONDS)
+        assert not process.is_alive()
         pipe.close()
+
+    def cancel(self, team: int) -> None:
+        """As the hub does when a team will never be complete."""
+        dist.PrefixStore(f"team-{team}", self.store).set(CANCELLED_KEY, "1")
 
     def close(self) -> None:
         for process, pipe in self._engines.values():
-            pipe.send_bytes(pickle.dumps(("end", ())))
+            if process.is_alive():
+                pipe.send_bytes(pickle.dumps(("end", (), {})))
             process.join(ANSWER_SECONDS)
+            pipe.close()
 
 
 class Team:
@@ -282,7 +308,8 @@ class Team:
         partition: Partition,
         *,
         samples: tuple[torch.Tensor, ...],
-        loss: Any = nn.functional.cross_entropy,
+        loss: Any = cross_entropy,
+        step: Any = None,
         metrics: Any = None,
         stages: Sequence[nn.Module] | None = None,
         collate: Any = None,
@@ -298,7 +325,7 @@ class Team:
         job = Job(
             model=model,
             loss=loss,
-            step=None,
+            step=step,
             metrics=metrics or {},
             optimizer="sgd",
             lr=0.1,
@@ -324,22 +351,23 @@ class Team:
 
     def begin(self, partition: Partition, members: Sequence[int] | None = None) -> list[Any]:
         """Let the engines form a new group."""
-        self.members = list(members or self.members)
-        team = self.engines.next_team()
-        seats = [
-            Seat(team=team, rank=rank, partition=partition, host="127.0.0.1", port=self.engines.store.port)
-            for rank in range(partition.num_engines)
-        ]
-        refs = [slab.ref for slab in self.slabs]
-        return self.ask_each("begin", [(self.spec, self.job, self.data, self.load, refs, seat) for seat in seats])
-
-    def ask_each(self, verb: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        for member, own in zip(self.members, arguments, strict=True):
-            self.engines.tell(member, verb, *own)
+        self.tell_begin(partition, members)
         return [self.engines.answer(member) for member in self.members]
 
-    def ask(self, verb: str, *arguments: Any) -> list[Any]:
-        return self.ask_each(verb, [arguments] * len(self.members))
+    def tell_begin(self, partition: Partition, members: Sequence[int] | None = None) -> int:
+        """Without waiting for them; the team's number."""
+        self.members = list(members or self.members)
+        team = self.engines.next_team()
+        refs = [slab.ref for slab in self.slabs]
+        for rank, member in enumerate(self.members):
+            seat = Seat(team=team, rank=rank, partition=partition, host="127.0.0.1", port=self.engines.store.port)
+            self.engines.tell(member, "begin", self.spec, self.job, self.data, self.load, refs, seat)
+        return team
+
+    def ask(self, verb: str, *arguments: Any, **named: Any) -> list[Any]:
+        for member in self.members:
+            self.engines.tell(member, verb, *arguments, **named)
+        return [self.engines.answer(member) for member in self.members]
 
     def work(self, indices: torch.Tensor, *, kind: Any = "step", step: int = 1, fresh: bool = True) -> Work:
         sizes = tuple(last - first for first, last in shard_bounds(len(indices), num_shards=NUM_SHARDS))
@@ -357,8 +385,16 @@ class Team:
 
     def compute(self, number: int | None = None, **named: Any) -> list[Any]:
         """Let all compute the first samples."""
-        indices = torch.arange(number or len(self.samples[0]))
+        return self.compute_these(torch.arange(number or len(self.samples[0])), **named)
+
+    def compute_these(self, indices: torch.Tensor, **named: Any) -> list[Any]:
         return self.ask("compute", self.work(indices, **named), indices)
+
+    def tell_compute(self) -> None:
+        """Without waiting for it."""
+        indices = torch.arange(len(self.samples[0]))
+        for member in self.members:
+            self.engines.tell(member, "compute", self.work(indices), indices)
 
     def diagnose(self) -> list[Any]:
         indices = torch.arange(len(self.samples[0]))
@@ -382,7 +418,11 @@ class Team:
         return self.slabs[0].buffers
 
     def close(self) -> None:
-        self.ask("close")
+        living = [member for member in self.members if self.engines.is_alive(member)]
+        for member in living:
+            self.engines.tell(member, "close")
+        for member in living:
+            self.engines.answer(member)
         self.master.drop_slabs()
         self.master.close()
 

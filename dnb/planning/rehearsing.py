@@ -1,0 +1,192 @@
+"""Runs forwards without data, to see which operations and shapes come, and says where one failed."""
+
+from __future__ import annotations
+
+import linecache
+import random
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dnb.errors import PlanError
+
+PREFIX = "model."  # of a module's name below `Call`
+TORCH_FOLDER = str(Path(torch.__file__).parent)
+OWN_FOLDER = str(Path(__file__).parent)
+
+
+def no_autocast() -> AbstractContextManager[Any]:
+    """What surrounds a forward in full precision."""
+    return nullcontext()
+
+
+class Rehearsal:
+    """Runs forwards without data: shapes only, unless the model looks at values; then with data, and nothing stays.
+
+    Args:
+        model: whose buffers are to stay as they are.
+        autocast: entered around every forward.
+    """
+
+    def __init__(self, model: nn.Module, autocast: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._model = model
+        self._autocast = autocast
+        self._fake: FakeTensorMode | None = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def use_data(self) -> None:
+        """From now on, compute with values."""
+        self._fake = None
+
+    @property
+    def has_data(self) -> bool:
+        """Whether values are computed."""
+        return self._fake is None
+
+    def convert(self, value: Any) -> Any:
+        """A tensor as it is handed to a forward."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        return value.detach() if self._fake is None else self._fake.from_tensor(value.detach())
+
+    @contextmanager
+    def running(self) -> Iterator[list[str]]:
+        """Around a forward; gives the operations that it calls."""
+        log = _OperationLog()
+        states = random.getstate(), np.random.get_state()
+        # Without data, too, a tensor of one element, such as BatchNorm's count, changes: torch takes it for a constant.
+        changed = [b for b in self._model.buffers() if self._fake is None or b.numel() <= 1]
+        kept = [buffer.clone() for buffer in changed]
+        try:
+            with torch.random.fork_rng(devices=[]), torch.enable_grad(), self._autocast():
+                if self._fake is None:
+                    with log:
+                        yield log.names
+                else:
+                    with self._fake, log:
+                        yield log.names
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            with torch.no_grad():
+                for buffer, before in zip(changed, kept, strict=True):
+                    buffer.copy_(before)
+
+
+class _OperationLog(TorchDispatchMode):
+    """The names of all operations in the order in which they run."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = str(func)
+        if not name.startswith(("aten.detach", "aten.alias", "prim.")):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Watch:
+    """Sees what is changed in place beyond a cut."""
+
+    def __init__(self) -> None:
+        self._stage = 0
+        self._watched: list[tuple[fx.Node, torch.Tensor, int]] = []
+
+    def enter(self, stage: int, values: Mapping[fx.Node, Any]) -> None:
+        """The next operation is in this stage: what is there when it begins is what crosses the cut."""
+        if stage != self._stage:
+            self._stage = stage
+            self._watched = [
+                (node, value, value._version)
+                for node, value in values.items()
+                if isinstance(value, torch.Tensor) and node.op.startswith("call")
+            ]
+
+    def check(self, done: fx.Node) -> None:
+        """After an operation."""
+        for node, value, version in self._watched:
+            if value._version != version:
+                raise PlanError(
+                    f"stage {self._stage} changes in place ({target_name(done)}) what stage {node.meta['stage']} has "
+                    f"made ({target_name(node)}): set inplace=False there, or begin the stage one layer later"
+                )
+
+
+class _Rehearsed(fx.Interpreter):
+    """Runs a graph, and keeps every value."""
+
+    def __init__(self, module: fx.GraphModule, nodes: Mapping[str, fx.Node]) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.extra_traceback = False
+        self.values: dict[fx.Node, Any] = {}
+        self._nodes = nodes  # `GraphModule` has copied the graph
+        self._watch = Watch()
+
+    def run_node(self, n: fx.Node) -> Any:
+        node = self._nodes[n.name]
+        self._watch.enter(node.meta["stage"], self.values)
+        result = self.values[node] = super().run_node(n)
+        self._watch.check(node)
+        return result
+
+
+def rehearse(graph: fx.Graph, attributes: dict[str, Any], values: Sequence[Any]) -> dict[fx.Node, Any]:
+    """Run a graph; every node's value.
+
+    Raises:
+        PlanError: an operation changes in place what came over a cut.
+    """
+    run = _Rehearsed(fx.GraphModule(attributes, graph), {node.name: node for node in graph.nodes})
+    run.run(*[value for value in values if isinstance(value, torch.Tensor)], enable_io_processing=False)
+    return run.values
+
+
+def users_line(error: BaseException) -> str:
+    """The innermost line of the user's own code that an error went through, for people."""
+    found = ""
+    seen: BaseException | None = error
+    while seen is not None:
+        for frame, number in traceback.walk_tb(seen.__traceback__):
+            name = frame.f_code.co_filename
+            if not name.startswith((TORCH_FOLDER, OWN_FOLDER, "<eval_with_key>")) and "/contextlib.py" not in name:
+                text = linecache.getline(name, number).strip()
+                if frame.f_code.co_name == "forward" or not found:
+                    found = f"{name}:{number}: {text}"
+        seen = seen.__cause__ or seen.__context__
+    return found
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value holds for every batch of these shapes, such as a size."""
+    if isinstance(value, tuple | list):
+        return all(is_plain(element) for element in value)
+    return value is None or isinstance(value, bool | int | float | complex | str | torch.dtype | torch.device | slice)
+
+
+def target_name(node: fx.Node) -> str:
+    """What a node calls, for people."""
+    if isinstance(node.target, str):
+        name = node.target.removeprefix(PREFIX)
+        return repr(name) if node.op == "call_module" else name
+    return str(getattr(node.target, "__name__", node.target))
