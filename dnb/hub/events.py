@@ -86,7 +86,7 @@ class LeaseDeclined:
     """There is no room for the slab that a lease needs besides the engine's own."""
 
     engine: int
-    lease: int | None  # None: while it was sitting down
+    lease: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class PeerLost:
     """An engine of a team could not answer a lease, as another one of it did not answer to it."""
 
     engine: int
-    lease: int
+    lease: int | None  # None: while it was sitting down
 
 
 @dataclass(frozen=True, slots=True)

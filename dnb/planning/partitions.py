@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from dnb.errors import ArgumentError, PlanError, nearest
-from dnb.planning.dividing import Divider, StagePart, cut_points
+from dnb.planning.cutting import cut_points
+from dnb.planning.dividing import Divider
+from dnb.planning.parts import StagePart
 from dnb.planning.shards import shard_bounds
 from dnb.planning.tracing import Inputs
 from dnb.records import Partition, ScheduleName
