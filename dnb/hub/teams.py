@@ -171,7 +171,7 @@ class Teams:
 
     def start(self) -> list[Action]:
         """The first actions."""
-        return self._out(self._inner.start())
+        return [*map(self._plan_of, self._teams.values()), *self._out(self._inner.start())]
 
     def handle(self, event: Event, now: float | None = None) -> list[Action]:  # noqa: C901 - the table of events
         """As `Coordinator.handle`, of engines and not of teams."""
@@ -253,9 +253,16 @@ class Teams:
         return [action for team in self._form() for action in self._welcome(team)]
 
     def _welcome(self, team: Team) -> list[Action]:
-        names = ", ".join(f"stage {rank} on engine {engine}" for rank, engine in enumerate(team.members))
-        note = Note("planned", f"{self._names[team.number]}: {names}")
-        return [note, *self._tell(EngineJoined(team.number))]
+        return [self._plan_of(team), *self._tell(EngineJoined(team.number))]
+
+    def _plan_of(self, team: Team) -> Note:
+        size = len(team.members)
+        stages = [
+            f"stage{'s' * (team.partition.num_stages > size)} "
+            f"{', '.join(map(str, range(rank, team.partition.num_stages, size)))} on engine {engine}"
+            for rank, engine in enumerate(team.members)
+        ]
+        return Note("planned", f"{self._names[team.number]}: {'; '.join(stages)}")
 
     def _grow_if_it_pays(self) -> list[Action]:
         """Between two tasks: a pipeline over all engines takes in those that have come."""
