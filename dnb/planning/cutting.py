@@ -21,22 +21,30 @@ def cut_points(model: nn.Module, inputs: Inputs | None = None) -> list[str]:
         model: no data is read.
         inputs: an example; with it, a forward that looks at shapes can be followed, too.
     """
-    opened: set[str] = set()
-    calls = _calls(model, inputs, opened)
+    containers = {PREFIX + name for name, module in model.named_modules() if name and _is_container(module)}
+    calls = _calls(model, inputs, containers) or _calls_of_what_opens(model, inputs, containers)
     if calls is None:
         return [] if inputs is None else cut_points(model)
-    waiting = [name for name, _ in calls if name != "model"]
+    return _distinct(model, calls)
+
+
+def _calls_of_what_opens(
+    model: nn.Module, inputs: Inputs | None, containers: Iterable[str]
+) -> list[tuple[str, int]] | None:
+    """All modules that a forward calls; inside those containers only that can be followed themselves."""
+    opened: set[str] = set()
+    calls = _calls(model, inputs, opened)
+    waiting = [name for name, _ in calls or ()]
     while waiting:
         name = waiting.pop(0)
-        module = model.get_submodule(name.removeprefix(PREFIX))
-        if name in opened or not _is_container(module):
+        if name in opened or name not in containers:
             continue
         deeper = _calls(model, inputs, {*opened, name})
         if deeper is not None:
             opened.add(name)
             waiting += [inner for inner, _ in deeper if inner.startswith(f"{name}.")]
             calls = deeper
-    return _distinct(model, calls)
+    return calls
 
 
 def _calls(model: nn.Module, inputs: Inputs | None, opened: Iterable[str]) -> list[tuple[str, int]] | None:

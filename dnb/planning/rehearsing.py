@@ -158,17 +158,19 @@ def rehearse(graph: fx.Graph, attributes: dict[str, Any], values: Sequence[Any])
 
 def users_line(error: BaseException) -> str:
     """The innermost line of the user's own code that an error went through, for people."""
-    found = ""
     seen: BaseException | None = error
     while seen is not None:
-        for frame, number in traceback.walk_tb(seen.__traceback__):
-            name = frame.f_code.co_filename
-            if not name.startswith((TORCH_FOLDER, OWN_FOLDER, "<eval_with_key>")) and "/contextlib.py" not in name:
-                text = linecache.getline(name, number).strip()
-                if frame.f_code.co_name == "forward" or not found:
-                    found = f"{name}:{number}: {text}"
+        frames = [(frame.f_code.co_filename, number) for frame, number in traceback.walk_tb(seen.__traceback__)]
+        own = [(name, number) for name, number in frames if _is_users(name)]
+        if own:
+            name, number = own[-1]
+            return f"{name}:{number}: {linecache.getline(name, number).strip()}"
         seen = seen.__cause__ or seen.__context__
-    return found
+    return ""
+
+
+def _is_users(name: str) -> bool:
+    return not name.startswith((TORCH_FOLDER, OWN_FOLDER, "<")) and Path(name).name != "contextlib.py"
 
 
 def first_line(error: BaseException) -> str:

@@ -113,8 +113,9 @@ class _Symbol(fx.Proxy):
         value = self.tracer.values.get(self.node)
         if value is None:
             return iter(super().__iter__())
-        symbol: Any = self  # indexing is among what fx defines for all symbols
-        return iter(symbol[index] for index in range(len(value)))
+        # A tensor is taken apart as torch does it; indexing is among what fx defines for all symbols.
+        symbol: Any = self.unbind(0) if isinstance(value, torch.Tensor) else self
+        return iter([symbol[index] for index in range(len(value))])
 
 
 class SymbolTracer(fx.Tracer):

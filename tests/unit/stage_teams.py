@@ -10,6 +10,7 @@ import signal
 import types
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from multiprocessing import forkserver
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ class Block(nn.Module):
 class SmallGPT(nn.Module):
     """Embedding and head are one weight, as in GPT-2."""
 
-    def __init__(self, num_blocks: int = 4, width: int = 16, num_words: int = 20) -> None:
+    def __init__(self, num_blocks: int = 3, width: int = 16, num_words: int = 20) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.words = nn.Embedding(num_words, width)
@@ -253,7 +254,9 @@ class Engines:
     """Processes that live through many tests; those that died are replaced."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("spawn")
+        # One process imports torch for all: a fork of it costs nothing, and it has never computed.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([__name__])
         self._engines: dict[int, tuple[Any, Any]] = {}
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._num_teams = 0
@@ -295,6 +298,7 @@ class Engines:
                 pipe.send_bytes(pickle.dumps(("end", (), {})))
             process.join(ANSWER_SECONDS)
             pipe.close()
+        forkserver._forkserver._stop()  # it would end with the session, and be taken for a leftover before
 
 
 class Team:

@@ -62,7 +62,7 @@ def two_layers(function: Any) -> nn.Module:
     [
         (mlp(), ("2", "6"), vectors()[0]),
         (SkipNet(), ("second", "third", "head"), images()[0]),
-        (SmallGPT(), ("blocks.1", "blocks.3"), sentences()[0]),
+        (SmallGPT(), ("blocks.1", "blocks.2"), sentences()[0]),
     ],
     ids=["mlp", "skip", "gpt"],
 )
@@ -163,8 +163,10 @@ def test_dividing_changes_no_buffer():
 
 
 def test_dividing_draws_no_random_numbers():
+    model = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5))
+    inputs = Inputs((vectors()[0],))
     state = torch.get_rng_state()
-    divide(nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5)), cut_at("1"), Inputs((vectors()[0],)))
+    divide(model, cut_at("1"), inputs)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -194,7 +196,7 @@ def test_a_second_shape_is_divided_like_the_first():
 
 
 def test_a_tied_weight_is_known_to_both_stages_by_one_name():
-    parts = divide(SmallGPT(), cut_at("blocks.1", "blocks.3"), Inputs((sentences()[0],)))
+    parts = divide(SmallGPT(), cut_at("blocks.1", "blocks.2"), Inputs((sentences()[0],)))
     assert ["words.weight" in part.parameters for part in parts] == [True, False, True]
 
 
@@ -266,10 +268,9 @@ def test_more_stages_than_layers_are_refused_with_the_number_that_can_be():
 
 
 def test_an_unknown_cut_is_refused_with_the_nearest_name():
-    words = sentences()[0]
-    assert "no layer 'block.1' to begin a stage at; did you mean 'blocks.1'?" in refused(
-        SmallGPT(), cut_at("block.1"), words
-    )
+    model = nn.ModuleDict({"encoder": mlp()})
+    message = refused(Wrapped(lambda self, x: self.body["encoder"](x), body=model), cut_at("body.encoder.44"))
+    assert "no layer 'body.encoder.44' to begin a stage at; did you mean 'body.encoder.4'?" in message
 
 
 def test_too_few_cuts_are_refused_with_the_places():
@@ -323,7 +324,7 @@ def test_a_sequential_can_be_cut_before_every_layer_but_the_first():
 
 def test_cut_points_are_in_the_order_in_which_layers_run():
     model = Wrapped(lambda self, x: self.last(self.first(x)), last=nn.Linear(4, 4), first=nn.Linear(4, 4))
-    assert cut_points(model) == ["last"]
+    assert cut_points(model, Inputs((torch.zeros(2, 4),))) == ["last"]
 
 
 def test_a_place_has_the_name_of_the_outermost_layer_there():
@@ -341,11 +342,21 @@ def test_a_transformer_can_be_cut_at_and_within_its_blocks():
 
 
 def test_a_model_that_looks_at_values_can_be_cut_nowhere():
-    assert cut_points(Wrapped(lambda self, x: self.layer(x) if x.sum() > 0 else x, layer=nn.Linear(3, 3))) == []
+    model = two_layers(lambda self, x: self.second(self.first(x)) if x.sum() > 0 else x)
+    assert cut_points(model, Inputs((vectors()[0],))) == []
 
 
 def test_every_cut_point_is_a_place_where_a_stage_can_begin():
-    model, words = SmallGPT(num_blocks=1), sentences()[0]
-    for point in cut_points(model, Inputs((words,))):
-        parts = divide(model, cut_at(point), Inputs((words,)))
-        assert torch.equal(run(parts, words), model(words))
+    model, x = nn.Sequential(nn.Linear(6, 6), mlp(), nn.Linear(3, 3)), vectors()[0]
+    for point in cut_points(model):
+        parts = divide(model, cut_at(point), Inputs((x,)))
+        assert torch.equal(run(parts, x), model(x))
+
+
+def test_what_cannot_be_followed_inside_can_be_cut_around():
+    inner = two_layers(lambda self, x: self.second(self.first(x)) if x.sum() > 0 else x)
+    assert cut_points(nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), inner), nn.ReLU())) == [
+        "1",
+        "1.1",
+        "2",
+    ]
