@@ -245,7 +245,7 @@ def _least_memory(site: Site, engines: Sequence[int]) -> int | None:
 
 def _options(profile: Profile, site: Site, question: Question, *, data: int) -> list[_Option]:
     """Every number of stages and micro-batches, each with its bound."""
-    groups = _groups(site, data=data)
+    groups = place_groups(site, data=data)
     most = min(len(groups), len(profile.layers))
     wanted = range(2, most + 1) if question.num_stages is None else [question.num_stages]
     if not wanted or max(wanted) > most:
@@ -301,7 +301,7 @@ def _work_out(option: _Option, site: Site, question: Question) -> Candidate:
     )
 
 
-def _groups(site: Site, *, data: int) -> list[tuple[int, ...]]:
+def place_groups(site: Site, *, data: int) -> list[tuple[int, ...]]:
     """Engines that have the same stage in different teams: neighbours in speed, so that no team waits for another."""
     order = ranked(site)
     return [tuple(order[begin : begin + data]) for begin in range(0, len(order) - data + 1, data)]
