@@ -154,7 +154,7 @@ def _numbers_of_teams(num_engines: int, question: Question) -> list[int]:
     return [number for number in numbers if num_engines % number == 0 or number & (number - 1) == 0]
 
 
-def _numbers_of_micro_batches(samples: int, question: Question) -> list[int]:
+def numbers_of_micro_batches(samples: int, question: Question) -> list[int]:
     """Those that divide the team's part of the batch, if there are any but 1."""
     if question.num_micro_batches is not None:
         return [question.num_micro_batches]
@@ -254,7 +254,7 @@ def _options(profile: Profile, site: Site, question: Question, *, data: int) -> 
     # By the model GPipe is never faster than 1F1B and never holds less: it is only taken when asked for.
     schedule: ScheduleName = question.schedule or "1f1b"
     made = []
-    for number in _numbers_of_micro_batches(samples, question):
+    for number in numbers_of_micro_batches(samples, question):
         load = Workload(profile, samples / number)
         divider = Divider(
             load,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import Any, Self
@@ -16,6 +17,7 @@ from dnb.planning.choosing import (
     candidate,
     candidates,
     data_parallel,
+    numbers_of_micro_batches,
     place_groups,
 )
 from dnb.planning.costs import Workload
@@ -42,9 +44,8 @@ class Mesh(Record, frozen=True):
         return self.data * self.pipeline * self.tensor
 
     def __str__(self) -> str:
-        return ",".join(
-            f"{axis}={getattr(self, axis)}" for axis in ("data", "pipeline") if getattr(self, axis) > 1
-        ) or ("one engine")
+        axes = [f"{axis}={getattr(self, axis)}" for axis in ("data", "pipeline", "tensor") if getattr(self, axis) > 1]
+        return ",".join(axes) or "one engine"
 
 
 class Alternative(Record, frozen=True):
@@ -113,8 +114,8 @@ class Plan(Record, frozen=True):
 
         Args:
             changes: `cuts` (names of the layers at which stages 1, 2, ... begin), `num_stages`, `num_micro_batches`,
-                `schedule` ("gpipe" or "1f1b"), `data` (teams), `batch_size`. What is not named stays, but cuts are
-                made anew for another number of stages.
+                `schedule` ("gpipe" or "1f1b"), `data` (teams), `batch_size`. What is not named stays, but with another
+                mesh cuts and the number of micro-batches are chosen anew.
 
         Raises:
             PlanError: it cannot be divided so, or does not fit.
@@ -128,15 +129,17 @@ class Plan(Record, frozen=True):
             num_stages = changes.setdefault("num_stages", len(cuts) + 1)
             if num_stages != len(cuts) + 1:
                 raise PlanError(f"{len(cuts)} cuts make {len(cuts) + 1} stages, not {num_stages}: leave num_stages out")
+        is_same_mesh = changes.get("data", self.mesh.data) == self.mesh.data
+        is_same_mesh &= changes.get("num_stages", self.mesh.pipeline) == self.mesh.pipeline
         settled = {
             "data": self.mesh.data,
             "num_stages": self.mesh.pipeline,
-            "num_micro_batches": self.num_micro_batches,
+            "num_micro_batches": self.num_micro_batches if is_same_mesh else None,
             "schedule": self.schedule if self.partition is not None else None,
         }
         question = msgspec.structs.replace(self.question, strategy="auto", **(settled | changes))
         check_question(question, self.profile, self.site)
-        if cuts is None and question.num_stages == self.mesh.pipeline and self.partition is not None:
+        if cuts is None and is_same_mesh and self.partition is not None:
             cuts = [stage.first for stage in self.stages[1:]]
         made = predict(self.profile, self.site, question, cuts=cuts)
         refuse_excess([made], self.profile, self.site, question)
@@ -162,6 +165,11 @@ class Plan(Record, frozen=True):
                     f"this plan is for another model: {_difference(own, other)}; "
                     "make one for this model with dnb.plan(model, batch)"
                 )
+
+    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
+        """What a notebook shows; the floor that draws is above this one, and opened only by who looks."""
+        drawn: dict[str, Any] = importlib.import_module("dnb.notebook.plan_drawing").bundle(self)
+        return drawn
 
     def __str__(self) -> str:
         return describe(self)
@@ -191,19 +199,22 @@ def predict(profile: Profile, site: Site, question: Question, *, cuts: Sequence[
         return data_parallel(profile, site, question, data=question.data)
     if cuts is None:
         return candidates(profile, site, question)[0]
-    assert question.num_micro_batches is not None
     samples = max(1, question.batch_size // question.data)
-    return candidate(
-        Workload(profile, samples / question.num_micro_batches),
-        site,
-        question,
-        data=question.data,
-        cuts=cuts,
-        places=range(len(cuts) + 1),
-        groups=place_groups(site, data=question.data),
-        schedule=question.schedule or "1f1b",
-        num_micro_batches=question.num_micro_batches,
-    )
+    made = [
+        candidate(
+            Workload(profile, samples / number),
+            site,
+            question,
+            data=question.data,
+            cuts=cuts,
+            places=range(len(cuts) + 1),
+            groups=place_groups(site, data=question.data),
+            schedule=question.schedule or "1f1b",
+            num_micro_batches=number,
+        )
+        for number in numbers_of_micro_batches(samples, question)
+    ]
+    return min(made, key=lambda each: (not each.fits, each.step_seconds))
 
 
 def _plan(
