@@ -12,8 +12,8 @@ import torch
 from dnb.engine.profiling import Trial, count_samples
 from dnb.errors import ArgumentError, PlanError
 from dnb.inputs import STRATEGIES, check_choice, check_model, check_positive, read_loss
-from dnb.planning.choosing import Question
 from dnb.planning.plans import Plan, draw_up
+from dnb.planning.predicting import Question
 from dnb.planning.profiles import Site
 from dnb.pool.engine_pool import EnginePool
 from dnb.records import ENDED

@@ -6,6 +6,7 @@ import os
 import socket
 import uuid
 import weakref
+from concurrent.futures import FIRST_EXCEPTION
 from datetime import timedelta
 from typing import Any
 
@@ -26,6 +27,8 @@ from dnb.transport.segments import Segment
 
 # How long two engines may take to find and answer each other.
 PROBE_SECONDS = 20.0
+# How long an engine may take to profile a model, what it runs already included.
+MEASURE_SECONDS = 300.0
 # Hosts whose speed differs less are alike: a single timing swings as much.
 ALIKE = 0.15
 
@@ -96,6 +99,11 @@ def _call(pool: EnginePool, engine: int, function: Any, *arguments: Any, **optio
 
 def _result(call: Any, *, engine: int) -> Any:
     """What a call comes to; a `PlanError` is raised here as it was there."""
+    call.wait(MEASURE_SECONDS, return_when=FIRST_EXCEPTION)  # a plain get() sits on a dead engine for all of its time
+    if not call.ready():
+        raise PoolError(
+            f"engine {engine} did not measure within {MEASURE_SECONDS:g} s: a cell may run on it; %dtrain status"
+        )
     try:
         return call.get()
     except ipyparallel.error.RemoteError as error:

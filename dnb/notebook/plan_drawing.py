@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dnb.notebook.text import one_line
-from dnb.planning.choosing import Stage
 from dnb.planning.plan_words import amount, describe, headline, layer_span, milliseconds, shortened
 from dnb.planning.plans import Plan
+from dnb.planning.predicting import Stage
 
 # Okabe and Ito's, without black and yellow, which vanish on one of the two backgrounds.
 TINTS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -72,7 +72,8 @@ def _strip(plan: Plan) -> str:
     height = 2 * ROW
     return (
         f'<svg viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" style="max-width:100%;color:inherit" '
-        f'role="img" aria-label="{_safe(headline(plan))}" font-family="sans-serif" font-size="11">{"".join(parts)}</svg>'
+        f'role="img" aria-label="{_safe(headline(plan))}" font-family="sans-serif" font-size="11">'
+        f"{''.join(parts)}</svg>"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dnb.planning.choosing import Stage
+from dnb.planning.predicting import Stage
 
 if TYPE_CHECKING:
     from dnb.planning.plans import Alternative, Plan

@@ -10,18 +10,19 @@ from typing import Any, Self
 import msgspec
 
 from dnb.errors import PlanError, nearest
-from dnb.planning.choosing import (
+from dnb.planning.choosing import candidates
+from dnb.planning.costs import Workload
+from dnb.planning.plan_words import amount, describe, milliseconds
+from dnb.planning.predicting import (
     Candidate,
+    Mesh,
     Question,
     Stage,
     candidate,
-    candidates,
     data_parallel,
     numbers_of_micro_batches,
     place_groups,
 )
-from dnb.planning.costs import Workload
-from dnb.planning.plan_words import amount, describe, milliseconds
 from dnb.planning.profiles import ParameterShape, Profile, Site
 from dnb.planning.refusals import check_question, read_cuts, refuse_excess
 from dnb.records import Partition, Record, ScheduleName
@@ -29,23 +30,6 @@ from dnb.records import Partition, Record, ScheduleName
 MOST_ALTERNATIVES = 8
 # Editable by `Plan.with_`.
 CHANGES = ("batch_size", "cuts", "data", "num_micro_batches", "num_stages", "schedule")
-
-
-class Mesh(Record, frozen=True):
-    """How many engines there are along each axis."""
-
-    data: int = 1
-    pipeline: int = 1
-    tensor: int = 1
-
-    @property
-    def num_engines(self) -> int:
-        """In all."""
-        return self.data * self.pipeline * self.tensor
-
-    def __str__(self) -> str:
-        axes = [f"{axis}={getattr(self, axis)}" for axis in ("data", "pipeline", "tensor") if getattr(self, axis) > 1]
-        return ",".join(axes) or "one engine"
 
 
 class Alternative(Record, frozen=True):
@@ -238,7 +222,7 @@ def _plan(
         )
     return Plan(
         strategy=best.strategy,
-        mesh=_mesh(best),
+        mesh=best.mesh,
         partition=partition,
         stages=best.stages,
         num_micro_batches=best.num_micro_batches,
@@ -255,13 +239,9 @@ def _plan(
     )
 
 
-def _mesh(one: Candidate) -> Mesh:
-    return Mesh(data=one.data, pipeline=one.num_stages)
-
-
 def _lost(one: Candidate, best: Candidate) -> Alternative:
     return Alternative(
-        mesh=_mesh(one),
+        mesh=one.mesh,
         num_micro_batches=one.num_micro_batches,
         step_seconds=one.step_seconds,
         why=_why(one, best),

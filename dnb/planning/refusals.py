@@ -7,10 +7,10 @@ from math import inf
 from typing import Any
 
 from dnb.errors import PlanError, nearest
-from dnb.planning.choosing import MICRO_BATCHES, Candidate, Question
 from dnb.planning.costs import Workload
 from dnb.planning.cuts import Divider, Place
 from dnb.planning.plan_words import amount
+from dnb.planning.predicting import MICRO_BATCHES, Candidate, Question
 from dnb.planning.profiles import Profile, Site
 
 

@@ -47,7 +47,7 @@ def test_names_of_modules_are_escaped(made):
 
 
 def test_it_is_well_formed(made):
-    ElementTree.fromstring(draw(made))  # noqa: S314 - our own text
+    ElementTree.fromstring(draw(made))
 
 
 def test_ink_is_that_of_the_theme(made):

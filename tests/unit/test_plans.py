@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from dnb.errors import PlanError
-from dnb.planning.choosing import Question, candidates
-from dnb.planning.plans import Mesh, Plan, draw_up
+from dnb.planning.choosing import candidates
+from dnb.planning.plans import Plan, draw_up
+from dnb.planning.predicting import Mesh, Question
 from tests.unit.planned import FREE, layer, profile, site
 
 SLOW_HUB = msgspec.structs.replace(FREE, sum_seconds_per_byte=0.1, update_seconds_per_byte=0.1)
@@ -145,7 +146,7 @@ def test_an_edit_that_cannot_be_is_refused(change, message):
 
 def test_an_edit_that_does_not_fit_is_refused():
     made = plan(memory=600)
-    with pytest.raises(PlanError, match="does not fit: .* engine 0 would need"):
+    with pytest.raises(PlanError, match=r"does not fit: .* engine 0 would need"):
         made.with_(cuts=["layers.3"])
 
 

@@ -1,11 +1,11 @@
 """Profiles: bytes to the byte, seconds only by their order, and a model left as it was."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-
-from itertools import pairwise
 
 from benchmarks.models import CausalTransformer, token_loss
 from dnb.engine.layers import find_layers
