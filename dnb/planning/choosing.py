@@ -26,7 +26,7 @@ ALL_MESHES = 8
 # So many meshes are worked out to the end, whether or not they may still be the best: they are told, too.
 LEAST_WORKED_OUT = 8
 # No more are worked out than this: bounds are loose where stages differ, and planning must end.
-MOST_WORKED_OUT = 32
+MOST_WORKED_OUT = 24
 # Cuts of up to so many stages are moved by up to so many layers, to see whether a schedule played through gets shorter.
 MOST_MOVED = 8
 MOVES = 4
@@ -142,8 +142,28 @@ def _work_out(option: _Option, site: Site, question: Question, *, worth_seconds:
         assert division is not None
     made = _predict(option, site, question, division.cuts, division.places)
     if made.fits and option.num_stages <= MOST_MOVED and made.step_seconds <= worth_seconds:
-        return _improve(option, site, question, made, division)
+        return min(
+            (_improve(option, site, question, *start) for start in _starts(option, site, question, made, division)),
+            key=_order,
+        )
     return made
+
+
+def _starts(
+    option: _Option, site: Site, question: Question, made: Candidate, division: Division
+) -> Iterator[tuple[Candidate, Division]]:
+    """From where to move: the best by 1F1B's formula, and by GPipe's, to which a short 1F1B comes near."""
+    yield made, division
+    if option.schedule == "1f1b" and 1 < option.num_micro_batches <= 2 * option.num_stages:
+        phased = Divider(
+            option.load,
+            places=places_of(site, option.groups),
+            schedule="gpipe",
+            num_micro_batches=option.num_micro_batches,
+            exchange=site.exchange,
+        ).divide(option.num_stages)
+        if phased is not None and phased.cuts != division.cuts:
+            yield _predict(option, site, question, phased.cuts, phased.places), phased
 
 
 def _improve(option: _Option, site: Site, question: Question, made: Candidate, division: Division) -> Candidate:
