@@ -23,6 +23,7 @@ GROUPS = {
     "goodput": "a run under steady fire, and its ledger",
     "overhead": "what being ready for faults costs while there is none",
     "hub": "the hub's CPU time as engines are added",
+    "planning": "cuts that dnb.plan chooses, against every cut there is",
 }
 LEAST_PAIRS = 5
 

@@ -7,8 +7,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dnb.advice import plan
     from dnb.errors import DnbError, RunError
     from dnb.inputs import batches
+    from dnb.planning.plans import Plan
     from dnb.pool.engine_pool import Engine
     from dnb.resuming import resume
     from dnb.run import History, Run
@@ -21,6 +23,7 @@ __all__ = [
     "DnbError",
     "Engine",
     "History",
+    "Plan",
     "Pool",
     "Run",
     "RunError",
@@ -28,6 +31,7 @@ __all__ = [
     "attach",
     "batches",
     "fit",
+    "plan",
     "resume",
     "start",
 ]
@@ -38,6 +42,7 @@ _HOMES = {
     "DnbError": "dnb.errors",
     "Engine": "dnb.pool.engine_pool",
     "History": "dnb.run",
+    "Plan": "dnb.planning.plans",
     "Pool": "dnb.training",
     "Run": "dnb.run",
     "RunError": "dnb.errors",
@@ -45,6 +50,7 @@ _HOMES = {
     "attach": "dnb.training",
     "batches": "dnb.inputs",
     "fit": "dnb.training",
+    "plan": "dnb.advice",
     "resume": "dnb.resuming",
     "start": "dnb.training",
 }

@@ -16,6 +16,7 @@ from dnb.notebook import engine_words
 from dnb.notebook.arguments import bind, parse_settings
 from dnb.notebook.display import show, warm_up
 from dnb.notebook.frontend import choose_display
+from dnb.notebook.plan_verb import PlanVerb
 from dnb.notebook.pool_verbs import PoolVerbs
 from dnb.pool.engine_pool import describe_engines
 from dnb.run import Run
@@ -27,7 +28,7 @@ next: %dtrain fit model train --loss cross_entropy    train on these engines
 
 
 @magics_class
-class DtrainMagics(PoolVerbs, Magics):
+class DtrainMagics(PoolVerbs, PlanVerb, Magics):
     """One root, verbs as in the API; arguments name variables, or are expressions in braces."""
 
     @no_var_expand
@@ -35,8 +36,8 @@ class DtrainMagics(PoolVerbs, Magics):
     def dtrain(self, line: str, cell: str | None = None) -> Any:
         """%dtrain VERB [ARGUMENTS].
 
-        Of the pool: start, status, add, remove, spares, chaos, shutdown. Of the run: fit, wait, pause, resume, stop,
-        set, checkpoint, attach, dashboard.
+        Of the pool: start, status, add, remove, spares, chaos, shutdown. Of the run: plan, fit, wait, pause, resume,
+        stop, set, checkpoint, attach, dashboard.
 
         As a cell magic, %%dtrain [--on 0,2-3|all] [--local] runs the cell on engines.
         """

@@ -13,6 +13,7 @@ PUBLIC = [
     "DnbError",
     "Engine",
     "History",
+    "Plan",
     "Pool",
     "Run",
     "RunError",
@@ -20,6 +21,7 @@ PUBLIC = [
     "attach",
     "batches",
     "fit",
+    "plan",
     "resume",
     "start",
 ]
