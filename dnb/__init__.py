@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dnb.advice import plan
-    from dnb.errors import DnbError, RunError
+    from dnb.errors import DnbError as DnbError
+    from dnb.errors import RunError
     from dnb.inputs import batches
     from dnb.planning.plans import Plan
     from dnb.pool.engine_pool import Engine
     from dnb.resuming import resume
-    from dnb.run import History, Run
+    from dnb.run import History as History
+    from dnb.run import Run
     from dnb.training import Pool, attach, fit, start
     from dnb.transport.job import Sum
 
 __version__ = version("dnb")
 
 __all__ = [
-    "DnbError",
     "Engine",
-    "History",
     "Plan",
     "Pool",
     "Run",

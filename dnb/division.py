@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from dnb.engine.loader import fetch_batch
 from dnb.errors import PlanError
 from dnb.planning.partitions import pipelines, read_mesh, read_schedule, read_stages
+from dnb.planning.plans import Plan
 from dnb.planning.tracing import Inputs
 from dnb.pool.engine_pool import EnginePool
 from dnb.records import Partition
@@ -39,6 +40,35 @@ class Division:
     num_teams: int
     team_size: int | None
     wanted: int | None
+
+    @classmethod
+    def of_plan(cls, plan: Plan, job: Job, data: Data, *, batch_size: int, exact: bool, transport: Any) -> Division:
+        """Divide a model as a plan says.
+
+        Raises:
+            PlanError: the plan is for another model, or cannot be carried out.
+        """
+        plan.check(job.model)
+        assert plan.partition is not None
+        size = plan.partition.num_engines
+        if batch_size != plan.batch_size:
+            raise PlanError(
+                f"the plan is for batches of {plan.batch_size} samples, not {batch_size}: give it batch_size"
+            )
+        division = cls.of(
+            job,
+            data,
+            strategy="pipeline",
+            stages=None,
+            schedule=plan.schedule,
+            mesh={"data": plan.mesh.data, "pipeline": size},
+            batch_size=batch_size,
+            micro_batch=batch_size // plan.mesh.data // plan.num_micro_batches,
+            exact=exact,
+            transport=transport,
+        )
+        partitions = [plan.partition if each.num_engines == size else each for each in division.partitions]
+        return replace(division, partitions=tuple(partitions))
 
     @classmethod
     def of(

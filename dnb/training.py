@@ -36,6 +36,7 @@ from dnb.inputs import (
     read_source,
     read_transport,
 )
+from dnb.planning.plans import Plan
 from dnb.planning.sample_order import count_batches
 from dnb.planning.shards import choose_exact_shards, choose_num_shards
 from dnb.pool.engine_pool import EnginePool
@@ -206,7 +207,7 @@ def fit(
     clip_norm: float | None = None,
     precision: str = "float32",
     metrics: str | Mapping[str, Callable[..., Any]] | None = None,
-    strategy: str = "auto",
+    strategy: str | Plan = "auto",
     stages: Sequence[str | torch.nn.Module] | None = None,
     schedule: str = "1f1b",
     mesh: str | Mapping[str, int] | None = None,
@@ -244,7 +245,7 @@ def fit(
         precision: "float32", or "bfloat16" for autocast in forward.
         metrics: {"name": callable(output, target) -> mean over samples}, or "accuracy".
         strategy: "data": every engine has the whole model and a part of the batch; "pipeline": every engine has a part
-            of the model; "hybrid": several pipelines. "auto" is "data" in this release.
+            of the model; "hybrid": several pipelines; or what `dnb.plan` returned. "auto" is "data" in this release.
         stages: of a pipeline: modules of the model, or their names, each of which gets what the one before it gives;
             cut where the model allows it if left out.
         schedule: of a pipeline: "gpipe", "1f1b", "interleaved" or "zero-bubble".
@@ -266,7 +267,8 @@ def fit(
         PlanError: what is asked is not in this release.
     """
     check_model(model)
-    check_choice(strategy, name="strategy", known=STRATEGIES, available=("auto", "data", "pipeline", "hybrid"))
+    if not isinstance(strategy, Plan):
+        check_choice(strategy, name="strategy", known=STRATEGIES, available=("auto", "data", "pipeline", "hybrid"))
     check_choice(sync, name="sync", known=SYNCS, available=("hub",))
     check_choice(precision, name="precision", known=PRECISIONS, available=PRECISIONS)
     loss_function = read_loss(loss, step=step)
@@ -294,11 +296,13 @@ def fit(
     )
     data = Data(train=train_source.data, val=None if val_source is None else val_source.data)
     division = None
-    if strategy in ("pipeline", "hybrid"):
+    if isinstance(strategy, Plan) and strategy.partition is not None:
+        division = Division.of_plan(strategy, job, data, batch_size=order.batch_size, exact=exact, transport=transport)
+    elif strategy in ("pipeline", "hybrid"):
         division = Division.of(
             job,
             data,
-            strategy=strategy,
+            strategy=str(strategy),
             stages=stages,
             schedule=schedule,
             mesh=mesh,

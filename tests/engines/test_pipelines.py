@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import dnb
 from dnb.errors import ArgumentError, PlanError
 from tests.engines.pools import until, wait, wait_until
 from tests.models import digits, largest_gap, mlp, plain_losses
@@ -223,3 +224,20 @@ def test_what_no_pipeline_can_is_refused_before_anything_starts(pool, options, e
 def test_a_step_function_is_refused(pool):
     with pytest.raises(PlanError, match="give loss= instead of step="):
         fit(pool, mlp(), loss=None, step=lambda model, batch: model(batch[0]).sum())
+
+
+def test_a_plan_is_carried_out_as_it_was_edited(pool):
+    data = digits()
+    plan = dnb.plan(deep(), (data[0][:64], data[1][:64]), loss="cross_entropy", strategy="pipeline", pool=pool)
+    edited = plan.with_(cuts=["4"], num_micro_batches=4)
+    run = wait(fit(pool, deep(), strategy=edited))
+    assert largest_gap(run.history["loss"], plain(deep)) <= 1e-6
+    told = next(event.text for event in run.events if event.kind == "planned")
+    assert told.count("stage") == 2
+
+
+def test_a_plan_for_another_model_is_refused(pool):
+    data = digits()
+    plan = dnb.plan(deep(), (data[0][:64], data[1][:64]), loss="cross_entropy", strategy="pipeline", pool=pool)
+    with pytest.raises(PlanError, match="this plan is for another model"):
+        fit(pool, mlp(), strategy=plan)

@@ -10,9 +10,7 @@ import dnb
 
 # As design.md, section 4, has it, less what later releases bring; and `batches`, by which the order can be checked.
 PUBLIC = [
-    "DnbError",
     "Engine",
-    "History",
     "Plan",
     "Pool",
     "Run",
