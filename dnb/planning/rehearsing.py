@@ -7,6 +7,7 @@ import random
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dnb.errors import PlanError
@@ -70,7 +72,7 @@ class Rehearsal:
                     with log:
                         yield log.names
                 else:
-                    with self._fake, log:
+                    with self._without_data(self._fake), self._fake, log:
                         yield log.names
         finally:
             random.setstate(states[0])
@@ -78,6 +80,13 @@ class Rehearsal:
             with torch.no_grad():
                 for buffer, before in zip(changed, kept, strict=True):
                     buffer.copy_(before)
+
+    def _without_data(self, fake: FakeTensorMode) -> AbstractContextManager[Any]:
+        """The model's own tensors without data: torch remembers what an operation makes of those, and of no others."""
+        named = chain(
+            self._model.named_parameters(remove_duplicate=False), self._model.named_buffers(remove_duplicate=False)
+        )
+        return _reparametrize_module(self._model, {name: fake.from_tensor(tensor) for name, tensor in named})
 
 
 class _OperationLog(TorchDispatchMode):
