@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import cloudpickle
 import msgspec
@@ -13,7 +14,6 @@ import torch
 
 from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.replica import Replica
-from dnb.engine.stage import StageReplica
 from dnb.engine.telemetry import Stopwatch
 from dnb.errors import USER_ERRORS
 from dnb.records import (
@@ -33,6 +33,9 @@ from dnb.records import (
 )
 from dnb.transport.parcels import unpack, verify
 from dnb.transport.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Outbox, Wire
+
+if TYPE_CHECKING:
+    from dnb.engine.stage import StageReplica
 
 # How long the hub may take to send model and data, and to read what is sent to it.
 SHIP_SECONDS = 300.0
@@ -88,8 +91,7 @@ class Session:
             self._outbox.start()
             publisher = Publisher(load.gradient_layout, load.buffer_layout.num_bytes, self._outbox)
         try:
-            kind = Replica if load.seat is None else partial(StageReplica, seat=load.seat)
-            self._replica: Replica | StageReplica = kind(
+            self._replica: Replica | StageReplica = _kind_of_replica(load)(
                 spec,
                 unpack(job_bytes, spec.job, memory=parcels[JOB_SLOT]),
                 unpack(data_bytes, spec.data, memory=parcels[DATA_SLOT]),
@@ -206,6 +208,14 @@ class Session:
         for slot in parcels:
             self._wire.landings.pop(slot, None)
         return parcels
+
+
+def _kind_of_replica(load: Load) -> Callable[..., Replica | StageReplica]:
+    if load.seat is None:
+        return Replica
+    from dnb.engine.stage import StageReplica  # torch's pipelines take two seconds to import
+
+    return partial(StageReplica, seat=load.seat)
 
 
 def adopt_path(paths: tuple[str, ...]) -> None:
