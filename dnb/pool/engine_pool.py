@@ -282,7 +282,7 @@ class EnginePool:
             return
         self._starter.cancel()
         self._stop_keeping()
-        if self.is_open and not self.is_steered_here:
+        if self._is_steered_elsewhere():
             self._is_open = False  # not ours to end
             self.hub.close()
             self.client.close(linger=False)
@@ -296,6 +296,14 @@ class EnginePool:
         self.client.close(linger=False)
         remove_pool_folders(self.cluster_id)
         remove_cluster_files(self.cluster_id, security_dir=self._security_dir, log_dir=self._log_dir)
+
+    def _is_steered_elsewhere(self) -> bool:
+        """Whether another kernel ends it; a pool that dies while it is asked is cleared up from here."""
+        try:
+            return self.is_open and not self.is_steered_here
+        except DnbError as error:
+            log.info("the pool has just died: %s", error)
+            return False
 
     def _ask_to_end(self) -> list[Process]:
         """Let the hub end the pool; every process that should then be gone."""

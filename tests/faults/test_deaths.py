@@ -157,6 +157,19 @@ def test_a_killed_controller_takes_hub_and_engines_with_it(own_pool, leftovers):
     leftovers.wait_until_none(timeout_seconds=20)
 
 
+def test_a_pool_that_dies_while_it_is_shut_down_is_cleared_up(own_pool, leftovers, monkeypatch):
+    facts = own_pool.facts
+
+    def die(_pool):
+        for process in (facts.guardian, facts.hub):
+            os.kill(process.pid, signal.SIGKILL)
+        raise HubError("the hub has died")
+
+    monkeypatch.setattr(type(own_pool), "is_steered_here", property(die))
+    own_pool.shutdown()
+    leftovers.wait_until_none(timeout_seconds=20)
+
+
 def test_nothing_outlives_a_killed_kernel_without_a_run(folder, leftovers):
     kernel = Kernel("training.start(n=1)", folder=folder)
     kernel.wait_until_ready()
