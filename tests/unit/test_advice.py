@@ -5,8 +5,15 @@ import torch
 from torch import nn
 
 import dnb
+from dnb import training
 from dnb.advice import read_bytes, read_mesh
 from dnb.errors import ArgumentError, PlanError
+
+
+@pytest.fixture(autouse=True)
+def no_pool(monkeypatch):
+    """The pool that tests of this process share is not to be asked."""
+    monkeypatch.setattr(training, "_pool", None)
 
 
 @pytest.fixture
