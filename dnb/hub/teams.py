@@ -29,6 +29,7 @@ from dnb.hub.events import (
     Committed,
     Condemn,
     Disband,
+    End,
     EngineHeard,
     EngineJoined,
     EngineLoaded,
@@ -414,6 +415,9 @@ class Teams:
                 return []  # engines are released, not teams
             case Note(kind, text, number):
                 return self._note(kind, text, number)
+            case End():
+                # Else engines that still wait for each other would never hear of the next run.
+                return [*map(Disband, self._teams), action]
             case _:
                 return [action]
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 import dnb
 from dnb.errors import ArgumentError, PlanError
-from tests.engines.pools import until, wait, wait_until
+from tests.engines.pools import wait, wait_until
 from tests.models import digits, largest_gap, mlp, plain_losses
 
 pytestmark = pytest.mark.engines
@@ -161,7 +161,9 @@ def test_an_engine_that_joins_becomes_a_stage(pool):
     wait_until(run, lambda run: [e.kind for e in run.events].count("planned") == 2, what="a pipeline of two")
     (newcomer,) = pool.add(1)
     at = run.step
-    wait_until(run, lambda run: [e.kind for e in run.events].count("planned") == 3, what=f"a pipeline of three: {run.events}")
+    wait_until(
+        run, lambda run: [e.kind for e in run.events].count("planned") == 3, what=f"a pipeline of three: {run.events}"
+    )
     wait_until(run, lambda run: run.step >= at + 20, what="20 steps more")
     assert f"stage 2 on engine {newcomer}" in [event.text for event in run.events if event.kind == "planned"][-1]
     run.stop()

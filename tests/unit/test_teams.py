@@ -220,3 +220,11 @@ def test_a_run_that_is_taken_over_waits_for_its_engines_but_not_for_ever(back):
     assert world.loads == list(range(back))
     world.load().report().report().report()
     assert world.teams.status == "finished"
+
+
+def test_engines_that_still_wait_for_each_other_are_freed_when_the_run_ends():
+    world = World(3)
+    actions = world.teams.handle(e.Asked("stop"), world.now)
+    (team,) = {world.teams.seat_of(engine)[0] for engine in range(3)}
+    assert [type(action) for action in actions[-2:]] == [e.Disband, e.End]
+    assert actions[-2].team == team
