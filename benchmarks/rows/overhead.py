@@ -61,8 +61,8 @@ def _journal_row(settings: Settings, case: Case, *, step_seconds: float) -> Row:
             rounds=ROUNDS_FACTOR * settings.pairs,
         )
     finally:
-        with_journal.master.close()
-        without.master.close()
+        with_journal.close()
+        without.close()
     compared = compare(turns["with"], turns["without"])
     extra = statistics.median(mine - theirs for mine, theirs in compared.pairs)
     return Row(
@@ -113,6 +113,11 @@ class Hub:
             self.master.commit([self._brought_by(engine) for engine in range(NUM_ENGINES)])
             self.master.settle()
         return (time.perf_counter() - began) / number
+
+    def close(self) -> None:
+        """Give all memory back."""
+        self.master.drop_slabs()
+        self.master.close()
 
     def _brought_by(self, engine: int) -> Contribution:
         sums = Sums(loss_total=8.0, loss_weight=16, metric_totals={}, metric_weights={}, num_samples=16)

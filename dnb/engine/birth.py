@@ -34,7 +34,7 @@ class _Engine(engine_app.IPEngine):
         return os.getcwd()
 
 
-def be_engine(arguments: list[str], *, environment: Mapping[str, str], folder: str, output: int) -> int:
+def be_engine(arguments: list[str], *, environment: Mapping[str, str], folder: str, output: int, guardian: int) -> int:
     """Turn this process, a fork with one thread, into an engine until it ends; its exit code.
 
     Args:
@@ -42,8 +42,9 @@ def be_engine(arguments: list[str], *, environment: Mapping[str, str], folder: s
         environment: of the process.
         folder: to work in.
         output: descriptor of the file for all that it prints.
+        guardian: pid of the parent.
     """
-    _leave_parent(output)
+    _leave_parent(output, guardian=guardian)
     name_process("dnb-engine")
     os.environ.clear()
     os.environ.update(environment)
@@ -58,10 +59,9 @@ def be_engine(arguments: list[str], *, environment: Mapping[str, str], folder: s
     return code
 
 
-def _leave_parent(output: int) -> None:
+def _leave_parent(output: int, *, guardian: int) -> None:
     """A session, descriptors, signal handlers and log of its own; the parent's death is its own."""
     os.setsid()
-    guardian = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)

@@ -115,7 +115,7 @@ def take_over(spec: RunSpec, memo: RunMemo, unpack: Callable[[], Job], *, folder
         error=summary.error,
         traceback=summary.remote_traceback,
         events=read_events(folder),
-        ledger=_ledger(read_history(folder), found.step),
+        ledger=_ledger(found.rows),
         note=found.note,
         mended=memo.mended,
     )
@@ -127,6 +127,7 @@ class _Found:
 
     master: Master
     order: BatchOrder
+    rows: list[HistoryRow]
     columns: Columns
     step: int
     evaluated: int
@@ -143,20 +144,24 @@ def _from_journal(spec: RunSpec, memo: RunMemo, job: Job, folders: Sequence[Path
     except Torn as torn:
         log.warning("run %r goes on from a checkpoint: %s", spec.name, torn)
         return None
-    columns = columns_of(read_history(Path(spec.folder)))
+    rows = read_history(Path(spec.folder))
+    columns = columns_of(rows)
     missing = _missing_row(columns, last)
     if missing is not None:
+        rows.append(missing)
         _add_row(columns, missing)
         with RunFolder(Path(spec.folder)) as files:
             files.append_row(missing)
     note = f"the hub died and was started again: the run goes on after step {last.step}"
-    return _Found(master, job.order, columns, last.step, last.evaluated, f"{note}; {last.note}" if last.note else note)
+    note = f"{note}; {last.note}" if last.note else note
+    return _Found(master, job.order, rows, columns, last.step, last.evaluated, note)
 
 
 def _from_checkpoint(spec: RunSpec, memo: RunMemo, job: Job, folders: Sequence[Path]) -> _Found:
     """From the newest checkpoint, else from the beginning; the history forgets what is done again."""
     folder = Path(spec.folder)
-    last = max((row.step for row in read_history(folder)), default=0)
+    before = read_history(folder)
+    last = max((row.step for row in before), default=0)
     master = Master(job, folders=folders, prefix=spec.name, clip_norm=memo.clip_norm)
     columns = Columns()
     step = evaluated = 0
@@ -165,9 +170,9 @@ def _from_checkpoint(spec: RunSpec, memo: RunMemo, job: Job, folders: Sequence[P
         manifest = restore(source, master, columns)
         step, evaluated = manifest.step, manifest.evaluated
     master.keep_journal(step=step, evaluated=evaluated)
-    brought = {row.step: row.samples for row in read_history(folder) if row.kind == "step"}
+    brought = {(row.kind, row.step): row.samples for row in before}
     rows = [
-        msgspec.structs.replace(row, samples=brought.get(row.step, {}) if row.kind == "step" else {})
+        msgspec.structs.replace(row, samples=brought.get((row.kind, row.step), {}))
         for row in rows_of(columns, time=read_summary(folder).started)
     ]
     with RunFolder(folder) as files:
@@ -175,7 +180,7 @@ def _from_checkpoint(spec: RunSpec, memo: RunMemo, job: Job, folders: Sequence[P
     note = f"the hub died and was started again: the run goes on after step {step}"
     if step < last:
         note += f", from {source or 'the beginning'}; steps {step + 1} to {last} are done again"
-    return _Found(master, job.order, columns, step, evaluated, note)
+    return _Found(master, job.order, rows, columns, step, evaluated, note)
 
 
 def give_up(memo: RunMemo, reason: str) -> None:
@@ -191,11 +196,11 @@ def give_up(memo: RunMemo, reason: str) -> None:
         log.warning("%s cannot be told that its run has failed: %s", folder, error)
 
 
-def _ledger(rows: Iterable[HistoryRow], step: int) -> dict[int, tuple[int, int]]:
-    """Samples and steps of each engine, up to a step."""
+def _ledger(rows: Iterable[HistoryRow]) -> dict[int, tuple[int, int]]:
+    """Samples and steps of each engine."""
     counts: dict[int, tuple[int, int]] = {}
     for row in rows:
-        for engine, num_samples in row.samples.items() if row.step <= step else ():
+        for engine, num_samples in row.samples.items():
             samples, steps = counts.get(engine, (0, 0))
             counts[engine] = samples + num_samples, steps + 1
     return counts

@@ -1,7 +1,7 @@
 """What a hub leaves for the next one, in the pool's folder: in memory, and gone with the pool.
 
-Two records, each replaced in one move: who belongs to the pool, and what was submitted. How far a run has come is not
-in them: that is in its folder, and in `dnb.hub.journal`.
+Three records, each replaced in one move: who belongs to the pool, what was submitted, and the accounts of engines that
+are gone from it. How far a run has come is not in them: that is in its folder, and in `dnb.hub.journal`.
 """
 
 from __future__ import annotations

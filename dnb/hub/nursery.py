@@ -84,9 +84,10 @@ class Nursery:
             except (OSError, msgspec.MsgspecError) as error:
                 log.warning("an order for an engine was refused: %s", error)
                 return
+            guardian = os.getpid()
             pid = os.fork()
             if pid == 0:
-                _be_engine(order, output)
+                _be_engine(order, output, guardian)
             self._engines.add(pid)
             os.close(output)
             with contextlib.suppress(OSError):  # who asked has gone: the engine registers all the same
@@ -158,12 +159,16 @@ def _take(caller: socket.socket) -> tuple[Order, int]:
         raise
 
 
-def _be_engine(order: Order, output: int) -> NoReturn:
+def _be_engine(order: Order, output: int, guardian: int) -> NoReturn:
     """In the fork: never come back into the guardian's loop."""
     code = 1
     try:
         code = importlib.import_module(BIRTH_MODULE).be_engine(
-            list(order.arguments), environment=order.environment, folder=order.folder, output=output
+            list(order.arguments),
+            environment=order.environment,
+            folder=order.folder,
+            output=output,
+            guardian=guardian,
         )
     except BaseException:
         log.exception("an engine could not be started")
