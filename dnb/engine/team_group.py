@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import time
 import traceback
 from collections.abc import Iterator
@@ -13,19 +14,17 @@ from datetime import timedelta
 import psutil
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore  # torch.distributed gives them no types
+from torch._C._distributed_c10d import TCPStore  # torch.distributed gives them no types
 
 from dnb.errors import DnbError, PlanError
 from dnb.records import Seat
 
 # Whoever waits in the group is freed by a peer that leaves it, never by the clock: a user's forward may take hours.
 FOREVER = timedelta(days=20)
-CONNECT = timedelta(seconds=30)
+CONNECT_SECONDS = 5.0
 # How long the others may take to unpickle model and data before they come.
 MEETING_SECONDS = 600.0
 LOOK_SECONDS = 0.01
-# Set by the hub in a team's store if the team will never be complete.
-CANCELLED_KEY = "cancelled"
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 
 
@@ -47,9 +46,11 @@ def open_group(seat: Seat, device: torch.device) -> None:
         )
     size = seat.partition.num_engines
     try:
-        server = TCPStore(seat.host, seat.port, is_master=False, timeout=CONNECT, wait_for_workers=False)
-        store = PrefixStore(f"team-{seat.team}", server)
+        store = _join_store(seat)
         _meet(store, seat.rank, size)
+        # Groups are numbered, and one that failed to come together has used up a number, on this engine alone: the next
+        # one would look for its peers under another.
+        dist.distributed_c10d._world.group_count = 0
         with _loopback_if(seat.host):
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
@@ -58,7 +59,7 @@ def open_group(seat: Seat, device: torch.device) -> None:
                 world_size=size,
                 timeout=FOREVER,
             )
-    except RuntimeError as error:  # torch's DistError is one, too
+    except (RuntimeError, OSError) as error:  # torch's DistError is a RuntimeError
         raise PeerLost(f"team {seat.team} did not come together: {_first_line(error)}") from error
 
 
@@ -96,15 +97,23 @@ def is_about_peers(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
-def _meet(store: PrefixStore, rank: int, size: int) -> None:
-    """Wait until all are there, so that the group itself is built in an instant, or not at all."""
+def _join_store(seat: Seat) -> TCPStore:
+    """The team's store; at once an error if the hub has closed it, which torch's client would try again and again."""
+    socket.create_connection((seat.host, seat.port), timeout=CONNECT_SECONDS).close()
+    connect = timedelta(seconds=CONNECT_SECONDS)
+    return TCPStore(seat.host, seat.port, is_master=False, timeout=connect, wait_for_workers=False)
+
+
+def _meet(store: TCPStore, rank: int, size: int) -> None:
+    """Wait until all are there, so that the group itself is built in an instant.
+
+    The hub closes the store of a team that will never be complete, and thereby ends this wait, and gloo's own as well.
+    """
     store.set(f"here-{rank}", "1")
     deadline = time.monotonic() + MEETING_SECONDS
     keys = [f"here-{peer}" for peer in range(size)]
     # Asked again and again, as a store's own waiting ends with nothing but its server, or a warning on the console.
     while not store.check(keys):
-        if store.check([CANCELLED_KEY]):
-            raise PeerLost("the hub has given this team up")
         if time.monotonic() > deadline:
             missing = [peer for peer in range(size) if not store.check([keys[peer]])]
             raise PeerLost(f"after {MEETING_SECONDS:.0f} s ranks {missing} have not come")

@@ -114,7 +114,7 @@ class ActiveRun:
         engines = list(engines)
         present = [] if beginning.is_taken_over else engines
         self._condemn = condemn
-        self._meeting: Meeting | None = None  # where teams find themselves
+        self._meetings: dict[int, Meeting] = {}  # where teams find themselves
         for facts in present:
             self._members[facts.engine] = self._member(facts)
         self._accounts = Accounts(present)
@@ -494,8 +494,7 @@ class ActiveRun:
             case machine.Note():
                 self._note(action)
             case machine.Disband(team):
-                if self._meeting is not None:
-                    self._meeting.cancel(team)
+                self._meetings.pop(team, None)
             case machine.Condemn(engine):
                 self._condemn(engine)
             case machine.End():
@@ -528,9 +527,10 @@ class ActiveRun:
         if seat is None:
             return None
         team, rank, partition = seat
-        if self._meeting is None:
-            self._meeting = open_meeting()
-        return Seat(team=team, rank=rank, partition=partition, host=self._meeting.host, port=self._meeting.port)
+        if team not in self._meetings:
+            self._meetings[team] = open_meeting()
+        place = self._meetings[team]
+        return Seat(team=team, rank=rank, partition=partition, host=place.host, port=place.port)
 
     def _member(self, facts: EngineFacts) -> _Member:
         """How an engine is reached: as was wished, else by memory if it is on this host."""

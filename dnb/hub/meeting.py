@@ -6,7 +6,7 @@ import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
-from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 # An engine that waits for another longer than this will not see it any more.
 WAIT_SECONDS = 300.0
@@ -14,19 +14,15 @@ WAIT_SECONDS = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Meeting:
-    """An open store."""
+    """The store of one team; it ends with the object, which frees whoever still waits in it for the others."""
 
     store: TCPStore
     host: str
     port: int
 
-    def cancel(self, team: int) -> None:
-        """Free whoever waits for the others of a team: see `dnb.engine.team_group`."""
-        PrefixStore(f"team-{team}", self.store).set("cancelled", "1")
-
 
 def open_meeting(host: str = "127.0.0.1") -> Meeting:
-    """Serve a store on one interface; it lives as long as the object."""
+    """Serve a store on one interface."""
     listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
     store = TCPStore(

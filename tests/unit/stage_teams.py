@@ -16,15 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dnb.engine.memory import EngineMemory
 from dnb.engine.replica import Outcome
 from dnb.engine.stage import StageReplica
-from dnb.engine.team_group import CANCELLED_KEY
 from dnb.engine.telemetry import Stopwatch
+from dnb.hub.meeting import Meeting, open_meeting
 from dnb.hub.reducer import Master
 from dnb.planning.sample_order import BatchOrder
 from dnb.planning.shards import shard_bounds
@@ -258,7 +257,7 @@ class Engines:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([__name__])
         self._engines: dict[int, tuple[Any, Any]] = {}
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._meetings: dict[int, Meeting] = {}
         self._num_teams = 0
 
     def next_team(self) -> int:
@@ -288,9 +287,15 @@ class Engines:
         assert not process.is_alive()
         pipe.close()
 
+    def meeting(self, team: int) -> Meeting:
+        """Its store."""
+        if team not in self._meetings:
+            self._meetings[team] = open_meeting()
+        return self._meetings[team]
+
     def cancel(self, team: int) -> None:
-        """As the hub does when a team will never be complete."""
-        dist.PrefixStore(f"team-{team}", self.store).set(CANCELLED_KEY, "1")
+        """As the hub does when a team is gone, or will never be complete."""
+        del self._meetings[team]
 
     def close(self) -> None:
         for process, pipe in self._engines.values():
@@ -364,7 +369,9 @@ class Team:
         team = self.engines.next_team()
         refs = [slab.ref for slab in self.slabs]
         for rank, member in enumerate(self.members):
-            seat = Seat(team=team, rank=rank, partition=partition, host="127.0.0.1", port=self.engines.store.port)
+            seat = Seat(
+                team=team, rank=rank, partition=partition, host="127.0.0.1", port=self.engines.meeting(team).port
+            )
             self.engines.tell(member, "begin", self.spec, self.job, self.data, self.load, refs, seat)
         return team
 
