@@ -23,6 +23,8 @@ GROUPS = {
     "goodput": "a run under steady fire, and its ledger",
     "overhead": "what being ready for faults costs while there is none",
     "hub": "the hub's CPU time as engines are added",
+    "pipelines": "a model divided over engines, against torchrun and bare torch.distributed.pipelining",
+    "predictions": "what plans predict, against what runs take",
     "planning": "cuts that dnb.plan chooses, against every cut there is",
 }
 LEAST_PAIRS = 5

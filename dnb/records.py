@@ -270,6 +270,7 @@ class RunSpec(Record, frozen=True):
     partitions: tuple[Partition, ...] = ()  # how the model may be divided, by number of engines; empty: not at all
     team_size: int | None = None  # engines of a team; None: as many as there are
     ties: tuple[str, ...] = ()  # parameters that more than one stage may use
+    choice: str = ""  # how strategy="auto" has divided the model, and why; for the run's events
 
 
 # Engine to hub -------------------------------------------------------------------------------

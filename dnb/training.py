@@ -17,6 +17,7 @@ from typing import Any, Literal
 import msgspec
 import torch
 
+from dnb.automatic import choose_plan
 from dnb.division import Division
 from dnb.errors import ArgumentError, HubError, PlanError, PoolError, SpaceError
 from dnb.hub.optimizers import check_optimizer
@@ -245,7 +246,9 @@ def fit(
         precision: "float32", or "bfloat16" for autocast in forward.
         metrics: {"name": callable(output, target) -> mean over samples}, or "accuracy".
         strategy: "data": every engine has the whole model and a part of the batch; "pipeline": every engine has a part
-            of the model; "hybrid": several pipelines; or what `dnb.plan` returned. "auto" is "data" in this release.
+            of the model; "hybrid": several pipelines; or what `dnb.plan` returned. "auto" is "data" for models of less
+            than 64 MB, and otherwise what `dnb.plan` finds; it takes two seconds to measure, and `run.events` says
+            what was chosen and why.
         stages: of a pipeline: modules of the model, or their names, each of which gets what the one before it gives;
             cut where the model allows it if left out.
         schedule: of a pipeline: "gpipe", "1f1b", "interleaved" or "zero-bubble".
@@ -318,6 +321,20 @@ def fit(
     num_steps = steps_per_epoch * check_positive(epochs, name="epochs")
     pool = pool or current_pool() or start()
     refuse_busy_or_empty(pool)
+    choice = ""
+    if strategy == "auto":
+        plan, choice = choose_plan(
+            job,
+            data,
+            pool,
+            num_samples=train_source.num_samples,
+            batch_size=order.batch_size,
+            exact=exact,
+            transport=transport,
+            sys_path=own_path(),
+        )
+        if plan is not None:
+            division = Division.of_plan(plan, job, data, batch_size=order.batch_size, exact=exact, transport=transport)
     run_name = free_name(name or type(model).__name__.lower())
     if division is not None:
         division.check_pool(pool)
@@ -350,6 +367,7 @@ def fit(
         partitions=() if division is None else division.partitions,
         team_size=None if division is None else division.team_size,
         ties=() if division is None else division.ties,
+        choice=choice,
     )
     submit(pool, spec, partial(ship, job), partial(ship, data))
     own_optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None

@@ -24,6 +24,17 @@ class Train(Message, frozen=True):
     progress_at: int | None = None  # step after which rank 0 says so, while it goes on
 
 
+class TrainPipeline(Message, frozen=True):
+    """Train a case for so many steps as a pipeline with one stage per rank."""
+
+    case: str
+    steps: int
+    batch_size: int
+    micro_batches: int
+    schedule: str  # "gpipe" | "1f1b"
+    cuts: list[str]  # modules at which stages 1, 2, ... begin
+
+
 class AllReduce(Message, frozen=True):
     """Average a flat float32 gradient so many times."""
 
@@ -61,7 +72,7 @@ class Failed(Message, frozen=True):
     traceback: str
 
 
-Request = Train | AllReduce
+Request = Train | TrainPipeline | AllReduce
 Reply = Ready | Progress | Trained | Reduced | Failed
 
 

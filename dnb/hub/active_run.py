@@ -219,6 +219,8 @@ class ActiveRun:
         self._write_summary()
         for note in (*self.spec.notes, *self.master.notes):
             self._note(machine.Note("memory", note))
+        if self.spec.choice:
+            self._note(machine.Note("planned", self.spec.choice))
         if self.spec.resumed is not None:
             self._folder.append_rows(rows_of(self._columns, time=self._started))
             for text in self.spec.resumed.notes:

@@ -10,8 +10,8 @@ from dnb.errors import ArgumentError, PlanError, nearest
 from dnb.planning.cutting import cut_points
 from dnb.planning.dividing import Divider
 from dnb.planning.parts import StagePart
-from dnb.planning.shards import shard_bounds
 from dnb.planning.tracing import Inputs
+from dnb.planning.weighing import balanced_cuts, weigh
 from dnb.records import Partition, ScheduleName
 
 SCHEDULES: tuple[ScheduleName, ...] = ("gpipe", "1f1b", "interleaved", "zero-bubble")
@@ -46,7 +46,8 @@ def pipelines(
         PlanError: the model cannot be divided, or the batch not into such micro-batches.
     """
     points = [] if stages is not None else cut_points(model, inputs)
-    num_layers = len(stages) if stages is not None else len(points) + 1
+    weights = weigh(model, inputs, points)
+    num_layers = len(stages) if stages is not None else len(weights)
     per_engine = STAGES_PER_ENGINE[schedule]
     found: list[Partition] = []
     ties: dict[str, None] = {}
@@ -58,7 +59,7 @@ def pipelines(
             kind="pipeline",
             num_engines=num_engines,
             num_stages=num_stages,
-            cuts=() if stages is not None else _even_cuts(points, num_stages),
+            cuts=() if stages is not None else balanced_cuts(weights, points, num_stages),
             schedule=schedule if num_engines > 1 else "gpipe",
             num_micro_batches=_num_micro_batches(num_samples, micro_batch, num_stages=num_stages),
         )
@@ -130,11 +131,6 @@ def read_mesh(mesh: str | Mapping[str, int] | None) -> dict[str, int]:
                 f"mesh axis {name!r} must be a positive integer, not {number!r}: mesh='data=2,pipeline=2'"
             )
     return found
-
-
-def _even_cuts(points: Sequence[str], num_stages: int) -> tuple[str, ...]:
-    bounds = shard_bounds(len(points) + 1, num_shards=num_stages)
-    return tuple(points[first - 1] for first, _ in bounds[1:])
 
 
 def _num_micro_batches(num_samples: int, micro_batch: int | None, *, num_stages: int) -> int:

@@ -39,6 +39,7 @@ class Alternative(Record, frozen=True):
     num_micro_batches: int
     step_seconds: float
     why: str
+    fits: bool = True
 
 
 class Plan(Record, frozen=True):
@@ -245,6 +246,7 @@ def _lost(one: Candidate, best: Candidate) -> Alternative:
         num_micro_batches=one.num_micro_batches,
         step_seconds=one.step_seconds,
         why=_why(one, best),
+        fits=one.fits,
     )
 
 

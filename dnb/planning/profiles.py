@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
+
+import msgspec
 
 from dnb.records import Record
 
@@ -39,7 +42,7 @@ class ParameterShape(Record, frozen=True):
 
 
 class Profile(Record, frozen=True):
-    """One micro-batch through a model, measured at several sizes on one engine."""
+    """One micro-batch through a model, measured at several sizes on an engine while others are as busy."""
 
     model: str  # its class
     sizes: tuple[int, ...]  # samples, ascending
@@ -102,6 +105,28 @@ class Site(Record, frozen=True):
     engines: tuple[EngineTraits, ...]
     cores: dict[str, int]  # by host
     exchange: Exchange = USUAL_EXCHANGE
+
+
+def mean_profile(profiles: Sequence[Profile]) -> Profile:
+    """What engines that measured the same at the same time saw on average."""
+    first = profiles[0]
+    layers = zip(*(profile.layers for profile in profiles), strict=True)
+    return msgspec.structs.replace(
+        first,
+        layers=tuple(
+            msgspec.structs.replace(
+                same[0],
+                forward_seconds=_means([layer.forward_seconds for layer in same]),
+                backward_seconds=_means([layer.backward_seconds for layer in same]),
+            )
+            for same in layers
+        ),
+        measuring_seconds=max(profile.measuring_seconds for profile in profiles),
+    )
+
+
+def _means(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    return tuple(fmean(column) for column in zip(*rows, strict=True))
 
 
 def value_at(values: Sequence[float], sizes: Sequence[int], num_samples: float) -> float:
