@@ -24,6 +24,7 @@ GROUPS = {
     "overhead": "what being ready for faults costs while there is none",
     "hub": "the hub's CPU time as engines are added",
     "pipelines": "a model divided over engines, against torchrun and bare torch.distributed.pipelining",
+    "stages": "a pipeline whose stages are killed",
     "predictions": "what plans predict, against what runs take",
     "planning": "cuts that dnb.plan chooses, against every cut there is",
 }

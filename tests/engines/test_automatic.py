@@ -69,7 +69,7 @@ def test_a_model_that_one_engine_may_not_hold_is_divided(pool):
 
 
 def test_a_model_that_fits_nowhere_is_refused_with_the_way_out(pool):
-    with pytest.raises(PlanError, match="does not fit.*raise memory_limit"):
+    with pytest.raises(PlanError, match=r"does not fit.*raise memory_limit"):
         choose(pool, memory_limit=100_000)
 
 
