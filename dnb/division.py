@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dnb.engine.loader import fetch_batch
+from dnb.engine.loss_check import check_loss_of_parts
 from dnb.errors import PlanError
 from dnb.planning.partitions import pipelines, read_mesh, read_schedule, read_stages
 from dnb.planning.plans import Plan
@@ -103,6 +104,7 @@ class Division:
         wanted = axes.get("pipeline")
         own_stages = read_stages(job.model, stages)
         batch = fetch_batch(data.train, torch.arange(min(batch_size // num_teams, 8)))
+        check_loss_of_parts(job.model, job.loss, batch)
         partitions, ties = pipelines(
             job.model,
             Inputs.of(batch),

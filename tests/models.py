@@ -50,6 +50,7 @@ def plain_losses(
     batch_size: int,
     seed: int = 0,
     lr: float = 1e-3,
+    micro_batch: int | None = None,
 ) -> list[float]:
     """The loop that one process would run; trains the model in place."""
     loader = DataLoader(TensorDataset(*data), batch_size, shuffle=True, generator=torch.Generator().manual_seed(seed))
@@ -58,10 +59,14 @@ def plain_losses(
     while len(losses) < num_steps:
         for inputs, targets in loader:
             optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(inputs), targets)
-            loss.backward()
+            loss = 0.0
+            size = micro_batch or len(inputs)
+            for x, y in zip(inputs.split(size), targets.split(size), strict=True):
+                part = nn.functional.cross_entropy(model(x), y) * (len(x) / len(inputs))
+                part.backward()
+                loss += part.item()
             optimizer.step()
-            losses.append(loss.item())
+            losses.append(loss)
             if len(losses) == num_steps:
                 break
     return losses
