@@ -66,7 +66,7 @@ def _row(settings: Settings, case: Case, side: Side, gang: Gang, *, schedule: st
         )
         return statistics.fmean(after_warm_up(training.step_seconds))
 
-    steps = settings.steps_for(rival_turn(PROBE_STEPS))
+    steps = settings.steps_for(rival_turn(PROBE_STEPS), at_least=6)
     steps += warm_steps(steps)
     figures = alternate(
         {"ours": lambda: ours_turn(steps), "rival": lambda: rival_turn(steps)},

@@ -94,6 +94,6 @@ def _text(plan: dnb.Plan) -> str:
 
 
 def _measure(settings: Settings, case: Case, side: Side, plan: dnb.Plan) -> float:
-    steps = settings.steps_for(plan.step_seconds)
+    steps = settings.steps_for(plan.step_seconds, at_least=5)
     training = side.train(case, steps=steps + warm_steps(steps), batch_size=plan.batch_size, strategy=plan)
     return statistics.fmean(after_warm_up(training.step_seconds))
