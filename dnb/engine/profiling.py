@@ -335,7 +335,9 @@ def _as_before(model: nn.Module) -> Iterator[None]:
     buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    hooks = [p.register_post_accumulate_grad_hook(_forget) for p in model.parameters() if p.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    sums = torch.zeros(max((parameter.numel() for parameter in trained), default=0))
+    hooks = [p.register_post_accumulate_grad_hook(partial(_add_up, sums)) for p in trained]
     for parameter in model.parameters():
         parameter.grad = None
     model.train()
@@ -357,8 +359,11 @@ def _as_before(model: nn.Module) -> Iterator[None]:
         random.setstate(states[2])
 
 
-def _forget(parameter: torch.Tensor) -> None:
-    parameter.grad = None
+def _add_up(sums: torch.Tensor, parameter: torch.Tensor) -> None:
+    """In a run every micro-batch adds its gradients to the slab; nothing is kept of them here."""
+    gradient, parameter.grad = parameter.grad, None
+    if gradient is not None and not gradient.is_sparse:
+        sums[: gradient.numel()].view(gradient.shape).add_(gradient)
 
 
 @contextmanager
