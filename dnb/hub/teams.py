@@ -258,6 +258,11 @@ class Teams:
 
     def _plan_of(self, team: Team) -> Note:
         size = len(team.members)
+        if team.partition.kind == "tensor":
+            num_layers = len(team.partition.styles)
+            layers = f"{num_layers} layer{'s' * (num_layers != 1)}" if num_layers else "the whole model"
+            part = f"1/{size} of {layers}" if num_layers else layers
+            return Note("planned", f"{self._names[team.number]}: each has {part}")
         stages = [
             f"stage{'s' * (team.partition.num_stages > size)} "
             f"{', '.join(map(str, range(rank, team.partition.num_stages, size)))} on engine {engine}"
@@ -363,6 +368,8 @@ class Teams:
         team = self._team_of.get(engine)
         if team is None or not team.is_whole:
             return []
+        if event.lease not in (0, team.lease):
+            return []  # of an earlier team: where all have the whole model, all of them raise
         actions = self._tell(replace(event, engine=team.number))
         if self.status in ENDED or event.lease == 0:
             return actions
