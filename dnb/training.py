@@ -246,8 +246,8 @@ def fit(
         precision: "float32", or "bfloat16" for autocast in forward.
         metrics: {"name": callable(output, target) -> mean over samples}, or "accuracy".
         strategy: "data": every engine has the whole model and a part of the batch; "pipeline": every engine has a part
-            of the model; "tensor": every engine has a part of every large layer; "hybrid": several pipelines, or several
-            teams that divide layers; or what `dnb.plan` returned. "auto" is "data" in this release.
+            of the model; "tensor": every engine has a part of every large layer; "hybrid": several pipelines, or
+            several teams that divide layers; or what `dnb.plan` returned. "auto" is "data" in this release.
         stages: of a pipeline: modules of the model, or their names, each of which gets what the one before it gives;
             cut where the model allows it if left out.
         schedule: of a pipeline: "gpipe", "1f1b", "interleaved" or "zero-bubble".

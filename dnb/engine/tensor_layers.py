@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+
+# Its functions have the group that is there when it is imported for a default, for ever: so there must be none.
+import torch.distributed.nn.functional
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
@@ -55,6 +58,9 @@ def divide(
         master: the parameters as they lie in the hub's memory.
     """
     mesh = DeviceMesh.from_group(group, "cpu")
+    # DTensor keeps meshes for ever, and whoever waits for this engine is freed only when nothing refers to the group:
+    # a mesh that has forgotten it finds it by its name.
+    getattr(mesh, "_pg_registry", {}).clear()
     for path, number in partition.shares.items():
         owner, _, attribute = path.rpartition(".")
         setattr(model.get_submodule(owner), attribute, number)

@@ -177,9 +177,6 @@ def uneven(model: nn.Module, group: LayerGroup, num_engines: int) -> str:
             dim = None if parameter is None else cut_dim(layer, key, style)
             if parameter is None or dim is None or parameter.shape[dim] % num_engines == 0:
                 continue
-            if isinstance(layer, nn.Embedding):
-                side = "columns" if dim else "rows"
-            else:
-                side = "inputs" if dim else "outputs"
-            return f"{name!r} has {parameter.shape[dim]} {side}, which {num_engines} engines cannot share evenly"
+            sides = ("rows", "columns") if isinstance(layer, nn.Embedding) else ("outputs", "inputs")
+            return f"{name!r} has {parameter.shape[dim]} {sides[dim]}, which {num_engines} engines cannot share evenly"
     return ""

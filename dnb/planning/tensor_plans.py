@@ -20,6 +20,8 @@ from dnb.records import Partition
 # Engines of a team that may come later are planned for, too; with more of them messages outweigh what is saved.
 MOST_ENGINES = 8
 KINDS_TOLD = 3
+# Of larger models a copy in doubles may not find room beside the notebook's own; single precision shows mistakes, too.
+MOST_DOUBLES = 1 << 27
 
 Wish = Mapping[str, Any] | None
 
@@ -39,12 +41,12 @@ def tensor_partitions(
         ArgumentError: the plan names what is not there.
         PlanError: nothing can be divided, or not as the plan says, or not over so many engines.
     """
-    wish = plan if plan is not None else plan_of_model(model)
+    styles = plan_of_model(model) if plan is None else read_tensor_plan(model, plan)
     planner = _Planner(model, trial)
-    if wish is not None:
-        styles = read_tensor_plan(model, wish)
-        return planner.partitions([LayerGroup(styles, (), head_counts(model, styles))], wanted=wanted)
-    return planner.partitions(None, wanted=wanted)
+    if styles is None:
+        return planner.partitions(None, wanted=wanted)
+    origin = "tensor_plan" if plan is not None else "the model's own tp_plan"
+    return planner.partitions(LayerGroup(styles, (), head_counts(model, styles)), wanted=wanted, origin=origin)
 
 
 class _Planner:
@@ -56,9 +58,9 @@ class _Planner:
         self._faults: dict[str, None] = {}  # what was wrong with what was left out
         self._known: dict[Any, str] = {}
 
-    def partitions(self, wish: Sequence[LayerGroup] | None, *, wanted: int | None) -> tuple[Partition, ...]:
+    def partitions(self, wish: LayerGroup | None, *, wanted: int | None, origin: str = "") -> tuple[Partition, ...]:
         """Over one engine, and over all numbers of them that divide what can be divided."""
-        groups = _by_kind(self._found if wish is None else wish)
+        groups = _by_kind(self._found) if wish is None else [wish]
         if not groups:
             raise PlanError(
                 "tensor parallelism divides nn.Linear and nn.Embedding, and this model has none that are large enough "
@@ -67,13 +69,13 @@ class _Planner:
         if wanted == 1:
             return (_partition(1, LayerGroup({})),)
         most = wanted or MOST_ENGINES
-        chosen = self._choose(groups, [wanted] if wanted else range(2, most + 1), is_wish=wish is not None)
+        chosen = self._choose(groups, [wanted] if wanted else range(2, most + 1), origin=origin)
         fitting = [number for number in range(2, most + 1) if not self._fault(chosen, number)]
         if not fitting or wanted not in (None, *fitting):
             raise PlanError(f"these layers cannot be divided together: {self._fault(chosen, wanted or 2)}; {WAY_OUT}")
         return tuple(_partition(number, chosen) for number in (1, *fitting))
 
-    def _choose(self, groups: Sequence[LayerGroup], numbers: Sequence[int], *, is_wish: bool) -> LayerGroup:
+    def _choose(self, groups: Sequence[LayerGroup], numbers: Sequence[int], *, origin: str) -> LayerGroup:
         """What can be divided over the first number of engines over which anything can be."""
         for number in numbers:
             tried = [self._passing(group, number) for group in groups]
@@ -83,7 +85,7 @@ class _Planner:
                     self._refuse_what_fewer_could(groups, passing, number)
                 return _merged(passing)
         raise PlanError(
-            f"{'tensor_plan cannot be carried out' if is_wish else 'nothing of this model can be divided'}: "
+            f"{f'{origin} cannot be carried out' if origin else 'nothing of this model can be divided'}: "
             f"{self._told()}; {self._nearest(groups, numbers)}"
         )
 
@@ -144,7 +146,9 @@ class _Planner:
 
 def _computed(model: nn.Module, trial: Trial) -> tuple[Whole, list[LayerGroup]]:
     """The whole model, in doubles if it can be, and what the flow of its values says."""
-    for dtype in (torch.float64, torch.float32):
+    num_elements = sum(parameter.numel() for parameter in model.parameters())
+    dtypes = (torch.float64, torch.float32) if num_elements <= MOST_DOUBLES else (torch.float32,)
+    for dtype in dtypes:
         try:
             trial.convert(dtype)
             moved = moved_copy(model, dtype)

@@ -29,18 +29,60 @@ PACKED = {
 WAY_OUT = "say which layers: tensor_plan={'layers.*.up': 'colwise', 'layers.*.down': 'rowwise'}"
 
 
-def plan_of_model(model: nn.Module) -> Mapping[str, Any] | None:
-    """What a transformer of Hugging Face says of itself."""
-    for name in ("tp_plan", "_tp_plan"):
-        plan = getattr(model, name, None)
-        if isinstance(plan, Mapping) and plan:
-            return plan
-    plan = getattr(getattr(model, "config", None), "base_model_tp_plan", None)
-    if not isinstance(plan, Mapping) or not plan:
-        return None
+def plan_of_model(model: nn.Module) -> dict[str, TensorStyle] | None:
+    """What a transformer of Hugging Face says of its layers; None if it says nothing of any that can be divided.
+
+    Raises:
+        PlanError: it wants a style that is not known here.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    styles: dict[str, TensorStyle] = {}
+    for pattern, wish in _said_by(model).items():
+        found = [name for name in modules if name and _matches(pattern, name)]
+        if found and wish not in OTHER_NAMES and wish not in STYLES:
+            raise PlanError(
+                f"the model's own tp_plan wants {pattern!r} to be {wish!r}, which is not in this release: {WAY_OUT}"
+            )
+        style = _style(wish) if found else None
+        styles |= {name: style for name in found if style is not None and is_dividable(modules[name])}
+    return _with_ties(model, styles) or None
+
+
+def _said_by(model: nn.Module) -> dict[str, Any]:
+    config = getattr(getattr(model, "config", None), "base_model_tp_plan", None)
     prefix = getattr(model, "base_model_prefix", "")
     inside = f"{prefix}." if prefix and hasattr(model, prefix) else ""
-    return {f"{inside}{name}": style for name, style in plan.items()}
+    said = {f"{inside}{name}": wish for name, wish in config.items()} if isinstance(config, Mapping) else {}
+    own = getattr(model, "_tp_plan", None)
+    return {**said, **own} if isinstance(own, Mapping) else said
+
+
+def _with_ties(model: nn.Module, styles: dict[str, TensorStyle]) -> dict[str, TensorStyle]:
+    """An embedding whose weight is that of a head which is divided, is divided with it; other ties stay whole."""
+    found = dict(styles)
+    for holders in _holders(model).values():
+        if len(holders) < 2 or not any(name in styles for name in holders):
+            continue
+        for name, layer in holders.items():
+            if isinstance(layer, nn.Embedding) and is_dividable(layer):
+                found[name] = "rowwise"
+        if (
+            len({cut_dim(layer, "weight", found[name]) if name in found else None for name, layer in holders.items()})
+            > 1
+        ):
+            for name in holders:
+                found.pop(name, None)
+    return found
+
+
+def _holders(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
+    """The modules that have a weight, by its identity."""
+    holders: dict[int, dict[str, nn.Module]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), {})[name] = module
+    return holders
 
 
 def read_tensor_plan(model: nn.Module, plan: Mapping[str, Any]) -> dict[str, TensorStyle]:

@@ -5,7 +5,6 @@ import signal
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional
 
 from dnb.errors import ArgumentError, PlanError

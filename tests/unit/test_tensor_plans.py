@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,7 +89,7 @@ def test_the_model_stays_as_it_is():
 
 @pytest.mark.parametrize("model", [NormedHeads(), Softened(), Leaking()], ids=lambda model: type(model).__name__)
 def test_what_would_change_the_answer_is_refused(model: nn.Module):
-    with pytest.raises(PlanError, match="differs from the whole model's|RuntimeError"):
+    with pytest.raises(PlanError, match=r"differs from the whole model's|RuntimeError"):
         partitions(model, vectors(), plan=PAIR)
 
 
@@ -121,7 +122,7 @@ def test_heads_that_do_not_divide_are_refused_with_the_number_that_does():
 
 
 def test_a_model_that_fails_alone_is_told_with_its_line():
-    with pytest.raises(PlanError, match="could not be tried out on a few samples.*assert time <= 12"):
+    with pytest.raises(PlanError, match=r"could not be tried out on a few samples.*assert time <= 12"):
         partitions(SmallGPT(), (torch.zeros(4, 13, dtype=torch.int64), torch.zeros(4)))
 
 
@@ -151,6 +152,29 @@ def test_a_plan_of_the_model_is_honoured():
     assert found[2].styles["head"] == "colwise_rep"
     assert len(found[2].styles) == 7
     assert list(found) == [1, 2, 4]
+
+
+def test_a_plan_of_the_model_may_name_what_is_not_there_and_leave_a_tied_embedding_out():
+    model = SmallGPT()
+    model._tp_plan = {"head": "colwise_rep", "blocks.*.experts.*": "grouped_gemm"}
+    assert partitions(model, sentences())[2].styles == {"head": "colwise_rep", "words": "rowwise"}
+
+
+def test_a_base_models_plan_counts_from_its_own_root():
+    base = Planned({})
+    model = nn.Sequential()
+    model.add_module("base", base)
+    model.base_model_prefix = "base"
+    model.config = types.SimpleNamespace(base_model_tp_plan={"layers.*.up": "colwise", "layers.*.down": "rowwise"})
+    with pytest.raises(PlanError, match="the model's own tp_plan cannot be carried out"):  # as it forgets the gate
+        partitions(model, EIGHTS)
+    model.config.base_model_tp_plan["layers.*.gate"] = "colwise"
+    assert len(partitions(model, EIGHTS)[2].styles) == 6
+
+
+def test_a_style_of_the_model_that_is_not_known_is_named():
+    with pytest.raises(PlanError, match=r"wants 'head' to be 'packed_colwise', which is not in this release"):
+        partitions(Planned({"head": "packed_colwise"}), EIGHTS)
 
 
 @pytest.mark.parametrize(
