@@ -46,9 +46,40 @@ class DividedParameter:
     dim: int | None
 
 
+class Entrance:
+    """Layers that read one value, such as those for queries, keys and values, add up its gradient in one message."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self._mesh = mesh
+        self._value: torch.Tensor | None = None
+        self._state: tuple[int, bool] = (0, False)
+        self._entered: DTensor | None = None
+
+    def enter(self, _layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Called before a layer that is divided by columns, with what it is called with."""
+        value, *others = inputs
+        state = value._version, torch.is_grad_enabled()
+        if value is not self._value or state != self._state or self._entered is None:
+            self._value, self._state = value, state
+            self._entered = DTensor.from_local(value, self._mesh, [Replicate()], run_check=False)
+        return self._entered, *others
+
+    def forget(self) -> None:
+        """A pass is over."""
+        self._value = self._entered = None
+
+
+@dataclass(frozen=True, slots=True)
+class DividedModel:
+    """What was divided, and where values enter it."""
+
+    parameters: Sequence[DividedParameter]
+    entrance: Entrance
+
+
 def divide(
     model: nn.Module, partition: Partition, group: ProcessGroup, master: Mapping[str, torch.Tensor]
-) -> list[DividedParameter]:
+) -> DividedModel:
     """Divide a model in place, by DTensor; no data is read or sent.
 
     Args:
@@ -66,6 +97,7 @@ def divide(
         setattr(model.get_submodule(owner), attribute, number)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     made: dict[str, DividedParameter] = {}
+    entrance = Entrance(mesh)
     for path, style in partition.styles.items():
         layer = model.get_submodule(path)
         own: dict[str, nn.Parameter] = {}
@@ -79,7 +111,9 @@ def divide(
         parallelize_module(layer, mesh, _torch_style(layer, style), src_data_rank=None)
         layer._parameters.update(own)  # a style wraps parameters anew, and so would untie those that are tied
         layer.register_forward_hook(_wait)
-    return list(made.values())
+        if style.startswith("colwise") and isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(entrance.enter, prepend=True)
+    return DividedModel(list(made.values()), entrance)
 
 
 def _wait(_layer: nn.Module, _inputs: Any, output: Any) -> None:

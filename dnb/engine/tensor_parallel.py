@@ -77,8 +77,9 @@ class TensorReplica(Replica):
         torch.backends.mha.set_fastpath_enabled(False)
         group = dist.group.WORLD
         assert group is not None
-        divided = divide(job.model, seat.partition, group, slot_views(load.parameter_layout, memory.parameters))
-        self._divided = {each.name for each in divided}
+        model = divide(job.model, seat.partition, group, slot_views(load.parameter_layout, memory.parameters))
+        self._entrance = model.entrance
+        self._divided = {each.name for each in model.parameters}
         self._noise = OwnNoise(job.model, seat.partition.styles, seat.rank)
         trained = {slot.name for slot in load.gradient_layout.slots}
         whole = {
@@ -87,7 +88,7 @@ class TensorReplica(Replica):
         self._gradients: Any = TeamGradients(
             load.gradient_layout,
             whole=whole,
-            divided=divided,
+            divided=model.parameters,
             rank=seat.rank,
             num_engines=seat.partition.num_engines,
         )
@@ -148,6 +149,7 @@ class TensorReplica(Replica):
         self._samples = indices
         self._timeline.enter("forward", 0, self._num_passes)
         result = super()._forward(source, indices, batch_samples=batch_samples)
+        self._entrance.forget()
         self._num_passes += 1
         return result
 
@@ -191,6 +193,7 @@ class TensorReplica(Replica):
 
     def _leave(self, error: BaseException | None) -> None:
         """Leave the group, so that the other engines of the team are freed."""
+        self._entrance.forget()
         if self._has_group:
             self._has_group = False
             close_group(error)

@@ -95,7 +95,7 @@ class FlowWatch:
         assert isinstance(layer, nn.Linear | nn.Embedding)
         if layer.weight.numel() < LEAST_ELEMENTS:
             return
-        holders = self._holders(layer.weight)
+        holders = self._holders(name)
         if any(holder not in self._flows for holder in holders) or name != holders[0]:
             return
         yield self._group(
@@ -105,21 +105,18 @@ class FlowWatch:
             }
         )
 
-    def _holders(self, weight: nn.Parameter) -> list[str]:
-        return [
-            name
-            for name, module in self._model.named_modules(remove_duplicate=False)
-            if any(parameter is weight for parameter in module._parameters.values())
-        ]
+    def _holders(self, name: str) -> list[str]:
+        """The modules that have a layer's weight."""
+        weight = self._layers[name]._parameters["weight"]
+        modules = self._model.named_modules(remove_duplicate=False)
+        return [other for other, module in modules if any(each is weight for each in module._parameters.values())]
 
     def _is_tied(self, name: str) -> bool:
-        weight = self._layers[name].weight
-        assert isinstance(weight, nn.Parameter)
-        return len(self._holders(weight)) > 1
+        return len(self._holders(name)) > 1
 
     def _group(self, styles: dict[str, TensorStyle]) -> LayerGroup:
         parents = [type(self._model.get_submodule(name.rpartition(".")[0])).__qualname__ for name in styles]
-        shapes = [tuple(self._layers[name].weight.shape) for name in styles]  # type: ignore[union-attr,operator]
+        shapes = [str(self._layers[name]) for name in styles]
         words = [re.sub(r"\d+", "*", name) for name in styles]
         return LayerGroup(styles, (*parents, *words, *shapes), head_counts(self._model, styles))
 

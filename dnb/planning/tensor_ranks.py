@@ -210,17 +210,22 @@ def _forward(layer: nn.Module, style: TensorStyle, group: _Group, rank: int, val
     """What a divided layer gives on one engine."""
     if isinstance(layer, nn.Embedding):
         if style.startswith("rowwise"):
-            return _Total.apply(_rows_of(layer, values, rank), group, rank)
+            return _apply(_Total, _rows_of(layer, values, rank), group, rank)
         output = functional.embedding(values, layer.weight, layer.padding_idx)
     elif style.startswith("rowwise"):
         assert isinstance(layer, nn.Linear)
-        part = _Cut.apply(values, group, rank) if style == "rowwise_rep" else values
-        total = _Total.apply(functional.linear(part, layer.weight), group, rank)
+        part = _apply(_Cut, values, group, rank) if style == "rowwise_rep" else values
+        total = _apply(_Total, functional.linear(part, layer.weight), group, rank)
         return total if layer.bias is None else total + layer.bias
     else:
         assert isinstance(layer, nn.Linear)
-        output = functional.linear(_Shared.apply(values, group, rank), layer.weight, layer.bias)
-    return _Joined.apply(output, group, rank) if style == "colwise_rep" else output
+        output = functional.linear(_apply(_Shared, values, group, rank), layer.weight, layer.bias)
+    return _apply(_Joined, output, group, rank) if style == "colwise_rep" else output
+
+
+def _apply(function: Any, values: torch.Tensor, group: _Group, rank: int) -> torch.Tensor:
+    result: torch.Tensor = function.apply(values, group, rank)
+    return result
 
 
 def _rows_of(layer: nn.Embedding, words: torch.Tensor, rank: int) -> torch.Tensor:

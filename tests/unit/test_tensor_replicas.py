@@ -159,7 +159,7 @@ def error(output: torch.Tensor, target: torch.Tensor) -> float:
 def step(model: nn.Module, batch: Any) -> Any:
     inputs, target = batch
     output = model(inputs)
-    return cross_entropy(output, target), {"largest": float(output.max())}
+    return cross_entropy(output, target), {"largest": float(output.detach().max())}
 
 
 # Reports --------------------------------------------------------------------------------------------
@@ -178,7 +178,9 @@ def test_loss_samples_and_metrics_are_reported_by_one_engine(team_of: MakeTeam):
 def test_a_step_function_has_the_whole_model(team_of: MakeTeam):
     team = team_of(mlp(), divided(2, PAIRS), loss=None, step=step)
     outcome: Outcome = last_of(team.compute())
-    assert outcome.parts[0].metric_totals["largest"] / 24 == pytest.approx(float(mlp()(vectors()[0]).max()), abs=1e-6)
+    assert outcome.parts[0].metric_totals["largest"] / 24 == pytest.approx(
+        float(mlp()(vectors()[0]).detach().max()), abs=1e-6
+    )
     assert closeness(team.gradients(), plain_gradients(mlp(), vectors(), 1)) <= 1e-6
 
 
@@ -187,7 +189,7 @@ def test_an_evaluation_is_in_eval_mode_and_leaves_gradients_alone(team_of: MakeT
     team = team_of(model, divided(2, {"0": "colwise", "2": "rowwise"}))
     (sums,) = last_of(team.compute(kind="evaluation")).parts
     inputs, target = vectors()
-    assert sums.loss_total / 24 == pytest.approx(float(cross_entropy(model.eval()(inputs), target)), abs=1e-6)
+    assert sums.loss_total / 24 == pytest.approx(float(cross_entropy(model.eval()(inputs), target).detach()), abs=1e-6)
     assert all(not gradient.any() for gradient in team.gradients().values())
 
 
@@ -198,7 +200,7 @@ def test_an_encoder_layer_of_torch_is_evaluated_with_its_divided_layers(team_of:
     team = team_of(model, divided(2, {"1.linear1": "colwise", "1.linear2": "rowwise"}))
     (sums,) = last_of(team.compute(kind="evaluation")).parts
     inputs, target = vectors()
-    assert sums.loss_total / 24 == pytest.approx(float(cross_entropy(model.eval()(inputs), target)), abs=1e-5)
+    assert sums.loss_total / 24 == pytest.approx(float(cross_entropy(model.eval()(inputs), target).detach()), abs=1e-5)
 
 
 def test_buffers_are_written_back(team_of: MakeTeam):
