@@ -260,9 +260,8 @@ class Teams:
         size = len(team.members)
         if team.partition.kind == "tensor":
             num_layers = len(team.partition.styles)
-            layers = f"{num_layers} layer{'s' * (num_layers != 1)}" if num_layers else "the whole model"
-            part = f"1/{size} of {layers}" if num_layers else layers
-            return Note("planned", f"{self._names[team.number]}: each has {part}")
+            part = f"each has 1/{size} of {num_layers} layers" if num_layers else "it has the whole model"
+            return Note("planned", f"{self._names[team.number]}: {part}")
         stages = [
             f"stage{'s' * (team.partition.num_stages > size)} "
             f"{', '.join(map(str, range(rank, team.partition.num_stages, size)))} on engine {engine}"
@@ -441,4 +440,5 @@ class Teams:
 
 def _name(team: Team) -> str:
     engines = ", ".join(map(str, team.members))
-    return f"the {team.partition.kind} of engines {engines}" if len(team.members) > 1 else f"engine {engines}"
+    kind = "tensor team" if team.partition.kind == "tensor" else team.partition.kind
+    return f"the {kind} of engines {engines}" if len(team.members) > 1 else f"engine {engines}"

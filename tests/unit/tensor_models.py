@@ -181,3 +181,16 @@ def next_word_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def next_word_step(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     words, target = batch
     return next_word_loss(model(words), target)
+
+
+class Padded(nn.Module):
+    """A table of words, one of which stands for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words = nn.Embedding(20, 8, padding_idx=3)
+        self.head = nn.Linear(8, 20)
+
+    def forward(self, words: torch.Tensor) -> torch.Tensor:
+        return self.head(self.words(words))

@@ -27,7 +27,7 @@ from tests.unit.stage_teams import (
     vectors,
     word_loss,
 )
-from tests.unit.tensor_models import DividableGPT, FailingAt, SpareAndFrozen
+from tests.unit.tensor_models import DividableGPT, FailingAt, Padded, SpareAndFrozen
 
 MakeTeam = Callable[..., Team]
 
@@ -104,6 +104,13 @@ def test_layers_that_are_put_together_at_once_have_the_gradients_of_one_process(
     team = team_of(mlp(), divided(2, styles))
     team.compute()
     assert closeness(team.gradients(), plain_gradients(mlp(), vectors(), 1)) <= 1e-6
+
+
+@pytest.mark.parametrize("style", ["rowwise", "colwise_rep"])
+def test_an_embedding_that_is_divided_leaves_its_padding_without_gradient(team_of: MakeTeam, style: TensorStyle):
+    team = team_of(Padded(), divided(2, {"words": style}), samples=sentences(), loss=word_loss)
+    team.compute()
+    assert closeness(team.gradients(), plain_gradients(Padded(), sentences(), 1, word_loss)) <= 1e-6
 
 
 def test_micro_batches_add_up(team_of: MakeTeam):
