@@ -22,7 +22,7 @@ from dnb.transport.job import Data, Job
 # Engines of a pipeline that may come later are planned for, too; more than a host of today holds.
 MOST_ENGINES = 16
 # Samples with which a division of layers is tried out.
-MOST_TRIED = 4
+MOST_TRIED = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Division:
             PlanError: the model or the batch cannot be divided so.
         """
         axes = read_mesh(mesh)
-        if strategy == "tensor" or "tensor" in axes:
+        if strategy == "tensor" or axes.get("tensor", 1) > 1:
             _refuse_what_no_team_can(strategy, axes, stages, batch_size=batch_size, exact=exact, transport=transport)
             return cls._of_tensors(job, data, axes, batch_size=batch_size, plan=tensor_plan)
         if tensor_plan is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,11 +25,13 @@ class LayerGroup:
         styles: how, by name.
         kind: the same for layers that are alike, such as those of all blocks.
         counts: numbers of heads that the forward around them may read, by name; an engine has its share of them.
+        otherwise: what else may be done with these layers, if that turns out to be wrong.
     """
 
     styles: Mapping[str, TensorStyle]
     kind: tuple[Any, ...] = ()
     counts: Mapping[str, int] = field(default_factory=dict)
+    otherwise: tuple[LayerGroup, ...] = ()
 
 
 @dataclass(slots=True)
@@ -79,7 +81,8 @@ class FlowWatch:
             assert found is not None
             taken |= {name, *found}
             styles: dict[str, TensorStyle] = dict.fromkeys(sorted(found), "colwise")
-            groups.append(self._group({**styles, name: "rowwise"}))
+            alone = [group for each in (*sorted(found), name) for group in self._alone(each)]
+            groups.append(replace(self._group({**styles, name: "rowwise"}), otherwise=tuple(alone)))
         return groups + [group for name in self._flows if name not in taken for group in self._alone(name)]
 
     def _is_pair(self, name: str, found: set[str] | None, readers: Mapping[str, set[str]], taken: set[str]) -> bool:

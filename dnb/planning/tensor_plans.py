@@ -42,11 +42,12 @@ def tensor_partitions(
         PlanError: nothing can be divided, or not as the plan says, or not over so many engines.
     """
     styles = plan_of_model(model) if plan is None else read_tensor_plan(model, plan)
-    planner = _Planner(model, trial)
-    if styles is None:
-        return planner.partitions(None, wanted=wanted)
-    origin = "tensor_plan" if plan is not None else "the model's own tp_plan"
-    return planner.partitions(LayerGroup(styles, (), head_counts(model, styles)), wanted=wanted, origin=origin)
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        planner = _Planner(model, trial)
+        if styles is None:
+            return planner.partitions(None, wanted=wanted)
+        origin = "tensor_plan" if plan is not None else "the model's own tp_plan"
+        return planner.partitions(LayerGroup(styles, (), head_counts(model, styles)), wanted=wanted, origin=origin)
 
 
 class _Planner:
@@ -78,8 +79,9 @@ class _Planner:
     def _choose(self, groups: Sequence[LayerGroup], numbers: Sequence[int], *, origin: str) -> LayerGroup:
         """What can be divided over the first number of engines over which anything can be."""
         for number in numbers:
-            tried = [self._passing(group, number) for group in groups]
-            passing = [group for group in tried if group is not None]
+            if not self._fault(_merged(groups), number):
+                return _merged(groups)  # the usual case, for one rehearsal
+            passing = [found for group in groups for found in self._best(group, number)]
             if passing:
                 if len(numbers) == 1:
                     self._refuse_what_fewer_could(groups, passing, number)
@@ -88,6 +90,11 @@ class _Planner:
             f"{f'{origin} cannot be carried out' if origin else 'nothing of this model can be divided'}: "
             f"{self._told()}; {self._nearest(groups, numbers)}"
         )
+
+    def _best(self, group: LayerGroup, number: int) -> list[LayerGroup]:
+        own = self._passing(group, number)
+        others = [self._passing(other, number) for other in group.otherwise] if own is None else [own]
+        return [found for found in others if found is not None]
 
     def _passing(self, group: LayerGroup, number: int) -> LayerGroup | None:
         """A group as it can be divided: with the model's own numbers of heads, or with an engine's share of them."""
@@ -179,8 +186,12 @@ def _partition(number: int, group: LayerGroup) -> Partition:
 
 
 def _merged(groups: Sequence[LayerGroup]) -> LayerGroup:
-    styles = {name: style for group in groups for name, style in group.styles.items()}
-    return LayerGroup(styles, groups[0].kind, {name: count for group in groups for name, count in group.counts.items()})
+    return LayerGroup(
+        {name: style for group in groups for name, style in group.styles.items()},
+        groups[0].kind,
+        {name: count for group in groups for name, count in group.counts.items()},
+        tuple(_by_kind([other for group in groups for other in group.otherwise])),
+    )
 
 
 def _by_kind(groups: Sequence[LayerGroup]) -> list[LayerGroup]:

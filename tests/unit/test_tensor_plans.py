@@ -57,6 +57,12 @@ def test_packed_attention_stays_whole_and_the_layers_behind_it_are_divided():
     assert {name.partition("mlp")[1] for name in styles} == {"mlp"}
 
 
+def test_a_large_packed_layer_is_divided_and_put_together_at_once():
+    styles = partitions(SmallGPT(num_blocks=1, width=128), sentences())[2].styles
+    assert styles["blocks.0.qkv"] == "colwise_rep"
+    assert "blocks.0.out" not in styles
+
+
 def test_a_large_embedding_and_the_head_that_shares_its_weight_are_divided_by_words():
     styles = partitions(DividableGPT(width=32, num_words=2048), sentences())[2].styles
     assert (styles["words"], styles["head"]) == ("rowwise", "colwise_rep")
