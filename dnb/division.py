@@ -13,13 +13,17 @@ from dnb.engine.loss_check import check_loss_of_parts
 from dnb.errors import PlanError
 from dnb.planning.partitions import pipelines, read_mesh, read_schedule, read_stages
 from dnb.planning.plans import Plan
+from dnb.planning.tensor_plans import tensor_partitions
 from dnb.planning.tracing import Inputs
+from dnb.planning.trying import Trial
 from dnb.pool.engine_pool import EnginePool
 from dnb.records import Partition
 from dnb.transport.job import Data, Job
 
 # Engines of a pipeline that may come later are planned for, too; more than a host of today holds.
 MOST_ENGINES = 16
+# Samples with which a division of layers is tried out.
+MOST_TRIED = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,7 @@ class Division:
         micro_batch: int | None,
         exact: bool,
         transport: Any,
+        tensor_plan: Mapping[str, Any] | None = None,
     ) -> Division:
         """Divide a model, or say why it cannot be.
 
@@ -93,10 +98,15 @@ class Division:
             PlanError: the model or the batch cannot be divided so.
         """
         axes = read_mesh(mesh)
-        if axes.get("tensor", 1) > 1:
-            raise PlanError("tensor parallelism is not in this release: mesh='data=2,pipeline=2'")
+        if strategy == "tensor" or axes.get("tensor", 1) > 1:
+            _refuse_what_no_team_can(strategy, axes, stages, batch_size=batch_size, exact=exact, transport=transport)
+            return cls._of_tensors(job, data, axes, batch_size=batch_size, plan=tensor_plan)
+        if tensor_plan is not None:
+            raise PlanError("tensor_plan= divides layers: strategy='tensor', or mesh='data=2,tensor=2', does that")
         if strategy == "hybrid" and axes.get("pipeline", 1) < 2:
-            raise PlanError("a hybrid needs to know the pipelines' length: mesh='data=2,pipeline=2'")
+            raise PlanError(
+                "a hybrid needs to know the size of its teams: mesh='data=2,pipeline=2' or mesh='data=2,tensor=2'"
+            )
         _refuse_what_no_pipeline_can(job, exact=exact, transport=transport)
         num_teams = axes.get("data", 1)
         if batch_size % num_teams:
@@ -122,6 +132,16 @@ class Division:
         team_size = wanted if num_teams > 1 else None
         return cls(partitions, ties, own_stages, num_teams, team_size, wanted)
 
+    @classmethod
+    def _of_tensors(
+        cls, job: Job, data: Data, axes: Mapping[str, int], *, batch_size: int, plan: Mapping[str, Any] | None
+    ) -> Division:
+        """Divide the layers of a model."""
+        batch = fetch_batch(data.train, torch.arange(min(batch_size, MOST_TRIED)))
+        num_teams, wanted = axes.get("data", 1), axes.get("tensor")
+        partitions = tensor_partitions(job.model, Trial(batch, step=job.step, loss=job.loss), wanted=wanted, plan=plan)
+        return cls(partitions, (), None, num_teams, wanted if num_teams > 1 else None, wanted)
+
     def check_pool(self, pool: EnginePool) -> None:
         """Refuse a pool that has too few engines.
 
@@ -131,10 +151,39 @@ class Division:
         num_engines = len([engine for engine in pool.engines if engine.state != "spare"])
         needed = self.num_teams * (self.wanted or 1)
         if needed > num_engines:
+            team, part = (
+                ("pipeline", "stages") if self.partitions[-1].kind == "pipeline" else ("tensor team", "engines")
+            )
             raise PlanError(
-                f"{self.num_teams} pipeline{'s' * (self.num_teams > 1)} of {self.wanted} stages need {needed} engines, "
+                f"{self.num_teams} {team}{'s' * (self.num_teams > 1)} of {self.wanted} {part} need {needed} engines, "
                 f"and the pool has {num_engines}: %dtrain add {needed - num_engines}, or a smaller mesh"
             )
+
+
+def _refuse_what_no_team_can(
+    strategy: str, axes: Mapping[str, int], stages: Any, *, batch_size: int, exact: bool, transport: Any
+) -> None:
+    """What tensor parallelism cannot do."""
+    if axes.get("pipeline", 1) > 1 or stages is not None:
+        raise PlanError(
+            "pipeline stages whose layers are divided, too, are not in this release: mesh='data=2,tensor=2' or "
+            "mesh='data=2,pipeline=2'"
+        )
+    if strategy == "pipeline":
+        raise PlanError("a pipeline has no tensor axis: strategy='tensor', or mesh='pipeline=2'")
+    if strategy == "hybrid" and axes.get("tensor", 1) < 2:
+        raise PlanError("a hybrid needs to know the size of its teams: mesh='data=2,tensor=2'")
+    if batch_size < axes.get("data", 1):
+        raise PlanError(f"{axes['data']} tensor teams need as many samples in a batch, which has {batch_size}")
+    if strategy == "tensor" and axes.get("data", 1) > 1 and "tensor" not in axes:
+        raise PlanError("several tensor teams need to know their size: mesh='data=2,tensor=2'")
+    if exact:
+        raise PlanError(
+            "exact=True needs a gradient per shard, and tensor parallelism has one per step, whose bits depend on the "
+            "number of engines: leave exact out"
+        )
+    if transport not in (None, "memory"):
+        raise PlanError("the engines of a tensor team share the hub's memory: leave transport out")
 
 
 def _refuse_what_no_pipeline_can(job: Job, *, exact: bool, transport: Any) -> None:

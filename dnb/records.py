@@ -216,6 +216,8 @@ class ResumeFrom(Record, frozen=True):
 
 
 ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]
+# By outputs, which stay divided or are gathered ("_rep"); by inputs, which come divided or are cut ("_rep").
+TensorStyle = Literal["colwise", "colwise_rep", "rowwise", "rowwise_rep"]
 
 
 class Partition(Record, frozen=True):
@@ -228,6 +230,10 @@ class Partition(Record, frozen=True):
     cuts: tuple[str, ...] = ()
     schedule: ScheduleName = "1f1b"
     num_micro_batches: int = 1
+    # Of tensor parallelism: how each layer that is divided is, by its name; all others are whole on every engine.
+    styles: dict[str, TensorStyle] = {}
+    # Numbers that a forward reads and of which an engine has its share, such as "blocks.0.num_heads".
+    shares: dict[str, int] = {}
 
 
 class Seat(Record, frozen=True):

@@ -212,6 +212,7 @@ def fit(
     stages: Sequence[str | torch.nn.Module] | None = None,
     schedule: str = "1f1b",
     mesh: str | Mapping[str, int] | None = None,
+    tensor_plan: Mapping[str, Any] | None = None,
     sync: str = "hub",
     checkpoint_every: int | None = None,
     checkpoint_keep: int = 2,
@@ -246,13 +247,16 @@ def fit(
         precision: "float32", or "bfloat16" for autocast in forward.
         metrics: {"name": callable(output, target) -> mean over samples}, or "accuracy".
         strategy: "data": every engine has the whole model and a part of the batch; "pipeline": every engine has a part
-            of the model; "hybrid": several pipelines; or what `dnb.plan` returned. "auto" is "data" for models of less
-            than 64 MB, and otherwise what `dnb.plan` finds; it takes two seconds to measure, and `run.events` says
-            what was chosen and why.
+            of the model; "tensor": every engine has a part of every large layer; "hybrid": several pipelines, or
+            several teams that divide layers; or what `dnb.plan` returned. "auto" is "data" for models of less than
+            64 MB, and otherwise what `dnb.plan` finds; it takes two seconds to measure, and `run.events` says what was
+            chosen and why.
         stages: of a pipeline: modules of the model, or their names, each of which gets what the one before it gives;
             cut where the model allows it if left out.
         schedule: of a pipeline: "gpipe", "1f1b", "interleaved" or "zero-bubble".
-        mesh: engines along each axis, as "data=2,pipeline=2"; all engines in one pipeline if left out.
+        mesh: engines along each axis, as "data=2,pipeline=2" or "data=2,tensor=2"; all engines in one team if left out.
+        tensor_plan: which layers are divided, and how: {"layers.*.up": "colwise", "layers.*.down": "rowwise"}; what the
+            model itself says, or what can be shown to be right, if left out.
         sync: "hub" in this release.
         checkpoint_every: steps between two checkpoints, which `dnb.resume` continues from; one more is written at
             the end. None writes none by itself.
@@ -271,7 +275,7 @@ def fit(
     """
     check_model(model)
     if not isinstance(strategy, Plan):
-        check_choice(strategy, name="strategy", known=STRATEGIES, available=("auto", "data", "pipeline", "hybrid"))
+        check_choice(strategy, name="strategy", known=STRATEGIES, available=STRATEGIES)
     check_choice(sync, name="sync", known=SYNCS, available=("hub",))
     check_choice(precision, name="precision", known=PRECISIONS, available=PRECISIONS)
     loss_function = read_loss(loss, step=step)
@@ -301,7 +305,7 @@ def fit(
     division = None
     if isinstance(strategy, Plan) and strategy.partition is not None:
         division = Division.of_plan(strategy, job, data, batch_size=order.batch_size, exact=exact, transport=transport)
-    elif strategy in ("pipeline", "hybrid"):
+    elif strategy in ("pipeline", "tensor", "hybrid"):
         division = Division.of(
             job,
             data,
@@ -309,14 +313,17 @@ def fit(
             stages=stages,
             schedule=schedule,
             mesh=mesh,
+            tensor_plan=tensor_plan,
             batch_size=order.batch_size,
             micro_batch=micro_batch,
             exact=exact,
             transport=transport,
         )
         job = dataclasses.replace(job, stages=division.stages)
-    elif stages is not None or mesh is not None:
-        raise PlanError("stages= and mesh= divide a model: strategy='pipeline' or 'hybrid' does that")
+    elif stages is not None or mesh is not None or tensor_plan is not None:
+        raise PlanError(
+            "stages=, mesh= and tensor_plan= divide a model: strategy='pipeline', 'tensor' or 'hybrid' does that"
+        )
     steps_per_epoch = count_batches(order)
     num_steps = steps_per_epoch * check_positive(epochs, name="epochs")
     pool = pool or current_pool() or start()

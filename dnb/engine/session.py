@@ -25,6 +25,7 @@ from dnb.records import (
     Mended,
     ParcelRef,
     RunSpec,
+    Seat,
     Shipped,
     WireMessage,
     Work,
@@ -213,9 +214,19 @@ class Session:
 def _kind_of_replica(load: Load) -> Callable[..., Replica | StageReplica]:
     if load.seat is None:
         return Replica
+    if load.seat.partition.kind == "tensor":
+        return _kind_of_tensor_replica(load.seat)
     from dnb.engine.stage import StageReplica  # torch's pipelines take two seconds to import
 
     return partial(StageReplica, seat=load.seat)
+
+
+def _kind_of_tensor_replica(seat: Seat) -> Callable[..., Replica]:
+    if seat.partition.num_engines == 1:
+        return Replica  # nothing is divided
+    from dnb.engine.tensor_parallel import TensorReplica  # DTensor takes a second to import
+
+    return partial(TensorReplica, seat=seat)
 
 
 def adopt_path(paths: tuple[str, ...]) -> None:

@@ -258,6 +258,10 @@ class Teams:
 
     def _plan_of(self, team: Team) -> Note:
         size = len(team.members)
+        if team.partition.kind == "tensor":
+            num_layers = len(team.partition.styles)
+            part = f"each has 1/{size} of {num_layers} layers" if num_layers else "it has the whole model"
+            return Note("planned", f"{self._names[team.number]}: {part}")
         stages = [
             f"stage{'s' * (team.partition.num_stages > size)} "
             f"{', '.join(map(str, range(rank, team.partition.num_stages, size)))} on engine {engine}"
@@ -363,6 +367,8 @@ class Teams:
         team = self._team_of.get(engine)
         if team is None or not team.is_whole:
             return []
+        if event.lease not in (0, team.lease):
+            return []  # of an earlier team: where all have the whole model, all of them raise
         actions = self._tell(replace(event, engine=team.number))
         if self.status in ENDED or event.lease == 0:
             return actions
@@ -434,4 +440,5 @@ class Teams:
 
 def _name(team: Team) -> str:
     engines = ", ".join(map(str, team.members))
-    return f"the {team.partition.kind} of engines {engines}" if len(team.members) > 1 else f"engine {engines}"
+    kind = "tensor team" if team.partition.kind == "tensor" else team.partition.kind
+    return f"the {kind} of engines {engines}" if len(team.members) > 1 else f"engine {engines}"

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dnb
 from dnb import training
-from dnb.errors import ArgumentError, PlanError, RunError, ShippingError
+from dnb.errors import ArgumentError, RunError, ShippingError
 from dnb.hub.history import read_history
 from dnb.hub.memo import POOL_FILE
 from tests.models import DigitRows, digits, largest_gap, mlp, plain_losses
@@ -294,7 +294,6 @@ def test_a_refused_run_leaves_no_shared_memory(pool):
         ({"optimizer": "adamv"}, ArgumentError, "no optimizer 'adamv': did you mean 'adam"),
         ({"optimizer": "lbfgs"}, ArgumentError, "LBFGS evaluates the loss several times"),
         ({"strategy": "pipelin"}, ArgumentError, "no strategy 'pipelin': did you mean 'pipeline'"),
-        ({"strategy": "tensor"}, PlanError, "not in this release"),
         ({"transport": "pigeon"}, ArgumentError, "no transport 'pigeon'"),
         ({"epochs": 0}, ArgumentError, "epochs must be a positive integer"),
         ({"lr": -1}, ArgumentError, "lr must be a positive number"),

@@ -1,4 +1,4 @@
-"""Teams of real processes that compute a pipeline's stages over loopback, and models to divide."""
+"""Teams of real processes that compute stages, or parts of layers, over loopback, and models to divide."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from dnb.engine.memory import EngineMemory
 from dnb.engine.replica import Outcome
 from dnb.engine.stage import StageReplica
 from dnb.engine.telemetry import Stopwatch
+from dnb.engine.tensor_parallel import TensorReplica
 from dnb.hub.meeting import Meeting, open_meeting
 from dnb.hub.reducer import Master
 from dnb.planning.sample_order import BatchOrder
@@ -211,7 +212,7 @@ def plain_gradients(
 def serve(pipe: Any) -> None:
     """An engine: does what it is told, and answers with a value or with what was raised."""
     torch.set_num_threads(1)
-    replica: StageReplica | None = None
+    replica: StageReplica | TensorReplica | None = None
     while True:
         verb, arguments, named = pickle.loads(pipe.recv_bytes())  # noqa: S301 - of the test process
         try:
@@ -221,7 +222,7 @@ def serve(pipe: Any) -> None:
                 if replica is not None:
                     replica.close()
                 replica = begin(*arguments)
-                answer: Any = replica.stages
+                answer: Any = replica.stages if isinstance(replica, StageReplica) else ()
             else:
                 assert replica is not None
                 answer = attrgetter(verb)(replica)(*arguments, **named)
@@ -233,10 +234,13 @@ def serve(pipe: Any) -> None:
         pipe.send_bytes(pickle.dumps(answer))
 
 
-def begin(spec: RunSpec, job: Job, data: Data, load: Load, slabs: Sequence[Any], seat: Seat) -> StageReplica:
+def begin(
+    spec: RunSpec, job: Job, data: Data, load: Load, slabs: Sequence[Any], seat: Seat
+) -> StageReplica | TensorReplica:
     memory = EngineMemory(load)
     memory.add_slabs(slabs)
-    return StageReplica(spec, job, data, load, memory=memory, stopwatch=Stopwatch(), seat=seat)
+    kind = TensorReplica if seat.partition.kind == "tensor" else StageReplica
+    return kind(spec, job, data, load, memory=memory, stopwatch=Stopwatch(), seat=seat)
 
 
 class Raised:

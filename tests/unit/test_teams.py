@@ -17,14 +17,19 @@ def pipeline(num_engines):
     return Partition(kind="pipeline", num_engines=num_engines, num_stages=num_engines, cuts=cuts)
 
 
+def tensors(num_engines):
+    styles = {"up": "colwise", "down": "rowwise"} if num_engines > 1 else {}
+    return Partition(kind="tensor", num_engines=num_engines, styles=styles)
+
+
 class World:
     """A run of teams whose hub does at once what it is told; engines answer when the test says so."""
 
-    def __init__(self, num_engines, *, largest=4, size=None, num_steps=3, num_shards=1, returning=()):
+    def __init__(self, num_engines, *, largest=4, size=None, num_steps=3, num_shards=1, returning=(), divide=pipeline):
         make = partial(Coordinator, num_steps=num_steps, num_shards=num_shards, evaluate_every=None)
         self.teams = Teams(
             lambda teams: make(engines=teams),
-            partitions={number: pipeline(number) for number in range(1, largest + 1)},
+            partitions={number: divide(number) for number in range(1, largest + 1)},
             size=size,
             engines=range(num_engines),
             returning=returning,
@@ -152,6 +157,23 @@ def test_a_failure_of_one_pauses_the_run_and_the_same_step_is_done_again():
     assert {work.step for work in world.work.values()} == {2}
     world.report().report()
     assert world.teams.status == "finished"
+
+
+def test_what_all_members_raise_makes_one_new_team():
+    world = World(2, divide=tensors).load().report()
+    lease = world.work[0].lease
+    failure = Failure(kind="ValueError", message="no", traceback="")
+    world.tell(e.UserCodeFailed(1, 2, failure, lease)).tell(e.UserCodeFailed(0, 2, failure, lease))
+    assert world.teams.status == "paused"
+    assert len(world.told("planned")) == 2
+
+
+def test_a_plan_for_layers_says_what_each_engine_has():
+    world = World(2, divide=tensors).load().lose(0)
+    assert world.told("planned") == [
+        "the tensor team of engines 0, 1: each has 1/2 of 2 layers",
+        "engine 1: it has the whole model",
+    ]
 
 
 def test_a_member_that_stands_still_is_ended():
