@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import torch
 
-from dnb.errors import ArgumentError
+from dnb.errors import ArgumentError, PlanError
 from dnb.hub.checkpoints import Checkpoint, Manifest, find_checkpoint, remove_torn
 from dnb.hub.sources import MENDED_FILE
 from dnb.inputs import Source, check_model, check_positive, read_loss, read_metrics, read_source
@@ -134,6 +134,10 @@ def resume(
     job, ship_job = _job_of(checkpoint, given, sources)
     ship_data = _data_of(checkpoint, given, sources)
     own_model = model if model is not None else job.model
+    if model is not None and any(part.num_stages > 1 and not part.cuts for part in old.partitions):
+        raise PlanError(
+            "the stages of this run were modules of its own model: resume without model=, and use run.model"
+        )
     _check_same_model(checkpoint, own_model)
     if optimizer is not None:
         check_optimizer_fits(optimizer, own_model, lr=None)
@@ -254,6 +258,8 @@ def _read_sources(given: _Given, old: RunSpec) -> dict[str, Source]:
 def _num_shards(old: RunSpec, pool: Pool) -> int:
     """As many as before, as they show in the bits of an exact run; but each engine must have one."""
     num_engines = len(pool.statuses)
+    if old.partitions:
+        return old.num_shards  # of a divided model: one for each team
     if old.exact or num_engines <= old.num_shards:
         return old.num_shards
     return choose_num_shards(num_engines, batch_size=old.batch_size)

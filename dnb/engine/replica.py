@@ -92,7 +92,7 @@ class Replica:
         self._buffers: list[tuple[torch.nn.Module, str, torch.Tensor, str]] = []
         for name, buffer in job.model.named_buffers():
             buffer.data = master[name].clone()
-            self._buffers.append((*_owner(job.model, name), buffer, name))
+            self._buffers.append((*buffer_owner(job.model, name), buffer, name))
         self._slab_buffers: dict[int, dict[str, torch.Tensor]] = {}
         self._most_at_once = spec.micro_batch
         self._is_training: bool | None = None
@@ -159,7 +159,7 @@ class Replica:
         shards = [*zip(work.shards, indices.split(work.shard_sizes), strict=True)]
         for shard, part in shards:
             if len(part) and fails(part):
-                return f"shard {shard}, {_samples_text(_narrowed(part, fails))}"
+                return f"shard {shard}, {samples_text(_narrowed(part, fails))}"
         return f"one of shards {work.shards[0]} to {work.shards[-1]}" if len(shards) > 1 else f"shard {shards[0][0]}"
 
     def probe(self) -> float | None:
@@ -274,7 +274,7 @@ class Replica:
                 self._gradients.bring_home()
         if len(parts) == 1:
             return parts[0]
-        return _added([sums for sums, _ in parts]), any(is_sum for _, is_sum in parts)
+        return added([sums for sums, _ in parts]), any(is_sum for _, is_sum in parts)
 
     def _forward(self, source: DataSource, indices: torch.Tensor, *, batch_samples: int | None) -> tuple[Sums, bool]:
         """Loss and metrics of one micro-batch, with backward if it is part of a global batch."""
@@ -304,7 +304,7 @@ class Replica:
         if job.step is not None:
             result = job.step(model, batch)
             loss, metrics = result if isinstance(result, tuple) else (result, {})
-            return loss, {name: _weighed(value, num_samples) for name, value in metrics.items()}
+            return loss, {name: weighed(value, num_samples) for name, value in metrics.items()}
         if isinstance(batch, dict):
             return model(**batch).loss, {}
         *inputs, target = batch
@@ -314,14 +314,14 @@ class Replica:
         if not job.metrics:
             return loss, {}
         with torch.no_grad():
-            return loss, {name: _weighed(metric(output, target), num_samples) for name, metric in job.metrics.items()}
+            return loss, {name: weighed(metric(output, target), num_samples) for name, metric in job.metrics.items()}
 
     def _evaluate(self, indices: torch.Tensor) -> Sums:
         assert self._data.val is not None
         self._read_buffers()
         self._be_training(mode=False)
         with torch.no_grad():
-            return _added(
+            return added(
                 [
                     self._forward(self._data.val, piece, batch_samples=None)[0]
                     for piece in _pieces(indices, self._most_at_once or self._spec.batch_size)
@@ -419,7 +419,8 @@ def _narrowed(part: torch.Tensor, fails: Callable[[torch.Tensor], bool]) -> torc
     return part
 
 
-def _samples_text(samples: torch.Tensor) -> str:
+def samples_text(samples: torch.Tensor) -> str:
+    """Indices of samples, for people."""
     shown = ", ".join(str(sample) for sample in samples[:MOST_SAMPLES_SHOWN].tolist())
     if len(samples) == 1:
         return f"sample {shown}"
@@ -433,13 +434,15 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
 
 
-def _weighed(value: Any, num_samples: int) -> tuple[float, float]:
+def weighed(value: Any, num_samples: int) -> tuple[float, float]:
+    """A metric's total and weight."""
     if isinstance(value, Sum):
         return float(value.total), float(value.weight)
     return float(value) * num_samples, float(num_samples)
 
 
-def _owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+def buffer_owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
+    """The module that holds a tensor, and its name there."""
     path, _, key = name.rpartition(".")
     return model.get_submodule(path), key
 
@@ -448,7 +451,8 @@ def _pieces(indices: torch.Tensor, size: int | None) -> Sequence[torch.Tensor]:
     return [indices] if size is None or len(indices) <= size else indices.split(size)
 
 
-def _added(parts: Sequence[Sums]) -> Sums:
+def added(parts: Sequence[Sums]) -> Sums:
+    """The sums of several parts together."""
     names = {name for part in parts for name in part.metric_totals}
     return Sums(
         loss_total=sum(part.loss_total for part in parts),

@@ -14,7 +14,7 @@ import torch
 from dnb.engine.loader import fetch_batch
 from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.micro_batches import fetch_micro_batches, shapes_of
-from dnb.engine.replica import Metrics, Outcome, _added, _samples_text, _weighed, part_seed
+from dnb.engine.replica import Metrics, Outcome, added, part_seed, samples_text, weighed
 from dnb.engine.schedules import Trouble, WatchedStage, build_schedule, num_micro_batches_for
 from dnb.engine.stage_memory import StageMemory
 from dnb.engine.team_group import PeerLost, close_group, is_about_peers, open_group, release
@@ -195,7 +195,7 @@ class StageReplica:
             if len(work.shards) > 1
             else (f"shard {work.shards[0]}")
         )
-        return f"{where}, {shards}, {_samples_text(self._failed_samples)}"
+        return f"{where}, {shards}, {samples_text(self._failed_samples)}"
 
     def probe(self) -> float | None:
         """Nothing: no engine of a team has a loss of its own."""
@@ -223,7 +223,7 @@ class StageReplica:
         feed = self._run(self._data.train, indices, batch_samples=work.batch_samples, seed=seed)
         unused = self._slots.finish()
         self._slots.write_buffers(work.slabs[0])
-        return Outcome((_added(feed.sums) if feed.sums else NO_SUMS,), feed.is_sum, unused)
+        return Outcome((added(feed.sums) if feed.sums else NO_SUMS,), feed.is_sum, unused)
 
     def _evaluate(self, indices: torch.Tensor) -> Sums:
         assert self._data.val is not None
@@ -236,7 +236,7 @@ class StageReplica:
             if len(piece)
             for sums in self._run(self._data.val, piece, batch_samples=None, seed=self._spec.seed).sums
         ]
-        return _added(parts) if parts else NO_SUMS
+        return added(parts) if parts else NO_SUMS
 
     def _run(self, source: DataSource, indices: torch.Tensor, *, batch_samples: int | None, seed: int) -> _Feed:
         """One pass of all micro-batches."""
@@ -270,8 +270,7 @@ class StageReplica:
             loss = job.loss(output, batch[-1])
             with torch.no_grad():
                 metrics = {
-                    name: _weighed(metric(output, batch[-1]), feed.micro_samples)
-                    for name, metric in job.metrics.items()
+                    name: weighed(metric(output, batch[-1]), feed.micro_samples) for name, metric in job.metrics.items()
                 }
         is_sum = isinstance(loss, Sum)
         total = loss.total if isinstance(loss, Sum) else loss

@@ -9,7 +9,7 @@ import torch
 
 from dnb.engine.gradients import Gradients
 from dnb.engine.memory import EngineMemory
-from dnb.engine.replica import _owner, tensor_digest
+from dnb.engine.replica import buffer_owner, tensor_digest
 from dnb.errors import PlanError
 from dnb.planning.parts import StagePart
 from dnb.records import Layout, Load, Region, Seat, TensorSlot
@@ -63,7 +63,7 @@ class StageMemory:
             for name, buffer in parts[stage].buffers.items():
                 if name not in known:
                     buffer.data = self._master[name].clone()
-                    self._buffers.append((*_owner(self._model, name), buffer, name))
+                    self._buffers.append((*buffer_owner(self._model, name), buffer, name))
 
     def begin(self, slabs: Sequence[int], *, fresh: bool) -> None:
         """From now on backward writes into these slabs.

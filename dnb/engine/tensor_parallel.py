@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dnb.engine.memory import EngineMemory, Publisher
-from dnb.engine.replica import Metrics, Outcome, Replica, _samples_text
+from dnb.engine.replica import Metrics, Outcome, Replica, samples_text
 from dnb.engine.team_group import PeerLost, close_group, is_about_peers, open_group
 from dnb.engine.telemetry import Stopwatch
 from dnb.engine.tensor_layers import TeamGradients, divide
@@ -129,7 +129,7 @@ class TensorReplica(Replica):
         """The samples at which user code raised, for people; nothing is computed again, as the others are gone."""
         first, last = work.shards[0], work.shards[-1]
         shards = f"one of shards {first} to {last}" if last != first else f"shard {first}"
-        return f"{shards}, {_samples_text(self._samples)}"
+        return f"{shards}, {samples_text(self._samples)}"
 
     def probe(self) -> float | None:
         """Nothing: no engine of a team has a loss of its own."""

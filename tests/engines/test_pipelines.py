@@ -215,6 +215,22 @@ def test_a_run_goes_on_when_the_hub_is_killed(pool):
     assert largest_gap(run.history["loss"][:50], plain(deep)) <= 1e-6
 
 
+def test_a_pipeline_that_is_resumed_goes_on_with_the_next_step(pool):
+    run = wait(fit(pool, deep(), steps=20, checkpoint_every=10))
+    resumed = wait(dnb.resume(run.folder, steps=50, pool=pool))
+    assert largest_gap(resumed.history["loss"], plain(deep)) <= 1e-6
+    assert "1 shards" in next(event.text for event in resumed.events if event.kind == "running")
+
+
+def test_stages_that_are_modules_are_resumed_with_their_own_model(pool):
+    model = deep()
+    run = wait(fit(pool, model, stages=[model[:2], model[2:]], steps=10, checkpoint_every=10))
+    with pytest.raises(PlanError, match="resume without model="):
+        dnb.resume(run.folder, model=deep(), steps=20, pool=pool)
+    resumed = wait(dnb.resume(run.folder, steps=20, pool=pool))
+    assert largest_gap(resumed.history["loss"], plain(deep, 20)) <= 1e-6
+
+
 class Failing:
     """A loss that raises until there is a file."""
 
