@@ -30,12 +30,14 @@ from dnb.inputs import (
     check_number,
     check_positive,
     order_of,
+    read_bytes,
     read_checkpoint_policy,
     read_loss,
     read_metrics,
     read_source,
     read_transport,
 )
+from dnb.limits import Limit
 from dnb.planning.plans import Plan
 from dnb.planning.sample_order import count_batches
 from dnb.planning.shards import choose_exact_shards, choose_num_shards
@@ -44,6 +46,7 @@ from dnb.pool.found import Found, find_pools, reap_dead
 from dnb.pool.starting import adopt_pool, profile_folder, start_pool
 from dnb.records import ENDED, Done, ParcelRef, PlainJob, PoolFacts, RunSpec, Submit
 from dnb.run import Run
+from dnb.surveying import working_engines
 from dnb.transport.job import Data, Job
 from dnb.transport.parcels import explain_unpicklable, pack, sign
 from dnb.transport.segments import Segment
@@ -211,6 +214,7 @@ def fit(
     stages: Sequence[str | torch.nn.Module] | None = None,
     schedule: str = "1f1b",
     mesh: str | Mapping[str, int] | None = None,
+    memory_limit: int | str | None = None,
     sync: str = "hub",
     checkpoint_every: int | None = None,
     checkpoint_keep: int = 2,
@@ -250,6 +254,9 @@ def fit(
             cut where the model allows it if left out.
         schedule: of a pipeline: "gpipe", "1f1b", "interleaved" or "zero-bubble".
         mesh: engines along each axis, as "data=2,pipeline=2"; all engines in one pipeline if left out.
+        memory_limit: bytes per engine for parameters, gradients, activations and input, a number or such as "500 MB":
+            what cannot fit is refused, and a pipeline is cut so that it fits. An engine that is measured to hold more
+            goes on, and the run's events say so.
         sync: "hub" in this release.
         checkpoint_every: steps between two checkpoints, which `dnb.resume` continues from; one more is written at
             the end. None writes none by itself.
@@ -271,6 +278,7 @@ def fit(
         check_choice(strategy, name="strategy", known=STRATEGIES, available=("auto", "data", "pipeline", "hybrid"))
     check_choice(sync, name="sync", known=SYNCS, available=("hub",))
     check_choice(precision, name="precision", known=PRECISIONS, available=PRECISIONS)
+    most_bytes = read_bytes(memory_limit)
     loss_function = read_loss(loss, step=step)
     check_optimizer_fits(optimizer, model, lr=lr)
     train_source = read_source(train, name="train", seed=seed)
@@ -321,6 +329,10 @@ def fit(
     run_name = free_name(name or type(model).__name__.lower())
     if division is not None:
         division.check_pool(pool)
+    followed = strategy if isinstance(strategy, Plan) else None
+    if most_bytes is not None:
+        limit = Limit(most_bytes, job, data, batch_size=order.batch_size, precision=precision)
+        division = limit.settle(division, followed, num_engines=len(working_engines(pool)), micro_batch=micro_batch)
     spec = RunSpec(
         id=uuid.uuid4().hex,
         name=run_name,
@@ -350,6 +362,8 @@ def fit(
         partitions=() if division is None else division.partitions,
         team_size=None if division is None else division.team_size,
         ties=() if division is None else division.ties,
+        memory_limit=most_bytes,
+        prediction=None if followed is None else followed.prediction,
     )
     submit(pool, spec, partial(ship, job), partial(ship, data))
     own_optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
