@@ -214,9 +214,10 @@ class StageReplica:
         return self._timeline.trace()
 
     def close(self) -> None:
-        """Leave the group, and let go of the gradients."""
+        """Leave the group, and let go of gradients, parameters and samples."""
         self._leave(None)
         self._slots.close()
+        vars(self).pop("_data", None)
 
     # A step ----------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import os
@@ -262,7 +261,6 @@ class Worker(threading.Thread):
         if self._session is not None:
             self._session.close()
             self._session = None
-            gc.collect()  # stages and schedules refer to each other: they would keep the run's memory mapped
             release_freed_memory()
 
     def _join(self) -> None:
