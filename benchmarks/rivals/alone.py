@@ -14,7 +14,9 @@ def grown_bytes(name: str, *, steps: int) -> int:
     keep_freed_memory()  # by glibc's defaults it holds as much or more
     case = CASES[name]
     inputs, targets = (part[: case.batch_per_engine] for part in case.data())
-    case.loss(CASES["warm"].make_model()(CASES["warm"].data()[0][:4]), CASES["warm"].data()[1][:4]).backward()
+    warm = CASES["warm"]
+    some, classes = (part[:4] for part in warm.data())
+    warm.loss(warm.make_model()(some), classes).backward()
     footprint = Footprint()
     footprint.begin()
     model = case.make_model()
