@@ -16,6 +16,7 @@ GROUPS = {
     "exact": "exact=True, against the default mode and DDP",
     "socket": 'transport="socket", against DDP over gloo',
     "memory": "bytes per parameter of the whole tree, against DDP",
+    "stage_memory": "peak memory of an engine with one of two stages, against one process",
     "warm": "a second fit to its first step, against a fresh torchrun",
     "cold": "a fresh process to its first step, against a fresh torchrun",
     "watching": "telemetry and live view, against a run that nobody watches",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from dnb.engine.profiling import Trial, count_samples
 from dnb.errors import ArgumentError, PlanError
-from dnb.inputs import STRATEGIES, check_choice, check_model, check_positive, read_loss
+from dnb.inputs import STRATEGIES, check_choice, check_model, check_positive, read_bytes, read_loss
 from dnb.planning.plans import Plan, draw_up
 from dnb.planning.predicting import Question
 from dnb.planning.profiles import Site
@@ -22,7 +21,6 @@ from dnb.training import MOST_BY_DEFAULT, current_pool, own_path
 
 SCHEDULES = ("1f1b", "gpipe")
 AXES = ("data", "pipeline", "tensor")
-_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def plan(
@@ -143,17 +141,3 @@ def read_mesh(mesh: str | None) -> dict[str, int]:
     if axes.pop("tensor", 1) > 1:
         raise PlanError("a tensor axis cannot be predicted in this release: leave it out of the mesh")
     return axes
-
-
-def read_bytes(amount: Any) -> int | None:
-    """Bytes from a number or a word such as "2GB" or "512 MiB".
-
-    Raises:
-        ArgumentError: it is neither.
-    """
-    if amount is None:
-        return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([a-z]*)\s*", str(amount).lower())
-    if isinstance(amount, bool) or found is None or found[2] not in _UNITS or float(found[1]) <= 0:
-        raise ArgumentError(f"memory_limit={amount!r} is no number of bytes: such as 2GB, 512MB or 2000000000")
-    return round(float(found[1]) * _UNITS[found[2]])

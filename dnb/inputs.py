@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -27,6 +28,7 @@ from dnb.records import CheckpointPolicy, TransportKind
 from dnb.transport.job import DataSource
 
 RESERVED_NAMES = frozenset({"digest", "loss", "lr", "samples_per_second", "step"})
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 STRATEGIES = ("auto", "data", "hybrid", "pipeline", "tensor")
 SYNCS = ("allreduce", "hub", "local")
 PRECISIONS = ("bfloat16", "float32")
@@ -392,3 +394,17 @@ def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         target: class indices, shape (batch, ...).
     """
     return (output.argmax(dim=1) == target).float().mean()
+
+
+def read_bytes(amount: Any) -> int | None:
+    """Bytes from a number or a word such as "2GB" or "512 MiB".
+
+    Raises:
+        ArgumentError: it is neither.
+    """
+    if amount is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([a-z]*)\s*", str(amount).lower())
+    if isinstance(amount, bool) or found is None or found[2] not in _UNITS or float(found[1]) <= 0:
+        raise ArgumentError(f"memory_limit={amount!r} is no number of bytes: such as 2GB, 512MB or 2000000000")
+    return round(float(found[1]) * _UNITS[found[2]])

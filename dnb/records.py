@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -168,6 +168,9 @@ class Telemetry(Record, frozen=True):
     data_seconds: float
     rss_bytes: int | None
     cpu_percent: float | None
+    start_rss_bytes: int | None = None  # before it loaded the run
+    peak_rss_bytes: int | None = None  # since then
+    peak_private_bytes: int | None = None  # of what it shares with nobody
 
 
 class WorkerTotals(Record, frozen=True):
@@ -185,6 +188,76 @@ class WorkerTotals(Record, frozen=True):
     rss_bytes: int | None
     samples: int
     steps: int
+    start_rss_bytes: int | None = None  # as of `Telemetry`
+    peak_rss_bytes: int | None = None
+    peak_private_bytes: int | None = None
+
+
+class Prediction(Record, frozen=True):
+    """What a plan says of the run that follows it."""
+
+    batch_size: int
+    step_seconds: float
+    compute_seconds: float  # until the last gradient is there
+    bubble: float  # share of the engines' time in which they wait for each other
+    stage_bytes: tuple[int, ...]  # parameters, gradients and activations, of an engine of each stage
+
+
+ActionKind = Literal["forward", "backward", "backward-input", "backward-weight", "send", "wait"]
+
+
+class Action(NamedTuple):
+    """One bar of a timeline; the times are in seconds."""
+
+    kind: ActionKind
+    stage: int
+    micro_batch: int  # -1: of several
+    begin: float
+    end: float
+
+
+class StageTraffic(Record, frozen=True):
+    """What one stage gave to other engines in a step; a neighbour on the same engine gets it for nothing."""
+
+    stage: int
+    forward_bytes: int  # activations
+    backward_bytes: int  # gradients of what it was given
+
+
+class StageTrace(Record, frozen=True):
+    """What one engine of a pipeline did in one step, by its host's monotonic clock."""
+
+    begin: float
+    end: float
+    cpu_seconds: float  # of all threads of the process meanwhile
+    num_micro_batches: int
+    actions: tuple[Action, ...]
+    traffic: tuple[StageTraffic, ...]
+
+
+class EngineTimeline(Record, frozen=True):
+    """What one engine of a pipeline did in one step; times in seconds from the step's begin."""
+
+    engine: int
+    team: int  # which of the run's pipelines, counted from 0
+    rank: int  # its place there
+    cpu_seconds: float  # that its process got meanwhile, of all cores
+    actions: tuple[Action, ...]  # in order, without gaps
+    traffic: tuple[StageTraffic, ...]  # of its stages, in the whole step
+    grown_bytes: int | None = None  # most resident memory so far, beyond what the process had before the run
+
+
+class StepTimeline(Record, frozen=True):
+    """One step of all pipelines of a run, and what the steps that were looked at had in common."""
+
+    step: int
+    schedule: str  # of the partition; a batch that is too small for it goes through by GPipe
+    num_stages: int
+    num_micro_batches: int
+    engines: tuple[EngineTimeline, ...]
+    median_bubble: float  # of the last steps that were looked at
+    median_seconds: float  # that a pipeline took for them, without the hub's part
+    num_sampled: int
 
 
 class CheckpointPolicy(Record, frozen=True):
@@ -277,6 +350,8 @@ class RunSpec(Record, frozen=True):
     team_size: int | None = None  # engines of a team; None: as many as there are
     ties: tuple[str, ...] = ()  # parameters that more than one stage may use
     choice: str = ""  # how strategy="auto" has divided the model, and why; for the run's events
+    prediction: Prediction | None = None  # of the plan that the run follows
+    memory_limit: int | None = None  # bytes by which an engine's memory may grow
 
 
 # Engine to hub -------------------------------------------------------------------------------
@@ -333,6 +408,7 @@ class WorkReport(Message, frozen=True):
     note: str = ""  # for the run's events
     probe: float | None = None
     digests: bytes = b""  # uint32 per slot of the parameter layout, if asked for
+    trace: StageTrace | None = None  # of a pipeline's step, if asked for
 
 
 # Kind of the failure of an engine that could not go on because another one of its team was gone.
@@ -429,6 +505,7 @@ class Work(Message, frozen=True):
     fresh: bool  # zero the slab first; else add to what is there
     probe: bool = False  # report the loss of the first samples, to be held against other engines
     check_copy: bool = False  # report digests of the parameters that are not the hub's own memory
+    trace: bool = False  # report what was done when
 
 
 class Diagnose(Message, frozen=True):
@@ -493,6 +570,7 @@ class GetRun(Message, frozen=True):
     run: str
     seen: dict[str, int]  # rows already held, per column
     seen_events: int
+    seen_timeline: int = 0  # its step
 
 
 class Control(Message, frozen=True):
@@ -668,6 +746,8 @@ class RunState(Message, frozen=True):
     columns: tuple[Column, ...]
     workers: tuple[WorkerTotals, ...]
     events: tuple[RunEvent, ...]
+    timeline: StepTimeline | None = None  # if there is a newer one
+    prediction: Prediction | None = None
 
 
 class StateTree(Message, frozen=True):

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from dnb import errors
 from dnb.errors import ArgumentError, DnbError, HubError, RunError
-from dnb.hub.history import read_events, read_history, read_summary
+from dnb.hub.history import read_events, read_history, read_summary, read_timeline
 from dnb.inputs import read_loss
+from dnb.planning.bubbles import Timeline
 from dnb.records import (
     ENDED,
     CheckpointState,
@@ -30,11 +31,13 @@ from dnb.records import (
     GetRun,
     GetState,
     Mend,
+    Prediction,
     RunEvent,
     RunState,
     RunStatus,
     SetOptions,
     StateTree,
+    StepTimeline,
     TakeCheckpoint,
     WorkerState,
     WorkerTotals,
@@ -72,6 +75,9 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     rss_bytes: int | None
     samples: int
     steps: int
+    start_rss_bytes: int | None = None  # resident before it loaded the run
+    peak_rss_bytes: int | None = None  # the most since then, pages of shared memory that it used included
+    peak_private_bytes: int | None = None  # the most of what no other process had
 
 
 class History(Mapping[str, list[float]]):
@@ -171,6 +177,8 @@ class Run:
         self._remote_traceback = ""
         self._elapsed_seconds = 0.0
         self._totals: tuple[WorkerTotals, ...] = ()
+        self._step_timeline: StepTimeline | None = None
+        self._prediction: Prediction | None = None
         self._past: deque[tuple[float, int, dict[int, WorkerTotals]]] = deque()
         self._listeners: list[Listener] = []
         self._hooks: list[Listener] = []
@@ -196,6 +204,7 @@ class Run:
             for name, value in row.values.items():
                 run.history.append(name, [row.step], [value])
         run.events = read_events(folder)
+        run._step_timeline, run._prediction = read_timeline(folder), summary.prediction
         run.num_steps, run.steps_per_epoch, run.step = (
             summary.num_steps,
             summary.steps_per_epoch,
@@ -266,6 +275,16 @@ class Run:
         """Every engine's part in the last seconds; in the whole run when it has ended."""
         past = self._past[0][2] if self._past and self.is_active else {}
         return [_worker(totals, past.get(totals.engine)) for totals in self._totals]
+
+    @property
+    def timeline(self) -> Timeline:
+        """What each engine did when in one of the last steps, in seconds; empty unless the model is divided."""
+        return Timeline(self._step_timeline)
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """What the plan that this run follows says it takes; None if it follows none."""
+        return self._prediction
 
     # what can be done
 
@@ -401,7 +420,8 @@ class Run:
 
     def _refresh(self) -> None:
         seen = {name: self.history.num_rows(name) for name in self.history}
-        request = GetRun(run=self.name, seen=seen, seen_events=len(self.events))
+        seen_timeline = 0 if self._step_timeline is None else self._step_timeline.step
+        request = GetRun(run=self.name, seen=seen, seen_events=len(self.events), seen_timeline=seen_timeline)
         state, frames = self._require_hub().ask(request, RunState)
         self._take_columns(state, frames)
         self.events.extend(state.events)
@@ -413,6 +433,8 @@ class Run:
         self.first_step = state.first_step
         self._elapsed_seconds = state.elapsed_seconds
         self._totals = state.workers
+        self._step_timeline = state.timeline or self._step_timeline
+        self._prediction = state.prediction
         self._remember(state)
         trouble = ""
         if state.status in ENDED or state.status == "paused":
@@ -529,5 +551,8 @@ def _worker(now: WorkerTotals, past: WorkerTotals | None) -> Worker:
         rss_bytes=now.rss_bytes,
         samples=now.samples,
         steps=now.steps,
+        start_rss_bytes=now.start_rss_bytes,
+        peak_rss_bytes=now.peak_rss_bytes,
+        peak_private_bytes=now.peak_private_bytes,
         **shares,
     )

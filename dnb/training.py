@@ -31,12 +31,14 @@ from dnb.inputs import (
     check_number,
     check_positive,
     order_of,
+    read_bytes,
     read_checkpoint_policy,
     read_loss,
     read_metrics,
     read_source,
     read_transport,
 )
+from dnb.limits import Limit
 from dnb.planning.plans import Plan
 from dnb.planning.sample_order import count_batches
 from dnb.planning.shards import choose_exact_shards, choose_num_shards
@@ -45,6 +47,7 @@ from dnb.pool.found import Found, find_pools, reap_dead
 from dnb.pool.starting import adopt_pool, profile_folder, start_pool
 from dnb.records import ENDED, Done, ParcelRef, PlainJob, PoolFacts, RunSpec, Submit
 from dnb.run import Run
+from dnb.surveying import working_engines
 from dnb.transport.job import Data, Job
 from dnb.transport.parcels import explain_unpicklable, pack, sign
 from dnb.transport.segments import Segment
@@ -213,6 +216,7 @@ def fit(
     schedule: str = "1f1b",
     mesh: str | Mapping[str, int] | None = None,
     tensor_plan: Mapping[str, Any] | None = None,
+    memory_limit: int | str | None = None,
     sync: str = "hub",
     checkpoint_every: int | None = None,
     checkpoint_keep: int = 2,
@@ -257,6 +261,9 @@ def fit(
         mesh: engines along each axis, as "data=2,pipeline=2" or "data=2,tensor=2"; all engines in one team if left out.
         tensor_plan: which layers are divided, and how: {"layers.*.up": "colwise", "layers.*.down": "rowwise"}; what the
             model itself says, or what can be shown to be right, if left out.
+        memory_limit: bytes per engine for parameters, gradients, activations and input, a number or such as "500 MB":
+            what cannot fit is refused, and a pipeline is cut so that it fits. An engine that is measured to hold more
+            goes on, and the run's events say so.
         sync: "hub" in this release.
         checkpoint_every: steps between two checkpoints, which `dnb.resume` continues from; one more is written at
             the end. None writes none by itself.
@@ -278,6 +285,7 @@ def fit(
         check_choice(strategy, name="strategy", known=STRATEGIES, available=STRATEGIES)
     check_choice(sync, name="sync", known=SYNCS, available=("hub",))
     check_choice(precision, name="precision", known=PRECISIONS, available=PRECISIONS)
+    most_bytes = read_bytes(memory_limit)
     loss_function = read_loss(loss, step=step)
     check_optimizer_fits(optimizer, model, lr=lr)
     train_source = read_source(train, name="train", seed=seed)
@@ -328,9 +336,10 @@ def fit(
     num_steps = steps_per_epoch * check_positive(epochs, name="epochs")
     pool = pool or current_pool() or start()
     refuse_busy_or_empty(pool)
+    followed = strategy if isinstance(strategy, Plan) else None
     choice = ""
     if strategy == "auto":
-        plan, choice = choose_plan(
+        followed, choice = choose_plan(
             job,
             data,
             pool,
@@ -339,12 +348,18 @@ def fit(
             exact=exact,
             transport=transport,
             sys_path=own_path(),
+            memory_limit=most_bytes,
         )
-        if plan is not None:
-            division = Division.of_plan(plan, job, data, batch_size=order.batch_size, exact=exact, transport=transport)
+        if followed is not None:
+            division = Division.of_plan(
+                followed, job, data, batch_size=order.batch_size, exact=exact, transport=transport
+            )
     run_name = free_name(name or type(model).__name__.lower())
     if division is not None:
         division.check_pool(pool)
+    if most_bytes is not None:
+        limit = Limit(most_bytes, job, data, batch_size=order.batch_size, precision=precision)
+        division = limit.settle(division, followed, num_engines=len(working_engines(pool)), micro_batch=micro_batch)
     spec = RunSpec(
         id=uuid.uuid4().hex,
         name=run_name,
@@ -375,6 +390,8 @@ def fit(
         team_size=None if division is None else division.team_size,
         ties=() if division is None else division.ties,
         choice=choice,
+        memory_limit=most_bytes,
+        prediction=None if followed is None else followed.prediction,
     )
     submit(pool, spec, partial(ship, job), partial(ship, data))
     own_optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from dnb.planning.bubbles import Timeline
+from dnb.records import Prediction
+
 
 class FakeHistory:
     """Columns of numbers; `steps` where a key has no steps of its own."""
@@ -49,6 +52,8 @@ class FakeWorker:
     rss_bytes: int | None = None
     samples: int = 0
     steps: int = 0
+    start_rss_bytes: int | None = None
+    peak_rss_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +82,8 @@ class FakeRun:
     listeners: list[Callable[[FakeRun], None]] = field(default_factory=list)
     wait_hooks: list[Callable[[FakeRun], None]] = field(default_factory=list)
     num_stops: int = 0
+    timeline: Timeline = field(default_factory=lambda: Timeline(None))
+    prediction: Prediction | None = None
 
     @property
     def recent_workers(self) -> list[FakeWorker]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from dnb.engine.allocator import ration
 from dnb.records import Layout
 from dnb.transport.layout import LARGE_ELEMENTS, region_views, slot_views
 from dnb.transport.wires import Flat
@@ -147,6 +148,7 @@ class Gradients:
 
         def hook(_parameter: torch.Tensor) -> None:
             take()
+            ration.look()
             direct.is_used = True
             if is_written is not None:
                 is_written(index)

@@ -18,10 +18,10 @@ from torch.distributed.pipelining import (
 )
 
 from dnb.engine.telemetry import Stopwatch
-from dnb.engine.timeline import ActionKind, Timeline
+from dnb.engine.timeline import Timeline
 from dnb.errors import USER_ERRORS
 from dnb.planning.parts import StagePart
-from dnb.records import Partition, ScheduleName
+from dnb.records import ActionKind, Partition, ScheduleName
 
 # It prints the whole schedule when user code raises; the user's own error says more.
 logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRITICAL)
@@ -81,7 +81,10 @@ class WatchedStage(PipelineStage):
         if not self.has_backward:
             return
         kind: ActionKind = "backward" if kwargs.get("full_backward", True) else "backward-input"
-        self._do(kind, bwd_chunk_id, super().backward_one_chunk, *args, **kwargs)
+        self._do(kind, bwd_chunk_id, self._backward, *args, **kwargs)
+
+    def _backward(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         gradients = self.bwd_cache[bwd_chunk_id]  # such as that of a mean, whose rows are one and the same
         self.bwd_cache[bwd_chunk_id] = tuple(None if g is None else g.contiguous() for g in gradients)
 
@@ -103,12 +106,18 @@ class WatchedStage(PipelineStage):
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
         """Where sending an activation begins."""
         self._timeline.enter("send", self.stage_index, fwd_chunk_id)
-        return super().get_fwd_send_ops(fwd_chunk_id)
+        operations = super().get_fwd_send_ops(fwd_chunk_id)
+        if self._timeline.is_counting:
+            self._timeline.send(self.stage_index, "forward", _bytes_of(operations))
+        return operations
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
         """Where sending a gradient begins."""
         self._timeline.enter("send", self.stage_index, bwd_chunk_id)
-        return super().get_bwd_send_ops(bwd_chunk_id)
+        operations = super().get_bwd_send_ops(bwd_chunk_id)
+        if self._timeline.is_counting:
+            self._timeline.send(self.stage_index, "backward", _bytes_of(operations))
+        return operations
 
     def _do(self, kind: ActionKind, micro_batch: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._timeline.enter(kind, self.stage_index, micro_batch)
@@ -122,6 +131,10 @@ class WatchedStage(PipelineStage):
             raise
         finally:
             self._timeline.enter("wait", self.stage_index, micro_batch)
+
+
+def _bytes_of(operations: Sequence[Any]) -> int:
+    return sum(operation.tensor.numel() * operation.tensor.element_size() for operation in operations)
 
 
 def num_micro_batches_for(num_samples: int, partition: Partition) -> int:

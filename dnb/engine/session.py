@@ -12,6 +12,7 @@ import cloudpickle
 import msgspec
 import torch
 
+from dnb.engine.allocator import ration
 from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.replica import Replica
 from dnb.engine.telemetry import Stopwatch
@@ -27,6 +28,7 @@ from dnb.records import (
     RunSpec,
     Seat,
     Shipped,
+    StageTrace,
     WireMessage,
     Work,
     WorkFailed,
@@ -83,6 +85,7 @@ class Session:
         self._memory = memory
         self._stopwatch = stopwatch
         adopt_path(spec.sys_path)
+        ration.set(spec.memory_limit, start_bytes=stopwatch.start_rss_bytes)
         self._outbox: Outbox | None = None
         publisher: Publisher | None = None
         parcels: dict[int, memoryview | None] = {JOB_SLOT: None, DATA_SLOT: None}
@@ -174,8 +177,14 @@ class Session:
                 note=f"engine {self._engine}: {outcome.note}" if outcome.note else "",
                 probe=probe,
                 digests=digests,
+                trace=self._trace(work),
             )
         )
+
+    def _trace(self, work: Work) -> StageTrace | None:
+        """Only the stages of a pipeline have one."""
+        take: Callable[[], StageTrace] | None = getattr(self._replica, "trace", None) if work.trace else None
+        return None if take is None else take()
 
     def _diagnose(self, request: Diagnose, indices: torch.Tensor) -> None:
         try:
@@ -227,6 +236,11 @@ def _kind_of_tensor_replica(seat: Seat) -> Callable[..., Replica]:
     from dnb.engine.tensor_parallel import TensorReplica  # DTensor takes a second to import
 
     return partial(TensorReplica, seat=seat)
+
+
+def import_for(load: Load) -> None:
+    """Import what a run of this kind needs, if it is not there yet."""
+    _kind_of_replica(load)
 
 
 def adopt_path(paths: tuple[str, ...]) -> None:

@@ -19,12 +19,12 @@ from dnb.engine.schedules import Trouble, WatchedStage, build_schedule, num_micr
 from dnb.engine.stage_memory import StageMemory
 from dnb.engine.team_group import PeerLost, close_group, is_about_peers, open_group, release
 from dnb.engine.telemetry import Stopwatch
-from dnb.engine.timeline import Action, Timeline
+from dnb.engine.timeline import Timeline
 from dnb.errors import USER_ERRORS, PlanError
 from dnb.planning.dividing import Divider
 from dnb.planning.parts import StagePart
 from dnb.planning.tracing import Inputs
-from dnb.records import Diagnose, Diagnosis, Load, Partition, RunSpec, Seat, Sums, Work
+from dnb.records import Action, Diagnose, Diagnosis, Load, Partition, RunSpec, Seat, StageTrace, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
 
 __all__ = ["PeerLost", "StageReplica"]
@@ -209,15 +209,21 @@ class StageReplica:
         """What this engine did in the last step, and when."""
         return self._timeline.actions()
 
+    def trace(self) -> StageTrace:
+        """The same, with what was sent meanwhile."""
+        return self._timeline.trace()
+
     def close(self) -> None:
-        """Leave the group, and let go of the gradients."""
+        """Leave the group, and let go of gradients, parameters and samples."""
         self._leave(None)
         self._slots.close()
+        vars(self).pop("_data", None)
 
     # A step ----------------------------------------------------------------------------------------
 
     def _step(self, work: Work, indices: torch.Tensor) -> Outcome:
         self._be_training(mode=True)
+        self._timeline.is_counting = work.trace
         self._slots.begin(work.slabs, fresh=work.fresh)
         seed = part_seed(self._spec.seed, work.step, work.shards[0])
         feed = self._run(self._data.train, indices, batch_samples=work.batch_samples, seed=seed)
@@ -249,7 +255,7 @@ class StageReplica:
         current = self._pass_of(source, indices, number, trains=batch_samples is not None)
         marks = (torch.arange(number),) if current.stages[0].is_first else ()
         targets = torch.arange(number) if current.stages[-1].is_last and batch_samples is not None else None
-        self._timeline.begin()
+        self._timeline.begin(number)
         with nullcontext() if batch_samples is not None else torch.no_grad():
             current.schedule.step(*marks, target=targets)
         self._timeline.end()

@@ -124,9 +124,17 @@ class StageMemory:
         return np.array(found, dtype=np.uint32).tobytes()
 
     def close(self) -> None:
-        """Let go of the gradients."""
+        """Let go of the gradients, and of the hub's memory.
+
+        Graphs and stages refer to each other, and to the parameters: until that garbage is collected, which takes long,
+        they would keep the memory of a run that is over.
+        """
         for gradients in self._gradients.values():
             gradients.close()
+        for parameter in self._bound.values():
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+        self._gradients, self._bound, self._master, self._buffer_views = {}, {}, {}, {}
+        vars(self).pop("_memory", None)
 
     def _slots_at(self, offset: int) -> list[TensorSlot]:
         return [slot for slot in self._layout.slots if self._slab_of.get(slot.name) == offset]

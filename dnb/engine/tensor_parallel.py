@@ -10,15 +10,14 @@ import torch
 import torch.distributed as dist
 
 from dnb.engine.memory import EngineMemory, Publisher
-from dnb.engine.replica import Metrics, Outcome, Replica, samples_text
+from dnb.engine.replica import Outcome, Replica, samples_text
 from dnb.engine.team_group import PeerLost, close_group, is_about_peers, open_group
 from dnb.engine.telemetry import Stopwatch
 from dnb.engine.tensor_layers import TeamGradients, divide
 from dnb.engine.tensor_noise import OwnNoise
-from dnb.engine.timeline import Action, Timeline
 from dnb.errors import USER_ERRORS, PlanError
 from dnb.records import Diagnose, Diagnosis, Load, RunSpec, Seat, Sums, Work
-from dnb.transport.job import Data, DataSource, Job, Sum
+from dnb.transport.job import Data, DataSource, Job
 from dnb.transport.layout import slot_views
 
 __all__ = ["PeerLost", "TensorReplica"]
@@ -67,8 +66,6 @@ class TensorReplica(Replica):
         super().__init__(spec, job, data, load, memory=memory, stopwatch=stopwatch)
         self._gradients.close()
         self._rank = seat.rank
-        self._timeline = Timeline()
-        self._num_passes = 0
         self._samples = torch.empty(0, dtype=torch.int64)
         self._had_fast_path = torch.backends.mha.get_fastpath_enabled()
         open_group(seat, torch.device("cpu"))
@@ -102,11 +99,8 @@ class TensorReplica(Replica):
         Raises:
             PeerLost: another engine of the team failed or died.
         """
-        self._num_passes = 0
-        self._timeline.begin()
         with self._leaving_if_it_fails():
             outcome = super().compute(work, indices)
-        self._timeline.end()
         return outcome if self._rank == 0 else Outcome((NO_SUMS,), outcome.is_sum, outcome.unused)
 
     def diagnose(self, request: Diagnose, indices: torch.Tensor) -> Diagnosis:
@@ -135,10 +129,6 @@ class TensorReplica(Replica):
         """Nothing: no engine of a team has a loss of its own."""
         return None
 
-    def timeline(self) -> tuple[Action, ...]:
-        """What this engine did in the last step, and when; waiting for others is in it."""
-        return self._timeline.actions()
-
     def close(self) -> None:
         """Leave the group, and let go of the gradients."""
         self._leave(None)
@@ -147,16 +137,8 @@ class TensorReplica(Replica):
 
     def _forward(self, source: DataSource, indices: torch.Tensor, *, batch_samples: int | None) -> tuple[Sums, bool]:
         self._samples = indices
-        self._timeline.enter("forward", 0, self._num_passes)
         result = super()._forward(source, indices, batch_samples=batch_samples)
         self._entrance.forget()
-        self._num_passes += 1
-        return result
-
-    def _apply(self, batch: Any, num_samples: int) -> tuple[torch.Tensor | Sum, Metrics]:
-        result = super()._apply(batch, num_samples)
-        if torch.is_grad_enabled():
-            self._timeline.enter("backward", 0, self._num_passes)
         return result
 
     def _seed(self, step: int, shard: int, *, also_python: bool = False) -> None:

@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 from dnb.engine.allocator import keep_freed_memory, release_freed_memory
 from dnb.engine.heart import Heart
 from dnb.engine.memory import EngineMemory
-from dnb.engine.session import Session, describe
+from dnb.engine.session import Session, describe, import_for
 from dnb.engine.telemetry import Stopwatch
 from dnb.errors import USER_ERRORS, HubError, PoolError
 from dnb.records import (
@@ -204,6 +204,8 @@ class Worker(threading.Thread):
 
     def _load(self, load: Load, frames: list[zmq.Frame]) -> None:
         self._close_session()
+        import_for(load)
+        self._stopwatch.begin_run()  # what it imports once is no memory of this run
         team = None if load.seat is None else load.seat.team
         try:
             wire = self._wire_to(load)

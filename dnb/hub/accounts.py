@@ -28,6 +28,9 @@ class _Worker:
     busy_seconds: float = 0.0  # computing or loading data, in the task under way
     rss_bytes: int | None = None
     cpu_percent: float | None = None
+    start_rss_bytes: int | None = None
+    peak_rss_bytes: int | None = None
+    peak_private_bytes: int | None = None
     samples: int = 0
     steps: int = 0
 
@@ -109,6 +112,17 @@ class Accounts:
         worker.busy_seconds += telemetry.compute_seconds + telemetry.data_seconds
         worker.rss_bytes = telemetry.rss_bytes
         worker.cpu_percent = telemetry.cpu_percent
+        if worker.start_rss_bytes is None:  # an engine that loads the run again still holds what it had of it
+            worker.start_rss_bytes = telemetry.start_rss_bytes
+        worker.peak_rss_bytes = _larger(worker.peak_rss_bytes, telemetry.peak_rss_bytes)
+        worker.peak_private_bytes = _larger(worker.peak_private_bytes, telemetry.peak_private_bytes)
+
+    def grown_bytes(self, engine: int) -> int | None:
+        """By how much an engine's resident memory has grown at most; None if it has not said."""
+        worker = self._workers[engine]
+        if worker.peak_rss_bytes is None or worker.start_rss_bytes is None:
+            return None
+        return worker.peak_rss_bytes - worker.start_rss_bytes
 
     def end_task(self, contributors: Collection[int]) -> None:
         """A contributor that did not compute or load in this task was waiting for it to be whole."""
@@ -153,6 +167,9 @@ class Accounts:
             rss_bytes=worker.rss_bytes,
             samples=worker.samples,
             steps=worker.steps,
+            start_rss_bytes=worker.start_rss_bytes,
+            peak_rss_bytes=worker.peak_rss_bytes,
+            peak_private_bytes=worker.peak_private_bytes,
         )
 
 
@@ -178,6 +195,10 @@ def _stranger(engine: int) -> WorkerTotals:
         samples=0,
         steps=0,
     )
+
+
+def _larger(one: int | None, other: int | None) -> int | None:
+    return max((value for value in (one, other) if value is not None), default=None)
 
 
 @dataclass(slots=True)

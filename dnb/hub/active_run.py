@@ -22,13 +22,15 @@ from dnb.hub.agreement import Agreement
 from dnb.hub.beginnings import Beginning
 from dnb.hub.checkpointer import Checkpointer, Place
 from dnb.hub.coordinator import Coordinator
-from dnb.hub.history import HistoryRow, RunFolder, RunSummary, summarize
+from dnb.hub.history import HistoryRow, RunFolder, RunSummary, read_timeline, summarize
 from dnb.hub.meeting import Meeting, open_meeting
 from dnb.hub.memo import RunMemo
 from dnb.hub.reducer import Contribution, NotFinite, StepResult, mean_of
 from dnb.hub.restoring import rows_of
 from dnb.hub.samples import Batches
 from dnb.hub.teams import FIRST_TEAM, Teams
+from dnb.hub.timelines import Part, Timelines
+from dnb.planning.plan_words import amount
 from dnb.records import (
     ENDED,
     PEER_LOST,
@@ -156,7 +158,9 @@ class ActiveRun:
         self._agreement = Agreement(self.master.parameter_layout, num_steps=spec.num_steps, precision=spec.precision)
         self._copy_fault = ""
         self._disagreement = ""
+        self._over_limit: set[int] = set()
         self._events = beginning.events
+        self._timelines = Timelines(read_timeline(self._folder.path) if beginning.is_taken_over else None)
         self._coordinator = self._make_coordinator(
             engines=[facts.engine for facts in present],
             returning=[facts.engine for facts in engines if beginning.is_taken_over],
@@ -278,11 +282,21 @@ class ActiveRun:
         if self._coordinator.expects(done):
             if message.telemetry is not None:
                 self._accounts.add(engine, message.telemetry)
+                self._look_at_memory(engine)
             self._reports[engine, message.shards] = message
             if message.note:
                 self._note(machine.Note("memory", message.note, engine))
             self._check(engine, message)
         self._dispatch(done)
+
+    def _look_at_memory(self, engine: int) -> None:
+        """Tell once of each engine that it needs more than was allowed; nothing is ended for it."""
+        limit, grown = self.spec.memory_limit, self._accounts.grown_bytes(engine)
+        if limit is None or grown is None or grown <= limit or engine in self._over_limit:
+            return
+        self._over_limit.add(engine)
+        text = f"engine {engine} holds {amount(grown)} for this run, more than memory_limit={amount(limit)}"
+        self._note(machine.Note("memory", text, engine))
 
     def add_engine(self, facts: EngineFacts) -> None:
         """An engine joined the pool."""
@@ -451,6 +465,8 @@ class ActiveRun:
             columns=columns,
             workers=self._accounts.totals(working=self.working, resting=self._coordinator.resting),
             events=tuple(self._events[request.seen_events :]),
+            timeline=self._timelines.newer_than(request.seen_timeline),
+            prediction=self.spec.prediction,
         )
         return state, frames
 
@@ -597,6 +613,10 @@ class ActiveRun:
                 check_copy=not self.spec.partitions
                 and action.kind == "step"
                 and self._agreement.is_digest_due(action.step - 1),
+                trace=bool(self.spec.partitions)
+                and self.spec.telemetry
+                and action.kind == "step"
+                and self._timelines.wants(action.step, time.monotonic()),
             ),
             raw,
         )
@@ -625,6 +645,7 @@ class ActiveRun:
     ) -> machine.Event | None:
         self.do_chores()
         contributions = [c for report in reports for c in self._contributions(*report)]
+        traces = self._traces_of(reports)
         self._last_shards = {}
         for engine, shards in reports:
             key = self._owner_of_report[engine, shards], self._slabs_of_report[engine, shards][0]
@@ -649,6 +670,7 @@ class ActiveRun:
             self.master.commit_evaluation(step, values)
         self._chores.append(self.master.settle)
         self._chores.append(partial(self._record, kind, step, values, samples, time.time()))
+        self._chores.append(partial(self._keep_timeline, step, traces))
         if kind == "step" and self._agreement.is_digest_due(step):
             self._chores.append(partial(self._take_digest, step))
         if self._checkpoints.is_due(kind, step, values, owes_evaluation=self._owes_evaluation(kind, step)):
@@ -704,6 +726,20 @@ class ActiveRun:
         self._folder.append_row(HistoryRow(kind=kind, step=step, time=when, values=values, samples=samples))
         if fault := self._folder.take_fault():
             self._note(machine.Note("disk", fault))
+
+    def _traces_of(self, reports: Iterable[tuple[int, tuple[int, ...]]]) -> dict[int, Part]:
+        """What all engines did in a step, and in which seats; empty unless every one of them says it."""
+        found: dict[int, Part] = {}
+        for engine, shards in reports:
+            trace, seat = self._reports[engine, shards].trace, self._coordinator.seat_of(engine)
+            if trace is None or seat is None:
+                return {}
+            found[engine] = Part(trace, *seat, self._accounts.grown_bytes(engine))
+        return found
+
+    def _keep_timeline(self, step: int, parts: Mapping[int, Part]) -> None:
+        if parts:
+            self._folder.write_timeline(self._timelines.take(step, parts))
 
     # NaN and infinity
 

@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
-from dnb.records import Record, RunEvent, RunSpec, RunStatus
+from dnb.records import Prediction, Record, RunEvent, RunSpec, RunStatus, StepTimeline
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 HISTORY_FILE = "history.jsonl"
 EVENTS_FILE = "events.jsonl"
+TIMELINE_FILE = "timeline.json"
 FORMAT = 1
 
 
@@ -49,6 +50,7 @@ class RunSummary(Record, frozen=True):
     num_steps: int
     steps_per_epoch: int
     options: dict[str, Any]
+    prediction: Prediction | None = None
 
 
 def summarize(spec: RunSpec, **state: Any) -> RunSummary:
@@ -70,6 +72,7 @@ def summarize(spec: RunSpec, **state: Any) -> RunSummary:
         num_steps=spec.num_steps,
         steps_per_epoch=spec.steps_per_epoch,
         options=options,
+        prediction=spec.prediction,
         **state,
     )
 
@@ -118,10 +121,17 @@ class RunFolder:
 
     def write_summary(self, summary: RunSummary) -> None:
         """Replace run.json in one move, so that a reader never sees half of it."""
-        aside = self.path / f".{RUN_FILE}"
+        self._replace(RUN_FILE, msgspec.json.format(self._encoder.encode(summary), indent=2))
+
+    def write_timeline(self, timeline: StepTimeline) -> None:
+        """Replace timeline.json likewise."""
+        self._replace(TIMELINE_FILE, self._encoder.encode(timeline))
+
+    def _replace(self, name: str, content: bytes) -> None:
+        aside = self.path / f".{name}"
         try:
-            aside.write_bytes(msgspec.json.format(self._encoder.encode(summary), indent=2) + b"\n")
-            aside.replace(self.path / RUN_FILE)
+            aside.write_bytes(content + b"\n")
+            aside.replace(self.path / name)
         except OSError as error:
             self._miss(error)
 
@@ -169,6 +179,14 @@ def read_summary(path: Path) -> RunSummary:
         msgspec.MsgspecError: it is not one.
     """
     return msgspec.json.decode((path / RUN_FILE).read_bytes(), type=RunSummary)
+
+
+def read_timeline(path: Path) -> StepTimeline | None:
+    """The newest step whose timeline was written; None if there is none that can be read."""
+    try:
+        return msgspec.json.decode((path / TIMELINE_FILE).read_bytes(), type=StepTimeline)
+    except (OSError, msgspec.MsgspecError):
+        return None
 
 
 def read_history(path: Path) -> list[HistoryRow]:

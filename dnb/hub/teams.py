@@ -9,8 +9,8 @@ before it hears that the old one is lost, so a run whose only team is replaced g
                                                     |
                                                     +-- every member has reported --> one report to the coordinator
 
-A member that hangs holds up all others, in a call that nothing but the end of a peer ends: it is *condemned*, which
-means killed. An answer counts if it comes from a member of a team that is whole.
+A member that hangs holds up all others, in a call that nothing but the end of a peer ends: after a while it is
+*condemned*, which means killed. An answer counts if it comes from a member of a team that is whole.
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ from dnb.records import ENDED, Partition, RunStatus
 FIRST_TEAM = 1 << 20
 # A member says that it lost a peer; if nobody is found dead by then, the team is formed anew all the same.
 GRACE_SECONDS = 1.0
+# How long a member may be silent, after the hub has noticed it, until it is ended: at work, and while it loads, as
+# unpickling a large model lets nobody else in its process speak.
+SILENT_SECONDS, LOAD_SECONDS = 1.0, 30.0
 
 
 @dataclass(slots=True)
@@ -108,6 +111,7 @@ class Teams:
         self._free: set[int] = set(engines)
         self._resting: set[int] = set()
         self._retiring: set[int] = set()
+        self._silent: dict[int, tuple[float, str]] = {}  # since when, and what the hub says of it
         self._returning: set[int] = set(returning)
         self._since: float | None = None  # when the first event came
         self._inner = make([team.number for team in self._form()])
@@ -204,7 +208,10 @@ class Teams:
                 return self._grow()
             case Tick():
                 return self._tick(event)
-            case EngineHeard() | LeaseDeclined():
+            case EngineHeard(engine):
+                self._silent.pop(engine, None)
+                return []
+            case LeaseDeclined():
                 return []
             case Committed() | CommitRefused() | CommitFailed():
                 return self._tell(event) + self._grow_if_it_pays()
@@ -314,6 +321,7 @@ class Teams:
 
     def _lose(self, engine: int, reason: str) -> list[Action]:
         known = engine in self._free or engine in self._team_of or engine in self._returning
+        self._silent.pop(engine, None)
         self._free.discard(engine)
         self._returning.discard(engine)
         self._resting.discard(engine)
@@ -327,11 +335,23 @@ class Teams:
         return [died, *self._replace(team, f"engine {engine} {reason}", without=engine)]
 
     def _silence(self, engine: int, reason: str) -> list[Action]:
-        """The others of its team are stuck until it ends: so it is ended."""
-        if engine not in self._team_of:
-            return []
-        text = f"engine {engine} {reason}: it is killed, as the others of its team wait for it"
-        return [Note("hung", text, engine), Condemn(engine)]
+        """The others of its team are stuck until it ends; but it may only be busy, with the interpreter's lock."""
+        if engine in self._team_of and engine not in self._silent:
+            self._silent[engine] = self._now, reason
+        return []
+
+    def _end_silent(self) -> list[Action]:
+        """Those that are silent for too long are ended."""
+        actions: list[Action] = []
+        for engine, (since, reason) in list(self._silent.items()):
+            team = self._team_of.get(engine)
+            patience = LOAD_SECONDS if team is not None and engine in team.loading else SILENT_SECONDS
+            if team is None or self._now - since > patience:
+                del self._silent[engine]
+            if team is not None and self._now - since > patience:
+                text = f"engine {engine} {reason}: it is killed, as the others of its team wait for it"
+                actions += [Note("hung", text, engine), Condemn(engine)]
+        return actions
 
     def _suspect(self, engine: int, lease: int | None) -> list[Action]:
         team = self._team_of.get(engine)
@@ -340,7 +360,7 @@ class Teams:
         return []
 
     def _tick(self, event: Tick) -> list[Action]:
-        actions: list[Action] = []
+        actions: list[Action] = self._end_silent()
         for team in list(self._teams.values()):
             if team.broken_since is not None and self._now - team.broken_since > GRACE_SECONDS:
                 actions += self._replace(team, "has lost a connection")

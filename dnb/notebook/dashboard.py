@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import ipywidgets as widgets
 
-from dnb.notebook import panels
 from dnb.notebook.controls import Controls
+from dnb.notebook.figures import figure
 from dnb.notebook.snapshot import bundle, new_display_id, publish
 from dnb.notebook.text import progress_line
 from dnb.notebook.views import RunView, has_ended
@@ -82,7 +82,7 @@ class Dashboard:
         """Bring the strip and, once it is built, the figure up to date."""
         self.controls.refresh()
         if self.figure is not None:
-            self.figure.paint(panels.figure(self._run))
+            self.figure.paint(figure(self._run))
 
     def close(self) -> None:
         """Stop painting before the run ends; what is displayed stays as it is."""
@@ -125,7 +125,7 @@ class Dashboard:
         from dnb.notebook.live_figure import LiveFigure  # plotly: seconds, in this thread
 
         self.controls.refresh()
-        self.figure = LiveFigure(panels.figure(self._run))
+        self.figure = LiveFigure(figure(self._run))
         self.box.children = (self.controls.box, self.figure)
 
     def _replace_by_plain_output(self) -> None:

@@ -27,7 +27,18 @@ class LiveFigure(go.FigureWidget):
 
     def paint(self, drawing: panels.Figure) -> None:
         """Send what has changed since the last painting, in one message."""
-        with self._painting, self.batch_update():
+        with self._painting:
+            self._add(drawing["data"][len(self.data) :])
+            self._change(drawing)
+
+    def _add(self, traces: list[dict[str, Any]]) -> None:
+        """What came to the figure since: the timeline of a divided run, which is there only after its first steps."""
+        if traces:
+            self.add_traces(traces)
+            self._shown = {**self._shown, "data": [*self._shown["data"], *traces]}
+
+    def _change(self, drawing: panels.Figure) -> None:
+        with self.batch_update():
             for trace, old, new in zip(self.data, self._shown["data"], drawing["data"], strict=True):
                 _assign(trace, panels.changes(old, new))
             _assign(self.layout, panels.changes(self._shown["layout"], drawing["layout"]))

@@ -90,7 +90,7 @@ def figure(run: RunView) -> Figure:
             *share_traces(workers),
         ],
         "layout": {
-            **_frame(),
+            **frame(),
             **_loss_axes(last_step=max(training.last_step, validation.last_step)),
             **_share_axes(workers, title=time_axis_title(run)),
             **_remarks(run, training=training, validation=validation, workers=workers),
@@ -273,7 +273,8 @@ def _share_trace(share: str, *, workers: Sequence[WorkerView], labels: list[str]
     }
 
 
-def _axis(title: str, **properties: Any) -> dict[str, Any]:
+def axis(title: str, **properties: Any) -> dict[str, Any]:
+    """One axis as all panels have it."""
     return {
         "title": {"text": title, "standoff": 6},
         "gridcolor": GRID,
@@ -285,7 +286,7 @@ def _axis(title: str, **properties: Any) -> dict[str, Any]:
     }
 
 
-def _frame() -> dict[str, Any]:
+def frame() -> dict[str, Any]:
     """What never changes; colours that can be read on white and on black paper."""
     return {
         "height": HEIGHT_PIXELS,
@@ -304,8 +305,8 @@ def _frame() -> dict[str, Any]:
             "orientation": "v",
             "remove": ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
         },
-        "legend": _legend(x=0, xanchor="left"),
-        "legend2": _legend(x=1, xanchor="right"),
+        "legend": legend(x=0, xanchor="left"),
+        "legend2": legend(x=1, xanchor="right"),
     }
 
 
@@ -316,15 +317,15 @@ def _loss_axes(*, last_step: int) -> dict[str, Any]:
     every_step = 1 if last_step < 9 else None  # there is no step 2.5
     domain = list(_LEFT_DOMAIN)
     return {
-        "xaxis": _axis("step", anchor="y", domain=domain, tickformat=",", nticks=8, dtick=every_step, **drawn),
-        "yaxis": _axis("loss", anchor="x", nticks=7, **drawn),
+        "xaxis": axis("step", anchor="y", domain=domain, tickformat=",", nticks=8, dtick=every_step, **drawn),
+        "yaxis": axis("loss", anchor="x", nticks=7, **drawn),
     }
 
 
 def _share_axes(workers: Sequence[WorkerView], *, title: str) -> dict[str, Any]:
     num_slots = max(len(workers), 1)
     return {
-        "xaxis2": _axis(
+        "xaxis2": axis(
             title,
             anchor="y2",
             domain=list(_RIGHT_DOMAIN),
@@ -334,7 +335,7 @@ def _share_axes(workers: Sequence[WorkerView], *, title: str) -> dict[str, Any]:
             fixedrange=True,
         ),
         "yaxis2": {
-            **_axis("", anchor="x2", type="category", range=[num_slots - 0.5, -0.5]),
+            **axis("", anchor="x2", type="category", range=[num_slots - 0.5, -0.5]),
             "fixedrange": True,
             "showgrid": False,
             "showticklabels": bool(workers),
@@ -343,7 +344,8 @@ def _share_axes(workers: Sequence[WorkerView], *, title: str) -> dict[str, Any]:
     }
 
 
-def _legend(*, x: float, xanchor: str) -> dict[str, Any]:
+def legend(*, x: float, xanchor: str) -> dict[str, Any]:
+    """One that lies above its panel."""
     return {
         "orientation": "h",
         "traceorder": "normal",

@@ -16,6 +16,7 @@ import numpy as np
 from IPython.display import display
 
 from dnb.notebook import panels
+from dnb.notebook.figures import figure
 from dnb.notebook.text import inert, last_value, number, status_sentence, summary
 from dnb.notebook.views import RunView
 
@@ -40,7 +41,7 @@ def bundle(run: RunView, *, with_image: bool) -> dict[str, Any]:
         run: drawn as it is now.
         with_image: also draw a PNG, for readers without plotly; left out if matplotlib is not installed.
     """
-    drawing = _titled(panels.figure(run), run=run)
+    drawing = _titled(figure(run), run=run)
     content = {PLOTLY_MIME: plotly_json(drawing), "text/plain": summary(run)}
     image = png(drawing) if with_image else None
     return content if image is None else {**content, "image/png": image}
@@ -130,19 +131,35 @@ def _short(value: float | int) -> float | int | None:
 
 def _draw(picture: Picture, drawing: panels.Figure) -> None:
     layout = drawing["layout"]
-    losses, shares = picture.subplots(1, 2, width_ratios=[0.6, 0.33])
+    losses, shares, rows = _subplots(picture, layout)
     for trace in drawing["data"]:
         if trace["type"] == "scatter":
             _draw_line(losses, trace)
-    _draw_bars(shares, [trace for trace in drawing["data"] if trace["type"] == "bar"])
+    _draw_bars(shares, [trace for trace in drawing["data"] if trace.get("xaxis") == "x2"])
     _draw_remarks(losses, shares, layout=layout)
     _name_axes(losses, x=layout["xaxis"], y=layout["yaxis"])
     _name_axes(shares, x=layout["xaxis2"], y=layout["yaxis2"])
+    if rows is not None:
+        _draw_rows(rows, [trace for trace in drawing["data"] if trace.get("xaxis") == "x3"], layout=layout)
     picture.suptitle(
         html.unescape(layout["title"]["text"].replace("<br>", "\n")),
         x=0.01, ha="left", fontsize=10, color=panels.INK, parse_math=False,
     )  # fmt: skip
     picture.tight_layout(w_pad=2.5)
+
+
+def _subplots(picture: Picture, layout: Mapping[str, Any]) -> tuple[Axes, Axes, Axes | None]:
+    """Two panels side by side, and below them, if there is one, the timeline."""
+    if "xaxis3" not in layout:
+        losses, shares = picture.subplots(1, 2, width_ratios=[0.6, 0.33])
+        return losses, shares, None
+    first, last = layout["yaxis3"]["domain"]
+    named = picture.subplot_mosaic(
+        [["losses", "shares"], ["rows", "rows"]],
+        width_ratios=[0.6, 0.33],
+        height_ratios=[layout["yaxis"]["domain"][1] - layout["yaxis"]["domain"][0], last - first],
+    )
+    return named["losses"], named["shares"], named["rows"]
 
 
 def _draw_line(axes: Axes, trace: Mapping[str, Any]) -> None:
@@ -186,6 +203,31 @@ def _draw_bars(axes: Axes, traces: list[dict[str, Any]]) -> None:
     axes.set_yticks(rows, [label.replace("<br>", "\n") for label in traces[0]["y"]])
 
 
+def _draw_rows(axes: Axes, traces: list[dict[str, Any]], *, layout: Mapping[str, Any]) -> None:
+    """The timeline: bars that begin where their action did."""
+    for trace in traces:
+        marker = trace["marker"]
+        if not len(trace["x"]):
+            continue
+        bars = axes.barh(
+            trace["y"],
+            trace["x"],
+            left=trace["base"],
+            height=trace["width"],
+            label=trace["name"],
+            color=marker["color"],
+            hatch=_HATCHES[marker["pattern"]["shape"]],
+            edgecolor=(0, 0, 0, 0.3),
+            linewidth=marker["line"]["width"],
+        )
+        for bar, opacity in zip(bars, np.broadcast_to(marker["opacity"], len(bars)), strict=True):
+            bar.set_alpha(float(opacity))
+        axes.bar_label(bars, trace["text"], label_type="center", color=panels.INK_ON_BARS, size=7)
+    _name_axes(axes, x=layout["xaxis3"], y=layout["yaxis3"])
+    words = [note["text"] for note in layout["annotations"] if note["xref"] == "paper"]
+    axes.set_title(html.unescape("\n".join(words)), loc="left", pad=18, fontsize=8, color=panels.INK, parse_math=False)
+
+
 def _draw_remarks(losses: Axes, shares: Axes, *, layout: Mapping[str, Any]) -> None:
     for line in layout["shapes"]:
         axis_line = line["line"]
@@ -196,6 +238,8 @@ def _draw_remarks(losses: Axes, shares: Axes, *, layout: Mapping[str, Any]) -> N
             linewidth=axis_line["width"] * 0.8,
         )
     for note in layout["annotations"]:
+        if note["xref"] == "paper":
+            continue  # of the timeline
         in_time = note["xref"] == "x"
         axes = shares if note["xref"].startswith("x2") else losses
         axes.text(
@@ -220,17 +264,20 @@ def _name_axes(axes: Axes, *, x: Mapping[str, Any], y: Mapping[str, Any]) -> Non
     axes.set_axisbelow(True)
     if "range" in x:
         axes.set_xlim(*x["range"])
-        axes.set_xticks(x["tickvals"], x["ticktext"])
+        if "tickvals" in x:
+            axes.set_xticks(x["tickvals"], x["ticktext"])
     else:  # there is no step 2.5
         axes.locator_params("x", integer=True)
     if "range" in y:
         axes.set_ylim(*y["range"])
+    if "tickvals" in y:
+        axes.set_yticks(y["tickvals"], [label.replace("<br>", "\n") for label in y["ticktext"]])
     if not x.get("showticklabels", True):
         axes.set_xticks([])
-    if not y["showticklabels"]:
+    if not y.get("showticklabels", True):
         axes.set_yticks([])
     if axes.get_legend_handles_labels()[0]:
         axes.legend(
-            loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=8, labelcolor=panels.INK,
+            loc="lower left", bbox_to_anchor=(0, 1), ncols=5, fontsize=8, labelcolor=panels.INK,
             frameon=False, handlelength=1.4, columnspacing=1.0, borderaxespad=0.2,
         )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from dnb.notebook.pipeline_words import memory_in_words, timeline_lines
 from dnb.notebook.views import SET_APART, SHARES, RunView, WorkerView, has_ended
 
 _MEMBERSHIP = frozenset({"died", "left", "joined", "removed", "reassigned"})
@@ -95,7 +96,8 @@ def progress_line(run: RunView) -> str:
         value = last_value(run, key)
         if value is not None:
             parts.append(f"{key} {number(value)}")
-    return ", ".join(parts + pace(run))
+    idle = [f"bubble {run.timeline.bubble:.0%}"] if run.timeline else []
+    return ", ".join(parts + idle + pace(run))
 
 
 def pace(run: RunView) -> list[str]:
@@ -117,6 +119,7 @@ def summary(run: RunView) -> str:
     per_second = rate(run)
     if per_second is not None:
         lines.append(f"{per_second:,.0f} samples/s{' on average' if has_ended(run) else ''}")
+    lines += [one_line(line) for line in timeline_lines(run)]
     lines += [worker_line(worker) for worker in run.workers]
     return "\n".join(lines)
 
@@ -135,7 +138,8 @@ def worker_line(worker: WorkerView) -> str:
         told = "no shares of time yet"
     state = f" ({worker.state})" if worker.state in SET_APART else ""
     where = f"engine {worker.engine}{state} on {one_line(worker.host, limit=60)}"
-    return f"{where}: {told}; {worker.samples:,} samples in {_steps(worker.steps)}"
+    memory = memory_in_words(worker)
+    return f"{where}: {told}; {worker.samples:,} samples in {_steps(worker.steps)}{'; ' * bool(memory)}{memory}"
 
 
 def inert(text: str) -> str:

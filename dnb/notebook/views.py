@@ -8,6 +8,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from dnb.planning.bubbles import Timeline
+from dnb.records import Prediction
+
 SHARES = ("compute", "wait", "data", "idle")
 SET_APART = frozenset({"spare", "dead", "left"})  # states of engines that do not take part now
 ENDED = frozenset({"failed", "stopped", "finished"})
@@ -45,6 +48,10 @@ class WorkerView(Protocol):
     def samples(self) -> int: ...
     @property
     def steps(self) -> int: ...
+    @property
+    def start_rss_bytes(self) -> int | None: ...
+    @property
+    def peak_rss_bytes(self) -> int | None: ...
 
 
 class EventView(Protocol):
@@ -87,6 +94,10 @@ class RunView(Protocol):
     def recent_workers(self) -> Sequence[WorkerView]: ...
     @property
     def events(self) -> Sequence[EventView]: ...
+    @property
+    def timeline(self) -> Timeline: ...
+    @property
+    def prediction(self) -> Prediction | None: ...
 
     def stop(self) -> None:
         """Ask the run to end; may block for a moment."""

@@ -25,7 +25,7 @@ from dnb.planning.predicting import (
 )
 from dnb.planning.profiles import ParameterShape, Profile, Site
 from dnb.planning.refusals import check_question, read_cuts, refuse_excess
-from dnb.records import Partition, Record, ScheduleName
+from dnb.records import Partition, Prediction, Record, ScheduleName
 
 MOST_ALTERNATIVES = 8
 # Editable by `Plan.with_`.
@@ -86,6 +86,17 @@ class Plan(Record, frozen=True):
     def memory_bytes(self) -> dict[int, int]:
         """By engine: parameters, gradients, activations in flight and input; without what a process needs anyway."""
         return {engine: stage.memory_bytes for stage in self.stages for engine in stage.engines}
+
+    @property
+    def prediction(self) -> Prediction:
+        """What is held beside what the run then takes."""
+        return Prediction(
+            batch_size=self.batch_size,
+            step_seconds=self.step_seconds,
+            compute_seconds=self.compute_seconds,
+            bubble=self.bubble,
+            stage_bytes=tuple(stage.memory_bytes for stage in self.stages),
+        )
 
     @property
     def layers(self) -> tuple[tuple[str, ...], ...]:

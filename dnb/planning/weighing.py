@@ -51,7 +51,9 @@ def weigh(model: nn.Module, inputs: Inputs, points: Sequence[str]) -> list[float
     return counter.weights
 
 
-def balanced_cuts(weights: Sequence[float], points: Sequence[str], num_stages: int) -> tuple[str, ...]:
+def balanced_cuts(
+    weights: Sequence[float], points: Sequence[str], num_stages: int, *, alike: float = ALIKE
+) -> tuple[str, ...]:
     """Where to cut a chain so that its heaviest stage is as light as can be, by a dynamic programme over the last cut.
 
     Among cuts that are alike in that, those between outer modules win, as less goes over them than in the midst of one.
@@ -60,10 +62,11 @@ def balanced_cuts(weights: Sequence[float], points: Sequence[str], num_stages: i
         weights: of the pieces; at least as many as stages.
         points: where all pieces but the first begin.
         num_stages: none of which is empty.
+        alike: stages that differ by less than this share of the mean one are taken for equal.
     """
     num_pieces = len(weights)
     sums = [0.0, *accumulate(weights)]
-    unit = ALIKE * sums[-1] / num_stages or 1.0
+    unit = alike * sums[-1] / num_stages or 1.0
 
     def heaviness(begin: int, end: int) -> int:
         return ceil((sums[end] - sums[begin]) / unit)

@@ -33,6 +33,8 @@ def example(kind: Any) -> Any:
     """A value of a type: records are filled field by field."""
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return kind(**{field.name: example(field.type) for field in msgspec.structs.fields(kind)})
+    if isinstance(kind, type) and issubclass(kind, tuple):  # a NamedTuple
+        return kind(*map(example, typing.get_type_hints(kind).values()))
     origin, arguments = typing.get_origin(kind), get_args(kind)
     if origin is typing.Literal:
         return arguments[0]

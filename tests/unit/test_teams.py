@@ -8,7 +8,7 @@ import pytest
 
 from dnb.hub import events as e
 from dnb.hub.coordinator import Coordinator
-from dnb.hub.teams import GRACE_SECONDS, Teams
+from dnb.hub.teams import GRACE_SECONDS, LOAD_SECONDS, SILENT_SECONDS, Teams
 from dnb.records import Failure, Partition
 
 
@@ -178,9 +178,27 @@ def test_a_plan_for_layers_says_what_each_engine_has():
 
 def test_a_member_that_stands_still_is_ended():
     world = World(3).load().tell(e.EngineSilent(1, "is silent"))
+    world.now += SILENT_SECONDS + 0.1
+    world.tell(e.Tick())
     assert world.condemned == [1]
     world.lose(1).load().report().report().report()
     assert world.teams.status == "finished"
+
+
+def test_a_member_that_is_heard_again_goes_on():
+    world = World(3).load().tell(e.EngineSilent(1, "is silent")).tell(e.EngineHeard(1))
+    world.now += SILENT_SECONDS + 0.1
+    world.tell(e.Tick()).report()
+    assert world.condemned == []
+    assert world.teams.step == 1
+
+
+def test_a_member_that_loads_may_be_silent_for_longer():
+    world = World(3).tell(e.EngineSilent(1, "is silent"))
+    world.now += SILENT_SECONDS + 0.1
+    assert world.tell(e.Tick()).condemned == []
+    world.now += LOAD_SECONDS
+    assert world.tell(e.Tick()).condemned == [1]
 
 
 def test_a_team_that_lost_a_connection_but_nobody_is_formed_anew():

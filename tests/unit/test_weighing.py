@@ -2,6 +2,7 @@
 
 from itertools import combinations, pairwise
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -46,3 +47,18 @@ def test_a_model_that_looks_at_values_is_cut_evenly():
 
     model = Looking(nn.Linear(4, 4), nn.Linear(4, 4))
     assert weigh(model, Inputs.of((torch.ones(2, 4), torch.ones(2))), ["1"]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("weights", "num_stages", "cuts"),
+    [
+        ([1, 1, 1, 1], 2, (2,)),
+        ([8, 1, 1, 1], 2, (1,)),
+        ([1, 1, 1, 8], 2, (3,)),
+        ([5, 1, 1, 1], 4, (1, 2, 3)),
+        ([9, 1, 1], 3, (1, 2)),
+    ],
+)
+def test_cuts_make_the_heaviest_stage_as_light_as_can_be(weights, num_stages, cuts):
+    points = [str(number) for number in range(1, len(weights))]
+    assert balanced_cuts(weights, points, num_stages, alike=1e-9) == tuple(map(str, cuts))
