@@ -8,17 +8,22 @@ from itertools import pairwise
 
 from benchmarks.models import CASES, Case
 from benchmarks.ours import Side, open_side
-from benchmarks.pairs import alternate, compare
+from benchmarks.pairs import alternate, compare, spread
 from benchmarks.rivals.gang import Gang
 from benchmarks.rivals.messages import Trained, TrainPipeline
 from benchmarks.rows.step import after_warm_up, warm_steps
 from benchmarks.settings import Settings
 from benchmarks.table import Row, compared_row
+from dnb.planning.bubbles import ideal_bubble
 from dnb.planning.partitions import pipelines
 from dnb.planning.tracing import Inputs
 
 # Samples per second may be 3 % less than the rival's.
 REACH = 1 / 0.97
+# The share in which engines wait for each other may differ so much from (p - 1) / (m + p - 1), where stages are equal
+# and every engine has a core.
+REACH_BUBBLE = 0.10
+EQUAL_STAGES = {"mlp-17m": 2, "gpt-3m": 2}
 RIVAL = "benchmarks.rivals.pipeline"
 MICRO_BATCHES = 8
 PROBE_STEPS = 4
@@ -32,12 +37,13 @@ def rows(settings: Settings) -> Iterator[Row]:
         with open_side(num_engines) as side, Gang(RIVAL, num_ranks=num_engines) as gang:
             for name in CASES_BY_SIZE:
                 for schedule in schedules:
-                    yield _row(settings, CASES[name], side, gang, schedule=schedule)
+                    yield from _rows(settings, CASES[name], side, gang, schedule=schedule)
 
 
-def _row(settings: Settings, case: Case, side: Side, gang: Gang, *, schedule: str) -> Row:
+def _rows(settings: Settings, case: Case, side: Side, gang: Gang, *, schedule: str) -> Iterator[Row]:
     batch_size = 2 * case.batch_per_engine
     cuts = _cuts(case, side.num_engines, batch_size=batch_size)
+    bubbles: list[float] = []
 
     def rival_turn(steps: int) -> float:
         replies = gang.turn(
@@ -64,6 +70,7 @@ def _row(settings: Settings, case: Case, side: Side, gang: Gang, *, schedule: st
             strategy="pipeline",
             schedule=schedule,
         )
+        bubbles.append(training.run.timeline.median_bubble)
         return statistics.fmean(after_warm_up(training.step_seconds))
 
     steps = settings.steps_for(rival_turn(PROBE_STEPS), at_least=6)
@@ -72,7 +79,7 @@ def _row(settings: Settings, case: Case, side: Side, gang: Gang, *, schedule: st
         {"ours": lambda: ours_turn(steps), "rival": lambda: rival_turn(steps)},
         rounds=settings.pairs,
     )
-    return compared_row(
+    yield compared_row(
         f"pipelines {case.name} {schedule} N={side.num_engines}",
         compare(figures["ours"], figures["rival"]),
         unit="ms",
@@ -80,6 +87,17 @@ def _row(settings: Settings, case: Case, side: Side, gang: Gang, *, schedule: st
         reach=REACH,
         details={"case": case.text, "steps_per_turn": steps, "micro_batches": MICRO_BATCHES, "cuts": cuts},
     )
+    if case.name in EQUAL_STAGES and side.num_engines == EQUAL_STAGES[case.name]:
+        ideal = ideal_bubble(side.num_engines, MICRO_BATCHES)
+        yield Row(
+            name=f"bubble {case.name} {schedule} N={side.num_engines}",
+            unit="of the engines' time",
+            ours=spread(bubbles),
+            figure=abs(statistics.median(bubbles) - ideal),
+            reach=REACH_BUBBLE,
+            note=f"the formula says {ideal:.3f}; held against reach is how far it is from that",
+            details={"each": bubbles},
+        )
 
 
 def _cuts(case: Case, num_engines: int, *, batch_size: int) -> list[str]:
