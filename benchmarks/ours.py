@@ -70,6 +70,7 @@ class Side:
         unknown = set(options) - set(inspect.signature(dnb.fit).parameters)
         if unknown:
             raise NotAvailableError(f"fit has no {', '.join(sorted(unknown))}")
+        options.setdefault("strategy", "data")  # else large models would be profiled first
         model, data = made or (case.make_model(), case.data())
         try:
             return self.pool.fit(

@@ -27,7 +27,8 @@ EQUAL_STAGES = {"mlp-17m": 2, "gpt-3m": 2}
 RIVAL = "benchmarks.rivals.pipeline"
 MICRO_BATCHES = 8
 PROBE_STEPS = 4
-CASES_BY_SIZE = ("mlp-17m", "gpt-3m", "cnn")
+# By the number of engines. With the CNN in four stages a rank of the rival failed.
+NAMES = {2: ("mlp-17m", "gpt-3m", "cnn"), 4: ("mlp-17m", "gpt-3m")}
 SCHEDULES = {2: ("1f1b", "gpipe"), 4: ("1f1b",)}
 
 
@@ -35,7 +36,7 @@ def rows(settings: Settings) -> Iterator[Row]:
     """One row per number of engines, case and schedule."""
     for num_engines, schedules in SCHEDULES.items():
         with open_side(num_engines) as side, Gang(RIVAL, num_ranks=num_engines) as gang:
-            for name in CASES_BY_SIZE:
+            for name in NAMES[num_engines]:
                 for schedule in schedules:
                     yield from _rows(settings, CASES[name], side, gang, schedule=schedule)
 
