@@ -175,7 +175,7 @@ def test_a_stage_that_is_killed_is_done_without_and_the_same_step_is_done_again(
     assert largest_gap(run.history["loss"][:50], losses[:50]) <= 1e-6
     assert largest_gap(run.history["loss"], losses) <= 1e-3
     assert [event.engine for event in run.events if event.kind == "died"] == [dead.id]
-    assert [event.kind for event in run.events].count("planned") == 2
+    assert [event.kind for event in run.events].count("planned") >= 2
 
 
 @pytest.mark.faults
@@ -190,17 +190,18 @@ def test_a_stage_that_stands_still_is_ended_and_the_others_go_on(pool):
 
 @pytest.mark.faults
 def test_an_engine_that_joins_becomes_a_stage(pool):
+    def planned(run):
+        return [event.text for event in run.events if event.kind == "planned"]
+
     run = fit(pool, deep(), epochs=100_000)
     wait_until(run, lambda run: run.step >= 10, what="step 10")
     pool.remove(pool.engines[0].id)
-    wait_until(run, lambda run: [e.kind for e in run.events].count("planned") == 2, what="a pipeline of two")
+    wait_until(run, lambda run: "stage 2" not in planned(run)[-1], what="a pipeline of two")
     (newcomer,) = pool.add(1)
+    wait_until(run, lambda run: f"stage 2 on engine {newcomer}" in planned(run)[-1], what="a pipeline of three")
     at = run.step
-    wait_until(
-        run, lambda run: [e.kind for e in run.events].count("planned") == 3, what=f"a pipeline of three: {run.events}"
-    )
     wait_until(run, lambda run: run.step >= at + 20, what="20 steps more")
-    assert f"stage 2 on engine {newcomer}" in [event.text for event in run.events if event.kind == "planned"][-1]
+    assert next(worker.steps for worker in run.workers if worker.engine == newcomer) > 0
     run.stop()
     wait(run)
 
