@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from dnb.engine.profiling import Trial, count_samples
-from dnb.errors import ArgumentError, PlanError
+from dnb.errors import PlanError
 from dnb.inputs import STRATEGIES, check_choice, check_model, check_positive, read_bytes, read_loss
+from dnb.planning.partitions import read_mesh
 from dnb.planning.plans import Plan, draw_up
 from dnb.planning.predicting import Question
 from dnb.planning.profiles import Site
@@ -20,7 +21,6 @@ from dnb.surveying import profile_here, profile_on, site_of, site_without_pool, 
 from dnb.training import MOST_BY_DEFAULT, current_pool, own_path
 
 SCHEDULES = ("1f1b", "gpipe")
-AXES = ("data", "pipeline", "tensor")
 
 
 def plan(
@@ -75,6 +75,8 @@ def plan(
     trial = Trial(model=model, batch=batch, loss=read_loss(loss, step=step), step=step)
     num_samples = count_samples(batch)
     axes = read_mesh(mesh)
+    if axes.get("tensor", 1) > 1:
+        raise PlanError("a tensor axis cannot be predicted in this release: leave it out of the mesh")
     question = Question(
         batch_size=num_samples if batch_size is None else check_positive(batch_size, name="batch_size"),
         strategy=strategy,
@@ -123,21 +125,3 @@ def _notes(pool: EnginePool | None, site: Site) -> list[str]:
     if pool is not None and pool.facts.run is not None and pool.facts.run_status not in ENDED:
         notes.append(f"run {pool.facts.run!r} was active: engines had less than their cores, and all figures are high")
     return notes
-
-
-def read_mesh(mesh: str | None) -> dict[str, int]:
-    """How many engines along each axis that is named.
-
-    Raises:
-        ArgumentError: it is not of the form "data=2,pipeline=2".
-        PlanError: an axis that cannot be predicted.
-    """
-    axes: dict[str, int] = {}
-    for part in filter(None, (mesh or "").replace(" ", "").split(",")):
-        axis, _, number = part.partition("=")
-        if axis not in AXES or not number.isdigit() or int(number) < 1:
-            raise ArgumentError(f"mesh={mesh!r}: {part!r} is no axis with a number, such as 'data=2,pipeline=2'")
-        axes[axis] = int(number)
-    if axes.pop("tensor", 1) > 1:
-        raise PlanError("a tensor axis cannot be predicted in this release: leave it out of the mesh")
-    return axes

@@ -30,6 +30,8 @@ PROBE_SAMPLES = 8
 MOST_SAMPLES_SHOWN = 8
 
 Metrics = dict[str, tuple[float, float]]  # total and weight
+# Of a member of a team that has no part in the loss.
+NO_SUMS = Sums(loss_total=0.0, loss_weight=0.0, metric_totals={}, metric_weights={}, num_samples=0)
 
 
 class ModelChangedError(DnbError):

@@ -14,7 +14,7 @@ import torch
 from dnb.engine.loader import fetch_batch
 from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.micro_batches import fetch_micro_batches, shapes_of
-from dnb.engine.replica import Metrics, Outcome, added, part_seed, samples_text, weighed
+from dnb.engine.replica import NO_SUMS, Metrics, Outcome, added, part_seed, samples_text, weighed
 from dnb.engine.schedules import Trouble, WatchedStage, build_schedule, num_micro_batches_for
 from dnb.engine.stage_memory import StageMemory
 from dnb.engine.team_group import PeerLost, close_group, is_about_peers, open_group, release
@@ -32,7 +32,6 @@ __all__ = ["PeerLost", "StageReplica"]
 # Shapes of batches for which stages are kept; a data set whose batches all differ builds them anew each time.
 MOST_SHAPES = 8
 CPU = torch.device("cpu")
-NO_SUMS = Sums(loss_total=0.0, loss_weight=0.0, metric_totals={}, metric_weights={}, num_samples=0)
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from dnb.engine.memory import EngineMemory, Publisher
-from dnb.engine.replica import Outcome, Replica, samples_text
+from dnb.engine.replica import NO_SUMS, Outcome, Replica, samples_text
 from dnb.engine.team_group import PeerLost, close_group, is_about_peers, open_group
 from dnb.engine.telemetry import Stopwatch
 from dnb.engine.tensor_layers import TeamGradients, divide
@@ -21,8 +21,6 @@ from dnb.transport.job import Data, DataSource, Job
 from dnb.transport.layout import slot_views
 
 __all__ = ["PeerLost", "TensorReplica"]
-
-NO_SUMS = Sums(loss_total=0.0, loss_weight=0.0, metric_totals={}, metric_weights={}, num_samples=0)
 
 
 class TensorReplica(Replica):

@@ -75,7 +75,7 @@ def test_the_profile_is_that_of_the_given_model(model, batch):
         ({"strategy": "pipelin"}, ArgumentError, "no strategy 'pipelin': did you mean 'pipeline'"),
         ({"strategy": "tensor"}, PlanError, "'tensor' is not in this release yet"),
         ({"schedule": "zero-bubble"}, ArgumentError, "no schedule 'zero-bubble'"),
-        ({"mesh": "data=2;pipeline=2"}, ArgumentError, "is no axis with a number, such as 'data=2,pipeline=2'"),
+        ({"mesh": "data=2;pipeline=2"}, ArgumentError, "mesh axis .data. must be a positive integer"),
         ({"mesh": "tensor=2"}, PlanError, "a tensor axis cannot be predicted"),
         ({"mesh": "pipeline=6"}, PlanError, "6 pipeline stages need 6 layers, and Sequential has 5"),
         ({"mesh": "pipeline=4"}, PlanError, "needs 4 engines, and there are 2: %dtrain add 2"),
