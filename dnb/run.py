@@ -424,17 +424,13 @@ class Run:
         request = GetRun(run=self.name, seen=seen, seen_events=len(self.events), seen_timeline=seen_timeline)
         state, frames = self._require_hub().ask(request, RunState)
         self._take_columns(state, frames)
-        self.events.extend(state.events)
-        self.num_steps, self.steps_per_epoch, self.step = (
-            state.num_steps,
-            state.steps_per_epoch,
-            state.step,
-        )
-        self.first_step = state.first_step
-        self._elapsed_seconds = state.elapsed_seconds
         self._totals = state.workers
         self._step_timeline = state.timeline or self._step_timeline
         self._prediction = state.prediction
+        self._elapsed_seconds = state.elapsed_seconds
+        self.first_step, self.num_steps, self.steps_per_epoch = state.first_step, state.num_steps, state.steps_per_epoch
+        self.step = state.step  # who sees a step finds what is known of it in place, and who sees an event the step
+        self.events.extend(state.events)
         self._remember(state)
         trouble = ""
         if state.status in ENDED or state.status == "paused":
