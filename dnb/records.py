@@ -191,6 +191,24 @@ class WorkerTotals(Record, frozen=True):
     start_rss_bytes: int | None = None  # as of `Telemetry`
     peak_rss_bytes: int | None = None
     peak_private_bytes: int | None = None
+    device: str | None = None  # None of these is known of an engine that was not heard since the hub began
+    cores: int | None = None  # threads given to torch
+    memory_bytes: int | None = None  # physical memory of its host
+    heartbeat_age_seconds: float | None = None  # since it was last heard; None once it is gone
+    shards: tuple[int, ...] | None = None  # that it holds now
+
+
+class UsageRow(Record, frozen=True):
+    """How engines spent a span of a run, in seconds; those that were gone at its end are left out."""
+
+    begin_seconds: float  # since the run was submitted
+    end_seconds: float
+    step: int  # committed at its end
+    engines: tuple[int, ...]
+    compute: tuple[float, ...]
+    wait: tuple[float, ...]
+    data: tuple[float, ...]
+    idle: tuple[float, ...]
 
 
 class Prediction(Record, frozen=True):
@@ -571,6 +589,7 @@ class GetRun(Message, frozen=True):
     seen: dict[str, int]  # rows already held, per column
     seen_events: int
     seen_timeline: int = 0  # its step
+    seen_usage: int = 0  # rows
 
 
 class Control(Message, frozen=True):
@@ -748,6 +767,10 @@ class RunState(Message, frozen=True):
     events: tuple[RunEvent, ...]
     timeline: StepTimeline | None = None  # if there is a newer one
     prediction: Prediction | None = None
+    usage: tuple[UsageRow, ...] = ()  # that are new
+    batch_size: int = 0
+    num_samples: int = 0  # of the training set
+    num_shards: int = 0
 
 
 class StateTree(Message, frozen=True):

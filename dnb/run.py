@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 
 from dnb import errors
 from dnb.errors import ArgumentError, DnbError, HubError, RunError
-from dnb.hub.history import read_events, read_history, read_summary, read_timeline
+from dnb.hub.history import read_events, read_history, read_summary, read_timeline, read_usage
 from dnb.inputs import read_loss
 from dnb.planning.bubbles import Timeline
+from dnb.planning.sample_order import samples_after
+from dnb.planning.utilisation import Utilisation
 from dnb.records import (
     ENDED,
     CheckpointState,
@@ -78,13 +80,19 @@ class Worker(msgspec.Struct, frozen=True, kw_only=True):
     start_rss_bytes: int | None = None  # resident before it loaded the run
     peak_rss_bytes: int | None = None  # the most since then, pages of shared memory that it used included
     peak_private_bytes: int | None = None  # the most of what no other process had
+    device: str | None = None
+    cores: int | None = None  # threads given to torch
+    memory_bytes: int | None = None  # physical memory of its host
+    heartbeat_age_seconds: float | None = None  # since the hub last heard it; None once it is gone
+    shards: tuple[int, ...] | None = None  # of the batch, that it holds now
 
 
 class History(Mapping[str, list[float]]):
     """What was measured, by name.
 
-    "loss", "lr", "samples_per_second", metrics: one value per step;
-    "val_loss" and "val_<metric>": one value per evaluation.
+    "loss", "lr", "samples_per_second", metrics, and "seconds" since the run was submitted: one value per step;
+    "val_loss" and "val_<metric>": one value per evaluation; "grad_norm", the 2-norm of the gradient of all
+    parameters before it is clipped: one value now and then, so that it costs at most a hundredth of the time.
     """
 
     def __init__(self) -> None:
@@ -169,6 +177,11 @@ class Run:
         self.steps_per_epoch = 0
         self.step = 0
         self.first_step = 0  # committed by the run that this one continues
+        self.started = 0.0  # seconds since the epoch; less what the run took that this one continues
+        self.batch_size = 0
+        self.num_samples = 0  # of the training set
+        self.num_shards = 0  # of a batch
+        self.utilisation = Utilisation()
         self._hub = hub
         self._model = model
         self._optimizer = optimizer
@@ -210,6 +223,10 @@ class Run:
             summary.steps_per_epoch,
             summary.step,
         )
+        run.started = summary.started
+        run.batch_size, run.num_samples = summary.options["batch_size"], summary.options["num_samples"]
+        run.num_shards = summary.options["num_shards"]
+        run.utilisation.extend(read_usage(folder))
         run._elapsed_seconds = summary.elapsed_seconds
         run._error, run._remote_traceback = summary.error, summary.remote_traceback
         run._status = summary.status if summary.status in ENDED else "failed"
@@ -280,6 +297,12 @@ class Run:
     def timeline(self) -> Timeline:
         """What each engine did when in one of the last steps, in seconds; empty unless the model is divided."""
         return Timeline(self._step_timeline)
+
+    def samples_at(self, steps: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many samples were seen after each of these steps, if batches are all of one size but an epoch's last."""
+        return samples_after(
+            steps, num_samples=self.num_samples, batch_size=self.batch_size, steps_per_epoch=self.steps_per_epoch
+        )
 
     @property
     def prediction(self) -> Prediction | None:
@@ -421,13 +444,22 @@ class Run:
     def _refresh(self) -> None:
         seen = {name: self.history.num_rows(name) for name in self.history}
         seen_timeline = 0 if self._step_timeline is None else self._step_timeline.step
-        request = GetRun(run=self.name, seen=seen, seen_events=len(self.events), seen_timeline=seen_timeline)
+        request = GetRun(
+            run=self.name,
+            seen=seen,
+            seen_events=len(self.events),
+            seen_timeline=seen_timeline,
+            seen_usage=len(self.utilisation),
+        )
         state, frames = self._require_hub().ask(request, RunState)
         self._take_columns(state, frames)
         self._totals = state.workers
         self._step_timeline = state.timeline or self._step_timeline
         self._prediction = state.prediction
         self._elapsed_seconds = state.elapsed_seconds
+        self.utilisation.extend(state.usage)
+        self.started, self.batch_size = state.started, state.batch_size
+        self.num_samples, self.num_shards = state.num_samples, state.num_shards
         self.first_step, self.num_steps, self.steps_per_epoch = state.first_step, state.num_steps, state.steps_per_epoch
         self.step = state.step  # who sees a step finds what is known of it in place, and who sees an event the step
         self.events.extend(state.events)
@@ -550,5 +582,10 @@ def _worker(now: WorkerTotals, past: WorkerTotals | None) -> Worker:
         start_rss_bytes=now.start_rss_bytes,
         peak_rss_bytes=now.peak_rss_bytes,
         peak_private_bytes=now.peak_private_bytes,
+        device=now.device,
+        cores=now.cores,
+        memory_bytes=now.memory_bytes,
+        heartbeat_age_seconds=now.heartbeat_age_seconds,
+        shards=now.shards,
         **shares,
     )

@@ -10,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dnb.planning.bubbles import Timeline
-from dnb.records import Prediction
+from dnb.planning.sample_order import samples_after
+from dnb.planning.utilisation import Utilisation
+from dnb.records import Prediction, UsageRow
 
 
 class FakeHistory:
@@ -54,6 +56,11 @@ class FakeWorker:
     steps: int = 0
     start_rss_bytes: int | None = None
     peak_rss_bytes: int | None = None
+    device: str | None = None
+    cores: int | None = None
+    memory_bytes: int | None = None
+    heartbeat_age_seconds: float | None = None
+    shards: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +80,12 @@ class FakeRun:
     num_steps: int = 496
     error: str | None = None
     elapsed_seconds: float = 0.0
+    started: float = 1_000_000.0
+    batch_size: int = 64
+    num_samples: int = 1000
+    num_shards: int = 8
+    steps_per_epoch: int = 16
+    utilisation: Utilisation = field(default_factory=Utilisation)
     seconds_left: float | None = None
     samples_per_second: float | None = None
     history: FakeHistory = field(default_factory=FakeHistory)
@@ -82,6 +95,8 @@ class FakeRun:
     listeners: list[Callable[[FakeRun], None]] = field(default_factory=list)
     wait_hooks: list[Callable[[FakeRun], None]] = field(default_factory=list)
     num_stops: int = 0
+    num_pauses: int = 0
+    num_resumes: int = 0
     timeline: Timeline = field(default_factory=lambda: Timeline(None))
     prediction: Prediction | None = None
 
@@ -89,8 +104,19 @@ class FakeRun:
     def recent_workers(self) -> list[FakeWorker]:
         return self.workers if self.recent is None else self.recent
 
+    def samples_at(self, steps: NDArray[np.int64]) -> NDArray[np.int64]:
+        return samples_after(
+            steps, num_samples=self.num_samples, batch_size=self.batch_size, steps_per_epoch=self.steps_per_epoch
+        )
+
     def stop(self) -> None:
         self.num_stops += 1
+
+    def pause(self) -> None:
+        self.num_pauses += 1
+
+    def resume(self) -> None:
+        self.num_resumes += 1
 
     def add_listener(self, callback: Callable[[FakeRun], None]) -> None:
         self.listeners.append(callback)
@@ -123,6 +149,24 @@ def long_run(*, num_steps: int = 100_000, num_engines: int = 4) -> FakeRun:
     run.history.set("val_loss", losses[499::500].tolist(), steps=val_steps)
     run.workers = [FakeWorker(engine=engine) for engine in range(num_engines)]
     return run
+
+
+def usage_rows(num_rows: int, *, engines: tuple[int, ...] = (0, 1), seconds: float = 1.0) -> list[UsageRow]:
+    """Spans of equal length in which engines compute more and more, and wait for the rest."""
+    rows = []
+    for place in range(num_rows):
+        busy = seconds * (place + 1) / (num_rows + 1)
+        each = {"compute": busy, "wait": seconds - busy, "data": 0.0, "idle": 0.0}
+        rows.append(
+            UsageRow(
+                begin_seconds=place * seconds,
+                end_seconds=(place + 1) * seconds,
+                step=10 * (place + 1),
+                engines=engines,
+                **{name: (value,) * len(engines) for name, value in each.items()},
+            )
+        )
+    return rows
 
 
 def advance(run: FakeRun) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
-from dnb.records import Prediction, Record, RunEvent, RunSpec, RunStatus, StepTimeline
+from dnb.records import Prediction, Record, RunEvent, RunSpec, RunStatus, StepTimeline, UsageRow
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 HISTORY_FILE = "history.jsonl"
 EVENTS_FILE = "events.jsonl"
+USAGE_FILE = "usage.jsonl"
 TIMELINE_FILE = "timeline.json"
 FORMAT = 1
 
@@ -91,6 +92,7 @@ class RunFolder:
         self.path = path
         self._history = _open_append(path / HISTORY_FILE)
         self._events = _open_append(path / EVENTS_FILE)
+        self._usage = _open_append(path / USAGE_FILE)
         self._encoder = msgspec.json.Encoder()
         self._fault = ""
         self._is_told = False
@@ -118,6 +120,10 @@ class RunFolder:
     def append_event(self, event: RunEvent) -> None:
         """Add a line to the events."""
         self._append(self._events, event)
+
+    def append_usage(self, row: UsageRow) -> None:
+        """Add a line to how engines spent their time."""
+        self._append(self._usage, row)
 
     def write_summary(self, summary: RunSummary) -> None:
         """Replace run.json in one move, so that a reader never sees half of it."""
@@ -158,6 +164,7 @@ class RunFolder:
         """Close the files."""
         os.close(self._history)
         os.close(self._events)
+        os.close(self._usage)
 
     def __enter__(self) -> Self:
         return self
@@ -197,6 +204,14 @@ def read_history(path: Path) -> list[HistoryRow]:
 def read_events(path: Path) -> list[RunEvent]:
     """Every whole line of the events; a torn last line is left out."""
     return list(_read_lines(path / EVENTS_FILE, RunEvent))
+
+
+def read_usage(path: Path) -> list[UsageRow]:
+    """Every whole line of how engines spent their time; none if a run has no such file, as older ones have not."""
+    try:
+        return list(_read_lines(path / USAGE_FILE, UsageRow))
+    except FileNotFoundError:
+        return []
 
 
 def _line(row: HistoryRow) -> dict[str, Any]:

@@ -9,15 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dnb.planning.bubbles import Timeline
+from dnb.planning.utilisation import SHARES as SHARES
+from dnb.planning.utilisation import Utilisation
 from dnb.records import Prediction
 
-SHARES = ("compute", "wait", "data", "idle")
 SET_APART = frozenset({"spare", "dead", "left"})  # states of engines that do not take part now
 ENDED = frozenset({"failed", "stopped", "finished"})
 
 
 class HistoryView(Protocol):
-    """The numbers of a run, one column per key."""
+    """The numbers of a run, one column per key.
+
+    "loss", "lr", "samples_per_second", metrics, and "seconds" since the run was submitted have a value per step;
+    "val_loss", "val_<metric>" one per evaluation, "grad_norm" (before clipping) one now and then.
+    """
 
     def __iter__(self) -> Iterator[str]: ...
 
@@ -52,6 +57,20 @@ class WorkerView(Protocol):
     def start_rss_bytes(self) -> int | None: ...
     @property
     def peak_rss_bytes(self) -> int | None: ...
+    @property
+    def cpu_percent(self) -> float | None: ...
+    @property
+    def rss_bytes(self) -> int | None: ...
+    @property
+    def device(self) -> str | None: ...
+    @property
+    def cores(self) -> int | None: ...
+    @property
+    def memory_bytes(self) -> int | None: ...
+    @property
+    def heartbeat_age_seconds(self) -> float | None: ...
+    @property
+    def shards(self) -> tuple[int, ...] | None: ...
 
 
 class EventView(Protocol):
@@ -63,6 +82,8 @@ class EventView(Protocol):
     def text(self) -> str: ...
     @property
     def step(self) -> int: ...
+    @property
+    def time(self) -> float: ...
     @property
     def engine(self) -> int | None: ...
 
@@ -83,6 +104,22 @@ class RunView(Protocol):
     @property
     def elapsed_seconds(self) -> float: ...
     @property
+    def started(self) -> float:
+        """When it was submitted, in seconds since the epoch; less what a run took that it continues."""
+
+    @property
+    def batch_size(self) -> int:
+        """0 before it is known."""
+
+    @property
+    def num_samples(self) -> int:
+        """Of the training set; 0 before it is known."""
+
+    @property
+    def num_shards(self) -> int:
+        """Of a batch; 0 before it is known."""
+
+    @property
     def seconds_left(self) -> float | None: ...
     @property
     def samples_per_second(self) -> float | None: ...
@@ -95,12 +132,23 @@ class RunView(Protocol):
     @property
     def events(self) -> Sequence[EventView]: ...
     @property
+    def utilisation(self) -> Utilisation: ...
+    @property
     def timeline(self) -> Timeline: ...
     @property
     def prediction(self) -> Prediction | None: ...
 
+    def samples_at(self, steps: NDArray[np.int64], /) -> NDArray[np.int64]:
+        """How many samples were seen after each of these steps."""
+
     def stop(self) -> None:
         """Ask the run to end; may block for a moment."""
+
+    def pause(self) -> None:
+        """Ask the run to stand still between two steps; likewise."""
+
+    def resume(self) -> None:
+        """Ask it to go on; likewise."""
 
     def add_listener(self, callback: Callable[[RunView], None]) -> None:
         """Call `callback` in the run's watcher thread while anything changes, and at the end."""

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 
 
@@ -72,6 +74,16 @@ def _walk_permutations(order: BatchOrder) -> Iterator[Iterable[torch.Tensor]]:
 def count_batches(order: BatchOrder) -> int:
     """Global batches in one epoch."""
     return len(_index_loader(order))
+
+
+def samples_after(
+    steps: NDArray[np.int64], *, num_samples: int, batch_size: int, steps_per_epoch: int
+) -> NDArray[np.int64]:
+    """How many samples were seen after each of these steps, if batches are all of one size but an epoch's last."""
+    epochs, rest = np.divmod(steps, max(steps_per_epoch, 1))
+    of_epoch = min(num_samples, steps_per_epoch * batch_size)  # less than all if the last batch is dropped
+    seen: NDArray[np.int64] = epochs * of_epoch + rest * batch_size
+    return seen
 
 
 def _index_loader(order: BatchOrder) -> DataLoader[Any]:

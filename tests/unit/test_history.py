@@ -205,10 +205,15 @@ def test_a_reader_of_run_json_never_sees_half_of_two(tmp_path: Path):
     assert msgspec.json.decode(seen, type=RunSummary) == summary(step=2)
 
 
-def test_nothing_but_the_three_files_is_left(tmp_path: Path):
+def test_nothing_but_the_four_files_is_left(tmp_path: Path):
     with RunFolder(tmp_path) as folder:
         folder.write_summary(summary())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["events.jsonl", "history.jsonl", "run.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "events.jsonl",
+        "history.jsonl",
+        "run.json",
+        "usage.jsonl",
+    ]
 
 
 # Run.open ----------------------------------------------------------------------------------------------------
