@@ -5,6 +5,7 @@ The one place to change when the way in which gradients are added up changes: `o
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import signal
 import time
@@ -139,4 +140,4 @@ def _hub(engines: Sequence[Connection], line: Connection) -> None:
 def add_up(slabs: Sequence[torch.Tensor], crew: Crew) -> None:
     """Leave the mean of all slabs in the first, as the hub does, its check for NaN and infinity included."""
     first, *others = slabs
-    assert sum_regions(first, others, divisor=float(len(slabs)), crew=crew)
+    assert math.isfinite(sum_regions(first, others, divisor=float(len(slabs)), crew=crew))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from array import array
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -170,13 +171,22 @@ class Accounts:
             start_rss_bytes=worker.start_rss_bytes,
             peak_rss_bytes=worker.peak_rss_bytes,
             peak_private_bytes=worker.peak_private_bytes,
+            device=worker.facts.device,
+            cores=worker.facts.cores,
+            memory_bytes=worker.facts.memory_bytes,
         )
 
 
 def account_of(facts: EngineFacts) -> WorkerTotals:
     """The empty account of an engine that is known."""
     return msgspec.structs.replace(
-        _stranger(facts.engine), host=facts.process.host, pid=facts.process.pid, state="ready"
+        _stranger(facts.engine),
+        host=facts.process.host,
+        pid=facts.process.pid,
+        state="ready",
+        device=facts.device,
+        cores=facts.cores,
+        memory_bytes=facts.memory_bytes,
     )
 
 
@@ -209,9 +219,13 @@ class Columns:
     by_evaluation: dict[str, array[float]] = field(default_factory=dict)
 
     def add_step(self, values: dict[str, float]) -> None:
-        """Add one value to every column."""
+        """Add one value to every column; one that was not measured before has NaN for the steps without it."""
+        if not values.keys() <= self.by_step.keys():
+            num_steps = max((len(column) for column in self.by_step.values()), default=0)
+            for name in values:
+                self.by_step.setdefault(name, array("d", [math.nan]) * num_steps)
         for name, value in values.items():
-            self.by_step.setdefault(name, array("d")).append(value)
+            self.by_step[name].append(value)
 
     def add_evaluation(self, step: int, values: dict[str, float]) -> None:
         """Add one value to every column, with the step after which it was measured."""

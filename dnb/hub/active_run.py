@@ -22,7 +22,7 @@ from dnb.hub.agreement import Agreement
 from dnb.hub.beginnings import Beginning
 from dnb.hub.checkpointer import Checkpointer, Place
 from dnb.hub.coordinator import Coordinator
-from dnb.hub.history import HistoryRow, RunFolder, RunSummary, read_timeline, summarize
+from dnb.hub.history import HistoryRow, RunFolder, RunSummary, read_timeline, read_usage, summarize
 from dnb.hub.meeting import Meeting, open_meeting
 from dnb.hub.memo import RunMemo
 from dnb.hub.reducer import Contribution, NotFinite, StepResult, mean_of
@@ -30,6 +30,7 @@ from dnb.hub.restoring import rows_of
 from dnb.hub.samples import Batches
 from dnb.hub.teams import FIRST_TEAM, Teams
 from dnb.hub.timelines import Part, Timelines
+from dnb.hub.usage import UsageMeter
 from dnb.planning.plan_words import amount
 from dnb.records import (
     ENDED,
@@ -161,6 +162,10 @@ class ActiveRun:
         self._over_limit: set[int] = set()
         self._events = beginning.events
         self._timelines = Timelines(read_timeline(self._folder.path) if beginning.is_taken_over else None)
+        self._meter = UsageMeter(
+            read_usage(self._folder.path) if beginning.is_taken_over else (), begin_seconds=self._seconds
+        )
+        self._held: tuple[tuple[int, tuple[int, ...]], ...] = ()  # engines and shards of the last step
         self._coordinator = self._make_coordinator(
             engines=[facts.engine for facts in present],
             returning=[facts.engine for facts in engines if beginning.is_taken_over],
@@ -434,7 +439,12 @@ class ActiveRun:
         self._checkpoints.tick(is_still=self.status != "running")
 
     def _place(self) -> Place:
-        return Place(self._coordinator.step, self._coordinator.evaluated, (self._ended or time.time()) - self._started)
+        return Place(self._coordinator.step, self._coordinator.evaluated, self._seconds)
+
+    @property
+    def _seconds(self) -> float:
+        """Since the run was submitted; stands still when it has ended."""
+        return (self._ended or time.time()) - self._started
 
     def _tell_of_checkpoint(self, kind: str, text: str, step: int) -> None:
         self._note(machine.Note(kind, text), step=step)
@@ -446,8 +456,13 @@ class ActiveRun:
 
     # what others may know
 
-    def state(self, request: GetRun) -> tuple[RunState, list[bytes]]:
-        """What a viewer does not have yet."""
+    def state(self, request: GetRun, *, heartbeats: Mapping[int, float]) -> tuple[RunState, list[bytes]]:
+        """What a viewer does not have yet.
+
+        Args:
+            request: with what it has.
+            heartbeats: seconds since each living engine was heard.
+        """
         self.do_chores()
         self.tick()
         columns, frames = self._columns.after(request.seen)
@@ -459,16 +474,33 @@ class ActiveRun:
             num_steps=self.spec.num_steps,
             steps_per_epoch=self.spec.steps_per_epoch,
             started=self._started,
-            elapsed_seconds=(self._ended or time.time()) - self._started,
+            elapsed_seconds=self._seconds,
             error=self._coordinator.error,
             remote_traceback=self._coordinator.traceback,
             columns=columns,
-            workers=self._accounts.totals(working=self.working, resting=self._coordinator.resting),
+            workers=self._workers(heartbeats),
             events=tuple(self._events[request.seen_events :]),
             timeline=self._timelines.newer_than(request.seen_timeline),
             prediction=self.spec.prediction,
+            usage=tuple(self._meter.rows[request.seen_usage :]),
+            batch_size=self.spec.batch_size,
+            num_samples=self.spec.num_samples,
+            num_shards=self.spec.num_shards,
         )
         return state, frames
+
+    def _workers(self, heartbeats: Mapping[int, float]) -> tuple[WorkerTotals, ...]:
+        held: dict[int, tuple[int, ...]] = {}
+        for engine, shards in self._held:
+            held[engine] = tuple(sorted({*held.get(engine, ()), *shards}))
+        return tuple(
+            msgspec.structs.replace(
+                totals,
+                heartbeat_age_seconds=heartbeats.get(totals.engine) if totals.engine in self._members else None,
+                shards=held.get(totals.engine, ()) if self._held and totals.engine in self._members else None,
+            )
+            for totals in self._accounts.totals(working=self.working, resting=self._coordinator.resting)
+        )
 
     @property
     def working(self) -> frozenset[int]:
@@ -668,18 +700,34 @@ class ActiveRun:
             return machine.CommitFailed(step, _failure(error))
         if kind == "evaluation":
             self.master.commit_evaluation(step, values)
-        self._chores.append(self.master.settle)
-        self._chores.append(partial(self._record, kind, step, values, samples, time.time()))
-        self._chores.append(partial(self._keep_timeline, step, traces))
-        if kind == "step" and self._agreement.is_digest_due(step):
-            self._chores.append(partial(self._take_digest, step))
-        if self._checkpoints.is_due(kind, step, values, owes_evaluation=self._owes_evaluation(kind, step)):
-            self._chores.append(self._checkpoints.take)  # until the next commit nothing changes what it copies
         self._accounts.end_task({engine for engine, _ in reports})
-        if self._departed:
-            self._chores.append(partial(self._drop_slabs, frozenset(self._departed)))
-            self._departed.clear()
+        if kind == "step":
+            self._held = reports
+        self._put_off(kind, step, values, samples, traces)
         return machine.Committed(kind, step)
+
+    def _put_off(
+        self,
+        kind: WorkKind,
+        step: int,
+        values: dict[str, float],
+        samples: dict[int, int],
+        traces: Mapping[int, Part],
+    ) -> None:
+        """What is still to be done after a commit, once the engines are at work again."""
+        put_off = self._chores.append
+        put_off(self.master.settle)
+        put_off(partial(self._record, kind, step, values, samples, time.time()))
+        put_off(partial(self._keep_timeline, step, traces))
+        if self._meter.is_due(self._seconds):
+            put_off(self._keep_usage)
+        if kind == "step" and self._agreement.is_digest_due(step):
+            put_off(partial(self._take_digest, step))
+        if self._checkpoints.is_due(kind, step, values, owes_evaluation=self._owes_evaluation(kind, step)):
+            put_off(self._checkpoints.take)  # until the next commit nothing changes what it copies
+        if self._departed:
+            put_off(partial(self._drop_slabs, frozenset(self._departed)))
+            self._departed.clear()
 
     def _contributions(self, engine: int, shards: tuple[int, ...]) -> list[Contribution]:
         report = self._reports[engine, shards]
@@ -714,7 +762,14 @@ class ActiveRun:
         now = time.monotonic()
         speed = result.num_samples / max(now - self._last_commit, 1e-9)
         self._last_commit = now
-        return {"loss": result.loss, "lr": result.lr, "samples_per_second": speed, **result.metrics}
+        return {
+            "loss": result.loss,
+            "lr": result.lr,
+            "samples_per_second": speed,
+            "seconds": self._seconds,
+            "grad_norm": result.grad_norm,
+            **result.metrics,
+        }
 
     def _record(
         self, kind: WorkKind, step: int, values: dict[str, float], samples: dict[int, int], when: float
@@ -740,6 +795,11 @@ class ActiveRun:
     def _keep_timeline(self, step: int, parts: Mapping[int, Part]) -> None:
         if parts:
             self._folder.write_timeline(self._timelines.take(step, parts))
+
+    def _keep_usage(self) -> None:
+        row = self._meter.take(self._seconds, self._coordinator.step, self._accounts.totals(working=()))
+        if row is not None:
+            self._folder.append_usage(row)
 
     # NaN and infinity
 
@@ -816,6 +876,10 @@ class ActiveRun:
         )
         self._events.append(event)
         self._folder.append_event(event)
+        if note.kind == "running":
+            self._meter.skip_to(self._seconds)
+        if note.kind in ("paused", "resumed"):
+            self._keep_usage()
         if note.kind in ("running", "resumed"):
             self._last_commit = time.monotonic()
             self._accounts.begin_task()
@@ -826,6 +890,7 @@ class ActiveRun:
         self.do_chores()
         self._ended = time.time()
         self._accounts.close()
+        self._keep_usage()
         self._checkpoints.end()
         self._write_summary()
         for engine in self._accounts.living:
@@ -840,7 +905,7 @@ class ActiveRun:
             error=coordinator.error,
             remote_traceback=coordinator.traceback,
             started=self._started,
-            elapsed_seconds=(self._ended or time.time()) - self._started,
+            elapsed_seconds=self._seconds,
             step=coordinator.step,
         )
         self._folder.write_summary(summary)

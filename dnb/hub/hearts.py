@@ -24,6 +24,10 @@ class Hearts:
         """Engines that are not heard now."""
         return frozenset(self._silent)
 
+    def ages(self, now: float) -> dict[int, float]:
+        """Seconds since each was last heard."""
+        return {engine: max(now - heard, 0.0) for engine, heard in self._heard.items()}
+
     def begin(self, engine: int, now: float) -> None:
         """An engine has joined: its silence counts from now."""
         self._heard[engine] = now

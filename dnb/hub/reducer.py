@@ -51,6 +51,7 @@ class StepResult:
     lr: float
     samples: dict[int, int]  # that each engine brought
     values: dict[str, float]  # as they go into the history
+    grad_norm: float = math.nan  # 2-norm of the gradient of all parameters, before it is clipped
 
     @property
     def num_samples(self) -> int:
@@ -262,14 +263,14 @@ class Master:
         if not math.isfinite(loss):
             raise _culprit_of(loss, contributions)
         keys = list(dict.fromkeys((c.engine, c.slab) for c in contributions))
-        self._reduce(keys, contributions)
+        square = self._reduce(keys, contributions)
         if self._clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._trainable, self._clip_norm)
         lr = float(self.optimizer.param_groups[0]["lr"])
         samples: dict[int, int] = {}
         for part in contributions:
             samples[part.engine] = samples.get(part.engine, 0) + part.sums.num_samples
-        result = StepResult(loss, metrics, lr, samples, {})
+        result = StepResult(loss, metrics, lr, samples, {}, math.sqrt(square))
         result.values.update({"loss": loss, "lr": lr, **metrics} if describe is None else describe(result))
         self._apply(keys, contributions, result)
         return result
@@ -363,11 +364,14 @@ class Master:
             return HubSlab(mmap.mmap(-1, max(num_bytes, 1)), self, segment=None)
         return HubSlab(segment.memory, self, segment=segment, is_shared=is_shared)
 
-    def _reduce(self, keys: Sequence[tuple[int, int]], contributions: Sequence[Contribution]) -> None:
+    def _reduce(self, keys: Sequence[tuple[int, int]], contributions: Sequence[Contribution]) -> float:
+        """Make the first slab the mean; the sum of its squares."""
         first, *others = (self._slabs[key] for key in keys)
         weight = sum(c.sums.loss_weight for c in contributions) if any(c.is_sum for c in contributions) else None
+        square = 0.0
         for index, target in enumerate(first.regions):
-            if not sum_regions(target, [slab.regions[index] for slab in others], divisor=weight, crew=self._crew):
+            square += sum_regions(target, [slab.regions[index] for slab in others], divisor=weight, crew=self._crew)
+            if math.isnan(square):
                 raise self._find_culprit(keys)
         unused = frozenset.intersection(*(frozenset(c.unused) for c in contributions))
         if self._bound != (keys[0], unused):
@@ -377,6 +381,7 @@ class Master:
             self._stepper.forget()
             if self._keeper is not None:
                 self._keeper.forget()
+        return square
 
     def _find_culprit(self, keys: Sequence[tuple[int, int]]) -> NotFinite:
         """Whose gradient it was; the first slab holds the sum by now, so it is asked last."""
@@ -411,19 +416,22 @@ class Master:
 
 def sum_regions(
     target: torch.Tensor, others: Sequence[torch.Tensor], *, divisor: float | None = None, crew: Crew
-) -> bool:
-    """Add flat tensors into the first, in order, chunk by chunk; whether the sum is finite.
+) -> float:
+    """Add flat tensors into the first, in order, chunk by chunk.
 
     Args:
         target: flat, becomes the sum.
         others: of the same size.
         divisor: the sum is divided by it.
         crew: does it.
+
+    Returns:
+        The sum of the squares of the sum's elements; NaN if one of them is not finite.
     """
     parts = crew.cut(len(target))
     if len(parts) == 1:
         return _sum_part(target, others, divisor)
-    return all(
+    return sum(
         crew.share(
             [
                 partial(_sum_part, target[begin:end], [other[begin:end] for other in others], divisor)
@@ -433,8 +441,8 @@ def sum_regions(
     )
 
 
-def _sum_part(target: torch.Tensor, others: Sequence[torch.Tensor], divisor: float | None) -> bool:
-    is_finite = True
+def _sum_part(target: torch.Tensor, others: Sequence[torch.Tensor], divisor: float | None) -> float:
+    squares = 0.0
     for chunk, *rest in _chunks([target, *others]):
         for other in rest:
             chunk.add_(other)
@@ -442,9 +450,11 @@ def _sum_part(target: torch.Tensor, others: Sequence[torch.Tensor], divisor: flo
             chunk.div_(divisor)
         # One pass while the chunk is in the cache: a square that is not finite comes from such an element, or from
         # one that is too large to be squared, which is looked at again.
-        if not cmath.isfinite(torch.dot(chunk, chunk).item()):
-            is_finite = is_finite and bool(torch.isfinite(chunk).all())
-    return is_finite
+        square = torch.vdot(chunk, chunk).item()
+        if not cmath.isfinite(square):
+            square = chunk.abs().double().square().sum().item() if torch.isfinite(chunk).all() else math.nan
+        squares += square.real
+    return squares
 
 
 def mean_of(sums: Sequence[Sums]) -> tuple[float, dict[str, float]]:

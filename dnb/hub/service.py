@@ -572,7 +572,7 @@ class Service:
             case Submit():
                 self._submit(frames)
             case GetRun(run=name):
-                return self._named(name).state(request)
+                return self._named(name).state(request, heartbeats=self._hearts.ages(time.monotonic()))
             case Control(run=name, verb=verb):
                 self._control(name, verb)
             case SetOptions(run=name, options=options):

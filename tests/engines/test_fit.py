@@ -51,8 +51,31 @@ def test_fit_returns_at_once_and_the_run_finishes_by_itself(pool):
 def test_the_history_has_one_value_per_step_and_per_epoch(pool):
     run = wait(fit(pool, val=digits(200), metrics="accuracy", epochs=2))
     rows = {name: len(values) for name, values in run.history.items()}
-    per_step = {"loss": 58, "lr": 58, "samples_per_second": 58, "accuracy": 58}
+    per_step = dict.fromkeys(["loss", "lr", "samples_per_second", "seconds", "grad_norm", "accuracy"], 58)
     assert rows == {**per_step, "val_loss": 2, "val_accuracy": 2, "digest": 6}  # after each 10th step and the last
+
+
+def test_the_history_tells_when_each_step_was_done_and_how_large_its_gradient_was(pool):
+    run = wait(fit(pool, steps=3, optimizer="sgd"))
+    generator = torch.Generator().manual_seed(0)
+    inputs, targets = next(iter(DataLoader(TensorDataset(*digits()), 64, shuffle=True, generator=generator)))
+    model = mlp()
+    torch.nn.functional.cross_entropy(model(inputs), targets).backward()
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in model.parameters()])
+    assert run.history["grad_norm"][0] == pytest.approx(norm.item(), rel=1e-5)
+    assert 0 < run.history["seconds"][0] < run.history["seconds"][1] < run.history["seconds"][2] <= run.elapsed_seconds
+
+
+def test_a_run_tells_how_its_engines_spent_their_time_and_what_they_hold(pool):
+    run = wait(fit(pool, steps=20))
+    spans = run.utilisation.spans(limit=10)
+    assert spans.engines == tuple(worker.engine for worker in run.workers)
+    assert np.nansum(spans.shares, axis=2).max() == pytest.approx(1.0)
+    assert run.samples_at(np.array([1, 20])).tolist() == [64, 1280]
+    assert sorted(shard for worker in run.workers for shard in worker.shards) == list(range(run.num_shards))
+    assert {worker.device for worker in run.workers} == {"cpu"}
+    assert all(worker.heartbeat_age_seconds < 60 for worker in run.workers)
+    assert len(dnb.Run.open(run.folder).utilisation) == len(run.utilisation)
 
 
 def test_validation_over_the_engines_is_that_of_one_process(pool):

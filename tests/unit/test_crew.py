@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import threading
 from functools import partial
 
@@ -81,16 +82,27 @@ def test_a_sum_has_the_same_bits_however_many_add_it_up(crew: Crew, divisor: flo
     generator = torch.Generator().manual_seed(0)
     slabs = [torch.randn(3 * LEAST_ELEMENTS + 17, generator=generator) for _ in range(3)]
     alone, shared = slabs[0].clone(), slabs[0].clone()
-    assert sum_regions(alone, slabs[1:], divisor=divisor, crew=Crew(1))
-    assert sum_regions(shared, slabs[1:], divisor=divisor, crew=crew)
+    squares = [
+        sum_regions(alone, slabs[1:], divisor=divisor, crew=Crew(1)),
+        sum_regions(shared, slabs[1:], divisor=divisor, crew=crew),
+    ]
     assert torch.equal(alone, shared)
+    assert squares == pytest.approx([alone.double().square().sum().item()] * 2, rel=1e-5)
+
+
+def test_squares_of_values_too_large_for_float32_are_added_up(crew: Crew):
+    assert sum_regions(torch.full((4,), 1e30), [], crew=crew) == pytest.approx(4e60)
+
+
+def test_squares_of_complex_values_are_of_their_lengths(crew: Crew):
+    assert sum_regions(torch.full((4,), 3 + 4j), [], crew=crew) == pytest.approx(100.0)
 
 
 @pytest.mark.parametrize("place", [0, 2 * LEAST_ELEMENTS, -1])
 def test_every_part_is_looked_at_for_nan(crew: Crew, place: int):
     target = torch.zeros(3 * LEAST_ELEMENTS + 17)
     target[place] = torch.nan
-    assert not sum_regions(target, [torch.zeros_like(target)], crew=crew)
+    assert math.isnan(sum_regions(target, [torch.zeros_like(target)], crew=crew))
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
