@@ -20,6 +20,7 @@ GROUPS = {
     "warm": "a second fit to its first step, against a fresh torchrun",
     "cold": "a fresh process to its first step, against a fresh torchrun",
     "watching": "telemetry and live view, against a run that nobody watches",
+    "view": "the dashboard in kernel and browser: CPU, bytes, memory, how soon it shows",
     "faults": "engines killed, stopped, slowed and added, against torchft",
     "goodput": "a run under steady fire, and its ledger",
     "overhead": "what being ready for faults costs while there is none",

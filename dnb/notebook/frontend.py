@@ -47,6 +47,8 @@ def checked_display(word: str, *, source: str) -> Display:
 def _has_widgets(*, environ: Mapping[str, str], modules: Container[str], shell: Any) -> bool:
     if "google.colab" in modules:
         return True
+    if "VOILA_REQUEST_URL" in environ:
+        return True
     if "VSCODE_PID" in environ or "__vsc_ipynb_file__" in getattr(shell, "user_ns", {}):
         return True
     # jupyter_server sets JPY_SESSION_NAME in the kernel of each session; nbclient, nbval and papermill do not, but a

@@ -1,5 +1,6 @@
 """One browser and one JupyterLab per test file; a fresh page and fresh kernels per test."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 from tests.browser.lab import CHROMIUM_FLAGS, LabPage, LabServer, find_chromium
+from tests.browser.voila import VoilaServer
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,13 @@ def lab_server(nothing_is_left, tmp_path_factory):
 def notebook_folder(lab_server) -> Path:
     """Where a test writes or copies the notebook that it opens by name."""
     return lab_server.root
+
+
+@pytest.fixture
+def voila(tmp_path):
+    """Start Voila on a notebook: `voila(path)` gives its address."""
+    with contextlib.ExitStack() as stack:
+        yield lambda path: stack.enter_context(VoilaServer(path, home=tmp_path)).url
 
 
 @pytest.fixture

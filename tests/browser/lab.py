@@ -175,6 +175,22 @@ class LabPage:
         self.page.reload()
         self._wait_until_ready(timeout_seconds)
 
+    def another(self) -> "LabPage":
+        """The same notebook in a second tab of the same browser, on the same kernel."""
+        tab = LabPage(self.page.context, self._server)
+        tab.open(self.evaluate("return panel.context.path;"))
+        return tab
+
+    def restart_kernel(self) -> None:
+        """End the kernel's process and start another for the same notebook."""
+        self.evaluate("return panel.sessionContext.session.kernel.restart().then(() => null);")
+        self._wait_until_ready(60)
+
+    def forget_kernel(self) -> None:
+        """End the kernel and reload the page: what is drawn now comes from the file."""
+        self._server.shut_down_kernels()
+        self.reload()
+
     def run(self, index: int) -> None:
         """Start one cell and return at once."""
         self.evaluate(

@@ -1,0 +1,125 @@
+"""The view in JupyterLab and Voila: what survives, what it answers to, and what it never runs."""
+
+import nbformat
+import pytest
+
+from tests.browser.lab import write_notebook
+from tests.browser.test_quickstart import FIGURE_MILLISECONDS, LONG_FIT, POINTS, SETUP, keep_picture
+
+pytestmark = [pytest.mark.browser, pytest.mark.engines]
+
+# What a curve holds that is drawn under a cell: first and last step of the run's raw losses, and how far it is zoomed.
+CURVE = """
+    const plot = document.querySelectorAll('.jp-Notebook .jp-Cell')[index]?.querySelector('.js-plotly-plot');
+    const steps = Array.from(plot?.data?.find(trace => trace.type === 'scatter' && trace.x?.length > 1)?.x ?? []);
+"""
+HOSTILE = "<img src=x onerror='window.harmed = true'><script>window.harmed = true</script>"
+STEP = f"""
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+
+def step(model, batch):
+    pixels, targets = batch
+    odd = Odd.calls = getattr(Odd, "calls", 0) + 1
+    if odd > 40:
+        raise ValueError({HOSTILE!r})
+    return nn.functional.cross_entropy(model.layer(pixels), targets), {{{HOSTILE!r}: 1.0}}
+"""
+
+
+def wait_for_curve(page, index, *, step):
+    """Until the curve under a cell begins with the run and reaches a step."""
+    page.wait_for_function(
+        f"([index, step]) => {{ {CURVE} return steps[0] <= 1 && steps[steps.length - 1] >= step; }}",
+        arg=[index, step],
+        timeout=FIGURE_MILLISECONDS,
+    )
+
+
+def last_step(page, index):
+    return page.evaluate(f"index => {{ {CURVE} return steps[steps.length - 1] ?? 0; }}", index)
+
+
+def open_live(lab, notebook_folder, name, *, cells):
+    """A notebook whose fourth cell shows a run that goes on."""
+    cells = ["%load_ext dnb", "%dtrain start -n 2", SETUP, "run = " + LONG_FIT, *cells, "%dtrain shutdown"]
+    write_notebook(notebook_folder / name, cells)
+    lab.open(name)
+    for index in range(4):
+        lab.run_and_wait(index, timeout_seconds=120)
+    lab.output_area(3).locator(POINTS).first.wait_for(timeout=FIGURE_MILLISECONDS)
+    return len(cells) - 1
+
+
+def test_a_reloaded_page_and_a_second_tab_have_the_whole_history_and_its_buttons(lab, browser, notebook_folder):
+    shutdown = open_live(lab, notebook_folder, "survives.ipynb", cells=["print(run.step)"])
+    lab.save()
+    lab.reload()
+    wait_for_curve(lab.page, 3, step=int(lab.run_and_wait(4)[0]["text"]))
+    tab = lab.another()
+    wait_for_curve(tab.page, 3, step=last_step(lab.page, 3))
+    tab.output_area(3).get_by_role("button", name="Pause").click()
+    lab.output_area(3).get_by_text("paused").first.wait_for(timeout=30_000)  # the other tab tells it, too
+    lab.output_area(3).get_by_role("button", name="Resume").click()
+    step = last_step(tab.page, 3)
+    wait_for_curve(tab.page, 3, step=step + 1)
+    keep_picture(tab, "view-second-tab")
+    lab.output_area(3).get_by_role("button", name="Stop").click()
+    lab.output_area(3).get_by_text("stopped").first.wait_for(timeout=30_000)
+    lab.run_and_wait(shutdown, timeout_seconds=60)
+    assert (lab.problems, tab.problems) == ([], [])
+
+
+def test_a_restarted_kernel_attaches_and_the_saved_notebook_shows_the_chart_without_one(lab, notebook_folder, tmp_path):
+    again = ["%load_ext dnb\nrun = %dtrain attach", "%dtrain stop", "%dtrain dashboard"]
+    shutdown = open_live(lab, notebook_folder, "restarted.ipynb", cells=again)
+    step = last_step(lab.page, 3)
+    lab.restart_kernel()
+    lab.run_and_wait(4, timeout_seconds=120)
+    wait_for_curve(lab.page, 4, step=step)
+    keep_picture(lab, "view-attached", index=4)
+    for index in (5, 6, shutdown):
+        lab.run_and_wait(index, timeout_seconds=60)
+    saved = lab.save()
+    assert len(nbformat.writes(saved)) < 300_000
+    lab.forget_kernel()
+    lab.output_area(6).locator(POINTS).first.wait_for(timeout=FIGURE_MILLISECONDS)
+    assert "stopped at step" in saved.cells[6].outputs[0].data["text/plain"]
+    assert lab.problems == []
+
+
+def test_text_from_user_code_is_shown_and_not_run(lab, notebook_folder):
+    cells = [
+        "%load_ext dnb",
+        "%dtrain start -n 1",
+        SETUP,
+        STEP,
+        "run = %dtrain fit {Odd()} train --step step --epochs 100",
+        "try:\n    run.wait()\nexcept Exception as error:\n    print('paused')",
+        "%dtrain stop",
+        "%dtrain dashboard",
+        "%dtrain shutdown",
+    ]
+    write_notebook(notebook_folder / "hostile.ipynb", cells)
+    lab.open("hostile.ipynb")
+    for index in range(len(cells)):
+        lab.run_and_wait(index, timeout_seconds=120)
+        if index == 5:
+            lab.output_area(4).get_by_text("<img src=x").first.wait_for(timeout=30_000)
+            lab.output_area(4).locator(POINTS).first.wait_for(timeout=FIGURE_MILLISECONDS)
+            keep_picture(lab, "view-hostile", index=4)
+    lab.output_area(7).locator(POINTS).first.wait_for(timeout=FIGURE_MILLISECONDS)
+    assert lab.page.evaluate("window.harmed") is None
+
+
+def test_voila_shows_a_live_view(browser, notebook_folder, tmp_path, voila):
+    cells = ["%load_ext dnb", "%dtrain start -n 1", SETUP, LONG_FIT.replace("20000", "400"), "%dtrain wait"]
+    write_notebook(notebook_folder / "voila.ipynb", cells)
+    url = voila(notebook_folder / "voila.ipynb")
+    page = browser.new_page()
+    page.goto(url, timeout=90_000)
+    page.locator(POINTS).first.wait_for(timeout=FIGURE_MILLISECONDS)
+    page.get_by_text("finished after").first.wait_for(timeout=60_000)
+    page.close()
