@@ -7,7 +7,7 @@ from html import escape
 from statistics import median
 
 from dnb.notebook.views import SHARES, RunView, WorkerView, has_ended, shown_workers
-from dnb.notebook.wording import counted, numbered
+from dnb.notebook.wording import counted, numbered, one_line
 from dnb.notebook.worker_words import NOT_KNOWN, device_words, facts_of, host_words, hung_engines, state_of
 
 # More engines than this share a heat map.
@@ -86,11 +86,12 @@ def cards(
 
 def _card(worker: WorkerView, *, state: str, num_shards: int, is_over: bool) -> str:
     facts = facts_of(worker, num_shards=num_shards, is_over=is_over)
+    mark, word = MARKS.get(state, _UNKNOWN_MARK), escape(one_line(state, limit=40))
     rows = "".join(f"<dt>{fact.name}</dt><dd>{_value(fact.words)}</dd>" for fact in facts)
     return (
         f'<li class="dnb-{state if state in MARKS else "busy"}">'
         f'<div class="dnb-top"><b>engine {worker.engine}</b>'
-        f'<span><span aria-hidden="true">{MARKS.get(state, _UNKNOWN_MARK)}</span> {escape(state)}</span></div>'
+        f'<span><span aria-hidden="true">{mark}</span> {word}</span></div>'
         f'<div class="dnb-host">{_place(worker)}</div><dl>{rows}</dl></li>'
     )
 
@@ -140,6 +141,17 @@ def heat_words(workers: Sequence[WorkerView], *, hung: Collection[int] = ()) -> 
         told.append(f"{MARKS[state]} {state}: {numbered([e for e, s in states.items() if s == state], limit=8)}")
     unknown = [engine for engine, state in states.items() if state not in _WITHOUT_SHARE and engine not in known]
     return [*told, f"{_UNKNOWN_MARK} {NOT_KNOWN}: {numbered(unknown, limit=8)}"] if unknown else told
+
+
+def crowd_lines(workers: Sequence[WorkerView], *, hung: Collection[int] = ()) -> list[str]:
+    """A heat map in words: what stands out, and every figure in it."""
+    shares = [
+        f"{worker.engine}: {100 * worker.compute:.0f}"
+        for worker in workers
+        if state_of(worker, hung=hung) not in _WITHOUT_SHARE and _has_shares(worker)
+    ]
+    told = [f"{counted(len(workers), 'engine')}, computing: {'; '.join(heat_words(workers, hung=hung))}"]
+    return [*told, f"computing, in % of its time, engine {', '.join(shares)}"] if shares else told
 
 
 def _has_any(row: int, cells: dict[int, str]) -> bool:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from dnb.notebook.cards import MOST_CARDS, crowd_lines
 from dnb.notebook.diagnosis import findings
 from dnb.notebook.pipeline_words import timeline_lines
 from dnb.notebook.views import SET_APART, EventView, RunView, has_ended, shown_workers
@@ -102,12 +103,15 @@ def summary(run: RunView) -> str:
     if per_second is not None:
         lines.append(f"{per_second:,.0f} samples/s{' on average' if has_ended(run) else ''}")
     lines += [one_line(line) for line in timeline_lines(run)]
-    hung = hung_engines(run)
-    lines += [
-        worker_line(worker, hung=hung, num_shards=run.num_shards, is_over=has_ended(run))
-        for worker in shown_workers(run)
-    ]
-    return "\n".join(lines + _events_in_words(run.events))
+    return "\n".join(lines + _engines_in_words(run) + _events_in_words(run.events))
+
+
+def _engines_in_words(run: RunView) -> list[str]:
+    """A line for each, as it has a card; of as many as share a heat map only what that shows."""
+    workers, hung = shown_workers(run), hung_engines(run)
+    if len(workers) > MOST_CARDS:
+        return crowd_lines(workers, hung=hung)
+    return [worker_line(worker, hung=hung, num_shards=run.num_shards, is_over=has_ended(run)) for worker in workers]
 
 
 def _events_in_words(events: Sequence[EventView]) -> list[str]:
