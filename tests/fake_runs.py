@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,6 +98,7 @@ class FakeRun:
     num_stops: int = 0
     num_pauses: int = 0
     num_resumes: int = 0
+    num_checkpoints: int = 0
     timeline: Timeline = field(default_factory=lambda: Timeline(None))
     prediction: Prediction | None = None
 
@@ -117,6 +119,10 @@ class FakeRun:
 
     def resume(self) -> None:
         self.num_resumes += 1
+
+    def checkpoint(self) -> Path:
+        self.num_checkpoints += 1
+        return Path(f"/work/checkpoints/step-{self.step}")
 
     def add_listener(self, callback: Callable[[FakeRun], None]) -> None:
         self.listeners.append(callback)

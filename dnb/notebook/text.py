@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-import html
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 
-from dnb.notebook.pipeline_words import memory_in_words, timeline_lines
-from dnb.notebook.views import SET_APART, SHARES, RunView, WorkerView, has_ended
+from dnb.notebook.cards import MOST_CARDS, crowd_lines
+from dnb.notebook.diagnosis import findings
+from dnb.notebook.pipeline_words import timeline_lines
+from dnb.notebook.views import SET_APART, EventView, RunView, has_ended, shown_workers
+from dnb.notebook.wording import counted, duration, inert, number, one_line, time_left
+from dnb.notebook.worker_words import hung_engines
+from dnb.notebook.worker_words import worker_words as worker_line
 
-_MEMBERSHIP = frozenset({"died", "left", "joined", "removed", "reassigned"})
-_MAX_MESSAGE = 300
+__all__ = [
+    "MEMBERSHIP", "TextReporter", "duration", "inert", "last_value", "number", "one_line", "pace", "progress_line",
+    "rate", "run_name", "status_sentence", "summary", "time_left", "worker_line",
+]  # fmt: skip
+
+# As many of the last events are told in a summary.
+MAX_EVENTS = 5
+_NAMES = {"lr": "learning rate", "grad_norm": "gradient norm"}
+# Kinds of events by which engines come and go.
+MEMBERSHIP = frozenset({"died", "left", "joined", "removed", "reassigned"})
 
 
 class Stream(Protocol):
@@ -25,41 +37,6 @@ class Stream(Protocol):
 
     def flush(self) -> None:
         """Let it be seen."""
-
-
-def number(value: float) -> str:
-    """A loss or metric with four decimals, or in powers of ten where those would say nothing."""
-    if not np.isfinite(value) or value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:.4f}"
-    return f"{value:.3e}"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person would say them."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def time_left(seconds: float) -> str:
-    """An estimate: whole seconds, since tenths would pretend to know."""
-    return (
-        "under 1 s left"
-        if seconds < 1
-        else f"{duration(max(round(seconds), 10))} left"
-        if (seconds >= 9.95)
-        else f"{round(seconds)} s left"
-    )
-
-
-def one_line(text: str, *, limit: int = _MAX_MESSAGE) -> str:
-    """Text of unknown origin on one line: no control characters, no more than `limit` characters."""
-    words = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return words if len(words) <= limit else words[: limit - 1].rstrip() + "…"
 
 
 def last_value(run: RunView, key: str) -> float | None:
@@ -81,7 +58,7 @@ def status_sentence(run: RunView) -> str:
     if run.status in {"failed", "paused"}:
         return _reason(run)
     if run.status == "finished":
-        return f"finished after {_steps(run.step)} in {duration(run.elapsed_seconds)}"
+        return f"finished after {counted(run.step, 'step')} in {duration(run.elapsed_seconds)}"
     if run.status == "stopped":
         return f"stopped at step {run.step:,} of {run.num_steps:,} after {duration(run.elapsed_seconds)}"
     return _going_on(run)
@@ -90,8 +67,8 @@ def status_sentence(run: RunView) -> str:
 def progress_line(run: RunView) -> str:
     """The run on one line, for logs and for front ends without widgets."""
     if run.status not in {"starting", "running"}:
-        return f"{run.name}: {status_sentence(run)}"
-    parts = [f"{run.name}: step {run.step}/{run.num_steps}"]
+        return f"{run_name(run)}: {status_sentence(run)}"
+    parts = [f"{run_name(run)}: step {run.step}/{run.num_steps}"]
     for key in ("loss", "val_loss"):
         value = last_value(run, key)
         if value is not None:
@@ -109,9 +86,15 @@ def pace(run: RunView) -> list[str]:
     return known
 
 
+def run_name(run: RunView) -> str:
+    """Its name on one line; not yet escaped for HTML."""
+    return one_line(run.name, limit=60)
+
+
 def summary(run: RunView) -> str:
     """All that a chart of the run shows, in words: what is stored beside it, and read out."""
-    lines = [f"{run.name}: {status_sentence(run)}"]
+    lines = [f"{run_name(run)}: {status_sentence(run)}"]
+    lines += [finding.text for finding in findings(run)]
     values = [text for key in _keys_to_tell(run) if (text := _column_in_words(run, key))]
     lines += values or ["no step was committed" if has_ended(run) else "no step yet"]
     if told := hash_in_words(run):
@@ -120,31 +103,27 @@ def summary(run: RunView) -> str:
     if per_second is not None:
         lines.append(f"{per_second:,.0f} samples/s{' on average' if has_ended(run) else ''}")
     lines += [one_line(line) for line in timeline_lines(run)]
-    lines += [worker_line(worker) for worker in run.workers]
-    return "\n".join(lines)
+    return "\n".join(lines + _engines_in_words(run) + _events_in_words(run.events))
+
+
+def _engines_in_words(run: RunView) -> list[str]:
+    """A line for each, as it has a card; of as many as share a heat map only what that shows."""
+    workers, hung = shown_workers(run), hung_engines(run)
+    if len(workers) > MOST_CARDS:
+        return crowd_lines(workers, hung=hung)
+    return [worker_line(worker, hung=hung, num_shards=run.num_shards, is_over=has_ended(run)) for worker in workers]
+
+
+def _events_in_words(events: Sequence[EventView]) -> list[str]:
+    told = [f"step {event.step:,}: {one_line(event.text) or one_line(event.kind)}" for event in events[-MAX_EVENTS:]]
+    more = len(events) - len(told)
+    return [f"last {counted(len(told), 'event')} of {more + len(told):,}:", *told] if more else told
 
 
 def hash_in_words(run: RunView) -> str:
     """The newest hash of the parameters, which every engine's copy was held against; "" before the first."""
     steps, values = run.history.column("digest")
     return f"one hash {int(values[-1]):08x} at step {steps[-1]:,}" if len(values) else ""
-
-
-def worker_line(worker: WorkerView) -> str:
-    """One engine's shares of time and samples."""
-    shares = [(name, getattr(worker, name)) for name in SHARES]
-    told = ", ".join(f"{name} {share:.0%}" for name, share in shares)
-    if not any(share for _, share in shares):
-        told = "no shares of time yet"
-    state = f" ({worker.state})" if worker.state in SET_APART else ""
-    where = f"engine {worker.engine}{state} on {one_line(worker.host, limit=60)}"
-    memory = memory_in_words(worker)
-    return f"{where}: {told}; {worker.samples:,} samples in {_steps(worker.steps)}{'; ' * bool(memory)}{memory}"
-
-
-def inert(text: str) -> str:
-    """Text that plotly shows as it is: no tags, and no dollar signs, which would be typeset as TeX."""
-    return html.escape(text, quote=False).replace("$", "&#36;")
 
 
 class TextReporter:
@@ -196,14 +175,6 @@ class TextReporter:
         stream.flush()
 
 
-def _steps(count: int) -> str:
-    return "1 step" if count == 1 else f"{count:,} steps"
-
-
-def _engines(count: int) -> str:
-    return "1 engine" if count == 1 else f"{count} engines"
-
-
 def _reason(run: RunView) -> str:
     """The error says where it happened, if it knows: in words that begin with the status or with the step."""
     error = one_line(run.error or "")
@@ -219,12 +190,12 @@ def _reason(run: RunView) -> str:
 def _going_on(run: RunView) -> str:
     num_spares = sum(worker.state == "spare" for worker in run.workers)
     num_working = sum(worker.state not in SET_APART for worker in run.workers)
-    where = f" on {_engines(num_working)}" if num_working else ""
+    where = f" on {counted(num_working, 'engine')}" if num_working else ""
     if num_spares:
         where += f" and {num_spares} spare{'s' if num_spares > 1 else ''}"
     verb = "starting" if run.status == "starting" else "training"
     # engines that join before the first step are what was asked for
-    changes = [event for event in run.events if event.kind in _MEMBERSHIP and event.step > 0]
+    changes = [event for event in run.events if event.kind in MEMBERSHIP and event.step > 0]
     if told := hash_in_words(run):
         where += f", {told}"
     if not changes:
@@ -236,7 +207,7 @@ def _going_on(run: RunView) -> str:
 
 def _keys_to_tell(run: RunView) -> list[str]:
     extra = [key for key in run.history if key.startswith("val_") and key != "val_loss"]
-    return ["loss", "val_loss", *sorted(extra)]
+    return ["loss", "val_loss", *sorted(extra), "lr", "grad_norm"]
 
 
 def _column_in_words(run: RunView, key: str) -> str | None:
@@ -244,9 +215,10 @@ def _column_in_words(run: RunView, key: str) -> str | None:
     steps, values = run.history.column(key)
     if not len(values):
         return None
-    last = f"{one_line(key, limit=60)} {number(float(values[-1]))} at step {steps[-1]:,}"
+    name = _NAMES.get(key) or one_line(key, limit=60)
+    last = f"{name} {number(float(values[-1]))} at step {steps[-1]:,}"
     finite = np.isfinite(values)
-    if key == "loss" or not finite.any() or len(values) == 1:
+    if key in ("loss", "lr") or not finite.any() or len(values) == 1:
         return last
     lowest = int(np.where(finite, values, np.inf).argmin())
     highest = int(np.where(finite, values, -np.inf).argmax())

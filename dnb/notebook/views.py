@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -149,6 +150,9 @@ class RunView(Protocol):
 
     def resume(self) -> None:
         """Ask it to go on; likewise."""
+
+    def checkpoint(self) -> Path:
+        """Write one after the step under way; blocks until it is durable."""
 
     def add_listener(self, callback: Callable[[RunView], None]) -> None:
         """Call `callback` in the run's watcher thread while anything changes, and at the end."""

@@ -106,21 +106,91 @@ def test_numbers_keep_what_they_say(value, words):
     assert text.number(value) == words
 
 
-def test_a_summary_tells_status_losses_metrics_speed_and_engines():
-    worker = FakeWorker(engine=0, samples=7936, steps=496, compute=0.6, wait=0.25, data=0.1, idle=0.05)
+def test_a_summary_tells_all_that_the_view_shows():
+    worker = FakeWorker(
+        engine=0, samples=7936, steps=496, compute=0.85, wait=0.05, data=0.06, idle=0.04,
+        device="cpu", cores=2, cpu_percent=181.0, rss_bytes=512_000_000, memory_bytes=8_000_000_000,
+        peak_rss_bytes=600_000_000, start_rss_bytes=400_000_000, shards=(0, 1, 2),
+    )  # fmt: skip
     run = digits(status="finished", step=496, elapsed_seconds=4.0, workers=[worker])
+    run.history.set("lr", [3e-4] * 120)
+    run.history.set("grad_norm", [3.0, 1.5], steps=[50, 100])
+    run.events = [FakeEvent(kind="checkpoint", text="checkpoint of step 400", step=400)]
     assert text.summary(run).splitlines() == [
         "digits: finished after 496 steps in 4.0 s",
+        "engine 0 computed 85 % of the time",
         "loss 0.3121 at step 120",
         "val_loss 0.2980 at step 120, best 0.2500 at step 80",
         "val_accuracy 0.9500 at step 120, lowest 0.8000 at step 40, highest 0.9500 at step 120",
+        "learning rate 3.000e-04 at step 120",
+        "gradient norm 1.5000 at step 100, lowest 1.5000 at step 100, highest 3.0000 at step 50",
         "1,984 samples/s on average",
-        "engine 0 on host-a: compute 60%, wait 25%, data 10%, idle 5%; 7,936 samples in 496 steps",
+        "engine 0 on host-a: compute 85%, wait 5%, data 6%, idle 4%; cpu, 2 cores; CPU 180 % of 200 %; "
+        "memory 512 MB of 8 GB; 7,936 samples in 496 steps; shards 3 of 8; "
+        "at most 600 MB of memory, 200 MB more than before the run",
+        "step 400: checkpoint of step 400",
     ]
 
 
+def test_what_is_not_known_of_an_engine_is_said():
+    assert text.worker_line(FakeWorker(engine=2, state="spare")) == (
+        "engine 2 (spare) on host-a: compute 60%, wait 25%, data 10%, idle 5%; device not known, cores not known; "
+        "0 samples in 0 steps; not known: CPU, memory, peak memory, shards, heartbeat"
+    )
+
+
+def test_a_summary_of_many_engines_tells_what_their_heat_map_shows():
+    workers = [FakeWorker(engine=i, compute=i / 100, state="dead" if i == 7 else "busy") for i in range(64)]
+    words = text.summary(digits(workers=workers))
+    assert "64 engines, computing: median 32 %, lowest 0 % (engine 0), highest 63 % (engine 63)" in words
+    assert "✕ dead: engine 7" in words
+    assert "engine 0: 0, 1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 6, 8: 8," in words
+
+
+def test_a_summary_of_many_engines_is_short():
+    assert len(text.summary(digits(workers=[FakeWorker(engine=i) for i in range(64)]))) < 2000
+
+
+def test_a_summary_tells_the_last_events_only():
+    run = digits(events=[FakeEvent(kind="set", text=f"lr of {i}", step=i) for i in range(12)])
+    assert text.summary(run).splitlines()[-6:] == [
+        "last 5 events of 12:",
+        *(f"step {i}: lr of {i}" for i in range(7, 12)),
+    ]
+
+
+def test_a_hung_engine_is_told_in_a_summary():
+    run = digits(workers=[FakeWorker(engine=1, heartbeat_age_seconds=3.2)])
+    assert "engine 1 (hung) on host-a" in text.summary(run)
+    assert "heartbeat 3 s ago" in text.summary(run)
+
+
+def test_shares_in_a_summary_are_those_that_are_drawn():
+    run = digits(workers=[FakeWorker(compute=0.5)], recent=[FakeWorker(compute=0.75)])
+    assert "compute 75%" in text.summary(run)
+
+
+@pytest.mark.parametrize("place", ["name", "error", "host", "device", "event", "key"])
+def test_text_from_outside_cannot_make_lines_of_its_own(place):
+    evil = "a\nb\x1b[31m\u202e" + "c" * 5000
+    run = FakeRun(
+        status="failed",
+        name=evil if place == "name" else "digits",
+        error=evil if place == "error" else None,
+        workers=[FakeWorker(host=evil if place == "host" else "h", device=evil if place == "device" else None)],
+        events=[FakeEvent(kind="set", text=evil if place == "event" else "x")],
+        history=FakeHistory(**{f"val_{evil}" if place == "key" else "val_x": [1.0]}),
+    )
+    lines = text.summary(run).split("\n")
+    assert len(lines) == 5
+    assert all(line.isprintable() and len(line) < 600 for line in lines)
+
+
 def test_a_summary_of_a_run_without_steps_says_so():
-    assert text.summary(FakeRun(status="failed")).splitlines()[1] == "no step was committed"
+    assert text.summary(FakeRun(status="failed")).splitlines()[1:] == [
+        "nothing was trained: the run failed before its first step",
+        "no step was committed",
+    ]
 
 
 def test_a_best_validation_loss_is_never_nan():
