@@ -188,7 +188,7 @@ def test_at_the_end_plain_output_takes_the_place_of_the_widgets(dashboard, run, 
     dashboard.show()
     run.end("finished")
     assert dashboard.join(timeout_seconds=30)
-    assert [set(content) for content in notebook.shown()] == [{PLOTLY_MIME, "text/plain"}]
+    assert [set(content) for content in notebook.shown()] == [{PLOTLY_MIME, "image/png", "text/plain"}]
 
 
 def test_every_display_of_a_run_is_replaced_at_its_end(dashboard, run, notebook):
