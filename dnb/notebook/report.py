@@ -17,7 +17,7 @@ import msgspec
 from dnb.exporting import replacing
 from dnb.hub.history import RunSummary, read_summary
 from dnb.notebook.snapshot import PLOTLY_MIME, bundle
-from dnb.notebook.text import duration, number, one_line, summary
+from dnb.notebook.text import duration, one_line, summary
 from dnb.notebook.views import RunView, WorkerView
 from dnb.planning.plan_words import amount, milliseconds
 
@@ -143,8 +143,8 @@ def _measured(run: RunView) -> str:
         steps, values = run.history.column(key)
         finite = values[abs(values) < float("inf")]
         if len(values) and key != "digest":
-            extremes = [number(float(finite.min())), number(float(finite.max()))] if len(finite) else [None, None]
-            rows.append([key, f"{len(values):,}", f"{steps[-1]:,}", number(float(values[-1])), *extremes])
+            extremes = [f"{finite.min():.6g}", f"{finite.max():.6g}"] if len(finite) else [None, None]
+            rows.append([key, f"{len(values):,}", f"{steps[-1]:,}", f"{values[-1]:.6g}", *extremes])
     return _table(["what", "values", "last at step", "last", "lowest", "highest"], rows)
 
 
@@ -199,9 +199,12 @@ def _events(run: RunView) -> str:
 
 
 def _versions(saved: RunSummary | None) -> str:
-    here = {"python": platform.python_version(), **{name: version(name) for name in ("dnb", "torch", "plotly")}}
+    here = {
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("dnb", "torch", "numpy", "plotly")},
+    }
     then = {} if saved is None else saved.versions
-    rows = [[name, then.get(name), here.get(name)] for name in dict.fromkeys([*then, *here])]
+    rows = [[name, "" if name == "plotly" else then.get(name), here[name]] for name in here]
     return _table(["package", "that trained", "that wrote this page"], rows)
 
 
