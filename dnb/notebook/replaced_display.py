@@ -16,8 +16,10 @@ from dnb.notebook.views import RunView, has_ended
 log = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 2.0
-# Of a core, at most: the image of a refresh takes a quarter of a second to draw.
+# Of a core, at most: the image of a refresh takes a quarter of a second to draw. The first one also imports matplotlib,
+# for which the second shall not be late.
 MOST_LOAD = 0.05
+MOST_SECONDS = 10.0
 
 
 def _draw(run: RunView) -> dict[str, Any]:
@@ -34,7 +36,7 @@ class ReplacedDisplay:
         run: watched until it ends.
         publish: how output gets into the notebook.
         draw: what is displayed of a run.
-        clock: in seconds.
+        clock: seconds of a core that this thread has had.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class ReplacedDisplay:
         *,
         publish: Callable[..., None] = publish,
         draw: Callable[[RunView], dict[str, Any]] = _draw,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.thread_time,
     ) -> None:
         self._run = run
         self._publish = publish
@@ -52,6 +54,7 @@ class ReplacedDisplay:
         self._display_ids: list[str] = []
         self._ending = threading.Lock()
         self._is_over = False
+        self._is_told = False
         self._changed = threading.Event()
         self._ended = threading.Event()
         # what the painter displays belongs to the cell that asked for it
@@ -71,6 +74,7 @@ class ReplacedDisplay:
             self._display_ids.append(display_id)
         if self._painter.ident is None:
             self._run.add_listener(self._wake)
+            self._run.add_wait_hook(self._end_in_waiting_cell)
             self._painter.start()
         self._changed.set()
 
@@ -94,9 +98,18 @@ class ReplacedDisplay:
                 self._changed.wait()
             self._changed.clear()
         self._run.remove_listener(self._wake)
+        self._end()
+
+    def _end(self) -> None:
         with self._ending:
             self._is_over = True
             self._paint()
+
+    def _end_in_waiting_cell(self, run: RunView) -> None:
+        """Bring the end again, from the cell that waits: nbclient drops a display's update that comes from no cell."""
+        if has_ended(run) and not self._is_told:
+            self._is_told = True
+            self._end()
 
     def _paint(self) -> bool:
         try:
@@ -111,4 +124,4 @@ class ReplacedDisplay:
 
 def pause_after(paint_seconds: float) -> float:
     """How long nothing is painted after a painting that took so long."""
-    return max(INTERVAL_SECONDS, paint_seconds * (1 / MOST_LOAD - 1))
+    return min(max(INTERVAL_SECONDS, paint_seconds * (1 / MOST_LOAD - 1)), MOST_SECONDS)

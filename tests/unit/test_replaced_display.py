@@ -94,6 +94,23 @@ def test_a_picture_that_fails_does_not_hide_the_next_one(run, caplog):
     assert shown[-1][0]["text/plain"] == "drawn finished"
 
 
+def test_a_cell_that_waits_brings_the_end_once_more_and_only_once(run):
+    display, shown = displayed(run)
+    end(run, display)
+    num_shown = len(shown)
+    for _ in range(2):
+        run.wait_hooks[0](run)
+    assert [content["text/plain"] for content, _, _ in shown[num_shown:]] == ["drawn finished"]
+
+
+def test_a_cell_that_waits_brings_nothing_before_the_end(run):
+    display, shown = displayed(run)
+    wait_until(lambda: len(shown) > 1)
+    run.wait_hooks[0](run)
+    assert len(shown) == 2
+    end(run, display)
+
+
 def test_nobody_is_called_back_after_the_end(run):
     display, _ = displayed(run)
     end(run, display)
@@ -105,4 +122,8 @@ def test_a_refresh_comes_every_two_seconds():
 
 
 def test_pictures_that_take_long_take_no_more_than_a_twentieth_of_the_time():
-    assert pause_after(1.0) == pytest.approx(19.0)
+    assert pause_after(0.4) == pytest.approx(7.6)
+
+
+def test_the_first_picture_which_imports_much_does_not_hold_up_the_second():
+    assert pause_after(3.0) == 10.0
