@@ -16,6 +16,7 @@ from IPython import get_ipython
 from dnb.notebook.frontend import Display, checked_display, choose_display
 from dnb.notebook.replaced_display import ReplacedDisplay
 from dnb.notebook.snapshot import bundle, new_display_id, publish
+from dnb.notebook.still_image import behind_chart
 from dnb.notebook.text import Stream, TextReporter, progress_line, summary
 from dnb.notebook.views import RunView, has_ended
 
@@ -82,7 +83,8 @@ def dashboard_of(run: RunView) -> Dashboard:
 
 def _show_as(kind: Display, run: RunView) -> None:
     if has_ended(run):
-        publish(bundle(run, with_image=True), display_id=new_display_id(run))
+        content = bundle(run, with_image=True)
+        publish(behind_chart(content) if kind == "widget" else content, display_id=new_display_id(run))
     elif kind == "widget":
         dashboard_of(run).show()
     elif kind == "display":

@@ -9,6 +9,7 @@ from dnb.errors import ArgumentError
 from dnb.hub.history import HistoryRow, RunFolder, summarize
 from dnb.notebook.display import TextView, show
 from dnb.notebook.snapshot import PLOTLY_MIME
+from dnb.notebook.still_image import SCRIPT_MIME
 from tests.fake_runs import FakeHistory, FakeRun, FakeWorker
 from tests.unit.kept_runs import SPEC
 
@@ -119,6 +120,9 @@ def test_a_name_of_no_run_is_refused(tmp_path, monkeypatch):
         show("nothing")
 
 
+BUNDLE = {PLOTLY_MIME: {}, "text/plain": "words", "image/png": "aW1hZ2U="}
+
+
 class Kernel:
     """IPython's shell, as far as its presence counts."""
 
@@ -131,15 +135,21 @@ def shown(monkeypatch, published) -> Published:
     """What a kernel shows."""
     monkeypatch.setattr("dnb.notebook.display.get_ipython", Kernel)
     monkeypatch.setattr("dnb.notebook.display.publish", published)
-    monkeypatch.setattr("dnb.notebook.display.bundle", lambda _run, *, with_image: {"has_image": with_image})
+    monkeypatch.setattr("dnb.notebook.display.bundle", lambda _run, *, with_image: dict(BUNDLE) if with_image else {})
     return published
 
 
-@pytest.mark.parametrize("display", ["widget", "display", "text"])
-def test_a_run_that_has_ended_shows_the_same_in_every_display(run, shown, display):
+@pytest.mark.parametrize("display", ["display", "text"])
+def test_a_run_that_has_ended_shows_its_image_where_there_are_no_widgets(run, shown, display):
     run.status = "finished"
     show(run, display=display)
-    assert shown[0][0] == {"has_image": True}
+    assert shown[0][0] == BUNDLE
+
+
+def test_a_run_that_has_ended_keeps_its_image_behind_the_chart_where_there_are_widgets(run, shown):
+    run.status = "finished"
+    show(run, display="widget")
+    assert set(shown[0][0]) == {PLOTLY_MIME, SCRIPT_MIME, "text/plain"}
 
 
 def test_shown_again_a_run_has_a_display_of_its_own_in_each_cell(run, shown):
