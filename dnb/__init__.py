@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
     from dnb.errors import DnbError as DnbError
     from dnb.errors import RunError
     from dnb.inputs import batches
+    from dnb.notebook.display import show
     from dnb.planning.plans import Plan
     from dnb.pool.engine_pool import Engine
     from dnb.resuming import resume
@@ -33,6 +36,7 @@ __all__ = [
     "fit",
     "plan",
     "resume",
+    "show",
     "start",
 ]
 
@@ -52,6 +56,7 @@ _HOMES = {
     "fit": "dnb.training",
     "plan": "dnb.advice",
     "resume": "dnb.resuming",
+    "show": "dnb.notebook.display",
     "start": "dnb.training",
 }
 
@@ -59,6 +64,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dnb' has no attribute {name!r}")
+    _show_progress()
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
@@ -68,8 +74,23 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+def _show_progress() -> None:
+    """In a kernel, let long work be seen in the cell that waits for it."""
+    if "ipykernel" in sys.modules:
+        from dnb.progress import watch_all
+
+        watch_all(_watch)
+
+
+def _watch(what: str) -> AbstractContextManager[Any]:
+    from dnb.notebook.progress import watch  # not before something may take long
+
+    return watch(what)
+
+
 def load_ipython_extension(ipython: Any) -> None:
     """Register `%dtrain` and `%%dtrain`; called by `%load_ext dnb`."""
     from dnb.notebook.magics import DtrainMagics
 
+    _show_progress()
     ipython.register_magics(DtrainMagics)

@@ -21,6 +21,7 @@ from dnb.hub.sources import MENDED_FILE
 from dnb.inputs import Source, check_model, check_positive, read_loss, read_metrics, read_source
 from dnb.planning.sample_order import BatchOrder, count_batches
 from dnb.planning.shards import choose_num_shards
+from dnb.progress import long_work
 from dnb.records import ParcelRef, PlainJob, ResumeFrom, RunSpec
 from dnb.run import Run
 from dnb.training import (
@@ -38,7 +39,7 @@ from dnb.training import (
     submit,
 )
 from dnb.transport.job import Data, Job
-from dnb.transport.parcels import unpack
+from dnb.transport.parcels import PIECE_BYTES, unpack
 from dnb.transport.segments import Segment, create_segment
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,8 @@ def resume(
         metrics=metrics,
     )
     place = _locate(path)
-    checkpoint, damages = find_checkpoint(place, wants=partial(_wants, given=given))
+    with long_work(f"verifying the checkpoint in {place}"):
+        checkpoint, damages = find_checkpoint(place, wants=partial(_wants, given=given))
     for damage in damages:
         log.warning(damage)
     remove_torn(checkpoint.folder.parent)
@@ -131,8 +133,9 @@ def resume(
     if _has_mended(checkpoint.manifest, given):
         given = replace(given, **_read_mended(checkpoint))
     sources = _read_sources(given, old)
-    job, ship_job = _job_of(checkpoint, given, sources)
-    ship_data = _data_of(checkpoint, given, sources)
+    with long_work(f"reading the objects that {checkpoint.folder} keeps"):
+        job, ship_job = _job_of(checkpoint, given, sources)
+        ship_data = _data_of(checkpoint, given, sources)
     own_model = model if model is not None else job.model
     if model is not None and any(part.num_stages > 1 and not part.cuts for part in old.partitions):
         raise PlanError(
@@ -419,8 +422,10 @@ def _ship_kept(
         return pickled, parcel
     segment = create_segment(name, parcel.segment.num_bytes, folders=pool.segment_folders)
     segments.append(segment)
-    with (checkpoint.folder / f"{kind}.buffers").open("rb", buffering=0) as file:
+    buffers = checkpoint.folder / f"{kind}.buffers"
+    with buffers.open("rb", buffering=0) as file, long_work(f"shipping {name}") as report:
         view = memoryview(segment.memory)
-        while len(view) and (num_bytes := file.readinto(view)):
+        while len(view) and (num_bytes := file.readinto(view[:PIECE_BYTES])):
             view = view[num_bytes:]
+            report(f"{(parcel.segment.num_bytes - len(view)) / 1e6:,.0f} of {parcel.segment.num_bytes / 1e6:,.0f} MB")
     return pickled, msgspec.structs.replace(parcel, segment=segment.ref)

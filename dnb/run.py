@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import threading
 import time
@@ -19,11 +20,13 @@ from numpy.typing import NDArray
 
 from dnb import errors
 from dnb.errors import ArgumentError, DnbError, HubError, RunError
+from dnb.exporting import kind_of, write_csv, write_parquet, write_tensorboard
 from dnb.hub.history import read_events, read_history, read_summary, read_timeline, read_usage
 from dnb.inputs import read_loss
 from dnb.planning.bubbles import Timeline
 from dnb.planning.sample_order import samples_after
 from dnb.planning.utilisation import Utilisation
+from dnb.progress import long_work
 from dnb.records import (
     ENDED,
     CheckpointState,
@@ -134,6 +137,22 @@ class History(Mapping[str, list[float]]):
         frame = pd.DataFrame(columns)
         frame.index.name = "step"
         return frame
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write one line per step; a cell is empty where nothing was measured, and "nan" where that was measured.
+
+        Raises:
+            ArgumentError: there is nothing to write, or the file cannot be written.
+        """
+        return write_csv(self, path)
+
+    def to_parquet(self, path: str | Path) -> Path:
+        """Write one row per step; null is what was not measured, NaN what was measured so.
+
+        Raises:
+            ArgumentError: pyarrow is not installed, there is nothing to write, or the file cannot be written.
+        """
+        return write_parquet(self, path)
 
     def append(self, name: str, steps: Iterable[int], values: Iterable[float]) -> None:
         """Add what is new to one column."""
@@ -389,19 +408,59 @@ class Run:
         target = None if path is None else str(Path(path).expanduser().absolute())
         deadline = time.monotonic() + timeout_seconds
         state, _ = hub.ask(TakeCheckpoint(run=self.name, path=target), CheckpointState)
-        while state.state in ("waiting", "writing"):
-            if time.monotonic() > deadline:
-                raise HubError(
-                    f"the checkpoint of run {self.name!r} is not durable after {timeout_seconds:g} s (it is "
-                    f"{state.state}); it may still become so: run.events says when"
-                )
-            threading.Event().wait(CHECKPOINT_LOOK_SECONDS)
-            state, _ = hub.ask(GetCheckpoint(run=self.name, ticket=state.ticket), CheckpointState)
+        with long_work(f"checkpoint of run {self.name!r}") as report:
+            while state.state in ("waiting", "writing"):
+                report("waiting for the step under way" if state.state == "waiting" else "writing")
+                if time.monotonic() > deadline:
+                    raise HubError(
+                        f"the checkpoint of run {self.name!r} is not durable after {timeout_seconds:g} s (it is "
+                        f"{state.state}); it may still become so: run.events says when"
+                    )
+                threading.Event().wait(CHECKPOINT_LOOK_SECONDS)
+                state, _ = hub.ask(GetCheckpoint(run=self.name, ticket=state.ticket), CheckpointState)
         if state.state == "failed":
             kind: type[DnbError] = getattr(errors, state.error, HubError)
             raise kind(state.message)
         self._wake.set()
         return Path(state.path)
+
+    # what can be kept
+
+    def export(self, path: str | Path) -> Path:
+        """Write what is known now: .csv, .parquet, a report as .html, or TensorBoard's event files into a folder.
+
+        Args:
+            path: its ending says what is written; without one, or with / at its end, it is a folder.
+
+        Raises:
+            ArgumentError: the ending says nothing, there is nothing to write, or it cannot be written.
+        """
+        writers = {
+            ".csv": self.history.to_csv,
+            ".parquet": self.history.to_parquet,
+            ".html": self.report,
+            "": self.to_tensorboard,
+        }
+        return writers[kind_of(path, suffixes=[suffix for suffix in writers if suffix])](path)
+
+    def to_tensorboard(self, folder: str | Path) -> Path:
+        """Write an event file into a folder, in the place of one of an earlier export: all columns, events as texts.
+
+        Raises:
+            ArgumentError: tensorboard is not installed, there is nothing to write, or the folder cannot be written.
+        """
+        told = {"run": f"{self!r}"}
+        return write_tensorboard(self.history, folder, started=self.started, events=self.events, texts=told)
+
+    def report(self, path: str | Path) -> Path:
+        """Write a page of HTML that needs nothing else: charts, events, engines, options and versions.
+
+        Raises:
+            ArgumentError: the file cannot be written.
+        """
+        # the floor that draws is above this one, and opened only by who looks
+        written: Path = importlib.import_module("dnb.notebook.report").write_report(self, path)
+        return written
 
     def add_listener(self, callback: Listener) -> None:
         """Call back from the watching thread when something changed, and once more at the end."""

@@ -20,7 +20,8 @@ from dnb.errors import PlanError, PoolError, SpaceError
 from dnb.planning.capacity import choose_num_threads
 from dnb.planning.profiles import USUAL_EXCHANGE, EngineTraits, Exchange, Profile, Site, mean_profile
 from dnb.pool.engine_pool import Engine, EnginePool
-from dnb.pool.growing import free_bytes
+from dnb.pool.growing import count_ready, free_bytes
+from dnb.progress import long_work
 from dnb.records import ParcelRef
 from dnb.transport.parcels import explain_unpicklable, pack
 from dnb.transport.segments import Segment
@@ -74,7 +75,9 @@ def profile_on(
             )
             for engine in engines
         }
-        encoded = [_result(call, engine=engine) for engine, call in calls.items()]
+        with long_work(f"profiling {type(trial.model).__name__}") as report:
+            report(lambda: f"{count_ready(calls)} of {len(calls)} engines have measured it")
+            encoded = [_result(call, engine=engine) for engine, call in calls.items()]
     finally:
         if segment is not None:
             segment.unlink()
@@ -101,7 +104,8 @@ def _pack(trial: Trial, pool: EnginePool) -> tuple[bytes, ParcelRef, Segment | N
 
 def profile_here(trial: Trial, *, num_threads: int, sizes: tuple[int, ...] | None = None) -> Profile:
     """Profile in this process, with as many threads as an engine would have."""
-    return profile_trial(trial, sizes=sizes, num_threads=num_threads)
+    with long_work(f"profiling {type(trial.model).__name__} in this process") as report:
+        return profile_trial(trial, sizes=sizes, num_threads=num_threads, report=report)
 
 
 def _call(pool: EnginePool, engine: int, function: Any, *arguments: Any, **options: Any) -> Any:
@@ -128,7 +132,8 @@ def exchange_of(pool: EnginePool) -> Exchange:
     if pool not in _exchanges:
         engines = working_engines(pool)
         memory = msgspec.msgpack.decode(_call(pool, engines[0].id, probe_memory), type=Memory)
-        passed = _probe_pair(pool, engines) if len(engines) > 1 else None
+        with long_work("probing how fast engines pass tensors"):
+            passed = _probe_pair(pool, engines) if len(engines) > 1 else None
         _exchanges[pool] = Exchange(
             latency_seconds=passed.latency_seconds if passed else USUAL_EXCHANGE.latency_seconds,
             bytes_per_second=passed.bytes_per_second if passed else USUAL_EXCHANGE.bytes_per_second,

@@ -45,6 +45,7 @@ from dnb.planning.shards import choose_exact_shards, choose_num_shards
 from dnb.pool.engine_pool import EnginePool
 from dnb.pool.found import Found, find_pools, reap_dead
 from dnb.pool.starting import adopt_pool, profile_folder, start_pool
+from dnb.progress import long_work
 from dnb.records import ENDED, Done, ParcelRef, PlainJob, PoolFacts, RunSpec, Submit
 from dnb.run import Run
 from dnb.surveying import working_engines
@@ -428,7 +429,8 @@ def attach(name: str | None = None, *, model: torch.nn.Module | None = None, ste
             )
         return pool.run
     if name is not None:
-        return Run.open(RUNS_FOLDER / name)
+        with long_work(f"reading run {name!r} from its folder"):
+            return Run.open(RUNS_FOLDER / name)
     raise PoolError(
         "nothing to attach to: no pool holds a run. dnb.attach('NAME') reads one that has ended from .dnb/runs"
     )
@@ -449,7 +451,8 @@ def submit(pool: Pool, spec: RunSpec, ship_job: Ship, ship_data: Ship) -> None:
         notes = tuple(segment.note for segment in segments if segment.note)
         spec = msgspec.structs.replace(spec, job=job_ref, data=data_ref, notes=notes)
         frames = [msgspec.msgpack.encode(spec), job_bytes, data_bytes]
-        pool.hub.ask(Submit(), Done, frames=[*frames, sign(pool.key, frames)], timeout_seconds=120.0)
+        with long_work(f"handing run {spec.name!r} to the hub"):
+            pool.hub.ask(Submit(), Done, frames=[*frames, sign(pool.key, frames)], timeout_seconds=120.0)
     except BaseException:
         for segment in segments:
             segment.unlink()
@@ -586,7 +589,8 @@ def _adopt_any() -> Pool | None:
     """A pool that holds a run: one whose kernel is gone, or else one that another kernel steers, to watch it."""
     global _pool
     profile_dir = profile_folder(None)
-    found = find_pools(profile_dir / "security")
+    with long_work("looking for pools that hold a run"):
+        found = find_pools(profile_dir / "security")
     _pool = _adopt_first(found.orphans, profile_dir) or _adopt_first(found.foreign, profile_dir, wish="watch")
     return _pool
 

@@ -24,6 +24,7 @@ from dnb.engine.layers import Flow, Layer, entering, find_layers, watch_flow
 from dnb.engine.session import adopt_path
 from dnb.errors import USER_ERRORS, PlanError
 from dnb.planning.profiles import LayerProfile, ParameterShape, Profile, SharedParameter
+from dnb.progress import Report
 from dnb.records import ParcelRef
 from dnb.transport.job import Sum
 from dnb.transport.parcels import unpack
@@ -71,13 +72,20 @@ def profile_parcel(pickled: bytes, parcel: bytes, *, sizes: tuple[int, ...] | No
         release_freed_memory()
 
 
-def profile_trial(trial: Trial, *, sizes: tuple[int, ...] | None = None, num_threads: int | None = None) -> Profile:
+def profile_trial(
+    trial: Trial,
+    *,
+    sizes: tuple[int, ...] | None = None,
+    num_threads: int | None = None,
+    report: Report | None = None,
+) -> Profile:
     """Measure every layer; the model, its gradients, and the states of random numbers are then as they were.
 
     Args:
         trial: what to measure.
         sizes: samples of the micro-batches; the batch, a quarter and a sixteenth of it if left out.
         num_threads: for torch; as it is if left out.
+        report: told how many sizes were timed.
 
     Raises:
         PlanError: the model fails on the batch.
@@ -92,7 +100,11 @@ def profile_trial(trial: Trial, *, sizes: tuple[int, ...] | None = None, num_thr
         flows = [
             watch_flow(trial.model, layers, attempt, inputs=part) for attempt, part in zip(tries, parts, strict=True)
         ]
-        times = [_time_layers(layers, attempt, budget_seconds=BUDGET_SECONDS / len(sizes)) for attempt in tries]
+        times: list[tuple[list[float], list[float]]] = []
+        for attempt in tries:
+            if report is not None:
+                report(f"{len(times)} of {len(sizes)} sizes of batch are timed, {len(layers)} layers each")
+            times.append(_time_layers(layers, attempt, budget_seconds=BUDGET_SECONDS / len(sizes)))
         threads = torch.get_num_threads()
     return Profile(
         model=type(trial.model).__name__,

@@ -6,7 +6,10 @@ import errno
 import logging
 import math
 import os
+import platform
 from collections.abc import Iterable, Iterator
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -52,6 +55,7 @@ class RunSummary(Record, frozen=True):
     steps_per_epoch: int
     options: dict[str, Any]
     prediction: Prediction | None = None
+    versions: dict[str, str] = msgspec.field(default_factory=dict)  # with which it was trained
 
 
 def summarize(spec: RunSpec, **state: Any) -> RunSummary:
@@ -65,8 +69,13 @@ def summarize(spec: RunSpec, **state: Any) -> RunSummary:
         "clip_norm",
         "micro_batch",
         "precision",
+        "exact",
+        "memory_limit",
     )
     options = {name: getattr(spec, name) for name in names}
+    if spec.plain is not None:
+        words = {name: getattr(spec.plain, name) for name in ("loss", "optimizer", "lr", "shuffle", "drop_last")}
+        options |= words | {"metrics": list(spec.plain.metrics)}
     return RunSummary(
         format=FORMAT,
         name=spec.name,
@@ -74,8 +83,14 @@ def summarize(spec: RunSpec, **state: Any) -> RunSummary:
         steps_per_epoch=spec.steps_per_epoch,
         options=options,
         prediction=spec.prediction,
+        versions=_versions(),
         **state,
     )
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in ("dnb", "torch", "numpy")}}
 
 
 class RunFolder:

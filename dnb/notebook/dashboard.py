@@ -13,6 +13,7 @@ import ipywidgets as widgets
 from dnb.notebook.controls import Controls
 from dnb.notebook.figures import figure
 from dnb.notebook.snapshot import bundle, new_display_id, publish
+from dnb.notebook.still_image import behind_chart
 from dnb.notebook.text import progress_line
 from dnb.notebook.views import RunView, has_ended
 
@@ -72,7 +73,7 @@ class Dashboard:
         display_id = new_display_id(self._run)
         with self._ending:
             if self._is_over:
-                self._publish(bundle(self._run, with_image=False), display_id=display_id)
+                self._publish(behind_chart(bundle(self._run, with_image=True)), display_id=display_id)
                 return
             view = {**self.box._repr_mimebundle_(), "text/plain": progress_line(self._run)}
             self._publish(view, display_id=display_id)
@@ -129,7 +130,7 @@ class Dashboard:
         self.box.children = (self.controls.box, self.figure)
 
     def _replace_by_plain_output(self) -> None:
-        plain = bundle(self._run, with_image=False)
+        plain = behind_chart(bundle(self._run, with_image=True))
         with self._ending:
             self._is_over = True
             for display_id in self._display_ids:

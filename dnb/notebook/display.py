@@ -1,18 +1,23 @@
-"""Show a run in whatever looks at this kernel: live widgets, lines of text, or nothing."""
+"""Show a run in whatever looks at this kernel: live widgets, a display that is replaced, lines of text, or nothing."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from IPython import get_ipython
 
 from dnb.notebook.frontend import Display, checked_display, choose_display
+from dnb.notebook.replaced_display import ReplacedDisplay
 from dnb.notebook.snapshot import bundle, new_display_id, publish
-from dnb.notebook.text import Stream, TextReporter, progress_line
+from dnb.notebook.still_image import behind_chart
+from dnb.notebook.text import Stream, TextReporter, progress_line, summary
 from dnb.notebook.views import RunView, has_ended
 
 if TYPE_CHECKING:
@@ -21,28 +26,43 @@ if TYPE_CHECKING:
 # By id(run): a second look at a run is a second view of the same widgets, for each figure costs the browser 5 MB.
 # A dashboard holds its run, and its painter holds the dashboard until the run ends; then both may go.
 _dashboards: weakref.WeakValueDictionary[int, Dashboard] = weakref.WeakValueDictionary()
+_replaced: weakref.WeakValueDictionary[int, ReplacedDisplay] = weakref.WeakValueDictionary()
 
 
-def show(run: RunView, *, display: str | None = None) -> None:
-    """Show the run in the current cell, and keep it up to date until it ends.
+def show(run: RunView | str | Path, *, display: str | None = None) -> None:
+    """Show a run in the current cell, and keep it up to date until it ends; in a plain script, tell it in words once.
 
     Args:
-        run: the run; one that has ended is shown as plain output.
-        display: "widget", "text" or "none"; chosen by what this kernel is attached to if None.
+        run: a run, in any cell and as often as wanted; or the name or folder of one that has ended. One that has ended
+            is shown as plain output.
+        display: "widget", "display" (replaced every few seconds, without widgets), "text" or "none"; chosen by what
+            this kernel is attached to if None.
 
     Raises:
-        ArgumentError: there is no such display.
+        ArgumentError: there is no such display, or no such run.
     """
     shell = get_ipython()
     kind: Display = choose_display(shell=shell) if display is None else checked_display(display, source="display")
-    if kind == "none":
-        return
-    if has_ended(run):
-        publish(bundle(run, with_image=kind == "text"), display_id=new_display_id(run))
-    elif kind == "widget":
-        dashboard_of(run).show()
-    else:
-        run.add_wait_hook(TextView(run))
+    shown = read_run(run)
+    if getattr(shell, "kernel", None) is None and (kind != "none" or _is_unasked(display)):
+        _tell(shown, waits=kind != "none")
+    elif kind != "none":
+        _show_as(kind, shown)
+
+
+def read_run(run: Any) -> Any:
+    """The run itself, or the one of that name or folder, read from disk.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    if not isinstance(run, str | Path):
+        return run
+    from dnb.run import Run  # torch: not before somebody names a run
+    from dnb.training import RUNS_FOLDER
+
+    folder = Path(run)
+    return Run.open(folder if folder.is_dir() else RUNS_FOLDER / folder)
 
 
 def warm_up() -> None:
@@ -59,6 +79,30 @@ def dashboard_of(run: RunView) -> Dashboard:
     if dashboard is None:
         dashboard = _dashboards[id(run)] = Dashboard(run)
     return dashboard
+
+
+def _show_as(kind: Display, run: RunView) -> None:
+    if has_ended(run):
+        content = bundle(run, with_image=True)
+        publish(behind_chart(content) if kind == "widget" else content, display_id=new_display_id(run))
+    elif kind == "widget":
+        dashboard_of(run).show()
+    elif kind == "display":
+        _replaced.setdefault(id(run), ReplacedDisplay(run)).show()
+    else:
+        run.add_wait_hook(TextView(run))
+
+
+def _tell(run: RunView, *, waits: bool) -> None:
+    """Without a kernel there are only words: now, and in a terminal's IPython also while it is waited for."""
+    sys.stdout.write(f"{summary(run) if has_ended(run) or not waits else progress_line(run)}\n")
+    if waits and not has_ended(run):
+        run.add_wait_hook(TextReporter(run))
+
+
+def _is_unasked(display: str | None) -> bool:
+    """Whether "none" is nobody's wish."""
+    return display is None and not os.environ.get("DNB_DISPLAY")
 
 
 class TextView:

@@ -14,7 +14,7 @@ from dnb import resuming, training
 from dnb.errors import ArgumentError, PoolError, nearest
 from dnb.notebook import engine_words
 from dnb.notebook.arguments import bind, parse_settings
-from dnb.notebook.display import show, warm_up
+from dnb.notebook.display import read_run, show, warm_up
 from dnb.notebook.frontend import choose_display
 from dnb.notebook.plan_verb import PlanVerb
 from dnb.notebook.pool_verbs import PoolVerbs
@@ -37,7 +37,7 @@ class DtrainMagics(PoolVerbs, PlanVerb, Magics):
         """%dtrain VERB [ARGUMENTS].
 
         Of the pool: start, status, add, remove, spares, chaos, shutdown. Of the run: plan, fit, wait, pause, resume,
-        stop, set, checkpoint, attach, dashboard.
+        stop, set, checkpoint, attach, dashboard, export.
 
         As a cell magic, %%dtrain [--on 0,2-3|all] [--local] runs the cell on engines.
         """
@@ -135,8 +135,16 @@ class DtrainMagics(PoolVerbs, PlanVerb, Magics):
         show(run, display=display)
         return run
 
-    def _do_dashboard(self, display: str | None = None) -> None:
-        show(_last_run(), display=display)
+    def _do_dashboard(self, line: str) -> None:
+        """Of the last run; of another one by its variable, its name, or its folder."""
+        function = _dashboard_of if line.strip() and not line.lstrip().startswith("-") else _dashboard
+        options = bind(function, line, names=self._names(), verb="dashboard")
+        show(options.pop("run", None) or _last_run(), **options)
+
+    def _do_export(self, line: str) -> None:
+        options = bind(_export, line, names=self._names(), verb="export")
+        run = read_run(options["run"]) if options.get("run") is not None else _last_run()
+        _say(f"run {run.name!r} is written to {run.export(options['path'])}")
 
     # cells on engines
 
@@ -184,6 +192,18 @@ def _checkpoint() -> None:
 
 def _checkpoint_at(path: str | Path) -> None:
     """`%dtrain checkpoint PATH`."""
+
+
+def _dashboard(display: str | None = None) -> None:
+    """`%dtrain dashboard` alone."""
+
+
+def _dashboard_of(run: str | Path, display: str | None = None) -> None:
+    """`%dtrain dashboard RUN`."""
+
+
+def _export(path: str | Path, run: str | Path | None = None) -> None:
+    """`%dtrain export PATH [--run RUN]`."""
 
 
 def _last_run() -> Run:

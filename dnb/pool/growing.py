@@ -7,7 +7,7 @@ import logging
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ipyparallel.cluster.launcher import LocalEngineSetLauncher
 from dnb.engine.worker import join_pool
 from dnb.errors import PoolError
 from dnb.pool.forking import ForkedEngineSetLauncher
+from dnb.progress import Report, long_work
 from dnb.records import EngineFacts, Process
 from dnb.transport.lives import children_of, end_processes, find_process, is_alive
 
@@ -67,15 +68,15 @@ class EngineStarter:
         Raises:
             PoolError: not all came up in time; those that did take part, the others are ended.
         """
-        with self._lock:
+        with self._lock, long_work(f"starting {n} engine{'s' if n > 1 else ''}") as report:
             cluster = self._cluster = self._cluster or reopen_cluster(self._profile_dir, self._cluster_id)
             attempt = _Attempt(self._client, n, deadline=time.monotonic() + timeout_seconds, cancelled=self._cancelled)
             try:
                 set_id = cluster.start_engines_sync(n, environment=thread_environment(num_threads))
                 attempt.watch(cluster.engines[set_id], stop=partial(cluster.stop_engines_sync, set_id))
-                attempt.wait_until_registered()
+                attempt.wait_until_registered(report)
                 file = self._profile_dir / "security" / f"ipcontroller-{self._cluster_id}-engine.json"
-                attempt.join(connection_file=str(file), num_threads=num_threads)
+                attempt.join(report, connection_file=str(file), num_threads=num_threads)
             except BaseException as error:
                 attempt.end_the_rest()
                 if isinstance(error, TimeoutError | RuntimeError | OSError | ipyparallel.error.RemoteError):
@@ -117,11 +118,12 @@ class _Attempt:
         if len(self._processes) < self._num_engines:
             raise RuntimeError("an engine ended at once")
 
-    def wait_until_registered(self) -> None:
+    def wait_until_registered(self, report: Report) -> None:
         """Wait until ipyparallel knows all of them."""
+        report(lambda: f"{len(self._new_ids())} of {self._num_engines} are there")
         self._wait(lambda: len(self._new_ids()) >= self._num_engines)
 
-    def join(self, *, connection_file: str, num_threads: int) -> None:
+    def join(self, report: Report, *, connection_file: str, num_threads: int) -> None:
         """Let them import torch and meet the hub."""
         left = max(self._deadline - time.monotonic(), LOOK_SECONDS)
         calls = start_joining(
@@ -131,6 +133,8 @@ class _Attempt:
             num_threads=num_threads,
             timeout_seconds=left,
         )
+
+        report(lambda: f"{count_ready(calls)} of {len(calls)} have met the hub")
 
         def all_have_joined() -> bool:
             for engine, call in calls.items():
@@ -202,6 +206,11 @@ def start_joining(
         )
         for engine in engines
     }
+
+
+def count_ready(calls: Mapping[int, Any]) -> int:
+    """How many of the calls have come back."""
+    return sum(call.done() for call in calls.values())  # not ready(): that is for one thread
 
 
 def reopen_cluster(profile_dir: Path, cluster_id: str) -> ipyparallel.Cluster:

@@ -20,7 +20,8 @@ from dnb.errors import ArgumentError, PoolError, nearest
 from dnb.planning.capacity import check_num_engines, choose_num_threads
 from dnb.pool.engine_pool import EnginePool
 from dnb.pool.forking import engine_launcher
-from dnb.pool.growing import quiet_log, start_joining, thread_environment
+from dnb.pool.growing import count_ready, quiet_log, start_joining, thread_environment
+from dnb.progress import Report, long_work
 from dnb.records import PoolFacts
 from dnb.transport.lives import this_process
 
@@ -64,7 +65,10 @@ def start_pool(
     _check_writable(profile_dir)
     cluster = _cluster(profile_dir, launcher=launcher, num_threads=num_threads, timeout_seconds=timeout_seconds)
     try:
-        return _bring_up(cluster, make, n=n, num_threads=num_threads, timeout_seconds=timeout_seconds)
+        with long_work(f"starting {n} engine{'s' if n > 1 else ''}") as report:
+            return _bring_up(
+                cluster, make, n=n, num_threads=num_threads, timeout_seconds=timeout_seconds, report=report
+            )
     except BaseException as error:
         output = _output(cluster)
         cluster.stop_cluster_sync()
@@ -84,12 +88,13 @@ def adopt_pool(
     path = profile_dir / "security" / f"ipcontroller-{facts.cluster_id}-client.json"
     try:
         connection = json.loads(path.read_text())
-        client = ipyparallel.Client(
-            connection,
-            profile_dir=str(profile_dir),
-            ipython_dir=str(profile_dir.parent),
-            cluster_id=facts.cluster_id,
-        )
+        with long_work(f"connecting to the pool {facts.cluster_id}"):
+            client = ipyparallel.Client(
+                connection,
+                profile_dir=str(profile_dir),
+                ipython_dir=str(profile_dir.parent),
+                cluster_id=facts.cluster_id,
+            )
     except (OSError, ValueError, ipyparallel.TimeoutError) as error:
         raise PoolError(f"the pool {facts.cluster_id} cannot be reached: {error}") from error
     return make(client, connection, cluster=None, wish=wish, **_folders(profile_dir))
@@ -107,19 +112,22 @@ def _bring_up(
     n: int,
     num_threads: int,
     timeout_seconds: float,
+    report: Report,
 ) -> P:
+    report("the controller is on its way")
     cluster.start_controller_sync()
     cluster.start_engines_sync(n)
     # ipython_dir: else the client looks for one anew, and prints a warning into the cell if the home cannot be written.
     # timeout: its own of 10 s is too short where the machine is busy.
     client = cluster.connect_client_sync(ipython_dir=str(Path(cluster.profile_dir).parent), timeout=timeout_seconds)
     try:
+        report(lambda: f"{len(client.ids)} of {n} are there")
         client.wait_for_engines(n, timeout=timeout_seconds, interactive=False)
         profile_dir = Path(cluster.profile_dir)
         connection = json.loads(
             (profile_dir / "security" / f"ipcontroller-{cluster.cluster_id}-client.json").read_text()
         )
-        _join_all(client, cluster, num_threads=num_threads, timeout_seconds=timeout_seconds)
+        _join_all(client, cluster, num_threads=num_threads, timeout_seconds=timeout_seconds, report=report)
         return make(client, connection, cluster=cluster, **_folders(profile_dir))
     except BaseException:
         client.close(linger=False)
@@ -132,12 +140,14 @@ def _join_all(
     *,
     num_threads: int,
     timeout_seconds: float,
+    report: Report,
 ) -> None:
     """Let every engine import torch, start its worker and meet the hub."""
     file = f"{cluster.profile_dir}/security/ipcontroller-{cluster.cluster_id}-engine.json"
     calls = start_joining(
         client, client.ids, connection_file=file, num_threads=num_threads, timeout_seconds=timeout_seconds
     )
+    report(lambda: f"{count_ready(calls)} of {len(calls)} have met the hub")
     for call in calls.values():
         call.get(timeout=timeout_seconds)
 

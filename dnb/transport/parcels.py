@@ -18,10 +18,13 @@ import torch
 from jupyter_client.session import Session
 
 from dnb.errors import HubError, ShippingError
+from dnb.progress import Report, long_work
 from dnb.records import BufferRef, ParcelRef
 from dnb.transport.segments import Segment, create_segment, open_segment
 
 ALIGNMENT_BYTES = 64
+# Copied between two looks at how far it is: a tenth of a second at worst.
+PIECE_BYTES = 64 << 20
 
 
 class _StorageRef:
@@ -113,6 +116,12 @@ def pack(obj: Any, *, name: str, folders: Sequence[Path]) -> tuple[bytes, Parcel
         ShippingError: something in it cannot be pickled.
         SpaceError: no room for the tensors.
     """
+    with long_work(f"shipping {name}") as report:
+        report("pickling")
+        return _pack(obj, name=name, folders=folders, report=report)
+
+
+def _pack(obj: Any, *, name: str, folders: Sequence[Path], report: Report) -> tuple[bytes, ParcelRef, Segment | None]:
     file = io.BytesIO()
     packer = _Packer(file)
     packer.dump(obj)
@@ -125,7 +134,12 @@ def pack(obj: Any, *, name: str, folders: Sequence[Path]) -> tuple[bytes, Parcel
     if segment is not None:
         target = np.frombuffer(segment.memory, dtype=np.uint8)
         for ref, buffer in zip(refs, packer.buffers, strict=True):
-            target[ref.offset_bytes : ref.offset_bytes + ref.num_bytes] = np.frombuffer(buffer, dtype=np.uint8)
+            source = np.frombuffer(buffer, dtype=np.uint8)
+            for begin in range(0, ref.num_bytes, PIECE_BYTES):
+                first = ref.offset_bytes + begin
+                report(f"{first / 1e6:,.0f} of {offset / 1e6:,.0f} MB")
+                piece = source[begin : begin + PIECE_BYTES]
+                target[first : first + len(piece)] = piece
     parcel = ParcelRef(
         buffers=tuple(refs),
         arrays=tuple(packer.arrays),

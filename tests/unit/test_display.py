@@ -1,12 +1,17 @@
 import io
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
 from dnb.errors import ArgumentError
+from dnb.hub.history import HistoryRow, RunFolder, summarize
 from dnb.notebook.display import TextView, show
 from dnb.notebook.snapshot import PLOTLY_MIME
+from dnb.notebook.still_image import SCRIPT_MIME
 from tests.fake_runs import FakeHistory, FakeRun, FakeWorker
+from tests.unit.kept_runs import SPEC
 
 
 class Published(list[tuple[dict[str, Any], str, bool]]):
@@ -22,6 +27,15 @@ def published() -> Published:
 @pytest.fixture
 def run() -> FakeRun:
     return FakeRun(step=2, history=FakeHistory(loss=[0.5, 0.25]), workers=[FakeWorker()])
+
+
+def kept_run(folder: Path) -> Path:
+    """The folder of a run of one step."""
+    state = {"status": "finished", "error": "", "remote_traceback": "", "started": 100.0, "elapsed_seconds": 2.5}
+    with RunFolder(folder) as kept:
+        kept.append_row(HistoryRow(kind="step", step=1, time=101.0, values={"loss": 0.5}))
+        kept.write_summary(summarize(SPEC, step=1, **state))
+    return folder
 
 
 def text_view(run: FakeRun, published: Published) -> TextView:
@@ -65,7 +79,7 @@ def test_the_end_is_drawn_once(run, published):
     assert len(published) == 2
 
 
-def test_shown_as_text_a_run_reports_to_whoever_waits(run, capsys):
+def test_shown_as_text_a_run_reports_to_whoever_waits(run, shown, capsys):
     show(run, display="text")
     run.wait_hooks[0](run)
     assert capsys.readouterr().out.splitlines()[-1] == "digits: step 2/496, loss 0.2500"
@@ -76,9 +90,79 @@ def test_shown_as_nothing_a_run_gets_no_hooks(run):
     assert (run.wait_hooks, run.listeners) == ([], [])
 
 
-def test_outside_of_ipython_nothing_is_shown(run, capsys):
+def test_in_a_plain_script_a_run_is_told_in_words_once(run, capsys):
+    show(run)
+    assert capsys.readouterr().out.startswith("digits: training on 1 engine\nloss 0.2500 at step 2\n")
+    assert (run.wait_hooks, run.listeners) == ([], [])
+
+
+def test_in_a_plain_script_nothing_is_shown_if_that_is_wished(run, capsys, monkeypatch):
+    monkeypatch.setenv("DNB_DISPLAY", "none")
     show(run)
     assert capsys.readouterr().out == ""
+
+
+def test_a_run_that_has_ended_is_shown_by_its_name(tmp_path, monkeypatch, capsys):
+    kept_run(tmp_path / ".dnb" / "runs" / "digits")
+    monkeypatch.chdir(tmp_path)
+    show("digits")
+    assert capsys.readouterr().out.startswith("digits: finished after 1 step")
+
+
+def test_a_run_that_has_ended_is_shown_by_its_folder(tmp_path, capsys):
+    show(kept_run(tmp_path / "kept"))
+    assert capsys.readouterr().out.startswith("digits: finished after 1 step")
+
+
+def test_a_name_of_no_run_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ArgumentError, match="is not the folder of a run"):
+        show("nothing")
+
+
+BUNDLE = {PLOTLY_MIME: {}, "text/plain": "words", "image/png": "aW1hZ2U="}
+
+
+class Kernel:
+    """IPython's shell, as far as its presence counts."""
+
+    kernel = object()
+    user_ns: ClassVar[dict[str, object]] = {}
+
+
+@pytest.fixture
+def shown(monkeypatch, published) -> Published:
+    """What a kernel shows."""
+    monkeypatch.setattr("dnb.notebook.display.get_ipython", Kernel)
+    monkeypatch.setattr("dnb.notebook.display.publish", published)
+    monkeypatch.setattr("dnb.notebook.display.bundle", lambda _run, *, with_image: dict(BUNDLE) if with_image else {})
+    return published
+
+
+@pytest.mark.parametrize("display", ["display", "text"])
+def test_a_run_that_has_ended_shows_its_image_where_there_are_no_widgets(run, shown, display):
+    run.status = "finished"
+    show(run, display=display)
+    assert shown[0][0] == BUNDLE
+
+
+def test_a_run_that_has_ended_keeps_its_image_behind_the_chart_where_there_are_widgets(run, shown):
+    run.status = "finished"
+    show(run, display="widget")
+    assert set(shown[0][0]) == {PLOTLY_MIME, SCRIPT_MIME, "text/plain"}
+
+
+def test_shown_again_a_run_has_a_display_of_its_own_in_each_cell(run, shown):
+    run.status = "finished"
+    show(run)
+    show(run)
+    assert len({display_id for _, display_id, _ in shown}) == 2
+
+
+def test_in_a_terminal_a_run_is_told_while_it_is_waited_for(run, monkeypatch, capsys):
+    monkeypatch.setattr("dnb.notebook.display.get_ipython", lambda: SimpleNamespace(user_ns={}))
+    show(run)
+    assert (capsys.readouterr().out, len(run.wait_hooks)) == ("digits: step 2/496, loss 0.2500\n", 1)
 
 
 def test_an_unknown_display_is_refused_with_the_choices(run):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dnb.hub.history import (
     read_summary,
     summarize,
 )
-from dnb.records import ParcelRef, RunEvent, RunSpec
+from dnb.records import ParcelRef, PlainJob, RunEvent, RunSpec
 from dnb.run import Run
 
 NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
@@ -51,16 +52,18 @@ def row(step: int, **values: float) -> HistoryRow:
     return HistoryRow(kind="step", step=step, time=100.0 + step, values=values)
 
 
+STATE = {
+    "status": "running",
+    "error": "",
+    "remote_traceback": "",
+    "started": 100.0,
+    "elapsed_seconds": 2.5,
+    "step": 2,
+}
+
+
 def summary(**changes: Any) -> RunSummary:
-    state = {
-        "status": "running",
-        "error": "",
-        "remote_traceback": "",
-        "started": 100.0,
-        "elapsed_seconds": 2.5,
-        "step": 2,
-    }
-    return summarize(SPEC, **{**state, **changes})
+    return summarize(SPEC, **{**STATE, **changes})
 
 
 def joined(engine: int) -> RunEvent:
@@ -192,7 +195,33 @@ def test_the_summary_holds_the_numbers_of_the_run():
         "clip_norm": 1.0,
         "micro_batch": None,
         "precision": "float32",
+        "exact": False,
+        "memory_limit": None,
     }
+
+
+def test_the_summary_holds_the_words_of_the_job():
+    plain = PlainJob(
+        loss="cross_entropy",
+        optimizer="adamw",
+        lr=0.001,
+        metrics=("accuracy",),
+        shuffle=True,
+        drop_last=False,
+        others=(),
+    )
+    spec = msgspec.structs.replace(SPEC, plain=plain)
+    told = summarize(spec, **STATE).options
+    assert (told["loss"], told["optimizer"], told["lr"], told["metrics"]) == (
+        "cross_entropy",
+        "adamw",
+        0.001,
+        ["accuracy"],
+    )
+
+
+def test_the_summary_says_with_which_versions_was_trained():
+    assert summary().versions["python"] == platform.python_version()
 
 
 def test_a_reader_of_run_json_never_sees_half_of_two(tmp_path: Path):

@@ -1,0 +1,252 @@
+"""A run's numbers in files that other programs read: CSV, Parquet, TensorBoard's event files."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import os
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dnb.errors import ArgumentError, SpaceError
+from dnb.progress import long_work
+
+# By their end event files that were written here are known again, and replaced.
+EVENTS_SUFFIX = ".dnb"
+# No curves: the hash would lose its last digits, and the time is beside every value anyway.
+_NOT_CURVES = frozenset({"digest", "seconds"})
+_TELL_EVERY = 1000
+# Indented by four, a text is shown as it is: TensorBoard reads Markdown.
+_VERBATIM = "    "
+
+
+class Columns(Protocol):
+    """A history: one column per name."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def column(self, name: str, /) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Steps and values."""
+
+
+class Happening(Protocol):
+    """An event of a run."""
+
+    @property
+    def kind(self) -> str:
+        """What sort of event it is."""
+
+    @property
+    def text(self) -> str:
+        """What happened."""
+
+    @property
+    def step(self) -> int:
+        """After which step."""
+
+    @property
+    def time(self) -> float:
+        """In seconds since the epoch."""
+
+
+def write_csv(columns: Columns, path: str | Path) -> Path:
+    """Write one line per step; a cell is empty where nothing was measured, and "nan" where that was measured.
+
+    Raises:
+        ArgumentError: there is nothing to write, or the file cannot be written.
+    """
+    steps, table = _table(columns)
+    cells = [[str(step) for step in steps.tolist()]]
+    for values, known in table.values():
+        cells.append([repr(value) if there else "" for value, there in zip(values.tolist(), known, strict=True)])
+    with replacing(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["step", *table])
+        writer.writerows(zip(*cells, strict=True))
+    return Path(path)
+
+
+def write_parquet(columns: Columns, path: str | Path) -> Path:
+    """Write one row per step; null is what was not measured, NaN what was measured so.
+
+    Raises:
+        ArgumentError: pyarrow is not installed, there is nothing to write, or the file cannot be written.
+    """
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ArgumentError(_missing("Parquet needs the package pyarrow", extra="export")) from error
+    steps, table = _table(columns)
+    arrays = {name: pa.array(values, mask=~known) for name, (values, known) in table.items()}
+    with replacing(path) as aside:
+        pq.write_table(pa.table({"step": steps, **arrays}), aside)
+    return Path(path)
+
+
+def write_tensorboard(
+    columns: Columns,
+    folder: str | Path,
+    *,
+    started: float,
+    events: Sequence[Happening] = (),
+    texts: Mapping[str, str] | None = None,
+) -> Path:
+    """Write an event file into a folder, in the place of one that was written here before.
+
+    Args:
+        columns: every one is a curve.
+        folder: made if only its last part is missing.
+        started: seconds since the epoch, to which the column "seconds" counts; 0 if not known.
+        events: become texts.
+        texts: more of them, by name.
+
+    Raises:
+        ArgumentError: tensorboard is not installed, there is nothing to write, or the folder cannot be written.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ArgumentError(_missing("event files need the package tensorboard", extra="tensorboard")) from error
+    _table(columns)  # refuses what is empty
+    folder = Path(folder)
+    _require_folder(folder.parent, of=folder)
+    aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    with _told(folder), _removed(aside):
+        writer = SummaryWriter(log_dir=str(aside), filename_suffix=EVENTS_SUFFIX)
+        with writer, long_work(f"writing TensorBoard's events into {folder}") as report:
+            times = _Times(columns, started=started)
+            for number, (name, step, value) in enumerate(_points(columns)):
+                writer.add_scalar(name, value, step, walltime=times.at(step))
+                if number % _TELL_EVERY == 0:
+                    report(f"{number:,} values")
+            for event in events:
+                writer.add_text(f"events/{event.kind}", _VERBATIM + event.text, event.step, walltime=event.time)
+            for name, text in (texts or {}).items():
+                lines = "\n".join(_VERBATIM + line for line in text.splitlines())
+                writer.add_text(name, lines, 0, walltime=times.at(0))
+        _move_events(aside, folder)
+    return folder
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A file to write beside `path`, which takes its place when it is whole.
+
+    Raises:
+        ArgumentError: the folder is not there, or cannot be written.
+        SpaceError: the disk is full.
+    """
+    path = Path(path)
+    _require_folder(path.parent, of=path)
+    if path.is_dir():
+        raise ArgumentError(f"{path} is a folder: name a file in it")
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    with _told(path):
+        try:
+            yield aside
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+class _Times:
+    """When a step was done, in seconds since the epoch."""
+
+    def __init__(self, columns: Columns, *, started: float) -> None:
+        self._steps, self._seconds = columns.column("seconds")
+        self._started = started or time.time()
+
+    def at(self, step: int) -> float:
+        """Of a step between two that are known, what lies between their times."""
+        if not len(self._steps):
+            return self._started
+        return self._started + float(np.interp(step, self._steps, self._seconds))
+
+
+def _points(columns: Columns) -> Iterable[tuple[str, int, float]]:
+    for name in columns:
+        if name not in _NOT_CURVES:
+            steps, values = columns.column(name)
+            for step, value in zip(steps.tolist(), values.tolist(), strict=True):
+                yield name, step, value
+
+
+def _table(columns: Columns) -> tuple[NDArray[np.int64], dict[str, tuple[NDArray[np.float64], NDArray[np.bool_]]]]:
+    """All steps of which something is known, and for every column its value there and whether there is one."""
+    known = {name: columns.column(name) for name in columns}
+    if not any(len(steps) for steps, _ in known.values()):
+        raise ArgumentError("nothing was measured yet, so that there is nothing to export: run.wait() waits for it")
+    every = np.unique(np.concatenate([steps for steps, _ in known.values()]))
+    table = {}
+    for name, (steps, values) in known.items():
+        places = np.searchsorted(every, steps)
+        column, there = np.full(len(every), np.nan), np.zeros(len(every), dtype=bool)
+        column[places], there[places] = values, True
+        table[name] = (column, there)
+    return every, table
+
+
+def _move_events(aside: Path, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    older = list(folder.glob(f"events.out.tfevents.*{EVENTS_SUFFIX}"))
+    for file in aside.iterdir():
+        file.replace(folder / file.name)
+        older = [each for each in older if each.name != file.name]
+    for file in older:
+        file.unlink(missing_ok=True)
+
+
+def _require_folder(folder: Path, *, of: Path) -> None:
+    if not folder.is_dir():
+        raise ArgumentError(f"{of} cannot be written: there is no folder {folder}; make it, or name another place")
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What the system refuses, as one error."""
+    try:
+        yield
+    except OSError as error:
+        kind = SpaceError if error.errno in (errno.ENOSPC, errno.EDQUOT) else ArgumentError
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise kind(f"{path} cannot be written: {reason}") from error
+
+
+@contextmanager
+def _removed(aside: Path) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if aside.is_dir():
+            for file in aside.iterdir():
+                file.unlink()
+            aside.rmdir()
+
+
+def _missing(need: str, *, extra: str) -> str:
+    return f"{need}, which is not installed: pip install 'dnb[{extra}]'"
+
+
+def kind_of(path: str | Path, *, suffixes: Sequence[str]) -> Any:
+    """The suffix that says what is written, or "" for a folder of event files.
+
+    Raises:
+        ArgumentError: the suffix says nothing.
+    """
+    suffix = Path(path).suffix.lower()
+    if not suffix or str(path).endswith("/") or Path(path).is_dir():
+        return ""
+    if suffix not in suffixes:
+        raise ArgumentError(
+            f"{path}: the ending {suffix!r} says nothing; known: {', '.join(suffixes)}, or a folder, which ends "
+            "with / or has no ending, for TensorBoard"
+        )
+    return suffix
