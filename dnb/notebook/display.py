@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from IPython import get_ipython
 
+from dnb.notebook import outlet
 from dnb.notebook.frontend import Display, checked_display, choose_display
 from dnb.notebook.snapshot import bundle, new_display_id, publish
 from dnb.notebook.text import Stream, TextReporter, progress_line
@@ -37,7 +38,9 @@ def show(run: RunView, *, display: str | None = None) -> None:
     kind: Display = choose_display(shell=shell) if display is None else checked_display(display, source="display")
     if kind == "none":
         return
-    if has_ended(run):
+    if (elsewhere := outlet.current()) is not None:
+        elsewhere.show(run)
+    elif has_ended(run):
         publish(bundle(run, with_image=kind == "text"), display_id=new_display_id(run))
     elif kind == "widget":
         dashboard_of(run).show()
