@@ -184,6 +184,11 @@ def current_pool() -> Pool | None:
     return _pool if _pool is not None and _pool.is_open else None
 
 
+def last_pool() -> Pool | None:
+    """The pool that this kernel has, also one whose hub has died; None once it was shut down."""
+    return _pool
+
+
 def shutdown() -> bool:
     """End the pool of this kernel; whether there was one."""
     global _pool

@@ -17,7 +17,7 @@ from dnb.notebook.outlet import say
 from dnb.notebook.panel_form import Form
 from dnb.notebook.panel_lanes import Lane, Outcome
 from dnb.notebook.panel_line import add_line, checkpoint_line, fit_line, remove_line, set_line, start_line
-from dnb.notebook.panel_parts import Action, field, section, sentence, told, working
+from dnb.notebook.panel_parts import Action, field, grid, section, sentence, told, working
 from dnb.notebook.panel_state import Now, look, obstacles, pool_sentence, run_sentence
 from dnb.notebook.plan_drawing import draw
 from dnb.notebook.snapshot import bundle, publish
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 # How often the pool is asked although nothing is known to have changed: engines die without a word.
 TICK_SECONDS = 2.0
 LEAST_SECONDS = 0.2
+_ROW = 400  # pixels that a button, its field and its line need
 FALLBACK = "The control panel of %dtrain: it lives as long as its kernel. Run %dtrain panel to open it again."
 WITHOUT_WIDGETS = """\
 the control panel needs widgets, and this front end shows none. The same by hand:
@@ -38,6 +39,7 @@ the control panel needs widgets, and this front end shows none. The same by hand
   %dtrain pause    resume    stop    set lr=1e-4    checkpoint    attach"""
 
 _panel: ControlPanel | None = None
+_events: Any = None  # of the shell whose cells it hears
 
 
 class ControlPanel:
@@ -50,7 +52,7 @@ class ControlPanel:
         dtrain: the magic: takes what stands behind `%dtrain`.
         names: gives all variables of the notebook.
         hidden: those that were there before the first cell.
-        pool: gives the kernel's pool, or None.
+        pool: gives the kernel's pool, also one that was lost, or None.
         view_of: gives the live view of a run.
         publish: how output gets into the notebook.
     """
@@ -61,7 +63,7 @@ class ControlPanel:
         *,
         names: Callable[[], Mapping[str, Any]],
         hidden: Mapping[str, Any],
-        pool: Callable[[], Any] = training.current_pool,
+        pool: Callable[[], Any] = training.last_pool,
         view_of: Callable[[RunView], widgets.Widget] = lambda run: dashboard_of(run).box,
         publish: Callable[..., None] = publish,
     ) -> None:
@@ -74,7 +76,7 @@ class ControlPanel:
         self._now = Now()
         self._run: RunView | None = None
         self._shown: RunView | None = None
-        self._message = ""
+        self._told: dict[str, str] = {}  # what came of the last line, by section
         self._is_filling = False
         self._is_failing = False
         self._painting = threading.RLock()
@@ -91,15 +93,14 @@ class ControlPanel:
     # what there is to see
 
     def _make_widgets(self) -> None:
-        self.n = field("Engines", hint="one per core", width="200px")
-        self.threads = field("Threads each", hint="shared out", width="200px")
-        self.num_added = field("How many", hint="1", width="200px")
+        self.n = field("Engines", hint="one per core", width="170px")
+        self.threads = field("Threads each", hint="shared out", width="190px")
+        self.num_added = field("How many", hint="1", width="120px")
         self.leaving = widgets.SelectMultiple(
-            options=[], rows=2, description="Which", style={"description_width": "104px"}
+            description="Which", rows=2, style={"description_width": "initial"}, layout=widgets.Layout(width="200px")
         )
-        self.leaving.layout.width = "260px"
-        self.lr = field("Learning rate", hint="from now on", width="230px")
-        self.path = field("Folder", hint="of the run", width="230px")
+        self.lr = field("Learning rate", hint="from now on", width="200px")
+        self.path = field("Folder", hint="of the run", width="200px")
         self.form = Form()
         in_pool, in_run = self._in_pool, self._in_run
         self.actions = {
@@ -118,24 +119,15 @@ class ControlPanel:
             "dashboard": Action("Dashboard", icon="line-chart", press=in_run, tooltip="Show the run's view below"),
         }
         self.pool_state, self.run_state = widgets.HTML(), widgets.HTML()
-        self.message = widgets.HTML()
+        self.messages = {title: widgets.HTML() for title in ("Pool", "Training", "Run")}
         self.plan_view = widgets.HTML()
         self.run_view = widgets.VBox([])
-        rows = {name: action.box for name, action in self.actions.items()}
+        rows = [action.box for action in self.actions.values()]
         self.box = widgets.VBox(
             [
-                section("Pool", [self.pool_state, *(rows[each] for each in ("start", "add", "remove", "shutdown"))]),
-                section("Training", [self.form.box, rows["plan"], rows["fit"]]),
-                section(
-                    "Run",
-                    [
-                        self.run_state,
-                        *(rows[e] for e in ("pause", "resume", "stop", "set", "checkpoint", "attach", "dashboard")),
-                    ],
-                ),
-                self.message,
-                self.plan_view,
-                self.run_view,
+                section("Pool", [self.pool_state, grid(rows[:4], least=_ROW), self.messages["Pool"]]),
+                section("Training", [self.form.box, *rows[4:6], self.messages["Training"], self.plan_view]),
+                section("Run", [self.run_state, grid(rows[6:], least=_ROW), self.messages["Run"], self.run_view]),
             ]
         )
         inputs = (self.n, self.threads, self.num_added, self.leaving, self.lr, self.path)
@@ -197,7 +189,7 @@ class ControlPanel:
     def _begin(self, lane: Lane, line: str) -> None:
         with self._painting:
             if lane.run(line):
-                self._message = ""
+                self._told = {}
             self._paint()
 
     # what comes of it
@@ -209,7 +201,7 @@ class ControlPanel:
         finally:
             with self._painting:
                 lane.clear()
-                self._message = told(outcome)
+                self._told = {_title_of(outcome.line): told(outcome)}
                 if isinstance(outcome.value, Plan):
                     self.plan_view.value = draw(outcome.value)
                 self._paint()
@@ -244,7 +236,8 @@ class ControlPanel:
                 if self._closed.is_set():
                     return
                 self._now = now
-                self._follow(None if pool is None else pool.run)
+                if pool is not None:  # else the last run stays: how it ended is still of interest
+                    self._follow(pool.run)
                 self._paint()
 
     def _follow(self, run: RunView | None) -> None:
@@ -271,8 +264,9 @@ class ControlPanel:
         self.pool_state.value = sentence(pool_sentence(now))
         self.run_state.value = sentence(progress_line(self._run) if self._run is not None else run_sentence(now))
         self._paint_actions(now)
-        busy = [working(lane.line) for lane in (self._pool_lane, self._run_lane) if lane.line]
-        self.message.value = "".join([*busy, self._message])
+        busy = {_title_of(lane.line): working(lane.line) for lane in (self._pool_lane, self._run_lane) if lane.line}
+        for title, message in self.messages.items():
+            message.value = busy.get(title, self._told.get(title, ""))
         if self._shown is not None and has_ended(self._shown):
             # the dashboard closes its widgets at the end: what stays is plain
             shown, self._shown = self._shown, None
@@ -317,13 +311,14 @@ class ControlPanel:
 
 def open_panel(shell: Any, *, dtrain: Callable[[str], Any]) -> None:
     """Show the kernel's one control panel in the current cell; without widgets, say what does the same."""
-    global _panel
+    global _panel, _events
     if choose_display(shell=shell) != "widget":
         say(WITHOUT_WIDGETS)
         return
     if _panel is None:
         _panel = ControlPanel(dtrain, names=lambda: dict(shell.user_ns), hidden=shell.user_ns_hidden)
-        shell.events.register("post_run_cell", _refill)
+        _events = shell.events
+        _events.register("post_run_cell", _refill)
     _panel.show()
 
 
@@ -331,6 +326,7 @@ def close_panel() -> None:
     """Close the panel, if there is one."""
     global _panel
     if _panel is not None:
+        _events.unregister("post_run_cell", _refill)
         _panel.close()
         _panel = None
 
@@ -353,6 +349,14 @@ def _visible(now: Now) -> dict[str, bool]:
         "resume": has_run and is_paused,
         "dashboard": has_run,
     }
+
+
+def _title_of(line: str) -> str:
+    """The section in which a line's button stands."""
+    verb = line.partition(" ")[0]
+    if verb in ("plan", "fit"):
+        return "Training"
+    return "Pool" if verb in ("start", "add", "remove", "shutdown") else "Run"
 
 
 def _plain_view(run: RunView) -> widgets.Output:

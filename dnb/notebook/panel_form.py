@@ -83,8 +83,8 @@ class Form:
             for name in ("model", "train", "val", "loss", "metrics", "optimizer", "strategy", "exact", "name")
         }
         names = ("lr", "batch_size", "epochs", "steps", "shards", "seed", "clip_norm", "checkpoint_every")
-        fields = {name: getattr(self, name) for name in names}
-        return FitForm(**chosen, **{name: "" if each.disabled else each.value for name, each in fields.items()})
+        fields: dict[str, widgets.Text] = {name: getattr(self, name) for name in names}
+        return FitForm(**chosen | {name: "" if each.disabled else each.value for name, each in fields.items()})
 
     def plan_line(self, names: Mapping[str, Any]) -> str:
         """`plan` for what is chosen, on the first samples of the train data."""

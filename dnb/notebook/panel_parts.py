@@ -54,7 +54,7 @@ class Action:
             description=word, icon=icon, tooltip=tooltip or word, button_style=style, layout=layout
         )
         self.button.on_click(self._pressed)
-        self.shown = widgets.HTML(layout=widgets.Layout(flex="1 1 220px", min_width="0"))
+        self.shown = widgets.HTML(layout=widgets.Layout(flex="1 1 130px", min_width="0"))
         self.box = widgets.HBox(
             [self.button, *fields, self.shown],
             layout=widgets.Layout(flex_flow="row wrap", align_items="center"),
@@ -73,13 +73,18 @@ class Action:
             self._press(self.line)
 
 
-def field(label: str, *, hint: str = "", width: str = "auto", value: str = "") -> widgets.Text:
-    """A line of text with its label; blank is what the hint says."""
+def field(label: str, *, hint: str = "", width: str = "auto") -> widgets.Text:
+    """A line of text with its label; blank is what the hint says.
+
+    Args:
+        label: in front of it.
+        hint: seen while it is blank.
+        width: of both; in a grid, as wide as its column.
+    """
     return widgets.Text(
-        value=value,
         description=label,
         placeholder=hint,
-        style={"description_width": LABEL_WIDTH},
+        style={"description_width": LABEL_WIDTH if width == "auto" else "initial"},
         layout=widgets.Layout(width=width, min_width="0"),
     )
 

@@ -66,7 +66,7 @@ def pool_sentence(now: Now) -> str:
     count = "1 engine" if len(now.engines) == 1 else f"{len(now.engines)} engines"
     hosts = sorted({host for _, _, host in now.engines})
     where = f" on {one_line(', '.join(hosts), limit=60)}" if hosts else ""
-    each = ", ".join(f"{engine} {state}" for engine, state, _ in now.engines[:16])
+    each = ", ".join(f"{engine} is {state}" for engine, state, _ in now.engines[:16])
     more = f", {len(now.engines) - 16} more" if len(now.engines) > 16 else ""
     steered = "" if now.steered_by is None else f"; the kernel with pid {now.steered_by} steers it, this one watches"
     return f"{count}{where}: {each or 'all are gone'}{more}{steered}{_behind(now.trouble)}"
