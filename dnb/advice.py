@@ -6,11 +6,14 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
+from dnb.engine.loader import fetch_batch
 from dnb.engine.profiling import Trial, count_samples
 from dnb.errors import PlanError
-from dnb.inputs import STRATEGIES, check_choice, check_model, check_positive, read_bytes, read_loss
+from dnb.inputs import STRATEGIES, check_choice, check_model, check_positive, read_bytes, read_loss, read_source
 from dnb.planning.partitions import read_mesh
 from dnb.planning.plans import Plan, draw_up
 from dnb.planning.predicting import Question
@@ -21,6 +24,7 @@ from dnb.surveying import profile_here, profile_on, site_of, site_without_pool, 
 from dnb.training import MOST_BY_DEFAULT, current_pool, own_path
 
 SCHEDULES = ("1f1b", "gpipe")
+USUAL_BATCH_SIZE = 64  # of a data set, where nothing says how many; as for `fit`
 
 
 def plan(
@@ -48,7 +52,8 @@ def plan(
 
     Args:
         model: a module on the CPU; it can be cut between modules that it runs one after the other.
-        batch: a tensor, a tuple (inputs..., target) of tensors, or a dictionary of the model's arguments.
+        batch: a tensor, a tuple (inputs..., target) of tensors or arrays, or a dictionary of the model's arguments; of
+            a Dataset or DataLoader the first samples, which draws nothing from a generator.
         loss: as for `fit`; the mean of the outputs stands for it if left out.
         step: as for `fit`.
         optimizer: its name; of others the update is taken to cost what AdamW's does.
@@ -72,6 +77,7 @@ def plan(
     check_choice(strategy, name="strategy", known=STRATEGIES, available=("auto", "data", "pipeline", "hybrid"))
     if schedule is not None:
         check_choice(schedule, name="schedule", known=SCHEDULES, available=SCHEDULES)
+    batch = _as_batch(batch, batch_size=batch_size)
     trial = Trial(model=model, batch=batch, loss=read_loss(loss, step=step), step=step)
     num_samples = count_samples(batch)
     axes = read_mesh(mesh)
@@ -99,6 +105,18 @@ def plan(
         site = site_of(pool, memory_limit=limit, num_engines=wanted)
         profile = profile_on(pool, trial, sys_path=own_path())
     return draw_up(profile, site, question, notes=_notes(pool, site))
+
+
+def _as_batch(batch: Any, *, batch_size: int | None) -> Any:
+    """The batch as it is; of data that `fit` takes, the first samples."""
+    if isinstance(batch, Dataset | DataLoader):
+        source = read_source(batch, name="batch", seed=0)
+        size = source.order.batch_size if source.order is not None else batch_size or USUAL_BATCH_SIZE
+        first = torch.arange(min(check_positive(size, name="batch_size"), source.num_samples))
+        return fetch_batch(source.data, first)
+    if isinstance(batch, tuple | list) and any(isinstance(part, np.ndarray) for part in batch):
+        return tuple(read_source(part, name="batch", seed=0).data.samples[0] for part in batch)
+    return batch
 
 
 def _usual_engines() -> int:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -62,6 +63,8 @@ MOST_BY_DEFAULT = 4
 RESTARTS = ("never", "always")
 
 _pool: Pool | None = None
+# Held by whoever starts or ends it: a cell and the control panel may want to at the same time.
+_changing = threading.RLock()
 
 
 class Pool(EnginePool):
@@ -126,14 +129,15 @@ def open_pool(
 ) -> tuple[Pool, list[str]]:
     """`start`, with sentences on what was found: a running pool, one that a dead kernel left, remains."""
     check_choice(restart, name="restart", known=RESTARTS, available=RESTARTS)
-    pool, notices = _open_pool(
-        n,
-        profile=profile,
-        launcher=launcher,
-        threads_per_engine=threads_per_engine,
-        timeout_seconds=timeout_seconds,
-        linger_seconds=linger_seconds,
-    )
+    with _changing:
+        pool, notices = _open_pool(
+            n,
+            profile=profile,
+            launcher=launcher,
+            threads_per_engine=threads_per_engine,
+            timeout_seconds=timeout_seconds,
+            linger_seconds=linger_seconds,
+        )
     if restart == "always":
         pool.restart = "always"
     return pool, notices
@@ -181,14 +185,20 @@ def current_pool() -> Pool | None:
     return _pool if _pool is not None and _pool.is_open else None
 
 
+def last_pool() -> Pool | None:
+    """The pool that this kernel has, also one whose hub has died; None once it was shut down."""
+    return _pool
+
+
 def shutdown() -> bool:
     """End the pool of this kernel; whether there was one."""
     global _pool
-    if _pool is None:
-        return False
-    _pool.shutdown()
-    _pool = None
-    return True
+    with _changing:
+        if _pool is None:
+            return False
+        _pool.shutdown()
+        _pool = None
+        return True
 
 
 def fit(
@@ -589,10 +599,11 @@ def _adopt_any() -> Pool | None:
     """A pool that holds a run: one whose kernel is gone, or else one that another kernel steers, to watch it."""
     global _pool
     profile_dir = profile_folder(None)
-    with long_work("looking for pools that hold a run"):
-        found = find_pools(profile_dir / "security")
-    _pool = _adopt_first(found.orphans, profile_dir) or _adopt_first(found.foreign, profile_dir, wish="watch")
-    return _pool
+    with _changing:
+        with long_work("looking for pools that hold a run"):
+            found = find_pools(profile_dir / "security")
+        _pool = _adopt_first(found.orphans, profile_dir) or _adopt_first(found.foreign, profile_dir, wish="watch")
+        return _pool
 
 
 def _adopt_first(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from IPython import get_ipython
 
+from dnb.notebook import outlet
 from dnb.notebook.frontend import Display, checked_display, choose_display
 from dnb.notebook.replaced_display import ReplacedDisplay
 from dnb.notebook.snapshot import bundle, new_display_id, publish
@@ -44,6 +45,9 @@ def show(run: RunView | str | Path, *, display: str | None = None) -> None:
     shell = get_ipython()
     kind: Display = choose_display(shell=shell) if display is None else checked_display(display, source="display")
     shown = read_run(run)
+    if kind != "none" and (elsewhere := outlet.current()) is not None:
+        elsewhere.show(shown)
+        return
     if getattr(shell, "kernel", None) is None and (kind != "none" or _is_unasked(display)):
         _tell(shown, waits=kind != "none")
     elif kind != "none":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from dnb.notebook import engine_words
 from dnb.notebook.arguments import bind, parse_settings
 from dnb.notebook.display import read_run, show, warm_up
 from dnb.notebook.frontend import choose_display
+from dnb.notebook.outlet import say
 from dnb.notebook.plan_verb import PlanVerb
 from dnb.notebook.pool_verbs import PoolVerbs
 from dnb.pool.engine_pool import describe_engines
@@ -37,12 +37,15 @@ class DtrainMagics(PoolVerbs, PlanVerb, Magics):
         """%dtrain VERB [ARGUMENTS].
 
         Of the pool: start, status, add, remove, spares, chaos, shutdown. Of the run: plan, fit, wait, pause, resume,
-        stop, set, checkpoint, attach, dashboard, export.
+        stop, set, checkpoint, attach, dashboard, export. Of both: panel.
 
         As a cell magic, %%dtrain [--on 0,2-3|all] [--local] runs the cell on engines.
         """
         if cell is not None:
             return self._call(self._cell, line, verb="(cell)", cell=cell)
+        return self._run_line(line)
+
+    def _run_line(self, line: str) -> Any:
         verb, _, rest = line.strip().partition(" ")
         verbs = {name.removeprefix("_do_"): getattr(self, name) for name in dir(self) if name.startswith("_do_")}
         if verb not in verbs:
@@ -71,20 +74,20 @@ class DtrainMagics(PoolVerbs, PlanVerb, Magics):
         view = pool.client.direct_view("all")
         view.block = True
         view.activate()  # registers %px
-        _say("\n".join([*notices, describe_engines(pool.engines), NEXT_AFTER_START]))
+        say("\n".join([*notices, describe_engines(pool.engines), NEXT_AFTER_START]))
 
     def _do_status(self) -> None:
         pool = training.current_pool()
         if pool is None:
-            _say("no pool is running: %dtrain start -n 2")
+            say("no pool is running: %dtrain start -n 2")
             return
         facts = pool.facts
         held = "no run" if facts.run is None else f"run {facts.run!r} is {facts.run_status}: %dtrain attach shows it"
         told = [describe_engines(pool.engines), str(held if pool.run is None else pool.run), pool.trouble]
-        _say("\n".join(told))
+        say("\n".join(told))
 
     def _do_shutdown(self) -> None:
-        _say("the pool is shut down" if training.shutdown() else "no pool was running")
+        say("the pool is shut down" if training.shutdown() else "no pool was running")
 
     # runs
 
@@ -118,7 +121,7 @@ class DtrainMagics(PoolVerbs, PlanVerb, Magics):
     def _do_checkpoint(self, line: str) -> None:
         function = _checkpoint_at if line.strip() else _checkpoint
         options = bind(function, line, names=self._names(), verb="checkpoint")
-        _say(f"the checkpoint is in {_last_run().checkpoint(**options)}")
+        say(f"the checkpoint is in {_last_run().checkpoint(**options)}")
 
     def _do_stop(self) -> Run:
         run = _last_run()
@@ -145,6 +148,14 @@ class DtrainMagics(PoolVerbs, PlanVerb, Magics):
         options = bind(_export, line, names=self._names(), verb="export")
         run = read_run(options["run"]) if options.get("run") is not None else _last_run()
         _say(f"run {run.name!r} is written to {run.export(options['path'])}")
+
+    def _do_panel(self, *, close: bool = False) -> None:
+        from dnb.notebook.control_panel import close_panel, open_panel  # ipywidgets: not before somebody looks
+
+        if close:
+            close_panel()
+        else:
+            open_panel(self.shell, dtrain=self._run_line)
 
     # cells on engines
 
@@ -213,7 +224,3 @@ def _last_run() -> Run:
     if pool.run is None:
         raise ArgumentError("there is no run yet: %dtrain fit model train --loss cross_entropy")
     return pool.run
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text.rstrip() + "\n")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from dnb import training
 from dnb.errors import ArgumentError, PoolError
 from dnb.notebook.arguments import bind, split_line
 from dnb.notebook.engine_words import read_chaos, read_ids
+from dnb.notebook.outlet import say
 from dnb.pool.engine_pool import describe_added
 
 
@@ -22,7 +22,7 @@ class PoolVerbs:
         options = self._bind_number(training.Pool.add, line, verb="add")
         pool = _require_pool()
         new = pool.add(**options)
-        sys.stdout.write(describe_added(pool.engines, new) + "\n")
+        say(describe_added(pool.engines, new))
 
     def _do_remove(self, line: str) -> None:
         words = [word.text for word in split_line(line)]
@@ -34,14 +34,14 @@ class PoolVerbs:
             raise ArgumentError("%dtrain remove needs engine ids: %dtrain remove 1,3-4")
         leaving = read_ids(text, known=[engine.id for engine in pool.engines], example="%dtrain remove 1,3-4")
         pool.remove(leaving, **options)
-        sys.stdout.write(f"engine{'s' if len(leaving) > 1 else ''} {', '.join(map(str, leaving))} left the pool\n")
+        say(f"engine{'s' if len(leaving) > 1 else ''} {', '.join(map(str, leaving))} left the pool")
 
     def _do_spares(self, line: str) -> None:
         options = self._bind_number(training.Pool.keep_spares, line, verb="spares")
         pool = _require_pool()
         pool.keep_spares(**options)
         spares = [str(engine.id) for engine in pool.engines if engine.state == "spare"]
-        sys.stdout.write(f"spares: {', '.join(spares) or 'none'}\n")
+        say(f"spares: {', '.join(spares) or 'none'}")
 
     def _do_chaos(self, line: str) -> None:
         pool = _require_pool()

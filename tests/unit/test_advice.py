@@ -1,8 +1,10 @@
 """`dnb.plan` without a pool: arguments, refusals, and what it rests on."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import dnb
 from dnb import training
@@ -108,3 +110,22 @@ def test_bytes_are_numbers_or_words(amount, expected):
 def test_an_axis_that_is_not_named_is_open():
     assert read_mesh("pipeline=2") == {"pipeline": 2}
     assert read_mesh(None) == {}
+
+
+def test_of_a_data_set_the_first_samples_are_the_batch(model):
+    data = TensorDataset(torch.randn(100, 16), torch.zeros(100, dtype=torch.long))
+    assert dnb.plan(model, data, loss="cross_entropy", num_engines=1).profile.sizes[-1] == 64
+
+
+def test_of_a_loader_the_first_batch_is_taken_and_its_generator_is_left_alone(model):
+    data = TensorDataset(torch.randn(100, 16), torch.zeros(100, dtype=torch.long))
+    generator = torch.Generator().manual_seed(3)
+    loader = DataLoader(data, batch_size=20, shuffle=True, generator=generator)
+    before = generator.get_state()
+    assert dnb.plan(model, loader, loss="cross_entropy", num_engines=1).profile.sizes[-1] == 20
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_arrays_are_a_batch_too(model):
+    batch = np.zeros((24, 16), dtype=np.float32), np.zeros(24, dtype=np.int64)
+    assert dnb.plan(model, batch, loss="cross_entropy", num_engines=1).profile.sizes[-1] == 24

@@ -1,0 +1,47 @@
+"""Where a verb's words and views go: into the cell that runs it, or to whoever runs it from somewhere else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from dnb.notebook.views import RunView
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outlet:
+    """What takes the words of a verb, and the run that it would show."""
+
+    say: Callable[[str], None]
+    show: Callable[[RunView], None]
+
+
+# Not redirect_stdout, which would take the prints of a cell that runs meanwhile in the main thread.
+_outlet: ContextVar[Outlet | None] = ContextVar("dnb_outlet", default=None)
+
+
+def say(text: str) -> None:
+    """Say something for the verb under way."""
+    outlet = _outlet.get()
+    if outlet is None:
+        sys.stdout.write(text.rstrip() + "\n")
+    else:
+        outlet.say(text.rstrip())
+
+
+def current() -> Outlet | None:
+    """Where the verb under way is to speak; None for the cell."""
+    return _outlet.get()
+
+
+@contextmanager
+def speaking_into(outlet: Outlet) -> Iterator[None]:
+    """What this thread calls meanwhile speaks there."""
+    token = _outlet.set(outlet)
+    try:
+        yield
+    finally:
+        _outlet.reset(token)
