@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from html import escape
 
 import ipywidgets as widgets
 
+from dnb.notebook.abscissa import KINDS
 from dnb.notebook.text import one_line, pace, status_sentence
 from dnb.notebook.views import RunView, has_ended
 
@@ -22,9 +24,10 @@ class Controls:
 
     Args:
         run: whose progress is shown.
+        on_axis: called with what the x axes are to count.
     """
 
-    def __init__(self, run: RunView) -> None:
+    def __init__(self, run: RunView, on_axis: Callable[[str], None] = lambda _kind: None) -> None:
         self._run = run
         self._stop_failure = ""
         self.progress = widgets.IntProgress(
@@ -39,12 +42,16 @@ class Controls:
         )
         self.status = widgets.HTML(layout=widgets.Layout(margin="0 8px"))
         self.stop_button.on_click(self._stop_soon)
+        self.axis = widgets.ToggleButtons(
+            options=KINDS, layout=widgets.Layout(width="auto"), style={"button_width": "auto"}
+        )
+        self.axis.observe(lambda change: on_axis(change["new"]), names="value")
         row = widgets.HBox(
-            [self.progress, self.pace, self.stop_button],
+            [self.progress, self.pace, self.axis, self.stop_button],
             layout=widgets.Layout(align_items="center", flex_flow="row wrap"),
         )
         self.box = widgets.VBox([row, self.status])
-        self.widgets = (self.box, row, self.progress, self.pace, self.stop_button, self.status)
+        self.widgets = (self.box, row, self.progress, self.pace, self.axis, self.stop_button, self.status)
         self.refresh()
 
     def refresh(self) -> None:
