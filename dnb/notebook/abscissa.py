@@ -19,6 +19,7 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 # a year ("1500"), so that it counts from the second day of 1970, in milliseconds, which int32 holds for 24 days.
 ORIGIN_MILLISECONDS = 86_400_000
 DAY_SECONDS = 86_400.0
+_HOUR_SECONDS = 3600.0
 _NEAR_SECONDS = 60.0  # engines are watched from the first step on, which may take its time
 _INT32_MAX = 2**31 - 1
 
@@ -38,11 +39,12 @@ class Abscissa:
         is_untimed = kind == "time" and bool(run.step) and not len(self._times[0])
         self.kind: Kind = "step" if is_untimed else kind
         self.is_long = self.kind == "time" and run.elapsed_seconds >= DAY_SECONDS
-        clock = "hours" if self.is_long else "h:min:s"
+        self._has_hours = run.elapsed_seconds >= _HOUR_SECONDS
+        clock = "hours" if self.is_long else "h:min:s" if self._has_hours else "min:s"
         self.title = {
             "step": "step (times were not measured)" if is_untimed else "step",
             "samples": "samples seen",
-            "time": f"time since the run was submitted ({clock})",
+            "time": f"time since it was submitted ({clock})",
         }[self.kind]
         self.short = f"time ({clock})" if self.kind == "time" else self.kind  # where there is less room
 
@@ -80,15 +82,16 @@ class Abscissa:
         shared = {"title": {"text": self.title, "standoff": 6}}
         if self.kind != "time" or self.is_long:
             return {**shared, "type": "linear", "tickformat": "," if self.kind != "time" else ""}
+        clock = "%-H:%M:%S" if self._has_hours else "%-M:%S"
         return {
             **shared,
             "type": "date",
-            "tickformat": "%-H:%M:%S",
+            "tickformat": clock,
             "tickformatstops": [
-                {"dtickrange": [None, 1000], "value": "%-H:%M:%S.%2f"},
-                {"dtickrange": [1000, None], "value": "%-H:%M:%S"},
+                {"dtickrange": [None, 999], "value": f"{clock}.%2f"},
+                {"dtickrange": [1000, None], "value": clock},
             ],
-            "hoverformat": "%-H:%M:%S.%2f",
+            "hoverformat": f"{clock}.%2f",
         }
 
     @cached_property

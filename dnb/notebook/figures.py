@@ -11,6 +11,7 @@ from dnb.notebook.loss_panel import loss_part
 from dnb.notebook.markers import Ranges, marker_part
 from dnb.notebook.pace_panels import norm_part, pace_part, rate_part
 from dnb.notebook.panels import Part
+from dnb.notebook.pipeline_words import words_of
 from dnb.notebook.usage_panel import is_heat, now_part, over_time_part
 from dnb.notebook.views import RunView
 
@@ -21,8 +22,6 @@ NOW_PIXELS = 172  # how engines spend their time now
 AXIS_PIXELS = 46  # figures and title of an x axis
 LEGEND_PIXELS = 24
 UPPER_PIXELS = LOSS_PIXELS + 3 * (GAP_PIXELS + SMALL_PIXELS)
-# Between the upper panels and the timeline: axis and legend of those, as many lines of words as may be, and a legend.
-TIMELINE_GAP_PIXELS = AXIS_PIXELS + LEGEND_PIXELS + 4 * gantt.WORDS_PIXELS + gantt.LEGEND_PIXELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,10 @@ class Room:
 def room(run: RunView) -> Room:
     """As much as the run needs."""
     timeline = run.timeline
-    return Room(TIMELINE_GAP_PIXELS + gantt.rows_pixels(timeline) if timeline else 0)
+    if not timeline:
+        return Room(below_pixels=0)
+    words = len(words_of(timeline, run.prediction)) * gantt.WORDS_PIXELS
+    return Room(AXIS_PIXELS + LEGEND_PIXELS + GAP_PIXELS + words + gantt.LEGEND_PIXELS + gantt.rows_pixels(timeline))
 
 
 def figure(run: RunView, *, x: str = "step") -> panels.Figure:
@@ -81,7 +83,14 @@ def structure(run: RunView) -> tuple[Any, ...]:
 
 
 def _loss(run: RunView, along: Abscissa, place: Room) -> Part:
-    return loss_part(run, along, domain=place.domain(0, LOSS_PIXELS), anchor="y6", ranges=_ranges(place))
+    return loss_part(
+        run,
+        along,
+        domain=place.domain(0, LOSS_PIXELS),
+        anchor="y6",
+        ranges=_ranges(place),
+        button_y=place.domain(0, UPPER_PIXELS + AXIS_PIXELS + LEGEND_PIXELS)[0],
+    )
 
 
 def _now(run: RunView, _along: Abscissa, place: Room) -> Part:

@@ -37,7 +37,7 @@ class LiveDrawing:
             is_whole: leave nothing for the next time, for there is none.
         """
         along, place = abscissa(self._run, x), room(self._run)
-        state = (along.kind, along.is_long, place, structure(self._run))
+        state = (along.title, place, structure(self._run))
         is_whole |= state != self._drawn
         for name in PARTS if is_whole else self._due():
             self._parts[name] = PARTS[name](self._run, along, place)

@@ -17,7 +17,9 @@ MAX_RAW_POINTS = 800
 MAX_VALIDATION_POINTS = 300
 
 
-def loss_part(run: RunView, along: Abscissa, *, domain: tuple[float, float], anchor: str, ranges: Ranges) -> Part:
+def loss_part(
+    run: RunView, along: Abscissa, *, domain: tuple[float, float], anchor: str, ranges: Ranges, button_y: float
+) -> Part:
     """The panel, and the x axis that it shares with those below.
 
     Args:
@@ -25,6 +27,7 @@ def loss_part(run: RunView, along: Abscissa, *, domain: tuple[float, float], anc
         along: what the x axis counts.
         domain: of the loss, in parts of the plot's height.
         anchor: the y axis of the lowest panel, below which the shared x axis has its figures.
+        button_y: where the button for a logarithmic scale has its lower edge, as `domain`.
         ranges: through which panels a loss that is no number is marked.
     """
     training, validation = curve(run.history, "loss"), curve(run.history, "val_loss")
@@ -38,7 +41,7 @@ def loss_part(run: RunView, along: Abscissa, *, domain: tuple[float, float], anc
         layout={
             "xaxis": _steps_axis(along, last_step=last_step, anchor=anchor),
             "yaxis": axis("loss", anchor="x", nticks=7, domain=list(domain), **_drawn(last_step)),
-            "updatemenus": [_log_button()] if last_step else [],
+            "updatemenus": [_log_button(y=button_y)] if last_step else [],
         },
         notes=notes,
         shapes=_gap_lines(bad, along, ranges) if len(bad) else [],
@@ -99,22 +102,22 @@ def _steps_axis(along: Abscissa, *, last_step: int, anchor: str) -> dict[str, An
     }
 
 
-def _log_button() -> dict[str, Any]:
+def _log_button(*, y: float) -> dict[str, Any]:
     """A button of the figure itself: it works in a saved notebook, too."""
     return {
         "type": "buttons",
-        "x": panels.LEFT[1],
-        "xanchor": "right",
-        "y": 1.0,
+        "x": 0,
+        "xanchor": "left",
+        "y": y,
         "yanchor": "bottom",
-        "pad": {"b": 5, "t": 0, "l": 0, "r": 0},
+        "pad": {"b": 0, "t": 0, "l": 0, "r": 0},
         "showactive": False,
         "bgcolor": "rgba(128, 128, 128, 0.12)",
         "bordercolor": panels.GRID,
         "font": {"size": 11, "color": panels.INK},
         "buttons": [
             {
-                "label": "log",
+                "label": "log loss",
                 "method": "relayout",
                 "args": [{"yaxis.type": "log"}],
                 "args2": [{"yaxis.type": "linear"}],
@@ -135,9 +138,8 @@ def _gap_note(bad: Curve, along: Abscissa) -> dict[str, Any]:
         **note(f"loss is {word} at step {step:,}{more}"),
         "x": float(along.at(bad.steps[:1])[0]),
         "xref": "x",
-        "y": 1,
+        "y": 0.6,  # below the names of events
         "xanchor": "auto",
-        "yanchor": "top",
         "font": {"color": VERMILION, "size": 12},
     }
 

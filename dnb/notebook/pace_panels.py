@@ -87,8 +87,6 @@ def _axis(domain: Sequence[float], *, has_points: bool) -> dict[str, Any]:
         nticks=4,
         rangemode="tozero",
         tickfont={"size": 11},
-        exponentformat="power",
-        showticklabels=has_points,
-        showgrid=has_points,
-        ticks="outside" if has_points else "",
+        exponentformat="e",
+        visible=has_points,
     )

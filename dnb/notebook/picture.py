@@ -114,7 +114,7 @@ class _Drawing:
         axes.spines[:].set_visible(False)
         if x.get("showgrid", True):
             axes.grid(axis="x", color="#808080", alpha=0.25)
-        if own.get("showgrid", True):
+        if own.get("showgrid", True) and own.get("visible", True):
             axes.grid(axis="y", color="#808080", alpha=0.25)
         axes.set_axisbelow(True)
         axes.set_ylabel(own["title"]["text"], color=panels.INK, size=9)
@@ -148,8 +148,8 @@ class _Drawing:
         axes.tick_params(
             labelbottom=is_lowest and x.get("showticklabels", True),
             bottom=is_lowest and bool(x.get("ticks")),
-            labelleft=y.get("showticklabels", True),
-            left=bool(y.get("ticks")),
+            labelleft=y.get("showticklabels", True) and y.get("visible", True),
+            left=bool(y.get("ticks")) and y.get("visible", True),
         )
 
     def _draw_line_through(self, shape: Mapping[str, Any]) -> None:
@@ -241,7 +241,7 @@ def _clock(milliseconds: float, _place: object) -> str:
     minutes, rest = divmod(seconds, 60)
     hours, minutes = divmod(int(minutes), 60)
     exact = f"{rest:05.2f}" if rest % 1 > 1e-3 else f"{rest:02.0f}"
-    return f"{hours}:{minutes:02d}:{exact}"
+    return f"{hours}:{minutes:02d}:{exact}" if hours else f"{minutes}:{exact}"
 
 
 def _draw_curve(axes: Axes, trace: Mapping[str, Any]) -> None:

@@ -19,7 +19,7 @@ from dnb.notebook.views import RunView
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 _TITLE_PIXELS = 40
-_TITLE_COLUMNS = 120
+_TITLE_COLUMNS = 92
 
 
 def bundle(run: RunView, *, with_image: bool, x: str = "step") -> dict[str, Any]:

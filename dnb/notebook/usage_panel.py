@@ -90,7 +90,7 @@ def over_time_part(
         traces, axes, last = [_heat_over_time(spans, x)], _heat_rows(engines, domain, pixels), "y10"
     else:
         traces, axes, last = _areas(spans, x), _area_axes(engines, domain, pixels), _area_axis(max(len(engines), 1) - 1)
-    told = "share of time computing" if is_many else "share of time"
+    told = "share computing" if is_many else "share of time"
     return Part(
         traces=traces,
         layout={**axes, **_shared(along, anchor=last, legend_y=legend_y, is_heat=is_many, has_spans=bool(len(spans)))},
@@ -192,10 +192,12 @@ def _area_axis(place: int) -> str:
 
 
 def _areas(spans: Spans, x: Positions) -> list[dict[str, Any]]:
-    percents = _percents(spans.shares)
+    # without an engine, too, there is an empty strip: plotly makes no panel for words alone
+    engines = spans.engines or (0,)
+    percents = _percents(spans.shares) if spans.engines else np.zeros((0, 1, len(SHARES)), dtype=np.uint8)
     return [
         _area(share, percents[:, row, column], x, engine=engine, row=row)
-        for row, engine in enumerate(spans.engines)
+        for row, engine in enumerate(engines)
         for column, share in enumerate(SHARES)
     ]
 
@@ -241,6 +243,7 @@ def _area_axes(engines: Sequence[int], domain: tuple[float, float], pixels: floa
             domain=[upper - height, upper],
             range=[0, 100],
             tickvals=[50] if engines else [],
+            visible=bool(engines),
             ticktext=[f"engine {engine}" for engine in engines[row : row + 1]],
             ticks="",
             showgrid=False,

@@ -164,5 +164,5 @@ def test_the_live_figure_takes_the_timeline_in_when_it_comes():
     live.paint(figures.figure(run))
     live.paint(figures.figure(run))
     assert len(live.data) == 10 + len(gantt.KINDS)
-    assert live.layout.height > panels.HEIGHT_PIXELS
+    assert live.layout.height > figures.UPPER_PIXELS
     live.close()
