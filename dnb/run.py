@@ -121,9 +121,11 @@ class History(Mapping[str, list[float]]):
 
     def column(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Steps (from 1) and values of one column; empty if there is none yet."""
-        with self._lock:
-            steps = np.array(self._steps.get(name, ()), dtype=np.int64)
-            return steps, np.array(self._values.get(name, ()), dtype=np.float64)
+        if name not in self._values:
+            return np.zeros(0, dtype=np.int64), np.zeros(0)
+        with self._lock:  # whole buffers are copied, not number by number: a chart asks several times a second
+            steps = np.frombuffer(self._steps[name] or b"", dtype=np.int64).copy()
+            return steps, np.frombuffer(self._values[name] or b"", dtype=np.float64).copy()
 
     def to_pandas(self) -> Any:
         """One row per step, indexed by it; what was not measured at a step is NaN.

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextvars
-import logging
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import ipywidgets as widgets
 
+from dnb.notebook.abscissa import checked_kind
 from dnb.notebook.controls import Controls
-from dnb.notebook.figures import figure
+from dnb.notebook.live_drawing import LiveDrawing
+from dnb.notebook.painter import PAINT_INTERVAL_SECONDS, Painter
 from dnb.notebook.snapshot import bundle, new_display_id, publish
 from dnb.notebook.still_image import behind_chart
 from dnb.notebook.text import progress_line
@@ -19,18 +19,11 @@ from dnb.notebook.views import RunView, has_ended
 
 if TYPE_CHECKING:
     from dnb.notebook.live_figure import LiveFigure
-
-log = logging.getLogger(__name__)
-
-PAINT_INTERVAL_SECONDS = 0.35
-QUIET_SECONDS = 3.0
+    from dnb.notebook.panels import Figure
 
 
 class Dashboard:
-    """The live view of one run.
-
-    The run's listener only wakes the painter: a figure takes seconds to build the first time, and the watcher's thread
-    has the hub to listen to. The painter ends with the run.
+    """The live view of one run; its painter ends with the run, or when its widgets were closed.
 
     Args:
         run: watched until it ends.
@@ -47,90 +40,103 @@ class Dashboard:
     ) -> None:
         self._run = run
         self._publish = publish
-        self._interval = interval_seconds
-        self._changed = threading.Event()
-        self._closed = threading.Event()
         self._ending = threading.Lock()
         self._is_over = False
-        self._is_failing = False
         self._display_ids: list[str] = []
-        self.controls = Controls(run)
+        self._drawing = LiveDrawing(run)
+        self._x = self._painted_x = "step"
+        self.controls = Controls(run, on_axis=self.choose_axis)
         self.figure: LiveFigure | None = None
         self.box = widgets.VBox([self.controls.box])
-        # the cell's context: what the painter displays belongs to the cell that made the dashboard
-        context = contextvars.copy_context()
-        self._painter = threading.Thread(
-            target=context.run,
-            args=(self._keep_painting,),
-            name=f"dnb-painter-{run.name}",
-            daemon=True,
+        self._painter = Painter(
+            run.name,
+            paint=self.paint,
+            rest=self._fit_to_page,
+            is_over=lambda: has_ended(run),
+            finish=self._finish,
+            interval_seconds=interval_seconds,
         )
-        run.add_listener(self._wake)
+        self._listener = self._painter.wake  # one object: a bound method is another each time
+        run.add_listener(self._listener)
         self._painter.start()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it stopped before the run ended, since it or its widgets were closed; it cannot be shown again."""
+        return self._painter.is_closed or (not self._is_over and self._has_lost_widgets())
 
     def show(self) -> None:
         """Display the view in the current cell; the strip is there at once, the chart follows."""
         display_id = new_display_id(self._run)
         with self._ending:
             if self._is_over:
-                self._publish(behind_chart(bundle(self._run, with_image=True)), display_id=display_id)
+                self._publish(behind_chart(bundle(self._run, with_image=True, x=self._x)), display_id=display_id)
                 return
             view = {**self.box._repr_mimebundle_(), "text/plain": progress_line(self._run)}
             self._publish(view, display_id=display_id)
             self._display_ids.append(display_id)
 
+    def choose_axis(self, kind: str) -> None:
+        """Let the x axes count "step", "samples" or "time" from now on.
+
+        Raises:
+            ArgumentError: there is no such x axis.
+        """
+        self._x = checked_kind(kind)
+        self._painter.hurry()
+
     def paint(self) -> None:
-        """Bring the strip and, once it is built, the figure up to date."""
+        """Bring the strip and the figure up to date, or close if the user has closed them."""
+        if self._has_lost_widgets():
+            self.close()
+            return
         self.controls.refresh()
-        if self.figure is not None:
-            self.figure.paint(figure(self._run))
+        x = self._x
+        if self.figure is None and has_ended(self._run):
+            return  # nobody would see it
+        drawing = self._drawing.draw(x=x, is_whole=has_ended(self._run))
+        if self.figure is None:
+            self._add_figure(drawing, x=x)
+            return
+        self.figure.paint(drawing)
+        if x != self._painted_x:
+            self.figure.show_all()
+            self._painted_x = x
 
     def close(self) -> None:
         """Stop painting before the run ends; what is displayed stays as it is."""
-        self._closed.set()
-        self._changed.set()
+        self._painter.close()
 
     def join(self, *, timeout_seconds: float) -> bool:
         """Wait for the painter to end; whether it did."""
-        self._painter.join(timeout_seconds)
-        return not self._painter.is_alive()
+        return self._painter.join(timeout_seconds=timeout_seconds)
 
-    def _wake(self, _run: RunView) -> None:
-        self._changed.set()
+    def _has_lost_widgets(self) -> bool:
+        """Whether the user has closed one of them: it has no connection to the page any more."""
+        return any(widget is not None and widget.comm is None for widget in (self.box, self.controls.box, self.figure))
 
-    def _keep_painting(self) -> None:
-        while not (has_ended(self._run) or self._closed.is_set()):
-            self._attempt(self._add_figure if self.figure is None else self.paint)
-            # not before the interval is over, then as soon as there is news: what came last is painted too
-            self._closed.wait(self._interval)
-            if not self._changed.wait(QUIET_SECONDS) and self.figure is not None:
-                self._attempt(self.figure.fit_to_page)
-            self._changed.clear()
-        self._run.remove_listener(self._wake)
-        if has_ended(self._run):
-            self._attempt(self.paint)
-            self._attempt(self._replace_by_plain_output)
+    def _fit_to_page(self) -> None:
+        if self.figure is not None:
+            self.figure.fit_to_page()
 
-    def _attempt(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception:
-            # a picture that fails must not hide the next one, nor reach the run; told once, not three times a second
-            if not self._is_failing:
-                log.exception("the dashboard of run %r could not be painted", self._run.name)
-            self._is_failing = True
-        else:
-            self._is_failing = False
-
-    def _add_figure(self) -> None:
+    def _add_figure(self, drawing: Figure, *, x: str) -> None:
         from dnb.notebook.live_figure import LiveFigure  # plotly: seconds, in this thread
 
-        self.controls.refresh()
-        self.figure = LiveFigure(figure(self._run))
+        self.figure = LiveFigure(drawing)
+        self._painted_x = x
         self.box.children = (self.controls.box, self.figure)
 
+    def _finish(self) -> None:
+        self._run.remove_listener(self._listener)
+        if not has_ended(self._run) or self._has_lost_widgets():
+            return
+        try:
+            self.paint()
+        finally:  # whatever the widgets would not take, the notebook keeps a picture
+            self._replace_by_plain_output()
+
     def _replace_by_plain_output(self) -> None:
-        plain = behind_chart(bundle(self._run, with_image=True))
+        plain = behind_chart(bundle(self._run, with_image=True, x=self._x))
         with self._ending:
             self._is_over = True
             for display_id in self._display_ids:

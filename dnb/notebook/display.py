@@ -80,7 +80,7 @@ def dashboard_of(run: RunView) -> Dashboard:
     from dnb.notebook.dashboard import Dashboard  # plotly: not before somebody looks
 
     dashboard = _dashboards.get(id(run))
-    if dashboard is None:
+    if dashboard is None or dashboard.is_closed:
         dashboard = _dashboards[id(run)] = Dashboard(run)
     return dashboard
 

@@ -60,8 +60,6 @@ def checked_display(word: str, *, source: str) -> Display:
 def _is_looked_at(*, environ: Mapping[str, str], modules: Container[str], shell: Any) -> bool:
     if "google.colab" in modules or environ.get("SERVER_SOFTWARE", "").startswith("voila/"):
         return True
-    if "VOILA_REQUEST_URL" in environ:
-        return True
     if "VSCODE_PID" in environ or "__vsc_ipynb_file__" in getattr(shell, "user_ns", {}):
         return True
     # jupyter_server sets JPY_SESSION_NAME in the kernel of each session; nbclient, nbval and papermill do not, but a

@@ -40,15 +40,13 @@ MOST_BARS = 1200
 
 def alone(timeline: Timeline) -> panels.Figure:
     """The chart by itself."""
-    frame = panels.frame()
-    margin = {**frame["margin"], "t": LEGEND_PIXELS + WORDS_PIXELS * len(words_of(timeline)) + 8, "l": MARGIN_PIXELS}
+    top = LEGEND_PIXELS + WORDS_PIXELS * len(words_of(timeline)) + 8
+    margin = {**panels.MARGIN, "b": 46, "t": top, "l": MARGIN_PIXELS}
     plot_pixels = rows_pixels(timeline)
     return {
         "data": traces(timeline),
         "layout": {
-            **frame,
-            "height": plot_pixels + margin["t"] + margin["b"],
-            "margin": margin,
+            **panels.frame(height=plot_pixels + margin["t"] + margin["b"], margin=margin),
             **axes(timeline, domain=(0.0, 1.0)),
             "legend3": legend(1.0, plot_pixels),
             "annotations": remarks(timeline, top=1.0, plot_pixels=plot_pixels),

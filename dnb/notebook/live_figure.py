@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.basedatatypes import Undefined
 
 from dnb.notebook import panels
 
@@ -26,23 +28,51 @@ class LiveFigure(go.FigureWidget):
         self._is_built = True
 
     def paint(self, drawing: panels.Figure) -> None:
-        """Send what has changed since the last painting, in one message."""
+        """Send what has changed since the last painting, in one message unless panels came or went."""
         with self._painting:
-            self._add(drawing["data"][len(self.data) :])
+            self._renew(drawing["data"])
             self._change(drawing)
 
-    def _add(self, traces: list[dict[str, Any]]) -> None:
-        """What came to the figure since: the timeline of a divided run, which is there only after its first steps."""
-        if traces:
-            self.add_traces(traces)
-            self._shown = {**self._shown, "data": [*self._shown["data"], *traces]}
+    def show_all(self) -> None:
+        """Undo the user's zoom, as what the x axes count has changed."""
+        axes = [key for key in self._shown["layout"] if key.startswith(("xaxis", "yaxis"))]
+        free = [axis for axis in axes if not self._shown["layout"][axis].get("fixedrange")]
+        for is_free in (False, True):  # what Python holds to be so already is not sent
+            with self._painting, self.batch_update():
+                for axis in free:
+                    self.layout[axis].autorange = is_free
+
+    def _renew(self, traces: list[dict[str, Any]]) -> None:
+        """Bring the traces that there are in line: a timeline comes after the first steps, an engine's areas later.
+
+        A trace keeps its kind and axes for life; from the first that would have others all are made anew.
+        """
+        shown = self._shown["data"]
+        pairs = zip(shown, traces, strict=False)
+        same = sum(1 for _ in itertools.takewhile(lambda pair: _place(pair[0]) == _place(pair[1]), pairs))
+        if same < len(shown):
+            self.data = self.data[:same]  # type: ignore[has-type]
+        if same < len(traces):
+            self.add_traces(traces[same:])
+        self._shown = {**self._shown, "data": [*shown[:same], *traces[same:]]}
 
     def _change(self, drawing: panels.Figure) -> None:
-        with self.batch_update():
-            for trace, old, new in zip(self.data, self._shown["data"], drawing["data"], strict=True):
-                _assign(trace, panels.changes(old, new))
-            _assign(self.layout, panels.changes(self._shown["layout"], drawing["layout"]))
-            self._shown = drawing
+        layout = panels.changes(self._shown["layout"], drawing["layout"])
+        whole = {key: value for key, value in layout.items() if isinstance(value, dict) or _is_of_dicts(value)}
+        if whole:  # as many objects as before: plotly must make or forget them
+            with self.batch_update():
+                _assign(self.layout, whole)
+        pairs = zip(self._shown["data"], drawing["data"], strict=True)
+        traces = {place: panels.changes(old, new) for place, (old, new) in enumerate(pairs)}
+        self._update_page({place: new for place, new in traces.items() if new}, _without(layout, whole))
+        self._shown = drawing
+
+    def _update_page(self, traces: dict[int, dict[str, Any]], layout: dict[str, Any]) -> None:
+        """One message; assigning to traces and layout would check each array again, twice, for milliseconds."""
+        keys = dict.fromkeys(key for new in traces.values() for key in new)
+        restyle = {key: [new.get(key, Undefined) for new in traces.values()] for key in keys}
+        if restyle or layout:
+            self.plotly_update(restyle, layout, trace_indexes=list(traces))
 
     def fit_to_page(self) -> None:
         """Let plotly.js take the width that there is: it does so only when something is sent.
@@ -84,3 +114,16 @@ def _assign(target: Any, values: dict[str, Any]) -> None:
     # not target.update(values): that merges lists, so that a remark once made would stay
     for key, value in values.items():
         target[key] = value
+
+
+def _without(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in others}
+
+
+def _is_of_dicts(value: object) -> bool:
+    """Whether these are remarks, lines or buttons: a list of plotly's objects, or none of them any more."""
+    return value is None or (isinstance(value, list) and (not value or isinstance(value[0], dict)))
+
+
+def _place(trace: dict[str, Any]) -> tuple[Any, ...]:
+    return trace["type"], trace.get("xaxis"), trace.get("yaxis"), trace.get("stackgroup")

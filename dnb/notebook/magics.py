@@ -147,7 +147,7 @@ class DtrainMagics(PoolVerbs, PlanVerb, Magics):
     def _do_export(self, line: str) -> None:
         options = bind(_export, line, names=self._names(), verb="export")
         run = read_run(options["run"]) if options.get("run") is not None else _last_run()
-        _say(f"run {run.name!r} is written to {run.export(options['path'])}")
+        say(f"run {run.name!r} is written to {run.export(options['path'])}")
 
     def _do_panel(self, *, close: bool = False) -> None:
         from dnb.notebook.control_panel import close_panel, open_panel  # ipywidgets: not before somebody looks

@@ -1,4 +1,4 @@
-"""What happened to a run, as vertical markers on its loss panel; pure functions, like those of `panels`."""
+"""What happened to a run, as vertical markers through its panels, told on the loss; pure functions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from dnb.notebook.abscissa import ORIGIN_MILLISECONDS, Abscissa
+from dnb.notebook.panels import INK_ON_BARS, Part
 from dnb.notebook.text import inert, one_line
-from dnb.notebook.views import EventView
+from dnb.notebook.views import EventView, RunView
 
 # Events that are closer than a part of the axis share a marker: more than this many would hide the curve.
 MAX_MARKERS = 24
@@ -27,7 +31,9 @@ class _Look:
 
 # Okabe and Ito's colours, as in `panels`.
 _LOOKS = {
+    "failed": _Look("#D55E00", "longdash"),
     "died": _Look("#D55E00", "solid"),
+    "hung": _Look("#CC79A7", "solid"),
     "paused": _Look("#E69F00", "dashdot"),
     "left": _Look("#999999", "dash"),
     "joined": _Look("#009E73", "dash"),
@@ -36,56 +42,79 @@ _LOOKS = {
 _URGENCY = tuple(_LOOKS)  # what a marker of several kinds looks like
 
 
-def event_markers(events: Sequence[EventView], *, last_step: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Annotations and shapes of a plotly layout, at most `MAX_MARKERS` of each.
+@dataclass(frozen=True, slots=True)
+class Ranges:
+    """From where to where markers go, in parts of the plot's height: through the panels on the left, on the right."""
+
+    left: tuple[float, float]
+    right: tuple[float, float]
+
+
+def marker_part(run: RunView, along: Abscissa, *, ranges: Ranges) -> Part:
+    """The markers of a run's events, on every axis of steps or time.
 
     Events before the first step are left out: those who join then are what was asked for.
-
-    Args:
-        events: of the run, in order.
-        last_step: where the axis ends.
     """
-    groups = _group([event for event in events if event.kind in _LOOKS and event.step > 0], last_step=last_step)
-    return [_label(group) for group in groups], [_line(group) for group in groups]
+    if not run.step:
+        return Part()
+    groups = _group(run.events, along, last_step=run.step)
+    has_spans = bool(len(run.utilisation))
+    return Part(
+        notes=[_label(place, group) for place, group in groups],
+        shapes=[line for place, group in groups for line in _lines(place, group, ranges, has_spans=has_spans)],
+    )
 
 
-def _group(events: Sequence[EventView], *, last_step: int) -> list[list[EventView]]:
+def vertical(place: float, *, x: str, between: tuple[float, float], **properties: Any) -> dict[str, Any]:
+    """A line through all panels that share an x axis."""
+    first, last = between
+    return {"type": "line", "xref": x, "yref": "paper", "x0": place, "x1": place, "y0": first, "y1": last, **properties}
+
+
+def _group(events: Sequence[EventView], along: Abscissa, *, last_step: int) -> list[tuple[float, list[EventView]]]:
     """Neighbours together; widths are powers of two, so that markers do not jump while the axis grows."""
-    width = 1
-    while -(-max(last_step, 1) // width) >= MAX_MARKERS:
+    shown = [event for event in events if event.kind in _LOOKS and event.step > 0]
+    if not shown:
+        return []
+    origin = ORIGIN_MILLISECONDS if along.kind == "time" and not along.is_long else 0
+    places = along.at_events(shown).tolist()
+    span = max([_last_place(along, last_step), *places]) - origin
+    width = 2.0**-10 if along.is_long else 1.0
+    while span / width > MAX_MARKERS - 1:
         width *= 2
-    groups: dict[int, list[EventView]] = {}
-    for event in events:
-        groups.setdefault(min(event.step, max(last_step, 1)) // width, []).append(event)
-    return [groups[place] for place in sorted(groups)]
+    groups: dict[int, tuple[float, list[EventView]]] = {}
+    for place, event in sorted(zip(places, shown, strict=True), key=lambda pair: pair[0]):
+        groups.setdefault(int((place - origin) / width), (place, []))[1].append(event)
+    return [groups[number] for number in sorted(groups)]
+
+
+def _last_place(along: Abscissa, last_step: int) -> float:
+    return float(along.at(np.array([last_step]))[0])
 
 
 def _kind(group: Sequence[EventView]) -> str:
     return min((event.kind for event in group), key=_URGENCY.index)
 
 
-def _line(group: Sequence[EventView]) -> dict[str, Any]:
+def _lines(place: float, group: Sequence[EventView], ranges: Ranges, *, has_spans: bool) -> list[dict[str, Any]]:
     look = _LOOKS[_kind(group)]
-    return {
-        "type": "line",
-        "xref": "x",
-        "yref": "y domain",
-        "x0": group[0].step,
-        "x1": group[0].step,
-        "y0": 0,
-        "y1": 1,
-        "layer": "below",
-        "line": {"color": look.color, "width": 1, "dash": look.dash},
-    }
+    left = vertical(
+        place, x="x", between=ranges.left, layer="below", line={"color": look.color, "width": 1, "dash": look.dash}
+    )
+    # dark, for it crosses areas of all colours
+    right = vertical(
+        place, x="x7", between=ranges.right, layer="above", line={"color": INK_ON_BARS, "width": 1, "dash": look.dash}
+    )
+    return [left, right] if has_spans else [left]
 
 
-def _label(group: Sequence[EventView]) -> dict[str, Any]:
+def _label(place: float, group: Sequence[EventView]) -> dict[str, Any]:
     return {
         "text": _short(group),
         "hovertext": _told(group),
         "showarrow": False,
         "textangle": -90,
-        "x": group[0].step,
+        "x": place,
         "y": 1,
         "xref": "x",
         "yref": "y domain",

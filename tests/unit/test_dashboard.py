@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dnb.notebook import panels
+from dnb.notebook import figures
 from dnb.notebook.controls import Controls
 from dnb.notebook.dashboard import Dashboard
 from dnb.notebook.live_figure import LiveFigure
@@ -93,63 +93,63 @@ def drawn_losses(dashboard: Dashboard) -> list[float]:
 
 def test_a_refresh_of_a_long_run_sends_less_than_20_kilobytes():
     run = long_run(num_steps=100_000, num_engines=4)
-    figure, controls = LiveFigure(panels.figure(run)), Controls(run)
+    figure, controls = LiveFigure(figures.figure(run)), Controls(run)
     wire = Wire(figure, *controls.widgets)
     advance(run)
-    figure.paint(panels.figure(run))
+    figure.paint(figures.figure(run))
     controls.refresh()
     assert 8_000 < wire.num_bytes() < 20_000
 
 
 def test_a_refresh_is_one_update_of_the_figure():
     run = long_run(num_steps=5000)
-    figure = LiveFigure(panels.figure(run))
+    figure = LiveFigure(figures.figure(run))
     wire = Wire(figure)
     advance(run)
-    figure.paint(panels.figure(run))
+    figure.paint(figures.figure(run))
     assert sum(bool(state.get("_py2js_update")) for state in wire.states()) == 1
 
 
 def test_a_refresh_without_news_sends_nothing():
     run = long_run(num_steps=5000)
-    figure = LiveFigure(panels.figure(run))
+    figure = LiveFigure(figures.figure(run))
     wire = Wire(figure)
-    figure.paint(panels.figure(run))
+    figure.paint(figures.figure(run))
     assert wire.messages == []
 
 
 def test_a_remark_that_no_longer_holds_disappears():
     run = FakeRun(workers=[FakeWorker()])
-    figure = LiveFigure(panels.figure(run))
+    figure = LiveFigure(figures.figure(run))
     add_step(run, 0.5)
-    figure.paint(panels.figure(run))
-    assert figure.layout.annotations == ()
+    figure.paint(figures.figure(run))
+    assert "waiting for the first step" not in [note.text for note in figure.layout.annotations]
 
 
 def test_a_reloaded_page_is_given_the_whole_history():
     run = FakeRun(workers=[FakeWorker()])
-    figure = LiveFigure(panels.figure(run))
+    figure = LiveFigure(figures.figure(run))
     add_step(run, 0.5)
-    figure.paint(panels.figure(run))
+    figure.paint(figures.figure(run))
     assert figure.get_state()["_widget_data"][1]["y"]["shape"] == (1,)
 
 
 def test_what_the_browser_tells_of_defaults_is_not_sent_back():
-    figure = LiveFigure(panels.figure(FakeRun()))
+    figure = LiveFigure(figures.figure(FakeRun()))
     wire = Wire(figure)
     figure.set_state({"_js2py_traceDeltas": {"trace_deltas": [], "trace_edit_id": 1}})
     assert wire.messages == []
 
 
 def test_a_zoom_of_the_user_is_taken_over():
-    figure = LiveFigure(panels.figure(FakeRun()))
+    figure = LiveFigure(figures.figure(FakeRun()))
     relayout = {"relayout_data": {"xaxis.range[0]": 2, "xaxis.range[1]": 5}, "source_view_id": "a"}
     figure.set_state({"_js2py_relayout": relayout})
     assert figure.layout.xaxis.range == (2, 5)
 
 
 def test_a_figure_in_a_quiet_run_is_fitted_to_the_page():
-    figure = LiveFigure(panels.figure(FakeRun()))
+    figure = LiveFigure(figures.figure(FakeRun()))
     wire = Wire(figure)
     figure.fit_to_page()
     assert any(state.get("_py2js_update") for state in wire.states())

@@ -41,10 +41,6 @@ def test_vs_code_shows_widgets_by_its_variable():
     assert choose(shell=shell(__vsc_ipynb_file__="a.ipynb")) == "widget"
 
 
-def test_voila_shows_widgets():
-    assert choose(environ={"VOILA_REQUEST_URL": "http://127.0.0.1:8866/"}, shell=shell()) == "widget"
-
-
 def test_vs_code_shows_widgets_by_its_environment():
     assert choose(environ={"VSCODE_PID": "1"}, shell=shell()) == "widget"
 

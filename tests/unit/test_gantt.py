@@ -4,7 +4,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from dnb.notebook import figures, gantt, panels, snapshot
+from dnb.notebook import figures, gantt, snapshot
 from dnb.notebook.text import progress_line, summary, worker_line
 from dnb.planning.bubbles import Timeline
 from dnb.records import Action, Prediction
@@ -27,11 +27,10 @@ def words(run: FakeRun) -> list[str]:
     return [note["text"] for note in figures.figure(run)["layout"]["annotations"]]
 
 
-def test_the_figure_of_a_run_that_is_not_divided_is_as_it_was():
+def test_the_figure_of_a_run_that_is_not_divided_has_no_timeline():
     run = FakeRun(step=2, history=FakeHistory(loss=[1.0, 0.5]), workers=[FakeWorker()])
-    assert figures.figure(run).keys() == panels.figure(run).keys()
-    assert not panels.changes(panels.figure(run)["layout"], figures.figure(run)["layout"])
-    assert len(figures.figure(run)["data"]) == 7
+    assert "xaxis3" not in figures.figure(run)["layout"]
+    assert rows(run) == {}
 
 
 def test_every_action_is_a_bar_in_the_row_of_its_engine():
@@ -164,6 +163,6 @@ def test_the_live_figure_takes_the_timeline_in_when_it_comes():
     run.timeline = timeline
     live.paint(figures.figure(run))
     live.paint(figures.figure(run))
-    assert len(live.data) == 7 + len(gantt.KINDS)
-    assert live.layout.height > panels.HEIGHT_PIXELS
+    assert len(live.data) == 10 + len(gantt.KINDS)
+    assert live.layout.height > figures.UPPER_PIXELS
     live.close()

@@ -1,17 +1,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import pytest
 
-from dnb.notebook import panels
-from dnb.notebook.markers import MAX_MARKERS, event_markers
+from dnb.notebook import figures, panels, usage_panel
+from dnb.notebook.abscissa import abscissa
+from dnb.notebook.markers import MAX_MARKERS, Ranges, marker_part
 from dnb.notebook.snapshot import bundle
 from tests.fake_runs import FakeEvent, FakeHistory, FakeRun, FakeWorker
 
 
 def event(kind: str, step: int, engine: int | None = None, text: str = "") -> FakeEvent:
     return FakeEvent(kind=kind, step=step, engine=engine, text=text or f"engine {engine} {kind}")
+
+
+def event_markers(events: Sequence[FakeEvent], *, last_step: int, x: str = "step") -> tuple[list[dict], list[dict]]:
+    run = FakeRun(step=last_step, events=list(events))
+    part = marker_part(run, abscissa(run, x), ranges=Ranges(left=(0.0, 1.0), right=(0.0, 0.5)))
+    return part.notes, part.shapes
 
 
 def labels(*events: FakeEvent, last_step: int = 20) -> list[tuple[int, str]]:
@@ -90,19 +98,19 @@ def test_markers_stay_where_they_are_while_the_curve_grows():
 
 
 def test_a_marker_changes_the_layout_and_no_trace():
-    plain, marked = (panels.figure(run_with(events)) for events in ([], [event("died", 4, 1)]))
-    assert [panels.changes(a, b) for a, b in zip(plain["data"], marked["data"], strict=True)] == [{}] * 7
+    plain, marked = (figures.figure(run_with(events)) for events in ([], [event("died", 4, 1)]))
+    assert [panels.changes(a, b) for a, b in zip(plain["data"], marked["data"], strict=True)] == [{}] * 10
     assert set(panels.changes(plain["layout"], marked["layout"])) == {"annotations", "shapes"}
 
 
 def test_without_a_step_there_is_no_axis_to_mark():
-    figure = panels.figure(run_with([event("died", 4, 1)], num_steps=0))
+    figure = figures.figure(run_with([event("died", 4, 1)], num_steps=0))
     assert figure["layout"]["shapes"] == []
 
 
 def test_markers_of_a_thousand_events_are_under_40_kilobytes():
     events = [event("died", 1 + n, n, "engine died " + "x" * 500) for n in range(1000)]
-    layout = panels.figure(run_with(events, num_steps=1000))["layout"]
+    layout = figures.figure(run_with(events, num_steps=1000))["layout"]
     assert len(json.dumps([layout["annotations"], layout["shapes"]])) < 40_000
 
 
@@ -113,4 +121,4 @@ def test_a_stored_picture_shows_the_markers():
 
 @pytest.mark.parametrize(("state", "label"), [("left", "engine 2<br>(left)"), ("spare", "engine 2<br>(spare)")])
 def test_engines_that_do_not_take_part_are_called_what_they_are(state: str, label: str):
-    assert panels.engine_label(FakeWorker(engine=2, state=state), num_engines=4) == label
+    assert usage_panel.engine_label(FakeWorker(engine=2, state=state), num_engines=4) == label

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dnb.notebook import panels
+from dnb.notebook import curves, figures, panels, usage_panel
 from tests.fake_runs import FakeHistory, FakeRun, FakeWorker, long_run
 
 
@@ -11,17 +11,22 @@ def run_with(losses: list[float], **columns: list[float]) -> FakeRun:
     return run
 
 
-def curve(values: list[float]) -> panels.Curve:
-    return panels.Curve(steps=np.arange(1, len(values) + 1, dtype=np.int32), values=np.array(values, dtype=np.float32))
+def curve(values: list[float]) -> curves.Curve:
+    return curves.Curve(steps=np.arange(1, len(values) + 1, dtype=np.int32), values=np.array(values, dtype=np.float32))
 
 
 def traces(run: FakeRun) -> dict[str, dict]:
     keys = ["raw", "smooth", "validation", "compute", "wait", "data", "idle"]
-    return dict(zip(keys, panels.figure(run)["data"], strict=True))
+    return dict(zip(keys, figures.figure(run)["data"], strict=False))
 
 
 def remarks(run: FakeRun) -> list[str]:
-    return [note["text"] for note in panels.figure(run)["layout"]["annotations"]]
+    """What is said in the panels, but for their names and what is missing in the small ones."""
+    return [
+        note["text"]
+        for note in figures.figure(run)["layout"]["annotations"]
+        if note["yanchor" if "yanchor" in note else "y"] != "bottom" and note["yref"] in ("y domain", "y2 domain")
+    ]
 
 
 def brightness(color: str) -> float:
@@ -31,69 +36,69 @@ def brightness(color: str) -> float:
 
 
 def test_decimating_a_short_column_keeps_every_point():
-    assert panels.decimate(np.arange(1000.0)).tolist() == list(range(1000))
+    assert curves.decimate(np.arange(1000.0)).tolist() == list(range(1000))
 
 
 @pytest.mark.parametrize("size", [1001, 1003, 4999, 100_000])
 def test_decimating_keeps_no_more_than_the_limit(size):
-    assert len(panels.decimate(np.random.default_rng(0).random(size))) <= 1000
+    assert len(curves.decimate(np.random.default_rng(0).random(size))) <= 1000
 
 
 @pytest.mark.parametrize("size", [1001, 1003, 4999, 100_000])
 def test_decimating_with_gaps_keeps_no_more_than_the_limit(size):
     values = np.random.default_rng(0).random(size)
     values[::3] = np.nan
-    assert len(panels.decimate(values)) <= 1000
+    assert len(curves.decimate(values)) <= 1000
 
 
 def test_decimating_keeps_the_first_and_the_last_point():
-    assert panels.decimate(np.zeros(12_345))[[0, -1]].tolist() == [0, 12_344]
+    assert curves.decimate(np.zeros(12_345))[[0, -1]].tolist() == [0, 12_344]
 
 
 def test_decimating_keeps_a_spike_up_and_a_spike_down():
     values = np.ones(50_000)
     values[31_234], values[17] = 9.0, -9.0
-    assert {31_234, 17} <= set(panels.decimate(values).tolist())
+    assert {31_234, 17} <= set(curves.decimate(values).tolist())
 
 
 def test_decimating_keeps_a_point_that_is_not_a_number():
     values = np.ones(50_000)
     values[31_234] = np.nan
-    assert 31_234 in panels.decimate(values).tolist()
+    assert 31_234 in curves.decimate(values).tolist()
 
 
 def test_decimating_gives_ascending_indices_without_repeats():
-    kept = panels.decimate(np.random.default_rng(0).random(7777))
+    kept = curves.decimate(np.random.default_rng(0).random(7777))
     assert (np.diff(kept) > 0).all()
 
 
 def test_a_running_mean_of_a_constant_is_that_constant():
-    means, _ = panels.running_mean(curve([2.0] * 3000))
+    means, _ = curves.running_mean(curve([2.0] * 3000))
     assert means.values.tolist() == [2.0] * len(means)
 
 
 def test_a_running_mean_is_of_the_values_around_it():
-    means, window = panels.running_mean(curve([float(i) for i in range(1, 161)]))
+    means, window = curves.running_mean(curve([float(i) for i in range(1, 161)]))
     assert (window, means.values[80]) == (4, 80.5)  # (79 + 80 + 81 + 82) / 4, at step 81
 
 
 def test_a_running_mean_ends_at_the_last_step():
-    means, _ = panels.running_mean(curve([1.0] * 1777))
+    means, _ = curves.running_mean(curve([1.0] * 1777))
     assert means.last_step == 1777
 
 
 def test_a_huge_loss_leaves_no_trace_in_later_means():
-    means, _ = panels.running_mean(curve([1e30] + [1.0] * 999))
+    means, _ = curves.running_mean(curve([1e30] + [1.0] * 999))
     assert means.values[-1] == 1.0
 
 
 def test_a_running_mean_leaves_out_what_is_not_a_number():
-    means, _ = panels.running_mean(curve([1.0] * 500 + [float("nan")] + [1.0] * 1499))
+    means, _ = curves.running_mean(curve([1.0] * 500 + [float("nan")] + [1.0] * 1499))
     assert np.isfinite(means.values).all()
 
 
 def test_a_running_mean_of_nothing_is_empty():
-    means, window = panels.running_mean(curve([]))
+    means, window = curves.running_mean(curve([]))
     assert (len(means), window) == (0, 1)
 
 
@@ -177,7 +182,7 @@ def test_each_engine_has_a_bar():
 
 
 def test_a_dead_engine_is_called_dead():
-    assert panels.engine_label(FakeWorker(engine=2, state="dead"), num_engines=4) == "engine 2<br>(dead)"
+    assert usage_panel.engine_label(FakeWorker(engine=2, state="dead"), num_engines=4) == "engine 2<br>(dead)"
 
 
 def test_the_parts_of_a_bar_are_the_shares():
@@ -205,7 +210,7 @@ def test_bars_of_an_ended_run_show_the_whole_of_it():
 
 
 def test_the_zoom_survives_because_uirevision_is_constant():
-    layouts = [panels.figure(run)["layout"] for run in (run_with([0.5]), long_run())]
+    layouts = [figures.figure(run)["layout"] for run in (run_with([0.5]), long_run())]
     assert layouts[0]["uirevision"] == layouts[1]["uirevision"]
 
 
@@ -215,11 +220,11 @@ def test_text_has_contrast_on_white_and_on_the_dark_theme():
 
 
 def test_changes_of_equal_figures_are_empty():
-    old, new = (panels.figure(run_with([0.5, float("nan")])) for _ in range(2))
+    old, new = (figures.figure(run_with([0.5, float("nan")])) for _ in range(2))
     assert panels.changes(old["layout"], new["layout"]) == {}
-    assert [panels.changes(a, b) for a, b in zip(old["data"], new["data"], strict=True)] == [{}] * 7
+    assert [panels.changes(a, b) for a, b in zip(old["data"], new["data"], strict=True)] == [{}] * 10
 
 
 def test_changes_after_a_step_leave_styles_out():
-    old, new = (panels.figure(run_with([0.5] * size))["data"][1] for size in (2, 3))
+    old, new = (figures.figure(run_with([0.5] * size))["data"][1] for size in (2, 3))
     assert set(panels.changes(old, new)) == {"x", "y"}

@@ -1,0 +1,140 @@
+"""What the x axes of a run's panels count: steps, samples or time. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dnb.errors import ArgumentError, nearest
+from dnb.notebook.views import EventView, RunView
+
+Kind = Literal["step", "samples", "time"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+# Time is drawn on an axis of dates, for its ticks are 0:30, 1:00, 1:30 at any zoom. plotly.js takes a small number for
+# a year ("1500"), so that it counts from the second day of 1970, in milliseconds, which int32 holds for 24 days.
+ORIGIN_MILLISECONDS = 86_400_000
+DAY_SECONDS = 86_400.0
+_HOUR_SECONDS = 3600.0
+_NEAR_SECONDS = 60.0  # engines are watched from the first step on, which may take its time
+_INT32_MAX = 2**31 - 1
+
+Positions = NDArray[np.int32] | NDArray[np.float32]
+
+
+class Abscissa:
+    """Turns steps and times of one run into positions on an x axis.
+
+    Args:
+        run: as it is now.
+        kind: what is counted; steps, if it is to be time and no times are known.
+    """
+
+    def __init__(self, run: RunView, kind: Kind) -> None:
+        self._run = run
+        is_untimed = kind == "time" and bool(run.step) and not len(self._times[0])
+        self.kind: Kind = "step" if is_untimed else kind
+        self.is_long = self.kind == "time" and run.elapsed_seconds >= DAY_SECONDS
+        self._has_hours = run.elapsed_seconds >= _HOUR_SECONDS
+        clock = "hours" if self.is_long else "h:min:s" if self._has_hours else "min:s"
+        self.title = {
+            "step": "step (times were not measured)" if is_untimed else "step",
+            "samples": "samples seen",
+            "time": f"time since it was submitted ({clock})",
+        }[self.kind]
+        self.short = f"time ({clock})" if self.kind == "time" else self.kind  # where there is less room
+
+    def at(self, steps: NDArray[Any]) -> Positions:
+        """Positions of steps."""
+        if self.kind == "step":
+            return steps.astype(np.int32)
+        if self.kind == "samples":
+            return _small(self._run.samples_at(steps.astype(np.int64)))
+        known, seconds = self._times
+        if not len(known):
+            return self._at_seconds(np.zeros(len(steps)))
+        # what was before the first known time began at 0
+        return self._at_seconds(np.interp(steps, known, seconds, left=0.0 if known[0] > 1 else None))
+
+    def at_edges(self, edges: NDArray[np.float64], steps: NDArray[np.int64]) -> Positions:
+        """Positions of the edges of spans: seconds, and the steps committed at the ends of the spans."""
+        if self.kind == "time":
+            return self._at_seconds(edges)
+        first = 0
+        if edges[0] > _NEAR_SECONDS:  # of a run that goes on from a checkpoint: its engines were watched from there
+            known, seconds = self._times
+            before = int(np.searchsorted(seconds, edges[0], side="right"))
+            first = int(known[before - 1]) if before else 0
+        return self.at(np.concatenate([[min(first, int(steps[0]))], steps]))
+
+    def at_events(self, events: Sequence[EventView]) -> Positions:
+        """Positions of what happened."""
+        if self.kind == "time" and self._run.started and all(event.time for event in events):
+            return self._at_seconds(np.maximum([event.time - self._run.started for event in events], 0.0))
+        return self.at(np.array([event.step for event in events], dtype=np.int64))
+
+    def axis(self) -> dict[str, Any]:
+        """Properties of an x axis in plotly's terms."""
+        shared = {"title": {"text": self.title, "standoff": 6}}
+        if self.kind != "time" or self.is_long:
+            return {**shared, "type": "linear", "tickformat": "," if self.kind != "time" else ""}
+        clock = "%-H:%M:%S" if self._has_hours else "%-M:%S"
+        return {
+            **shared,
+            "type": "date",
+            "tickformat": clock,
+            "tickformatstops": [
+                {"dtickrange": [None, 999], "value": f"{clock}.%2f"},
+                {"dtickrange": [1000, None], "value": clock},
+            ],
+            "hoverformat": f"{clock}.%2f",
+        }
+
+    @cached_property
+    def _times(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        return times_of(self._run)
+
+    def _at_seconds(self, seconds: NDArray[np.float64]) -> Positions:
+        if self.is_long:
+            return (seconds / 3600).astype(np.float32)
+        return _small(np.rint(1e3 * seconds) + ORIGIN_MILLISECONDS)
+
+
+def abscissa(run: RunView, kind: str = "step") -> Abscissa:
+    """The x axis of a run; by step if it is to be by time, and no times are known.
+
+    Raises:
+        ArgumentError: there is no such kind.
+    """
+    return Abscissa(run, checked_kind(kind))
+
+
+def checked_kind(kind: str) -> Kind:
+    """`kind` itself, if there is such an x axis.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    if kind not in KINDS:
+        raise ArgumentError(f"x={kind!r} is no x axis; {nearest(kind, KINDS)}")
+    return kind
+
+
+def times_of(run: RunView) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Steps and seconds, as far as they are known: of each step, else of the spans in which engines were watched."""
+    steps, seconds = run.history.column("seconds")
+    if not len(steps):
+        spans = run.utilisation.spans(limit=200)
+        steps, seconds = spans.steps, spans.edges[1:]
+    known = np.isfinite(seconds)
+    return (steps, seconds) if known.all() else (steps[known], seconds[known])
+
+
+def _small(positions: NDArray[Any]) -> Positions:
+    """In four bytes each: of large numbers, more than a screen can show is left out."""
+    is_small = not len(positions) or float(positions.max()) <= _INT32_MAX
+    return positions.astype(np.int32) if is_small else positions.astype(np.float32)

@@ -1,0 +1,50 @@
+"""The figure of a run that goes on: made anew only where something has changed, and not all of it at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dnb.notebook import panels
+from dnb.notebook.abscissa import abscissa
+from dnb.notebook.figures import PARTS, assembled, room, structure
+from dnb.notebook.panels import Part
+from dnb.notebook.views import RunView
+
+# The loss, the shares of the last seconds and new events are news at once; the others take turns, one a refresh, so
+# that no refresh costs more than a few milliseconds and 20 kB.
+TURNS = ("pace", "over_time", "rate", "events", "norm", "over_time", "timeline")
+
+
+class LiveDrawing:
+    """Draws a run again and again.
+
+    Args:
+        run: the run.
+    """
+
+    def __init__(self, run: RunView) -> None:
+        self._run = run
+        self._parts: dict[str, Part] = {}
+        self._turn = 0
+        self._num_events = 0
+        self._drawn: tuple[Any, ...] = ()
+
+    def draw(self, *, x: str = "step", is_whole: bool = False) -> panels.Figure:
+        """The figure: all of it the first time, when its panels change, or if asked; else what is new and its turn.
+
+        Args:
+            x: what the x axes count.
+            is_whole: leave nothing for the next time, for there is none.
+        """
+        along, place = abscissa(self._run, x), room(self._run)
+        state = (along.title, place, structure(self._run))
+        is_whole |= state != self._drawn
+        for name in PARTS if is_whole else self._due():
+            self._parts[name] = PARTS[name](self._run, along, place)
+        self._drawn, self._num_events = state, len(self._run.events)
+        return assembled({name: self._parts[name] for name in PARTS}, place)
+
+    def _due(self) -> set[str]:
+        self._turn += 1
+        news = {"events"} if len(self._run.events) != self._num_events else set()
+        return {"loss", "now", TURNS[self._turn % len(TURNS)], *news}
