@@ -63,6 +63,7 @@ class Controls:
         self._due: dict[str, float] = {}
         self._spoken: dict[widgets.HTML, object] = {}
         self._pending: dict[str, int | None] = {}  # what was pressed, and at which step the hub took it
+        self._is_listening = False
         self.progress = widgets.IntProgress(
             min=0, max=max(run.num_steps, 1), layout=widgets.Layout(width="220px", margin="2px 8px")
         )
@@ -164,7 +165,18 @@ class Controls:
         with self._refreshing:
             self._pending[verb] = None
             self._show_buttons()
+            if not self._is_listening:
+                self._is_listening = True
+                self._run.add_listener(self._hear)
         threading.Thread(target=self._attempt, args=(verb,), name=f"dnb-{verb}-{self._run.name}", daemon=True).start()
+
+    def _hear(self, run: RunView) -> None:
+        """Show at once what a press has brought about: the painter may have painted just before."""
+        with self._refreshing:
+            self.refresh()
+            if not self._pending:
+                self._is_listening = False
+                run.remove_listener(self._hear)
 
     def _attempt(self, verb: str) -> None:
         try:

@@ -211,6 +211,27 @@ def test_pausing_ends_when_the_run_stands_still():
     assert buttons(controls)["Resume"]
 
 
+def test_the_effect_of_a_press_is_shown_as_soon_as_the_run_tells_of_it():
+    run = FakeRun()
+    controls = Controls(run)
+    controls.pause_button.click()
+    wait_until(lambda: run.num_pauses == 1)
+    run.status = "paused"
+    run.tell()
+    assert buttons(controls)["Resume"]
+
+
+def test_nobody_listens_when_nothing_was_pressed():
+    run = FakeRun()
+    controls = Controls(run)
+    assert run.listeners == []
+    for _ in range(2):
+        controls.checkpoint_button.click()
+        wait_until(lambda: buttons(controls).get("Checkpoint", False))
+    run.tell()
+    assert run.listeners == []
+
+
 def test_a_pause_that_somebody_took_back_can_be_asked_for_again():
     run = FakeRun(step=10)
     controls = Controls(run)
