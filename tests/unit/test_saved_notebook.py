@@ -8,7 +8,7 @@ import pytest
 from nbconvert import HTMLExporter
 
 from dnb.notebook.snapshot import PLOTLY_MIME, bundle
-from dnb.notebook.still_image import SCRIPT_MIME, behind_chart
+from dnb.notebook.still_image import SVG_MIME, behind_chart
 from tests.fake_runs import FakeEvent, FakeHistory, FakeRun, long_run
 
 EVIL = "</script><script>alert(1)</script>"
@@ -39,7 +39,7 @@ def test_a_saved_notebook_is_under_300_kilobytes(content):
 
 
 def test_beside_a_chart_no_image_is_left_that_jupyterlab_would_prefer(content):
-    assert set(behind_chart(content)) == {PLOTLY_MIME, SCRIPT_MIME, "text/plain"}
+    assert set(behind_chart(content)) == {PLOTLY_MIME, SVG_MIME, "text/plain"}
 
 
 def test_without_an_image_nothing_is_added():
@@ -53,7 +53,7 @@ def test_a_page_of_html_has_the_image_in_itself(page, content):
 
 def test_the_image_says_in_words_what_it_shows():
     content = bundle(FakeRun(history=FakeHistory(loss=[0.5])), with_image=True)
-    assert 'image.alt = "digits: training\\nloss 0.5000 at step 1"' in behind_chart(content)[SCRIPT_MIME]
+    assert 'image.alt = "digits: training\\nloss 0.5000 at step 1"' in behind_chart(content)[SVG_MIME]
 
 
 def test_text_of_others_is_not_run_in_that_page(page):
