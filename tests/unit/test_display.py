@@ -1,3 +1,4 @@
+import base64
 import io
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,7 +121,7 @@ def test_a_name_of_no_run_is_refused(tmp_path, monkeypatch):
         show("nothing")
 
 
-BUNDLE = {PLOTLY_MIME: {}, "text/plain": "words", "image/png": "aW1hZ2U="}
+BUNDLE = {PLOTLY_MIME: {}, "text/plain": "words", "image/png": base64.b64encode(bytes(24)).decode()}
 
 
 class Kernel:

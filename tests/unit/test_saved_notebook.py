@@ -2,6 +2,7 @@
 
 import base64
 import re
+from xml.etree import ElementTree
 
 import nbformat
 import pytest
@@ -9,7 +10,7 @@ from nbconvert import HTMLExporter
 
 from dnb.notebook.snapshot import PLOTLY_MIME, bundle
 from dnb.notebook.still_image import SVG_MIME, behind_chart
-from tests.fake_runs import FakeEvent, FakeHistory, FakeRun, long_run
+from tests.fake_runs import FakeEvent, long_run
 
 EVIL = "</script><script>alert(1)</script>"
 
@@ -47,13 +48,15 @@ def test_without_an_image_nothing_is_added():
 
 
 def test_a_page_of_html_has_the_image_in_itself(page, content):
-    (image,) = re.findall(r'image\.src = "data:image/png;base64,([^"]+)"', page)
+    (image,) = re.findall(r'<image[^>]*href="data:image/png;base64,([^"]+)"', page)
     assert base64.b64decode(image).startswith(b"\x89PNG")
 
 
-def test_the_image_says_in_words_what_it_shows():
-    content = bundle(FakeRun(history=FakeHistory(loss=[0.5])), with_image=True)
-    assert 'image.alt = "digits: training\\nloss 0.5000 at step 1"' in behind_chart(content)[SVG_MIME]
+def test_the_image_has_its_own_size_and_says_in_words_what_it_shows(content):
+    svg = ElementTree.fromstring(behind_chart(content)[SVG_MIME])
+    image = base64.b64decode(content["image/png"])
+    assert (svg.get("width"), svg.get("height")) == tuple(str(int.from_bytes(image[at : at + 4])) for at in (16, 20))
+    assert svg[0].text == content["text/plain"]
 
 
 def test_text_of_others_is_not_run_in_that_page(page):
