@@ -1,4 +1,3 @@
-import base64
 import io
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,7 +120,8 @@ def test_a_name_of_no_run_is_refused(tmp_path, monkeypatch):
         show("nothing")
 
 
-BUNDLE = {PLOTLY_MIME: {}, "text/plain": "words", "image/png": base64.b64encode(bytes(24)).decode()}
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+BUNDLE = {PLOTLY_MIME: {}, "text/plain": "words", "image/png": PIXEL}
 
 
 class Kernel:

@@ -35,8 +35,12 @@ def page(content) -> str:
     return html
 
 
-def test_a_saved_notebook_is_under_300_kilobytes(content):
-    assert len(nbformat.writes(notebook(behind_chart(content)))) < 300_000
+def test_a_saved_notebook_is_under_150_kilobytes_as_jupyterlab_adds_a_picture_of_its_own(content):
+    assert len(nbformat.writes(notebook(behind_chart(content)))) < 150_000
+
+
+def test_the_image_costs_less_than_30_kilobytes(content):
+    assert len(behind_chart(content)[SVG_MIME]) < 30_000
 
 
 def test_beside_a_chart_no_image_is_left_that_jupyterlab_would_prefer(content):
@@ -48,7 +52,9 @@ def test_without_an_image_nothing_is_added():
 
 
 def test_a_page_of_html_has_the_image_in_itself(page, content):
-    (image,) = re.findall(r'<image[^>]*href="data:image/png;base64,([^"]+)"', page)
+    (encoded,) = re.findall(r'<img[^>]*src="data:image/svg\+xml;base64,([^"]+)"', page)
+    svg = base64.b64decode(encoded).decode()
+    (image,) = re.findall(r'<image[^>]*href="data:image/png;base64,([^"]+)"', svg)
     assert base64.b64decode(image).startswith(b"\x89PNG")
 
 
