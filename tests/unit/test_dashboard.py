@@ -10,7 +10,7 @@ from dnb.notebook.controls import Controls
 from dnb.notebook.dashboard import Dashboard
 from dnb.notebook.live_figure import LiveFigure
 from dnb.notebook.snapshot import PLOTLY_MIME
-from dnb.notebook.still_image import SCRIPT_MIME
+from dnb.notebook.still_image import SVG_MIME
 from tests.fake_runs import FakeRun, FakeWorker, advance, long_run, wait_until
 
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
@@ -189,7 +189,7 @@ def test_at_the_end_plain_output_takes_the_place_of_the_widgets(dashboard, run, 
     dashboard.show()
     run.end("finished")
     assert dashboard.join(timeout_seconds=30)
-    assert [set(content) for content in notebook.shown()] == [{PLOTLY_MIME, SCRIPT_MIME, "text/plain"}]
+    assert [set(content) for content in notebook.shown()] == [{PLOTLY_MIME, SVG_MIME, "text/plain"}]
 
 
 def test_every_display_of_a_run_is_replaced_at_its_end(dashboard, run, notebook):

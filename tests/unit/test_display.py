@@ -9,7 +9,7 @@ from dnb.errors import ArgumentError
 from dnb.hub.history import HistoryRow, RunFolder, summarize
 from dnb.notebook.display import TextView, show
 from dnb.notebook.snapshot import PLOTLY_MIME
-from dnb.notebook.still_image import SCRIPT_MIME
+from dnb.notebook.still_image import SVG_MIME
 from tests.fake_runs import FakeHistory, FakeRun, FakeWorker
 from tests.unit.kept_runs import SPEC
 
@@ -120,7 +120,8 @@ def test_a_name_of_no_run_is_refused(tmp_path, monkeypatch):
         show("nothing")
 
 
-BUNDLE = {PLOTLY_MIME: {}, "text/plain": "words", "image/png": "aW1hZ2U="}
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+BUNDLE = {PLOTLY_MIME: {}, "text/plain": "words", "image/png": PIXEL}
 
 
 class Kernel:
@@ -149,7 +150,7 @@ def test_a_run_that_has_ended_shows_its_image_where_there_are_no_widgets(run, sh
 def test_a_run_that_has_ended_keeps_its_image_behind_the_chart_where_there_are_widgets(run, shown):
     run.status = "finished"
     show(run, display="widget")
-    assert set(shown[0][0]) == {PLOTLY_MIME, SCRIPT_MIME, "text/plain"}
+    assert set(shown[0][0]) == {PLOTLY_MIME, SVG_MIME, "text/plain"}
 
 
 def test_shown_again_a_run_has_a_display_of_its_own_in_each_cell(run, shown):

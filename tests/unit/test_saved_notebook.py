@@ -2,14 +2,15 @@
 
 import base64
 import re
+from xml.etree import ElementTree
 
 import nbformat
 import pytest
 from nbconvert import HTMLExporter
 
 from dnb.notebook.snapshot import PLOTLY_MIME, bundle
-from dnb.notebook.still_image import SCRIPT_MIME, behind_chart
-from tests.fake_runs import FakeEvent, FakeHistory, FakeRun, long_run
+from dnb.notebook.still_image import SVG_MIME, behind_chart
+from tests.fake_runs import FakeEvent, long_run
 
 EVIL = "</script><script>alert(1)</script>"
 
@@ -34,12 +35,16 @@ def page(content) -> str:
     return html
 
 
-def test_a_saved_notebook_is_under_300_kilobytes(content):
-    assert len(nbformat.writes(notebook(behind_chart(content)))) < 300_000
+def test_a_saved_notebook_is_under_150_kilobytes_as_jupyterlab_adds_a_picture_of_its_own(content):
+    assert len(nbformat.writes(notebook(behind_chart(content)))) < 150_000
+
+
+def test_the_image_costs_less_than_30_kilobytes(content):
+    assert len(behind_chart(content)[SVG_MIME]) < 30_000
 
 
 def test_beside_a_chart_no_image_is_left_that_jupyterlab_would_prefer(content):
-    assert set(behind_chart(content)) == {PLOTLY_MIME, SCRIPT_MIME, "text/plain"}
+    assert set(behind_chart(content)) == {PLOTLY_MIME, SVG_MIME, "text/plain"}
 
 
 def test_without_an_image_nothing_is_added():
@@ -47,13 +52,17 @@ def test_without_an_image_nothing_is_added():
 
 
 def test_a_page_of_html_has_the_image_in_itself(page, content):
-    (image,) = re.findall(r'image\.src = "data:image/png;base64,([^"]+)"', page)
+    (encoded,) = re.findall(r'<img[^>]*src="data:image/svg\+xml;base64,([^"]+)"', page)
+    svg = base64.b64decode(encoded).decode()
+    (image,) = re.findall(r'<image[^>]*href="data:image/png;base64,([^"]+)"', svg)
     assert base64.b64decode(image).startswith(b"\x89PNG")
 
 
-def test_the_image_says_in_words_what_it_shows():
-    content = bundle(FakeRun(history=FakeHistory(loss=[0.5])), with_image=True)
-    assert 'image.alt = "digits: training\\nloss 0.5000 at step 1"' in behind_chart(content)[SCRIPT_MIME]
+def test_the_image_has_its_own_size_and_says_in_words_what_it_shows(content):
+    svg = ElementTree.fromstring(behind_chart(content)[SVG_MIME])
+    image = base64.b64decode(content["image/png"])
+    assert (svg.get("width"), svg.get("height")) == tuple(str(int.from_bytes(image[at : at + 4])) for at in (16, 20))
+    assert svg[0].text == content["text/plain"]
 
 
 def test_text_of_others_is_not_run_in_that_page(page):
