@@ -21,6 +21,7 @@ from dnb.notebook.panel_parts import Action, field, grid, section, sentence, tol
 from dnb.notebook.panel_state import Now, look, obstacles, pool_sentence, run_sentence
 from dnb.notebook.plan_drawing import draw
 from dnb.notebook.snapshot import bundle, publish
+from dnb.notebook.still_image import behind_chart
 from dnb.notebook.text import progress_line
 from dnb.notebook.views import RunView, has_ended
 from dnb.planning.plans import Plan
@@ -83,8 +84,10 @@ class ControlPanel:
         self._looking = threading.Lock()
         self._wake = threading.Event()
         self._closed = threading.Event()
-        self._pool_lane = Lane("dnb-panel-pool", dtrain=dtrain, show=self._show_run, ended=self._take)
-        self._run_lane = Lane("dnb-panel-run", dtrain=dtrain, show=self._show_run, ended=self._take)
+        self._pool_lane, self._run_lane = (
+            Lane(name, dtrain=dtrain, show=self._show_run, ended=self._take, progressed=self._repaint)
+            for name in ("dnb-panel-pool", "dnb-panel-run")
+        )
         self._make_widgets()
         self.refill()
         self._watcher = threading.Thread(target=self._keep_looking, name="dnb-panel", daemon=True)
@@ -207,9 +210,21 @@ class ControlPanel:
                 self._paint()
 
     def _show_run(self, run: RunView) -> None:
+        view = _plain_view(run) if has_ended(run) else self._view_of(run)
         with self._painting:
-            self._shown = run
-            self.run_view.children = (_plain_view(run) if has_ended(run) else self._view_of(run),)
+            self._shown = None if isinstance(view, widgets.Output) else run
+            self.run_view.children = (view,)
+        self._wake.set()
+
+    def _settle_view(self) -> None:
+        """The dashboard closes its widgets when the run has ended: what stays in their place is plain."""
+        shown = self._shown
+        if shown is not None and has_ended(shown):
+            view = _plain_view(shown)  # an image is drawn: not while others wait to paint
+            with self._painting:
+                if self._shown is shown and not self._closed.is_set():
+                    self._shown = None
+                    self.run_view.children = (view,)
 
     # keeping it true
 
@@ -217,6 +232,7 @@ class ControlPanel:
         while not self._closed.is_set():
             try:
                 self._look_again()
+                self._settle_view()
                 self._is_failing = False
             except Exception:
                 # the panel must go on with the next look; told once, not five times a second
@@ -252,6 +268,10 @@ class ControlPanel:
     def _heard(self, _run: RunView) -> None:
         self._wake.set()
 
+    def _repaint(self) -> None:
+        with self._painting:
+            self._paint()
+
     def _paint(self) -> None:
         """Bring all widgets up to date; what has not changed is not sent."""
         if self._closed.is_set():
@@ -264,13 +284,10 @@ class ControlPanel:
         self.pool_state.value = sentence(pool_sentence(now))
         self.run_state.value = sentence(progress_line(self._run) if self._run is not None else run_sentence(now))
         self._paint_actions(now)
-        busy = {_title_of(lane.line): working(lane.line) for lane in (self._pool_lane, self._run_lane) if lane.line}
+        lanes = [lane for lane in (self._pool_lane, self._run_lane) if lane.line]
+        busy = {_title_of(lane.line): working(lane.line, progress=lane.progress) for lane in lanes}
         for title, message in self.messages.items():
             message.value = busy.get(title, self._told.get(title, ""))
-        if self._shown is not None and has_ended(self._shown):
-            # the dashboard closes its widgets at the end: what stays is plain
-            shown, self._shown = self._shown, None
-            self.run_view.children = (_plain_view(shown),)
 
     def _offer_engines(self, options: tuple[tuple[str, int], ...]) -> None:
         was_filling, self._is_filling = self._is_filling, True
@@ -360,7 +377,7 @@ def _title_of(line: str) -> str:
 
 
 def _plain_view(run: RunView) -> widgets.Output:
-    content = {"output_type": "display_data", "data": bundle(run, with_image=False), "metadata": {}}
+    content = {"output_type": "display_data", "data": behind_chart(bundle(run, with_image=True)), "metadata": {}}
     return widgets.Output(outputs=(content,))
 
 

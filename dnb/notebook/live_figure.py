@@ -26,6 +26,16 @@ class LiveFigure(go.FigureWidget):
         self._is_built = False
         super().__init__(data=drawing["data"], layout={**drawing["layout"], "template": "none"})
         self._is_built = True
+        self.open()
+
+    def open(self) -> None:
+        """Tell the page of the figure, not before it is whole.
+
+        ipywidgets does it first of all. A page that still loads plotly.js then draws the empty figure that it was told
+        of, and takes the traces that came a moment later for drawn: it stays blank.
+        """
+        if self._is_built:
+            super().open()
 
     def paint(self, drawing: panels.Figure) -> None:
         """Send what has changed since the last painting, in one message unless panels came or went."""
@@ -98,7 +108,7 @@ class LiveFigure(go.FigureWidget):
 
         plotly brings `_widget_data` up to date only when a figure is displayed on its own.
         """
-        self.was_asked_again |= self._is_built and key is None
+        self.was_asked_again |= self.comm is not None and key is None
         with self._painting:
             state: dict[str, Any] = super().get_state(key=key, drop_defaults=drop_defaults)
             for trait, current in self._current().items() if self._is_built else ():

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextvars
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from dnb.errors import USER_ERRORS
 from dnb.notebook.outlet import Outlet, speaking_into
+from dnb.notebook.progress import Waiting, steady
 from dnb.notebook.views import RunView
+from dnb.progress import Report, watching
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +30,14 @@ class Outcome:
 
 
 class Lane:
-    """Runs one line after the other; the line under way is `line`.
+    """Runs one line after the other; the line under way is `line`, and `progress` how far it is, if it takes long.
 
     Args:
         name: of the threads.
         dtrain: the magic itself, so that a line does what it does in a cell, and fails in the same words.
         show: takes the run that a verb would show in its cell.
         ended: called from the lane's thread; it must call `clear`.
+        progressed: called from any thread when `progress` has changed.
     """
 
     def __init__(
@@ -43,8 +47,11 @@ class Lane:
         dtrain: Callable[[str], Any],
         show: Callable[[RunView], None],
         ended: Callable[[Lane, Outcome], None],
+        progressed: Callable[[], None],
     ) -> None:
         self.line = ""
+        self.progress = ""
+        self._progressed = progressed
         self._name = name
         self._dtrain = dtrain
         self._show = show
@@ -64,7 +71,7 @@ class Lane:
 
     def clear(self) -> None:
         """Take the next line from now on."""
-        self.line = ""
+        self.line = self.progress = ""
 
     def join(self, *, timeout_seconds: float) -> bool:
         """Wait for the line under way; whether it has ended."""
@@ -75,7 +82,7 @@ class Lane:
     def _run(self, line: str) -> None:
         said: list[str] = []
         try:
-            with speaking_into(Outlet(say=said.append, show=self._show)):
+            with speaking_into(Outlet(say=said.append, show=self._show)), watching(self._watch):
                 value = self._dtrain(line)
         except USER_ERRORS as error:  # a thread has nobody to raise to: shown in the panel
             log.info("%%dtrain %s failed: %s", line, error)
@@ -83,3 +90,12 @@ class Lane:
         else:
             outcome = Outcome(line=line, words="\n".join(said), value=value)
         self._ended(self, outcome)
+
+    @contextmanager
+    def _watch(self, what: str) -> Iterator[Report]:
+        with Waiting(what, show=self._tell, pauses=steady()) as waiting:
+            yield waiting.report
+
+    def _tell(self, progress: str) -> None:
+        self.progress = progress
+        self._progressed()

@@ -138,9 +138,9 @@ def code(line: str) -> str:
     return f'<code style="{_CODE}">{escape(f"%dtrain {line}")}</code>'
 
 
-def working(line: str) -> str:
-    """The line that is under way."""
-    return _told("Working", line, "")
+def working(line: str, *, progress: str) -> str:
+    """The line that is under way, and how far it is."""
+    return _told("Working", line, f" {escape(progress)}")
 
 
 def told(outcome: Outcome) -> str:

@@ -11,6 +11,7 @@ from dnb.errors import PoolError, RunError
 from dnb.notebook import control_panel, display, outlet
 from dnb.notebook.control_panel import FALLBACK, ControlPanel, close_panel, open_panel
 from dnb.notebook.snapshot import PLOTLY_MIME
+from dnb.progress import long_work
 from dnb.transport.lives import this_process
 from tests.fake_runs import FakeRun, wait_until
 
@@ -229,6 +230,20 @@ def test_while_engines_are_added_the_pool_waits_and_the_run_can_be_steered(train
     done.set()
     assert training.panel.join(timeout_seconds=20)
     assert not training.panel.actions["shutdown"].button.disabled
+
+
+def test_how_far_long_work_is_stands_beside_its_line(kernel):
+    told = threading.Event()
+
+    def start_slowly():
+        with long_work("starting 2 engines") as report:
+            report("1 of 2 is there")
+            assert told.wait(20)
+
+    kernel.does = start_slowly
+    kernel.panel.actions["start"].button.click()
+    wait_until(lambda: "starting 2 engines: 1 of 2 is there" in kernel.told())
+    told.set()
 
 
 def test_a_second_press_does_not_run_the_line_again(kernel):

@@ -3,6 +3,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import comm
 import pytest
 
 from dnb.notebook import figures
@@ -89,6 +90,16 @@ def add_step(run: FakeRun, loss: float) -> None:
 
 def drawn_losses(dashboard: Dashboard) -> list[float]:
     return [] if dashboard.figure is None else [float(y) for y in dashboard.figure.data[1].y]
+
+
+def test_a_page_is_told_of_a_figure_when_it_is_whole(monkeypatch):
+    told, make = [], comm.create_comm
+    monkeypatch.setattr(comm, "create_comm", lambda **args: told.append(args["data"]["state"]) or make(**args))
+    figure = LiveFigure(figures.figure(long_run(num_steps=100)))
+    whole = next(state for state in told if state["_model_name"] == figure._model_name and "_widget_data" in state)
+    assert len(whole["_widget_data"]) == len(figure.data) > 0
+    assert whole["_widget_layout"]["height"] == figure.layout.height
+    assert not figure.was_asked_again
 
 
 def test_a_refresh_of_a_long_run_sends_less_than_20_kilobytes():
