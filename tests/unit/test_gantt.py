@@ -4,7 +4,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from dnb.notebook import figures, gantt, panels, snapshot
+from dnb.notebook import figures, gantt, snapshot
 from dnb.notebook.text import progress_line, summary, worker_line
 from dnb.planning.bubbles import Timeline
 from dnb.records import Action, Prediction
@@ -163,6 +163,6 @@ def test_the_live_figure_takes_the_timeline_in_when_it_comes():
     run.timeline = timeline
     live.paint(figures.figure(run))
     live.paint(figures.figure(run))
-    assert len(live.data) == 10 + len(gantt.KINDS)
+    assert len(live.data) == 14 + len(gantt.KINDS)
     assert live.layout.height > figures.UPPER_PIXELS
     live.close()
