@@ -174,7 +174,7 @@ class Comparison:
         runs: Mapping[str, RunView],
         *,
         x: str = "step",
-        interval_seconds: float = 2 * PAINT_INTERVAL_SECONDS,
+        interval_seconds: float = PAINT_INTERVAL_SECONDS,
         publish: Callable[..., None] = publish,
     ) -> None:
         self._runs = runs
