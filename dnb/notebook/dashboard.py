@@ -84,6 +84,8 @@ class Dashboard:
         """
         self._x = checked_kind(kind)
         self._painter.hurry()
+        if self._is_over:  # a reloaded page still shows the widgets, and the painter is gone
+            self.paint()
 
     def paint(self) -> None:
         """Bring the strip and the figure up to date, or close if the user has closed them."""

@@ -38,7 +38,7 @@ class Room:
     def domain(self, first: float, last: float) -> tuple[float, float]:
         """From pixel `first` down to pixel `last`, as plotly has it: upwards, and up to 1."""
         whole = self.plot_pixels
-        return (whole - last) / whole, (whole - first) / whole
+        return (whole - last) / whole, min(1.0, (whole - first) / whole)
 
     def small(self, place: int) -> tuple[float, float]:
         """One of the small panels below the loss, counted from 0."""

@@ -11,8 +11,8 @@ from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_exp
 
 from dnb import resuming, training
 from dnb.errors import ArgumentError, PoolError, nearest
-from dnb.notebook import engine_words
-from dnb.notebook.arguments import bind, parse_settings
+from dnb.notebook import compare, engine_words
+from dnb.notebook.arguments import bind, parse_settings, split_line
 from dnb.notebook.display import read_run, show, warm_up
 from dnb.notebook.frontend import choose_display
 from dnb.notebook.outlet import say
@@ -37,7 +37,7 @@ class DtrainMagics(PoolVerbs, PlanVerb, Magics):
         """%dtrain VERB [ARGUMENTS].
 
         Of the pool: start, status, add, remove, spares, chaos, shutdown. Of the run: plan, fit, wait, pause, resume,
-        stop, set, checkpoint, attach, dashboard, export. Of both: panel.
+        stop, set, checkpoint, attach, dashboard, compare, export. Of both: panel.
 
         As a cell magic, %%dtrain [--on 0,2-3|all] [--local] runs the cell on engines.
         """
@@ -157,6 +157,16 @@ class DtrainMagics(PoolVerbs, PlanVerb, Magics):
         else:
             open_panel(self.shell, dtrain=self._run_line)
 
+    def _do_compare(self, line: str) -> None:
+        """Runs by variable, name or folder, in any number; `--x time` counts seconds."""
+        words, flags = [word.text for word in split_line(line)], []
+        while flag := next((word for word in words if word.startswith("--")), None):
+            place = words.index(flag)
+            flags += words[place : place + 2]  # with its value
+            del words[place : place + 2]
+        options = bind(_compare_flags, " ".join(flags), names=self._names(), verb="compare")
+        compare.show_runs({word: compare.find_run(word, names=self._names()) for word in words}, **options)
+
     # cells on engines
 
     def _cell(self, on: str = "all", *, local: bool = False, cell: str = "") -> None:
@@ -195,6 +205,10 @@ for _stand_in, _function in ((_fit_with_display, training.fit), (_resume_with_di
 
 def _mended(step: Any = None, loss: Any = None) -> None:
     """`%dtrain resume` without a path."""
+
+
+def _compare_flags(x: str = "step") -> None:
+    """`%dtrain compare RUN RUN ... [--x step|samples|time]`."""
 
 
 def _checkpoint() -> None:

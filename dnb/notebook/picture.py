@@ -175,6 +175,7 @@ class _Drawing:
             "ha": note.get("xanchor", "center") if note.get("xanchor") != "auto" else "right",
             "va": {"middle": "center"}.get(note.get("yanchor", "middle"), note.get("yanchor", "center")),
             "parse_math": False,
+            "family": "monospace" if "monospace" in note.get("font", {}).get("family", "") else None,
         }
         words = html.unescape(note["text"]).replace("<br>", "\n")
         if xref == "paper":
@@ -194,11 +195,13 @@ class _Drawing:
             named = {trace["name"]: trace for trace in drawn if trace.get("showlegend", True) and trace.get("name")}
             if place is None or not named:
                 continue
-            handles = [_handle(trace) for trace in named.values()]
+            # matplotlib fills column by column, plotly row by row
+            order = [*named][::2] + [*named][1::2] if "entrywidth" in place else [*named]
+            handles = [_handle(named[name]) for name in order]
             x, y = self._at(place["x"], place["y"])
             self._picture.legend(
-                handles=handles, labels=[html.unescape(name) for name in named], loc=corners[place["xanchor"]],
-                bbox_to_anchor=(x, y), ncols=6, fontsize=8, labelcolor=panels.INK,
+                handles=handles, labels=[html.unescape(name) for name in order], loc=corners[place["xanchor"]],
+                bbox_to_anchor=(x, y), ncols=2 if "entrywidth" in place else 6, fontsize=8, labelcolor=panels.INK,
                 frameon=False, handlelength=1.8, columnspacing=1.2, borderaxespad=0.1,
             )  # fmt: skip
         self._draw_scale()

@@ -240,7 +240,7 @@ def _area_axes(engines: Sequence[int], domain: tuple[float, float], pixels: floa
         axes[f"yaxis{_FIRST_AREA_AXIS + row}"] = axis(
             "",
             anchor="x7",
-            domain=[upper - height, upper],
+            domain=[max(0.0, upper - height), min(1.0, upper)],  # sums may be a rounding beyond
             range=[0, 100],
             tickvals=[50] if engines else [],
             visible=bool(engines),

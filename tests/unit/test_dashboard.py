@@ -6,13 +6,15 @@ from typing import Any
 import comm
 import pytest
 
-from dnb.notebook import figures
+from dnb.notebook import display, figures, panels
 from dnb.notebook.controls import Controls
 from dnb.notebook.dashboard import Dashboard
+from dnb.notebook.live_drawing import TURNS, LiveDrawing
 from dnb.notebook.live_figure import LiveFigure
 from dnb.notebook.snapshot import PLOTLY_MIME
 from dnb.notebook.still_image import SVG_MIME
-from tests.fake_runs import FakeRun, FakeWorker, advance, long_run, wait_until
+from tests.fake_runs import FakeHistory, FakeRun, FakeWorker, advance, long_run, wait_until
+from tests.full_runs import advance_all, full_run
 
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
 
@@ -263,3 +265,112 @@ def test_a_run_that_ended_before_is_painted_by_nobody(notebook):
     dashboard = Dashboard(run, publish=notebook.publish)
     assert dashboard.join(timeout_seconds=30)
     assert dashboard.figure is None
+
+
+def test_a_refresh_of_everything_sends_less_than_20_kilobytes():
+    run = full_run(num_steps=100_000, num_engines=4)
+    drawing = LiveDrawing(run)
+    figure, controls = LiveFigure(drawing.draw()), Controls(run)
+    wire = Wire(figure, *controls.widgets)
+    sizes = []
+    for _ in range(12):
+        wire.messages.clear()
+        advance_all(run)
+        figure.paint(drawing.draw())
+        controls.refresh()
+        sizes.append(wire.num_bytes())
+    assert 8_000 < max(sizes) < 20_000
+
+
+def test_slow_panels_come_to_what_the_whole_figure_would_be():
+    run = full_run(num_steps=3000, num_engines=2)
+    drawing = LiveDrawing(run)
+    drawing.draw()
+    advance_all(run)
+    for _ in TURNS:
+        live = drawing.draw()
+    whole = figures.figure(run)
+    assert panels.changes(live["layout"], whole["layout"]) == {}
+    assert [panels.changes(a, b) for a, b in zip(live["data"], whole["data"], strict=True)] == [{}] * 18
+
+
+def test_a_column_that_did_not_change_is_not_sent_again():
+    run = full_run(num_steps=3000, num_engines=2)
+    drawing = LiveDrawing(run)
+    figure = LiveFigure(drawing.draw())
+    wire = Wire(figure)
+    for _ in TURNS:
+        figure.paint(drawing.draw())
+    assert wire.messages == []
+
+
+def test_an_engine_that_joins_gets_a_strip():
+    run = full_run(num_steps=200, num_engines=2)
+    drawing = LiveDrawing(run)
+    figure = LiveFigure(drawing.draw())
+    run.workers = [*run.workers, FakeWorker(engine=2)]
+    advance_all(run)
+    figure.paint(drawing.draw())
+    assert [trace.yaxis for trace in figure.data[-4:]] == ["y12"] * 4
+
+
+def test_more_engines_than_eight_turn_the_figure_into_heat_maps_and_back():
+    runs = [full_run(num_steps=200, num_engines=n) for n in (8, 9)]
+    few, many = (figures.figure(run) for run in runs)
+    live = LiveFigure(few)
+    live.paint(many)
+    assert [trace.type for trace in live.data].count("heatmap") == 2
+    live.paint(few)
+    assert len(live.data) == len(few["data"])
+
+
+def test_what_is_painted_is_what_a_reloaded_page_is_given():
+    run = full_run(num_steps=200, num_engines=2)
+    drawing = LiveDrawing(run)
+    live = LiveFigure(drawing.draw())
+    advance_all(run)
+    live.paint(drawing.draw(x="time", is_whole=True))
+    state = live.get_state()
+    assert state["_widget_layout"]["xaxis"]["type"] == "date"
+    assert state["_widget_data"][0]["x"]["shape"] == (len(live.data[0].x),)
+
+
+def test_a_zoom_is_not_undone_when_the_axis_changes_its_title_or_ticks():
+    run = FakeRun(step=8, history=FakeHistory(loss=[0.5] * 8))
+    live = LiveFigure(figures.figure(run))
+    live.set_state(
+        {"_js2py_relayout": {"relayout_data": {"xaxis.range[0]": 2, "xaxis.range[1]": 5}, "source_view_id": "a"}}
+    )
+    add_step(run, 0.25)
+    live.paint(figures.figure(run))
+    assert live.layout.xaxis.range == (2, 5)
+
+
+def test_an_axis_that_was_chosen_is_painted_soon_and_kept_at_the_end(dashboard, run, notebook):
+    run.history.set("seconds", [1.5])
+    wait_until(lambda: dashboard.figure is not None)
+    dashboard.show()
+    dashboard.choose_axis("time")
+    wait_until(lambda: dashboard.figure.layout.xaxis.type == "date")
+    run.end("finished")
+    assert dashboard.join(timeout_seconds=30)
+    assert notebook.shown()[0][PLOTLY_MIME]["layout"]["xaxis"]["type"] == "date"
+
+
+@pytest.mark.parametrize("which", ["box", "figure"])
+def test_a_dashboard_whose_widgets_were_closed_stops_painting_and_leaves_the_run(dashboard, run, caplog, which):
+    wait_until(lambda: dashboard.figure is not None)
+    getattr(dashboard, which).close()
+    run.tell()
+    assert dashboard.join(timeout_seconds=30)
+    assert (dashboard.is_closed, run.listeners, run.num_stops, caplog.text) == (True, [], 0, "")
+
+
+def test_a_closed_dashboard_is_made_anew_when_it_is_shown_again(run):
+    first = display.dashboard_of(run)
+    first.box.close()
+    second = display.dashboard_of(run)
+    assert second is not first
+    for dashboard in (first, second):
+        dashboard.close()
+        assert dashboard.join(timeout_seconds=30)

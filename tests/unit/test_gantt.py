@@ -163,6 +163,6 @@ def test_the_live_figure_takes_the_timeline_in_when_it_comes():
     run.timeline = timeline
     live.paint(figures.figure(run))
     live.paint(figures.figure(run))
-    assert len(live.data) == 10 + len(gantt.KINDS)
+    assert len(live.data) == 14 + len(gantt.KINDS)
     assert live.layout.height > figures.UPPER_PIXELS
     live.close()

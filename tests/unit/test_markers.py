@@ -99,7 +99,7 @@ def test_markers_stay_where_they_are_while_the_curve_grows():
 
 def test_a_marker_changes_the_layout_and_no_trace():
     plain, marked = (figures.figure(run_with(events)) for events in ([], [event("died", 4, 1)]))
-    assert [panels.changes(a, b) for a, b in zip(plain["data"], marked["data"], strict=True)] == [{}] * 10
+    assert [panels.changes(a, b) for a, b in zip(plain["data"], marked["data"], strict=True)] == [{}] * 14
     assert set(panels.changes(plain["layout"], marked["layout"])) == {"annotations", "shapes"}
 
 

@@ -222,7 +222,7 @@ def test_text_has_contrast_on_white_and_on_the_dark_theme():
 def test_changes_of_equal_figures_are_empty():
     old, new = (figures.figure(run_with([0.5, float("nan")])) for _ in range(2))
     assert panels.changes(old["layout"], new["layout"]) == {}
-    assert [panels.changes(a, b) for a, b in zip(old["data"], new["data"], strict=True)] == [{}] * 10
+    assert [panels.changes(a, b) for a, b in zip(old["data"], new["data"], strict=True)] == [{}] * 14
 
 
 def test_changes_after_a_step_leave_styles_out():

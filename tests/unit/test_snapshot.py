@@ -73,7 +73,7 @@ def test_plotly_accepts_the_chart():
     import plotly.graph_objects as go
 
     chart = drawing(finished())
-    assert len(go.Figure(data=chart["data"], layout=chart["layout"]).data) == 10
+    assert len(go.Figure(data=chart["data"], layout=chart["layout"]).data) == 14
 
 
 def test_the_title_tells_how_the_run_ended():
