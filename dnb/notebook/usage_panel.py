@@ -240,7 +240,8 @@ def _area_axes(engines: Sequence[int], domain: tuple[float, float], pixels: floa
         axes[f"yaxis{_FIRST_AREA_AXIS + row}"] = axis(
             "",
             anchor="x7",
-            domain=[upper - height, upper],
+            # the lowest ends at `bottom`, not a rounding error below it: plotly refuses less than 0
+            domain=[max(upper - height, bottom), upper],
             range=[0, 100],
             tickvals=[50] if engines else [],
             visible=bool(engines),
