@@ -240,7 +240,8 @@ def _area_axes(engines: Sequence[int], domain: tuple[float, float], pixels: floa
         axes[f"yaxis{_FIRST_AREA_AXIS + row}"] = axis(
             "",
             anchor="x7",
-            domain=[max(0.0, upper - height), min(1.0, upper)],  # sums may be a rounding beyond
+            # the lowest ends at `bottom`, not a rounding error below it: plotly refuses less than 0 and more than 1
+            domain=[max(upper - height, bottom), min(upper, 1.0)],
             range=[0, 100],
             tickvals=[50] if engines else [],
             visible=bool(engines),
