@@ -54,6 +54,7 @@ class Dashboard:
             is_over=lambda: has_ended(run),
             finish=self._finish,
             interval_seconds=interval_seconds,
+            rest_seconds=lambda: 0.0 if self.figure is None else self.figure.rest_seconds,
         )
         self._listener = self._painter.wake  # one object: a bound method is another each time
         run.add_listener(self._listener)

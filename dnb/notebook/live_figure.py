@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from typing import Any
 
 import plotly.graph_objects as go
@@ -14,16 +15,22 @@ from dnb.notebook import panels
 # the last is what plotly 7.1 sends under a name that its Python side does not know
 _DEFAULTS = frozenset({"_js2py_traceDeltas", "_js2py_layoutDelta", "_js2py_widget_layoutDelta"})
 
+# plotly.js draws all panels anew at each change, for 50 to 150 ms. No more of a page's time than this is taken for it.
+_PAGE_SHARE = 0.25
+_LATE_SECONDS = 0.75
+
 
 class LiveFigure(go.FigureWidget):
     """A FigureWidget that a thread may paint and a reloaded page finds up to date."""
 
     was_asked_again = False  # for its whole state, by a page that was reloaded
+    rest_seconds = 0.0  # between two paintings, so that the page is not busy with them alone
 
     def __init__(self, drawing: panels.Figure) -> None:
         self._painting = threading.RLock()
         self._shown = drawing
         self._is_built = False
+        self._sent: float | None = None
         super().__init__(data=drawing["data"], layout={**drawing["layout"], "template": "none"})
         self._is_built = True
 
@@ -72,6 +79,7 @@ class LiveFigure(go.FigureWidget):
         keys = dict.fromkeys(key for new in traces.values() for key in new)
         restyle = {key: [new.get(key, Undefined) for new in traces.values()] for key in keys}
         if restyle or layout:
+            self._sent = time.monotonic()
             self.plotly_update(restyle, layout, trace_indexes=list(traces))
 
     def fit_to_page(self) -> None:
@@ -87,11 +95,20 @@ class LiveFigure(go.FigureWidget):
 
         They come after each painting, 18 kB for seven traces, and ipywidgets would send them all back.
         """
+        self._measure_page(sync_data.get("_js2py_traceDeltas") or {})
         wanted = {key: value for key, value in sync_data.items() if key not in _DEFAULTS}
         if wanted:
             # ipywidgets holds back and merges messages meanwhile: one that `paint` sent would be lost
             with self._painting:
                 super().set_state(wanted)
+
+    def _measure_page(self, deltas: dict[str, Any]) -> None:
+        """The page answers when it has drawn; an answer that waited for a busy kernel says nothing of the page."""
+        if self._sent is None or deltas.get("trace_edit_id") != self._last_trace_edit_id:
+            return
+        took, self._sent = time.monotonic() - self._sent, None
+        if took < _LATE_SECONDS:
+            self.rest_seconds = 0.5 * self.rest_seconds + 0.5 * took / _PAGE_SHARE
 
     def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
         """Give the whole state, as a reloaded page asks for it.
