@@ -100,10 +100,8 @@ class Dashboard:
         if self.figure is None:
             self._add_figure(drawing, x=x)
             return
-        self.figure.paint(drawing)
-        if x != self._painted_x:
-            self.figure.show_all()
-            self._painted_x = x
+        self.figure.paint(drawing, has_new_axes=x != self._painted_x)
+        self._painted_x = x
 
     def close(self) -> None:
         """Stop painting before the run ends; what is displayed stays as it is."""

@@ -34,20 +34,16 @@ class LiveFigure(go.FigureWidget):
         super().__init__(data=drawing["data"], layout={**drawing["layout"], "template": "none"})
         self._is_built = True
 
-    def paint(self, drawing: panels.Figure) -> None:
-        """Send what has changed since the last painting, in one message unless panels came or went."""
+    def paint(self, drawing: panels.Figure, *, has_new_axes: bool = False) -> None:
+        """Send what has changed since the last painting, in one message unless panels came or went.
+
+        Args:
+            drawing: what is to be seen.
+            has_new_axes: what the x axes count has changed: axes are replaced, and with them the user's zoom.
+        """
         with self._painting:
             self._renew(drawing["data"])
-            self._change(drawing)
-
-    def show_all(self) -> None:
-        """Undo the user's zoom, as what the x axes count has changed."""
-        axes = [key for key in self._shown["layout"] if key.startswith(("xaxis", "yaxis"))]
-        free = [axis for axis in axes if not self._shown["layout"][axis].get("fixedrange")]
-        for is_free in (False, True):  # what Python holds to be so already is not sent
-            with self._painting, self.batch_update():
-                for axis in free:
-                    self.layout[axis].autorange = is_free
+            self._change(drawing, has_new_axes=has_new_axes)
 
     def _renew(self, traces: list[dict[str, Any]]) -> None:
         """Bring the traces that there are in line: a timeline comes after the first steps, an engine's areas later.
@@ -63,8 +59,11 @@ class LiveFigure(go.FigureWidget):
             self.add_traces(traces[same:])
         self._shown = {**self._shown, "data": [*shown[:same], *traces[same:]]}
 
-    def _change(self, drawing: panels.Figure) -> None:
-        layout = panels.changes(self._shown["layout"], drawing["layout"])
+    def _change(self, drawing: panels.Figure, *, has_new_axes: bool) -> None:
+        old = self._shown["layout"]
+        if has_new_axes:  # an axis that only changes its type keeps its old figures
+            old = {key: value for key, value in old.items() if not key.startswith(("xaxis", "yaxis"))}
+        layout = panels.changes(old, drawing["layout"])
         whole = {key: value for key, value in layout.items() if isinstance(value, dict) or _is_of_dicts(value)}
         if whole:  # as many objects as before: plotly must make or forget them
             with self.batch_update():

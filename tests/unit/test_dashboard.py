@@ -208,7 +208,7 @@ def test_many_news_in_a_short_time_end_in_the_last_state(dashboard, run):
 def test_the_listener_does_not_paint_in_the_thread_that_calls_it(dashboard, run):
     wait_until(lambda: dashboard.figure is not None)
     painters: set[str] = set()
-    dashboard.figure.paint = lambda _: painters.add(threading.current_thread().name)
+    dashboard.figure.paint = lambda _, **__: painters.add(threading.current_thread().name)
     run.tell()
     wait_until(lambda: bool(painters))
     assert painters == {"dnb-painter-digits"}
@@ -360,6 +360,15 @@ def test_a_zoom_is_not_undone_when_the_axis_changes_its_title_or_ticks():
     add_step(run, 0.25)
     live.paint(figures.figure(run))
     assert live.layout.xaxis.range == (2, 5)
+
+
+def test_another_quantity_along_the_axis_ends_the_zoom():
+    run = full_run(num_steps=200)
+    live = LiveFigure(figures.figure(run))
+    zoom = {"relayout_data": {"xaxis.range[0]": 2, "xaxis.range[1]": 5}, "source_view_id": "a"}
+    live.set_state({"_js2py_relayout": zoom})
+    live.paint(figures.figure(run, x="time"), has_new_axes=True)
+    assert (live.layout.xaxis.range, live.layout.xaxis.type) == (None, "date")
 
 
 def test_an_axis_that_was_chosen_is_painted_soon_and_kept_at_the_end(dashboard, run, notebook):
