@@ -55,6 +55,7 @@ class Dashboard:
             is_over=lambda: has_ended(run),
             finish=self._finish,
             interval_seconds=interval_seconds,
+            rest_seconds=lambda: 0.0 if self.figure is None else self.figure.rest_seconds,
         )
         self._listener = self._painter.wake  # one object: a bound method is another each time
         run.add_listener(self._listener)
@@ -100,10 +101,8 @@ class Dashboard:
         if self.figure is None:
             self._add_figure(drawing, x=x)
             return
-        self.figure.paint(drawing)
-        if x != self._painted_x:
-            self.figure.show_all()
-            self._painted_x = x
+        self.figure.paint(drawing, has_new_axes=x != self._painted_x)
+        self._painted_x = x
 
     def close(self) -> None:
         """Stop painting before the run ends; what is displayed stays as it is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from typing import Any
 
 import plotly.graph_objects as go
@@ -14,16 +15,22 @@ from dnb.notebook import panels
 # the last is what plotly 7.1 sends under a name that its Python side does not know
 _DEFAULTS = frozenset({"_js2py_traceDeltas", "_js2py_layoutDelta", "_js2py_widget_layoutDelta"})
 
+# plotly.js draws all panels anew at each change, for 50 to 150 ms. No more of a page's time than this is taken for it.
+_PAGE_SHARE = 0.25
+_LATE_SECONDS = 0.75
+
 
 class LiveFigure(go.FigureWidget):
     """A FigureWidget that a thread may paint and a reloaded page finds up to date."""
 
     was_asked_again = False  # for its whole state, by a page that was reloaded
+    rest_seconds = 0.0  # between two paintings, so that the page is not busy with them alone
 
     def __init__(self, drawing: panels.Figure) -> None:
         self._painting = threading.RLock()
         self._shown = drawing
         self._is_built = False
+        self._sent: float | None = None
         super().__init__(data=drawing["data"], layout={**drawing["layout"], "template": "none"})
         self._is_built = True
         self.open()
@@ -37,20 +44,16 @@ class LiveFigure(go.FigureWidget):
         if self._is_built:
             super().open()
 
-    def paint(self, drawing: panels.Figure) -> None:
-        """Send what has changed since the last painting, in one message unless panels came or went."""
+    def paint(self, drawing: panels.Figure, *, has_new_axes: bool = False) -> None:
+        """Send what has changed since the last painting, in one message unless panels came or went.
+
+        Args:
+            drawing: what is to be seen.
+            has_new_axes: what the x axes count has changed: axes are replaced, and with them the user's zoom.
+        """
         with self._painting:
             self._renew(drawing["data"])
-            self._change(drawing)
-
-    def show_all(self) -> None:
-        """Undo the user's zoom, as what the x axes count has changed."""
-        axes = [key for key in self._shown["layout"] if key.startswith(("xaxis", "yaxis"))]
-        free = [axis for axis in axes if not self._shown["layout"][axis].get("fixedrange")]
-        for is_free in (False, True):  # what Python holds to be so already is not sent
-            with self._painting, self.batch_update():
-                for axis in free:
-                    self.layout[axis].autorange = is_free
+            self._change(drawing, has_new_axes=has_new_axes)
 
     def _renew(self, traces: list[dict[str, Any]]) -> None:
         """Bring the traces that there are in line: a timeline comes after the first steps, an engine's areas later.
@@ -66,8 +69,11 @@ class LiveFigure(go.FigureWidget):
             self.add_traces(traces[same:])
         self._shown = {**self._shown, "data": [*shown[:same], *traces[same:]]}
 
-    def _change(self, drawing: panels.Figure) -> None:
-        layout = panels.changes(self._shown["layout"], drawing["layout"])
+    def _change(self, drawing: panels.Figure, *, has_new_axes: bool) -> None:
+        old = self._shown["layout"]
+        if has_new_axes:  # an axis that only changes its type keeps its old figures
+            old = {key: value for key, value in old.items() if not key.startswith(("xaxis", "yaxis"))}
+        layout = panels.changes(old, drawing["layout"])
         whole = {key: value for key, value in layout.items() if isinstance(value, dict) or _is_of_dicts(value)}
         if whole:  # as many objects as before: plotly must make or forget them
             with self.batch_update():
@@ -82,6 +88,7 @@ class LiveFigure(go.FigureWidget):
         keys = dict.fromkeys(key for new in traces.values() for key in new)
         restyle = {key: [new.get(key, Undefined) for new in traces.values()] for key in keys}
         if restyle or layout:
+            self._sent = time.monotonic()
             self.plotly_update(restyle, layout, trace_indexes=list(traces))
 
     def fit_to_page(self) -> None:
@@ -97,11 +104,20 @@ class LiveFigure(go.FigureWidget):
 
         They come after each painting, 18 kB for seven traces, and ipywidgets would send them all back.
         """
+        self._measure_page(sync_data.get("_js2py_traceDeltas") or {})
         wanted = {key: value for key, value in sync_data.items() if key not in _DEFAULTS}
         if wanted:
             # ipywidgets holds back and merges messages meanwhile: one that `paint` sent would be lost
             with self._painting:
                 super().set_state(wanted)
+
+    def _measure_page(self, deltas: dict[str, Any]) -> None:
+        """The page answers when it has drawn; an answer that waited for a busy kernel says nothing of the page."""
+        if self._sent is None or deltas.get("trace_edit_id") != self._last_trace_edit_id:
+            return
+        took, self._sent = time.monotonic() - self._sent, None
+        if took < _LATE_SECONDS:
+            self.rest_seconds = 0.5 * self.rest_seconds + 0.5 * took / _PAGE_SHARE
 
     def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
         """Give the whole state, as a reloaded page asks for it.

@@ -112,6 +112,7 @@ def _log_button(*, y: float) -> dict[str, Any]:
         "yanchor": "bottom",
         "pad": {"b": 0, "t": 0, "l": 0, "r": 0},
         "showactive": False,
+        "active": -1,  # else the first click would undo what has not been done
         "bgcolor": "rgba(128, 128, 128, 0.12)",
         "bordercolor": panels.GRID,
         "font": {"size": 11, "color": panels.INK},

@@ -9,8 +9,7 @@ from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
-# plotly.js draws all panels anew for each change: some 60 to 120 ms of a page's main thread.
-PAINT_INTERVAL_SECONDS = 0.5
+PAINT_INTERVAL_SECONDS = 0.4
 QUIET_SECONDS = 3.0
 
 
@@ -27,6 +26,7 @@ class Painter:
         is_over: whether there will be no more news.
         finish: called once at the end, in any case.
         interval_seconds: the least time between two paintings.
+        rest_seconds: how long the page needs to have to itself after a painting.
     """
 
     def __init__(
@@ -38,10 +38,12 @@ class Painter:
         is_over: Callable[[], bool],
         finish: Callable[[], None],
         interval_seconds: float = PAINT_INTERVAL_SECONDS,
+        rest_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._name = name
         self._paint, self._rest, self._is_over, self._finish = paint, rest, is_over, finish
         self._interval = interval_seconds
+        self._rest_seconds = rest_seconds
         self._changed = threading.Event()
         self._hurried = threading.Event()
         self._closed = threading.Event()
@@ -86,7 +88,7 @@ class Painter:
             self._hurried.clear()
             self._attempt(self._paint)
             # not before the interval is over, then as soon as there is news: what came last is painted too
-            self._hurried.wait(self._interval)
+            self._hurried.wait(max(self._interval, self._rest_seconds()))
             if not self._changed.wait(QUIET_SECONDS):
                 self._attempt(self._rest)
         self._attempt(self._finish)

@@ -147,6 +147,16 @@ def test_a_reloaded_page_is_given_the_whole_history():
     assert figure.get_state()["_widget_data"][1]["y"]["shape"] == (1,)
 
 
+def test_an_axis_can_be_chosen_after_the_end_on_a_page_that_was_reloaded(dashboard, run):
+    run.history.set("seconds", [1.5])
+    wait_until(lambda: dashboard.figure is not None)
+    dashboard.figure.get_state()
+    run.end("finished")
+    assert dashboard.join(timeout_seconds=30)
+    dashboard.choose_axis("time")
+    assert dashboard.figure.layout.xaxis.type == "date"
+
+
 def test_what_the_browser_tells_of_defaults_is_not_sent_back():
     figure = LiveFigure(figures.figure(FakeRun()))
     wire = Wire(figure)
@@ -159,6 +169,24 @@ def test_a_zoom_of_the_user_is_taken_over():
     relayout = {"relayout_data": {"xaxis.range[0]": 2, "xaxis.range[1]": 5}, "source_view_id": "a"}
     figure.set_state({"_js2py_relayout": relayout})
     assert figure.layout.xaxis.range == (2, 5)
+
+
+def test_a_slow_page_is_given_time_between_two_paintings():
+    figure = LiveFigure(figures.figure(FakeRun()))
+    figure.fit_to_page()
+    run = FakeRun(step=1, history=FakeHistory(loss=[0.5]))
+    figure.paint(figures.figure(run))
+    figure._sent -= 0.2
+    figure.set_state({"_js2py_traceDeltas": {"trace_deltas": [], "trace_edit_id": figure._last_trace_edit_id}})
+    assert 0.4 < figure.rest_seconds < 1.5
+
+
+def test_an_answer_that_waited_for_the_kernel_does_not_slow_the_painting_down():
+    figure = LiveFigure(figures.figure(FakeRun()))
+    figure.paint(figures.figure(FakeRun(step=1, history=FakeHistory(loss=[0.5]))))
+    figure._sent -= 20
+    figure.set_state({"_js2py_traceDeltas": {"trace_deltas": [], "trace_edit_id": figure._last_trace_edit_id}})
+    assert figure.rest_seconds == 0
 
 
 def test_a_figure_in_a_quiet_run_is_fitted_to_the_page():
@@ -192,7 +220,7 @@ def test_many_news_in_a_short_time_end_in_the_last_state(dashboard, run):
 def test_the_listener_does_not_paint_in_the_thread_that_calls_it(dashboard, run):
     wait_until(lambda: dashboard.figure is not None)
     painters: set[str] = set()
-    dashboard.figure.paint = lambda _: painters.add(threading.current_thread().name)
+    dashboard.figure.paint = lambda _, **__: painters.add(threading.current_thread().name)
     run.tell()
     wait_until(lambda: bool(painters))
     assert painters == {"dnb-painter-digits"}
@@ -344,6 +372,15 @@ def test_a_zoom_is_not_undone_when_the_axis_changes_its_title_or_ticks():
     add_step(run, 0.25)
     live.paint(figures.figure(run))
     assert live.layout.xaxis.range == (2, 5)
+
+
+def test_another_quantity_along_the_axis_ends_the_zoom():
+    run = full_run(num_steps=200)
+    live = LiveFigure(figures.figure(run))
+    zoom = {"relayout_data": {"xaxis.range[0]": 2, "xaxis.range[1]": 5}, "source_view_id": "a"}
+    live.set_state({"_js2py_relayout": zoom})
+    live.paint(figures.figure(run, x="time"), has_new_axes=True)
+    assert (live.layout.xaxis.range, live.layout.xaxis.type) == (None, "date")
 
 
 def test_an_axis_that_was_chosen_is_painted_soon_and_kept_at_the_end(dashboard, run, notebook):
