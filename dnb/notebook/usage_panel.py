@@ -240,7 +240,7 @@ def _area_axes(engines: Sequence[int], domain: tuple[float, float], pixels: floa
         axes[f"yaxis{_FIRST_AREA_AXIS + row}"] = axis(
             "",
             anchor="x7",
-            domain=[upper - height, upper],
+            domain=[max(upper - height, 0.0), upper],  # the last one may come out a rounding error below
             range=[0, 100],
             tickvals=[50] if engines else [],
             visible=bool(engines),
