@@ -247,7 +247,7 @@ class LabPage:
 
     def output_area(self, index: int):
         """Locate what is drawn under a cell, for selectors and screenshots."""
-        return self.page.locator(".jp-Notebook .jp-Cell").nth(index).locator(".jp-OutputArea")
+        return self.page.locator(".jp-Notebook .jp-Cell").nth(index).locator(".jp-OutputArea").first
 
     def command(self, name: str) -> None:
         """Carry out a Lab command to its end, as in `command("notebook:interrupt-kernel")`."""

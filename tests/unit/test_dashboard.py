@@ -13,7 +13,7 @@ from dnb.notebook.live_drawing import TURNS, LiveDrawing
 from dnb.notebook.live_figure import LiveFigure
 from dnb.notebook.snapshot import PLOTLY_MIME
 from dnb.notebook.still_image import SVG_MIME
-from tests.fake_runs import FakeHistory, FakeRun, FakeWorker, advance, long_run, wait_until
+from tests.fake_runs import FakeHistory, FakeRun, FakeWorker, advance, long_run, usage_rows, wait_until
 from tests.full_runs import advance_all, full_run
 
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
@@ -92,6 +92,15 @@ def add_step(run: FakeRun, loss: float) -> None:
 
 def drawn_losses(dashboard: Dashboard) -> list[float]:
     return [] if dashboard.figure is None else [float(y) for y in dashboard.figure.data[1].y]
+
+
+def test_no_panel_reaches_below_the_figure_which_plotly_would_refuse():
+    for num_engines in range(1, 9):
+        engines = tuple(range(num_engines))
+        run = FakeRun(workers=[FakeWorker(engine=engine) for engine in engines])
+        run.utilisation.extend(usage_rows(3, engines=engines))
+        axes = [part for part in figures.figure(run)["layout"].values() if isinstance(part, dict) and "domain" in part]
+        assert all(0 <= end <= 1 for axis in axes for end in axis["domain"])
 
 
 def test_a_page_is_told_of_a_figure_when_it_is_whole(monkeypatch):
