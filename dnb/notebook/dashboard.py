@@ -101,6 +101,9 @@ class Dashboard:
         if self.figure is None:
             self._add_figure(drawing, x=x)
             return
+        if x != self._painted_x and "time" in (x, self._painted_x):
+            self._exchange_figure(drawing, x=x)
+            return
         self.figure.paint(drawing, has_new_axes=x != self._painted_x)
         self._painted_x = x
 
@@ -120,12 +123,21 @@ class Dashboard:
         if self.figure is not None:
             self.figure.fit_to_page()
 
-    def _add_figure(self, drawing: Figure, *, x: str) -> None:
+    def _add_figure(self, drawing: Figure, *, x: str) -> LiveFigure:
         from dnb.notebook.live_figure import LiveFigure  # plotly: seconds, in this thread
 
-        self.figure = LiveFigure(drawing)
+        figure = self.figure = LiveFigure(drawing)
         self._painted_x = x
-        self.box.children = (self.controls.box, self.figure)
+        self.box.children = (self.controls.box, figure)
+        return figure
+
+    def _exchange_figure(self, drawing: Figure, *, x: str) -> None:
+        """plotly.js does not turn an axis of numbers that is shown into one of dates, nor back (seen with 3.x)."""
+        old = self.figure
+        assert old is not None
+        new = self._add_figure(drawing, x=x)
+        new.was_asked_again = old.was_asked_again
+        old.close()
 
     def _finish(self) -> None:
         self._run.remove_listener(self._listener)
