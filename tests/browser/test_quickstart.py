@@ -15,7 +15,7 @@ QUICKSTART = Path(__file__).parents[2] / "notebooks" / "quickstart.ipynb"
 FIGURE_MILLISECONDS = 60_000
 POINTS = "svg.main-svg .scatterlayer path.js-line"
 
-# Samples that come from a slow disk: engines wait for them, and the page and its kernel have the processors to themselves.
+# Samples that come from a slow disk: engines wait for them, and page and kernel have the processors to themselves.
 SETUP = """
 import time
 import torch
