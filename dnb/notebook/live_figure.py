@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
+import plotly
 import plotly.graph_objects as go
 from plotly.basedatatypes import Undefined
 
@@ -14,6 +16,9 @@ from dnb.notebook import panels
 
 # the last is what plotly 7.1 sends under a name that its Python side does not know
 _DEFAULTS = frozenset({"_js2py_traceDeltas", "_js2py_layoutDelta", "_js2py_widget_layoutDelta"})
+
+_LOADER = Path(__file__).with_suffix(".js")
+_CODE = Path(plotly.__file__).parent / "package_data" / "widgetbundle.js"
 
 # plotly.js draws all panels anew at each change, for 50 to 150 ms. No more of a page's time than this is taken for it.
 _PAGE_SHARE = 0.25
@@ -23,6 +28,7 @@ _LATE_SECONDS = 0.75
 class LiveFigure(go.FigureWidget):
     """A FigureWidget that a thread may paint and a reloaded page finds up to date."""
 
+    _esm = _LOADER.read_text().replace("VERSION", plotly.__version__)
     was_asked_again = False  # for its whole state, by a page that was reloaded
     rest_seconds = 0.0  # between two paintings, so that the page is not busy with them alone
 
@@ -33,6 +39,7 @@ class LiveFigure(go.FigureWidget):
         self._sent: float | None = None
         super().__init__(data=drawing["data"], layout={**drawing["layout"], "template": "none"})
         self._is_built = True
+        self.on_msg(self._answer_page)
         self.open()
 
     def open(self) -> None:
@@ -43,6 +50,16 @@ class LiveFigure(go.FigureWidget):
         """
         if self._is_built:
             super().open()
+
+    def _answer_page(self, _figure: object, content: dict[str, Any], _buffers: object) -> None:
+        """A page asks for plotly.js, or has loaded it and is told all that was painted meanwhile."""
+        match content:
+            case {"dnb": "code"}:
+                self.send({"dnb": "code"}, buffers=[_CODE.read_bytes()])
+            case {"dnb": "loaded"}:
+                with self._painting:
+                    self.fit_to_page()  # changes the layout: else the page could not tell that the rest came
+                    self.send_state(["_widget_data", "_widget_layout"])
 
     def paint(self, drawing: panels.Figure, *, has_new_axes: bool = False) -> None:
         """Send what has changed since the last painting, in one message unless panels came or went.

@@ -115,7 +115,7 @@ def test_text_from_user_code_is_shown_and_not_run(lab, notebook_folder):
 
 
 def test_voila_shows_a_live_view(browser, notebook_folder, tmp_path, voila):
-    cells = ["%load_ext dnb", "%dtrain start -n 1", SETUP, LONG_FIT.replace("20000", "400"), "%dtrain wait"]
+    cells = ["%load_ext dnb", "%dtrain start -n 1", SETUP, LONG_FIT.replace("20000", "5"), "%dtrain wait"]
     write_notebook(notebook_folder / "voila.ipynb", cells)
     url = voila(notebook_folder / "voila.ipynb")
     page = browser.new_page()

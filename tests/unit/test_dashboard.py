@@ -148,6 +148,29 @@ def test_a_remark_that_no_longer_holds_disappears():
     assert "waiting for the first step" not in [note.text for note in figure.layout.annotations]
 
 
+def test_a_figure_is_small_and_gives_a_page_that_asks_the_code_that_draws_it():
+    figure = LiveFigure(figures.figure(FakeRun()))
+    assert len(figure._esm) < 5_000
+    wire = Wire(figure)
+    figure._handle_custom_msg({"dnb": "code"}, [])
+    ((data, size),) = wire.messages
+    assert (data["method"], data["content"]) == ("custom", {"dnb": "code"})
+    assert size > 1_000_000
+
+
+def test_a_page_that_has_loaded_the_code_is_told_what_was_painted_meanwhile():
+    run = long_run(num_steps=50)
+    figure = LiveFigure(figures.figure(run))
+    asked = figure.get_state()
+    advance(run)
+    figure.paint(figures.figure(run))
+    wire = Wire(figure)
+    figure._handle_custom_msg({"dnb": "loaded"}, [])
+    whole = wire.states()[-1]
+    assert whole["_widget_layout"] != asked["_widget_layout"]  # else the page would not notice
+    assert set(whole) == {"_widget_data", "_widget_layout"}
+
+
 def test_a_reloaded_page_is_given_the_whole_history():
     run = FakeRun(workers=[FakeWorker()])
     figure = LiveFigure(figures.figure(run))
