@@ -32,15 +32,20 @@ function begin(figure, context) {
   });
 }
 
+async function load(context) {
+  // kept when it is there, not while it is waited for: a kernel may end without an answer
+  globalThis[KEY] ??= await ask(context.model);
+  const figure = globalThis[KEY].default();
+  await begin(figure, context);
+  return figure;
+}
+
 export default () => {
   let figure;
   return {
-    async initialize(context) {
-      // kept when it is there, not while it is waited for: a kernel may end without an answer
-      globalThis[KEY] ??= await ask(context.model);
-      figure = globalThis[KEY].default();
-      await begin(figure, context);
+    initialize(context) {
+      figure = load(context); // not awaited: until this returns, messages of the kernel are held back
     },
-    render: (context) => figure.render(context),
+    render: async (context) => (await figure).render(context),
   };
 };
