@@ -29,7 +29,7 @@ def test_the_timeline_is_drawn_below_the_loss_and_by_itself(lab, notebook_folder
     for index in range(4):
         lab.run_and_wait(index, timeout_seconds=120)
     lab.output_area(3).locator("svg.main-svg .x3y3 .barlayer path").first.wait_for(timeout=FIGURE_MILLISECONDS)
-    lab.output_area(3).get_by_text("bubble").first.wait_for(timeout=FIGURE_MILLISECONDS)
+    lab.output_area(3).locator("svg.main-svg").get_by_text("bubble").first.wait_for(timeout=FIGURE_MILLISECONDS)
     keep_picture(lab, "timeline-live", index=3)
     lab.run_and_wait(4)
     lab.output_area(4).locator("svg.main-svg .x3y3 .barlayer path").first.wait_for(timeout=FIGURE_MILLISECONDS)
