@@ -245,6 +245,17 @@ class LabPage:
         """Give the text that a reader sees under a cell."""
         return self.output_area(index).inner_text()
 
+    def wait_for_picture(self, index: int, *, timeout_seconds: float = 30) -> None:
+        """Wait until a run's live view has become plain output, which a saved notebook keeps."""
+        self.wait_for(
+            """
+            const outputs = cells[argument].model.outputs?.toJSON() ?? [];
+            return outputs.some(it => it.data?.['application/vnd.plotly.v1+json']);
+            """,
+            index,
+            timeout_seconds=timeout_seconds,
+        )
+
     def output_area(self, index: int):
         """Locate what is drawn under a cell, for selectors and screenshots."""
         return self.page.locator(".jp-Notebook .jp-Cell").nth(index).locator(".jp-OutputArea").first

@@ -36,6 +36,7 @@ def test_the_timeline_is_drawn_below_the_loss_and_by_itself(lab, notebook_folder
     keep_picture(lab, "timeline-alone", index=4)
     for index in (5, 6):
         lab.run_and_wait(index, timeout_seconds=60)
+    lab.wait_for_picture(3)
     saved = lab.save().cells[3].outputs[0].data
     assert "bubble" in saved["text/plain"]
     assert "forward" in [trace["name"] for trace in saved["application/vnd.plotly.v1+json"]["data"]]
