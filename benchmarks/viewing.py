@@ -40,13 +40,13 @@ from dnb.notebook.live_figure import LiveFigure
 dnb.run.REFRESH_SECONDS = 0.02
 paints = 0
 paint = LiveFigure.paint
-def counted(self, drawing):
+def counted(self, drawing, **kinds):
     global paints
     paints += 1
-    paint(self, drawing)
+    paint(self, drawing, **kinds)
 LiveFigure.paint = counted
 run = %dtrain fit model train --val val --loss cross_entropy --epochs 200000
-dashboard_of(run)._interval = 0.02
+dashboard_of(run)._painter._interval = 0.02
 """
 SAY = """
 gc.collect()

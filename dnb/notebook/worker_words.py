@@ -87,7 +87,8 @@ def worker_words(worker: WorkerView, *, hung: Collection[int] = (), num_shards: 
 
 
 def _told(fact: Fact) -> str:
-    return fact.words.replace(" in ", " samples in ", 1) if fact.name == "samples" else f"{fact.name} {fact.words}"
+    is_counted = fact.name == "samples" and fact.words[0].isdecimal()
+    return fact.words.replace(" in ", " samples in ", 1) if is_counted else f"{fact.name} {fact.words}"
 
 
 def host_words(worker: WorkerView) -> str:
@@ -127,10 +128,11 @@ def memory_words(worker: WorkerView) -> str:
 
 
 def samples_words(worker: WorkerView, *, is_exact: bool) -> str:
-    """Samples and steps; while they grow, three digits."""
-    if is_exact:
-        return f"{worker.samples:,} in {counted(worker.steps, 'step')}"
-    return f"{rounded(worker.samples)} in {rounded(worker.steps)} step{'s' * (worker.steps != 1)}"
+    """Samples and steps; while they grow, three digits. Of engines that share a model, one counts for all."""
+    steps = counted(worker.steps, "step") if is_exact else f"{rounded(worker.steps)} step{'s' * (worker.steps != 1)}"
+    if worker.steps and not worker.samples:
+        return f"by its team in {steps}"
+    return f"{worker.samples:,} in {steps}" if is_exact else f"{rounded(worker.samples)} in {steps}"
 
 
 def shards_words(worker: WorkerView, *, num_shards: int) -> str:

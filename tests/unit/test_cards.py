@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 import pytest
 
 from dnb.notebook import cards
-from dnb.notebook.worker_words import facts_of, heard_words, hung_engines, rounded
+from dnb.notebook.worker_words import Fact, facts_of, heard_words, hung_engines, rounded, worker_words
 from tests.fake_runs import FakeEvent, FakeRun, FakeWorker
 
 WHOLE = FakeWorker(
@@ -268,3 +268,12 @@ def test_nobody_is_hung_when_the_run_has_ended():
 
 def test_facts_of_a_dead_engine_leave_out_what_cannot_be_known():
     assert [fact.name for fact in facts_of(FakeWorker(state="dead"))] == ["at most", "samples"]
+
+
+@pytest.mark.parametrize(
+    ("state", "words"), [("busy", "by its team in 1.5 k steps"), ("left", "by its team in 1,504 steps")]
+)
+def test_a_stage_whose_samples_another_counts_does_not_look_idle(state, words):
+    stage = replace(WHOLE, samples=0, steps=1504, state=state)
+    assert Fact("samples", words) in facts_of(stage)
+    assert f"; samples {words}" in worker_words(stage)
