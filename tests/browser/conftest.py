@@ -1,4 +1,7 @@
-"""One browser and one JupyterLab per test file; a fresh page and fresh kernels per test."""
+"""One browser and one JupyterLab for these tests; a fresh page and fresh kernels for each.
+
+This folder is a package: then what belongs to all of its tests ends with the last of them.
+"""
 
 import contextlib
 import os
@@ -11,9 +14,9 @@ from tests.browser.lab import CHROMIUM_FLAGS, LabPage, LabServer, find_chromium
 from tests.browser.voila import VoilaServer
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def browser(nothing_is_left):
-    """Chromium, per file: while playwright runs, its event loop owns the main thread."""
+    """Chromium, not for longer: while playwright runs, its event loop owns the main thread."""
     executable = find_chromium()
     if executable is None:
         message = "no browser: apt-get install chromium, or set DNB_CHROMIUM"
@@ -26,7 +29,7 @@ def browser(nothing_is_left):
         chromium.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def lab_server(nothing_is_left, tmp_path_factory):
     home = tmp_path_factory.mktemp("lab")
     root = home / "root"

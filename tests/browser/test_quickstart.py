@@ -7,8 +7,6 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tests.browser.lab import write_notebook
-
 pytestmark = [pytest.mark.browser, pytest.mark.engines]
 
 QUICKSTART = Path(__file__).parents[2] / "notebooks" / "quickstart.ipynb"
@@ -74,23 +72,3 @@ def test_the_quickstart_runs_with_a_live_chart_that_stays(lab, notebook_folder):
     assert "finished after 675 steps" in saved[0].data["text/plain"]
     lab.output_area(fit).locator(POINTS).first.wait_for(timeout=FIGURE_MILLISECONDS)
     keep_picture(lab, "quickstart-end", index=fit)
-
-
-def test_the_chart_grows_while_another_cell_runs_and_the_stop_button_stops(lab, notebook_folder):
-    cells = ["%load_ext dnb", "%dtrain start -n 2", SETUP, LONG_FIT, "print(sum(range(10**6)))", "%dtrain wait"]
-    write_notebook(notebook_folder / "live.ipynb", [*cells, "%dtrain shutdown"])
-    lab.open("live.ipynb")
-    for index in range(4):
-        lab.run_and_wait(index, timeout_seconds=120)
-    strip = lab.output_area(3)
-    strip.locator(POINTS).first.wait_for(timeout=FIGURE_MILLISECONDS)
-    before = strip.inner_text()
-    assert lab.run_and_wait(4)[0]["text"] == "499999500000\n"
-    strip.page.wait_for_function(
-        "([element, before]) => element.innerText !== before", arg=[strip.element_handle(), before], timeout=30_000
-    )
-    keep_picture(lab, "live", index=3)
-    strip.get_by_role("button", name="Stop").click()
-    lab.run_and_wait(5, timeout_seconds=60)
-    strip.get_by_text("stopped").first.wait_for(timeout=30_000)
-    lab.run_and_wait(6, timeout_seconds=60)

@@ -1,9 +1,9 @@
-"""The strip above the chart in JupyterLab: what engines and users wrote is shown, the keyboard reaches everything."""
+"""Strip and chart in JupyterLab: foreign text is shown and never run, and the keyboard reaches everything."""
 
 import pytest
 
 from tests.browser.lab import write_notebook
-from tests.browser.test_quickstart import keep_picture
+from tests.browser.test_quickstart import FIGURE_MILLISECONDS, POINTS, keep_picture
 
 pytestmark = pytest.mark.browser
 
@@ -30,11 +30,18 @@ WIDE = """
 run.workers = [FakeWorker(engine=i, compute=i / 64, host=evil) for i in range(64)]
 controls._due.clear(); controls.refresh()
 """
+CHART = """
+from dnb.notebook.display import show
+run.status = "running"
+run.history.set("val_" + evil, [0.5], steps=[9])
+show(run, display="widget")
+"""
+END = "run.end('failed', error=evil)"
 AGAIN = "run.step = 10; run.history.append('loss', 10, 0.05); controls._due.clear(); controls.refresh()"
 
 
 def test_the_strip_shows_foreign_text_and_is_reached_by_keyboard(lab, notebook_folder, pytestconfig):
-    cells = [STRIP.format(root=str(pytestconfig.rootpath)), AGAIN, WIDE]
+    cells = [STRIP.format(root=str(pytestconfig.rootpath)), AGAIN, WIDE, CHART, END]
     write_notebook(notebook_folder / "strip.ipynb", cells)
     lab.open("strip.ipynb")
     lab.run_and_wait(0)
@@ -67,5 +74,14 @@ def test_the_strip_shows_foreign_text_and_is_reached_by_keyboard(lab, notebook_f
     area.locator(".dnb-heat td.s4").first.wait_for()
     keep_picture(lab, "strip-of-64", index=0)
     assert area.locator(".dnb-heat td[class^=s]").count() == 64
+
+    lab.run_and_wait(3)
+    chart = lab.output_area(3)
+    chart.locator(POINTS).first.wait_for(timeout=FIGURE_MILLISECONDS)
+    assert EVIL in chart.inner_text()
+    lab.run_and_wait(4)
+    lab.wait_for_picture(3)
+    chart.locator("svg.main-svg .gtitle").get_by_text("<img").first.wait_for(timeout=FIGURE_MILLISECONDS)
+    keep_picture(lab, "chart-of-foreign-text", index=3)
     assert lab.evaluate("return document.title;") != "run"
     assert lab.problems == []

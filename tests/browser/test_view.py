@@ -1,4 +1,4 @@
-"""The view in JupyterLab and Voila: what survives, what it answers to, and what it never runs."""
+"""The view in JupyterLab and Voila: what survives, and what it answers to."""
 
 import nbformat
 import pytest
@@ -14,20 +14,6 @@ CURVE = """
     const steps = Array.from(plot?.data?.find(trace => trace.type === 'scatter' && trace.x?.length > 1)?.x ?? []);
 """
 SAVED_CHART = "img.plot-img"  # Lab shows its own picture of a saved chart, and the chart itself at a click
-HOSTILE = "<img src=x onerror='window.harmed = true'><script>window.harmed = true</script>"
-STEP = f"""
-class Odd(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(64, 10)
-
-def step(model, batch):
-    pixels, targets = batch
-    odd = Odd.calls = getattr(Odd, "calls", 0) + 1
-    if odd > 40:
-        raise ValueError({HOSTILE!r})
-    return nn.functional.cross_entropy(model.layer(pixels), targets), {{{HOSTILE!r}: 1.0}}
-"""
 
 
 def wait_for_curve(page, index, *, step):
@@ -54,7 +40,7 @@ def open_live(lab, notebook_folder, name, *, cells):
     return len(cells) - 1
 
 
-def test_a_reloaded_page_and_a_second_tab_have_the_whole_history_and_its_buttons(lab, notebook_folder):
+def test_the_chart_grows_and_a_reloaded_page_and_a_second_tab_have_all_of_it_and_its_buttons(lab, notebook_folder):
     shutdown = open_live(lab, notebook_folder, "survives.ipynb", cells=["print(run.step)"])
     lab.save()
     lab.reload()
@@ -90,30 +76,6 @@ def test_a_restarted_kernel_attaches_and_the_saved_notebook_shows_the_chart_with
     lab.output_area(4).locator(f"{SAVED_CHART}, {POINTS}").first.wait_for(timeout=FIGURE_MILLISECONDS)
     assert "stopped at step" in saved.cells[4].outputs[0].data["text/plain"]
     assert lab.problems == []
-
-
-def test_text_from_user_code_is_shown_and_not_run(lab, notebook_folder):
-    cells = [
-        "%load_ext dnb",
-        "%dtrain start -n 1",
-        SETUP,
-        STEP,
-        "run = %dtrain fit {Odd()} train --step step --epochs 100",
-        "try:\n    run.wait()\nexcept Exception as error:\n    print('paused')",
-        "%dtrain stop",
-        "%dtrain dashboard",
-        "%dtrain shutdown",
-    ]
-    write_notebook(notebook_folder / "hostile.ipynb", cells)
-    lab.open("hostile.ipynb")
-    for index in range(len(cells)):
-        lab.run_and_wait(index, timeout_seconds=120)
-        if index == 5:
-            lab.output_area(4).get_by_text("<img src=x").first.wait_for(timeout=30_000)
-            lab.output_area(4).locator(POINTS).first.wait_for(timeout=FIGURE_MILLISECONDS)
-            keep_picture(lab, "view-hostile", index=4)
-    lab.output_area(7).locator(POINTS).first.wait_for(timeout=FIGURE_MILLISECONDS)
-    assert lab.page.evaluate("window.harmed") is None
 
 
 def test_voila_shows_a_live_view(browser, notebook_folder, voila):

@@ -108,9 +108,9 @@ def wait_until(run, holds, *, what):
     """Wait for something that a run tells its viewers."""
     reached = threading.Event()
     run.add_listener(lambda run: reached.set() if holds(run) or not run.is_active else None)
-    if holds(run) or not run.is_active:  # a run that has ended tells nothing more
-        return
-    assert reached.wait(60), f"not within 60 s: {what}: {run}"
+    if not holds(run) and run.is_active:  # a run that has ended tells nothing more
+        assert reached.wait(60), f"not within 60 s: {what}: {run}"
+    assert holds(run) or run.is_active, f"the run has ended before {what}: {run}: {run.error}"
 
 
 def start_engine(pool):

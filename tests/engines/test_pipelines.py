@@ -142,7 +142,7 @@ def test_two_pipelines_of_two_are_one_run(four):
 
 @pytest.mark.faults
 def test_of_two_pipelines_the_other_goes_on_and_a_newcomer_makes_them_two_again(four):
-    run = fit(four, deep(), strategy="hybrid", mesh="data=2,pipeline=2", epochs=100_000)
+    run = fit(four, deep(), strategy="hybrid", mesh="data=2,pipeline=2", steps=1_000_000)
     wait_until(run, lambda run: run.step >= 20, what="step 20")
     left, dead, *_ = four.engines
     os.kill(dead.pid, signal.SIGKILL)
@@ -193,7 +193,7 @@ def test_an_engine_that_joins_becomes_a_stage(pool):
     def planned(run):
         return [event.text for event in run.events if event.kind == "planned"]
 
-    run = fit(pool, deep(), epochs=100_000)
+    run = fit(pool, deep(), steps=1_000_000)
     wait_until(run, lambda run: run.step >= 10, what="step 10")
     pool.remove(pool.engines[0].id)
     wait_until(run, lambda run: "stage 2" not in planned(run)[-1], what="a pipeline of two")

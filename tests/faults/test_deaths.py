@@ -239,7 +239,7 @@ def test_an_orphaned_pool_ends_by_itself_when_its_run_has_ended_and_nobody_attac
     kernel = Kernel(
         """
         pool = training.start(n=1, linger_seconds=0.5)
-        pool.fit(mlp(), digits(), loss="cross_entropy", steps=2000, name="short")
+        pool.fit(mlp(), digits(), loss="cross_entropy", steps=500, name="short")
         """,
         folder=folder,
     )

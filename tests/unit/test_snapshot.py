@@ -29,6 +29,11 @@ def pixels(run: FakeRun) -> np.ndarray:
     return matplotlib.image.imread(io.BytesIO(png), format="png")
 
 
+@pytest.fixture(scope="module")
+def image() -> np.ndarray:
+    return pixels(finished())
+
+
 def contains(image: np.ndarray, color: str) -> bool:
     rgb = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     return bool((np.abs(image[..., :3] - rgb).max(axis=-1)[image[..., 3] > 0.99] < 0.01).any())
@@ -93,12 +98,12 @@ def test_a_long_title_makes_the_figure_higher():
 
 
 @pytest.mark.parametrize("color", ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#999999"])
-def test_the_image_has_the_colours_of_the_chart(color):
-    assert contains(pixels(finished()), color)
+def test_the_image_has_the_colours_of_the_chart(image, color):
+    assert contains(image, color)
 
 
-def test_the_image_is_transparent_around_the_chart():
-    assert pixels(finished())[0, 0, 3] == 0
+def test_the_image_is_transparent_around_the_chart(image):
+    assert image[0, 0, 3] == 0
 
 
 @pytest.mark.parametrize(
