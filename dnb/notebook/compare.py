@@ -192,7 +192,7 @@ class Comparison:
             is_over=lambda: all(has_ended(run) for run in self._watched),
             finish=self._finish,
             interval_seconds=interval_seconds,
-            rest_seconds=lambda: 0.0 if self.figure is None else self.figure.rest_seconds,
+            is_resting=lambda: self.figure is not None and self.figure.is_resting,
         )
         self._listener = self._painter.wake
         for run in self._watched:

@@ -55,7 +55,7 @@ class Dashboard:
             is_over=lambda: has_ended(run),
             finish=self._finish,
             interval_seconds=interval_seconds,
-            rest_seconds=lambda: 0.0 if self.figure is None else self.figure.rest_seconds,
+            is_resting=lambda: self.figure is not None and self.figure.is_resting,
         )
         self._listener = self._painter.wake  # one object: a bound method is another each time
         run.add_listener(self._listener)
@@ -66,6 +66,11 @@ class Dashboard:
         """Whether it stopped before the run ended, since it or its widgets were closed; it cannot be shown again."""
         return self._painter.is_closed or (not self._is_over and self._has_lost_widgets())
 
+    @property
+    def was_reloaded(self) -> bool:
+        """Whether a page has asked for the figure again."""
+        return self.figure is not None and self.figure.was_asked_again
+
     def show(self) -> None:
         """Display the view in the current cell; the strip is there at once, the chart follows."""
         display_id = new_display_id(self._run)
@@ -73,7 +78,8 @@ class Dashboard:
             if self._is_over:
                 self._publish(behind_chart(bundle(self._run, with_image=True, x=self._x)), display_id=display_id)
                 return
-            view = {**self.box._repr_mimebundle_(), "text/plain": progress_line(self._run)}
+            words = f"{progress_line(self._run)} when this view was opened: %dtrain dashboard shows the run as it is"
+            view = {**self.box._repr_mimebundle_(), "text/plain": words}
             self._publish(view, display_id=display_id)
             self._display_ids.append(display_id)
 
@@ -155,7 +161,7 @@ class Dashboard:
             for display_id in self._display_ids:
                 self._publish(plain, display_id=display_id, update=True)
         # a reloaded page has forgotten the display ids and still shows the widgets; else they are 5 MB for nothing
-        if self.figure is not None and not self.figure.was_asked_again:
+        if self.figure is not None and not self.was_reloaded:
             self._close_widgets()
 
     def _close_widgets(self) -> None:

@@ -54,6 +54,16 @@ def show(run: RunView | str | Path, *, display: str | None = None) -> None:
         _show_as(kind, shown)
 
 
+def keep(run: RunView) -> None:
+    """In a cell that saw a run end, show it as plain output if nothing else would be left of it in the notebook.
+
+    A page that was reloaded has forgotten how to replace an output; what a live view was is then not in the file.
+    """
+    dashboard = _dashboards.get(id(run))
+    if has_ended(run) and dashboard is not None and dashboard.was_reloaded and outlet.current() is None:
+        publish(behind_chart(bundle(run, with_image=True)), display_id=new_display_id(run))
+
+
 def read_run(run: Any) -> Any:
     """The run itself, or the one of that name or folder, read from disk.
 

@@ -22,7 +22,10 @@ _CODE = Path(plotly.__file__).parent / "package_data" / "widgetbundle.js"
 
 # plotly.js draws all panels anew at each change, for 50 to 150 ms. No more of a page's time than this is taken for it.
 _PAGE_SHARE = 0.25
-_LATE_SECONDS = 0.75
+# A page that has not said that it has drawn is waited for so long, then twice as long and so on: it is slow, or gone,
+# or the kernel runs a cell and does not hear it.
+_PATIENCE_SECONDS = 1.5
+_MOST_PATIENCE_SECONDS = 6.0
 
 
 class LiveFigure(go.FigureWidget):
@@ -30,13 +33,15 @@ class LiveFigure(go.FigureWidget):
 
     _esm = _LOADER.read_text().replace("VERSION", plotly.__version__)
     was_asked_again = False  # for its whole state, by a page that was reloaded
-    rest_seconds = 0.0  # between two paintings, so that the page is not busy with them alone
 
     def __init__(self, drawing: panels.Figure) -> None:
         self._painting = threading.RLock()
         self._shown = drawing
         self._is_built = False
-        self._sent: float | None = None
+        self._sent: float | None = None  # when the page was told of what it has not drawn yet
+        self._patience_seconds = _PATIENCE_SECONDS
+        self._drawing_seconds = 0.0  # of the page, on average
+        self._rested = 0.0  # when the page has had time for other things
         super().__init__(data=drawing["data"], layout={**drawing["layout"], "template": "none"})
         self._is_built = True
         self.on_msg(self._answer_page)
@@ -105,6 +110,8 @@ class LiveFigure(go.FigureWidget):
         keys = dict.fromkeys(key for new in traces.values() for key in new)
         restyle = {key: [new.get(key, Undefined) for new in traces.values()] for key in keys}
         if restyle or layout:
+            if self._sent is not None:
+                self._patience_seconds = min(2 * self._patience_seconds, _MOST_PATIENCE_SECONDS)
             self._sent = time.monotonic()
             self.plotly_update(restyle, layout, trace_indexes=list(traces))
 
@@ -132,16 +139,26 @@ class LiveFigure(go.FigureWidget):
         """The page answers when it has drawn; an answer that waited for a busy kernel says nothing of the page."""
         if self._sent is None or deltas.get("trace_edit_id") != self._last_trace_edit_id:
             return
-        took, self._sent = time.monotonic() - self._sent, None
-        if took < _LATE_SECONDS:
-            self.rest_seconds = 0.5 * self.rest_seconds + 0.5 * took / _PAGE_SHARE
+        sent, took = self._sent, time.monotonic() - self._sent
+        self._sent, self._patience_seconds = None, _PATIENCE_SECONDS
+        if took < _PATIENCE_SECONDS:
+            self._drawing_seconds = 0.5 * self._drawing_seconds + 0.5 * took
+            self._rested = sent + self._drawing_seconds / _PAGE_SHARE
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether the page still draws what it was sent, or should not be busy with drawing alone."""
+        now, sent = time.monotonic(), self._sent
+        return now < self._rested if sent is None else now < sent + self._patience_seconds
 
     def get_state(self, key: Any = None, drop_defaults: bool = False) -> dict[str, Any]:
         """Give the whole state, as a reloaded page asks for it.
 
         plotly brings `_widget_data` up to date only when a figure is displayed on its own.
         """
-        self.was_asked_again |= self.comm is not None and key is None
+        if self.comm is not None and key is None:
+            self.was_asked_again = True
+            self._sent = None
         with self._painting:
             state: dict[str, Any] = super().get_state(key=key, drop_defaults=drop_defaults)
             for trait, current in self._current().items() if self._is_built else ():

@@ -13,7 +13,7 @@ from dnb import resuming, training
 from dnb.errors import ArgumentError, PoolError, nearest
 from dnb.notebook import compare, engine_words
 from dnb.notebook.arguments import bind, parse_settings, split_line
-from dnb.notebook.display import read_run, show, warm_up
+from dnb.notebook.display import keep, read_run, show, warm_up
 from dnb.notebook.frontend import choose_display
 from dnb.notebook.outlet import say
 from dnb.notebook.plan_verb import PlanVerb
@@ -102,6 +102,7 @@ class DtrainMagics(PoolVerbs, PlanVerb, Magics):
     def _do_wait(self, timeout: float | None = None) -> Run:
         run = _last_run()
         run.wait(timeout)
+        keep(run)
         return run
 
     def _do_pause(self) -> None:
@@ -126,7 +127,9 @@ class DtrainMagics(PoolVerbs, PlanVerb, Magics):
     def _do_stop(self) -> Run:
         run = _last_run()
         run.stop()
-        return run.wait()
+        run.wait()
+        keep(run)
+        return run
 
     def _do_set(self, line: str) -> None:
         _last_run().set(**parse_settings(line, names=self._names()))

@@ -11,6 +11,7 @@ log = logging.getLogger(__name__)
 
 PAINT_INTERVAL_SECONDS = 0.4
 QUIET_SECONDS = 3.0
+LOOK_SECONDS = 0.05  # between two looks at whether the page is ready
 
 
 class Painter:
@@ -26,7 +27,7 @@ class Painter:
         is_over: whether there will be no more news.
         finish: called once at the end, in any case.
         interval_seconds: the least time between two paintings.
-        rest_seconds: how long the page needs to have to itself after a painting.
+        is_resting: whether the page still needs time for what was painted last, or for other things.
     """
 
     def __init__(
@@ -38,12 +39,12 @@ class Painter:
         is_over: Callable[[], bool],
         finish: Callable[[], None],
         interval_seconds: float = PAINT_INTERVAL_SECONDS,
-        rest_seconds: Callable[[], float] = lambda: 0.0,
+        is_resting: Callable[[], bool] = lambda: False,
     ) -> None:
         self._name = name
         self._paint, self._rest, self._is_over, self._finish = paint, rest, is_over, finish
         self._interval = interval_seconds
-        self._rest_seconds = rest_seconds
+        self._is_resting = is_resting
         self._changed = threading.Event()
         self._hurried = threading.Event()
         self._closed = threading.Event()
@@ -88,7 +89,9 @@ class Painter:
             self._hurried.clear()
             self._attempt(self._paint)
             # not before the interval is over, then as soon as there is news: what came last is painted too
-            self._hurried.wait(max(self._interval, self._rest_seconds()))
+            self._hurried.wait(self._interval)
+            while self._is_resting() and not (self._is_over() or self._hurried.wait(LOOK_SECONDS)):
+                pass
             if not self._changed.wait(QUIET_SECONDS):
                 self._attempt(self._rest)
         self._attempt(self._finish)

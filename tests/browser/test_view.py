@@ -41,7 +41,7 @@ def open_live(lab, notebook_folder, name, *, cells):
 
 
 def test_the_chart_grows_and_a_reloaded_page_and_a_second_tab_have_all_of_it_and_its_buttons(lab, notebook_folder):
-    shutdown = open_live(lab, notebook_folder, "survives.ipynb", cells=["print(run.step)"])
+    shutdown = open_live(lab, notebook_folder, "survives.ipynb", cells=["print(run.step)", "%dtrain wait"])
     lab.save()
     lab.reload()
     wait_for_curve(lab.page, 3, step=int(lab.run_and_wait(4)[0]["text"]))
@@ -55,6 +55,8 @@ def test_the_chart_grows_and_a_reloaded_page_and_a_second_tab_have_all_of_it_and
     keep_picture(tab, "view-second-tab")
     lab.output_area(3).get_by_role("button", name="Stop").click()
     lab.output_area(3).get_by_text("stopped").first.wait_for(timeout=30_000)
+    lab.run_and_wait(5)
+    lab.wait_for_picture(5)  # the reloaded page cannot put it in the fourth cell
     lab.run_and_wait(shutdown, timeout_seconds=60)
     assert (lab.problems, tab.problems) == ([], [])
 

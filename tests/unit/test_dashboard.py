@@ -203,22 +203,53 @@ def test_a_zoom_of_the_user_is_taken_over():
     assert figure.layout.xaxis.range == (2, 5)
 
 
-def test_a_slow_page_is_given_time_between_two_paintings():
+def painted_figure():
     figure = LiveFigure(figures.figure(FakeRun()))
-    figure.fit_to_page()
-    run = FakeRun(step=1, history=FakeHistory(loss=[0.5]))
-    figure.paint(figures.figure(run))
-    figure._sent -= 0.2
+    figure.paint(figures.figure(FakeRun(step=1, history=FakeHistory(loss=[0.5]))))
+    return figure
+
+
+def answer(figure):
+    """What a page sends when it has drawn."""
     figure.set_state({"_js2py_traceDeltas": {"trace_deltas": [], "trace_edit_id": figure._last_trace_edit_id}})
-    assert 0.4 < figure.rest_seconds < 1.5
+
+
+def test_a_slow_page_is_given_time_between_two_paintings():
+    figure = painted_figure()
+    figure._sent -= 0.2
+    answer(figure)
+    assert figure.is_resting
+    figure._rested -= 0.4
+    assert not figure.is_resting
 
 
 def test_an_answer_that_waited_for_the_kernel_does_not_slow_the_painting_down():
-    figure = LiveFigure(figures.figure(FakeRun()))
-    figure.paint(figures.figure(FakeRun(step=1, history=FakeHistory(loss=[0.5]))))
+    figure = painted_figure()
     figure._sent -= 20
-    figure.set_state({"_js2py_traceDeltas": {"trace_deltas": [], "trace_edit_id": figure._last_trace_edit_id}})
-    assert figure.rest_seconds == 0
+    answer(figure)
+    assert not figure.is_resting
+
+
+def test_a_page_that_has_not_drawn_yet_is_sent_nothing_more_for_a_while_and_then_less_often():
+    figure = painted_figure()
+    assert figure.is_resting
+    figure._sent -= 1.6
+    assert not figure.is_resting
+    figure.paint(figures.figure(FakeRun(step=2, history=FakeHistory(loss=[0.5, 0.4]))))
+    figure._sent -= 1.6
+    assert figure.is_resting
+    figure._sent -= 1.6
+    assert not figure.is_resting
+    answer(figure)
+    figure.paint(figures.figure(FakeRun(step=3, history=FakeHistory(loss=[0.5, 0.4, 0.3]))))
+    figure._sent -= 1.6
+    assert not figure.is_resting
+
+
+def test_a_reloaded_page_is_not_waited_for_as_the_one_before():
+    figure = painted_figure()
+    figure.get_state()
+    assert not figure.is_resting
 
 
 def test_a_figure_in_a_quiet_run_is_fitted_to_the_page():

@@ -7,10 +7,10 @@ import pytest
 
 from dnb.errors import ArgumentError
 from dnb.hub.history import HistoryRow, RunFolder, summarize
-from dnb.notebook.display import TextView, show
+from dnb.notebook.display import TextView, dashboard_of, keep, show
 from dnb.notebook.snapshot import PLOTLY_MIME
 from dnb.notebook.still_image import SVG_MIME
-from tests.fake_runs import FakeHistory, FakeRun, FakeWorker
+from tests.fake_runs import FakeHistory, FakeRun, FakeWorker, wait_until
 from tests.unit.kept_runs import SPEC
 
 
@@ -169,3 +169,25 @@ def test_in_a_terminal_a_run_is_told_while_it_is_waited_for(run, monkeypatch, ca
 def test_an_unknown_display_is_refused_with_the_choices(run):
     with pytest.raises(ArgumentError, match="display='html' is no display"):
         show(run, display="html")
+
+
+def test_the_cell_that_sees_the_end_keeps_the_chart_of_a_page_that_was_reloaded(run, shown):
+    dashboard = dashboard_of(run)
+    wait_until(lambda: dashboard.figure is not None)
+    dashboard.figure.get_state()
+    keep(run)
+    assert shown == []  # it goes on
+    run.end("finished")
+    assert dashboard.join(timeout_seconds=30)
+    keep(run)
+    assert [PLOTLY_MIME in content for content, _, _ in shown] == [True]
+    dashboard._close_widgets()
+
+
+def test_a_page_that_was_not_reloaded_has_the_chart_where_the_view_was(run, shown):
+    dashboard = dashboard_of(run)
+    wait_until(lambda: dashboard.figure is not None)
+    run.end("finished")
+    assert dashboard.join(timeout_seconds=30)
+    keep(run)
+    assert shown == []
