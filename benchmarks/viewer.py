@@ -33,7 +33,8 @@ class Viewer:
     """Watches one run at a time, as the cell of a notebook would."""
 
     def __init__(self) -> None:
-        importlib.import_module("dnb.notebook.live_figure")  # seconds, which a short run does not have
+        live_figure = importlib.import_module("dnb.notebook.live_figure")  # seconds, which a short run does not have
+        live_figure.LiveFigure.is_resting = False  # a page that draws in no time: every refresh is paid for
         comm.create_comm = Browserless
         self._dashboard: Dashboard | None = None
 
@@ -58,9 +59,9 @@ class Viewer:
     def be_watching(self, is_watching: bool) -> None:
         """Go on painting, or sleep although there is news."""
         assert self._dashboard is not None
-        self._run.remove_listener(self._dashboard._wake)
+        self._run.remove_listener(self._dashboard._listener)
         if is_watching:
-            self._run.add_listener(self._dashboard._wake)
+            self._run.add_listener(self._dashboard._listener)
 
     def close(self) -> None:
         """Wait until the view of a run that has ended has let go.

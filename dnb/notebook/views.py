@@ -21,8 +21,8 @@ ENDED = frozenset({"failed", "stopped", "finished"})
 class HistoryView(Protocol):
     """The numbers of a run, one column per key.
 
-    "loss", "lr", "samples_per_second", metrics, and "seconds" since the run was submitted have a value per step;
-    "val_loss", "val_<metric>" one per evaluation, "grad_norm" (before clipping) one now and then.
+    "loss", "lr", "samples_per_second", "grad_norm" (before clipping), metrics, and "seconds" since the run was
+    submitted have a value per step; "val_loss", "val_<metric>" one per evaluation.
     """
 
     def __iter__(self) -> Iterator[str]: ...
