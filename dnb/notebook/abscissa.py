@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -15,11 +16,9 @@ from dnb.notebook.views import EventView, RunView
 Kind = Literal["step", "samples", "time"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-# Time is drawn on an axis of dates, for its ticks are 0:30, 1:00, 1:30 at any zoom. plotly.js takes a small number for
-# a year ("1500"), so that it counts from the second day of 1970, in milliseconds, which int32 holds for 24 days.
-ORIGIN_MILLISECONDS = 86_400_000
-DAY_SECONDS = 86_400.0
-_HOUR_SECONDS = 3600.0
+# Time is counted in the first of these of which there are not too many: up to how many seconds, name, how long one is.
+# An axis of dates would have 0:30, 1:00, 1:30, but plotly.js takes new data that are numbers for no dates any more.
+_UNITS = ((120.0, "s", 1.0), (7_200.0, "min", 60.0), (math.inf, "h", 3_600.0))
 _NEAR_SECONDS = 60.0  # engines are watched from the first step on, which may take its time
 _INT32_MAX = 2**31 - 1
 
@@ -32,21 +31,21 @@ class Abscissa:
     Args:
         run: as it is now.
         kind: what is counted; steps, if it is to be time and no times are known.
+        longest_seconds: what has to be on the axis, too.
     """
 
-    def __init__(self, run: RunView, kind: Kind) -> None:
+    def __init__(self, run: RunView, kind: Kind, *, longest_seconds: float = 0.0) -> None:
         self._run = run
         is_untimed = kind == "time" and bool(run.step) and not len(self._times[0])
         self.kind: Kind = "step" if is_untimed else kind
-        self.is_long = self.kind == "time" and run.elapsed_seconds >= DAY_SECONDS
-        self._has_hours = run.elapsed_seconds >= _HOUR_SECONDS
-        clock = "hours" if self.is_long else "h:min:s" if self._has_hours else "min:s"
+        longest = max(run.elapsed_seconds, longest_seconds)
+        unit, self._unit_seconds = next((unit, length) for most, unit, length in _UNITS if longest < most)
         self.title = {
             "step": "step (times were not measured)" if is_untimed else "step",
             "samples": "samples seen",
-            "time": f"time since it was submitted ({clock})",
+            "time": f"time since it was submitted ({unit})",
         }[self.kind]
-        self.short = f"time ({clock})" if self.kind == "time" else self.kind  # where there is less room
+        self.short = f"time ({unit})" if self.kind == "time" else self.kind  # where there is less room
 
     def at(self, steps: NDArray[Any]) -> Positions:
         """Positions of steps."""
@@ -79,19 +78,11 @@ class Abscissa:
 
     def axis(self) -> dict[str, Any]:
         """Properties of an x axis in plotly's terms."""
-        shared = {"title": {"text": self.title, "standoff": 6}}
-        if self.kind != "time" or self.is_long:
-            return {**shared, "type": "linear", "tickformat": "," if self.kind != "time" else ""}
-        clock = "%-H:%M:%S" if self._has_hours else "%-M:%S"
         return {
-            **shared,
-            "type": "date",
-            "tickformat": clock,
-            "tickformatstops": [
-                {"dtickrange": [None, 999], "value": f"{clock}.%2f"},
-                {"dtickrange": [1000, None], "value": clock},
-            ],
-            "hoverformat": f"{clock}.%2f",
+            "title": {"text": self.title, "standoff": 6},
+            "type": "linear",
+            "tickformat": "," if self.kind != "time" else "",
+            "hoverformat": "," if self.kind != "time" else ".4~g",
         }
 
     @cached_property
@@ -99,18 +90,21 @@ class Abscissa:
         return times_of(self._run)
 
     def _at_seconds(self, seconds: NDArray[np.float64]) -> Positions:
-        if self.is_long:
-            return (seconds / 3600).astype(np.float32)
-        return _small(np.rint(1e3 * seconds) + ORIGIN_MILLISECONDS)
+        return (seconds / self._unit_seconds).astype(np.float32)
 
 
-def abscissa(run: RunView, kind: str = "step") -> Abscissa:
+def abscissa(run: RunView, kind: str = "step", *, longest_seconds: float = 0.0) -> Abscissa:
     """The x axis of a run; by step if it is to be by time, and no times are known.
+
+    Args:
+        run: as it is now.
+        kind: what is counted.
+        longest_seconds: what has to be on the axis, too: another run that took longer.
 
     Raises:
         ArgumentError: there is no such kind.
     """
-    return Abscissa(run, checked_kind(kind))
+    return Abscissa(run, checked_kind(kind), longest_seconds=longest_seconds)
 
 
 def checked_kind(kind: str) -> Kind:

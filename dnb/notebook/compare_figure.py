@@ -52,7 +52,8 @@ def comparison(runs: Mapping[str, RunView], *, x: str = "step") -> panels.Figure
     Raises:
         ArgumentError: there is no such x axis.
     """
-    alongs = {label: abscissa(run, x) for label, run in runs.items()}
+    longest_seconds = max((run.elapsed_seconds for run in runs.values()), default=0.0)
+    alongs = {label: abscissa(run, x, longest_seconds=longest_seconds) for label, run in runs.items()}
     plot_pixels = LOSS_PIXELS + len(_SMALL) * (GAP_PIXELS + SMALL_PIXELS)
     longest = max(alongs.values(), key=lambda along: len(along.title)) if alongs else None
     parts = [_loss(runs, alongs, bottom=1 - LOSS_PIXELS / plot_pixels)]

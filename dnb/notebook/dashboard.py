@@ -44,7 +44,7 @@ class Dashboard:
         self._is_over = False
         self._display_ids: list[str] = []
         self._drawing = LiveDrawing(run)
-        self._x = self._painted_x = "step"
+        self._x = "step"
         self.controls = Controls(run, on_axis=self.choose_axis)
         self.figure: LiveFigure | None = None
         self.box = widgets.VBox([self.controls.box])
@@ -100,18 +100,13 @@ class Dashboard:
             self.close()
             return
         self.controls.refresh()
-        x = self._x
         if self.figure is None and has_ended(self._run):
             return  # nobody would see it
-        drawing = self._drawing.draw(x=x, is_whole=has_ended(self._run))
+        drawing = self._drawing.draw(x=self._x, is_whole=has_ended(self._run))
         if self.figure is None:
-            self._add_figure(drawing, x=x)
-            return
-        if x != self._painted_x and "time" in (x, self._painted_x):
-            self._exchange_figure(drawing, x=x)
-            return
-        self.figure.paint(drawing, has_new_axes=x != self._painted_x)
-        self._painted_x = x
+            self._add_figure(drawing)
+        else:
+            self.figure.paint(drawing)
 
     def close(self) -> None:
         """Stop painting before the run ends; what is displayed stays as it is."""
@@ -129,21 +124,11 @@ class Dashboard:
         if self.figure is not None:
             self.figure.fit_to_page()
 
-    def _add_figure(self, drawing: Figure, *, x: str) -> LiveFigure:
+    def _add_figure(self, drawing: Figure) -> None:
         from dnb.notebook.live_figure import LiveFigure  # plotly: seconds, in this thread
 
-        figure = self.figure = LiveFigure(drawing)
-        self._painted_x = x
-        self.box.children = (self.controls.box, figure)
-        return figure
-
-    def _exchange_figure(self, drawing: Figure, *, x: str) -> None:
-        """plotly.js does not turn an axis of numbers that is shown into one of dates, nor back (seen with 3.x)."""
-        old = self.figure
-        assert old is not None
-        new = self._add_figure(drawing, x=x)
-        new.was_asked_again = old.was_asked_again
-        old.close()
+        self.figure = LiveFigure(drawing)
+        self.box.children = (self.controls.box, self.figure)
 
     def _finish(self) -> None:
         self._run.remove_listener(self._listener)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 from dnb.notebook import panels
@@ -10,9 +12,10 @@ from dnb.notebook.figures import PARTS, assembled, room, structure
 from dnb.notebook.panels import Part
 from dnb.notebook.views import RunView
 
-# The loss, the shares of the last seconds and new events are news at once; the others take turns, one a refresh, so
-# that no refresh costs more than a few milliseconds and 20 kB.
+# The loss, the shares of the last seconds and new events are news at once; the others take turns, so that no refresh
+# costs more than a few milliseconds and 20 kB. For a page that is slow, refreshes are rare, and each has more turns.
 TURNS = ("pace", "over_time", "rate", "events", "norm", "over_time", "timeline")
+TURN_SECONDS = 0.5
 
 
 class LiveDrawing:
@@ -20,10 +23,13 @@ class LiveDrawing:
 
     Args:
         run: the run.
+        clock: seconds from any origin.
     """
 
-    def __init__(self, run: RunView) -> None:
+    def __init__(self, run: RunView, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._run = run
+        self._clock = clock
+        self._last_turn = clock()
         self._parts: dict[str, Part] = {}
         self._turn = 0
         self._num_events = 0
@@ -39,12 +45,16 @@ class LiveDrawing:
         along, place = abscissa(self._run, x), room(self._run)
         state = (along.title, place, structure(self._run))
         is_whole |= state != self._drawn
-        for name in PARTS if is_whole else self._due():
+        due = set(PARTS) if is_whole else self._due()
+        self._last_turn = self._clock()
+        for name in due:
             self._parts[name] = PARTS[name](self._run, along, place)
         self._drawn, self._num_events = state, len(self._run.events)
         return assembled({name: self._parts[name] for name in PARTS}, place)
 
     def _due(self) -> set[str]:
-        self._turn += 1
+        num_turns = min(max(int((self._clock() - self._last_turn) / TURN_SECONDS), 1), len(TURNS))
+        turns = [TURNS[(self._turn + place) % len(TURNS)] for place in range(num_turns)]
+        self._turn += num_turns
         news = {"events"} if len(self._run.events) != self._num_events else set()
-        return {"loss", "now", TURNS[self._turn % len(TURNS)], *news}
+        return {"loss", "now", *turns, *news}

@@ -66,16 +66,15 @@ class LiveFigure(go.FigureWidget):
                     self.fit_to_page()  # changes the layout: else the page could not tell that the rest came
                     self.send_state(["_widget_data", "_widget_layout"])
 
-    def paint(self, drawing: panels.Figure, *, has_new_axes: bool = False) -> None:
+    def paint(self, drawing: panels.Figure) -> None:
         """Send what has changed since the last painting, in one message unless panels came or went.
 
         Args:
-            drawing: what is to be seen.
-            has_new_axes: what the x axes count has changed: axes are replaced, and with them the user's zoom.
+            drawing: what is to be seen. If its x axis counts something else, the user's zoom has an end.
         """
         with self._painting:
             self._renew(drawing["data"])
-            self._change(drawing, has_new_axes=has_new_axes)
+            self._change(drawing)
 
     def _renew(self, traces: list[dict[str, Any]]) -> None:
         """Bring the traces that there are in line: a timeline comes after the first steps, an engine's areas later.
@@ -91,9 +90,9 @@ class LiveFigure(go.FigureWidget):
             self.add_traces(traces[same:])
         self._shown = {**self._shown, "data": [*shown[:same], *traces[same:]]}
 
-    def _change(self, drawing: panels.Figure, *, has_new_axes: bool) -> None:
+    def _change(self, drawing: panels.Figure) -> None:
         old = self._shown["layout"]
-        if has_new_axes:  # an axis that only changes its type keeps its old figures
+        if _counted(old) != _counted(drawing["layout"]):
             old = {key: value for key, value in old.items() if not key.startswith(("xaxis", "yaxis"))}
         layout = panels.changes(old, drawing["layout"])
         whole = {key: value for key, value in layout.items() if isinstance(value, dict) or _is_of_dicts(value)}
@@ -183,6 +182,11 @@ def _without(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
 def _is_of_dicts(value: object) -> bool:
     """Whether these are remarks, lines or buttons: a list of plotly's objects, or none of them any more."""
     return value is None or (isinstance(value, list) and (not value or isinstance(value[0], dict)))
+
+
+def _counted(layout: dict[str, Any]) -> Any:
+    """What the x axis counts, and in which unit."""
+    return layout["xaxis"]["title"]["text"]
 
 
 def _place(trace: dict[str, Any]) -> tuple[Any, ...]:

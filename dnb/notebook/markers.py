@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dnb.notebook.abscissa import ORIGIN_MILLISECONDS, Abscissa
+from dnb.notebook.abscissa import Abscissa
 from dnb.notebook.panels import INK_ON_BARS, Part
 from dnb.notebook.text import inert, one_line
 from dnb.notebook.views import EventView, RunView
@@ -76,15 +76,14 @@ def _group(events: Sequence[EventView], along: Abscissa, *, last_step: int) -> l
     shown = [event for event in events if event.kind in _LOOKS and event.step > 0]
     if not shown:
         return []
-    origin = ORIGIN_MILLISECONDS if along.kind == "time" and not along.is_long else 0
     places = along.at_events(shown).tolist()
-    span = max([_last_place(along, last_step), *places]) - origin
-    width = 2.0**-10 if along.is_long else 1.0
+    span = max([_last_place(along, last_step), *places])
+    width = 2.0**-10 if along.kind == "time" else 1.0
     while span / width > MAX_MARKERS - 1:
         width *= 2
     groups: dict[int, tuple[float, list[EventView]]] = {}
     for place, event in sorted(zip(places, shown, strict=True), key=lambda pair: pair[0]):
-        groups.setdefault(int((place - origin) / width), (place, []))[1].append(event)
+        groups.setdefault(int(place / width), (place, []))[1].append(event)
     return [groups[number] for number in sorted(groups)]
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dnb.notebook import panels
-from dnb.notebook.abscissa import ORIGIN_MILLISECONDS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,7 +23,6 @@ WIDTH_PIXELS = 1000
 _POINTS = 0.72  # of matplotlib, at 100 dots per inch, in one pixel
 _HATCHES = {"": "", "/": "///", ".": "...", "x": "xxx"}
 _DASHES: Mapping[str, Any] = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (9, 3))}
-_TICK_SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200)
 _SYMBOLS = {"diamond": "D", "square": "s", "triangle-up": "^", "x": "X", "cross": "P", "star": "*"}
 
 
@@ -124,16 +122,12 @@ class _Drawing:
 
     @staticmethod
     def _tick(axes: Axes, *, x: Mapping[str, Any], y: Mapping[str, Any], is_lowest: bool) -> None:
-        from matplotlib.ticker import FuncFormatter, MaxNLocator, MultipleLocator
+        from matplotlib.ticker import FuncFormatter, MaxNLocator
 
         if "range" in x:
             axes.set_xlim(*x["range"])
         if "tickvals" in x:
             axes.set_xticks(x["tickvals"], x["ticktext"])
-        elif x.get("type") == "date":
-            first, last = axes.get_xlim()
-            axes.xaxis.set_major_locator(MultipleLocator(_tick_milliseconds(last - first), ORIGIN_MILLISECONDS))
-            axes.xaxis.set_major_formatter(FuncFormatter(_clock))
         elif x.get("type") != "category":
             axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=x.get("tickformat") == ","))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
@@ -232,19 +226,6 @@ class _Drawing:
 
 def _number(axis: str) -> int:
     return int(axis.removeprefix("yaxis") or 1)
-
-
-def _tick_milliseconds(span: float) -> float:
-    """As on an axis of dates: halves and quarters of a minute, not tenths."""
-    return next((1e3 * seconds for seconds in _TICK_SECONDS if 1e3 * seconds * 6 >= span), 4 * 3.6e6)
-
-
-def _clock(milliseconds: float, _place: object) -> str:
-    seconds = max(0.0, (milliseconds - ORIGIN_MILLISECONDS) / 1e3)
-    minutes, rest = divmod(seconds, 60)
-    hours, minutes = divmod(int(minutes), 60)
-    exact = f"{rest:05.2f}" if rest % 1 > 1e-3 else f"{rest:02.0f}"
-    return f"{hours}:{minutes:02d}:{exact}" if hours else f"{minutes}:{exact}"
 
 
 def _draw_curve(axes: Axes, trace: Mapping[str, Any]) -> None:

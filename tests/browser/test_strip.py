@@ -34,14 +34,57 @@ CHART = """
 from dnb.notebook.display import show
 run.status = "running"
 run.history.set("val_" + evil, [0.5], steps=[9])
+run.history.set("seconds", [10.0 * step for step in range(1, 11)])
 show(run, display="widget")
 """
+ON = """
+from dnb.notebook.display import dashboard_of
+run.step = 11; run.history.append("loss", 11, 0.04); run.history.append("seconds", 11, 110.0); run.tell()
+"""
 END = "run.end('failed', error=evil)"
+# What the page has: which figures stand on the x axis, how far it is zoomed, and how many points the loss has.
+AXIS = """
+    const plot = cells[argument].node.querySelector('.js-plotly-plot');
+    return {
+        title: plot.layout.xaxis.title.text,
+        ticks: [...plot.querySelectorAll('.xtick text')].map(each => each.textContent),
+        ends: plot._fullLayout.xaxis.range,
+        points: Math.max(...plot.data.filter(trace => trace.type === 'scatter').map(trace => trace.x.length)),
+    };
+"""
+ZOOM = """
+    const plot = cells[argument].node.querySelector('.js-plotly-plot');
+    const box = plot.querySelector('.nsewdrag').getBoundingClientRect();
+    return [box.left, box.right, box.top + box.height / 2];
+"""
 AGAIN = "run.step = 10; run.history.append('loss', 10, 0.05); controls._due.clear(); controls.refresh()"
 
 
+def see_time_and_zoom(lab, chart):
+    """The x axis becomes one of seconds, with new data, too, and keeps a person's zoom."""
+    chart.get_by_role("button", name="time", exact=True).click()
+    wait_for_axis(lab, "axis.title.endsWith('(s)')")
+    lab.evaluate("cells[argument].node.querySelector('.js-plotly-plot').scrollIntoView({block: 'center'});", 3)
+    left, right, middle = lab.evaluate(ZOOM, 3)
+    lab.page.mouse.move(left + 0.25 * (right - left), middle)
+    lab.page.mouse.down()
+    lab.page.mouse.move(left + 0.75 * (right - left), middle, steps=5)
+    lab.page.mouse.up()
+    wait_for_axis(lab, "axis.ends[1] - axis.ends[0] < 80")
+    zoomed = lab.evaluate(AXIS, 3)
+    lab.run_and_wait(4)
+    wait_for_axis(lab, "axis.points === 11")
+    seen = lab.evaluate(AXIS, 3)
+    assert seen["ends"] == zoomed["ends"]
+    assert {"40", "60"} <= set(seen["ticks"])
+
+
+def wait_for_axis(lab, claim):
+    lab.wait_for(f"const axis = (argument => {{ {AXIS} }})(argument); return {claim};", 3, timeout_seconds=30)
+
+
 def test_the_strip_shows_foreign_text_and_is_reached_by_keyboard(lab, notebook_folder, pytestconfig):
-    cells = [STRIP.format(root=str(pytestconfig.rootpath)), AGAIN, WIDE, CHART, END]
+    cells = [STRIP.format(root=str(pytestconfig.rootpath)), AGAIN, WIDE, CHART, ON, END]
     write_notebook(notebook_folder / "strip.ipynb", cells)
     lab.open("strip.ipynb")
     lab.run_and_wait(0)
@@ -79,7 +122,8 @@ def test_the_strip_shows_foreign_text_and_is_reached_by_keyboard(lab, notebook_f
     chart = lab.output_area(3)
     chart.locator(POINTS).first.wait_for(timeout=FIGURE_MILLISECONDS)
     assert EVIL in chart.inner_text()
-    lab.run_and_wait(4)
+    see_time_and_zoom(lab, chart)
+    lab.run_and_wait(5)
     lab.wait_for_picture(3)
     chart.locator("svg.main-svg .gtitle").get_by_text("<img").first.wait_for(timeout=FIGURE_MILLISECONDS)
     keep_picture(lab, "chart-of-foreign-text", index=3)
