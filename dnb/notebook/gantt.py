@@ -22,8 +22,8 @@ from dnb.records import Action, EngineTimeline, Prediction
 # no computing is thin, so that colour is not the only sign.
 KINDS = (
     ("forward", ("forward",), "#56B4E9", "", 0.74),
-    ("backward", ("backward", "backward-input"), "#009E73", "/", 0.74),
-    ("gradients of weights", ("backward-weight",), "#F0E442", "x", 0.74),
+    ("backward", ("backward", "backward-input"), "#009E73", "-", 0.74),
+    ("gradients of weights", ("backward-weight",), "#F0E442", "+", 0.74),
     ("send", ("send",), "#CC79A7", "", 0.4),
     ("wait", ("wait",), "#E69F00", "", 0.14),
 )
@@ -115,8 +115,8 @@ def _trace(
                 "shape": pattern,
                 "fillmode": "overlay",
                 "fgcolor": "rgba(0, 0, 0, 0.28)",
-                "size": 7,
-                "solidity": 0.15,
+                "size": panels.PATTERN_SIZE,
+                "solidity": panels.PATTERN_SOLIDITY,
             },
         },
         "hovertext": [_told(engine, action) for _, engine, action in bars],

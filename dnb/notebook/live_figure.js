@@ -40,12 +40,76 @@ async function load(context) {
   return figure;
 }
 
+// Even when it has come, a browser reads plotly.js for a second or two. Until then a page that was reloaded shows what it
+// showed before: each view leaves its picture in the tab's storage when the page goes, all in one entry, so that those
+// of figures that never come back are gone with the next.
+const STILLS = "dnb: stills";
+const stills = {};
+
+function leaveStill(name, el) {
+  const layers = [...el.querySelectorAll(".main-svg")];
+  if (!layers.length || !el.isConnected) return;
+  const { width, height } = layers[0].getBoundingClientRect();
+  // patterns are named by the page's address, which a picture does not know
+  const shown = layers.map((layer) => new XMLSerializer().serializeToString(layer)).join("");
+  const svg = shown.replaceAll(location.href.split("#")[0], "");
+  stills[name] = { width, height, svg };
+  try {
+    sessionStorage.setItem(STILLS, JSON.stringify(stills));
+  } catch {
+    sessionStorage.removeItem(STILLS); // there is no room: nothing is shown then
+  }
+}
+
+// As an image, in which no script runs.
+function still(name) {
+  const { width, height, svg } = JSON.parse(sessionStorage.getItem(STILLS) ?? "{}")[name] ?? {};
+  if (!svg) return null;
+  const image = new Image(width, height);
+  const size = `width="${width}" height="${height}"`;
+  const whole = `<svg xmlns="http://www.w3.org/2000/svg" ${size}>${svg}</svg>`;
+  image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(whole)}`;
+  image.alt = "the chart as it was before this page was reloaded";
+  image.className = "dnb-still";
+  image.style.cssText = "position:absolute; opacity:0.6; max-width:none";
+  return image;
+}
+
+async function draw(figure, context) {
+  const { model, el } = context;
+  const before = still(model.get("_still_name"));
+  if (before) {
+    el.append(before);
+    el.style.minHeight = `${before.height}px`;
+  }
+  const drawn = new Promise((resolve) => {
+    const see = ({ detail }) => {
+      if (detail.element !== el) return;
+      document.removeEventListener("plotlywidget-after-render", see);
+      resolve();
+    };
+    document.addEventListener("plotlywidget-after-render", see);
+  });
+  const end = (await figure).render(context);
+  void drawn.then(() => {
+    before?.remove();
+    el.style.minHeight = "";
+  });
+  const leave = () => leaveStill(model.get("_still_name"), el);
+  window.addEventListener("pagehide", leave);
+  const stop = await end;
+  return () => {
+    window.removeEventListener("pagehide", leave);
+    stop?.();
+  };
+}
+
 export default () => {
   let figure;
   return {
     initialize(context) {
       figure = load(context); // not awaited: until this returns, messages of the kernel are held back
     },
-    render: async (context) => (await figure).render(context),
+    render: (context) => draw(figure, context),
   };
 };

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 import plotly
 import plotly.graph_objects as go
+import traitlets
 from plotly.basedatatypes import Undefined
 
 from dnb.notebook import panels
@@ -32,6 +34,7 @@ class LiveFigure(go.FigureWidget):
     """A FigureWidget that a thread may paint and a reloaded page finds up to date."""
 
     _esm = _LOADER.read_text().replace("VERSION", plotly.__version__)
+    _still_name = traitlets.Unicode().tag(sync=True)  # by which a reloaded page finds the picture that it left
     was_asked_again = False  # for its whole state, by a page that was reloaded
 
     def __init__(self, drawing: panels.Figure) -> None:
@@ -42,6 +45,7 @@ class LiveFigure(go.FigureWidget):
         self._patience_seconds = _PATIENCE_SECONDS
         self._drawing_seconds = 0.0  # of the page, on average
         self._rested = 0.0  # when the page has had time for other things
+        self._still_name = uuid.uuid4().hex
         super().__init__(data=drawing["data"], layout={**drawing["layout"], "template": "none"})
         self._is_built = True
         self.on_msg(self._answer_page)

@@ -19,7 +19,9 @@ Figure = dict[str, Any]
 # Okabe and Ito, "Color Universal Design" (2008).
 BLUE, SKY_BLUE, VERMILION = "#0072B2", "#56B4E9", "#D55E00"
 SHARE_COLORS = {"compute": "#009E73", "wait": "#E69F00", "data": "#56B4E9", "idle": "#999999"}
-SHARE_PATTERNS = {"compute": "", "wait": "/", "data": ".", "idle": "x"}
+# Along the pixels: of slanted lines an image, which JupyterLab keeps of a chart in the notebook, is a third larger.
+SHARE_PATTERNS = {"compute": "", "wait": "-", "data": ".", "idle": "+"}
+PATTERN_SIZE, PATTERN_SOLIDITY = 8, 0.125
 # The grey with the best worst case on JupyterLab's white and its dark #111111: 4.3 to 1 on both.
 INK = "#797979"
 GRID = "rgba(128, 128, 128, 0.22)"

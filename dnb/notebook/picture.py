@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 WIDTH_PIXELS = 1000
 _POINTS = 0.72  # of matplotlib, at 100 dots per inch, in one pixel
-_HATCHES = {"": "", "/": "///", ".": "...", "x": "xxx"}
+_HATCHES = {"": "", "-": "--", ".": "..", "+": "++"}
 _DASHES: Mapping[str, Any] = {"solid": "-", "dash": "--", "dot": ":", "dashdot": "-.", "longdash": (0, (9, 3))}
 _SYMBOLS = {"diamond": "D", "square": "s", "triangle-up": "^", "x": "X", "cross": "P", "star": "*"}
 
@@ -129,7 +129,7 @@ class _Drawing:
         if "tickvals" in x:
             axes.set_xticks(x["tickvals"], x["ticktext"])
         elif x.get("type") != "category":
-            axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=x.get("tickformat") == ","))
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=x.get("nticks", 8) - 1, integer=x.get("tickformat") == ","))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         if "range" in y:
             axes.set_ylim(*y["range"])
@@ -256,6 +256,8 @@ def _draw_area(axes: Axes, trace: Mapping[str, Any], ends: dict[str, np.ndarray[
 
 def _draw_bars(axes: Axes, trace: Mapping[str, Any], ends: dict[str, np.ndarray[Any, Any]]) -> None:
     """Bars that begin where the last ones ended, or at a base of their own."""
+    from matplotlib.colors import to_rgba
+
     marker = trace["marker"]
     rows = np.arange(len(trace["x"])) if "base" not in trace else np.asarray(trace["y"])
     key = trace.get("yaxis", "y")
@@ -266,7 +268,7 @@ def _draw_bars(axes: Axes, trace: Mapping[str, Any], ends: dict[str, np.ndarray[
         hatch=_HATCHES[marker["pattern"]["shape"]], edgecolor=(0, 0, 0, 0.3), linewidth=marker["line"]["width"],
     )  # fmt: skip
     for bar, opacity in zip(bars, np.broadcast_to(marker.get("opacity", 1.0), len(bars)), strict=True):
-        bar.set_alpha(float(opacity))
+        bar.set_facecolor(to_rgba(marker["color"], float(opacity)))  # not set_alpha: that is the pattern's, too
     size = 8 if "base" not in trace else 7
     axes.bar_label(bars, trace["text"], label_type="center", color=panels.INK_ON_BARS, size=size)
     if "base" not in trace:

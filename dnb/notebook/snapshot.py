@@ -20,6 +20,8 @@ from dnb.notebook.views import RunView
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 _TITLE_PIXELS = 40
 _TITLE_COLUMNS = 92
+# plotly.js puts the top of a line at its place, but of several lines the first one's baseline (seen with 3.x).
+_TITLE_TOP_PIXELS, _TITLE_BASELINE_PIXELS = 10, 19
 
 
 def bundle(run: RunView, *, with_image: bool, x: str = "step") -> dict[str, Any]:
@@ -70,7 +72,7 @@ def _titled(drawing: panels.Figure, *, run: RunView) -> panels.Figure:
         "y": 1,
         "yref": "container",
         "yanchor": "top",
-        "pad": {"t": 10},
+        "pad": {"t": _TITLE_TOP_PIXELS if len(lines) == 1 else _TITLE_BASELINE_PIXELS},
         "font": {"size": 13},
     }
     margin = {**layout["margin"], "t": layout["margin"]["t"] + pixels}

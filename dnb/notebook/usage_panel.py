@@ -169,8 +169,8 @@ def _pattern(share: str) -> dict[str, Any]:
         "shape": SHARE_PATTERNS[share],
         "fillmode": "overlay",
         "fgcolor": "rgba(0, 0, 0, 0.38)",
-        "size": 7,
-        "solidity": 0.22,
+        "size": panels.PATTERN_SIZE,
+        "solidity": panels.PATTERN_SOLIDITY,
     }
 
 

@@ -52,6 +52,10 @@ AXIS = """
         points: Math.max(...plot.data.filter(trace => trace.type === 'scatter').map(trace => trace.x.length)),
     };
 """
+TITLE = """
+    const plot = cells[argument].node.querySelector('.js-plotly-plot');
+    return plot.querySelector('.gtitle').getBoundingClientRect().top - plot.getBoundingClientRect().top;
+"""
 ZOOM = """
     const plot = cells[argument].node.querySelector('.js-plotly-plot');
     const box = plot.querySelector('.nsewdrag').getBoundingClientRect();
@@ -127,5 +131,6 @@ def test_the_strip_shows_foreign_text_and_is_reached_by_keyboard(lab, notebook_f
     lab.wait_for_picture(3)
     chart.locator("svg.main-svg .gtitle").get_by_text("<img").first.wait_for(timeout=FIGURE_MILLISECONDS)
     keep_picture(lab, "chart-of-foreign-text", index=3)
+    assert lab.evaluate(TITLE, 3) > 0  # all of its lines can be read
     assert lab.evaluate("return document.title;") != "run"
     assert lab.problems == []

@@ -13,6 +13,12 @@ CURVE = """
     const plot = document.querySelectorAll('.jp-Notebook .jp-Cell')[index]?.querySelector('.js-plotly-plot');
     const steps = Array.from(plot?.data?.find(trace => trace.type === 'scatter' && trace.x?.length > 1)?.x ?? []);
 """
+# Remembers the picture that stands for a chart while its code is loaded, however short that is; tells how wide it is.
+WATCH_STILL = """
+    new MutationObserver(() => { window.still ??= document.querySelector('img.dnb-still')?.src; })
+        .observe(document, {childList: true, subtree: true});
+"""
+STILL = "const image = new Image(); image.src = window.still; return image.decode().then(() => image.naturalWidth);"
 SAVED_CHART = "img.plot-img"  # Lab shows its own picture of a saved chart, and the chart itself at a click
 
 
@@ -43,8 +49,11 @@ def open_live(lab, notebook_folder, name, *, cells):
 def test_the_chart_grows_and_a_reloaded_page_and_a_second_tab_have_all_of_it_and_its_buttons(lab, notebook_folder):
     shutdown = open_live(lab, notebook_folder, "survives.ipynb", cells=["print(run.step)", "%dtrain wait"])
     lab.save()
+    lab.page.add_init_script(WATCH_STILL)
     lab.reload()
     wait_for_curve(lab.page, 3, step=int(lab.run_and_wait(4)[0]["text"]))
+    assert lab.evaluate(STILL) > 500
+    lab.wait_for("return !document.querySelector('img.dnb-still');")
     tab = lab.another()
     wait_for_curve(tab.page, 3, step=last_step(lab.page, 3))
     tab.output_area(3).get_by_role("button", name="Pause").click()
