@@ -17,7 +17,7 @@ LOSS_PIXELS, SMALL_PIXELS, GAP_PIXELS = 280, 84, 28
 LEGEND_LINE_PIXELS = 20
 MAX_POINTS = 300
 MAX_SMALL_POINTS = 200
-MAX_NAME = 40
+MAX_NAME = 30  # with what follows it, as much as half of a page of usual width has room for
 _SMALL = (("samples_per_second", "samples per second", "y4"), ("lr", "learning rate", "y5"))
 
 
