@@ -7,10 +7,11 @@ While the guardian still imports torch, orders wait in the queue of the socket.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
 import os
+import select
+import signal
 import socket
 import struct
 import sys
@@ -84,14 +85,19 @@ class Nursery:
             except (OSError, msgspec.MsgspecError) as error:
                 log.warning("an order for an engine was refused: %s", error)
                 return
+            if _has_gone(caller):  # it has given up, and would not know of the engine
+                os.close(output)
+                return
             guardian = os.getpid()
             pid = os.fork()
             if pid == 0:
                 _be_engine(order, output, guardian)
             self._engines.add(pid)
             os.close(output)
-            with contextlib.suppress(OSError):  # who asked has gone: the engine registers all the same
+            try:
                 caller.sendall(b"%d" % pid)
+            except OSError:
+                os.kill(pid, signal.SIGKILL)
 
     def bury(self) -> None:
         """Let engines that have ended leave the table of processes."""
@@ -114,7 +120,13 @@ def warm_up() -> None:
 
 
 def fork_engine(
-    cluster_id: str, arguments: list[str], *, environment: Mapping[str, str], folder: str, output: int
+    cluster_id: str,
+    arguments: list[str],
+    *,
+    environment: Mapping[str, str],
+    folder: str,
+    output: int,
+    timeout_seconds: float = ANSWER_SECONDS,
 ) -> int:
     """Ask a pool's guardian of this host for an engine; its pid.
 
@@ -124,13 +136,14 @@ def fork_engine(
         environment: all of it.
         folder: to work in.
         output: descriptor of an open file for what it prints.
+        timeout_seconds: how long the guardian may take.
 
     Raises:
         PoolError: the guardian does not answer.
     """
     order = Order(arguments=tuple(arguments), environment=dict(environment), folder=folder)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
-        line.settimeout(ANSWER_SECONDS)
+        line.settimeout(timeout_seconds)
         try:
             line.connect(_address(cluster_id))
             if not _is_own(line):
@@ -139,11 +152,22 @@ def fork_engine(
             line.sendall(msgspec.msgpack.encode(order))
             line.shutdown(socket.SHUT_WR)
             answer = line.recv(32)
+        except TimeoutError as error:
+            raise PoolError(
+                f"the guardian of pool {cluster_id} did not answer within {timeout_seconds:.3g} s"
+            ) from error
         except OSError as error:
             raise PoolError(f"the guardian of pool {cluster_id} does not answer: {error}") from error
     if not answer:
         raise PoolError(f"the guardian of pool {cluster_id} has started no engine: its log says why")
     return int(answer)
+
+
+def _has_gone(caller: socket.socket) -> bool:
+    """Whether the other side is closed; that it sends nothing more is not enough."""
+    poller = select.poll()
+    poller.register(caller, select.POLLHUP)
+    return bool(poller.poll(0))
 
 
 def _take(caller: socket.socket) -> tuple[Order, int]:

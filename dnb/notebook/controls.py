@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from html import escape
+from typing import Any
 
 import ipywidgets as widgets
 
@@ -35,7 +36,7 @@ _STYLE = """<style>
 .dnb-words-text ul{margin:0;padding-left:1.4em;line-height:1.5;overflow-wrap:anywhere;
 color:var(--jp-ui-font-color1,inherit)}
 .dnb-notice .widget-html-content:empty{display:none}
-.dnb-axis .mod-active{font-weight:bold;text-decoration:underline}
+.dnb-chosen .mod-active,.dnb-chosen.mod-active{font-weight:bold;text-decoration:underline}
 </style>"""
 
 
@@ -45,6 +46,7 @@ class Controls:
     Args:
         run: whose progress is shown.
         on_axis: called with "step", "samples" or "time" when another x axis is chosen.
+        on_loss_scale: called with "linear" or "log" when the loss is to be on another scale.
         clock: seconds from any origin.
     """
 
@@ -53,10 +55,12 @@ class Controls:
         run: RunView,
         *,
         on_axis: Callable[[str], None] | None = None,
+        on_loss_scale: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._run = run
         self._on_axis = on_axis
+        self._on_loss_scale = on_loss_scale
         self._clock = clock
         self._refreshing = threading.RLock()
         self._shown_status = ""
@@ -84,11 +88,17 @@ class Controls:
             style={"button_width": "92px"},
             layout=widgets.Layout(width="auto", margin="2px 8px"),
         )
+        self.log_loss = widgets.ToggleButton(
+            description="log loss",
+            tooltip="the loss on a logarithmic scale",
+            layout=widgets.Layout(width="92px", margin="2px 16px"),
+        )
         self.box, self.widgets = self._laid_out()
         self.pause_button.on_click(lambda _: self._act("resume" if self._run.status == "paused" else "pause"))
         self.stop_button.on_click(lambda _: self._act("stop"))
         self.checkpoint_button.on_click(lambda _: self._act("checkpoint"))
         self.axis.observe(lambda change: self._on_axis and self._on_axis(change["new"]), names="value")
+        self.log_loss.observe(self._change_scale, names="value")
         self.refresh()
 
     def refresh(self) -> None:
@@ -160,6 +170,10 @@ class Controls:
         if has_ended(run):
             self._pending.clear()
 
+    def _change_scale(self, change: dict[str, Any]) -> None:
+        if self._on_loss_scale is not None:
+            self._on_loss_scale("log" if change["new"] else "linear")
+
     def _act(self, verb: str) -> None:
         # it may wait for the hub: the kernel's main thread must not
         with self._refreshing:
@@ -209,16 +223,30 @@ class Controls:
             layout=widgets.Layout(margin="0 8px", flex="1 1 auto"),
         )
         label = widgets.HTML(_html("x axis:"))
-        choice = widgets.HBox([label, self.axis], layout=widgets.Layout(align_items="center"))
+        choice = widgets.HBox([self.log_loss, label, self.axis], layout=widgets.Layout(align_items="center"))
         below = widgets.HBox([head, choice], layout=widgets.Layout(align_items="center", flex_flow="row wrap"))
         chart_in_words = widgets.VBox([below, self.words])
         chart_in_words.add_class("dnb-words")
         self.words.add_class("dnb-words-text")
-        self.axis.add_class("dnb-axis")
+        for chosen in (self.axis, self.log_loss):
+            chosen.add_class("dnb-chosen")
         self.notice.add_class("dnb-notice")
         parts = [style, row, self.status, self.notice, self.diagnosis, self.cards, chart_in_words]
         box = widgets.VBox(parts)
-        return box, (box, *parts, below, head, choice, label, self.axis, self.words, self.progress, self.pace, *buttons)
+        return box, (
+            box,
+            *parts,
+            below,
+            head,
+            choice,
+            label,
+            self.log_loss,
+            self.axis,
+            self.words,
+            self.progress,
+            self.pace,
+            *buttons,
+        )
 
 
 def _button(description: str, *, icon: str, tooltip: str) -> widgets.Button:

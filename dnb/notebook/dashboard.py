@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
@@ -44,8 +44,8 @@ class Dashboard:
         self._is_over = False
         self._display_ids: list[str] = []
         self._drawing = LiveDrawing(run)
-        self._x = "step"
-        self.controls = Controls(run, on_axis=self.choose_axis)
+        self._x, self._loss_scale = "step", "linear"
+        self.controls = Controls(run, on_axis=self.choose_axis, on_loss_scale=self.choose_loss_scale)
         self.figure: LiveFigure | None = None
         self.box = widgets.VBox([self.controls.box])
         self._painter = Painter(
@@ -76,7 +76,7 @@ class Dashboard:
         display_id = new_display_id(self._run)
         with self._ending:
             if self._is_over:
-                self._publish(behind_chart(bundle(self._run, with_image=True, x=self._x)), display_id=display_id)
+                self._publish(self._plain(), display_id=display_id)
                 return
             words = f"{progress_line(self._run)} when this view was opened: %dtrain dashboard shows the run as it is"
             view = {**self.box._repr_mimebundle_(), "text/plain": words}
@@ -90,6 +90,14 @@ class Dashboard:
             ArgumentError: there is no such x axis.
         """
         self._x = checked_kind(kind)
+        self._paint_soon()
+
+    def choose_loss_scale(self, scale: str) -> None:
+        """Let the loss be on a "linear" or "log" scale from now on."""
+        self._loss_scale = scale
+        self._paint_soon()
+
+    def _paint_soon(self) -> None:
         self._painter.hurry()
         if self._is_over:  # a reloaded page still shows the widgets, and the painter is gone
             self.paint()
@@ -102,7 +110,7 @@ class Dashboard:
         self.controls.refresh()
         if self.figure is None and has_ended(self._run):
             return  # nobody would see it
-        drawing = self._drawing.draw(x=self._x, is_whole=has_ended(self._run))
+        drawing = self._drawing.draw(x=self._x, loss_scale=self._loss_scale, is_whole=has_ended(self._run))
         if self.figure is None:
             self._add_figure(drawing)
         else:
@@ -140,7 +148,7 @@ class Dashboard:
             self._replace_by_plain_output()
 
     def _replace_by_plain_output(self) -> None:
-        plain = behind_chart(bundle(self._run, with_image=True, x=self._x))
+        plain = self._plain()
         with self._ending:
             self._is_over = True
             for display_id in self._display_ids:
@@ -148,6 +156,9 @@ class Dashboard:
         # a reloaded page has forgotten the display ids and still shows the widgets; else they are 5 MB for nothing
         if self.figure is not None and not self.was_reloaded:
             self._close_widgets()
+
+    def _plain(self) -> dict[str, Any]:
+        return behind_chart(bundle(self._run, with_image=True, x=self._x, loss_scale=self._loss_scale))
 
     def _close_widgets(self) -> None:
         for widget in (self.box, self.figure, *self.controls.widgets):

@@ -7,7 +7,7 @@ from typing import Any
 
 from dnb.notebook import gantt, panels
 from dnb.notebook.abscissa import Abscissa, abscissa
-from dnb.notebook.loss_panel import loss_part
+from dnb.notebook.loss_panel import loss_part, with_loss_scale
 from dnb.notebook.markers import Ranges, marker_part
 from dnb.notebook.pace_panels import norm_part, pace_part, rate_part
 from dnb.notebook.panels import Part
@@ -55,18 +55,20 @@ def room(run: RunView) -> Room:
     return Room(AXIS_PIXELS + LEGEND_PIXELS + GAP_PIXELS + words + gantt.LEGEND_PIXELS + gantt.rows_pixels(timeline))
 
 
-def figure(run: RunView, *, x: str = "step") -> panels.Figure:
+def figure(run: RunView, *, x: str = "step", loss_scale: str = "linear") -> panels.Figure:
     """The whole figure for the run as it is now.
 
     Args:
         run: the run.
         x: what the x axes count: "step", "samples" or "time".
+        loss_scale: "linear" or "log".
 
     Raises:
         ArgumentError: there is no such x axis.
     """
     along, place = abscissa(run, x), room(run)
-    return assembled({name: part(run, along, place) for name, part in PARTS.items()}, place)
+    whole = assembled({name: part(run, along, place) for name, part in PARTS.items()}, place)
+    return with_loss_scale(whole, scale=loss_scale, has_button=True)
 
 
 def assembled(parts: dict[str, Part], place: Room) -> panels.Figure:

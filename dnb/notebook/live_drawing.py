@@ -9,6 +9,7 @@ from typing import Any
 from dnb.notebook import panels
 from dnb.notebook.abscissa import abscissa
 from dnb.notebook.figures import PARTS, assembled, room, structure
+from dnb.notebook.loss_panel import with_loss_scale
 from dnb.notebook.panels import Part
 from dnb.notebook.views import RunView
 
@@ -35,11 +36,12 @@ class LiveDrawing:
         self._num_events = 0
         self._drawn: tuple[Any, ...] = ()
 
-    def draw(self, *, x: str = "step", is_whole: bool = False) -> panels.Figure:
+    def draw(self, *, x: str = "step", loss_scale: str = "linear", is_whole: bool = False) -> panels.Figure:
         """The figure: all of it the first time, when its panels change, or if asked; else what is new and its turn.
 
         Args:
             x: what the x axes count.
+            loss_scale: "linear" or "log".
             is_whole: leave nothing for the next time, for there is none.
         """
         along, place = abscissa(self._run, x), room(self._run)
@@ -50,7 +52,8 @@ class LiveDrawing:
         for name in due:
             self._parts[name] = PARTS[name](self._run, along, place)
         self._drawn, self._num_events = state, len(self._run.events)
-        return assembled({name: self._parts[name] for name in PARTS}, place)
+        whole = assembled({name: self._parts[name] for name in PARTS}, place)
+        return with_loss_scale(whole, scale=loss_scale, has_button=False)  # it is in the strip above
 
     def _due(self) -> set[str]:
         num_turns = min(max(int((self._clock() - self._last_turn) / TURN_SECONDS), 1), len(TURNS))

@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 import uuid
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,7 @@ class LiveFigure(go.FigureWidget):
 
     def _change(self, drawing: panels.Figure) -> None:
         old = self._shown["layout"]
-        if _counted(old) != _counted(drawing["layout"]):
-            old = {key: value for key, value in old.items() if not key.startswith(("xaxis", "yaxis"))}
-        layout = panels.changes(old, drawing["layout"])
+        layout = panels.changes(_without(old, _renewed(old, drawing["layout"])), drawing["layout"])
         whole = {key: value for key, value in layout.items() if isinstance(value, dict) or _is_of_dicts(value)}
         if whole:  # as many objects as before: plotly must make or forget them
             with self.batch_update():
@@ -179,7 +178,7 @@ def _assign(target: Any, values: dict[str, Any]) -> None:
         target[key] = value
 
 
-def _without(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+def _without(values: dict[str, Any], others: Container[str]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in others}
 
 
@@ -188,9 +187,11 @@ def _is_of_dicts(value: object) -> bool:
     return value is None or (isinstance(value, list) and (not value or isinstance(value[0], dict)))
 
 
-def _counted(layout: dict[str, Any]) -> Any:
-    """What the x axis counts, and in which unit."""
-    return layout["xaxis"]["title"]["text"]
+def _renewed(old: dict[str, Any], new: dict[str, Any]) -> set[str]:
+    """The axes on which a user's zoom would say something else: all, if x counts something else or in another unit."""
+    if old["xaxis"]["title"]["text"] != new["xaxis"]["title"]["text"]:
+        return {key for key in old if key.startswith(("xaxis", "yaxis"))}
+    return {"yaxis"} if old["yaxis"].get("type") != new["yaxis"].get("type") else set()
 
 
 def _place(trace: dict[str, Any]) -> tuple[Any, ...]:

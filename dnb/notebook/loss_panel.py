@@ -102,8 +102,24 @@ def _steps_axis(along: Abscissa, *, last_step: int, anchor: str) -> dict[str, An
     }
 
 
-def _log_button(*, y: float) -> dict[str, Any]:
+def with_loss_scale(drawing: panels.Figure, *, scale: str, has_button: bool) -> panels.Figure:
+    """The figure of a run with its loss on this scale.
+
+    Args:
+        drawing: with a linear scale.
+        scale: "linear" or "log".
+        has_button: whether the figure has a button for the other scale. plotly.js lets no keyboard reach it, so that
+            there should be another way if there can be.
+    """
+    layout = drawing["layout"]
+    menus = [_log_button(y=menu["y"], scale=scale) for menu in layout["updatemenus"]] if has_button else []
+    return {**drawing, "layout": {**layout, "yaxis": {**layout["yaxis"], "type": scale}, "updatemenus": menus}}
+
+
+def _log_button(*, y: float, scale: str = "linear") -> dict[str, Any]:
     """A button of the figure itself: it works in a saved notebook, too."""
+    toggle = [{"yaxis.type": "log"}], [{"yaxis.type": "linear"}]
+    first, second = toggle if scale == "linear" else toggle[::-1]
     return {
         "type": "buttons",
         "x": 0,
@@ -120,8 +136,8 @@ def _log_button(*, y: float) -> dict[str, Any]:
             {
                 "label": "log loss",
                 "method": "relayout",
-                "args": [{"yaxis.type": "log"}],
-                "args2": [{"yaxis.type": "linear"}],
+                "args": first,
+                "args2": second,
             }
         ],
     }

@@ -131,6 +131,8 @@ class _Drawing:
         elif x.get("type") != "category":
             axes.xaxis.set_major_locator(MaxNLocator(nbins=x.get("nticks", 8) - 1, integer=x.get("tickformat") == ","))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        if y.get("type") == "log":
+            axes.set_yscale("log")
         if "range" in y:
             axes.set_ylim(*y["range"])
         if y.get("rangemode") == "tozero" and axes.has_data():

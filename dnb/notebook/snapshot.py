@@ -24,15 +24,16 @@ _TITLE_COLUMNS = 92
 _TITLE_TOP_PIXELS, _TITLE_BASELINE_PIXELS = 10, 19
 
 
-def bundle(run: RunView, *, with_image: bool, x: str = "step") -> dict[str, Any]:
+def bundle(run: RunView, *, with_image: bool, x: str = "step", loss_scale: str = "linear") -> dict[str, Any]:
     """The run as a mime bundle: chart, words, and an image if asked.
 
     Args:
         run: drawn as it is now.
         x: what the x axes count: "step", "samples" or "time".
+        loss_scale: "linear" or "log".
         with_image: also draw a PNG, for readers without plotly; left out if matplotlib is not installed.
     """
-    drawing = _titled(figure(run, x=x), run=run)
+    drawing = _titled(figure(run, x=x, loss_scale=loss_scale), run=run)
     content = {PLOTLY_MIME: plotly_json(drawing), "text/plain": summary(run)}
     image = png(drawing) if with_image else None
     return content if image is None else {**content, "image/png": image}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import select
+import time
 from typing import Any
 
 import psutil
+import traitlets
 from ipyparallel.cluster.launcher import LocalEngineLauncher, LocalEngineSetLauncher, ipengine_cmd_argv
 
-from dnb.hub.nursery import CAN_FORK, fork_engine
+from dnb.hub.nursery import ANSWER_SECONDS, CAN_FORK, fork_engine
 
 
 class ForkedEngineLauncher(LocalEngineLauncher):
@@ -26,6 +28,7 @@ class ForkedEngineLauncher(LocalEngineLauncher):
                 environment={**os.environ, **self.get_env()},
                 folder=os.path.abspath(self.work_dir),
                 output=output.fileno(),
+                timeout_seconds=max(self.parent.answer_by - time.monotonic(), 0.1),
             )
         self.process = psutil.Process(self.pid)
         self.notify_start(self.pid)
@@ -53,6 +56,11 @@ class ForkedEngineSetLauncher(LocalEngineSetLauncher):
     """Several engines of this host."""
 
     launcher_class = ForkedEngineLauncher
+    answer_by = traitlets.Float(help="when the guardian must have answered, on the monotonic clock")
+
+    @traitlets.default("answer_by")
+    def _answer_in_time(self) -> float:
+        return time.monotonic() + ANSWER_SECONDS
 
 
 def engine_launcher(name: str) -> Any:

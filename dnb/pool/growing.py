@@ -70,16 +70,22 @@ class EngineStarter:
         """
         with self._lock, long_work(f"starting {n} engine{'s' if n > 1 else ''}") as report:
             cluster = self._cluster = self._cluster or reopen_cluster(self._profile_dir, self._cluster_id)
-            attempt = _Attempt(self._client, n, deadline=time.monotonic() + timeout_seconds, cancelled=self._cancelled)
+            deadline = time.monotonic() + timeout_seconds
+            attempt = _Attempt(self._client, n, deadline=deadline, cancelled=self._cancelled)
+            is_forked = issubclass(cluster.engine_launcher_class, ForkedEngineSetLauncher)
+            limit = {"answer_by": deadline} if is_forked else {}
+            earlier = set(cluster.engines)
             try:
-                set_id = cluster.start_engines_sync(n, environment=thread_environment(num_threads))
+                set_id = cluster.start_engines_sync(n, environment=thread_environment(num_threads), **limit)
                 attempt.watch(cluster.engines[set_id], stop=partial(cluster.stop_engines_sync, set_id))
                 attempt.wait_until_registered(report)
                 file = self._profile_dir / "security" / f"ipcontroller-{self._cluster_id}-engine.json"
                 attempt.join(report, connection_file=str(file), num_threads=num_threads)
             except BaseException as error:
+                for set_id in cluster.engines.keys() - earlier:
+                    attempt.own(cluster.engines[set_id])
                 attempt.end_the_rest()
-                if isinstance(error, TimeoutError | RuntimeError | OSError | ipyparallel.error.RemoteError):
+                if isinstance(error, TimeoutError | RuntimeError | OSError | ipyparallel.error.RemoteError | PoolError):
                     raise PoolError(attempt.failure(error, timeout_seconds=timeout_seconds)) from error
                 raise
             return sorted(attempt.joined)
@@ -110,13 +116,17 @@ class _Attempt:
 
     def watch(self, launcher: Any, *, stop: Callable[[], object]) -> None:
         """Know the processes, where they are this host's; else only how to stop all of them."""
-        self._launcher, self._stop = launcher, stop
-        if type(launcher) not in LOCAL_LAUNCHERS:  # their subclasses have the pids of other hosts
-            return
-        found = [find_process(each.pid) for each in list(launcher.launchers.values())]
-        self._processes = [process for process in found if process is not None]
-        if len(self._processes) < self._num_engines:
+        self._stop = stop
+        self.own(launcher)
+        if type(launcher) in LOCAL_LAUNCHERS and len(self._processes) < self._num_engines:
             raise RuntimeError("an engine ended at once")
+
+    def own(self, launcher: Any) -> None:
+        """Know the processes that this launcher has started so far, where they are this host's."""
+        self._launcher = launcher
+        if type(launcher) in LOCAL_LAUNCHERS:  # their subclasses have the pids of other hosts
+            found = [find_process(each.pid) for each in list(launcher.launchers.values()) if each.pid > 0]
+            self._processes = [process for process in found if process is not None]
 
     def wait_until_registered(self, report: Report) -> None:
         """Wait until ipyparallel knows all of them."""

@@ -109,10 +109,10 @@ def test_the_strip_shows_foreign_text_and_is_reached_by_keyboard(lab, notebook_f
 
     area.get_by_role("button", name="Pause").focus()
     reached = []
-    for _ in range(7):
+    for _ in range(8):
         reached.append(lab.evaluate("return document.activeElement.innerText.trim();"))
         lab.page.keyboard.press("Tab")
-    assert reached == ["Pause", "Stop", "Checkpoint", "this chart in words", "step", "samples", "time"]
+    assert reached == ["Pause", "Stop", "Checkpoint", "this chart in words", "log loss", "step", "samples", "time"]
     area.get_by_role("button", name="Checkpoint").focus()
     lab.page.keyboard.press("Enter")
     area.get_by_text("checkpoint written: /work/checkpoints/step-10").wait_for()

@@ -9,6 +9,7 @@ import sys
 import psutil
 import pytest
 
+from dnb.errors import PoolError
 from dnb.hub import nursery
 from dnb.pool.starting import start_pool
 from dnb.training import Pool
@@ -97,6 +98,19 @@ def test_an_engine_that_was_killed_leaves_no_zombie(pool):
     victim = pool.engines[1]
     os.kill(victim.pid, signal.SIGKILL)
     until(lambda: not psutil.pid_exists(victim.pid), what="the guardian has buried it")
+
+
+def test_a_guardian_that_stands_still_is_waited_for_as_long_as_was_said_and_starts_nothing_later(pool):
+    guardian = psutil.Process(pool.facts.guardian.pid)
+    before = {child.pid for child in guardian.children()}
+    guardian.suspend()
+    try:
+        with pytest.raises(PoolError, match=r"1 of 1 engines did not come up, .*: the guardian .* within 0\.\d+ s"):
+            pool.add(1, timeout_seconds=0.5)
+    finally:
+        guardian.resume()
+    assert len(pool.add(1)) == 1  # taken after the order that nobody waits for
+    assert len({child.pid for child in guardian.children()} - before) == 1
 
 
 @pytest.mark.parametrize("words", [b"", b"\n", b"no order at all"], ids=str)

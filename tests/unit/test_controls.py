@@ -295,8 +295,18 @@ def test_axes_are_step_samples_and_time():
     assert Controls(FakeRun()).axis.options == ("step", "samples", "time")
 
 
-def test_an_axis_can_be_chosen_when_nobody_draws():
-    Controls(FakeRun()).axis.value = "samples"
+def test_an_axis_and_a_scale_can_be_chosen_when_nobody_draws():
+    controls = Controls(FakeRun())
+    controls.axis.value = "samples"
+    controls.log_loss.value = True
+
+
+def test_a_scale_of_the_loss_is_told_to_whoever_draws():
+    chosen = []
+    controls = Controls(FakeRun(), on_loss_scale=chosen.append)
+    controls.log_loss.value = True
+    controls.log_loss.value = False
+    assert chosen == ["log", "linear"]
 
 
 def test_the_strip_has_a_sentence_of_diagnosis():

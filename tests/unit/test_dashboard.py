@@ -470,6 +470,28 @@ def test_an_axis_that_was_chosen_is_painted_soon_and_kept_at_the_end(dashboard, 
     assert notebook.shown()[0][PLOTLY_MIME]["layout"]["xaxis"]["title"]["text"].startswith("time")
 
 
+def test_a_logarithmic_loss_is_painted_soon_and_kept_at_the_end(dashboard, run, notebook):
+    wait_until(lambda: dashboard.figure is not None)
+    dashboard.show()
+    dashboard.controls.log_loss.value = True
+    wait_until(lambda: dashboard.figure.layout.yaxis.type == "log")
+    run.end("finished")
+    assert dashboard.join(timeout_seconds=30)
+    layout = notebook.shown()[0][PLOTLY_MIME]["layout"]
+    assert layout["yaxis"]["type"] == "log"
+    assert layout["updatemenus"][0]["buttons"][0]["args"] == [{"yaxis.type": "linear"}]  # what a click is to do next
+
+
+def test_another_scale_of_the_loss_keeps_the_zoom_along_the_steps():
+    run = full_run(num_steps=200)
+    drawing = LiveDrawing(run)
+    live = LiveFigure(drawing.draw())
+    zoom = {"xaxis.range[0]": 2, "xaxis.range[1]": 5, "yaxis.range[0]": 0, "yaxis.range[1]": 1}
+    live.set_state({"_js2py_relayout": {"relayout_data": zoom, "source_view_id": "a"}})
+    live.paint(drawing.draw(loss_scale="log"))
+    assert (live.layout.xaxis.range, live.layout.yaxis.range, live.layout.yaxis.type) == ((2, 5), None, "log")
+
+
 @pytest.mark.parametrize("which", ["box", "figure"])
 def test_a_dashboard_whose_widgets_were_closed_stops_painting_and_leaves_the_run(dashboard, run, caplog, which):
     wait_until(lambda: dashboard.figure is not None)
