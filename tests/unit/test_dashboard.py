@@ -11,6 +11,7 @@ from dnb.notebook.controls import Controls
 from dnb.notebook.dashboard import Dashboard
 from dnb.notebook.live_drawing import TURNS, LiveDrawing
 from dnb.notebook.live_figure import LiveFigure
+from dnb.notebook.loss_panel import with_loss_scale
 from dnb.notebook.snapshot import PLOTLY_MIME
 from dnb.notebook.still_image import SVG_MIME
 from tests.fake_runs import FakeHistory, FakeRun, FakeWorker, advance, long_run, usage_rows, wait_until
@@ -373,6 +374,11 @@ def test_a_refresh_of_everything_sends_less_than_20_kilobytes():
     assert 8_000 < max(sizes) < 20_000
 
 
+def without_button(run):
+    """The whole figure, as it is below a strip with buttons of its own."""
+    return with_loss_scale(figures.figure(run), scale="linear", has_button=False)
+
+
 def test_slow_panels_come_to_what_the_whole_figure_would_be():
     run = full_run(num_steps=3000, num_engines=2)
     drawing = LiveDrawing(run)
@@ -380,7 +386,7 @@ def test_slow_panels_come_to_what_the_whole_figure_would_be():
     advance_all(run)
     for _ in TURNS:
         live = drawing.draw()
-    whole = figures.figure(run)
+    whole = without_button(run)
     assert panels.changes(live["layout"], whole["layout"]) == {}
     assert [panels.changes(a, b) for a, b in zip(live["data"], whole["data"], strict=True)] == [{}] * 18
 
@@ -391,7 +397,7 @@ def test_a_page_that_is_seldom_painted_has_all_panels_up_to_date_as_soon_as_othe
     drawing = LiveDrawing(run, clock=lambda: next(times))
     drawing.draw()
     advance_all(run)
-    assert panels.changes(drawing.draw()["layout"], figures.figure(run)["layout"]) == {}
+    assert panels.changes(drawing.draw()["layout"], without_button(run)["layout"]) == {}
 
 
 def test_a_column_that_did_not_change_is_not_sent_again():
