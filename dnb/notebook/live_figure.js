@@ -55,15 +55,24 @@ function leaveStill(name, el) {
   const svg = shown.replaceAll(location.href.split("#")[0], "");
   stills[name] = { width, height, svg };
   try {
+    sessionStorage.removeItem(STILLS);
     sessionStorage.setItem(STILLS, JSON.stringify(stills));
   } catch {
-    sessionStorage.removeItem(STILLS); // there is no room: nothing is shown then
+    // there is no room, or this is a frame that may keep nothing: nothing is shown then
+  }
+}
+
+function left(name) {
+  try {
+    return JSON.parse(sessionStorage.getItem(STILLS))?.[name];
+  } catch {
+    return undefined;
   }
 }
 
 // As an image, in which no script runs.
 function still(name) {
-  const { width, height, svg } = JSON.parse(sessionStorage.getItem(STILLS) ?? "{}")[name] ?? {};
+  const { width, height, svg } = left(name) ?? {};
   if (!svg) return null;
   const image = new Image(width, height);
   const size = `width="${width}" height="${height}"`;
