@@ -41,10 +41,17 @@ async function load(context) {
 }
 
 // Even when it has come, a browser reads plotly.js for a second or two. Until then a page that was reloaded shows what it
-// showed before: each view leaves its picture in the tab's storage when the page goes, all in one entry, so that those
-// of figures that never come back are gone with the next.
+// showed before: each view leaves its picture in the tab's storage when the page goes, all of a page in one entry.
 const STILLS = "dnb: stills";
-const stills = {};
+const stills = (globalThis[STILLS] ??= { before: stored(), now: {} });
+
+function stored() {
+  try {
+    return JSON.parse(sessionStorage.getItem(STILLS)) ?? {};
+  } catch {
+    return {}; // a frame that may keep nothing
+  }
+}
 
 function leaveStill(name, el) {
   const layers = [...el.querySelectorAll(".main-svg")];
@@ -53,26 +60,18 @@ function leaveStill(name, el) {
   // patterns are named by the page's address, which a picture does not know
   const shown = layers.map((layer) => new XMLSerializer().serializeToString(layer)).join("");
   const svg = shown.replaceAll(location.href.split("#")[0], "");
-  stills[name] = { width, height, svg };
+  stills.now[name] = { width, height, svg };
   try {
     sessionStorage.removeItem(STILLS);
-    sessionStorage.setItem(STILLS, JSON.stringify(stills));
+    sessionStorage.setItem(STILLS, JSON.stringify(stills.now));
   } catch {
-    // there is no room, or this is a frame that may keep nothing: nothing is shown then
-  }
-}
-
-function left(name) {
-  try {
-    return JSON.parse(sessionStorage.getItem(STILLS))?.[name];
-  } catch {
-    return undefined;
+    // there is no room for it
   }
 }
 
 // As an image, in which no script runs.
 function still(name) {
-  const { width, height, svg } = left(name) ?? {};
+  const { width, height, svg } = stills.before[name] ?? {};
   if (!svg) return null;
   const image = new Image(width, height);
   const size = `width="${width}" height="${height}"`;
@@ -86,7 +85,8 @@ function still(name) {
 
 async function draw(figure, context) {
   const { model, el } = context;
-  const before = still(model.get("_still_name"));
+  const name = model.get("_still_name");
+  const before = still(name);
   if (before) {
     el.append(before);
     el.style.minHeight = `${before.height}px`;
@@ -102,9 +102,10 @@ async function draw(figure, context) {
   const end = (await figure).render(context);
   void drawn.then(() => {
     before?.remove();
+    delete stills.before[name];
     el.style.minHeight = "";
   });
-  const leave = () => leaveStill(model.get("_still_name"), el);
+  const leave = () => leaveStill(name, el);
   window.addEventListener("pagehide", leave);
   const stop = await end;
   return () => {

@@ -63,6 +63,12 @@ class ForkedEngineSetLauncher(LocalEngineSetLauncher):
         return time.monotonic() + ANSWER_SECONDS
 
 
+def birth_limit(cluster: Any, *, seconds: float) -> dict[str, float]:
+    """What `cluster.start_engines` is to be given so that the guardian is not waited for any longer."""
+    is_ours = issubclass(cluster.engine_launcher_class, ForkedEngineSetLauncher)
+    return {"answer_by": time.monotonic() + seconds} if is_ours else {}
+
+
 def engine_launcher(name: str) -> Any:
     """The launcher of that name; local engines are forked where that is safe."""
     return ForkedEngineSetLauncher if CAN_FORK and name.lower() == "local" else name

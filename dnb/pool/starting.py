@@ -19,7 +19,7 @@ from traitlets.config import Config
 from dnb.errors import ArgumentError, PoolError, nearest
 from dnb.planning.capacity import check_num_engines, choose_num_threads
 from dnb.pool.engine_pool import EnginePool
-from dnb.pool.forking import engine_launcher
+from dnb.pool.forking import birth_limit, engine_launcher
 from dnb.pool.growing import count_ready, quiet_log, start_joining, thread_environment
 from dnb.progress import Report, long_work
 from dnb.records import PoolFacts
@@ -33,6 +33,8 @@ MakePool = Callable[..., P]
 # A beat of ipyparallel's heart monitor registers a new engine: its default of 3 s makes every start 3 s longer.
 HEARTBEAT_MILLISECONDS = 250
 HEARTBEAT_MISSES = 120  # as long as the default allows: 30 s
+# For a pool that is there to answer; ipyparallel's own 10 s are too short where the machine is busy.
+CONNECT_SECONDS = 60.0
 
 
 def start_pool(
@@ -94,6 +96,7 @@ def adopt_pool(
                 profile_dir=str(profile_dir),
                 ipython_dir=str(profile_dir.parent),
                 cluster_id=facts.cluster_id,
+                timeout=CONNECT_SECONDS,
             )
     except (OSError, ValueError, ipyparallel.TimeoutError) as error:
         raise PoolError(f"the pool {facts.cluster_id} cannot be reached: {error}") from error
@@ -116,7 +119,7 @@ def _bring_up(
 ) -> P:
     report("the controller is on its way")
     cluster.start_controller_sync()
-    cluster.start_engines_sync(n)
+    cluster.start_engines_sync(n, **birth_limit(cluster, seconds=timeout_seconds))
     # ipython_dir: else the client looks for one anew, and prints a warning into the cell if the home cannot be written.
     # timeout: its own of 10 s is too short where the machine is busy.
     client = cluster.connect_client_sync(ipython_dir=str(Path(cluster.profile_dir).parent), timeout=timeout_seconds)
