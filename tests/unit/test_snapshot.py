@@ -65,6 +65,20 @@ def test_the_chart_of_a_long_run_is_under_100_kilobytes():
     assert len(json.dumps(drawing(long_run()))) < 100_000
 
 
+def test_long_columns_are_packed_and_a_loss_that_is_no_number_is_a_gap():
+    losses = [0.5, float("nan"), *[0.25] * 98]
+    chart = drawing(finished(step=100, history=FakeHistory(loss=losses)))["data"]
+    (steps, seen) = next((trace["x"], trace["y"]) for trace in chart if "bdata" in trace.get("x", ()))
+    assert (steps["dtype"], seen["dtype"]) == ("i4", "f4")
+    assert np.frombuffer(base64.b64decode(steps["bdata"]), "<i4").tolist() == list(range(1, 101))
+    assert np.array_equal(np.frombuffer(base64.b64decode(seen["bdata"]), "<f4"), np.float32(losses), equal_nan=True)
+
+
+def test_a_long_title_has_all_of_its_lines_in_the_picture():
+    title = drawing(finished(name="a-name-" * 12))["layout"]["title"]
+    assert ("<br>" in title["text"], title["pad"]["t"]) == (True, 19)
+
+
 def test_the_chart_is_valid_json_when_a_loss_is_nan():
     run = finished(history=FakeHistory(loss=[0.5, float("nan")]))
     assert json.loads(json.dumps(drawing(run), allow_nan=False))["data"][1]["y"] == [0.5, None]
