@@ -80,8 +80,9 @@ class EngineStarter:
                 file = self._profile_dir / "security" / f"ipcontroller-{self._cluster_id}-engine.json"
                 attempt.join(report, connection_file=str(file), num_threads=num_threads)
             except BaseException as error:
-                for set_id in cluster.engines.keys() - earlier:
-                    attempt.own(cluster.engines[set_id])
+                if not attempt.is_watched:  # the first of several may be there
+                    for set_id in cluster.engines.keys() - earlier:
+                        attempt.own(cluster.engines[set_id])
                 attempt.end_the_rest()
                 if isinstance(error, TimeoutError | RuntimeError | OSError | ipyparallel.error.RemoteError | PoolError):
                     raise PoolError(attempt.failure(error, timeout_seconds=timeout_seconds)) from error
@@ -111,6 +112,11 @@ class _Attempt:
         self._stop: Callable[[], object] | None = None
         self._processes: list[Process] = []
         self.joined: dict[int, EngineFacts] = {}
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether it knows of what was started."""
+        return self._launcher is not None
 
     def watch(self, launcher: Any, *, stop: Callable[[], object]) -> None:
         """Know the processes, where they are this host's; else only how to stop all of them."""

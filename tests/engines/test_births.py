@@ -11,6 +11,7 @@ import pytest
 
 from dnb.errors import PoolError
 from dnb.hub import nursery
+from dnb.pool import forking
 from dnb.pool.starting import start_pool
 from dnb.training import Pool
 from tests.engines.pools import until
@@ -111,6 +112,24 @@ def test_a_guardian_that_stands_still_is_waited_for_as_long_as_was_said_and_star
         guardian.resume()
     assert len(pool.add(1)) == 1  # taken after the order that nobody waits for
     assert len({child.pid for child in guardian.children()} - before) == 1
+
+
+def test_of_two_engines_the_first_is_ended_if_there_will_be_no_second(pool, monkeypatch):
+    guardian = psutil.Process(pool.facts.guardian.pid)
+    before = {child.pid for child in guardian.children()}
+    born = []
+
+    def fork_once(*args, **kinds):
+        if born:
+            raise PoolError("the guardian is gone")
+        born.append(nursery.fork_engine(*args, **kinds))
+        return born[0]
+
+    monkeypatch.setattr(forking, "fork_engine", fork_once)
+    with pytest.raises(PoolError, match="2 of 2 engines did not come up, and were ended: the guardian is gone"):
+        pool.add(2)
+    until(lambda: {child.pid for child in guardian.children()} <= before, what="the first has ended")
+    assert (len(born), len(pool.engines)) == (1, 2)
 
 
 @pytest.mark.parametrize("words", [b"", b"\n", b"no order at all"], ids=str)
