@@ -139,7 +139,8 @@ def fork_engine(
         timeout_seconds: how long the guardian may take.
 
     Raises:
-        PoolError: the guardian does not answer.
+        PoolError: there is no guardian, or it starts none.
+        TimeoutError: it does not answer in time.
     """
     order = Order(arguments=tuple(arguments), environment=dict(environment), folder=folder)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
@@ -153,7 +154,7 @@ def fork_engine(
             line.shutdown(socket.SHUT_WR)
             answer = line.recv(32)
         except TimeoutError as error:
-            raise PoolError(
+            raise TimeoutError(
                 f"the guardian of pool {cluster_id} did not answer within {timeout_seconds:.3g} s"
             ) from error
         except OSError as error:

@@ -74,7 +74,10 @@ def start_pool(
     except BaseException as error:
         output = _output(cluster)
         cluster.stop_cluster_sync()
-        if isinstance(error, TimeoutError | RuntimeError | OSError | ipyparallel.TimeoutError):
+        if isinstance(error, TimeoutError | ipyparallel.TimeoutError):
+            way_out = f"%dtrain start -n {n} --timeout-seconds {2 * timeout_seconds:g} waits longer"
+            raise PoolError(f"the pool of {n} engines did not come up: {error}. {way_out}{output}") from error
+        if isinstance(error, PoolError | RuntimeError | OSError):
             raise PoolError(f"the pool of {n} engines did not come up: {error}{output}") from error
         raise
 

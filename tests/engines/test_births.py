@@ -14,7 +14,7 @@ from dnb.hub import nursery
 from dnb.pool import forking
 from dnb.pool.starting import start_pool
 from dnb.training import Pool
-from tests.engines.pools import until
+from tests.engines.pools import open_small_pool, until
 
 pytestmark = [pytest.mark.engines, pytest.mark.skipif(sys.platform != "linux", reason="engines are forked on Linux")]
 
@@ -106,7 +106,9 @@ def test_a_guardian_that_stands_still_is_waited_for_as_long_as_was_said_and_star
     before = {child.pid for child in guardian.children()}
     guardian.suspend()
     try:
-        with pytest.raises(PoolError, match=r"1 of 1 engines did not come up, .*: the guardian .* within 0\.\d+ s"):
+        with pytest.raises(
+            PoolError, match=r"1 of 1 engines did not come up, .*: the limit of 0\.5 s is over\. %dtrain"
+        ):
             pool.add(1, timeout_seconds=0.5)
     finally:
         guardian.resume()
@@ -130,6 +132,24 @@ def test_of_two_engines_the_first_is_ended_if_there_will_be_no_second(pool, monk
         pool.add(2)
     until(lambda: {child.pid for child in guardian.children()} <= before, what="the first has ended")
     assert (len(born), len(pool.engines)) == (1, 2)
+
+
+def test_a_start_whose_guardian_is_too_slow_leaves_nothing_and_says_how_to_wait_longer(
+    leftovers, tmp_path, monkeypatch
+):
+    born = []
+
+    def fork_once(*args, **kinds):
+        if born:
+            raise TimeoutError("the guardian did not answer")
+        born.append(nursery.fork_engine(*args, **kinds))
+        return born[0]
+
+    monkeypatch.setattr(forking, "fork_engine", fork_once)
+    with pytest.raises(PoolError, match=r"2 engines did not come up: the guardian .*-n 2 --timeout-seconds 240 waits"):
+        open_small_pool(2, profile_dir=tmp_path / "profile")
+    assert len(born) == 1
+    leftovers.wait_until_none()
 
 
 @pytest.mark.parametrize("words", [b"", b"\n", b"no order at all"], ids=str)
