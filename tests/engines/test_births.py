@@ -116,18 +116,24 @@ def test_a_guardian_that_stands_still_is_waited_for_as_long_as_was_said_and_star
     assert len({child.pid for child in guardian.children()} - before) == 1
 
 
-def test_of_two_engines_the_first_is_ended_if_there_will_be_no_second(pool, monkeypatch):
-    guardian = psutil.Process(pool.facts.guardian.pid)
-    before = {child.pid for child in guardian.children()}
+def let_one_be_born(monkeypatch, *, then):
+    """From the second engine on the guardian fails so; the list of those that were born."""
     born = []
 
     def fork_once(*args, **kinds):
         if born:
-            raise PoolError("the guardian is gone")
+            raise then
         born.append(nursery.fork_engine(*args, **kinds))
         return born[0]
 
     monkeypatch.setattr(forking, "fork_engine", fork_once)
+    return born
+
+
+def test_of_two_engines_the_first_is_ended_if_there_will_be_no_second(pool, monkeypatch):
+    guardian = psutil.Process(pool.facts.guardian.pid)
+    before = {child.pid for child in guardian.children()}
+    born = let_one_be_born(monkeypatch, then=PoolError("the guardian is gone"))
     with pytest.raises(PoolError, match="2 of 2 engines did not come up, and were ended: the guardian is gone"):
         pool.add(2)
     until(lambda: {child.pid for child in guardian.children()} <= before, what="the first has ended")
@@ -137,15 +143,7 @@ def test_of_two_engines_the_first_is_ended_if_there_will_be_no_second(pool, monk
 def test_a_start_whose_guardian_is_too_slow_leaves_nothing_and_says_how_to_wait_longer(
     leftovers, tmp_path, monkeypatch
 ):
-    born = []
-
-    def fork_once(*args, **kinds):
-        if born:
-            raise TimeoutError("the guardian did not answer")
-        born.append(nursery.fork_engine(*args, **kinds))
-        return born[0]
-
-    monkeypatch.setattr(forking, "fork_engine", fork_once)
+    born = let_one_be_born(monkeypatch, then=TimeoutError("the guardian did not answer"))
     with pytest.raises(PoolError, match=r"2 engines did not come up: the guardian .*-n 2 --timeout-seconds 240 waits"):
         open_small_pool(2, profile_dir=tmp_path / "profile")
     assert len(born) == 1
