@@ -233,20 +233,8 @@ class Controls:
         self.notice.add_class("dnb-notice")
         parts = [style, row, self.status, self.notice, self.diagnosis, self.cards, chart_in_words]
         box = widgets.VBox(parts)
-        return box, (
-            box,
-            *parts,
-            below,
-            head,
-            choice,
-            label,
-            self.log_loss,
-            self.axis,
-            self.words,
-            self.progress,
-            self.pace,
-            *buttons,
-        )
+        inner = (row, chart_in_words, below, choice)
+        return box, (box, *parts, *(child for each in inner for child in each.children))
 
 
 def _button(description: str, *, icon: str, tooltip: str) -> widgets.Button:

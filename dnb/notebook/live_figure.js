@@ -91,24 +91,19 @@ async function draw(figure, context) {
     el.append(before);
     el.style.minHeight = `${before.height}px`;
   }
-  const drawn = new Promise((resolve) => {
-    const see = ({ detail }) => {
-      if (detail.element !== el) return;
-      document.removeEventListener("plotlywidget-after-render", see);
-      resolve();
-    };
-    document.addEventListener("plotlywidget-after-render", see);
-  });
-  const end = (await figure).render(context);
-  void drawn.then(() => {
+  const giveWay = ({ detail }) => {
+    if (detail.element !== el) return;
+    document.removeEventListener("plotlywidget-after-render", giveWay);
     before?.remove();
     delete stills.before[name];
     el.style.minHeight = "";
-  });
+  };
+  document.addEventListener("plotlywidget-after-render", giveWay);
   const leave = () => leaveStill(name, el);
   window.addEventListener("pagehide", leave);
-  const stop = await end;
+  const stop = await (await figure).render(context);
   return () => {
+    document.removeEventListener("plotlywidget-after-render", giveWay);
     window.removeEventListener("pagehide", leave);
     stop?.();
   };
