@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import logging
 import os
 import pickle
@@ -19,11 +18,9 @@ from ipyparallel.engine import app as engine_app
 from ipyparallel.engine import nanny
 from traitlets import default
 
-from dnb.transport.lives import name_process
+from dnb.transport.lives import end_with_parent, name_process
 
 FIRST_FREE_DESCRIPTOR = 3
-# Of <linux/prctl.h>: the kernel sends a signal when the parent ends.
-PR_SET_PDEATHSIG = 1
 
 
 class _Engine(engine_app.IPEngine):
@@ -62,7 +59,7 @@ def be_engine(arguments: list[str], *, environment: Mapping[str, str], folder: s
 def _leave_parent(output: int, *, guardian: int) -> None:
     """A session, descriptors, signal handlers and log of its own; the parent's death is its own."""
     os.setsid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(output, 1)

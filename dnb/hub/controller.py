@@ -6,16 +6,21 @@ client or engine that has a connection file can reach the hub, under every launc
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
+import socket
 import subprocess
 import sys
 from typing import Any
 
 import msgspec
+from ipyparallel.controller import app
 from ipyparallel.controller.app import IPController
+from ipyparallel.controller.heartmonitor import start_heartmonitor
 from traitlets import Float, Integer, Unicode
 
 from dnb.records import HubBinding, HubConfig, Process
-from dnb.transport.lives import this_process
+from dnb.transport.lives import end_with_parent, find_process, this_process
 
 
 class HubChild:
@@ -54,6 +59,48 @@ class HubChild:
             self.process.terminate()
 
 
+class HeldPorts:
+    """Ports that this process has drawn and binds later: until then, no other process is given one of them.
+
+    ipyparallel draws all ports of a controller at once and binds them one by one, some of them seconds later. A
+    connection of any process of the host that is given one of them meanwhile leaves the pool without that socket.
+    """
+
+    def __init__(self) -> None:
+        self._holders: list[socket.socket] = []
+
+    def hold(self, port: int) -> bool:
+        """Keep it for sockets that ask for it by number; False if it has been given away already."""
+        if not CAN_HOLD_PORTS:
+            return True
+        holder = socket.socket()
+        try:
+            holder.bind(("", port))
+        except OSError:
+            holder.close()
+            return False
+        # ZeroMQ sets it, too: two sockets that both allow it share a port as long as one of them does not listen.
+        # Not before the bind, which then would share the port with the holder of another controller.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._holders.append(holder)
+        return True
+
+    def close(self) -> None:
+        """Let go of all of them."""
+        while self._holders:
+            self._holders.pop().close()
+
+
+def start_heart_monitor(**options: Any) -> None:
+    """The process of ipyparallel's heart monitor, which ends with its controller, also with one that is killed."""
+    end_with_parent(signal.SIGKILL)
+    controller = multiprocessing.parent_process()
+    assert controller is not None
+    assert controller.pid is not None
+    if find_process(controller.pid) is not None:  # it has not been killed just before that
+        start_heartmonitor(**options)
+
+
 class DnbController(IPController):
     """`ipcontroller` with a hub; same command line."""
 
@@ -63,6 +110,25 @@ class DnbController(IPController):
 
     _hub: HubChild | None = None
     _binding: HubBinding | None = None
+    _ports: HeldPorts
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._ports = HeldPorts()
+
+    def next_port(self, pool_name: str = "common") -> int:
+        """A port that is free, and stays so for the socket that binds it later."""
+        while True:
+            num_drawn = self._random_port_count
+            port = int(super().next_port(pool_name))
+            is_configured = self._random_port_count == num_drawn
+            if self._ports.hold(port) or is_configured:  # if a port of the user's choice is taken, binding it says so
+                return port
+
+    def init_hub(self) -> None:
+        """Prepare ipyparallel's own hub; what it starts does not outlive this process."""
+        app.start_heartmonitor = start_heart_monitor  # the target of the process
+        super().init_hub()
 
     def save_connection_dict(self, fname: str, cdict: dict[str, Any]) -> None:
         """Write a connection file, with the hub's address for its reader in it."""
@@ -85,7 +151,10 @@ class DnbController(IPController):
     def start(self) -> None:
         """Serve until the hub or a signal ends the pool."""
         self.loop.call_later(HUB_WATCH_SECONDS, self._watch_hub)
-        super().start()
+        try:
+            super().start()
+        finally:
+            self._ports.close()
 
     def _watch_hub(self) -> None:
         """Without a guardian there is no hub: end the pool, and remove what a killed hub could not."""
@@ -124,6 +193,8 @@ class DnbController(IPController):
         )
 
 
+# Whether a socket that is bound and does not listen keeps a port for one that says SO_REUSEADDR.
+CAN_HOLD_PORTS = sys.platform == "linux"
 # How soon the controller notices that the guardian has died.
 HUB_WATCH_SECONDS = 0.2
 

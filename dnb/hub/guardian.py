@@ -31,7 +31,7 @@ from dnb.hub import nursery
 from dnb.hub.pool_files import remove_pool_files
 from dnb.records import HubBinding, HubConfig, Process, Record
 from dnb.transport.channels import CLIENT_ROLE, ENGINE_ROLE, RoleKeys, listen, url_of
-from dnb.transport.lives import name_process, this_process
+from dnb.transport.lives import end_with_parent, name_process, this_process
 from dnb.transport.segments import remove_pool_folders
 
 log = logging.getLogger(__name__)
@@ -225,6 +225,7 @@ def main() -> None:
     guardian = Guardian(config)
     signal.signal(signal.SIGTERM, guardian.end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent(signal.SIGTERM)  # at once, also while torch is imported
     sys.stdout.buffer.write(msgspec.json.encode(guardian.binding) + b"\n")
     sys.stdout.flush()
     guardian.guard()

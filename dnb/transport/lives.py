@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +23,8 @@ LOOK_SECONDS = 0.02
 # Start times are counted from a boot time in whole seconds, which differs by one from look to look, and moves when
 # the clock is set. A pid does not come back so soon.
 CLOCK_SECONDS = 5.0
+# Of <linux/prctl.h>: the kernel sends a signal when the parent ends.
+PR_SET_PDEATHSIG = 1
 
 
 def this_process() -> Process:
@@ -32,6 +36,12 @@ def name_process(name: str) -> None:
     """Let `ps -e`, `top` and the like show a name of at most 15 letters for the calling process, on Linux."""
     with contextlib.suppress(OSError):
         Path("/proc/self/comm").write_text(name)
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Let the kernel signal the calling process when the parent ends, on Linux; one that has ended does not count."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def find_process(pid: int) -> Process | None:
