@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TextIO, TypeVar
 
 import ipyparallel
 import psutil
@@ -22,8 +24,8 @@ from dnb.pool.engine_pool import EnginePool
 from dnb.pool.forking import birth_limit, engine_launcher
 from dnb.pool.growing import count_ready, quiet_log, start_joining, thread_environment
 from dnb.progress import Report, long_work
-from dnb.records import PoolFacts
-from dnb.transport.lives import this_process
+from dnb.records import PoolFacts, Process
+from dnb.transport.lives import find_process, is_alive, this_process
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +37,11 @@ HEARTBEAT_MILLISECONDS = 250
 HEARTBEAT_MISSES = 120  # as long as the default allows: 30 s
 # For a pool that is there to answer; ipyparallel's own 10 s are too short where the machine is busy.
 CONNECT_SECONDS = 60.0
+# For a controller that starts: how long it may take before it is looked whether it lives; twice as long each time.
+FIRST_CONNECT_SECONDS = 1.0
+LOOK_SECONDS = 0.02
+# Lines of a controller's output that go into an error.
+OUTPUT_LINES = 12
 
 
 def start_pool(
@@ -66,20 +73,21 @@ def start_pool(
     num_threads = threads_per_engine or choose_num_threads(cores, num_engines=n)
     _check_writable(profile_dir)
     cluster = _cluster(profile_dir, launcher=launcher, num_threads=num_threads, timeout_seconds=timeout_seconds)
+    controller = _Controller(cluster, deadline=time.monotonic() + timeout_seconds)
     try:
         with long_work(f"starting {n} engine{'s' if n > 1 else ''}") as report:
-            return _bring_up(
-                cluster, make, n=n, num_threads=num_threads, timeout_seconds=timeout_seconds, report=report
-            )
+            return _bring_up(controller, cluster, make, n=n, num_threads=num_threads, report=report)
     except BaseException as error:
-        output = _output(cluster)
+        output = controller.last_words()
         cluster.stop_cluster_sync()
         if isinstance(error, TimeoutError | ipyparallel.TimeoutError):
             way_out = f"%dtrain start -n {n} --timeout-seconds {2 * timeout_seconds:g} waits longer"
             raise PoolError(f"the pool of {n} engines did not come up: {error}. {way_out}{output}") from error
-        if isinstance(error, PoolError | RuntimeError | OSError):
+        if isinstance(error, PoolError | RuntimeError | OSError | ipyparallel.error.KernelError):
             raise PoolError(f"the pool of {n} engines did not come up: {error}{output}") from error
         raise
+    finally:
+        controller.close()
 
 
 def adopt_pool(
@@ -111,29 +119,108 @@ def profile_folder(profile: str | None) -> Path:
     return Path(ipyparallel.Cluster(profile=profile or "", load_profile=False, log=quiet_log()).profile_dir)
 
 
+class _Controller:
+    """The controller of a pool that starts: nothing is waited for any longer than it lives.
+
+    Args:
+        cluster: that has not been started.
+        deadline: of the start, on the monotonic clock.
+    """
+
+    def __init__(self, cluster: ipyparallel.Cluster, *, deadline: float) -> None:
+        self._cluster = cluster
+        self._deadline = deadline
+        self._process: Process | None = None
+        self._output: TextIO | None = None
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline; never less than a look takes."""
+        return max(self._deadline - time.monotonic(), LOOK_SECONDS)
+
+    def start(self) -> None:
+        """Start it; return before it serves."""
+        self._cluster.start_controller_sync()
+        launcher = self._cluster.controller
+        # Held open, as whoever sees it end removes the file: this kernel, and JupyterLab's part of ipyparallel.
+        with contextlib.suppress(FileNotFoundError):
+            self._output = open(launcher.output_file, errors="replace")  # noqa: SIM115
+        self._process = find_process(launcher.pid)
+
+    def connect(self) -> ipyparallel.Client:
+        """A client of it.
+
+        Raises:
+            PoolError: it has ended.
+            TimeoutError: it does not answer.
+        """
+        # ipython_dir: else the client looks for one anew, and prints a warning if the home cannot be written.
+        folder = str(Path(self._cluster.profile_dir).parent)
+        patience = FIRST_CONNECT_SECONDS
+        while True:
+            self.look()
+            limit = min(patience, self.seconds_left)
+            try:
+                return self._cluster.connect_client_sync(ipython_dir=folder, timeout=limit)
+            except ipyparallel.TimeoutError:
+                if limit < patience:
+                    raise
+                patience *= 2
+
+    def wait(self, holds: Callable[[], bool], *, missing: Callable[[], str]) -> None:
+        """Wait until something holds that needs the controller.
+
+        Raises:
+            PoolError: it has ended.
+            TimeoutError: `missing` is what it says.
+        """
+        while not holds():
+            self.look()
+            if time.monotonic() > self._deadline:
+                raise TimeoutError(missing())
+            time.sleep(LOOK_SECONDS)
+
+    def look(self) -> None:
+        """Raise `PoolError` if it has ended."""
+        if self._process is None or not is_alive(self._process):
+            raise PoolError("its controller has ended")
+
+    def last_words(self) -> str:
+        """The last lines of its output, for an error."""
+        if self._output is None:
+            return ""
+        with self._output as file:
+            lines = file.read().strip().splitlines()[-OUTPUT_LINES:]
+        return "\n" + "\n".join(lines) if lines else ""
+
+    def close(self) -> None:
+        """Its output is not needed any more."""
+        if self._output is not None:
+            self._output.close()
+
+
 def _bring_up(
+    controller: _Controller,
     cluster: ipyparallel.Cluster,
     make: MakePool[P],
     *,
     n: int,
     num_threads: int,
-    timeout_seconds: float,
     report: Report,
 ) -> P:
     report("the controller is on its way")
-    cluster.start_controller_sync()
-    cluster.start_engines_sync(n, **birth_limit(cluster, seconds=timeout_seconds))
-    # ipython_dir: else the client looks for one anew, and prints a warning into the cell if the home cannot be written.
-    # timeout: its own of 10 s is too short where the machine is busy.
-    client = cluster.connect_client_sync(ipython_dir=str(Path(cluster.profile_dir).parent), timeout=timeout_seconds)
+    controller.start()
+    cluster.start_engines_sync(n, **birth_limit(cluster, seconds=controller.seconds_left))
+    client = controller.connect()
     try:
         report(lambda: f"{len(client.ids)} of {n} are there")
-        client.wait_for_engines(n, timeout=timeout_seconds, interactive=False)
+        registered = client.wait_for_engines(n, block=False, interactive=False)
+        controller.wait(registered.done, missing=lambda: f"{n - len(client.ids)} of them have not registered")
+        registered.result()
         profile_dir = Path(cluster.profile_dir)
-        connection = json.loads(
-            (profile_dir / "security" / f"ipcontroller-{cluster.cluster_id}-client.json").read_text()
-        )
-        _join_all(client, cluster, num_threads=num_threads, timeout_seconds=timeout_seconds, report=report)
+        security_dir = profile_dir / "security"
+        connection = json.loads((security_dir / f"ipcontroller-{cluster.cluster_id}-client.json").read_text())
+        _join_all(controller, client, cluster, num_threads=num_threads, report=report)
         return make(client, connection, cluster=cluster, **_folders(profile_dir))
     except BaseException:
         client.close(linger=False)
@@ -141,21 +228,29 @@ def _bring_up(
 
 
 def _join_all(
+    controller: _Controller,
     client: ipyparallel.Client,
     cluster: ipyparallel.Cluster,
     *,
     num_threads: int,
-    timeout_seconds: float,
     report: Report,
 ) -> None:
     """Let every engine import torch, start its worker and meet the hub."""
     file = f"{cluster.profile_dir}/security/ipcontroller-{cluster.cluster_id}-engine.json"
     calls = start_joining(
-        client, client.ids, connection_file=file, num_threads=num_threads, timeout_seconds=timeout_seconds
+        client,
+        client.ids,
+        connection_file=file,
+        num_threads=num_threads,
+        timeout_seconds=controller.seconds_left,
     )
     report(lambda: f"{count_ready(calls)} of {len(calls)} have met the hub")
+    controller.wait(
+        lambda: count_ready(calls) == len(calls),
+        missing=lambda: f"{len(calls) - count_ready(calls)} of them have not met the hub",
+    )
     for call in calls.values():
-        call.get(timeout=timeout_seconds)
+        call.get()
 
 
 def _cluster(profile_dir: Path, *, launcher: str, num_threads: int, timeout_seconds: float) -> ipyparallel.Cluster:
@@ -199,13 +294,6 @@ def _check_writable(profile_dir: Path) -> None:
                 f"a pool keeps its connection files in {folder}, which cannot be written ({error.strerror}): "
                 "mend its permissions, or name another profile with %dtrain start --profile NAME"
             ) from error
-
-
-def _output(cluster: ipyparallel.Cluster) -> str:
-    """The last lines of the controller's log, for the error message."""
-    text = cluster.controller.get_output() if cluster.controller is not None else ""
-    lines = text.strip().splitlines()[-12:]
-    return "\n" + "\n".join(lines) if lines else ""
 
 
 def _folders(profile_dir: Path) -> dict[str, Any]:

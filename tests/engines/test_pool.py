@@ -1,8 +1,11 @@
 """Starting, looking at and ending pools."""
 
+import contextlib
 import logging
 import os
+import signal
 import socket
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +14,12 @@ import pytest
 
 from dnb import training
 from dnb.errors import ArgumentError, PoolError
+from dnb.pool import forking
 from dnb.pool.engine_pool import all_processes, describe_engines
 from dnb.pool.starting import profile_folder, start_pool
 from dnb.records import Process
 from dnb.transport.lives import is_alive
+from tests.engines.pools import until
 from tests.models import digits, mlp
 
 pytestmark = pytest.mark.engines
@@ -96,16 +101,49 @@ def test_a_profile_folder_that_cannot_be_written_is_named(tmp_path):
         fresh_pool(profile_dir=tmp_path)
 
 
-def test_a_taken_port_is_told_and_leaves_no_process(leftovers, tmp_path):
+# The first port of all is bound before the connection files are written, the third one for clients after it.
+@pytest.mark.parametrize(("trait", "num_before"), [("ports", 0), ("client_ports", 2)])
+def test_a_taken_port_is_told_and_leaves_no_process(leftovers, tmp_path, trait, num_before):
     before = set(leftovers.find())
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        port = taken.getsockname()[1]
-        (tmp_path / "ipcontroller_config.py").write_text(f"c.IPController.ports = [{port}] * 40\n")
+        ports = [*free_ports(num_before), taken.getsockname()[1]]
+        (tmp_path / "ipcontroller_config.py").write_text(f"c.IPController.{trait} = {ports}\n")
         with pytest.raises(PoolError, match=r"(?s)did not come up.*[Aa]ddress already in use"):
             fresh_pool(profile_dir=tmp_path)
-    assert set(leftovers.find()) <= before
+    until(lambda: set(leftovers.find()) <= before, what="all of it has ended")
+
+
+def free_ports(n):
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="engines are forked on Linux")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=str)
+def test_a_controller_that_ends_while_engines_start_is_told_with_its_last_words(
+    leftovers, tmp_path, monkeypatch, number
+):
+    before = set(leftovers.find())
+
+    fork_engine = forking.fork_engine
+
+    def fork_and_lose_the_controller(*args, **kinds):
+        pid = fork_engine(*args, **kinds)
+        guardian = psutil.Process(pid).parent()
+        controller = guardian.parent()
+        controller.send_signal(number)
+        until(lambda: not controller.is_running(), what="the controller has ended")
+        return pid
+
+    monkeypatch.setattr(forking, "fork_engine", fork_and_lose_the_controller)
+    with pytest.raises(PoolError, match=r"(?s)1 engines did not come up: its controller has ended\n.*heartbeat::"):
+        fresh_pool(profile_dir=tmp_path)
+    until(lambda: set(leftovers.find()) <= before, what="all of it has ended")
 
 
 class Closed(NamedTuple):
