@@ -29,8 +29,8 @@ LOOK_SECONDS = 0.05
 END_SECONDS = 3.0
 # Whose processes are this host's.
 LOCAL_LAUNCHERS = (LocalEngineSetLauncher, ForkedEngineSetLauncher)
-# Lines of an engine's output that go into an error.
-OUTPUT_LINES = 8
+# Lines of a process's output that go into an error.
+OUTPUT_LINES = 12
 
 
 class EngineStarter:
@@ -196,9 +196,7 @@ class _Attempt:
                 raise RuntimeError("the pool was shut down meanwhile")
 
     def _output(self) -> str:
-        text = "" if self._launcher is None else self._launcher.get_output()
-        lines = text.strip().splitlines()[-OUTPUT_LINES:]
-        return "\n" + "\n".join(lines) if lines else ""
+        return "" if self._launcher is None else last_words(self._launcher.get_output())
 
 
 def start_joining(
@@ -252,6 +250,12 @@ def reopen_cluster(profile_dir: Path, cluster_id: str) -> ipyparallel.Cluster:
         shutdown_atexit=False,
         log=quiet_log(),
     )
+
+
+def last_words(output: str) -> str:
+    """The end of a process's output, as it is added to an error."""
+    lines = output.strip().splitlines()[-OUTPUT_LINES:]
+    return "\n" + "\n".join(lines) if lines else ""
 
 
 def thread_environment(num_threads: int) -> dict[str, str]:

@@ -22,7 +22,7 @@ from dnb.errors import ArgumentError, PoolError, nearest
 from dnb.planning.capacity import check_num_engines, choose_num_threads
 from dnb.pool.engine_pool import EnginePool
 from dnb.pool.forking import birth_limit, engine_launcher
-from dnb.pool.growing import count_ready, quiet_log, start_joining, thread_environment
+from dnb.pool.growing import count_ready, last_words, quiet_log, start_joining, thread_environment
 from dnb.progress import Report, long_work
 from dnb.records import PoolFacts, Process
 from dnb.transport.lives import find_process, is_alive, this_process
@@ -40,8 +40,6 @@ CONNECT_SECONDS = 60.0
 # For a controller that starts: how long it may take before it is looked whether it lives; twice as long each time.
 FIRST_CONNECT_SECONDS = 1.0
 LOOK_SECONDS = 0.02
-# Lines of a controller's output that go into an error.
-OUTPUT_LINES = 12
 
 
 def start_pool(
@@ -190,8 +188,7 @@ class _Controller:
         if self._output is None:
             return ""
         with self._output as file:
-            lines = file.read().strip().splitlines()[-OUTPUT_LINES:]
-        return "\n" + "\n".join(lines) if lines else ""
+            return last_words(file.read())
 
     def close(self) -> None:
         """Its output is not needed any more."""
