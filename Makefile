@@ -58,7 +58,7 @@ lab: $(VENV)/.demo-stamp | build
 test: lint pytest nbval
 
 pytest: $(VENV)/.dev-stamp | build
-	$(BIN)/python -m pytest tests -n 2 --dist worksteal
+	$(BIN)/python -m pytest tests -n 2 --dist worksteal --durations 15
 
 soak: $(VENV)/.dev-stamp | build
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest --timeout 0 \
