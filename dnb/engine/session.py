@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -21,7 +20,6 @@ from dnb.records import (
     AddSlabs,
     Diagnose,
     EngineMessage,
-    Failure,
     Load,
     Mended,
     ParcelRef,
@@ -34,6 +32,7 @@ from dnb.records import (
     WorkFailed,
     WorkReport,
 )
+from dnb.transport.failures import describe_error
 from dnb.transport.parcels import unpack, verify
 from dnb.transport.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Outbox, Wire
 
@@ -151,7 +150,7 @@ class Session:
             digests = self._replica.digests() if work.check_copy else b""  # of what this work begins with
             outcome = self._replica.compute(work, indices)
         except USER_ERRORS as error:  # whatever a user's model raises is the user's to read
-            failure = describe(error, place=self._replica.find_place(work, indices, error))
+            failure = describe_error(error, place=self._replica.find_place(work, indices, error))
             self.send(
                 WorkFailed(
                     run=work.run,
@@ -191,7 +190,12 @@ class Session:
             self.send(self._replica.diagnose(request, indices))
         except USER_ERRORS as error:  # whatever a user's model raises is the user's to read
             failed = WorkFailed(
-                run=self.run, lease=0, kind="step", step=request.step, shards=request.shards, failure=describe(error)
+                run=self.run,
+                lease=0,
+                kind="step",
+                step=request.step,
+                shards=request.shards,
+                failure=describe_error(error),
             )
             self.send(failed)
 
@@ -246,16 +250,6 @@ def import_for(load: Load) -> None:
 def adopt_path(paths: tuple[str, ...]) -> None:
     """Let modules that the notebook can import be importable here."""
     sys.path.extend(path for path in paths if path not in sys.path)
-
-
-def describe(error: BaseException, *, place: str = "") -> Failure:
-    """An exception as text."""
-    return Failure(
-        kind=type(error).__name__,
-        message=str(error),
-        traceback="".join(traceback.format_exception(error)),
-        place=place,
-    )
 
 
 def _raise(error: BaseException, *_arguments: object) -> None:

@@ -18,7 +18,7 @@ from threadpoolctl import threadpool_limits
 from dnb.engine.allocator import keep_freed_memory, release_freed_memory
 from dnb.engine.heart import Heart
 from dnb.engine.memory import EngineMemory
-from dnb.engine.session import Session, describe, import_for
+from dnb.engine.session import Session, import_for
 from dnb.engine.telemetry import Stopwatch
 from dnb.errors import USER_ERRORS, HubError, PoolError
 from dnb.records import (
@@ -39,6 +39,7 @@ from dnb.records import (
     Welcome,
 )
 from dnb.transport.channels import connect_dealer, encode
+from dnb.transport.failures import describe_error
 from dnb.transport.lives import is_alive, this_process
 from dnb.transport.wires import Wire, WireError, connect_wire
 
@@ -215,7 +216,7 @@ class Worker(threading.Thread):
             if load.transport == "memory":
                 self._send(NoSharedMemory(run=load.run, reason=str(error)))
             else:
-                self._send(LoadFailed(run=load.run, failure=describe(error), team=team))
+                self._send(LoadFailed(run=load.run, failure=describe_error(error), team=team))
             return
         try:
             self._session = Session(
@@ -228,7 +229,7 @@ class Worker(threading.Thread):
                 stopwatch=self._stopwatch,
             )
         except USER_ERRORS as error:  # whatever a user's class raises is the user's to read
-            self._send(LoadFailed(run=load.run, failure=describe(error), team=team))
+            self._send(LoadFailed(run=load.run, failure=describe_error(error), team=team))
         else:
             release_freed_memory()  # where the parameters lay before they were bound to the hub's
             torch.set_num_threads(self._session.num_threads(self._facts.cores))

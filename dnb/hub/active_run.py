@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import socket
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +65,7 @@ from dnb.records import (
     WorkKind,
     WorkReport,
 )
+from dnb.transport.failures import describe_error
 from dnb.transport.segments import open_segment
 from dnb.transport.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Flat, Wire
 
@@ -697,7 +697,7 @@ class ActiveRun:
             return self._diagnose(step, verdict, contributions)
         except Exception as error:  # noqa: BLE001 - a user's optimizer may raise anything; the run fails with it
             self._checkpoints.is_torn = True
-            return machine.CommitFailed(step, _failure(error))
+            return machine.CommitFailed(step, describe_error(error))
         if kind == "evaluation":
             self.master.commit_evaluation(step, values)
         self._accounts.end_task({engine for engine, _ in reports})
@@ -935,11 +935,3 @@ class _Verdict:
 def _remove_parcel(parcel: ParcelRef) -> None:
     if parcel.segment is not None:
         Path(parcel.segment.path).unlink(missing_ok=True)
-
-
-def _failure(error: BaseException) -> Failure:
-    return Failure(
-        kind=type(error).__name__,
-        message=str(error),
-        traceback="".join(traceback.format_exception(error)),
-    )
