@@ -29,6 +29,7 @@ GROUPS = {
     "stages": "a pipeline whose stages are killed",
     "predictions": "what plans predict, against what runs take",
     "planning": "cuts that dnb.plan chooses, against every cut there is",
+    "earlier": "the training step, against that of an earlier commit: --against COMMIT",
 }
 LEAST_PAIRS = 5
 
@@ -41,7 +42,12 @@ def main() -> int:
         return 0
     with workspace():
         try:
-            return _measure_all(arguments.rows or list(GROUPS), pairs=arguments.pairs, is_quick=arguments.quick)
+            return _measure_all(
+                arguments.rows or [name for name in GROUPS if name != "earlier" or arguments.against],
+                pairs=arguments.pairs,
+                is_quick=arguments.quick,
+                against=arguments.against,
+            )
         except KeyboardInterrupt:
             print("interrupted: a group that was not complete is not kept", file=sys.stderr)
             return 1
@@ -58,23 +64,24 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("rows", nargs="*", metavar="ROW", type=_known, help=", ".join(GROUPS))
     parser.add_argument("--pairs", type=int, default=LEAST_PAIRS, help="turns of each side (at least 5 for claims)")
     parser.add_argument("--quick", action="store_true", help="short turns, for trying things out; nothing is kept")
+    parser.add_argument("--against", default="", metavar="COMMIT", help="of the group earlier")
     parser.add_argument("--list", action="store_true", help="say what there is")
     return parser
 
 
-def _measure_all(groups: list[str], *, pairs: int, is_quick: bool) -> int:
+def _measure_all(groups: list[str], *, pairs: int, is_quick: bool, against: str) -> int:
     """Every group; one that fails keeps no other from being measured."""
     failed = 0
     for group in groups:
         try:
-            _measure(group, pairs=pairs, is_quick=is_quick)
+            _measure(group, pairs=pairs, is_quick=is_quick, against=against)
         except Exception:  # noqa: BLE001 - told, and in the exit code
             traceback.print_exc()
             failed = 1
     return failed
 
 
-def _measure(group: str, *, pairs: int, is_quick: bool) -> None:
+def _measure(group: str, *, pairs: int, is_quick: bool, against: str) -> None:
     # After the workspace is set up: torch reads the number of threads when it is imported.
     import torch
 
@@ -86,7 +93,8 @@ def _measure(group: str, *, pairs: int, is_quick: bool) -> None:
     began = time.monotonic()
     print(f"\n{group}: {GROUPS[group]}\n{table.describe(facts)}\n{table.header_line()}", flush=True)
     rows = []
-    for row in importlib.import_module(f"benchmarks.rows.{group}").rows(Settings(pairs=pairs, is_quick=is_quick)):
+    settings = Settings(pairs=pairs, is_quick=is_quick, against=against)
+    for row in importlib.import_module(f"benchmarks.rows.{group}").rows(settings):
         rows.append(row)
         print(table.row_line(row), flush=True)
     print(f"({time.monotonic() - began:.0f} s)", flush=True)

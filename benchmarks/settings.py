@@ -14,6 +14,7 @@ class Settings:
 
     pairs: int
     is_quick: bool
+    against: str = ""  # a commit, of the group `earlier`
 
     @property
     def turn_seconds(self) -> float:
