@@ -63,6 +63,14 @@ class Address(Record, frozen=True):
     secret: str
 
 
+class HubRestart(Record, frozen=True):
+    """One time that the hub has ended against its will, and another one took its place."""
+
+    time: float  # seconds since the epoch
+    reason: str  # "ValueError: no such thing (in _tick (service.py:700))"
+    traceback: str = ""  # empty if it was killed
+
+
 class PoolFacts(Record, frozen=True):
     """A pool as it lies on disk, enough to find every process it owns."""
 
@@ -75,6 +83,8 @@ class PoolFacts(Record, frozen=True):
     owner: Process | None  # the kernel that may steer it
     run: str | None = None  # name of the run that the hub holds, active or ended
     run_status: RunStatus | None = None
+    returning: tuple[EngineFacts, ...] = ()  # of the hub before, and not back yet
+    restarts: tuple[HubRestart, ...] = ()  # of the hub, the last ones
 
 
 class TensorSlot(Record, frozen=True):
@@ -721,6 +731,7 @@ class Refused(Message, frozen=True):
 
     error: str  # name of a class in dnb.errors
     message: str
+    traceback: str = ""  # of user code in the hub
 
 
 class PoolState(Message, frozen=True):
@@ -728,6 +739,7 @@ class PoolState(Message, frozen=True):
 
     facts: PoolFacts
     engines: tuple[EngineStatus, ...]
+    returning: tuple[int, ...] = ()  # engines of the hub before that may join this one at any moment
 
 
 class Members(Message, frozen=True):
@@ -740,6 +752,7 @@ class Members(Message, frozen=True):
     num_died: int  # since the pool was started; neither those that left on request, nor those that came back
     num_killed: int  # of these, by chaos
     restart: Literal["never", "always"] = "never"
+    last_restart: str = ""  # why the hub was started again, if it was
 
 
 class Column(Record, frozen=True):

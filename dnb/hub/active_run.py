@@ -24,12 +24,14 @@ from dnb.hub.coordinator import Coordinator
 from dnb.hub.history import HistoryRow, RunFolder, RunSummary, read_timeline, read_usage, summarize
 from dnb.hub.meeting import Meeting, open_meeting
 from dnb.hub.memo import RunMemo
+from dnb.hub.peers import Rules, check_message, check_parts
 from dnb.hub.reducer import Contribution, NotFinite, StepResult, mean_of
 from dnb.hub.restoring import rows_of
 from dnb.hub.samples import Batches
 from dnb.hub.teams import FIRST_TEAM, Teams
 from dnb.hub.timelines import Part, Timelines
 from dnb.hub.usage import UsageMeter
+from dnb.hub.user_code import UserCodeError
 from dnb.planning.plan_words import amount
 from dnb.records import (
     ENDED,
@@ -65,7 +67,7 @@ from dnb.records import (
     WorkKind,
     WorkReport,
 )
-from dnb.transport.failures import describe_error
+from dnb.transport.failures import TRACEBACK_LENGTH, clean_text
 from dnb.transport.segments import open_segment
 from dnb.transport.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Flat, Wire
 
@@ -90,6 +92,8 @@ class ActiveRun:
         offer_wire: lets an engine connect its wire.
         release: told of an engine that was asked to leave, when it owes the run nothing any more.
         life: how many hubs the pool had before this one.
+        departed: accounts of engines that are gone, of a run that was taken over.
+        count_commit: told of every step and evaluation that counts from now on.
     """
 
     def __init__(
@@ -105,12 +109,14 @@ class ActiveRun:
         condemn: Callable[[int], None],
         life: int = 0,
         departed: Iterable[WorkerTotals] = (),
+        count_commit: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.spec = spec
         self._frames = frames
         self._send = send
         self._offer_wire = offer_wire
         self._release = release
+        self._count_commit = count_commit
         self._departed: set[int] = set()  # whose slabs may still count in the task under way
         self._host = socket.gethostname()
         self._members: dict[int, _Member] = {}
@@ -135,8 +141,9 @@ class ActiveRun:
                 self.master.add_slabs(engine, num_slabs, kind=member.transport)
             self._folder = RunFolder(Path(spec.folder))
         except BaseException:
-            self.master.drop_slabs()
-            self.master.close()
+            if not beginning.is_taken_over:  # else the next hub goes on from it
+                self.master.drop_slabs()
+                self.master.close()
             raise
         self._batches = Batches(
             beginning.order,
@@ -144,6 +151,7 @@ class ActiveRun:
             num_shards=spec.num_shards,
             num_val_samples=spec.num_val_samples,
             num_done=beginning.step,
+            steps_per_epoch=spec.steps_per_epoch,
         )
         self._version = 0  # of the parameters
         self._started = beginning.started
@@ -158,6 +166,7 @@ class ActiveRun:
         self._last_shards: dict[tuple[int, int], tuple[int, ...]] = {}  # by engine and slab
         self._agreement = Agreement(self.master.parameter_layout, num_steps=spec.num_steps, precision=spec.precision)
         self._copy_fault = ""
+        self._fault: Failure | None = None  # of user code, in a chore
         self._disagreement = ""
         self._over_limit: set[int] = set()
         self._events = beginning.events
@@ -166,6 +175,12 @@ class ActiveRun:
             read_usage(self._folder.path) if beginning.is_taken_over else (), begin_seconds=self._seconds
         )
         self._held: tuple[tuple[int, tuple[int, ...]], ...] = ()  # engines and shards of the last step
+        self._rules = Rules(
+            num_gradients=len(self.master.gradient_layout.slots),
+            num_parameters=len(self.master.parameter_layout.slots),
+            num_shards=spec.num_shards,
+            num_stages=max((partition.num_stages for partition in spec.partitions), default=0),
+        )
         self._coordinator = self._make_coordinator(
             engines=[facts.engine for facts in present],
             returning=[facts.engine for facts in engines if beginning.is_taken_over],
@@ -224,6 +239,10 @@ class ActiveRun:
         if self._beginning.is_taken_over:
             if self.is_active:
                 self._note(machine.Note("recovered", self._beginning.note))
+            elif self._beginning.is_given_up:
+                self._note(machine.Note("failed", self._beginning.error))
+                self._write_summary()
+                self._free_work_memory()
             return
         self._write_summary()
         for note in (*self.spec.notes, *self.master.notes):
@@ -255,11 +274,21 @@ class ActiveRun:
         wire.flush()
 
     def take(self, engine: int, message: EngineMessage) -> None:  # noqa: C901 - the table of messages
-        """Take an engine's message about this run."""
+        """Take an engine's message about this run.
+
+        Raises:
+            PeerError: it makes no sense; nothing has changed.
+        """
+        member = self._members.get(engine)
+        if member is None:
+            return
+        message = check_message(message, self._rules)
         match message:
             case NoSharedMemory(reason=reason):
-                self._change_to_socket(engine, reason)
+                if not member.has_loaded:  # else what lies in its slabs may count already
+                    self._change_to_socket(engine, reason)
             case Loaded(team=team):
+                member.has_loaded = True
                 seat = self._coordinator.seat_of(engine)
                 if seat is None or seat[0] == team:  # else it had sat down before it got another seat
                     self._accounts.begin(engine)
@@ -273,18 +302,25 @@ class ActiveRun:
             case WorkReport():
                 self._take_report(engine, message)
             case WorkFailed(lease=0):
-                self._conclude(None)
+                self._conclude_without(engine)
             case WorkFailed(failure=Failure(kind=kind), lease=lease) if kind == PEER_LOST:
                 self._dispatch(machine.PeerLost(engine, lease))
             case WorkFailed(step=step, failure=failure, lease=lease):
                 self._dispatch(machine.UserCodeFailed(engine, step, failure, lease))
-            case Diagnosis():
-                self._conclude(message)
+            case Diagnosis(step=step):
+                if self._verdict is not None and (self._verdict.engine, self._verdict.step) == (engine, step):
+                    self._conclude(message)
 
     def _take_report(self, engine: int, message: WorkReport) -> None:
         num_samples = sum(part.num_samples for part in message.parts)
         done = machine.WorkDone(engine, message.lease, message.kind, message.step, message.shards, num_samples)
         if self._coordinator.expects(done):
+            check_parts(
+                message,
+                num_slabs=len(self._slabs_of_report[engine, message.shards]),
+                num_samples=self._batches.num_samples(message.kind, message.step),
+                is_divided=bool(self.spec.partitions),
+            )
             if message.telemetry is not None:
                 self._accounts.add(engine, message.telemetry)
                 self._look_at_memory(engine)
@@ -368,7 +404,15 @@ class ActiveRun:
     def do_chores(self) -> None:
         """Write what was put off while engines had to wait for it."""
         while self._chores:
-            self._chores.popleft()()
+            try:
+                self._chores.popleft()()
+            except UserCodeError as error:  # the state of the user's scheduler, say: the next step is not taken
+                self._fault = self._fault or error.failure
+
+    def _prepare(self) -> None:
+        self._batches.prepare()
+        if note := self._batches.take_note():
+            self.tell("data", note)
 
     @property
     def has_chores(self) -> bool:
@@ -433,9 +477,16 @@ class ActiveRun:
         """How a checkpoint stands that was asked for."""
         return self._checkpoints.state_of(ticket)
 
+    def catch_up(self) -> None:
+        """Do what was put off, so that whoever asks now hears of it."""
+        self.do_chores()
+        self.tick()
+
     def tick(self) -> None:
         """Several times a second: somebody may be late, or a checkpoint be due."""
         self._dispatch(machine.Tick())
+        if self._fault is not None and self.is_active:
+            self._dispatch(machine.CommitFailed(self._coordinator.step + 1, self._fault))
         self._checkpoints.tick(is_still=self.status != "running")
 
     def _place(self) -> Place:
@@ -457,14 +508,12 @@ class ActiveRun:
     # what others may know
 
     def state(self, request: GetRun, *, heartbeats: Mapping[int, float]) -> tuple[RunState, list[bytes]]:
-        """What a viewer does not have yet.
+        """What a viewer does not have yet; changes nothing.
 
         Args:
             request: with what it has.
             heartbeats: seconds since each living engine was heard.
         """
-        self.do_chores()
-        self.tick()
         columns, frames = self._columns.after(request.seen)
         state = RunState(
             # The end waits for its last checkpoint: who sees it ended finds that in place.
@@ -553,6 +602,7 @@ class ActiveRun:
 
     def _load(self, engine: int) -> machine.Event | None:
         master, member = self.master, self._members[engine]
+        member.has_loaded = False
         owner = self._coordinator.owner_of(engine)
         try:
             if not master.slabs_of(owner):
@@ -616,9 +666,12 @@ class ActiveRun:
         if member is None or member.wire is None:
             return None  # its loss is on the way
         wire = member.wire
-        sizes, raw = self._batches.samples_of(action.kind, action.step, action.shards)
+        try:
+            sizes, raw = self._batches.samples_of(action.kind, action.step, action.shards)
+        except UserCodeError as error:  # of the sampler; all before this step is committed
+            return machine.CommitFailed(action.step, error.failure)
         if action.kind == "step":
-            self._chores.append(self._batches.prepare)
+            self._chores.append(self._prepare)
         slabs: tuple[int, ...] = (0, 1) if self.spec.ties else (0,)
         if (self.spec.exact or action.apart) and action.kind == "step":
             try:
@@ -685,6 +738,8 @@ class ActiveRun:
         self._reports.clear()
         self._slabs_of_report.clear()
         self._owner_of_report.clear()
+        if self._fault is not None:
+            return machine.CommitFailed(step, self._fault)
         if self._disagreement:
             failure = Failure(kind="PlanError", message=self._disagreement, traceback="")
             return machine.CommitFailed(step, failure)
@@ -695,11 +750,12 @@ class ActiveRun:
             values, samples = self._apply(kind, contributions, [engine for engine, _ in reports])
         except NotFinite as verdict:
             return self._diagnose(step, verdict, contributions)
-        except Exception as error:  # noqa: BLE001 - a user's optimizer may raise anything; the run fails with it
+        except UserCodeError as error:
             self._checkpoints.is_torn = True
-            return machine.CommitFailed(step, describe_error(error))
+            return machine.CommitFailed(step, error.failure)
         if kind == "evaluation":
             self.master.commit_evaluation(step, values)
+        self._count_commit(step)
         self._accounts.end_task({engine for engine, _ in reports})
         if kind == "step":
             self._held = reports
@@ -869,7 +925,7 @@ class ActiveRun:
     def _note(self, note: machine.Note, *, step: int | None = None) -> None:
         event = RunEvent(
             kind=note.kind,
-            text=note.text,
+            text=clean_text(note.text, length=TRACEBACK_LENGTH),
             step=self._coordinator.step if step is None else step,
             time=time.time(),
             engine=note.engine,
@@ -921,6 +977,7 @@ class _Member:
     version: int = 0  # of the parameters that it holds, if it holds its own
     num_filled: int = 0  # slabs of an exact step
     is_probed: bool = False
+    has_loaded: bool = False
 
 
 @dataclass(frozen=True, slots=True)

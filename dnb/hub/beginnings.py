@@ -23,7 +23,7 @@ from dnb.hub.recovering import recover_master
 from dnb.hub.reducer import Master
 from dnb.hub.restoring import restore, rows_of
 from dnb.planning.sample_order import BatchOrder
-from dnb.records import ENDED, RunEvent, RunSpec, RunStatus
+from dnb.records import ENDED, Failure, RunEvent, RunSpec, RunStatus
 from dnb.transport.job import Job
 
 log = logging.getLogger(__name__)
@@ -48,6 +48,7 @@ class Beginning:
     ledger: dict[int, tuple[int, int]] = field(default_factory=dict)  # samples and steps of each engine
     note: str = ""  # for people: that it was taken over, and from where it goes on
     mended: tuple[bytes, bytes] | None = None  # pickle and signature
+    is_given_up: bool = False  # it was going on, and has failed now, as hubs have died of it
 
     @property
     def is_taken_over(self) -> bool:
@@ -90,7 +91,15 @@ def begin(spec: RunSpec, job: Job, *, folders: Sequence[Path]) -> Beginning:
     )
 
 
-def take_over(spec: RunSpec, memo: RunMemo, unpack: Callable[[], Job], *, folders: Sequence[Path]) -> Beginning:
+def take_over(
+    spec: RunSpec,
+    memo: RunMemo,
+    unpack: Callable[[], Job],
+    *,
+    folders: Sequence[Path],
+    reason: str = "",
+    failure: Failure | None = None,
+) -> Beginning:
     """A run that a hub held which died: after its last committed step, or from its newest checkpoint.
 
     Args:
@@ -98,9 +107,16 @@ def take_over(spec: RunSpec, memo: RunMemo, unpack: Callable[[], Job], *, folder
         memo: of the hub before.
         unpack: makes the job anew.
         folders: where segments may lie.
+        reason: why that hub has died, for people.
+        failure: why the run does not go on, if it does not: what was trained can still be had.
     """
     folder = Path(spec.folder)
     summary = read_summary(folder)
+    is_given_up = failure is not None and summary.status not in ENDED
+    if failure is not None and is_given_up:
+        summary = msgspec.structs.replace(
+            summary, status="failed", error=failure.message, remote_traceback=failure.traceback
+        )
     found = _from_journal(spec, memo, unpack(), folders) or _from_checkpoint(spec, memo, unpack(), folders)
     return Beginning(
         master=found.master,
@@ -116,8 +132,9 @@ def take_over(spec: RunSpec, memo: RunMemo, unpack: Callable[[], Job], *, folder
         traceback=summary.remote_traceback,
         events=read_events(folder),
         ledger=_ledger(found.rows),
-        note=found.note,
+        note=f"{found.note} ({reason})" if reason else found.note,
         mended=memo.mended,
+        is_given_up=is_given_up,
     )
 
 
@@ -181,19 +198,6 @@ def _from_checkpoint(spec: RunSpec, memo: RunMemo, job: Job, folders: Sequence[P
     if step < last:
         note += f", from {source or 'the beginning'}; steps {step + 1} to {last} are done again"
     return _Found(master, job.order, rows, columns, step, evaluated, note)
-
-
-def give_up(memo: RunMemo, reason: str) -> None:
-    """A run that hubs die of has failed; its folder says so."""
-    spec = msgspec.msgpack.decode(memo.frames[0], type=RunSpec)
-    folder = Path(spec.folder)
-    try:
-        summary = read_summary(folder)
-        if summary.status not in ENDED:
-            with RunFolder(folder) as files:
-                files.write_summary(msgspec.structs.replace(summary, status="failed", error=reason))
-    except (OSError, msgspec.MsgspecError) as error:
-        log.warning("%s cannot be told that its run has failed: %s", folder, error)
 
 
 def _ledger(rows: Iterable[HistoryRow]) -> dict[int, tuple[int, int]]:

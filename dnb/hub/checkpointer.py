@@ -33,6 +33,7 @@ from dnb.hub.sources import Sources
 from dnb.hub.tensor_files import TensorBuffer
 from dnb.planning.retention import Retention, read_goal
 from dnb.records import CheckpointPolicy, CheckpointState, RunSpec
+from dnb.transport.failures import describe_error
 from dnb.transport.segments import megabytes
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class _Outcome:
     """What became of it."""
 
     job: _Job
-    error: Exception | None
+    error: BaseException | None
     num_bytes: int = 0
     seconds: float = 0.0
 
@@ -164,8 +165,14 @@ class Checkpointer:
         return self._tickets[ticket]
 
     def state_of(self, ticket: int) -> CheckpointState:
-        """What became of a wish."""
+        """What became of a wish.
+
+        Raises:
+            ArgumentError: there was no such wish.
+        """
         self.collect()
+        if ticket not in self._tickets:
+            raise ArgumentError(f"no checkpoint of run {self._spec.name!r} was asked for with the number {ticket}")
         return self._tickets[ticket]
 
     def mend(self, pickled: bytes) -> None:
@@ -228,8 +235,9 @@ class Checkpointer:
         buffers = self._buffers if self._buffers and self._thread is None else {name: TensorBuffer() for name in _FILES}
         try:
             manifest = self._copy(place, buffers)
-        except Exception as error:  # noqa: BLE001 - state_dict of a user's optimizer may raise anything
-            self._fail(tickets, place.step, "checkpoint", f"{type(error).__name__}: {error}", error)
+        except BaseException as error:  # noqa: BLE001 - state_dict of a user's optimizer may raise anything
+            failure = describe_error(error)
+            self._fail(tickets, place.step, "checkpoint", f"{failure.kind}: {failure.message}", error)
             return
         if target == step_folder(Path(self._spec.folder), place.step):
             self._last_taken = (place.step, place.evaluated)
@@ -261,7 +269,10 @@ class Checkpointer:
     def _is_there(self, target: Path, place: Place) -> bool:
         is_own = target == step_folder(Path(self._spec.folder), place.step)
         is_same = self._last_taken == (place.step, place.evaluated)
-        return is_own and is_same and (target / MANIFEST_FILE).exists()
+        try:
+            return is_own and is_same and (target / MANIFEST_FILE).exists()
+        except OSError:  # it is written again, and what is wrong with the folder is told then
+            return False
 
     def _settle_as_there(self, target: Path, tickets: Sequence[int], step: int) -> None:
         if self._retention is not None:
@@ -327,7 +338,7 @@ class Checkpointer:
                 add_sources=lambda folder: self._sources.add_to(folder, self._disk),
                 disk=self._disk,
             )
-        except Exception as error:  # noqa: BLE001 - whatever it is, the run goes on, and says what it was
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the run goes on, and says what it was
             self._outcomes.put(_Outcome(job, error))
         else:
             self._outcomes.put(_Outcome(job, None, num_bytes, time.monotonic() - began))
@@ -377,10 +388,11 @@ class Checkpointer:
             except OSError as error:
                 log.warning("the old checkpoint %s is not removed: %s", folder, error)
 
-    def _explain(self, job: _Job, error: Exception) -> None:
+    def _explain(self, job: _Job, error: BaseException) -> None:
         step = job.manifest.step
         if not isinstance(error, OSError):
-            self._fail(job.tickets, step, "checkpoint", f"{type(error).__name__}: {error}", error)
+            failure = describe_error(error)
+            self._fail(job.tickets, step, "checkpoint", f"{failure.kind}: {failure.message}", error)
             return
         try:
             free = megabytes(self._disk.free_bytes(job.target.parent))
@@ -396,14 +408,14 @@ class Checkpointer:
         step: int,
         kind: Literal["checkpoint", "disk"],
         reason: str,
-        error: Exception,
+        error: BaseException,
     ) -> None:
         self._last_taken = (-1, -1)
-        cause = f"{type(error).__name__} {getattr(error, 'errno', error)}"
+        cause = f"{type(error).__name__} {error.errno if isinstance(error, OSError) else reason}"
         text = f"no checkpoint of step {step}: {reason}; the run goes on, and earlier checkpoints stay"
         log.warning(text)
         self._tell_once(cause, kind, text, step)
-        named = "SpaceError" if getattr(error, "errno", None) in _FULL else "ArgumentError"
+        named = "SpaceError" if isinstance(error, OSError) and error.errno in _FULL else "ArgumentError"
         self._settle(tickets, CheckpointState(ticket=0, state="failed", error=named, message=text, step=step))
 
     def _tell_once(self, cause: str, kind: Literal["checkpoint", "disk"], text: str, step: int) -> None:
@@ -437,6 +449,8 @@ def check_target(path: Path) -> None:
         is_taken = not is_free and not (path / MANIFEST_FILE).exists()
     except OSError as error:
         raise ArgumentError(f"no checkpoint can be put at {path}: {error.strerror}") from error
+    except ValueError as error:  # such as a NUL in it
+        raise ArgumentError(f"no checkpoint can be put at {str(path)!r}: {error}") from error
     if is_taken:
         raise ArgumentError(
             f"{path} exists and is not a checkpoint, so it is not overwritten: name a new folder, or an empty one"

@@ -9,7 +9,7 @@ with the events. One coordinator is one run.
         failed in it, or pause        v  |
                                      paused
 
-    any state --optimizer failed, no engine could load, or none is left--> failed
+    any state --optimizer or sampler failed, no engine could load, or none is left--> failed
 
 Within `running`, one *task* is under way: a training step or an evaluation. Its shards are leased to engines, one
 lease to an engine, and it is committed once, when every shard has been reported. Leases bear numbers that never come
@@ -183,7 +183,8 @@ class Coordinator:
             case CommitRefused(step, reason):
                 return self._refuse(step, reason)
             case CommitFailed(step, failure):
-                return self._end("failed", f"step {step}: {failure.kind}: {failure.message}", failure.traceback)
+                place = f" ({failure.place})" if failure.place else ""
+                return self._end("failed", f"step {step}: {failure.kind}: {failure.message}{place}", failure.traceback)
             case Asked(verb):
                 return self._ask(verb)
             case PeerLost():

@@ -125,7 +125,7 @@ class CommitRefused:
 
 @dataclass(frozen=True, slots=True)
 class CommitFailed:
-    """The optimizer or scheduler raised."""
+    """User code in the hub raised in a step: the optimizer or scheduler, or the sampler before there was anything."""
 
     step: int
     failure: Failure

@@ -1,8 +1,8 @@
 """The hub's parent: holds its ports and keys, and starts it again when it dies.
 
 Started by `dnb.hub.controller`; reads a `HubConfig` from standard input and answers with a `HubBinding`. The guardian
-runs none of the user's code, so nothing that does can end it. It listens on the hub's ports from the beginning; whoever
-calls while no hub is there waits in the queue of the port.
+runs none of the user's code, so nothing that does can end it. It tells the next hub why the ones before have ended. It
+listens on the hub's ports from the beginning; whoever calls while no hub is there waits in the queue of the port.
 
 On Linux hubs and local engines are forks of the guardian, which has imported torch by then: a new one is there within
 milliseconds, and all share the memory of what they imported. Elsewhere, where forking with a system's libraries loaded
@@ -21,13 +21,13 @@ import socket
 import subprocess
 import sys
 import time
-from functools import partial
 from types import FrameType
 from typing import NoReturn
 
 import msgspec
 
 from dnb.hub import nursery
+from dnb.hub.crashes import MOST_DEATHS, NUM_KEPT, Crash, Recorder, num_idle_deaths
 from dnb.hub.pool_files import remove_pool_files
 from dnb.records import HubBinding, HubConfig, Process, Record
 from dnb.transport.channels import CLIENT_ROLE, ENGINE_ROLE, RoleKeys, listen, url_of
@@ -38,11 +38,8 @@ log = logging.getLogger(__name__)
 
 # How often the guardian looks whether the controller lives, and whether the hub does where the system does not tell.
 LOOK_SECONDS = 0.1
-# When so many hubs in a row have died before they were of any use, the next one leaves the run alone that it finds.
-WARY_DEATHS = 3
-# And after so many the pool ends: the next one would die of the same.
-MOST_DEATHS = 5
-
+# How long the guardian waits before it tries again what the system refuses: another process, say.
+AGAIN_SECONDS = 0.2
 # How long engines may take to end after the hub; they are the guardian's to bury.
 FAREWELL_SECONDS = 3.0
 
@@ -62,8 +59,8 @@ class Guardian:
         self._keys = RoleKeys()
         self._listeners = {role: listen(config.host) for role in (ENGINE_ROLE, CLIENT_ROLE)}
         self._hub: int | None = None  # its pid
-        self._signs, self._sign = os.pipe()  # by which a hub says that it is of use
-        os.set_blocking(self._signs, False)
+        self._recorder = Recorder()
+        self._crashes: list[Crash] = []
         self._is_ending = False
 
     @property
@@ -85,27 +82,33 @@ class Guardian:
         """Keep a hub alive until the pool has ended."""
         if self._forks:
             warm_up(with_engines=True)
-        num_deaths = 0  # in a row
         life = 0
-        while num_deaths < MOST_DEATHS:
-            code = self._run_hub(life, is_wary=num_deaths >= WARY_DEATHS)
-            if code == 0 or self._is_ending:
+        while num_idle_deaths(self._crashes) < MOST_DEATHS:
+            began = time.monotonic()
+            code = self._run_hub(life)
+            if self._recorder.has_ended_as_meant or self._is_ending:
                 if self._nursery is not None:
                     self._nursery.wait_until_empty(limit_seconds=FAREWELL_SECONDS)
                 return
             life += 1
-            num_deaths = 0 if self._was_of_use() else num_deaths + 1
-            log.error("the hub ended with code %s: it is started again", code)
-        log.critical("%d hubs died as soon as they were started: the pool ends", num_deaths)
+            crash = self._recorder.crash(code, lived_seconds=time.monotonic() - began)
+            self._crashes = [*self._crashes, crash][-NUM_KEPT:]
+            log.error("the hub has ended: %s: it is started again", crash.reason)
+        log.critical("%d hubs died as soon as they were started: the pool ends", num_idle_deaths(self._crashes))
         self._clear_up()
         sys.exit(1)
 
-    def _run_hub(self, life: int, *, is_wary: bool) -> int:
+    def _run_hub(self, life: int) -> int:
         """Start a hub and wait for its end; how it ended, as `subprocess` counts."""
         bequest = Bequest(
-            config=self._config, guardian=self._process, keys=self._keys.pairs, life=life, is_wary=is_wary
+            config=self._config,
+            guardian=self._process,
+            keys=self._keys.pairs,
+            life=life,
+            crashes=tuple(self._crashes),
         )
-        self._hub = self._fork(bequest) if self._forks else self._spawn(bequest)
+        self._recorder.reset()
+        self._hub = self._start(bequest)
         while (code := self._wait(self._hub)) is None:
             if os.getppid() != self._config.controller.pid and not self._is_ending:
                 log.info("the controller is gone: the pool ends")
@@ -114,37 +117,50 @@ class Guardian:
         self._hub = None
         return code
 
-    def _was_of_use(self) -> bool:
-        """Whether the hub that has died had done something before."""
-        try:
-            return bool(os.read(self._signs, 1))
-        except BlockingIOError:
-            return False
+    def _start(self, bequest: Bequest) -> int:
+        """Start a hub; as often as the system has no room for one it is tried again. Its pid."""
+        while True:
+            try:
+                return self._fork(bequest) if self._forks else self._spawn(bequest)
+            except OSError as error:
+                log.error("a hub cannot be started now: %s", error)
+                time.sleep(AGAIN_SECONDS)
 
     def _wait(self, pid: int) -> int | None:
         """How the child has ended, or None after a while; meanwhile engines are born and buried."""
         if self._nursery is None:
             time.sleep(LOOK_SECONDS)
         else:
-            watched = os.pidfd_open(pid)
-            try:
-                ready, _, _ = select.select([watched, self._nursery.fileno()], [], [], LOOK_SECONDS)
-            finally:
-                os.close(watched)
-            if self._nursery.fileno() in ready:
-                self._nursery.serve()
-            self._nursery.bury()
+            self._attend(self._nursery, hub=pid)
         ended, status = os.waitpid(pid, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if ended else None
+
+    def _attend(self, nursery: nursery.Nursery, *, hub: int) -> None:
+        """Start and bury engines for a while, or until the hub has ended."""
+        try:
+            watched = os.pidfd_open(hub)
+            try:
+                ready, _, _ = select.select([watched, nursery.fileno()], [], [], LOOK_SECONDS)
+            finally:
+                os.close(watched)
+            if nursery.fileno() in ready:
+                nursery.serve()
+            nursery.bury()
+        except Exception:  # whatever it is, the hub lives on, and with it the run
+            log.exception("an engine cannot be started, or buried")
+            time.sleep(LOOK_SECONDS)
 
     def _fork(self, bequest: Bequest) -> int:
         pid = os.fork()
         if pid == 0:
-            _serve(bequest, self._listeners, self._sign)
+            _serve(bequest, self._listeners, self._recorder)
         return pid
 
     def _spawn(self, bequest: Bequest) -> int:
-        descriptors = {"sign": self._sign, **{role: own.fileno() for role, own in self._listeners.items()}}
+        descriptors = {
+            "recorder": self._recorder.descriptor,
+            **{role: own.fileno() for role, own in self._listeners.items()},
+        }
         command = [sys.executable, "-m", "dnb.hub.guardian", msgspec.json.encode(descriptors).decode()]
         child = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=list(descriptors.values()))
         assert child.stdin is not None
@@ -165,7 +181,7 @@ class Bequest(Record, frozen=True):
     guardian: Process
     keys: dict[str, tuple[bytes, bytes]]
     life: int  # how many hubs the pool had before
-    is_wary: bool
+    crashes: tuple[Crash, ...] = ()  # of the last ones
 
 
 def warm_up(*, with_engines: bool = False) -> None:
@@ -182,13 +198,18 @@ def warm_up(*, with_engines: bool = False) -> None:
     gc.freeze()  # else a collection in the fork would copy every page it looks at
 
 
-def _serve(bequest: Bequest, listeners: dict[str, socket.socket], sign: int) -> NoReturn:
-    """Be the hub."""
+def _serve(bequest: Bequest, listeners: dict[str, socket.socket], recorder: Recorder) -> NoReturn:
+    """Be the hub. If it ends by an exception, nothing is done that SIGKILL would not have done."""
     code = 1
     try:
         from dnb.hub.service import Service
 
         name_process("dnb-hub")
+        recorder.begin()
+        asked: list[int] = []  # by a signal that comes before there is anything to end
+        signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        sys.stdout = sys.stderr  # user code that prints must not fill a pipe that nobody reads
         keys = RoleKeys(bequest.keys)
         service = Service(
             bequest.config,
@@ -196,16 +217,18 @@ def _serve(bequest: Bequest, listeners: dict[str, socket.socket], sign: int) -> 
             listeners,
             guardian=bequest.guardian,
             life=bequest.life,
-            is_wary=bequest.is_wary,
-            be_of_use=partial(os.write, sign, b"."),
+            crashes=bequest.crashes,
+            recorder=recorder,
         )
         signal.signal(signal.SIGTERM, lambda *_: service.end("asked to, by a signal"))
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        sys.stdout = sys.stderr  # user code that prints must not fill a pipe that nobody reads
+        if asked:
+            service.end("asked to, by a signal")
         service.serve()
+        recorder.end_as_meant()
         code = 0
-    except BaseException:
-        log.exception("the hub failed")
+    except BaseException as error:
+        log.exception("the hub has failed")
+        recorder.leave(error)
     finally:
         logging.shutdown()
         os._exit(code)  # nothing is left to do, and taking torch's modules apart would take another second
@@ -216,10 +239,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     if len(sys.argv) > 1:
         descriptors = msgspec.json.decode(sys.argv[1], type=dict[str, int])
-        sign = descriptors.pop("sign")
+        recorder = Recorder(descriptors.pop("recorder"))
         listeners = {role: socket.socket(fileno=number) for role, number in descriptors.items()}
         warm_up()
-        _serve(msgspec.json.decode(sys.stdin.buffer.readline(), type=Bequest), listeners, sign)
+        _serve(msgspec.json.decode(sys.stdin.buffer.readline(), type=Bequest), listeners, recorder)
     name_process("dnb-guardian")
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=HubConfig)
     guardian = Guardian(config)

@@ -53,6 +53,7 @@ from dnb.hub.moments import (
 )
 from dnb.hub.optimizers import Stepper, has_hooks, has_kernel
 from dnb.hub.rolling import Copy, Rolling, bytes_at, undo_bytes
+from dnb.hub.user_code import user_code
 from dnb.records import Layout, SegmentRef
 from dnb.transport.layout import ALIGNMENT_BYTES, plan_layout, slot_views
 from dnb.transport.segments import Segment, create_segment, open_segment
@@ -448,9 +449,12 @@ class Keeper:
 
     def _step_scheduler(self) -> None:
         if self._held.scheduler is not None:
-            self._held.scheduler.step()
+            with user_code("in the scheduler"):
+                self._held.scheduler.step()
 
     def _write_state(self) -> None:
+        with user_code("in the state of the optimizer or the scheduler"):
+            groups, scheduler = pack_groups(self._held.optimizer), pack_scheduler(self._held.scheduler)
         state = State(
             parameters=self._held.parameters.ref,
             optimizer=None if self._moments is None else self._moments.segment.ref,
@@ -458,8 +462,8 @@ class Keeper:
             num_threads=self._held.crew.num_threads,
             shadow=None if self._shadow is None else self._shadow.ref,
             clip_norm=self._clip_norm,
-            groups=pack_groups(self._held.optimizer),
-            scheduler=pack_scheduler(self._held.scheduler),
+            groups=groups,
+            scheduler=scheduler,
             moments=self._describe(),
         )
         if state != self._written:

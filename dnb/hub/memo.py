@@ -23,6 +23,7 @@ T = TypeVar("T", bound=Record)
 POOL_FILE = "hub.msgpack"
 RUN_FILE = "run.msgpack"
 ACCOUNTS_FILE = "accounts.msgpack"
+LOST_FILE = "lost.msgpack"  # in the place of RUN_FILE, a `dnb.hub.lost_run.LostRun`
 
 
 class PoolMemo(Record, frozen=True):
@@ -79,8 +80,8 @@ def read_memo(folders: Sequence[Path], name: str, kind: type[T]) -> T | None:
             return msgspec.msgpack.decode((folder / name).read_bytes(), type=kind)
         except FileNotFoundError:
             continue
-        except (OSError, msgspec.MsgspecError) as error:
-            log.warning("%s is of no use: %s", folder / name, error)
+        except Exception as error:  # noqa: BLE001 - decoding raises more than its own errors, and changes nothing
+            log.warning("%s is of no use: %s: %s", folder / name, type(error).__name__, error)
     return None
 
 

@@ -82,14 +82,18 @@ class Nursery:
                 return
             try:
                 order, output = _take(caller)
-            except (OSError, msgspec.MsgspecError) as error:
-                log.warning("an order for an engine was refused: %s", error)
+            except Exception as error:  # noqa: BLE001 - whatever is wrong with bytes that are decoded
+                log.warning("an order for an engine was refused: %s: %s", type(error).__name__, error)
                 return
             if _has_gone(caller):  # it has given up, and would not know of the engine
                 os.close(output)
                 return
             guardian = os.getpid()
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError:
+                os.close(output)
+                raise
             if pid == 0:
                 _be_engine(order, output, guardian)
             self._engines.add(pid)

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from dnb.errors import ArgumentError, nearest
 from dnb.hub.crew import Crew
+from dnb.hub.user_code import user_code
 
 _REASONS = {
     "lbfgs": "LBFGS evaluates the loss several times in one step, dnb once: use optimizer='adamw' or 'sgd'",
@@ -133,7 +134,8 @@ class Stepper:
     def step(self) -> None:
         """One optimizer step."""
         if not self._has_kernel or not self._groups or has_hooks(self._optimizer):
-            self._optimizer.step()
+            with user_code("in the optimizer"):
+                self._optimizer.step()
             if self._has_kernel:
                 self._groups = adam_groups(self._optimizer, self._crew)
             return

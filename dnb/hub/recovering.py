@@ -27,7 +27,7 @@ def recover_master(job: Job, *, journal: SegmentRef, folders: Sequence[Path], pr
         prefix: of the segments' file names, as it was.
 
     Raises:
-        Torn: that state cannot be had; nothing of it is left.
+        Torn: that state cannot be had; nothing of it is left. After any other exception all of it is.
     """
     master: Master | None = None
     try:
@@ -46,7 +46,7 @@ def recover_master(job: Job, *, journal: SegmentRef, folders: Sequence[Path], pr
     except (OSError, ValueError, KeyError, msgspec.MsgspecError) as error:
         _remove(master, folders, prefix)
         raise Torn(f"the journal is of no use: {type(error).__name__}: {error}") from error
-    except Exception:
+    except Torn:
         _remove(master, folders, prefix)
         raise
     return master, last

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dnb.errors import SpaceError
+from dnb.errors import ArgumentError, SpaceError
 from dnb.hub.crew import Crew, usable_threads
 from dnb.hub.keeping import Held, Keeper, Update, begin_keeping
 from dnb.hub.optimizers import Stepper, build_optimizer, build_scheduler, check_setting
+from dnb.hub.user_code import UserCodeError, user_code
 from dnb.records import SegmentRef, Sums, TransportKind
 from dnb.transport.job import Job
 from dnb.transport.layout import plan_gradients, plan_layout, region_views, slot_views
@@ -123,8 +124,10 @@ class Master:
         self._prefix = prefix
         self._clip_norm = clip_norm
         # First, as user code may raise here, when there is no memory yet to give back.
-        self.optimizer = build_optimizer(job.optimizer, job.model.parameters(), lr=job.lr)
-        self.scheduler = build_scheduler(job.scheduler, self.optimizer)
+        with user_code("where the optimizer is made"):
+            self.optimizer = build_optimizer(job.optimizer, job.model.parameters(), lr=job.lr)
+        with user_code("where the scheduler is made"):
+            self.scheduler = build_scheduler(job.scheduler, self.optimizer)
         self._stepper = Stepper(self.optimizer, self._crew)
         named = dict(job.model.named_parameters())
         buffers = dict(job.model.named_buffers())
@@ -168,6 +171,9 @@ class Master:
             self._keeper = begin_keeping(self.held, clip_norm=self._clip_norm, step=step, evaluated=evaluated)
         except (SpaceError, TypeError) as error:
             self.notes.append(f"if the hub dies, the run goes on from its last checkpoint: {error}")
+        except UserCodeError as error:
+            told = f"{error.failure.kind}: {error.failure.message} ({error.place})"
+            self.notes.append(f"if the hub dies, the run goes on from its last checkpoint: {told}")
 
     def go_on_with(self, keeper: Keeper) -> None:
         """Write on in the journal that this state was recovered from."""
@@ -291,7 +297,8 @@ class Master:
             self._buffers[name].copy_(value)
         self._stepper.step()
         if self.scheduler is not None:
-            self.scheduler.step()
+            with user_code("in the scheduler"):
+                self.scheduler.step()
 
     def set(self, options: Mapping[str, float | None]) -> None:
         """Change clip_norm, or numbers of every parameter group such as lr and weight_decay.
@@ -303,14 +310,24 @@ class Master:
         numbers = [name for name, value in groups[0].items() if name != "lr" and type(value) in (int, float)]
         for name, value in options.items():
             check_setting(name, value, known=["lr", "clip_norm", *numbers])
+        before = self._clip_norm, [{name: group[name] for name in options.keys() & group.keys()} for group in groups]
         for name, value in options.items():
             if name == "clip_norm":
                 self._clip_norm = value
             else:
                 for group in groups:
                     group[name] = value
-        if self._keeper is not None:
-            self._keeper.change(clip_norm=self._clip_norm)
+        try:
+            if self._keeper is not None:
+                self._keeper.change(clip_norm=self._clip_norm)
+        except UserCodeError as error:
+            self._clip_norm, numbers_before = before
+            for group, values in zip(groups, numbers_before, strict=True):
+                group.update(values)
+            failure = error.failure
+            raise ArgumentError(
+                f"nothing was set, as {failure.kind} was raised {error.place}: {failure.message}"
+            ) from error
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over parameters and buffers by name; the optimizer's state may have been replaced too."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from dnb.planning.sample_order import BatchOrder, iterate_batches
+from dnb.errors import ArgumentError
+from dnb.hub.user_code import UserCodeError
+from dnb.planning.sample_order import BatchOrder, has_sampler, iterate_epochs, name_sampler
 from dnb.planning.shards import shard_bounds
 from dnb.records import WorkKind
 
@@ -16,23 +18,37 @@ from dnb.records import WorkKind
 class Batches:
     """The batches of one run, in order; a step that is tried again keeps its own.
 
+    A user's sampler is drawn one batch ahead, while the engines compute. Whatever it raises belongs to the step that
+    needs the batch, and is raised there.
+
     Args:
         order: of the samples.
         num_steps: of the run.
         num_shards: logical shards of every batch.
         num_val_samples: of an evaluation.
         num_done: steps that need no batch any more, as an earlier run has done them.
+        steps_per_epoch: batches of an epoch, as they were counted beforehand; None: nobody did.
     """
 
     def __init__(
-        self, order: BatchOrder, *, num_steps: int, num_shards: int, num_val_samples: int, num_done: int = 0
+        self,
+        order: BatchOrder,
+        *,
+        num_steps: int,
+        num_shards: int,
+        num_val_samples: int,
+        num_done: int = 0,
+        steps_per_epoch: int | None = None,
     ) -> None:
-        self._batches = islice(iterate_batches(order), num_done, num_steps)
+        self._draws = _Draws(order, steps_per_epoch=steps_per_epoch)
+        self._num_steps = num_steps
+        self._num_done = num_done
         self._num_shards = num_shards
         self._val_indices: NDArray[np.int64] = np.arange(num_val_samples)
         self._batch: NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._batch_step = 0
         self._prepared: NDArray[np.int64] | None = None
+        self._fault: BaseException | None = None  # of the sampler, which has no other batch
         self._bounds: dict[int, list[tuple[int, int]]] = {}
 
     def samples_of(self, kind: WorkKind, step: int, shards: Sequence[int]) -> tuple[tuple[int, ...], bytes]:
@@ -52,9 +68,21 @@ class Batches:
         return len(self._indices(kind, step))
 
     def prepare(self) -> None:
-        """Draw the next batch, while the engines compute."""
-        if self._prepared is None and (batch := next(self._batches, None)) is not None:
-            self._prepared = batch.numpy()
+        """Draw the next batch, while the engines compute; never raises."""
+        if self._prepared is not None or self._fault is not None:
+            return
+        try:
+            if self._draws.count < self._num_steps:
+                self._prepared = self._draw()
+            else:
+                self._draws.look_beyond()
+        except BaseException as error:  # noqa: BLE001 - a user's sampler may raise anything, SystemExit included
+            self._fault = error
+
+    def take_note(self) -> str:
+        """What is to be told of the user's sampler, once; else empty."""
+        note, self._draws.note = self._draws.note, ""
+        return note
 
     def _indices(self, kind: WorkKind, step: int) -> NDArray[np.int64]:
         if kind == "evaluation":
@@ -64,7 +92,75 @@ class Batches:
         return self._batch
 
     def _next(self) -> NDArray[np.int64]:
-        if self._prepared is None:
-            return next(self._batches).numpy()
+        self.prepare()
+        if self._fault is not None:
+            raise UserCodeError("in the sampler", self._fault)
+        assert self._prepared is not None
         batch, self._prepared = self._prepared, None
         return batch
+
+    def _draw(self) -> NDArray[np.int64]:
+        while self._draws.count < self._num_done:
+            self._draws.next()
+        return self._draws.next().numpy()
+
+
+class _Draws:
+    """Draws from epoch after epoch, and notices an epoch of another length than was counted on.
+
+    Args:
+        order: of the samples.
+        steps_per_epoch: as it was counted; None: whatever there is, is right.
+    """
+
+    def __init__(self, order: BatchOrder, *, steps_per_epoch: int | None) -> None:
+        self._order = order
+        self._steps_per_epoch = steps_per_epoch
+        self._epochs = iterate_epochs(order)
+        self._epoch: Iterator[torch.Tensor] | None = None
+        self._number = 0  # of the epoch, from 1
+        self._num_in_epoch = 0
+        self._is_told = False
+        self.count = 0
+        self.note = ""
+
+    def next(self) -> torch.Tensor:
+        """The next batch.
+
+        Raises:
+            ArgumentError: it is none, or there is none in a whole epoch.
+        """
+        while True:
+            if self._epoch is None:
+                self._epoch = iter(next(self._epochs))
+                self._number += 1
+                self._num_in_epoch = 0
+            batch = next(self._epoch, None)
+            if batch is not None:
+                self.count += 1
+                self._num_in_epoch += 1
+                if self._num_in_epoch - 1 == self._steps_per_epoch:
+                    self._tell("more")
+                return batch
+            self._epoch = None
+            if self._num_in_epoch == 0:
+                raise ArgumentError(f"{name_sampler(self._order)} yielded no batch in epoch {self._number}")
+            if self._steps_per_epoch is not None and self._num_in_epoch < self._steps_per_epoch:
+                self._tell(f"{self._num_in_epoch}")
+
+    def look_beyond(self) -> None:
+        """The last batch is drawn: whether its epoch has more of them than was counted on."""
+        if self._epoch is not None and self._num_in_epoch == self._steps_per_epoch and has_sampler(self._order):
+            if next(self._epoch, None) is not None:
+                self._tell("more")
+            self._epoch = None
+
+    def _tell(self, found: str) -> None:
+        if self._is_told or not has_sampler(self._order):
+            return
+        self._is_told = True
+        self.note = (
+            f"{name_sampler(self._order)} gave {found} batches in epoch {self._number}, and by its __len__ it has "
+            f"{self._steps_per_epoch}: the run's steps and epochs are counted by that. Mend its __len__, or give "
+            "steps= instead of epochs="
+        )

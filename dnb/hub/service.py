@@ -1,7 +1,9 @@
 """The hub's process: sockets, the lives of engines and kernel, and at most one run at a time.
 
 Started by `dnb.hub.guardian`, again if it dies: then it takes over what the one before has left, and the engines that
-beat are asked to join again.
+beat are asked to join again. An exception of its own ends a hub as SIGKILL does, in the middle of whatever it does;
+only who wants the pool to end ends more. What peers say is checked where it arrives (`dnb.hub.peers`), what the user's
+own code raises is caught where it is called (`dnb.hub.user_code`).
 """
 
 from __future__ import annotations
@@ -17,17 +19,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 import psutil
 import zmq
 
-from dnb.errors import ArgumentError, DnbError, HubError
+from dnb.errors import ArgumentError, DnbError, HubError, RunError
 from dnb.hub.chaos import Mischief
+from dnb.hub.crashes import Caution, Crash, Recorder, caution_after, restarts_of
 from dnb.hub.hearts import SILENT_SECONDS, Hearts
 from dnb.hub.memo import (
     ACCOUNTS_FILE,
+    LOST_FILE,
     POOL_FILE,
     RUN_FILE,
     AccountsMemo,
@@ -37,8 +41,10 @@ from dnb.hub.memo import (
     remove_memo,
     write_memo,
 )
+from dnb.hub.peers import PeerError, check_engine, check_process, check_request, decode_peer
 from dnb.hub.pool_files import remove_pool_files, write_pool_file
 from dnb.hub.roster import becomes_spare, check_known, check_retirement, choose_successor, lacks_workers
+from dnb.hub.user_code import UserCodeError, user_code
 from dnb.hub.wiring import Line, Wiring
 from dnb.records import (
     Attach,
@@ -52,6 +58,7 @@ from dnb.records import (
     EngineState,
     EngineStatus,
     Exit,
+    Failure,
     GetCheckpoint,
     GetMembers,
     GetPool,
@@ -81,6 +88,7 @@ from dnb.records import (
     Welcome,
 )
 from dnb.transport.channels import CLIENT_ROLE, ENGINE_ROLE, RoleKeys, bind_router, encode, start_authenticator
+from dnb.transport.failures import TRACEBACK_LENGTH, clean_text, describe_error
 from dnb.transport.lives import (
     children_of,
     end_processes,
@@ -95,6 +103,9 @@ from dnb.transport.wires import WireError
 
 if TYPE_CHECKING:  # torch takes seconds to import: the sockets are bound first, see `main`
     from dnb.hub.active_run import ActiveRun
+    from dnb.hub.lost_run import LostRun
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +115,8 @@ TICK_SECONDS = 0.1
 EXIT_SECONDS = 3.0
 # How long an engine that left its pool may take to end; then it is killed.
 LEAVE_SECONDS = 5.0
-# A hub that has lived so long without having a run to advance is of use, too.
-USEFUL_SECONDS = 2.0
+# How long a new hub expects the engines of the one before: those that live are back within a tenth of that.
+RETURN_SECONDS = 5.0
 # How often an engine is asked to join again that does not.
 ASK_SECONDS = 1.0
 # ipyparallel's nannies and heart monitor have nothing to save, and may take seconds to see that they are alone.
@@ -132,8 +143,8 @@ class Service:
         listeners: the ports of engines and clients, by role.
         guardian: the parent.
         life: how many hubs this pool had before.
-        is_wary: hubs died of the run that they took over: it is given up.
-        be_of_use: called once, when this hub has done something, so that its death is not one of those.
+        crashes: how the last ones of them have ended.
+        recorder: notes how far this one is.
     """
 
     def __init__(
@@ -143,15 +154,15 @@ class Service:
         listeners: Mapping[str, socket.socket],
         *,
         guardian: Process,
+        recorder: Recorder,
         life: int = 0,
-        is_wary: bool = False,
-        be_of_use: Callable[[], object] = lambda: None,
+        crashes: Sequence[Crash] = (),
     ) -> None:
         self._config = config
         self._guardian = guardian
         self._life = life
-        self._be_of_use = be_of_use
-        self._is_of_use = False
+        self._recorder = recorder
+        self._restarts = restarts_of(crashes)
         self._began = time.monotonic()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._authenticator = start_authenticator(self._context, keys)
@@ -168,6 +179,7 @@ class Service:
         self._poller = zmq.Poller()
         self._known_helpers: set[Process] = set()
         self._run: ActiveRun | None = None
+        self._was_at_work = False
         self._wanted_spares = 0
         self._restart: Literal["never", "always"] = "never"  # kept for the kernel that steers
         self._dead: set[int] = set()
@@ -184,42 +196,41 @@ class Service:
         self._spares: frozenset[int] = frozenset()  # spares among them
         self._leaving: frozenset[int] = frozenset()  # those of them who were asked to leave
         self._asked: dict[int, float] = {}  # engines to join again, and when they may be asked once more
+        self._lost_run: LostRun | None = None  # that hubs have died of
         if life:
-            self._take_over(is_wary=is_wary)
+            self._take_over(crashes)
 
     def end(self, reason: str) -> None:
         """Let the loop end; safe from a signal handler."""
         self._ending = self._ending or reason
 
     def serve(self) -> None:
-        """Answer until the pool ends, then leave nothing of it behind."""
+        """Answer until the pool ends, then leave nothing of it; an exception leaves everything to the next hub."""
         poller = self._poller
         poller.register(self._engine_socket, zmq.POLLIN)
         poller.register(self._client_socket, zmq.POLLIN)
         for listening in self._wiring.listeners:
             poller.register(listening, zmq.POLLIN)
         next_tick = 0.0
-        try:
-            while not self._ending:
-                has_chores = self._run is not None and self._run.has_chores
-                ready = dict(poller.poll(0 if has_chores else round(TICK_SECONDS * 1000)))
-                self._serve_wires(ready)
-                if self._engine_socket in ready:
-                    self._drain(self._engine_socket, self._take_from_engine)
-                if self._client_socket in ready:
-                    self._drain(self._client_socket, self._answer)
-                if has_chores and not ready and self._run is not None:
-                    self._run.do_chores()
-                if time.monotonic() >= next_tick:
-                    self._tick()
-                    next_tick = time.monotonic() + TICK_SECONDS
-                self._watch_writers()
-        finally:
-            self._end_pool()
+        while not self._ending:
+            has_chores = self._run is not None and self._run.has_chores
+            ready = dict(poller.poll(0 if has_chores else round(TICK_SECONDS * 1000)))
+            self._serve_wires(ready)
+            if self._engine_socket in ready:
+                self._drain(self._engine_socket, self._take_from_engine)
+            if self._client_socket in ready:
+                self._drain(self._client_socket, self._answer)
+            if has_chores and not ready and self._run is not None:
+                self._run.do_chores()
+            if time.monotonic() >= next_tick:
+                self._tick()
+                next_tick = time.monotonic() + TICK_SECONDS
+            self._watch_writers()
+        self._end_pool()
 
     # what the hub before has left
 
-    def _take_over(self, *, is_wary: bool) -> None:
+    def _take_over(self, crashes: Sequence[Crash]) -> None:
         memo = read_memo(self._folders, POOL_FILE, PoolMemo)
         if memo is not None:
             self._owner = memo.owner
@@ -233,26 +244,48 @@ class Service:
             self._mischief.num_killed = memo.num_killed
             self._mischief.stopped = dict(memo.stopped)
             self._known_helpers = set(memo.helpers)
+        self._is_file_old = True
         run = read_memo(self._folders, RUN_FILE, RunMemo)
         if run is not None:
-            self._take_over_run(run, is_wary=is_wary)
-        self._is_file_old = True
+            self._take_over_run(run, crashes)
+        else:
+            from dnb.hub.lost_run import LostRun
 
-    def _take_over_run(self, memo: RunMemo, *, is_wary: bool) -> None:
-        from dnb.hub.beginnings import give_up
+            self._lost_run = read_memo(self._folders, LOST_FILE, LostRun)
 
-        try:
-            if is_wary:
-                raise HubError(f"{self._life} hubs died of it")
-            self._run = self._open_run(memo.frames, self._verified_spec(memo.frames), memo)
-            self._run.start()
-        except Exception as error:  # whatever it is: without the run, the pool can still be used
-            log.exception("the run cannot be taken over")
-            give_up(memo, f"the hub died, and the run could not be taken over: {type(error).__name__}: {error}")
-            self._forget_run_memos()
+    def _take_over_run(self, memo: RunMemo, crashes: Sequence[Crash]) -> None:
+        """Go on with the run, unless hubs have died of it: then it has failed.
+
+        An exception ends this hub, too, and the next one tries again: in the end that makes it cautious.
+        """
+        spec = self._verified_spec(memo.frames)
+        self._recorder.hold(spec.id, step=crashes[-1].step if crashes else 0)
+        caution = caution_after(crashes)
+        if caution is Caution.NONE:
+            self._resume_run(memo, spec, reason=crashes[-1].reason if crashes else "")
+            return
+        error, told = _verdict(crashes), crashes[-1].traceback
+        if caution is Caution.FAIL:
+            try:
+                self._resume_run(memo, spec, failure=Failure(kind="HubError", message=error, traceback=told))
+                return
+            except Exception:  # whatever it is: without the run, the pool can still be used
+                log.exception("the run cannot be taken over")
+        from dnb.hub.lost_run import lose
+
+        self._run = None
+        self._lost_run = lose(spec, error=error, remote_traceback=told)
+        self._forget_run_memos()
+        write_memo(self._folders, LOST_FILE, self._lost_run)
+
+    def _resume_run(self, memo: RunMemo, spec: RunSpec, *, reason: str = "", failure: Failure | None = None) -> None:
+        self._run = self._open_run(memo.frames, spec, memo, reason=reason, failure=failure)
+        self._is_memo_old = self._is_run_memo_old = True  # its journal may be another one
+        self._note_work()
+        self._run.start()
 
     def _forget_run_memos(self) -> None:
-        for name in (RUN_FILE, ACCOUNTS_FILE):
+        for name in (RUN_FILE, ACCOUNTS_FILE, LOST_FILE):
             remove_memo(self._folders, name)
 
     def _write_memos(self) -> None:
@@ -288,9 +321,9 @@ class Service:
             helpers=tuple(self._known_helpers),
         )
 
-    def _drain(self, router: zmq.Socket[bytes], take: Any) -> None:
+    def _drain(self, router: zmq.Socket[bytes], take: Callable[[list[bytes]], None]) -> None:
         while router.poll(0):
-            take(*router.recv_multipart())
+            take(router.recv_multipart())
 
     # wires
 
@@ -306,21 +339,23 @@ class Service:
 
     def _serve_line(self, place: int, line: Line) -> None:
         line.wire.flush()
+        reason = "died"
         try:
-            messages = line.wire.receive()
-            for packed, _raw in messages:
+            for packed, _raw in line.wire.receive():
+                message = decode_peer(self._decode_engine, packed)
                 if line.engine is None:
-                    self._attach(line, packed)
+                    self._attach(line, message)
                 else:
-                    self._take_message(line.engine, self._decode_engine(packed))
-        except (WireError, msgspec.MsgspecError) as error:
+                    self._take_message(line.engine, message)
+        except (WireError, PeerError) as error:  # whoever says this is cut off, and may call again
             log.warning("a wire of engine %s is closed: %s", line.engine, error)
+            reason = f"was cut off: {error}"
             line.wire.close()
         if line.wire.is_closed:
-            self._drop_line(place, line)
+            self._drop_line(place, line, reason=reason)
 
-    def _attach(self, line: Line, packed: memoryview) -> None:
-        engine = self._wiring.greet(line, self._decode_engine(packed))
+    def _attach(self, line: Line, message: EngineMessage) -> None:
+        engine = self._wiring.greet(line, message)
         for place, old in list(self._wiring.lines.items()):
             if old is not line and old.engine == engine:
                 self._poller.unregister(place)
@@ -328,13 +363,13 @@ class Service:
         if self._run is not None:
             self._run.attach(engine, line.wire)
 
-    def _drop_line(self, place: int, line: Line) -> None:
+    def _drop_line(self, place: int, line: Line, *, reason: str = "died") -> None:
         """A connection that closes is how a death is seen first."""
         self._poller.unregister(place)
         self._wiring.drop(place)
         is_at_work = self._run is not None and self._run.is_active
         if line.engine in self._engines and not line.is_retired and is_at_work:
-            self._lose(line.engine, "died")
+            self._lose(line.engine, reason)
 
     def _watch_writers(self) -> None:
         for place, line in list(self._wiring.lines.items()):
@@ -348,18 +383,22 @@ class Service:
 
     # engines
 
-    def _take_from_engine(self, identity: bytes, header: bytes, *_frames: bytes) -> None:
+    def _take_from_engine(self, parts: list[bytes]) -> None:
+        identity, *rest = parts
         try:
-            message = self._decode_engine(header)
-        except msgspec.MsgspecError as error:
+            message = decode_peer(self._decode_engine, rest[0] if rest else b"")
+            if isinstance(message, Join):
+                check_engine(message.facts)
+                self._join(message, identity)
+            elif isinstance(message, Beat):
+                check_process(message.process)
+                self._hear(message)
+            else:
+                self._take_from_known(identity, message)
+        except PeerError as error:
             log.warning("a message from %r was refused: %s", identity, error)
-            return
-        if isinstance(message, Join):
-            self._join(message, identity)
-            return
-        if isinstance(message, Beat):
-            self._hear(message)
-            return
+
+    def _take_from_known(self, identity: bytes, message: EngineMessage) -> None:
         engine = next((e for e in self._engines.values() if e.identity == identity), None)
         if engine is None:
             log.warning("%s from an engine that was given up: %r", type(message).__name__, identity)
@@ -486,6 +525,7 @@ class Service:
             num_died=len(self._dead),
             num_killed=self._mischief.num_killed,
             restart=self._restart,
+            last_restart=self._restarts[-1].reason if self._restarts else "",
         )
 
     def _send_to_engine(self, engine: int, record: Message, frames: Sequence[Any] = ()) -> None:
@@ -501,20 +541,29 @@ class Service:
 
     # clients
 
-    def _answer(self, identity: bytes, number: bytes, header: bytes, *frames: bytes) -> None:
+    def _answer(self, parts: list[bytes]) -> None:
+        if len(parts) < 3:
+            log.warning("a request of %d parts was refused", len(parts))
+            return
+        identity, number, header, *frames = parts
         try:
-            request = self._decode_request(header)
+            request = decode_peer(self._decode_request, header)
+            check_request(request)
             self._check_steering(identity, request)
             reply, out = self._serve_request(identity, request, frames)
             self._write_memos()  # what was answered stays done, whatever becomes of this hub
-        except (DnbError, OSError, msgspec.MsgspecError) as error:
-            kind = type(error).__name__ if isinstance(error, DnbError) else HubError.__name__
-            reply, out = Refused(error=kind, message=str(error)), []
-        except Exception as error:
-            log.exception("a request failed")
-            reply, out = Refused(error="RunError", message=f"{type(error).__name__}: {error}"), []
+        except (DnbError, PeerError, msgspec.MsgspecError) as error:
+            reply, out = _refusal(error), []
+        self._reply(identity, number, reply, out)
+
+    def _reply(self, identity: bytes, number: bytes, reply: Message, out: Sequence[Any]) -> None:
         try:
-            self._client_socket.send_multipart([identity, number, *encode(reply, out)], copy=False)
+            packed = encode(reply, out)
+        except (ValueError, OverflowError, msgspec.MsgspecError) as error:  # such as text that is no text
+            log.exception("an answer cannot be sent")
+            packed = encode(_refusal(HubError(f"the answer cannot be sent: {type(error).__name__}: {error}")))
+        try:
+            self._client_socket.send_multipart([identity, number, *packed], copy=False)
         except zmq.ZMQError as error:
             log.warning("a client left before its answer: %s", error)
 
@@ -543,7 +592,10 @@ class Service:
             raise ArgumentError(f"the kernel with pid {owner.pid} on {owner.host} steers this pool")
         self._owner = hello.owner
         self._orphaned = None
-        self._write_pool_file()
+        try:
+            self._write_pool_file()
+        except OSError as error:
+            raise HubError(str(error)) from error
 
     def _serve_request(  # noqa: C901 - the table of requests, in one place
         self, identity: bytes, request: Request, frames: Sequence[bytes]
@@ -552,7 +604,7 @@ class Service:
             case Hello():
                 self._greet(identity, request)
             case GetPool():
-                return PoolState(facts=self._facts(), engines=self._statuses()), []
+                return _read(self._pool_state), []
             case GetMembers():
                 return self._members(), []
             case Retire():
@@ -571,8 +623,8 @@ class Service:
                     self._run.tell("chaos", "the hub is killed on purpose")
             case Submit():
                 self._submit(frames)
-            case GetRun(run=name):
-                return self._named(name).state(request, heartbeats=self._hearts.ages(time.monotonic()))
+            case GetRun():
+                return self._run_state(request)
             case Control(run=name, verb=verb):
                 self._control(name, verb)
             case SetOptions(run=name, options=options):
@@ -581,7 +633,7 @@ class Service:
             case Mend(run=name):
                 self._mend(name, frames)
             case GetState(run=name, optimizer=optimizer):
-                return _state_of(self._named(name), optimizer=optimizer)
+                return _read(partial(_state_of, self._named(name), optimizer=optimizer))
             case TakeCheckpoint() | GetCheckpoint():
                 return self._serve_checkpoint(request), []
             case Shutdown():
@@ -594,7 +646,16 @@ class Service:
             return run.checkpoint_state(request.ticket)
         return run.take_checkpoint(None if request.path is None else Path(request.path))
 
+    def _run_state(self, request: GetRun) -> tuple[Message, Sequence[Any]]:
+        if self._lost_run is not None and self._lost_run.spec.name == request.run:
+            return _read(partial(self._lost_run.state, request))
+        run = self._named(request.run)
+        run.catch_up()
+        return _read(partial(run.state, request, heartbeats=self._hearts.ages(time.monotonic())))
+
     def _named(self, name: str) -> ActiveRun:
+        if self._lost_run is not None and self._lost_run.spec.name == name:
+            raise HubError(f"run {name!r} is {self._lost_run.status}: {self._lost_run.error}")
         if self._run is None or self._run.spec.name != name:
             raise HubError(f"the hub does not hold a run {name!r}: %dtrain status says which it holds")
         return self._run
@@ -608,6 +669,8 @@ class Service:
     def _mend(self, name: str, frames: Sequence[bytes]) -> None:
         from dnb.transport.parcels import verify
 
+        if len(frames) != 2:
+            raise HubError(f"what is mended comes in 2 frames, not {len(frames)}")
         pickled, signature = frames
         verify(self._config.key.encode(), [pickled], signature)
         run = self._active(name, "mend")
@@ -633,16 +696,37 @@ class Service:
                 raise ArgumentError(_still_active(self._run))
             self._run.close()
             self._run = None
-            self._forget_run_memos()
-        self._run = self._open_run(frames, spec)
+        self._lost_run = None
+        self._forget_run_memos()
+        self._run = self._open_new_run(frames, spec)
         for number, engine in self._engines.items():
             if engine.is_spare:
                 self._run.rest_engine(number)
         self._is_run_memo_old = True
+        self._recorder.hold(spec.id, step=0)
+        self._note_work()
         self._write_pool_file()
         self._run.start()
         for number in sorted(self._hearts.silent):
             self._run.silence_engine(number, "is silent")
+
+    def _open_new_run(self, frames: Sequence[bytes], spec: RunSpec) -> ActiveRun:
+        """Unpickle it and make its master copy: whatever the user's code raises, the pool has no run then.
+
+        Raises:
+            RunError: with what was raised, and its traceback.
+        """
+        try:
+            return self._open_run(frames, spec)
+        except OSError as error:
+            raise HubError(str(error)) from error
+        except UserCodeError as error:
+            if isinstance(error.error, DnbError):
+                raise error.error from error
+            failure = error.failure
+            raise RunError(
+                f"{failure.kind}: {failure.message} ({failure.place})", remote_traceback=failure.traceback
+            ) from error
 
     def _verified_spec(self, frames: Sequence[bytes]) -> RunSpec:
         from dnb.transport.parcels import verify
@@ -651,19 +735,31 @@ class Service:
         verify(self._config.key.encode(), [spec_bytes, job_bytes, data_bytes], signature)
         return msgspec.msgpack.decode(spec_bytes, type=RunSpec)
 
-    def _open_run(self, frames: Sequence[bytes], spec: RunSpec, memo: RunMemo | None = None) -> ActiveRun:
-        """A new run, or the one of the hub before."""
+    def _open_run(
+        self,
+        frames: Sequence[bytes],
+        spec: RunSpec,
+        memo: RunMemo | None = None,
+        *,
+        reason: str = "",
+        failure: Failure | None = None,
+    ) -> ActiveRun:
+        """A new run, or the one of the hub before, which `reason` has ended; it may have failed by that."""
         from dnb.hub.active_run import ActiveRun
         from dnb.hub.beginnings import begin, take_over
         from dnb.transport.parcels import unpack
 
         sys.path.extend(path for path in spec.sys_path if path not in sys.path)
-        make_job = partial(unpack, frames[1], spec.job)
+
+        def make_job() -> Any:
+            with user_code("where the run's objects are unpickled"):
+                return unpack(frames[1], spec.job)
+
         if memo is None:
             beginning = begin(spec, make_job(), folders=self._folders)
         else:
             spec = msgspec.structs.replace(spec, clip_norm=memo.clip_norm)
-            beginning = take_over(spec, memo, make_job, folders=self._folders)
+            beginning = take_over(spec, memo, make_job, folders=self._folders, reason=reason, failure=failure)
         engines = self._returning.values() if memo else [engine.facts for engine in self._engines.values()]
         accounts = read_memo(self._folders, ACCOUNTS_FILE, AccountsMemo) if memo else None
         return ActiveRun(
@@ -677,6 +773,7 @@ class Service:
             condemn=self._condemn,
             life=self._life,
             departed=() if accounts is None else accounts.departed,
+            count_commit=self._recorder.count_commit,
         )
 
     # lives
@@ -689,10 +786,7 @@ class Service:
         self._look_at_engines()
         if self._run is not None:
             self._run.tick()
-        has_advanced = self._run is not None and self._run.has_advanced
-        if not self._is_of_use and (has_advanced or time.monotonic() - self._began > USEFUL_SECONDS):
-            self._is_of_use = True
-            self._be_of_use()
+        self._note_work()
         if self._is_doomed:
             os.kill(os.getpid(), signal.SIGKILL)
         self._mischief.look()
@@ -700,6 +794,16 @@ class Service:
         if self._is_file_old:
             self._write_pool_file()
         self._watch_owner()
+
+    def _note_work(self) -> None:
+        """Let whoever asks why this hub has ended know what it was about."""
+        run = self._run
+        is_at_work = run is not None and run.status in ("starting", "running")
+        if is_at_work != self._was_at_work:
+            self._was_at_work = is_at_work
+            self._recorder.set_at_work(is_at_work)
+        if run is not None and run.has_advanced:
+            self._recorder.be_of_use()
 
     def _look_at_engines(self) -> None:
         for number in self._hearts.tick(time.monotonic()):
@@ -767,7 +871,9 @@ class Service:
         )
 
     def _facts(self, *, look: bool = True) -> PoolFacts:
-        run = self._run
+        run, lost = self._run, self._lost_run
+        name = run.spec.name if run is not None else lost.spec.name if lost is not None else None
+        status = run.status if run is not None else lost.status if lost is not None else None
         return PoolFacts(
             cluster_id=self._config.cluster_id,
             guardian=self._guardian,
@@ -776,9 +882,16 @@ class Service:
             helpers=self._helpers(look=look),
             engines=tuple(engine.facts for engine in self._engines.values()),
             owner=self._owner,
-            run=None if run is None else run.spec.name,
-            run_status=None if run is None else run.status,
+            run=name,
+            run_status=status,
+            returning=tuple(self._returning.values()),
+            restarts=self._restarts,
         )
+
+    def _pool_state(self) -> PoolState:
+        is_new = time.monotonic() - self._began < RETURN_SECONDS
+        returning = sorted(self._returning) if is_new else ()
+        return PoolState(facts=self._facts(), engines=self._statuses(), returning=tuple(returning))
 
     def _helpers(self, *, look: bool = True) -> tuple[Process, ...]:
         parents = [
@@ -802,26 +915,80 @@ class Service:
 
     def _end_pool(self) -> None:
         """End every process of the pool and remove what it left; the controller goes last."""
-        log.info("the pool ends: %s", self._ending or "an error in the hub")
+        log.info("the pool ends: %s", self._ending)
+        helpers: list[Process] = []
+        engines = [engine.facts.process for engine in self._engines.values()]
+        engines += [facts.process for facts in self._returning.values()]
+        steps: tuple[Callable[[], object], ...] = (
+            self._stop_run,
+            lambda: helpers.extend(self._helpers()),  # while those live whose children they are
+            self._mischief.close,
+            self._dismiss_engines,
+            partial(end_processes, engines, patience_seconds=EXIT_SECONDS),
+            self._close_run,
+            self._wiring.close,
+            self._authenticator.stop,
+            self._engine_socket.close,
+            self._client_socket.close,
+            self._context.term,
+            partial(remove_pool_folders, self._config.cluster_id),
+            partial(
+                end_processes, [self._config.controller], patience_seconds=EXIT_SECONDS, first_signal=signal.SIGTERM
+            ),
+            partial(end_processes, helpers, patience_seconds=HELPER_EXIT_SECONDS),
+            partial(remove_pool_files, self._config),
+        )
+        for step in steps:
+            try:
+                step()
+            except Exception:  # the pool ends all the same, and leaves nothing
+                log.exception("something went wrong while the pool ended")
+
+    def _stop_run(self) -> None:
         if self._run is not None and self._run.is_active:
             self._run.ask("stop")
-        self._mischief.close()
+
+    def _dismiss_engines(self) -> None:
         for number in list(self._engines):
             self._send_to_engine(number, Exit())
-        helpers = self._helpers()
-        engines = [engine.facts.process for engine in self._engines.values()]
-        end_processes(engines, patience_seconds=EXIT_SECONDS)
+
+    def _close_run(self) -> None:
         if self._run is not None:
             self._run.close()
-        self._wiring.close()
-        self._authenticator.stop()
-        self._engine_socket.close()
-        self._client_socket.close()
-        self._context.term()
-        remove_pool_folders(self._config.cluster_id)
-        end_processes([self._config.controller], patience_seconds=EXIT_SECONDS, first_signal=signal.SIGTERM)
-        end_processes(helpers, patience_seconds=HELPER_EXIT_SECONDS)
-        remove_pool_files(self._config)
+
+
+def _refusal(error: Exception) -> Refused:
+    kind = type(error).__name__ if isinstance(error, DnbError) else HubError.__name__
+    message = str(error.args[0]) if isinstance(error, RunError) and error.args else str(error)
+    return Refused(
+        error=kind,
+        message=clean_text(message, length=TRACEBACK_LENGTH),
+        traceback=clean_text(getattr(error, "remote_traceback", ""), length=TRACEBACK_LENGTH),
+    )
+
+
+def _read(look: Callable[[], T]) -> T:
+    """Look at something without changing it: what goes wrong then ends nothing, the user's own code included.
+
+    Raises:
+        RunError: with what went wrong.
+    """
+    try:
+        return look()
+    except DnbError:
+        raise
+    except BaseException as error:
+        log.exception("a question cannot be answered")
+        failure = describe_error(error)
+        raise RunError(f"{failure.kind}: {failure.message}", remote_traceback=failure.traceback) from error
+
+
+def _verdict(crashes: Sequence[Crash]) -> str:
+    """Why a run has failed, for people."""
+    last = crashes[-1]
+    number = sum((crash.cause, crash.step) == (last.cause, last.step) for crash in crashes)
+    times = f"{number} times" if number > 1 else "again and again"
+    return f"the hub died {times} in step {last.step + 1}, and does not go on with it: {last.reason}"
 
 
 def _state_of(run: ActiveRun, *, optimizer: bool) -> tuple[Message, Sequence[Any]]:

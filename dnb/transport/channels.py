@@ -230,6 +230,8 @@ def decode_reply(data: bytes, expect: type[T]) -> T:
 
     answer = msgspec.msgpack.decode(data, type=Refused | expect)
     if isinstance(answer, Refused):
+        if answer.error == errors.RunError.__name__:
+            raise errors.RunError(answer.message, remote_traceback=answer.traceback)
         kind = getattr(errors, answer.error, HubError)
         raise kind(answer.message)
     return answer  # type: ignore[no-any-return]

@@ -1,0 +1,118 @@
+"""A run that hubs have died of: it has failed, and is only what its folder says."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import msgspec
+
+from dnb.hub.accounts import Columns
+from dnb.hub.beginnings import columns_of
+from dnb.hub.history import HistoryRow, RunFolder, RunSummary, read_events, read_history, read_summary, read_usage
+from dnb.records import ENDED, GetRun, Record, RunEvent, RunSpec, RunState, RunStatus
+
+log = logging.getLogger(__name__)
+
+
+class LostRun(Record, frozen=True):
+    """What is left of it: enough for viewers to hear how it ended."""
+
+    spec: RunSpec
+    status: RunStatus
+    step: int
+    started: float
+    elapsed_seconds: float
+    error: str
+    remote_traceback: str
+
+    def state(self, request: GetRun) -> tuple[RunState, list[bytes]]:
+        """What a viewer does not have yet."""
+        folder = Path(self.spec.folder)
+        columns, frames = _columns_in(folder).after(request.seen)
+        state = RunState(
+            status=self.status,
+            step=self.step,
+            first_step=0 if self.spec.resumed is None else self.spec.resumed.step,
+            num_steps=self.spec.num_steps,
+            steps_per_epoch=self.spec.steps_per_epoch,
+            started=self.started,
+            elapsed_seconds=self.elapsed_seconds,
+            error=self.error,
+            remote_traceback=self.remote_traceback,
+            columns=columns,
+            workers=(),
+            events=tuple(_events_in(folder)[request.seen_events :]),
+            prediction=self.spec.prediction,
+            usage=tuple(read_usage(folder)[request.seen_usage :]),
+            batch_size=self.spec.batch_size,
+            num_samples=self.spec.num_samples,
+            num_shards=self.spec.num_shards,
+        )
+        return state, frames
+
+
+def lose(spec: RunSpec, *, error: str, remote_traceback: str) -> LostRun:
+    """Write into a run's folder that it has failed, unless it had ended before.
+
+    Args:
+        spec: of the run.
+        error: why.
+        remote_traceback: of what is in `error`.
+    """
+    folder = Path(spec.folder)
+    step = max((row.step for row in _rows_in(folder)), default=0)
+    try:
+        summary = read_summary(folder)
+        if summary.status not in ENDED:
+            summary = msgspec.structs.replace(
+                summary, status="failed", error=error, remote_traceback=remote_traceback, step=step
+            )
+            with RunFolder(folder) as files:
+                files.write_summary(summary)
+                files.append_event(RunEvent(kind="failed", text=error, step=step, time=time.time()))
+    except (OSError, ValueError, msgspec.MsgspecError) as fault:
+        log.warning("%s cannot be told that its run has failed: %s", folder, fault)
+        return LostRun(
+            spec=spec,
+            status="failed",
+            step=step,
+            started=time.time(),
+            elapsed_seconds=0.0,
+            error=error,
+            remote_traceback=remote_traceback,
+        )
+    return _lost(spec, summary)
+
+
+def _lost(spec: RunSpec, summary: RunSummary) -> LostRun:
+    return LostRun(
+        spec=spec,
+        status=summary.status,
+        step=summary.step,
+        started=summary.started,
+        elapsed_seconds=summary.elapsed_seconds,
+        error=summary.error,
+        remote_traceback=summary.remote_traceback,
+    )
+
+
+def _rows_in(folder: Path) -> list[HistoryRow]:
+    try:
+        return read_history(folder)
+    except (OSError, ValueError, msgspec.MsgspecError) as error:
+        log.warning("the history in %s cannot be read: %s", folder, error)
+        return []
+
+
+def _columns_in(folder: Path) -> Columns:
+    return columns_of(_rows_in(folder))
+
+
+def _events_in(folder: Path) -> list[RunEvent]:
+    try:
+        return read_events(folder)
+    except (OSError, ValueError, msgspec.MsgspecError) as error:
+        log.warning("the events in %s cannot be read: %s", folder, error)
+        return []

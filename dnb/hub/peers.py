@@ -1,0 +1,244 @@
+"""What engines and clients may say: checked where it arrives, before anything in the hub has changed.
+
+Types are checked by decoding. Here it is whether values make sense, by themselves or for the run as it is. Who breaks
+the rules loses its line, or has its request refused; nothing else happens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from dnb.errors import ArgumentError
+from dnb.records import (
+    Chaos,
+    Diagnosis,
+    EngineFacts,
+    EngineMessage,
+    Failure,
+    GetRun,
+    Hello,
+    KeepSpares,
+    LoadFailed,
+    NoSharedMemory,
+    Process,
+    Request,
+    SetOptions,
+    StageTrace,
+    Sums,
+    TakeCheckpoint,
+    Telemetry,
+    WorkFailed,
+    WorkReport,
+)
+from dnb.transport.failures import MESSAGE_LENGTH, TRACEBACK_LENGTH, clean_text
+
+T = TypeVar("T")
+
+# Engines are numbered from 0 by ipyparallel; teams of them from here on, see `dnb.hub.teams`.
+MOST_ENGINES = 1 << 20
+# No pid is larger, and psutil takes no larger one.
+MOST_PID = (1 << 31) - 1
+# Whatever is counted fits into the numbers that arrays and files have.
+MOST_COUNT = (1 << 63) - 1
+# More than any pool needs, and few enough to be a number of processes.
+MOST_SPARES = 4096
+# How long chaos may stop an engine, and how slow it may make one.
+MOST_STOP_SECONDS, MOST_SLOWNESS = 86_400.0, 1e6
+# Letters of what names something: a host, a device, a version, a parameter.
+NAME_LENGTH = 1000
+
+
+class PeerError(Exception):
+    """A peer has said what makes no sense."""
+
+
+def decode_peer(decode: Callable[[Any], T], packed: bytes | memoryview) -> T:
+    """Decode what a peer has sent.
+
+    Raises:
+        PeerError: it cannot be decoded, for whatever reason: text that is no UTF-8 and records that are nested too
+            deep raise other errors than wrong types.
+    """
+    try:
+        return decode(packed)
+    except Exception as error:
+        told = clean_text(f"{type(error).__name__}: {error}", length=NAME_LENGTH)
+        raise PeerError(f"a record cannot be decoded: {told}") from error
+
+
+def check_process(process: Process) -> None:
+    """Refuse a process that cannot be one.
+
+    Raises:
+        PeerError: with what is wrong.
+    """
+    _require(0 < process.pid <= MOST_PID, f"no process has the pid {process.pid}")
+    _require(math.isfinite(process.create_time), f"no process starts at {process.create_time}")
+    _require(len(process.host) <= NAME_LENGTH, "the name of a host is too long")
+
+
+def check_engine(facts: EngineFacts) -> None:
+    """Refuse an engine that cannot be one.
+
+    Raises:
+        PeerError: with what is wrong.
+    """
+    _require(0 <= facts.engine < MOST_ENGINES, f"no engine has the number {facts.engine}")
+    check_process(facts.process)
+    _require(0 < facts.cores <= MOST_ENGINES, f"no engine has {facts.cores} threads")
+    _require(0 <= facts.memory_bytes <= MOST_COUNT, f"no host has {facts.memory_bytes} bytes")
+    _require(max(len(facts.device), len(facts.torch_version)) <= NAME_LENGTH, "a name is too long")
+
+
+def check_request(request: Request) -> None:
+    """Refuse a request whose values make no sense, whatever the pool is like.
+
+    Raises:
+        ArgumentError: with what is wrong.
+    """
+    match request:
+        case Hello(owner=owner):
+            try:
+                check_process(owner)
+            except PeerError as error:
+                raise ArgumentError(f"this kernel cannot be greeted: {error}") from error
+        case KeepSpares(number=number) if not 0 <= number <= MOST_SPARES:
+            raise ArgumentError(f"the number of spares must be from 0 to {MOST_SPARES}, not {number}")
+        case Chaos(verb="stop", amount=seconds) if not 0 < seconds <= MOST_STOP_SECONDS:
+            raise ArgumentError(
+                f"an engine is stopped for more than 0 and at most {MOST_STOP_SECONDS:g} s, not {seconds}"
+            )
+        case Chaos(verb="slow", amount=factor) if not 1 <= factor <= MOST_SLOWNESS:
+            raise ArgumentError(f"an engine is slowed by a factor from 1 to {MOST_SLOWNESS:g}, not {factor}")
+        case SetOptions(options=options) if not options:
+            raise ArgumentError("set what? run.set(lr=1e-4), run.set(clip_norm=1.0)")
+        case TakeCheckpoint(path=str(path)) if "\0" in path or not path.startswith("/"):
+            raise ArgumentError(f"no checkpoint can be put at {path!r}: give the whole path of a folder")
+        case GetRun():
+            seen = [*request.seen.values(), request.seen_events, request.seen_timeline, request.seen_usage]
+            if not all(0 <= number <= MOST_COUNT for number in seen):
+                raise ArgumentError("a viewer has seen at least 0 rows of everything")
+        case _:
+            pass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rules:
+    """What an engine can say about one run."""
+
+    num_gradients: int  # slots of the gradient layout
+    num_parameters: int  # of the parameter layout
+    num_shards: int
+    num_stages: int  # largest of all partitions; 0 if the model is not divided
+
+
+def check_message(message: EngineMessage, rules: Rules) -> EngineMessage:
+    """Refuse what an engine cannot mean; the message, with texts of a length that can be shown.
+
+    Raises:
+        PeerError: with what is wrong.
+    """
+    match message:
+        case WorkReport():
+            return _checked_report(message, rules)
+        case WorkFailed(failure=failure) | LoadFailed(failure=failure):
+            return msgspec.structs.replace(message, failure=shortened(failure))
+        case Diagnosis(shard=shard):
+            _require(shard is None or 0 <= shard < rules.num_shards, f"there is no shard {shard}")
+            return msgspec.structs.replace(
+                message,
+                parameter=clean_text(message.parameter, length=NAME_LENGTH),
+                kind=clean_text(message.kind, length=NAME_LENGTH),
+            )
+        case NoSharedMemory(reason=reason):
+            return msgspec.structs.replace(message, reason=clean_text(reason, length=MESSAGE_LENGTH))
+        case _:
+            return message
+
+
+def check_parts(report: WorkReport, *, num_slabs: int, num_samples: int, is_divided: bool) -> None:
+    """Hold a report that answers an open lease against what was leased.
+
+    Args:
+        report: of an engine.
+        num_slabs: that it was to write into.
+        num_samples: of the whole batch.
+        is_divided: whether it is of a member of a team, of which only one counts the samples.
+
+    Raises:
+        PeerError: with what is wrong.
+    """
+    num_parts = len(report.parts)
+    is_right = num_parts >= 1 if is_divided else num_parts == num_slabs
+    _require(is_right, f"a report has {num_parts} parts for {num_slabs} slabs")
+    for part in report.parts:
+        _require(0 <= part.num_samples <= num_samples, f"a part has {part.num_samples} samples of {num_samples}")
+
+
+def shortened(failure: Failure) -> Failure:
+    """The same, of a length that people read."""
+    return Failure(
+        kind=clean_text(failure.kind, length=NAME_LENGTH),
+        message=clean_text(failure.message, length=MESSAGE_LENGTH),
+        traceback=clean_text(failure.traceback, length=TRACEBACK_LENGTH),
+        place=clean_text(failure.place, length=MESSAGE_LENGTH),
+    )
+
+
+def _checked_report(report: WorkReport, rules: Rules) -> WorkReport:
+    unknown = next((slot for slot in report.unused if not 0 <= slot < rules.num_gradients), None)
+    _require(unknown is None, f"the model has no gradient {unknown}")
+    unknown = next((shard for shard in report.shards if not 0 <= shard < rules.num_shards), None)
+    _require(unknown is None, f"there is no shard {unknown}")
+    _require(0 <= report.step <= MOST_COUNT, f"there is no step {report.step}")
+    num_bytes = len(report.digests)
+    _require(num_bytes in (0, 4 * rules.num_parameters), f"digests have {num_bytes} bytes")
+    for part in report.parts:
+        _check_sums(part)
+    if report.telemetry is not None:
+        _check_telemetry(report.telemetry)
+    if report.trace is not None:
+        _check_trace(report.trace, rules)
+    if not report.note:
+        return report
+    return msgspec.structs.replace(report, note=clean_text(report.note, length=MESSAGE_LENGTH))
+
+
+def _check_sums(part: Sums) -> None:
+    """Totals may be NaN, if the model's are; weights are counted by the engine itself."""
+    weights = [part.loss_weight, *part.metric_weights.values()]
+    _require(all(0 <= weight < math.inf for weight in weights), "a weight is no number of at least 0")
+    _require(part.metric_weights.keys() == part.metric_totals.keys(), "a metric has no weight")
+    _require(0 <= part.num_samples <= MOST_COUNT, f"a part has {part.num_samples} samples")
+
+
+def _check_telemetry(telemetry: Telemetry) -> None:
+    for name in telemetry.__struct_fields__:
+        value = getattr(telemetry, name)
+        _require(value is None or 0 <= value <= MOST_COUNT, f"{name} is {value}")
+
+
+def _check_trace(trace: StageTrace, rules: Rules) -> None:
+    times = [trace.begin, trace.end, trace.cpu_seconds]
+    times += [time for action in trace.actions for time in (action.begin, action.end)]
+    _require(all(math.isfinite(time) for time in times), "a time of a trace is no number")
+    _require(trace.begin <= trace.end and trace.cpu_seconds >= 0, "a trace ends before it begins")
+    _require(all(action.begin <= action.end for action in trace.actions), "an action ends before it begins")
+    _require(bool(trace.actions), "a trace has no action")
+    _require(1 <= trace.num_micro_batches <= MOST_PID, f"a trace has {trace.num_micro_batches} micro-batches")
+    stages = [action.stage for action in trace.actions] + [traffic.stage for traffic in trace.traffic]
+    _require(all(0 <= stage < rules.num_stages for stage in stages), "a trace is of a stage that is not there")
+    micro_batches = (action.micro_batch for action in trace.actions)
+    _require(all(-1 <= number < trace.num_micro_batches for number in micro_batches), "there is no such micro-batch")
+    counts: Iterable[int] = (n for traffic in trace.traffic for n in (traffic.forward_bytes, traffic.backward_bytes))
+    _require(all(0 <= count <= MOST_COUNT for count in counts), "a stage has sent less than nothing")
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise PeerError(clean_text(otherwise, length=NAME_LENGTH))
