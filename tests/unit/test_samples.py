@@ -167,7 +167,11 @@ def test_integers_of_every_kind_are_indices(kind: Any):
     assert samples_of(batches_of(order_of([kind(5), kind(7)])), 1) == [5, 7]
 
 
-@pytest.mark.parametrize("batch", [[3, 1], (3, 1), torch.tensor([3, 1]), np.array([3, 1]), iter([3, 1])], ids=str)
+@pytest.mark.parametrize(
+    "batch",
+    [[3, 1], (3, 1), torch.tensor([3, 1]), np.array([3, 1]), iter([3, 1])],
+    ids=lambda batch: type(batch).__name__,
+)
 def test_a_batch_may_be_anything_that_has_indices(batch: Any):
     assert samples_of(batches_of(order_of_batches([batch])), 1) == [3, 1]
 
