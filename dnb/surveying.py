@@ -44,7 +44,7 @@ def working_engines(pool: EnginePool) -> list[Engine]:
     """
     engines = [engine for engine in pool.engines if engine.state != "spare"]
     if not engines:
-        raise PoolError("no engine of the pool is alive: %dtrain shutdown, then %dtrain start")
+        raise PoolError("no engine of the pool is alive: %dtrain add 2 starts some")
     return engines
 
 

@@ -549,9 +549,14 @@ def plain_job(*, loss: Any, step: Any, optimizer: Any, scheduler: Any, metrics: 
 
 def refuse_busy_or_empty(pool: Pool) -> None:
     """Refuse a pool that cannot take a run now."""
-    facts = pool.facts
+    facts = pool.await_engines()
+    if not facts.engines and facts.returning:
+        raise PoolError(
+            f"the hub was started again, and none of its {len(facts.returning)} engines has come back yet: "
+            "%dtrain status says when they are there, %dtrain add 2 starts others"
+        )
     if not facts.engines:
-        raise PoolError("no engine of the pool is alive: %dtrain shutdown, then %dtrain start")
+        raise PoolError("no engine of the pool is alive: %dtrain add 2 starts some")
     if facts.run is not None and facts.run_status not in ENDED:
         raise ArgumentError(
             f"run {facts.run!r} is active: wait for it with %dtrain wait, or end it with %dtrain stop, "

@@ -27,6 +27,7 @@ class HubChild:
     """The hub's guardian, as one more child of the controller."""
 
     name = "dnb hub"
+    module = "dnb.hub.guardian"  # tests start another one
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
@@ -38,7 +39,7 @@ class HubChild:
             RuntimeError: it ended before that; its output is in the controller's log.
         """
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "dnb.hub.guardian"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-m", self.module], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         assert self.process.stdin is not None
         assert self.process.stdout is not None

@@ -18,7 +18,8 @@ from dnb.notebook.frontend import choose_display
 from dnb.notebook.outlet import say
 from dnb.notebook.plan_verb import PlanVerb
 from dnb.notebook.pool_verbs import PoolVerbs
-from dnb.pool.engine_pool import describe_engines
+from dnb.notebook.wording import one_line
+from dnb.pool.engine_pool import describe_engines, describe_restarts
 from dnb.run import Run
 
 NEXT_AFTER_START = """\
@@ -84,7 +85,8 @@ class DtrainMagics(PoolVerbs, PlanVerb, Magics):
         facts = pool.facts
         held = "no run" if facts.run is None else f"run {facts.run!r} is {facts.run_status}: %dtrain attach shows it"
         told = [describe_engines(pool.engines), str(held if pool.run is None else pool.run), pool.trouble]
-        say("\n".join(told))
+        told.append(one_line(describe_restarts(facts.restarts), limit=400))
+        say("\n".join(line for line in told if line))
 
     def _do_shutdown(self) -> None:
         say("the pool is shut down" if training.shutdown() else "no pool was running")

@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -29,9 +29,11 @@ from dnb.records import (
     GetMembers,
     GetPool,
     Hello,
+    HubRestart,
     KeepRestart,
     KeepSpares,
     Members,
+    Message,
     PoolFacts,
     PoolState,
     Process,
@@ -50,6 +52,8 @@ SHUTDOWN_SECONDS = 15.0
 EXIT_SECONDS = 10.0
 # How long ipyparallel may take to hear that an engine is gone.
 UNREGISTER_SECONDS = 5.0
+# How long engines may take to come back to a hub that was started again: it expects them no longer itself.
+RETURN_SECONDS = 10.0
 LOOK_SECONDS = 0.05
 
 
@@ -106,7 +110,7 @@ class EnginePool:
         )
         self._keeper: Keeper | None = None
         self._steady = threading.Lock()  # held by whoever changes how many engines there are
-        self.chaos = Chaos(self.hub.ask)
+        self.chaos = Chaos(self._ask_settled)
         if wish == "steer":
             self._keep()  # what the kernel before wanted: spares, the dead replaced
 
@@ -117,8 +121,13 @@ class EnginePool:
 
     @property
     def statuses(self) -> tuple[EngineStatus, ...]:
-        """The living engines, with the hub's message counts."""
-        return self._state().engines
+        """The living engines, with the hub's message counts; those who are coming back to a new hub are waited for."""
+        return self._settled().engines
+
+    @property
+    def restarts(self) -> tuple[HubRestart, ...]:
+        """When and why the hub was started again, the last times; empty if it lives since the pool was started."""
+        return self.facts.restarts
 
     @property
     def engines(self) -> list[Engine]:
@@ -211,6 +220,7 @@ class EnginePool:
         if not isinstance(n, int) or isinstance(n, bool) or n < 0:
             raise ArgumentError(f"the number of spares must be 0 or more, not {n!r}: %dtrain spares 1")
         with self._steady:
+            self.await_engines()
             before = self._members()
             missing = n - len(before.spares)
             if missing > 0:
@@ -271,6 +281,23 @@ class EnginePool:
         if not self.is_steered_here:
             raise PoolError("another kernel steers it")
         return self._members()
+
+    def await_engines(self) -> PoolFacts:
+        """Wait for engines that are coming back to a hub that was started again, as long as it expects them."""
+        return self._settled().facts
+
+    def _ask_settled(self, request: Message, expect: type[Done]) -> tuple[Done, list[bytes]]:
+        """Ask for something that is done to an engine, which may be on its way back."""
+        self.await_engines()
+        return self.hub.ask(request, expect)
+
+    def _settled(self) -> PoolState:
+        state = self._state()
+        deadline = time.monotonic() + RETURN_SECONDS
+        while state.returning and time.monotonic() < deadline:
+            time.sleep(LOOK_SECONDS)
+            state = self._state()
+        return state
 
     def _members(self) -> Members:
         members, _ = self.hub.ask(GetMembers(), Members)
@@ -347,7 +374,7 @@ def all_processes(facts: PoolFacts) -> list[Process]:
         facts.hub,
         facts.controller,
         *facts.helpers,
-        *(engine.process for engine in facts.engines),
+        *(engine.process for engine in (*facts.engines, *facts.returning)),
     ]
 
 
@@ -371,6 +398,17 @@ def describe_engines(engines: list[Engine]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def describe_restarts(restarts: Sequence[HubRestart]) -> str:
+    """That the hub was started again, when, and why; empty if it was not."""
+    if not restarts:
+        return ""
+    last = restarts[-1]
+    when = time.strftime("%H:%M:%S", time.localtime(last.time))
+    more = f", for the last time at {when}" if len(restarts) > 1 else f" at {when}"
+    times = f"{len(restarts)} times" if len(restarts) > 1 else "once"
+    return f"the hub was started again {times}{more}: {last.reason}"
 
 
 def describe_added(engines: list[Engine], new: list[int]) -> str:

@@ -25,12 +25,62 @@ from dnb.transport.lives import children_of, end_processes, find_process, is_ali
 
 # How often is looked whether engines have registered, or have ended instead.
 LOOK_SECONDS = 0.05
+# How often a controller is asked which engines it knows.
+ASK_SECONDS = 0.5
+# How long its answer, and the client's own thread, may take where nothing else waits for them.
+ANSWER_SECONDS, TELL_SECONDS = 5.0, 1.0
 # How long engines that did not come up get to end by themselves, and then their nannies.
 END_SECONDS = 3.0
 # Whose processes are this host's.
 LOCAL_LAUNCHERS = (LocalEngineSetLauncher, ForkedEngineSetLauncher)
 # Lines of a process's output that go into an error.
 OUTPUT_LINES = 12
+
+
+class Registry:
+    """Which engines ipyparallel's controller knows: what its client was told, and what the controller says when asked.
+
+    A client hears of an engine by a notification, and under load misses some.
+
+    Args:
+        client: connected to the controller.
+    """
+
+    def __init__(self, client: ipyparallel.Client) -> None:
+        self._client = client
+        self._answer: Any = None
+        self._asked = float("-inf")
+
+    def look(self) -> list[int]:
+        """Those that are known by now; asks anew now and then, and never waits. For one thread."""
+        self._take_answer()
+        if self._answer is None and time.monotonic() - self._asked > ASK_SECONDS:
+            self._ask()
+        return list(self._client.ids)
+
+    def catch_up(self, *, limit_seconds: float) -> list[int]:
+        """Those that are known when the controller has answered, or after the time is up."""
+        deadline = time.monotonic() + limit_seconds
+        self._ask()
+        while self._answer is not None and time.monotonic() < deadline:
+            time.sleep(LOOK_SECONDS / 10)
+            self._take_answer()
+        return list(self._client.ids)
+
+    def _ask(self) -> None:
+        self._asked = time.monotonic()
+        self._answer = self._client._send(self._client._query_stream, "connection_request")
+
+    def _take_answer(self) -> None:
+        if self._answer is None or not self._answer.done():
+            return
+        answer, self._answer = self._answer, None
+        engines = answer.result()["content"].get("engines", {})
+        missed = {number: name for number, name in engines.items() if int(number) not in self._client.ids}
+        if missed:  # told to the client's own thread, which takes notifications, too
+            told = threading.Event()
+            self._client._io_loop.add_callback(lambda: (self._client._update_engines(missed), told.set()))
+            told.wait(TELL_SECONDS)
 
 
 class EngineStarter:
@@ -107,7 +157,8 @@ class _Attempt:
         self._num_engines = num_engines
         self._deadline = deadline
         self._cancelled = cancelled
-        self._before = set(client.ids)
+        self._registry = Registry(client)
+        self._before = set(self._registry.catch_up(limit_seconds=ANSWER_SECONDS))
         self._launcher: Any = None
         self._stop: Callable[[], object] | None = None
         self._processes: list[Process] = []
@@ -135,7 +186,7 @@ class _Attempt:
     def wait_until_registered(self, report: Report) -> None:
         """Wait until ipyparallel knows all of them."""
         report(lambda: f"{len(self._new_ids())} of {self._num_engines} are there")
-        self._wait(lambda: len(self._new_ids()) >= self._num_engines)
+        self._wait(lambda: len(set(self._registry.look()) - self._before) >= self._num_engines)
 
     def join(self, report: Report, *, connection_file: str, num_threads: int) -> None:
         """Let them import torch and meet the hub."""

@@ -22,7 +22,7 @@ from dnb.errors import ArgumentError, PoolError, nearest
 from dnb.planning.capacity import check_num_engines, choose_num_threads
 from dnb.pool.engine_pool import EnginePool
 from dnb.pool.forking import birth_limit, engine_launcher
-from dnb.pool.growing import count_ready, last_words, quiet_log, start_joining, thread_environment
+from dnb.pool.growing import Registry, count_ready, last_words, quiet_log, start_joining, thread_environment
 from dnb.progress import Report, long_work
 from dnb.records import PoolFacts, Process
 from dnb.transport.lives import find_process, is_alive, this_process
@@ -40,6 +40,8 @@ CONNECT_SECONDS = 60.0
 # For a controller that starts: how long it may take before it is looked whether it lives; twice as long each time.
 FIRST_CONNECT_SECONDS = 1.0
 LOOK_SECONDS = 0.02
+# What is started as the controller.
+CONTROLLER_COMMAND = [sys.executable, "-m", "dnb.hub.controller"]
 
 
 def start_pool(
@@ -210,10 +212,15 @@ def _bring_up(
     cluster.start_engines_sync(n, **birth_limit(cluster, seconds=controller.seconds_left))
     client = controller.connect()
     try:
+        registry = Registry(client)
         report(lambda: f"{len(client.ids)} of {n} are there")
-        registered = client.wait_for_engines(n, block=False, interactive=False)
-        controller.wait(registered.done, missing=lambda: f"{n - len(client.ids)} of them have not registered")
-        registered.result()
+        registered = client.wait_for_engines(n, block=False, interactive=False)  # it sees, too, if they end instead
+        controller.wait(
+            lambda: registered.done() or len(registry.look()) >= n,
+            missing=lambda: f"{n - len(client.ids)} of them have not registered",
+        )
+        if not registered.cancel():
+            registered.result()
         profile_dir = Path(cluster.profile_dir)
         security_dir = profile_dir / "security"
         connection = json.loads((security_dir / f"ipcontroller-{cluster.cluster_id}-client.json").read_text())
@@ -253,7 +260,7 @@ def _join_all(
 def _cluster(profile_dir: Path, *, launcher: str, num_threads: int, timeout_seconds: float) -> ipyparallel.Cluster:
     me = this_process()
     options = Config()
-    options.ControllerLauncher.controller_cmd = [sys.executable, "-m", "dnb.hub.controller"]
+    options.ControllerLauncher.controller_cmd = CONTROLLER_COMMAND
     options.ControllerLauncher.connection_info_timeout = timeout_seconds
     options.EngineLauncher.environment = thread_environment(num_threads)
     return ipyparallel.Cluster(

@@ -14,8 +14,8 @@ import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from dnb.errors import HubError
-from dnb.records import Address, Message, Repeatable
+from dnb.errors import DnbError, HubError
+from dnb.records import Address, GetMembers, Members, Message, Repeatable
 
 T = TypeVar("T")
 
@@ -27,6 +27,10 @@ CLIENT_ROLE = "client"
 RECONNECT_MILLISECONDS = 20
 # How often a client that waits for an answer looks whether the hub still lives.
 LOOK_SECONDS = 0.25
+# So often a request is asked again of hubs that die while they are asked: it may be what they die of.
+MOST_BREAKS = 10
+# How long the next hub may take to say why the one before has died.
+REASON_SECONDS = 5.0
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -182,9 +186,23 @@ class HubClient:
             reply = self._receive(number, limit, request=request, parts=parts)
         return decode_reply(reply[0], expect), reply[1:]
 
+    def _why(self) -> str:
+        """Why the hub was started again, for an error; empty if it does not say."""
+        self._count += 1
+        number, request = str(self._count).encode(), GetMembers()
+        parts = [number, *encode(request)]
+        self._socket.send_multipart(parts, copy=False)
+        try:
+            reply = self._receive(number, REASON_SECONDS, request=request, parts=parts)
+            reason = decode_reply(reply[0], Members).last_restart
+        except (DnbError, msgspec.MsgspecError):
+            return ""
+        return f" ({reason})" if reason else ""
+
     def _receive(self, number: bytes, limit: float, *, request: Message, parts: list[Any]) -> list[bytes]:
         name = type(request).__name__
         deadline = time.monotonic() + limit
+        num_breaks = 0
         while (left := deadline - time.monotonic()) > 0:
             ready = dict(self._poller.poll(int(1000 * min(left, LOOK_SECONDS)) + 1))
             if self._socket in ready:
@@ -192,11 +210,14 @@ class HubClient:
                 if got == number:  # an older number answers a request that was given up
                     return reply
             elif self._take_break():
+                num_breaks += 1
                 if not isinstance(request, Repeatable):
                     raise HubError(
-                        f"the hub died and was started again while it was asked to {name}: look whether that was done, "
-                        "and ask again"
+                        f"the hub died and was started again while it was asked to {name}{self._why()}: look whether "
+                        "that was done, and ask again"
                     )
+                if num_breaks > MOST_BREAKS:
+                    raise HubError(f"the hub died {num_breaks} times while it was asked to {name}{self._why()}")
                 self._socket.send_multipart(parts, copy=False)
             elif not ready and not self._is_alive():
                 raise HubError("the hub has died: %dtrain shutdown clears up, %dtrain start opens a new pool")

@@ -6,15 +6,17 @@ import os
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import pytest
+import zmq
 
 from dnb import training
 from dnb.errors import ArgumentError, PoolError
-from dnb.pool import forking
+from dnb.pool import forking, starting
 from dnb.pool.engine_pool import all_processes, describe_engines
 from dnb.pool.starting import profile_folder, start_pool
 from dnb.records import Process
@@ -183,3 +185,34 @@ def test_a_pool_that_was_shut_down_says_how_to_open_another(closed):
     closed.pool.shutdown()
     with pytest.raises(PoolError, match="%dtrain start opens a new one"):
         _ = closed.pool.engines
+
+
+class Deaf:
+    """Lets a pool's client miss every notification from the moment on at which it is connected."""
+
+    def __init__(self, monkeypatch) -> None:
+        connect = starting._Controller.connect
+
+        def connect_deaf(controller):
+            client = connect(controller)
+            done = threading.Event()
+
+            def unsubscribe():
+                client._notification_socket.setsockopt(zmq.UNSUBSCRIBE, b"")
+                done.set()
+
+            client._io_loop.add_callback(unsubscribe)
+            assert done.wait(10)
+            return client
+
+        monkeypatch.setattr(starting._Controller, "connect", connect_deaf)
+
+
+def test_a_pool_starts_and_grows_although_its_client_hears_of_no_engine(monkeypatch, leftovers):
+    Deaf(monkeypatch)
+    with fresh_pool(n=2) as pool:
+        assert len(pool.engines) == 2
+        assert len(pool.add(1)) == 1
+        assert sorted(pool.client.ids) == [engine.id for engine in pool.engines]
+        assert len(set(pool.client[:].apply_sync(os.getpid))) == 3
+    leftovers.wait_until_none()

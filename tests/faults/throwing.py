@@ -1,0 +1,111 @@
+"""A hub that raises where it is told to, in a pool that is otherwise like any other.
+
+`python -m tests.faults.throwing` is its guardian; a controller that starts it: `python -m tests.faults.throwing
+controller`. A place throws when its file is in the folder that the environment names: once, as the file is taken away,
+or, if "always" is its first word, as long as it is there.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+FOLDER_VARIABLE = "DNB_TEST_THROWS"
+
+
+class ThrownError(RuntimeError):
+    """What a test wants."""
+
+
+def throw_if_asked(place: str) -> None:
+    """Raise, if a test has put a file there for this place."""
+    armed = Path(os.environ[FOLDER_VARIABLE]) / place
+    try:
+        if armed.read_text().startswith("always"):
+            (armed.parent / f"{place}.thrown").touch()
+            raise ThrownError(f"thrown at {place}")
+        armed.rename(armed.parent / f"{place}.thrown")
+    except FileNotFoundError:
+        return
+    raise ThrownError(f"thrown at {place}")
+
+
+def throw_around(owner: Any, name: str, *, key: int | None = None, label: str = "") -> None:
+    """Let a function throw before and after it has done its work.
+
+    Args:
+        owner: class of the function.
+        name: of the function.
+        key: which of its arguments says, by its class, what kind of event it is.
+        label: begins the name of the place.
+    """
+    inner = getattr(owner, name)
+    label = label or f"{owner.__name__}.{name}"
+
+    @functools.wraps(inner)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        place = label if key is None else f"{label}.{type(arguments[key]).__name__}"
+        throw_if_asked(f"{place}.before")
+        result = inner(*arguments, **options)
+        throw_if_asked(f"{place}.after")
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def arm_everything() -> None:
+    """Wrap whatever the hub's loop does."""
+    from dnb.hub import active_run, coordinator, journal, keeping, reducer, rolling, service, wiring
+
+    throw_around(service.Service, "_tick", label="tick")
+    throw_around(wiring.Wiring, "accept", label="accept")
+    throw_around(service.Service, "_attach", label="attach")
+    throw_around(service.Service, "_drop_line", label="drop_line")
+    throw_around(service.Service, "_join", label="join")
+    throw_around(service.Service, "_hear", label="beat")
+    throw_around(service.Service, "_take_message", key=2, label="engine")
+    throw_around(service.Service, "_serve_request", key=2, label="request")
+    throw_around(service.Service, "_take_over_run", label="take_over")
+    throw_around(service.Service, "_write_pool_file", label="pool_file")
+    throw_around(service.Service, "_write_memos", label="memos")
+    for name in ("start", "_assign", "_commit", "_prepare", "_record", "_take_digest", "do_chores", "_note", "tick"):
+        throw_around(active_run.ActiveRun, name, label=f"run{name if name.startswith('_') else f'_{name}'}")
+    throw_around(coordinator.Coordinator, "handle", key=1, label="coordinator")
+    throw_around(reducer.Master, "_reduce", label="reduce")
+    throw_around(keeping.Keeper, "_roll_forward", label="roll_forward")
+    throw_around(keeping.Keeper, "_roll_back", label="roll_back")
+    throw_around(keeping.Keeper, "_copy_aside", label="copy_aside")
+    throw_around(keeping.Keeper, "settle", label="settle")
+    throw_around(keeping.Keeper, "recover", label="recover")
+    throw_around(rolling.Rolling, "_raise_steps", label="raise_steps")
+    throw_around(rolling.Rolling, "_update", label="update")
+    throw_around(journal.Journal, "write_intent", label="intent")
+    throw_around(journal.Journal, "publish", label="publish")
+    throw_around(journal.Journal, "write_state", label="state")
+
+
+def main() -> None:
+    """Be the controller, or the guardian."""
+    if sys.argv[1:2] == ["controller"]:
+        from dnb.hub.controller import DnbController, HubChild
+
+        HubChild.module = "tests.faults.throwing"
+        DnbController.launch_instance(sys.argv[2:])
+        return
+    from dnb.hub import guardian
+
+    warm_up = guardian.warm_up
+
+    def warm_up_and_arm(**options: Any) -> None:
+        warm_up(**options)
+        arm_everything()  # in the guardian, of which every hub is a fork
+
+    guardian.warm_up = warm_up_and_arm
+    guardian.main()
+
+
+if __name__ == "__main__":
+    main()
