@@ -703,7 +703,8 @@ Request = (
 )
 
 
-# What may be asked twice, as when the hub died before it answered: the second time changes nothing.
+# What may be asked twice, as when the hub died before it answered: the second time changes nothing. A run is known by
+# its id.
 Repeatable = (
     Hello
     | GetPool
@@ -711,9 +712,12 @@ Repeatable = (
     | Retire
     | KeepSpares
     | KeepRestart
+    | Submit
     | GetRun
     | SetOptions
+    | Mend
     | GetState
+    | TakeCheckpoint
     | GetCheckpoint
     | Shutdown
 )

@@ -47,7 +47,7 @@ from dnb.records import (
     WorkerState,
     WorkerTotals,
 )
-from dnb.transport.channels import HubClient
+from dnb.transport.channels import HubClient, HubRestartedError
 from dnb.transport.parcels import explain_unpicklable, sign
 from dnb.transport.states import decode_state
 
@@ -419,7 +419,11 @@ class Run:
                         f"{state.state}); it may still become so: run.events says when"
                     )
                 threading.Event().wait(CHECKPOINT_LOOK_SECONDS)
-                state, _ = hub.ask(GetCheckpoint(run=self.name, ticket=state.ticket), CheckpointState)
+                try:
+                    state, _ = hub.ask(GetCheckpoint(run=self.name, ticket=state.ticket), CheckpointState)
+                except ArgumentError as error:  # the hub that was asked has died
+                    log.info("the checkpoint is asked for again: %s", error)
+                    state, _ = hub.ask(TakeCheckpoint(run=self.name, path=target), CheckpointState)
         if state.state == "failed":
             kind: type[DnbError] = getattr(errors, state.error, HubError)
             raise kind(state.message)
@@ -585,10 +589,22 @@ class Run:
                 return
             raise ArgumentError(f"run {self.name!r} is {self._status}: there is nothing to {verb}")
         with self._refreshing:  # else a refresh under way could bring back what was before
-            self._require_hub().ask(Control(run=self.name, verb=verb), Done)
+            self._insist(verb)
             if verb == "resume" or self._status == "paused":  # it has not settled any more
                 self._error, self._status, self._brought_home = "", "running", None
         self._wake.set()
+
+    def _insist(self, verb: Literal["pause", "resume", "stop"]) -> None:
+        """Ask the hub; if it dies meanwhile, ask the next one, unless that was done."""
+        hub, request = self._require_hub(), Control(run=self.name, verb=verb)
+        try:
+            hub.ask(request, Done)
+        except HubRestartedError as error:
+            log.info("%s is asked for again: %s", verb, error)
+            state, _ = hub.ask(GetRun(run=self.name, seen={}, seen_events=0), RunState)
+            is_done = {"pause": state.status == "paused", "resume": state.status == "running"}
+            if state.status not in ENDED and not is_done.get(verb, False):
+                hub.ask(request, Done)
 
     def _mend(self, *, step: Callable[..., Any] | None, loss: Callable[..., Any] | None) -> None:
         functions = {"step": step, "loss": loss}

@@ -172,7 +172,8 @@ class ActiveRun:
         self._events = beginning.events
         self._timelines = Timelines(read_timeline(self._folder.path) if beginning.is_taken_over else None)
         self._meter = UsageMeter(
-            read_usage(self._folder.path) if beginning.is_taken_over else (), begin_seconds=self._seconds
+            read_usage(self._folder.path, skip_broken=True) if beginning.is_taken_over else (),
+            begin_seconds=self._seconds,
         )
         self._held: tuple[tuple[int, tuple[int, ...]], ...] = ()  # engines and shards of the last step
         self._rules = Rules(
@@ -187,7 +188,7 @@ class ActiveRun:
             life=life,
         )
         self._checkpoints = Checkpointer(
-            spec, frames, self.master, self._columns, place=self._place, tell=self._tell_of_checkpoint
+            spec, frames, self.master, self._columns, place=self._place, tell=self._tell_of_checkpoint, life=life
         )
         if self._mended is not None:
             self._checkpoints.mend(self._mended[0])

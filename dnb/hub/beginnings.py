@@ -15,7 +15,7 @@ import msgspec
 from dnb.errors import ArgumentError
 from dnb.hub.accounts import Columns
 from dnb.hub.checkpoints import find_checkpoint, remove_torn
-from dnb.hub.history import HistoryRow, RunFolder, read_events, read_history, read_summary
+from dnb.hub.history import HistoryRow, RunFolder, RunSummary, read_events, read_history, read_summary, summarize
 from dnb.hub.journal import LastCommit, Torn
 from dnb.hub.keeping import remove_segments
 from dnb.hub.memo import RunMemo
@@ -111,7 +111,7 @@ def take_over(
         failure: why the run does not go on, if it does not: what was trained can still be had.
     """
     folder = Path(spec.folder)
-    summary = read_summary(folder)
+    summary = _summary_in(folder, spec)
     is_given_up = failure is not None and summary.status not in ENDED
     if failure is not None and is_given_up:
         summary = msgspec.structs.replace(
@@ -130,7 +130,7 @@ def take_over(
         status="starting" if summary.status == "running" else summary.status,
         error=summary.error,
         traceback=summary.remote_traceback,
-        events=read_events(folder),
+        events=events_in(folder),
         ledger=_ledger(found.rows),
         note=f"{found.note} ({reason})" if reason else found.note,
         mended=memo.mended,
@@ -161,7 +161,7 @@ def _from_journal(spec: RunSpec, memo: RunMemo, job: Job, folders: Sequence[Path
     except Torn as torn:
         log.warning("run %r goes on from a checkpoint: %s", spec.name, torn)
         return None
-    rows = read_history(Path(spec.folder))
+    rows = rows_in(Path(spec.folder))
     columns = columns_of(rows)
     missing = _missing_row(columns, last)
     if missing is not None:
@@ -177,7 +177,7 @@ def _from_journal(spec: RunSpec, memo: RunMemo, job: Job, folders: Sequence[Path
 def _from_checkpoint(spec: RunSpec, memo: RunMemo, job: Job, folders: Sequence[Path]) -> _Found:
     """From the newest checkpoint, else from the beginning; the history forgets what is done again."""
     folder = Path(spec.folder)
-    before = read_history(folder)
+    before = rows_in(folder)
     last = max((row.step for row in before), default=0)
     master = Master(job, folders=folders, prefix=spec.name, clip_norm=memo.clip_norm)
     columns = Columns()
@@ -190,7 +190,7 @@ def _from_checkpoint(spec: RunSpec, memo: RunMemo, job: Job, folders: Sequence[P
     brought = {(row.kind, row.step): row.samples for row in before}
     rows = [
         msgspec.structs.replace(row, samples=brought.get((row.kind, row.step), {}))
-        for row in rows_of(columns, time=read_summary(folder).started)
+        for row in rows_of(columns, time=_summary_in(folder, spec).started)
     ]
     with RunFolder(folder) as files:
         files.replace_history(rows)
@@ -198,6 +198,35 @@ def _from_checkpoint(spec: RunSpec, memo: RunMemo, job: Job, folders: Sequence[P
     if step < last:
         note += f", from {source or 'the beginning'}; steps {step + 1} to {last} are done again"
     return _Found(master, job.order, rows, columns, step, evaluated, note)
+
+
+def _summary_in(folder: Path, spec: RunSpec) -> RunSummary:
+    """What run.json says; if somebody has spoilt or removed it, that the run was going on."""
+    try:
+        return read_summary(folder)
+    except (OSError, ValueError, msgspec.MsgspecError) as error:
+        log.warning("run.json in %s is of no use: %s", folder, error)
+        return summarize(
+            spec, status="running", error="", remote_traceback="", started=time.time(), elapsed_seconds=0.0, step=0
+        )
+
+
+def rows_in(folder: Path) -> list[HistoryRow]:
+    """The history that can be read in a run's folder."""
+    try:
+        return read_history(folder, skip_broken=True)
+    except OSError as error:
+        log.warning("the history in %s cannot be read: %s", folder, error)
+        return []
+
+
+def events_in(folder: Path) -> list[RunEvent]:
+    """The events that can be read there."""
+    try:
+        return read_events(folder, skip_broken=True)
+    except OSError as error:
+        log.warning("the events in %s cannot be read: %s", folder, error)
+        return []
 
 
 def _ledger(rows: Iterable[HistoryRow]) -> dict[int, tuple[int, int]]:

@@ -92,6 +92,7 @@ class Checkpointer:
         place: how far the run has come; asked between two steps.
         tell: adds an event to the run.
         disk: where checkpoints are written.
+        life: how many hubs the run had before: no ticket has the number of one of theirs.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Checkpointer:
         place: Callable[[], Place],
         tell: Tell,
         disk: Disk | None = None,
+        life: int = 0,
     ) -> None:
         self._spec = spec
         self._master = master
@@ -121,6 +123,7 @@ class Checkpointer:
         self._waiting: _Job | None = None
         self._asked: dict[int, Path | None] = {}  # by ticket; None: in the run's own folder
         self._tickets: dict[int, CheckpointState] = {}
+        self._first_ticket = life << 32
         self._thread: threading.Thread | None = None
         self._outcomes: SimpleQueue[_Outcome] = SimpleQueue()
         self._last_taken = (-1, -1)
@@ -159,7 +162,7 @@ class Checkpointer:
             raise ArgumentError("the run failed in the middle of an update, so that its state cannot be kept")
         if path is not None:
             check_target(path)
-        ticket = len(self._tickets) + 1
+        ticket = self._first_ticket + len(self._tickets) + 1
         self._asked[ticket] = path
         self._tickets[ticket] = CheckpointState(ticket=ticket, state="waiting")
         return self._tickets[ticket]

@@ -224,7 +224,6 @@ def _serve(bequest: Bequest, listeners: dict[str, socket.socket], recorder: Reco
         if asked:
             service.end("asked to, by a signal")
         service.serve()
-        recorder.end_as_meant()
         code = 0
     except BaseException as error:
         log.exception("the hub has failed")

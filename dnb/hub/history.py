@@ -211,20 +211,25 @@ def read_timeline(path: Path) -> StepTimeline | None:
         return None
 
 
-def read_history(path: Path) -> list[HistoryRow]:
-    """Every whole line of the history; a torn last line is left out."""
-    return list(_read_lines(path / HISTORY_FILE, HistoryRow))
+def read_history(path: Path, *, skip_broken: bool = False) -> list[HistoryRow]:
+    """Every whole line of the history; a torn last line is left out.
+
+    Args:
+        path: of the run's folder.
+        skip_broken: leave out what somebody else has written there, too, as a run that goes on must.
+    """
+    return list(_read_lines(path / HISTORY_FILE, HistoryRow, skip_broken=skip_broken))
 
 
-def read_events(path: Path) -> list[RunEvent]:
+def read_events(path: Path, *, skip_broken: bool = False) -> list[RunEvent]:
     """Every whole line of the events; a torn last line is left out."""
-    return list(_read_lines(path / EVENTS_FILE, RunEvent))
+    return list(_read_lines(path / EVENTS_FILE, RunEvent, skip_broken=skip_broken))
 
 
-def read_usage(path: Path) -> list[UsageRow]:
+def read_usage(path: Path, *, skip_broken: bool = False) -> list[UsageRow]:
     """Every whole line of how engines spent their time; none if a run has no such file, as older ones have not."""
     try:
-        return list(_read_lines(path / USAGE_FILE, UsageRow))
+        return list(_read_lines(path / USAGE_FILE, UsageRow, skip_broken=skip_broken))
     except FileNotFoundError:
         return []
 
@@ -236,11 +241,18 @@ def _line(row: HistoryRow) -> dict[str, Any]:
     return line | {"samples": row.samples} if row.samples else line
 
 
-def _read_lines(path: Path, kind: type[T]) -> Iterator[T]:
+def _read_lines(path: Path, kind: type[T], *, skip_broken: bool) -> Iterator[T]:
     decoder = msgspec.json.Decoder(kind, strict=False)  # words become numbers again
     lines = path.read_bytes().split(b"\n")
-    for line in lines[:-1]:  # what follows the last line feed is empty, or torn
-        yield decoder.decode(line)
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last line feed is empty, or torn
+        try:
+            record = decoder.decode(line)
+        except (ValueError, RecursionError, msgspec.MsgspecError) as error:
+            if not skip_broken:
+                raise
+            log.warning("line %d of %s is left out: %s: %s", number, path, type(error).__name__, error)
+            continue
+        yield record
 
 
 def _open_append(path: Path) -> int:

@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 
 from dnb.hub.accounts import Columns
-from dnb.hub.beginnings import columns_of
-from dnb.hub.history import HistoryRow, RunFolder, RunSummary, read_events, read_history, read_summary, read_usage
-from dnb.records import ENDED, GetRun, Record, RunEvent, RunSpec, RunState, RunStatus
+from dnb.hub.beginnings import columns_of, events_in, rows_in
+from dnb.hub.history import RunFolder, RunSummary, read_summary, read_usage
+from dnb.records import ENDED, GetRun, Record, RunEvent, RunSpec, RunState, RunStatus, UsageRow
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +43,9 @@ class LostRun(Record, frozen=True):
             remote_traceback=self.remote_traceback,
             columns=columns,
             workers=(),
-            events=tuple(_events_in(folder)[request.seen_events :]),
+            events=tuple(events_in(folder)[request.seen_events :]),
             prediction=self.spec.prediction,
-            usage=tuple(read_usage(folder)[request.seen_usage :]),
+            usage=tuple(_usage_in(folder)[request.seen_usage :]),
             batch_size=self.spec.batch_size,
             num_samples=self.spec.num_samples,
             num_shards=self.spec.num_shards,
@@ -62,7 +62,7 @@ def lose(spec: RunSpec, *, error: str, remote_traceback: str) -> LostRun:
         remote_traceback: of what is in `error`.
     """
     folder = Path(spec.folder)
-    step = max((row.step for row in _rows_in(folder)), default=0)
+    step = max((row.step for row in rows_in(folder)), default=0)
     try:
         summary = read_summary(folder)
         if summary.status not in ENDED:
@@ -98,21 +98,13 @@ def _lost(spec: RunSpec, summary: RunSummary) -> LostRun:
     )
 
 
-def _rows_in(folder: Path) -> list[HistoryRow]:
-    try:
-        return read_history(folder)
-    except (OSError, ValueError, msgspec.MsgspecError) as error:
-        log.warning("the history in %s cannot be read: %s", folder, error)
-        return []
-
-
 def _columns_in(folder: Path) -> Columns:
-    return columns_of(_rows_in(folder))
+    return columns_of(rows_in(folder))
 
 
-def _events_in(folder: Path) -> list[RunEvent]:
+def _usage_in(folder: Path) -> list[UsageRow]:
     try:
-        return read_events(folder)
-    except (OSError, ValueError, msgspec.MsgspecError) as error:
-        log.warning("the events in %s cannot be read: %s", folder, error)
+        return read_usage(folder, skip_broken=True)
+    except OSError as error:
+        log.warning("the usage in %s cannot be read: %s", folder, error)
         return []

@@ -226,6 +226,7 @@ class Service:
                 self._tick()
                 next_tick = time.monotonic() + TICK_SECONDS
             self._watch_writers()
+        self._recorder.end_as_meant()
         self._end_pool()
 
     # what the hub before has left
@@ -691,6 +692,8 @@ class Service:
         if len(frames) != 4:
             raise HubError(f"a run comes in 4 frames, not {len(frames)}")
         spec = self._verified_spec(frames)
+        if spec.id in (held.spec.id for held in (self._run, self._lost_run) if held is not None):
+            return  # the hub before has taken it, and died before it said so
         if self._run is not None:
             if self._run.is_active:
                 raise ArgumentError(_still_active(self._run))

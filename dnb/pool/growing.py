@@ -79,7 +79,12 @@ class Registry:
         missed = {number: name for number, name in engines.items() if int(number) not in self._client.ids}
         if missed:  # told to the client's own thread, which takes notifications, too
             told = threading.Event()
-            self._client._io_loop.add_callback(lambda: (self._client._update_engines(missed), told.set()))
+
+            def tell() -> None:
+                self._client._update_engines(missed)
+                told.set()
+
+            self._client._io_loop.add_callback(tell)
             told.wait(TELL_SECONDS)
 
 

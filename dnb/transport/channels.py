@@ -15,7 +15,7 @@ import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
 from dnb.errors import DnbError, HubError
-from dnb.records import Address, GetMembers, Members, Message, Repeatable
+from dnb.records import Address, GetMembers, Members, Message, Repeatable, Submit
 
 T = TypeVar("T")
 
@@ -27,10 +27,11 @@ CLIENT_ROLE = "client"
 RECONNECT_MILLISECONDS = 20
 # How often a client that waits for an answer looks whether the hub still lives.
 LOOK_SECONDS = 0.25
-# So often a request is asked again of hubs that die while they are asked: it may be what they die of.
-MOST_BREAKS = 10
+# So often a request is asked again of hubs that die while they are asked: it may be what they die of, most likely one
+# that runs user code for the first time.
+MOST_BREAKS, MOST_BREAKS_OF_SUBMIT = 10, 1
 # How long the next hub may take to say why the one before has died.
-REASON_SECONDS = 5.0
+REASON_SECONDS = 2.0
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -130,6 +131,10 @@ def connect_dealer(context: zmq.Context[Any], address: Address, *, identity: byt
     return dealer
 
 
+class HubRestartedError(HubError):
+    """The hub died while it was asked something, and another one has taken its place."""
+
+
 class HubClient:
     """Asks the hub and waits for its answer; may be shared by threads.
 
@@ -212,12 +217,14 @@ class HubClient:
             elif self._take_break():
                 num_breaks += 1
                 if not isinstance(request, Repeatable):
-                    raise HubError(
+                    raise HubRestartedError(
                         f"the hub died and was started again while it was asked to {name}{self._why()}: look whether "
                         "that was done, and ask again"
                     )
-                if num_breaks > MOST_BREAKS:
-                    raise HubError(f"the hub died {num_breaks} times while it was asked to {name}{self._why()}")
+                if num_breaks > (MOST_BREAKS_OF_SUBMIT if isinstance(request, Submit) else MOST_BREAKS):
+                    raise HubRestartedError(
+                        f"the hub died {num_breaks} times while it was asked to {name}{self._why()}"
+                    )
                 self._socket.send_multipart(parts, copy=False)
             elif not ready and not self._is_alive():
                 raise HubError("the hub has died: %dtrain shutdown clears up, %dtrain start opens a new pool")

@@ -7,8 +7,9 @@ import msgspec
 import pytest
 import zmq
 
-from dnb.errors import ArgumentError, HubError
-from dnb.records import Address, Done, GetPool, Hello, Message, Process, Refused, Shutdown, Submit
+from dnb.errors import ArgumentError, HubError, RunError
+from dnb.records import Address, Done, GetPool, Hello, KillHub, Members, Message, Process, Refused, Shutdown, Submit
+from dnb.transport import channels
 from dnb.transport.channels import (
     CLIENT_ROLE,
     ENGINE_ROLE,
@@ -274,14 +275,68 @@ def test_what_a_hub_did_not_answer_before_it_died_is_asked_again_if_that_does_no
     assert answer == (Done(), [b"of the next hub"])
 
 
-def test_what_must_not_be_done_twice_is_not_asked_again(hub: Hub, client_of):
+def test_what_must_not_be_done_twice_is_not_asked_again(hub: Hub, client_of, monkeypatch):
+    monkeypatch.setattr(channels, "REASON_SECONDS", 0.2)  # no other hub comes
     client = client_of(hub.address(CLIENT_ROLE))
     hub.answer(nothing)
     dying = threading.Thread(target=hub.die, name="dying")
     dying.start()
-    with pytest.raises(HubError, match="died and was started again while it was asked to Submit: look whether"):
-        client.ask(Submit(), Done)
+    with pytest.raises(HubError, match="died and was started again while it was asked to KillHub: look whether"):
+        client.ask(KillHub(), Done)
     dying.join()
+
+
+def test_why_a_hub_has_died_that_was_asked_something_is_told_by_the_next_one(hub: Hub, client_of):
+    client = client_of(hub.address(CLIENT_ROLE))
+    hub.answer(nothing)
+    members = Members(
+        workers=(),
+        spares=(),
+        leaving=(),
+        wanted_spares=0,
+        num_died=0,
+        num_killed=0,
+        last_restart="ValueError: seven",
+    )
+
+    def restart() -> None:
+        hub.die()
+        hub.open()
+        hub.answer(reply(members))
+
+    restarting = threading.Thread(target=restart, name="restart")
+    restarting.start()
+    with pytest.raises(HubError, match=r"while it was asked to KillHub \(ValueError: seven\): look whether"):
+        client.ask(KillHub(), Done)
+    restarting.join()
+
+
+def test_a_request_of_which_every_hub_dies_is_given_up(hub: Hub, client_of, monkeypatch):
+    monkeypatch.setattr(channels, "REASON_SECONDS", 0.2)
+    monkeypatch.setattr(channels, "MOST_BREAKS", 2)
+    client = client_of(hub.address(CLIENT_ROLE))
+    hub.answer(nothing)
+
+    def die_again_and_again() -> None:
+        for _ in range(2):
+            hub.die()
+            hub.open()
+            hub.answer(nothing)
+        hub.die()
+
+    dying = threading.Thread(target=die_again_and_again, name="dying")
+    dying.start()
+    with pytest.raises(HubError, match="the hub died 3 times while it was asked to GetPool"):
+        client.ask(GetPool(), Done)
+    dying.join()
+
+
+def test_what_user_code_in_the_hub_has_raised_keeps_its_traceback(hub: Hub, client_of):
+    client = client_of(hub.address(CLIENT_ROLE))
+    hub.answer(reply(Refused(error="RunError", message="ValueError: seven", traceback="Traceback: here")))
+    with pytest.raises(RunError, match=r"(?s)^ValueError: seven.*Traceback: here") as caught:
+        client.ask(Submit(), Done)
+    assert caught.value.remote_traceback == "Traceback: here"
 
 
 def test_a_client_has_the_same_name_for_the_next_hub(hub: Hub, client_of):

@@ -172,6 +172,15 @@ def test_a_broken_line_in_the_middle_is_not_hidden(tmp_path: Path):
         read_history(tmp_path)
 
 
+def test_a_run_that_goes_on_leaves_out_what_somebody_has_written_into_its_history(tmp_path: Path):
+    with RunFolder(tmp_path) as folder:
+        folder.append_row(row(1, loss=0.5))
+        with (tmp_path / "history.jsonl").open("ab") as file:
+            file.write(b"\xff\xfe\n{}\n" + b"[" * 10_000 + b"\n" + b'{"step": 123456789012345678901234567890}\n')
+        folder.append_row(row(2, loss=0.25))
+    assert read_history(tmp_path, skip_broken=True) == [row(1, loss=0.5), row(2, loss=0.25)]
+
+
 # run.json --------------------------------------------------------------------------------------------------
 
 
