@@ -43,7 +43,7 @@ from dnb.hub.memo import (
 )
 from dnb.hub.peers import PeerError, check_engine, check_process, check_request, decode_peer
 from dnb.hub.pool_files import remove_pool_files, write_pool_file
-from dnb.hub.roster import becomes_spare, check_known, check_retirement, choose_successor, lacks_workers
+from dnb.hub.roster import Standing, becomes_spare, check_known, check_retirement, choose_successor, lacks_workers
 from dnb.hub.user_code import UserCodeError, user_code
 from dnb.hub.wiring import Line, Wiring
 from dnb.records import (
@@ -132,6 +132,14 @@ class _Engine:
     num_wires: int = 0  # that it had lost when it joined
     is_spare: bool = False  # loads the run and rests
     is_retiring: bool = False  # leaves as soon as it owes the run nothing
+
+
+@dataclass(slots=True)
+class _Coming:
+    """An engine of the hub before that is not back yet."""
+
+    is_spare: bool
+    is_retiring: bool
 
 
 class Service:
@@ -459,10 +467,18 @@ class Service:
     def _retire(self, request: Retire) -> None:
         run = self._run if self._run is not None and self._run.is_active else None
         name = None if run is None else run.spec.name
-        leaving = check_retirement(request.engines, self._engines, active_run=name, force=request.force)
-        self._let_leave(leaving)
+        coming = {
+            number: _Coming(is_spare=number in self._spares, is_retiring=number in self._leaving)
+            for number in self._returning
+        }
+        known: dict[int, Standing] = {**coming, **self._engines}
+        leaving = check_retirement(request.engines, known, active_run=name, force=request.force)
+        self._leaving |= coming.keys() & set(leaving)  # as soon as they are back
+        self._is_memo_old = True
+        self._let_leave(number for number in leaving if number in self._engines)
 
     def _let_leave(self, leaving: Iterable[int]) -> None:
+        leaving = list(leaving)
         run = self._run if self._run is not None and self._run.is_active else None
         for number in leaving:
             self._engines[number].is_retiring = self._is_memo_old = True
@@ -521,7 +537,10 @@ class Service:
         return Members(
             workers=tuple(number for number, engine in staying.items() if not engine.is_spare),
             spares=tuple(number for number, engine in staying.items() if engine.is_spare),
-            leaving=tuple(number for number in sorted(self._engines) if number not in staying),
+            leaving=(
+                *(number for number in sorted(self._engines) if number not in staying),
+                *sorted(self._leaving & self._returning.keys()),
+            ),
             wanted_spares=self._wanted_spares,
             num_died=len(self._dead),
             num_killed=self._mischief.num_killed,

@@ -188,7 +188,11 @@ class EnginePool:
         facts = {engine.facts.engine: engine.facts.process for engine in self.statuses}
         processes = [facts[engine] for engine in leaving if engine in facts]
         nannies = children_of(processes)
-        self.hub.ask(Retire(engines=tuple(leaving), force=force), Done)
+        try:
+            self.hub.ask(Retire(engines=tuple(leaving), force=force), Done)
+        except ArgumentError:
+            if not processes or any(is_alive(process) for process in processes):
+                raise  # else a hub that has died since had let them go
         left_in_time = _wait_until(lambda: not set(leaving) & set(self._members().leaving), timeout_seconds)
         stubborn = end_processes(processes, patience_seconds=EXIT_SECONDS if left_in_time else 0.0)
         end_processes(nannies, patience_seconds=EXIT_SECONDS)

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -410,10 +411,10 @@ def test_a_sampler_that_breaks_its_promise_of_a_length_is_told(pool):
 class Raising(torch.optim.SGD):
     """Raises in one step whatever it is told to."""
 
-    def __init__(self, parameters, error, at=4) -> None:
+    def __init__(self, parameters, error) -> None:
         super().__init__(parameters, lr=0.1)
         self.error = error
-        self.left = at
+        self.left = 4
 
     def step(self, closure=None):
         self.left -= 1
@@ -429,8 +430,7 @@ class Raising(torch.optim.SGD):
 )
 def test_an_optimizer_that_fails_fails_the_run(pool, error):
     hub = pool.facts.hub.pid
-    model = mlp()
-    run = pool.fit(model, digits(), loss="cross_entropy", optimizer=Raising(model.parameters(), error), steps=8)
+    run = fit(pool, optimizer=partial(Raising, error=error), lr=None, steps=8)
     with pytest.raises(RunError, match=rf"(?s)step 4: {type(error).__name__}.*\(in the optimizer\).*Traceback"):
         wait(run)
     assert (run.status, run.step, pool.facts.hub.pid) == ("failed", 3, hub)
@@ -502,8 +502,7 @@ class Crashing(torch.optim.SGD):
 @pytest.mark.parametrize(("kind", "told"), [("native", r"SIGSEGV in string_at.*in end"), ("exit", "ended with code 0")])
 def test_an_optimizer_that_ends_its_process_fails_the_run_only(throwing, kind, told):
     engines = [engine.pid for engine in throwing.engines]
-    model = mlp()
-    run = throwing.fit(model, digits(), loss="cross_entropy", optimizer=Crashing(model.parameters(), kind), steps=8)
+    run = fit(throwing, optimizer=partial(Crashing, kind=kind), lr=None, steps=8)
     with pytest.raises(RunError, match=rf"(?s)the hub died 3 times in step 6, .*{told}"):
         wait(run)
     assert run.step == 5
