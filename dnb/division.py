@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from dnb.planning.trying import Trial
 from dnb.pool.engine_pool import EnginePool
 from dnb.records import Partition
 from dnb.transport.job import Data, Job
+from dnb.transport.returned import read_step
 
 # Engines of a pipeline that may come later are planned for, too; more than a host of today holds.
 MOST_ENGINES = 16
@@ -139,7 +141,8 @@ class Division:
         """Divide the layers of a model."""
         batch = fetch_batch(data.train, torch.arange(min(batch_size, MOST_TRIED)))
         num_teams, wanted = axes.get("data", 1), axes.get("tensor")
-        partitions = tensor_partitions(job.model, Trial(batch, step=job.step, loss=job.loss), wanted=wanted, plan=plan)
+        step = None if job.step is None else partial(_loss_of_step, job.step)
+        partitions = tensor_partitions(job.model, Trial(batch, step=step, loss=job.loss), wanted=wanted, plan=plan)
         return cls(partitions, (), None, num_teams, wanted if num_teams > 1 else None, wanted)
 
     def check_pool(self, pool: EnginePool) -> None:
@@ -198,3 +201,7 @@ def _refuse_what_no_pipeline_can(job: Job, *, exact: bool, transport: Any) -> No
         )
     if transport not in (None, "memory"):
         raise PlanError("the engines of a pipeline share the hub's memory: leave transport out")
+
+
+def _loss_of_step(step: Callable[..., Any], model: torch.nn.Module, batch: Any) -> Any:
+    return read_step(step(model, batch), needs_gradient=torch.is_grad_enabled())[0]

@@ -73,5 +73,50 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     return f"{hint}known: {', '.join(names)}"
 
 
-# What a user's function may raise: one that calls `sys.exit` must not end an engine, and then the next one.
-USER_ERRORS = (Exception, SystemExit)
+# What user code may raise: also what is no Exception, such as PanicException of Rust libraries, asyncio.CancelledError,
+# SystemExit, or a KeyboardInterrupt of its own. No Ctrl-C arrives in the threads that call user code on engines and in
+# the hub; where one may, in the notebook's own process, `except KeyboardInterrupt: raise` stands before it.
+USER_ERRORS = (BaseException,)
+
+# Of a text within a sentence, in characters.
+SUMMARY_LENGTH = 1_000
+
+
+def kind_of(error: BaseException) -> str:
+    """The name of an exception's class, also of one whose metaclass would say something else."""
+    name: str = type.__dict__["__name__"].__get__(type(error))
+    return name
+
+
+def text_of(error: BaseException) -> str:
+    """The text of an exception, as long as it is; never raises, as a user's `__str__` may do anything."""
+    try:
+        text = str(error)
+    except BaseException as second:  # noqa: BLE001 - see above
+        return f"(its text cannot be had: __str__ raised {kind_of(second)})"
+    return text if type(text) is str else str.__str__(text)
+
+
+def summary_of(error: BaseException, *, length: int = SUMMARY_LENGTH) -> str:
+    """Class and text of an exception, for a sentence; never raises."""
+    text = text_of(error).strip()
+    return clean_text(f"{kind_of(error)}: {text}" if text else kind_of(error), length=length)
+
+
+def clean_text(text: str, *, length: int) -> str:
+    """Make text fit to be encoded as UTF-8 and to be shown: no lone surrogates, no NUL, and not too long."""
+    text = text.replace("\0", "\\x00")
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    if len(text) <= length:
+        return text
+    half = length // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be sent: a file name in another encoding has lone surrogates, which are no characters."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -21,13 +21,13 @@ from torch.utils.data import (
     default_collate,
 )
 
-from dnb.errors import ArgumentError, PlanError, nearest
+from dnb.errors import ArgumentError, PlanError, is_text, nearest
 from dnb.planning.retention import read_goal
 from dnb.planning.sample_order import BatchOrder, count_batches, iterate_batches
 from dnb.records import CheckpointPolicy, TransportKind
 from dnb.transport.job import DataSource
+from dnb.transport.returned import fault_of_name
 
-RESERVED_NAMES = frozenset({"digest", "loss", "lr", "samples_per_second", "step"})
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 STRATEGIES = ("auto", "data", "hybrid", "pipeline", "tensor")
 SYNCS = ("allreduce", "hub", "local")
@@ -204,6 +204,9 @@ def check_model(model: Any) -> torch.nn.Module:
     if not any(p.requires_grad and p.numel() for p in parameters):
         frozen = f", all {len(parameters)} are frozen" if parameters else ""
         raise ArgumentError(f"model has no trainable parameters{frozen}: set requires_grad_(True) on some")
+    unnamed = [name for name, _ in [*model.named_parameters(), *model.named_buffers()] if not is_text(name)]
+    if unnamed:
+        raise ArgumentError(f"model has a tensor named {unnamed[0]!a}, which is no text: give its module another name")
     elsewhere = {str(p.device) for p in parameters if p.device.type != "cpu"}
     if elsewhere:
         raise ArgumentError(f"model is on {', '.join(sorted(elsewhere))}: give it on the CPU, model.cpu()")
@@ -375,8 +378,10 @@ def read_metrics(metrics: Any) -> dict[str, Callable[..., Any]]:
 
 
 def _check_metric(name: Any, metric: Any) -> None:
-    if not isinstance(name, str) or name in RESERVED_NAMES or name.startswith("val_"):
-        raise ArgumentError(f"{name!r} cannot be the name of a metric: the history uses it; choose another")
+    if not isinstance(name, str):
+        raise ArgumentError(f"{name!r} cannot be the name of a metric: give a word")
+    if fault := fault_of_name(name):
+        raise ArgumentError(fault)
     if hasattr(metric, "update") and hasattr(metric, "compute"):
         raise ArgumentError(
             f"metric {name!r} keeps a state of its own, which cannot be merged over engines in this release: "

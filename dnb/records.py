@@ -141,6 +141,7 @@ class Failure(Record, frozen=True):
     message: str
     traceback: str
     place: str = ""  # "shard 3, sample 812"
+    whole: str = ""  # if message or traceback were cut: all of it, which the hub puts into a file
 
 
 class WireOffer(Record, frozen=True):
@@ -464,6 +465,13 @@ class Diagnosis(Message, frozen=True):
     kind: str  # "NaN" | "inf"
 
 
+class Fault(Message, frozen=True):
+    """An engine ends of an error that is no user's: its last word."""
+
+    engine: int
+    failure: Failure
+
+
 class Beat(Message, frozen=True):
     """An engine lives; said about ten times a second, whatever it is computing."""
 
@@ -471,7 +479,9 @@ class Beat(Message, frozen=True):
     process: Process
 
 
-EngineMessage = Join | Beat | Attach | NoSharedMemory | Loaded | LoadFailed | WorkReport | WorkFailed | Diagnosis
+EngineMessage = (
+    Join | Beat | Fault | Attach | NoSharedMemory | Loaded | LoadFailed | WorkReport | WorkFailed | Diagnosis
+)
 
 
 # Hub to engine -------------------------------------------------------------------------------

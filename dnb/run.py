@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from dnb import errors
-from dnb.errors import ArgumentError, DnbError, HubError, RunError
+from dnb.errors import USER_ERRORS, ArgumentError, DnbError, HubError, RunError
 from dnb.exporting import kind_of, write_csv, write_parquet, write_tensorboard
 from dnb.hub.history import read_events, read_history, read_summary, read_timeline, read_usage
 from dnb.inputs import read_loss
@@ -610,7 +610,9 @@ class Run:
         functions = {"step": step, "loss": loss}
         try:
             pickled = cloudpickle.dumps(functions)
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except USER_ERRORS as error:
             raise explain_unpicklable(functions, name="what is mended") or error from error
         self._require_hub().ask(Mend(run=self.name), Done, frames=[pickled, sign(self._key, [pickled])])
 
@@ -634,7 +636,9 @@ class Run:
         for callback in list(callbacks):
             try:
                 callback(self)
-            except Exception:
+            except USER_ERRORS as error:  # a callback of the user's may raise anything
+                if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                    raise
                 log.exception("a viewer of run %r failed", self.name)
 
 

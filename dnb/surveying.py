@@ -16,7 +16,7 @@ import torch.distributed
 
 from dnb.engine.probing import Memory, Passed, pass_tensors, probe_memory, product_seconds
 from dnb.engine.profiling import Trial, profile_parcel, profile_trial
-from dnb.errors import PlanError, PoolError, SpaceError
+from dnb.errors import USER_ERRORS, PlanError, PoolError, SpaceError
 from dnb.planning.capacity import choose_num_threads
 from dnb.planning.profiles import USUAL_EXCHANGE, EngineTraits, Exchange, Profile, Site, mean_profile
 from dnb.pool.engine_pool import Engine, EnginePool
@@ -96,7 +96,7 @@ def _pack(trial: Trial, pool: EnginePool) -> tuple[bytes, ParcelRef, Segment | N
         return pack(trial, name="profile", folders=pool.segment_folders)
     except (SpaceError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except USER_ERRORS as error:
         parts = ((name, getattr(trial, name)) for name in ("model", "batch", "loss", "step"))
         found = (explain_unpicklable(part, name=name) for name, part in parts)
         raise next((each for each in found if each is not None), error) from error

@@ -20,7 +20,7 @@ import torch
 
 from dnb.automatic import choose_plan
 from dnb.division import Division
-from dnb.errors import ArgumentError, HubError, PlanError, PoolError, SpaceError
+from dnb.errors import USER_ERRORS, ArgumentError, HubError, PlanError, PoolError, SpaceError, is_text
 from dnb.hub.optimizers import check_optimizer
 from dnb.inputs import (
     PRECISIONS,
@@ -460,7 +460,7 @@ def submit(pool: Pool, spec: RunSpec, ship_job: Ship, ship_data: Ship) -> None:
         data_bytes, data_ref = ship_data(f"{spec.name}-data", pool, segments)
         notes = tuple(segment.note for segment in segments if segment.note)
         spec = msgspec.structs.replace(spec, job=job_ref, data=data_ref, notes=notes)
-        frames = [msgspec.msgpack.encode(spec), job_bytes, data_bytes]
+        frames = [_encoded(spec), job_bytes, data_bytes]
         with long_work(f"handing run {spec.name!r} to the hub"):
             pool.hub.ask(Submit(), Done, frames=[*frames, sign(pool.key, frames)], timeout_seconds=120.0)
     except BaseException:
@@ -469,13 +469,22 @@ def submit(pool: Pool, spec: RunSpec, ship_job: Ship, ship_data: Ship) -> None:
         raise
 
 
+def _encoded(spec: RunSpec) -> bytes:
+    try:
+        return msgspec.msgpack.encode(spec)
+    except UnicodeEncodeError as error:
+        raise ArgumentError(
+            f"{error.object!a} is no text, as a file name in another encoding: a run cannot be sent with it"
+        ) from error
+
+
 def ship(obj: Job | Data, name: str, pool: Pool, segments: list[Segment]) -> tuple[bytes, ParcelRef]:
     """Pickle an object, its tensors into shared memory."""
     try:
         pickled, ref, segment = pack(obj, name=name, folders=pool.segment_folders)
     except (SpaceError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except USER_ERRORS as error:
         raise _why_unpicklable(obj) or error from error
     if segment is not None:
         segments.append(segment)
@@ -495,8 +504,9 @@ def _why_unpicklable(obj: Job | Data) -> Exception | None:
 
 
 def own_path() -> tuple[str, ...]:
-    """Where this kernel imports from."""
-    return tuple(os.path.abspath(path) for path in ["", *sys.path])
+    """Where this kernel imports from; folders whose names are no text are left out, as they cannot be sent."""
+    found = (os.path.abspath(path) for path in ["", *sys.path])
+    return tuple(path for path in found if is_text(path))
 
 
 def _num_shards(shards: Any, *, exact: bool, pool: Pool, batch_size: int) -> int:

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from dnb.errors import PlanError
+from dnb.errors import USER_ERRORS, PlanError
 from dnb.planning.tracing import Inputs
 from dnb.transport.job import Sum
+from dnb.transport.returned import read_loss, read_step
 
 # So many samples are enough to see it, and few enough to compute in passing.
 NUM_SAMPLES = 4
@@ -36,7 +37,9 @@ def check_loss_of_parts(model: nn.Module, loss: Callable[..., Any] | None, batch
             model.eval()
             whole = _loss(model, loss, _samples(batch, 0, NUM_SAMPLES))
             parts = [_loss(model, loss, _samples(batch, begin, begin + half)) for begin in (0, half)]
-    except Exception:  # noqa: BLE001 - it will be told with engine, step and samples
+    except KeyboardInterrupt:
+        raise
+    except USER_ERRORS:  # it will be told with engine, step and samples
         return
     finally:
         for module, mode in modes:
@@ -54,9 +57,12 @@ def check_loss_of_parts(model: nn.Module, loss: Callable[..., Any] | None, batch
 def _loss(model: nn.Module, loss: Callable[..., Any] | None, batch: Any) -> tuple[float, float]:
     """What is summed, and over how much."""
     output = model(*Inputs.of(batch).values) if not isinstance(batch, Mapping) else model(**batch)
-    value = loss(output, batch[-1]) if loss is not None else output.loss
+    if loss is not None:
+        value = read_loss(loss(output, batch[-1]), needs_gradient=False)
+    else:
+        value, _ = read_step(output, needs_gradient=False, by="model")
     if isinstance(value, Sum):
-        return float(value.total), float(value.weight)
+        return float(value.total), value.weight
     return float(value) * NUM_SAMPLES, NUM_SAMPLES
 
 

@@ -22,12 +22,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dnb.engine.allocator import release_freed_memory
 from dnb.engine.layers import Flow, Layer, entering, find_layers, watch_flow
 from dnb.engine.session import adopt_path
-from dnb.errors import USER_ERRORS, PlanError
+from dnb.errors import USER_ERRORS, PlanError, summary_of
 from dnb.planning.profiles import LayerProfile, ParameterShape, Profile, SharedParameter
 from dnb.progress import Report
 from dnb.records import ParcelRef
+from dnb.transport.encoding import encode_record
 from dnb.transport.job import Sum
 from dnb.transport.parcels import unpack
+from dnb.transport.returned import read_loss, read_step
 
 # All repetitions of all sizes together; at least this many of each size are done anyway.
 BUDGET_SECONDS = 2.0
@@ -64,9 +66,14 @@ def profile_parcel(pickled: bytes, parcel: bytes, *, sizes: tuple[int, ...] | No
         The encoded `Profile`: the kernel unpickles nothing.
     """
     adopt_path(sys_path)
-    trial = unpack(bytes(pickled), msgspec.msgpack.decode(parcel, type=ParcelRef))
+    trial: Trial | None = None
     try:
-        return msgspec.msgpack.encode(profile_trial(trial, sizes=sizes))
+        trial = unpack(bytes(pickled), msgspec.msgpack.decode(parcel, type=ParcelRef))
+        return encode_record(profile_trial(trial, sizes=sizes))
+    except (PlanError, KeyboardInterrupt):
+        raise
+    except USER_ERRORS as error:  # also what ipyparallel could not send
+        raise PlanError(f"the model could not be measured: {summary_of(error)}") from None
     finally:
         del trial
         release_freed_memory()
@@ -161,16 +168,20 @@ def take_samples(batch: Any, num_samples: int, *, of: int) -> Any:
 def _loss_of(trial: Trial, batch: Any) -> torch.Tensor:
     model = trial.model
     if trial.step is not None:
-        result = trial.step(model, batch)
-        loss = result[0] if isinstance(result, tuple) else result
-        return loss.total if isinstance(loss, Sum) else loss
+        return _total_of(read_step(trial.step(model, batch), needs_gradient=True)[0])
     if isinstance(batch, Mapping):
         output = model(**batch)
         loss = getattr(output, "loss", None)
         return loss if isinstance(loss, torch.Tensor) else _mean_of(output)
     *inputs, target = batch if isinstance(batch, tuple | list) and len(batch) > 1 else (batch, None)
     output = model(*inputs[0]) if isinstance(inputs[0], tuple | list) else model(*inputs)
-    return _mean_of(output) if trial.loss is None else trial.loss(output, target)
+    if trial.loss is None:
+        return _mean_of(output)
+    return _total_of(read_loss(trial.loss(output, target), needs_gradient=True))
+
+
+def _total_of(loss: torch.Tensor | Sum) -> torch.Tensor:
+    return loss.total if isinstance(loss, Sum) else loss
 
 
 def _mean_of(output: Any) -> torch.Tensor:
@@ -186,12 +197,10 @@ def _first_try(trial: Trial, attempt: Callable[[], torch.Tensor], *, num_samples
     try:
         layers = find_layers(trial.model, attempt)
         attempt().backward()
-    except PlanError:
+    except (PlanError, KeyboardInterrupt):
         raise
     except USER_ERRORS as error:
-        raise PlanError(
-            f"the model fails on {num_samples} samples of the batch: {type(error).__name__}: {error}"
-        ) from error
+        raise PlanError(f"the model fails on {num_samples} samples of the batch: {summary_of(error)}") from error
     return layers
 
 

@@ -19,17 +19,17 @@ from dnb.engine.gradients import Gradients
 from dnb.engine.loader import fetch_batch
 from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.telemetry import Stopwatch
-from dnb.errors import USER_ERRORS, DnbError
+from dnb.errors import USER_ERRORS, DnbError, summary_of, text_of
 from dnb.records import Diagnose, Diagnosis, Load, RunSpec, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
 from dnb.transport.layout import slot_views
+from dnb.transport.returned import MetricReader, Metrics, ReturnError, read_loss, read_step, weighed
 
 log = logging.getLogger(__name__)
 
 PROBE_SAMPLES = 8
 MOST_SAMPLES_SHOWN = 8
 
-Metrics = dict[str, tuple[float, float]]  # total and weight
 # Of a member of a team that has no part in the loss.
 NO_SUMS = Sums(loss_total=0.0, loss_weight=0.0, metric_totals={}, metric_weights={}, num_samples=0)
 
@@ -99,6 +99,7 @@ class Replica:
         self._most_at_once = spec.micro_batch
         self._is_training: bool | None = None
         self._of_this_step: list[tuple[Work, torch.Tensor]] = []
+        self._step_metrics = MetricReader()
 
     def compute(self, work: Work, indices: torch.Tensor) -> Outcome:
         """Do what is asked; for a step, the gradients are then in the slabs.
@@ -110,6 +111,7 @@ class Replica:
         Raises:
             MemoryError: not even a single sample fits.
             ModelChangedError: user code replaced a parameter.
+            ReturnError: user code returned what is no loss, or no metric.
         """
         if work.kind == "evaluation":
             return Outcome((self._evaluate(indices),), is_sum=False)
@@ -139,6 +141,7 @@ class Replica:
     def mend(self, *, step: Callable[..., Any] | None, loss: Callable[..., Any] | None) -> None:
         """Go on with another step function, or another loss; one of them is None."""
         self._job = dataclasses.replace(self._job, step=step, loss=loss)
+        self._step_metrics = MetricReader()
 
     def find_place(self, work: Work, indices: torch.Tensor, error: BaseException) -> str:
         """The shard and the samples at which an error comes up again, as narrow as can be found, for people.
@@ -147,13 +150,15 @@ class Replica:
         """
         if _is_out_of_memory(error) or isinstance(error, ModelChangedError):
             return ""
-        source = self._data.train if work.kind == "step" else self._data.val
+        is_step = work.kind == "step"
+        source = self._data.train if is_step else self._data.val
         assert source is not None
 
         def fails(part: torch.Tensor) -> bool:
             try:
                 self._seed(work.step, work.shards[0])
-                self._forward(source, part, batch_samples=None)
+                with torch.set_grad_enabled(is_step):
+                    self._forward(source, part, batch_samples=None, needs_gradient=is_step)
             except USER_ERRORS as again:  # whatever a user's model raises
                 return type(again) is type(error)
             return False
@@ -175,7 +180,7 @@ class Replica:
             with torch.no_grad():
                 sums, _ = self._forward(self._data.train, indices, batch_samples=None)
         except USER_ERRORS as error:  # a step function may need gradients; its own step will tell
-            log.info("the model was not probed: %s", error)
+            log.info("the model was not probed: %s", summary_of(error))
             return None
         finally:
             random.setstate(states[0])
@@ -232,7 +237,7 @@ class Replica:
         """Every shard from the same beginning into a slab of its own, so that it matters not who computes it."""
         parts: list[Sums] = []
         unused: set[int] | None = None
-        is_sum = False
+        kinds: list[bool] = []
         for shard, slab, part in zip(work.shards, work.slabs, indices.split(work.shard_sizes), strict=True):
             self._begin(slab, fresh=True)
             self._seed(work.step, shard)
@@ -241,12 +246,13 @@ class Replica:
             except (MemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
-                raise MemoryError(f"shard {shard} with {len(part)} samples does not fit: {error}") from error
+                raise MemoryError(f"shard {shard} with {len(part)} samples does not fit: {text_of(error)}") from error
             left = set(self._end(slab, publish=True))
             unused = left if unused is None else unused & left
-            is_sum = is_sum or shard_is_sum
+            if sums.num_samples:
+                kinds.append(shard_is_sum)
             parts.append(sums)
-        return Outcome(tuple(parts), is_sum, tuple(sorted(unused or ())))
+        return Outcome(tuple(parts), one_kind(kinds), tuple(sorted(unused or ())))
 
     def _begin(self, slab: int, *, fresh: bool) -> None:
         flat = self._memory.slabs[slab]
@@ -276,16 +282,24 @@ class Replica:
                 self._gradients.bring_home()
         if len(parts) == 1:
             return parts[0]
-        return added([sums for sums, _ in parts]), any(is_sum for _, is_sum in parts)
+        return added([sums for sums, _ in parts]), one_kind([is_sum for _, is_sum in parts])
 
-    def _forward(self, source: DataSource, indices: torch.Tensor, *, batch_samples: int | None) -> tuple[Sums, bool]:
+    def _forward(
+        self,
+        source: DataSource,
+        indices: torch.Tensor,
+        *,
+        batch_samples: int | None,
+        needs_gradient: bool = False,
+    ) -> tuple[Sums, bool]:
         """Loss and metrics of one micro-batch, with backward if it is part of a global batch."""
+        needs_gradient = needs_gradient or batch_samples is not None
         with self._stopwatch.measure("data"):
             batch = fetch_batch(source, indices)
         num_samples = len(indices)
         with self._stopwatch.measure("compute"):
             with self._autocast():
-                loss, metrics = self._apply(batch, num_samples)
+                loss, metrics = self._apply(batch, num_samples, needs_gradient=needs_gradient)
             is_sum = isinstance(loss, Sum)
             total = loss.total if isinstance(loss, Sum) else loss
             if batch_samples is not None:
@@ -294,29 +308,30 @@ class Replica:
             value = total.item()
         sums = Sums(
             loss_total=value if is_sum else value * num_samples,
-            loss_weight=float(loss.weight) if isinstance(loss, Sum) else float(num_samples),
+            loss_weight=loss.weight if isinstance(loss, Sum) else float(num_samples),
             metric_totals={name: total for name, (total, _) in metrics.items()},
             metric_weights={name: weight for name, (_, weight) in metrics.items()},
             num_samples=num_samples,
         )
         return sums, is_sum
 
-    def _apply(self, batch: Any, num_samples: int) -> tuple[torch.Tensor | Sum, Metrics]:
+    def _apply(self, batch: Any, num_samples: int, *, needs_gradient: bool) -> tuple[torch.Tensor | Sum, Metrics]:
         model, job = self._job.model, self._job
         if job.step is not None:
-            result = job.step(model, batch)
-            loss, metrics = result if isinstance(result, tuple) else (result, {})
-            return loss, {name: weighed(value, num_samples) for name, value in metrics.items()}
+            loss, found = read_step(job.step(model, batch), needs_gradient=needs_gradient)
+            return loss, self._step_metrics.read(found, num_samples) if found else {}
         if isinstance(batch, dict):
-            return model(**batch).loss, {}
+            return read_step(model(**batch), needs_gradient=needs_gradient, by="model")[0], {}
         *inputs, target = batch
         output = model(*inputs)
         assert job.loss is not None
-        loss = job.loss(output, target)
+        loss = read_loss(job.loss(output, target), needs_gradient=needs_gradient)
         if not job.metrics:
             return loss, {}
         with torch.no_grad():
-            return loss, {name: weighed(metric(output, target), num_samples) for name, metric in job.metrics.items()}
+            return loss, {
+                name: weighed(metric(output, target), num_samples, name=name) for name, metric in job.metrics.items()
+            }
 
     def _evaluate(self, indices: torch.Tensor) -> Sums:
         assert self._data.val is not None
@@ -387,7 +402,7 @@ class Replica:
         """Halve the micro-batch; the sentence that says so."""
         before = min(self._most_at_once or num_samples, num_samples)
         if before == 1:
-            raise MemoryError(f"not even one sample fits: {error}") from error
+            raise MemoryError(f"not even one sample fits: {text_of(error)}") from error
         self._most_at_once = before // 2
         return f"out of memory with {before} samples at once: goes on with {self._most_at_once}"
 
@@ -433,14 +448,22 @@ def samples_text(samples: torch.Tensor) -> str:
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
+    text = text_of(error)
+    return "DefaultCPUAllocator" in text or "not enough memory" in text
 
 
-def weighed(value: Any, num_samples: int) -> tuple[float, float]:
-    """A metric's total and weight."""
-    if isinstance(value, Sum):
-        return float(value.total), float(value.weight)
-    return float(value) * num_samples, float(num_samples)
+def one_kind(are_sums: Sequence[bool]) -> bool:
+    """Whether the parts of a step are `Sum`s, as all of them must be, or none.
+
+    Raises:
+        ReturnError: some are.
+    """
+    if len(set(are_sums)) > 1:
+        raise ReturnError(
+            "step must return dnb.Sum(total, weight) for all samples of a step, or for none: "
+            f"it did for {sum(are_sums)} of {len(are_sums)} parts"
+        )
+    return any(are_sums)
 
 
 def buffer_owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:

@@ -126,7 +126,9 @@ class WatchedStage(PipelineStage):
                 return function(micro_batch, *args, **kwargs)
         except USER_ERRORS as error:
             if self._trouble.error is None:
-                self._trouble.error = error.__cause__ or error  # torch wraps what a stage raises
+                # Torch wraps what a stage's forward raises if it is an Exception, and nothing else.
+                is_wrapped = kind == "forward" and type(error) is RuntimeError
+                self._trouble.error = (error.__cause__ if is_wrapped else None) or error
                 self._trouble.stage, self._trouble.micro_batch = self.stage_index, micro_batch
             raise
         finally:

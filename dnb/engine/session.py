@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,7 +16,7 @@ from dnb.engine.allocator import ration
 from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.replica import Replica
 from dnb.engine.telemetry import Stopwatch
-from dnb.errors import USER_ERRORS
+from dnb.errors import USER_ERRORS, summary_of
 from dnb.records import (
     AddSlabs,
     Diagnose,
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 SHIP_SECONDS = 300.0
 # How long the last pieces of a run that has ended may take to go; its wire is closed soon after.
 OUTBOX_SECONDS = 1.0
+
+log = logging.getLogger(__name__)
 
 _decode = msgspec.msgpack.Decoder(WireMessage).decode
 
@@ -86,6 +89,7 @@ class Session:
         adopt_path(spec.sys_path)
         ration.set(spec.memory_limit, start_bytes=stopwatch.start_rss_bytes)
         self._outbox: Outbox | None = None
+        self._fault: BaseException | None = None  # why what was mended cannot be used
         publisher: Publisher | None = None
         parcels: dict[int, memoryview | None] = {JOB_SLOT: None, DATA_SLOT: None}
         if memory.kind == "socket":
@@ -145,38 +149,55 @@ class Session:
     def _work(self, work: Work, indices: torch.Tensor) -> None:
         if work.run != self.run:
             return
-        try:
-            probe = self._replica.probe() if work.probe else None
-            digests = self._replica.digests() if work.check_copy else b""  # of what this work begins with
-            outcome = self._replica.compute(work, indices)
-        except USER_ERRORS as error:  # whatever a user's model raises is the user's to read
-            failure = describe_error(error, place=self._replica.find_place(work, indices, error))
-            self.send(
-                WorkFailed(
-                    run=work.run,
-                    lease=work.lease,
-                    kind=work.kind,
-                    step=work.step,
-                    shards=work.shards,
-                    failure=failure,
-                )
-            )
+        if self._fault is not None:
+            self._tell(work, self._fault, None)
             return
+        try:
+            report = self._computed(work, indices)
+        except USER_ERRORS as error:  # whatever a user's model raises is the user's to read
+            self._tell(work, error, indices)
+            return
+        try:
+            self.send(report)
+        except (TypeError, ValueError, OverflowError) as error:  # what user code returned cannot be encoded
+            self._tell(work, error, None)
+
+    def _computed(self, work: Work, indices: torch.Tensor) -> WorkReport:
+        probe = self._replica.probe() if work.probe else None
+        digests = self._replica.digests() if work.check_copy else b""  # of what this work begins with
+        outcome = self._replica.compute(work, indices)
+        return WorkReport(
+            run=work.run,
+            lease=work.lease,
+            kind=work.kind,
+            step=work.step,
+            shards=work.shards,
+            parts=outcome.parts,
+            is_sum=outcome.is_sum,
+            unused=outcome.unused,
+            telemetry=self._stopwatch.take() if self._spec.telemetry else None,
+            note=f"engine {self._engine}: {outcome.note}" if outcome.note else "",
+            probe=probe,
+            digests=digests,
+            trace=self._trace(work),
+        )
+
+    def _tell(self, work: Work, error: BaseException, indices: torch.Tensor | None) -> None:
+        """Say that user code failed, and where, if it did with these samples and that can be found."""
+        place = ""
+        if indices is not None:
+            try:
+                place = self._replica.find_place(work, indices, error)
+            except USER_ERRORS as second:  # what failed once may fail otherwise when it is looked at
+                log.warning("where it failed was not found: %s", summary_of(second))
         self.send(
-            WorkReport(
+            WorkFailed(
                 run=work.run,
                 lease=work.lease,
                 kind=work.kind,
                 step=work.step,
                 shards=work.shards,
-                parts=outcome.parts,
-                is_sum=outcome.is_sum,
-                unused=outcome.unused,
-                telemetry=self._stopwatch.take() if self._spec.telemetry else None,
-                note=f"engine {self._engine}: {outcome.note}" if outcome.note else "",
-                probe=probe,
-                digests=digests,
-                trace=self._trace(work),
+                failure=describe_error(error, place=place),
             )
         )
 
@@ -202,11 +223,11 @@ class Session:
     def _mend(self, message: Mended, pickled: bytes) -> None:
         verify(self._key, [pickled], message.signature)
         try:
-            functions = cloudpickle.loads(pickled)
-        except USER_ERRORS as error:  # what a user's function needs may be missing here: its next call says so
-            self._replica.mend(step=partial(_raise, error), loss=None)
+            self._replica.mend(**cloudpickle.loads(pickled))
+        except USER_ERRORS as error:  # what a user's function needs may be missing here: the next step says so
+            self._fault = error
         else:
-            self._replica.mend(**functions)
+            self._fault = None
 
     def _receive_parcels(self, spec: RunSpec) -> dict[int, memoryview | None]:
         parcels = {JOB_SLOT: _landing(spec.job), DATA_SLOT: _landing(spec.data)}
@@ -250,10 +271,6 @@ def import_for(load: Load) -> None:
 def adopt_path(paths: tuple[str, ...]) -> None:
     """Let modules that the notebook can import be importable here."""
     sys.path.extend(path for path in paths if path not in sys.path)
-
-
-def _raise(error: BaseException, *_arguments: object) -> None:
-    raise error
 
 
 def _landing(parcel: ParcelRef) -> memoryview | None:

@@ -14,18 +14,19 @@ import torch
 from dnb.engine.loader import fetch_batch
 from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.micro_batches import fetch_micro_batches, shapes_of
-from dnb.engine.replica import NO_SUMS, Metrics, Outcome, added, part_seed, samples_text, weighed
+from dnb.engine.replica import NO_SUMS, Outcome, added, one_kind, part_seed, samples_text
 from dnb.engine.schedules import Trouble, WatchedStage, build_schedule, num_micro_batches_for
 from dnb.engine.stage_memory import StageMemory
-from dnb.engine.team_group import PeerLost, close_group, is_about_peers, open_group, release
+from dnb.engine.team_group import PeerLost, close_group, first_line, is_about_peers, open_group, release
 from dnb.engine.telemetry import Stopwatch
 from dnb.engine.timeline import Timeline
-from dnb.errors import USER_ERRORS, PlanError
+from dnb.errors import PlanError
 from dnb.planning.dividing import Divider
 from dnb.planning.parts import StagePart
 from dnb.planning.tracing import Inputs
 from dnb.records import Action, Diagnose, Diagnosis, Load, Partition, RunSpec, Seat, StageTrace, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
+from dnb.transport.returned import Metrics, read_loss, weighed
 
 __all__ = ["PeerLost", "StageReplica"]
 
@@ -44,7 +45,11 @@ class _Feed:
     batch_samples: int | None = None  # of the global batch; None: no gradients
     seed: int = 0
     sums: list[Sums] = field(default_factory=list)
-    is_sum: bool = False
+    are_sums: list[bool] = field(default_factory=list)  # of `sums`
+
+    @property
+    def is_sum(self) -> bool:
+        return one_kind(self.are_sums)
 
 
 class _Body(torch.nn.Module):
@@ -266,32 +271,40 @@ class StageReplica:
     def _loss_of(self, output: Any, batch: Any) -> torch.Tensor:
         """What backward begins with; its value and the metrics are kept for the report."""
         feed, job = self._feed, self._job
-        loss: Any
+        has_target = not isinstance(batch, Mapping)
         metrics: Metrics = {}
-        if isinstance(batch, Mapping):
-            loss = output
-        else:
+        value = output
+        if has_target:
             assert job.loss is not None
-            loss = job.loss(output, batch[-1])
+            value = job.loss(output, batch[-1])
             with torch.no_grad():
                 metrics = {
-                    name: weighed(metric(output, batch[-1]), feed.micro_samples) for name, metric in job.metrics.items()
+                    name: weighed(metric(output, batch[-1]), feed.micro_samples, name=name)
+                    for name, metric in job.metrics.items()
                 }
+        loss = read_loss(
+            value,
+            needs_gradient=feed.batch_samples is not None,
+            by="loss" if has_target else "model",
+            device=self._device,
+        )
         is_sum = isinstance(loss, Sum)
         total = loss.total if isinstance(loss, Sum) else loss
-        feed.is_sum = feed.is_sum or is_sum
-        value = total.item()
+        number = total.item()
+        feed.are_sums.append(is_sum)
         feed.sums.append(
             Sums(
-                loss_total=value if is_sum else value * feed.micro_samples,
-                loss_weight=float(loss.weight) if isinstance(loss, Sum) else float(feed.micro_samples),
+                loss_total=number if is_sum else number * feed.micro_samples,
+                loss_weight=loss.weight if isinstance(loss, Sum) else float(feed.micro_samples),
                 metric_totals={name: total for name, (total, _) in metrics.items()},
                 metric_weights={name: weight for name, (_, weight) in metrics.items()},
                 num_samples=feed.micro_samples,
             )
         )
         scale = 1.0 if is_sum or feed.batch_samples is None else feed.micro_samples / feed.batch_samples
-        return torch.stack((total * scale if scale != 1.0 else total,))  # schedules join the outputs of micro-batches
+        scaled = total * scale if scale != 1.0 else total
+        # Schedules join the outputs of micro-batches, and detach them, which a view does not allow.
+        return torch.stack((scaled if scaled.dim() == 0 else scaled.sum(),))
 
     # Stages per shape -------------------------------------------------------------------------------
 
@@ -394,8 +407,8 @@ class _Leaving:
         replica._leave(error)
         if own is not None and own is not error:
             raise own from own.__cause__
-        if own is None and isinstance(error, USER_ERRORS) and is_about_peers(error):
-            raise PeerLost(f"another engine of the team is gone: {str(error).splitlines()[0]}") from None
+        if own is None and is_about_peers(error):
+            raise PeerLost(f"another engine of the team is gone: {first_line(error)}") from None
 
 
 @dataclass(slots=True)

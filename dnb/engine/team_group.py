@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore  # torch.distributed gives them no types
 
-from dnb.errors import DnbError, PlanError
+from dnb.errors import SUMMARY_LENGTH, DnbError, PlanError, clean_text, kind_of, text_of
 from dnb.records import Seat
 
 # Whoever waits in the group is freed by a peer that leaves it, never by the clock: a user's forward may take hours.
@@ -60,7 +60,7 @@ def open_group(seat: Seat, device: torch.device) -> None:
                 timeout=FOREVER,
             )
     except (RuntimeError, OSError) as error:  # torch's DistError is a RuntimeError
-        raise PeerLost(f"team {seat.team} did not come together: {_first_line(error)}") from error
+        raise PeerLost(f"team {seat.team} did not come together: {first_line(error)}") from error
 
 
 def close_group(error: BaseException | None = None) -> None:
@@ -92,7 +92,7 @@ def is_about_peers(error: BaseException) -> bool:
     """Whether an error that was raised outside user code only says that a connection has ended."""
     if isinstance(error, dist.DistError):
         return True
-    text = str(error)
+    text = text_of(error)
     signs = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
@@ -141,5 +141,7 @@ def _loopback_name() -> str | None:
     return None
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def first_line(error: BaseException) -> str:
+    """What an error says first, or else its class."""
+    lines = text_of(error).strip().splitlines()
+    return clean_text(lines[0], length=SUMMARY_LENGTH) if lines else kind_of(error)

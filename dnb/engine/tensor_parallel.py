@@ -11,11 +11,11 @@ import torch.distributed as dist
 
 from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.replica import NO_SUMS, Outcome, Replica, samples_text
-from dnb.engine.team_group import PeerLost, close_group, is_about_peers, open_group
+from dnb.engine.team_group import PeerLost, close_group, first_line, is_about_peers, open_group
 from dnb.engine.telemetry import Stopwatch
 from dnb.engine.tensor_layers import TeamGradients, divide
 from dnb.engine.tensor_noise import OwnNoise
-from dnb.errors import USER_ERRORS, PlanError
+from dnb.errors import PlanError, text_of
 from dnb.records import Diagnose, Diagnosis, Load, RunSpec, Seat, Sums, Work
 from dnb.transport.job import Data, DataSource, Job
 from dnb.transport.layout import slot_views
@@ -133,9 +133,16 @@ class TensorReplica(Replica):
         self._gradients.close()
         torch.backends.mha.set_fastpath_enabled(self._had_fast_path)
 
-    def _forward(self, source: DataSource, indices: torch.Tensor, *, batch_samples: int | None) -> tuple[Sums, bool]:
+    def _forward(
+        self,
+        source: DataSource,
+        indices: torch.Tensor,
+        *,
+        batch_samples: int | None,
+        needs_gradient: bool = False,
+    ) -> tuple[Sums, bool]:
         self._samples = indices
-        result = super()._forward(source, indices, batch_samples=batch_samples)
+        result = super()._forward(source, indices, batch_samples=batch_samples, needs_gradient=needs_gradient)
         self._entrance.forget()
         return result
 
@@ -155,7 +162,7 @@ class TensorReplica(Replica):
         """The others cannot be told to halve their batch, too."""
         raise MemoryError(
             f"{min(self._most_at_once or num_samples, num_samples)} samples at once do not fit: "
-            f"give micro_batch=, which all engines of a team keep to ({error})"
+            f"give micro_batch=, which all engines of a team keep to ({text_of(error)})"
         ) from error
 
     @contextmanager
@@ -167,8 +174,8 @@ class TensorReplica(Replica):
             yield
         except BaseException as error:
             self._leave(error)
-            if isinstance(error, USER_ERRORS) and is_about_peers(error):
-                raise PeerLost(f"another engine of the team is gone: {str(error).splitlines()[0]}") from None
+            if is_about_peers(error):
+                raise PeerLost(f"another engine of the team is gone: {first_line(error)}") from None
             raise
 
     def _leave(self, error: BaseException | None) -> None:

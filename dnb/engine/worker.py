@@ -20,12 +20,13 @@ from dnb.engine.heart import Heart
 from dnb.engine.memory import EngineMemory
 from dnb.engine.session import Session, import_for
 from dnb.engine.telemetry import Stopwatch
-from dnb.errors import USER_ERRORS, HubError, PoolError
+from dnb.errors import USER_ERRORS, HubError, PoolError, summary_of
 from dnb.records import (
     Address,
     EngineFacts,
     EngineMessage,
     Exit,
+    Fault,
     HubMessage,
     Join,
     Load,
@@ -49,6 +50,8 @@ log = logging.getLogger(__name__)
 WATCH_MILLISECONDS = 1000
 # How long the hub may take to greet a wire.
 WIRE_SECONDS = 10.0
+# How long the last word of an engine that ends of an error may take to go.
+LAST_WORD_MILLISECONDS = 1000
 
 _worker: Worker | None = None
 
@@ -141,14 +144,19 @@ class Worker(threading.Thread):
         self._poller.register(self._socket, zmq.POLLIN)
         heart = Heart(self._facts, address=self._address)
         heart.start()
+        linger = 0
         try:
             self._join()
             while self._serve_once():
                 pass
+        except BaseException as error:  # user code's are caught where it is called: this one is our own
+            log.critical("engine %d ends of an error of dnb itself", self._facts.engine, exc_info=True)
+            self._tell_of(error)
+            linger = LAST_WORD_MILLISECONDS
         finally:
             heart.stop()
             self._drop_wire()
-            self._socket.close(linger=0)
+            self._socket.close(linger=linger)
             context.term()
             # The main thread runs ipykernel's loop: a signal is what ends it, and ipyparallel's nanny with it.
             os.kill(os.getpid(), signal.SIGTERM)
@@ -214,7 +222,7 @@ class Worker(threading.Thread):
         except (OSError, HubError) as error:
             # A wire that is there stays until the hub has heard why: that it closes would be taken for a death.
             if load.transport == "memory":
-                self._send(NoSharedMemory(run=load.run, reason=str(error)))
+                self._send(NoSharedMemory(run=load.run, reason=summary_of(error)))
             else:
                 self._send(LoadFailed(run=load.run, failure=describe_error(error), team=team))
             return
@@ -260,9 +268,19 @@ class Worker(threading.Thread):
 
     def _close_session(self) -> None:
         if self._session is not None:
-            self._session.close()
-            self._session = None
+            session, self._session = self._session, None
+            try:
+                session.close()
+            except USER_ERRORS as error:  # what user code has done to its objects shows here, and ends no engine
+                log.warning("a run was not closed properly: %s", summary_of(error))
             release_freed_memory()
+
+    def _tell_of(self, error: BaseException) -> None:
+        """Let the hub say why this engine is gone; it may be past telling."""
+        try:
+            self._send(Fault(engine=self._facts.engine, failure=describe_error(error)))
+        except Exception:
+            log.exception("the hub was not told")
 
     def _join(self) -> None:
         self._send(Join(facts=self._facts, num_wires=self._num_lost_wires))

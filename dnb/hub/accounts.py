@@ -219,13 +219,16 @@ class Columns:
     by_evaluation: dict[str, array[float]] = field(default_factory=dict)
 
     def add_step(self, values: dict[str, float]) -> None:
-        """Add one value to every column; one that was not measured before has NaN for the steps without it."""
+        """Add one value to every column: NaN for the steps in which it was not measured."""
         if not values.keys() <= self.by_step.keys():
             num_steps = max((len(column) for column in self.by_step.values()), default=0)
             for name in values:
                 self.by_step.setdefault(name, array("d", [math.nan]) * num_steps)
         for name, value in values.items():
             self.by_step[name].append(value)
+        if len(values) < len(self.by_step):
+            for name in self.by_step.keys() - values.keys():
+                self.by_step[name].append(math.nan)
 
     def add_evaluation(self, step: int, values: dict[str, float]) -> None:
         """Add one value to every column, with the step after which it was measured."""

@@ -68,6 +68,7 @@ from dnb.records import (
     WorkReport,
 )
 from dnb.transport.failures import TRACEBACK_LENGTH, clean_text
+from dnb.transport.returned import EVALUATION_PREFIX, STEP_COLUMNS
 from dnb.transport.segments import open_segment
 from dnb.transport.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Flat, Wire
 
@@ -75,6 +76,7 @@ log = logging.getLogger(__name__)
 
 # Of a member of a team that has no part in the loss.
 NO_SUMS = Sums(loss_total=0.0, loss_weight=0.0, metric_totals={}, metric_weights={}, num_samples=0)
+
 
 Send = Callable[[int, Message, Sequence[Any]], None]
 OfferWire = Callable[..., WireOffer]  # of `Wiring.offer`
@@ -299,7 +301,7 @@ class ActiveRun:
                 if seat is not None and seat[0] == team:
                     self._dispatch(machine.PeerLost(engine, None))
             case LoadFailed(failure=failure):
-                self._dispatch(machine.UserCodeFailed(engine, 0, failure))
+                self._dispatch(machine.UserCodeFailed(engine, 0, self._kept_whole(failure, 0, engine)))
             case WorkReport():
                 self._take_report(engine, message)
             case WorkFailed(lease=0):
@@ -307,10 +309,26 @@ class ActiveRun:
             case WorkFailed(failure=Failure(kind=kind), lease=lease) if kind == PEER_LOST:
                 self._dispatch(machine.PeerLost(engine, lease))
             case WorkFailed(step=step, failure=failure, lease=lease):
+                failure = self._kept_whole(failure, step, engine)
                 self._dispatch(machine.UserCodeFailed(engine, step, failure, lease))
             case Diagnosis(step=step):
                 if self._verdict is not None and (self._verdict.engine, self._verdict.step) == (engine, step):
                     self._conclude(message)
+
+    def _kept_whole(self, failure: Failure, step: int, engine: int) -> Failure:
+        """Put a text that was cut into a file of the run's folder, and name that in what people read."""
+        if not failure.whole:
+            return failure
+        path = self._folder.write_error(f"step-{step:06d}-engine-{engine}", failure.whole)
+        if path is None:
+            return msgspec.structs.replace(failure, whole="")
+        where = f"the whole text is in {path}"
+        return msgspec.structs.replace(
+            failure,
+            place=f"{failure.place}; {where}" if failure.place else where,
+            traceback=f"{failure.traceback}\n[This is cut: {where}]\n",
+            whole="",
+        )
 
     def _take_report(self, engine: int, message: WorkReport) -> None:
         num_samples = sum(part.num_samples for part in message.parts)
@@ -744,6 +762,9 @@ class ActiveRun:
         if self._disagreement:
             failure = Failure(kind="PlanError", message=self._disagreement, traceback="")
             return machine.CommitFailed(step, failure)
+        mixed = _mixed_kinds(contributions)
+        if mixed:
+            return machine.CommitRefused(step, mixed)
         if self._copy_fault:
             reason, self._copy_fault = self._copy_fault, ""
             return machine.CommitRefused(step, reason)
@@ -808,7 +829,7 @@ class ActiveRun:
         if kind == "evaluation":
             loss, metrics = mean_of([c.sums for c in contributions])
             self._last_commit = time.monotonic()
-            return {"val_loss": loss, **{f"val_{name}": value for name, value in metrics.items()}}, {}
+            return {f"{EVALUATION_PREFIX}{name}": value for name, value in (metrics | {"loss": loss}).items()}, {}
         result = self.master.commit(contributions, describe=self._describe)
         self._version += 1
         self._accounts.count_step(dict.fromkeys(engines, 0) | result.samples)  # of a team one counts the samples
@@ -819,14 +840,9 @@ class ActiveRun:
         now = time.monotonic()
         speed = result.num_samples / max(now - self._last_commit, 1e-9)
         self._last_commit = now
-        return {
-            "loss": result.loss,
-            "lr": result.lr,
-            "samples_per_second": speed,
-            "seconds": self._seconds,
-            "grad_norm": result.grad_norm,
-            **result.metrics,
-        }
+        numbers = (result.loss, result.lr, speed, self._seconds, result.grad_norm)
+        own = dict(zip(STEP_COLUMNS, numbers, strict=True))
+        return own | result.metrics | own if result.metrics else own  # no metric takes a column, whoever sent it
 
     def _record(
         self, kind: WorkKind, step: int, values: dict[str, float], samples: dict[int, int], when: float
@@ -988,6 +1004,17 @@ class _Verdict:
     engine: int
     step: int
     text: str
+
+
+def _mixed_kinds(contributions: Iterable[Contribution]) -> str:
+    """Why the parts of a step cannot be added up; empty if they can."""
+    found = {c.is_sum: c.engine for c in contributions if c.sums.num_samples}
+    if len(found) < 2:
+        return ""
+    return (
+        f"step must return dnb.Sum(total, weight) for all samples of a step, or for none: it did on engine "
+        f"{found[True]}, and not on engine {found[False]}"
+    )
 
 
 def _remove_parcel(parcel: ParcelRef) -> None:

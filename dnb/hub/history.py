@@ -27,6 +27,7 @@ HISTORY_FILE = "history.jsonl"
 EVENTS_FILE = "events.jsonl"
 USAGE_FILE = "usage.jsonl"
 TIMELINE_FILE = "timeline.json"
+ERRORS_FOLDER = "errors"  # texts that were cut where they are told
 FORMAT = 1
 
 
@@ -147,6 +148,20 @@ class RunFolder:
     def write_timeline(self, timeline: StepTimeline) -> None:
         """Replace timeline.json likewise."""
         self._replace(TIMELINE_FILE, self._encoder.encode(timeline))
+
+    def write_error(self, name: str, text: str) -> Path | None:
+        """Put the whole text of an error into a file of its own, for its owner alone; None if it cannot be written."""
+        folder = self.path / ERRORS_FOLDER
+        path = folder / f"{name}.txt"
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(text.encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            log.warning("%s cannot be written: %s", path, error)
+            return None
+        return path
 
     def _replace(self, name: str, content: bytes) -> None:
         aside = self.path / f".{name}"

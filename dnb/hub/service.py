@@ -59,6 +59,7 @@ from dnb.records import (
     EngineStatus,
     Exit,
     Failure,
+    Fault,
     GetCheckpoint,
     GetMembers,
     GetPool,
@@ -412,11 +413,16 @@ class Service:
         if engine is None:
             log.warning("%s from an engine that was given up: %r", type(message).__name__, identity)
             return
+        if isinstance(message, Fault):
+            reason = f"ended of an error of dnb itself: {message.failure.kind}: {message.failure.message}"
+            log.error("engine %d %s\n%s", engine.facts.engine, reason, message.failure.traceback)
+            self._lose(engine.facts.engine, reason)
+            return
         self._take_message(engine.facts.engine, message)
 
     def _take_message(self, number: int, message: EngineMessage) -> None:
         engine = self._engines.get(number)
-        if engine is None or isinstance(message, Join | Attach | Beat):
+        if engine is None or isinstance(message, Join | Attach | Beat | Fault):
             return
         engine.messages_in += 1
         if self._run is not None and self._run.spec.id == message.run:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from dnb.errors import USER_ERRORS
+from dnb.errors import USER_ERRORS, summary_of
 from dnb.hub.optimizers import check_optimizer, optimizer_classes
 from dnb.inputs import STRATEGIES, check_model, loss_names, read_loss, read_metrics
 from dnb.notebook.panel_line import literal
@@ -139,8 +139,10 @@ def metrics(own: Mapping[str, Any], *, names: Mapping[str, Any]) -> list[Choice]
 def _passes(check: Callable[..., Any], *values: Any) -> bool:
     try:
         check(*values)
+    except KeyboardInterrupt:
+        raise
     except USER_ERRORS as error:  # an object of the user's may raise anything when it is looked at
-        log.debug("not offered: %s", error)
+        log.debug("not offered: %s", summary_of(error))
         return False
     return True
 
@@ -177,8 +179,10 @@ def _told_of_data_set(value: Any) -> str:
         return ""
     try:
         size = len(value)
+    except KeyboardInterrupt:
+        raise
     except USER_ERRORS as error:  # the user's own __len__
-        log.debug("not offered: %s", error)
+        log.debug("not offered: %s", summary_of(error))
         return ""
     return f"{_type(value)}, {size:,} samples" if size else ""
 

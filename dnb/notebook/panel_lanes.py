@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from dnb.errors import USER_ERRORS
+from dnb.errors import USER_ERRORS, summary_of
 from dnb.notebook.outlet import Outlet, speaking_into
 from dnb.notebook.progress import Waiting, steady
 from dnb.notebook.views import RunView
@@ -85,7 +85,7 @@ class Lane:
             with speaking_into(Outlet(say=said.append, show=self._show)), watching(self._watch):
                 value = self._dtrain(line)
         except USER_ERRORS as error:  # a thread has nobody to raise to: shown in the panel
-            log.info("%%dtrain %s failed: %s", line, error)
+            log.info("%%dtrain %s failed: %s", line, summary_of(error))
             outcome = Outcome(line=line, words="\n".join(said), error=error)
         else:
             outcome = Outcome(line=line, words="\n".join(said), value=value)

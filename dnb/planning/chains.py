@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dnb.errors import PlanError
+from dnb.errors import USER_ERRORS, PlanError
 from dnb.planning.parts import StagePart, described
 from dnb.planning.rehearsing import Rehearsal
 from dnb.planning.shards import shard_bounds
@@ -59,9 +59,9 @@ def divide_chain(
     ]
     try:
         crossing = _rehearse_chains(chains, inputs, rehearsal)
-    except PlanError:
+    except (PlanError, KeyboardInterrupt):
         raise
-    except Exception:  # noqa: BLE001 - such as a stage that looks at values
+    except USER_ERRORS:  # such as a stage that looks at values
         rehearsal.use_data()
         crossing = _rehearse_chains(chains, inputs, rehearsal)
     edges = [(), *crossing, ()]

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from dnb.errors import USER_ERRORS
 from dnb.planning.rehearsing import PREFIX, Rehearsal, no_autocast
 from dnb.planning.tracing import Call, Inputs, SymbolTracer
 
@@ -59,7 +60,9 @@ def _calls(model: nn.Module, inputs: Inputs | None, opened: Iterable[str]) -> li
             values = tuple(rehearsal.convert(value) for value in inputs.values)
             with rehearsal.running() as log:
                 tracer.follow(Call(model, inputs), values, log)
-    except Exception:  # noqa: BLE001 - a user's forward may do anything with a symbol
+    except KeyboardInterrupt:
+        raise
+    except USER_ERRORS:  # a user's forward may do anything with a symbol
         return None
     return tracer.calls
 

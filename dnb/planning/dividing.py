@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from dnb.errors import PlanError, nearest
+from dnb.errors import USER_ERRORS, PlanError, nearest
 from dnb.planning.chains import divide_chain
 from dnb.planning.cutting import cut_points
 from dnb.planning.parts import WAY_OUT, StagePart
@@ -130,7 +130,9 @@ def _operations(call: Call, inputs: Inputs, rehearsal: Rehearsal) -> list[str]:
         try:
             with rehearsal.running() as operations:
                 call(*[rehearsal.convert(value) for value in inputs.values])
-        except Exception:  # noqa: BLE001 - such as a model that looks at values: then with data, and its own error shows
+        except KeyboardInterrupt:
+            raise
+        except USER_ERRORS:  # such as a model that looks at values: then with data, and its own error shows
             rehearsal.use_data()
         else:
             return operations

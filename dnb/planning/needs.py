@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from dnb.errors import USER_ERRORS
 from dnb.planning.parts import StagePart
 from dnb.planning.rehearsing import Rehearsal, no_autocast
 from dnb.planning.tracing import Inputs
@@ -180,7 +181,9 @@ def _kept_by_stage(
         values = [rehearsal.convert(value) for value in inputs.values]
         with rehearsal.running():
             return list(_run(model, parts, values, loss))
-    except Exception:  # noqa: BLE001 - a user's forward may do anything with a value that is none
+    except KeyboardInterrupt:
+        raise
+    except USER_ERRORS:  # a user's forward may do anything with a value that is none
         return None
 
 
@@ -212,5 +215,7 @@ def _received(passed: Any) -> tuple[Any, ...]:
 def _try(loss: Loss, output: Any) -> None:
     try:
         loss(output)
-    except Exception:  # noqa: BLE001 - a user's loss may need values; it keeps little beside the model
+    except KeyboardInterrupt:
+        raise
+    except USER_ERRORS:  # a user's loss may need values; it keeps little beside the model
         return

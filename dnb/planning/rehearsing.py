@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dnb.errors import PlanError
+from dnb.errors import SUMMARY_LENGTH, PlanError, clean_text, kind_of, text_of
 
 PREFIX = "model."  # of a module's name below `Call`
 TORCH_FOLDER = str(Path(torch.__file__).parent)
@@ -184,8 +184,9 @@ def _is_users(name: str) -> bool:
 
 def first_line(error: BaseException) -> str:
     """What an error says first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    lines = [line.strip() for line in text_of(error).splitlines() if line.strip()]
+    kind = kind_of(error)
+    return clean_text(f"{kind}: {lines[0]}" if lines else kind, length=SUMMARY_LENGTH)
 
 
 def is_plain(value: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dnb.errors import PlanError
+from dnb.errors import USER_ERRORS, PlanError
 from dnb.planning.rehearsing import first_line, users_line
 from dnb.planning.tensor_flow import FlowWatch, LayerGroup, head_counts, uneven
 from dnb.planning.tensor_ranks import Whole, fault_of, moved_copy, whole_of
@@ -164,7 +164,9 @@ def _computed(model: nn.Module, trial: Trial) -> tuple[Whole, list[LayerGroup]]:
             groups = watch.groups(value)
             watch.close()
             return whole_of(moved, value, trial.evaluate), groups
-        except Exception as error:  # a user's model may raise anything
+        except KeyboardInterrupt:
+            raise
+        except USER_ERRORS as error:  # a user's model may raise anything
             if dtype is torch.float32:
                 line = users_line(error)
                 raise PlanError(

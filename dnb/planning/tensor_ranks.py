@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils import _pytree as pytree
 
+from dnb.errors import USER_ERRORS
 from dnb.planning.rehearsing import first_line, users_line
 from dnb.planning.tensor_styles import cut_dim
 from dnb.records import TensorStyle
@@ -174,7 +175,7 @@ class _Rank:
             value = self._evaluate(self._model)
             value.backward()
             self.value = value.detach()
-        except Exception as error:  # noqa: BLE001 - whatever a user's model raises is the fault of the division
+        except USER_ERRORS as error:  # whatever a user's model raises is the fault of the division
             self.error = error
             self._group.barrier.abort()
 

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from dnb.errors import PlanError
+from dnb.errors import USER_ERRORS, PlanError
 from dnb.planning.rehearsing import (
     Rehearsal,
     Watch,
@@ -281,9 +281,9 @@ def trace_by_symbols(
     try:
         with rehearsal.running() as log:
             graph = tracer.follow(call, values, log)
-    except PlanError:
+    except (PlanError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except USER_ERRORS as error:
         raise NotTraceable(first_line(error), operator=tracer.last_operation, line=users_line(error)) from error
     return Trace(graph, call, tracer.values, lambda output: output), tracer.begun, tracer.operations
 
@@ -298,7 +298,9 @@ def trace_by_export(call: Call, inputs: Inputs, cuts: Sequence[str], rehearsal: 
     try:
         program = torch.export.export(call, inputs.values)
         module = program.module(check_guards=False)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except USER_ERRORS as error:
         raise NotTraceable(first_line(error), operator="", line=users_line(error)) from error
     begun: list[str] = []
     attributes: dict[str, Any] = {}

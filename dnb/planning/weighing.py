@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from dnb.errors import USER_ERRORS
 from dnb.planning.rehearsing import Rehearsal, no_autocast
 from dnb.planning.tracing import Inputs
 
@@ -43,7 +44,9 @@ def weigh(model: nn.Module, inputs: Inputs, points: Sequence[str]) -> list[float
     try:
         with rehearsal.running(), counter:
             model(*[rehearsal.convert(value) for value in inputs.values])
-    except Exception:  # noqa: BLE001 - a user's forward may look at values
+    except KeyboardInterrupt:
+        raise
+    except USER_ERRORS:  # a user's forward may look at values
         return [1.0] * (len(points) + 1)
     finally:
         for hook in hooks:

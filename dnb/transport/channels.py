@@ -14,8 +14,9 @@ import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
-from dnb.errors import DnbError, HubError
+from dnb.errors import ArgumentError, DnbError, HubError
 from dnb.records import Address, GetMembers, Members, Message, Repeatable, Submit
+from dnb.transport.encoding import encode_exactly, encode_record
 
 T = TypeVar("T")
 
@@ -33,12 +34,10 @@ MOST_BREAKS, MOST_BREAKS_OF_SUBMIT = 10, 1
 # How long the next hub may take to say why the one before has died.
 REASON_SECONDS = 2.0
 
-_encoder = msgspec.msgpack.Encoder()
-
 
 def encode(record: Message, frames: Sequence[Any] = ()) -> list[Any]:
     """The parts of one message."""
-    return [_encoder.encode(record), *frames]
+    return [encode_record(record), *frames]
 
 
 class RoleKeys:
@@ -177,16 +176,24 @@ class HubClient:
 
         Raises:
             DnbError: the hub refused; of the class that the hub named.
+            ArgumentError: the request holds text that is none.
             HubError: no answer in time, or none because the hub died and may have done what was asked.
         """
         limit = self._timeout_seconds if timeout_seconds is None else timeout_seconds
+        try:
+            packed = encode_exactly(request)
+        except UnicodeEncodeError as error:
+            raise ArgumentError(
+                f"{error.object!a} is no text: a lone surrogate such as {error.object[error.start]!a} is no character, "
+                "and comes of a file name in another encoding: rename it, or give another"
+            ) from error
         with self._lock:
             if self._socket.closed:
                 raise HubError("the connection to the hub is closed: %dtrain start opens a new pool")
             self._count += 1
             number = str(self._count).encode()
             self._take_break()  # of the time when nobody asked
-            parts = [number, *encode(request, frames)]
+            parts = [number, packed, *frames]
             self._socket.send_multipart(parts, copy=False)
             reply = self._receive(number, limit, request=request, parts=parts)
         return decode_reply(reply[0], expect), reply[1:]

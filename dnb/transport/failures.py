@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import traceback
 
+from dnb.errors import clean_text, kind_of, text_of
 from dnb.records import Failure
+
+__all__ = ["MESSAGE_LENGTH", "TRACEBACK_LENGTH", "WHOLE_LENGTH", "clean_text", "describe_error"]
 
 # Of a message and of a traceback, in characters: what people read. More is cut out of the middle.
 MESSAGE_LENGTH = 4_000
 TRACEBACK_LENGTH = 32_000
+# Of the whole text, which is sent besides if something was cut, and ends in a file.
+WHOLE_LENGTH = 16_000_000
+# Members of a group, and groups in groups, that the whole text shows; `traceback` shows 15, and 10.
+MOST_MEMBERS = 10_000
+MOST_GROUPS = 100
 
 
 def describe_error(error: BaseException, *, place: str = "") -> Failure:
@@ -18,35 +26,27 @@ def describe_error(error: BaseException, *, place: str = "") -> Failure:
         error: of any class, also one whose `__str__` raises.
         place: where it was raised, such as "shard 3, sample 812".
     """
+    message, trace, whole = text_of(error), _traceback_of(error), ""
+    if "more exception" in trace or "max_group_depth" in trace:
+        whole = _traceback_of(error, most_members=MOST_MEMBERS, most_groups=MOST_GROUPS)
+        whole = "" if whole == trace else whole
+    if not whole and (len(message) > MESSAGE_LENGTH or len(trace) > TRACEBACK_LENGTH):
+        whole = trace if message in trace else f"{trace}\n{message}"
     return Failure(
-        kind=clean_text(type(error).__name__, length=MESSAGE_LENGTH),
-        message=clean_text(_message_of(error), length=MESSAGE_LENGTH),
-        traceback=clean_text(_traceback_of(error), length=TRACEBACK_LENGTH),
+        kind=clean_text(kind_of(error), length=MESSAGE_LENGTH),
+        message=clean_text(message, length=MESSAGE_LENGTH),
+        traceback=clean_text(trace, length=TRACEBACK_LENGTH),
         place=clean_text(place, length=MESSAGE_LENGTH),
+        whole=clean_text(whole, length=WHOLE_LENGTH),
     )
 
 
-def clean_text(text: str, *, length: int) -> str:
-    """Make text fit to be encoded as UTF-8 and to be shown: no lone surrogates, no NUL, and not too long."""
-    text = text.replace("\0", "\\x00")
-    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    if len(text) <= length:
-        return text
-    half = length // 2
-    return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
-
-
-def _message_of(error: BaseException) -> str:
+def _traceback_of(error: BaseException, *, most_members: int = 15, most_groups: int = 10) -> str:
     try:
-        text = str(error)
-    except BaseException as second:  # noqa: BLE001 - a user's __str__ may raise anything
-        return f"(its text cannot be had: __str__ raised {type(second).__name__})"
-    return text if type(text) is str else str.__str__(text)
-
-
-def _traceback_of(error: BaseException) -> str:
-    try:
-        return "".join(traceback.format_exception(error))
+        found = traceback.TracebackException.from_exception(
+            error, max_group_width=most_members, max_group_depth=most_groups
+        )
+        return "".join(found.format())
     except BaseException as second:  # noqa: BLE001 - it asks the exception, its notes and its causes for their texts
         frames = "".join(traceback.format_tb(error.__traceback__))
-        return f"{frames}{type(error).__name__}: (its text cannot be had: {type(second).__name__})\n"
+        return f"{frames}{kind_of(error)}: {text_of(error)}\n(more of it cannot be had: {kind_of(second)})\n"

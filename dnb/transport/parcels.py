@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from jupyter_client.session import Session
 
-from dnb.errors import HubError, ShippingError
+from dnb.errors import USER_ERRORS, HubError, ShippingError, summary_of
 from dnb.progress import Report, long_work
 from dnb.records import BufferRef, ParcelRef
 from dnb.transport.segments import Segment, create_segment, open_segment
@@ -219,6 +219,8 @@ def _parts(obj: Any) -> list[tuple[str, Any]]:
 def _fault(obj: Any) -> str | None:
     try:
         _Packer(io.BytesIO()).dump(obj)
-    except Exception as error:  # noqa: BLE001 - a user's __reduce__ may raise anything; it is the answer
-        return f"{type(error).__name__}: {error}"
+    except KeyboardInterrupt:
+        raise
+    except USER_ERRORS as error:  # a user's __reduce__ may raise anything; it is the answer
+        return summary_of(error)
     return None

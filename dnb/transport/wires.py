@@ -24,6 +24,7 @@ import msgspec
 
 from dnb.errors import HubError
 from dnb.records import Attach, Challenge, Message, WireOffer
+from dnb.transport.encoding import encode_record
 
 PIECE_BYTES = 4 << 20
 # Slots of a wire to an engine; a wire to the hub has one slot per slab.
@@ -40,8 +41,6 @@ _HEADER = struct.Struct("<BxHIQ")  # kind, slot, bytes of the body, bytes of msg
 _RECORD, _PIECE = 1, 2
 _BUFFER_BYTES = 1 << 16
 _SOCKET_BUFFER_BYTES = 4 << 20
-
-_encoder = msgspec.msgpack.Encoder()
 
 
 class WireError(Exception):
@@ -104,10 +103,12 @@ class Wire:
 
     def queue(self, record: Message, raw: bytes | memoryview = b"") -> None:
         """Set a record in line."""
+        self.queue_frame(frame_of(record, raw))
+
+    def queue_frame(self, frame: bytes) -> None:
+        """Set what `frame_of` made in line."""
         self.num_records_out += 1
-        packed = _encoder.encode(record)
-        header = _HEADER.pack(_RECORD, 0, len(packed) + len(raw), len(packed))
-        self._queue.append(memoryview(b"".join((header, packed, raw))))
+        self._queue.append(memoryview(frame))
 
     def queue_pieces(self, slot: int, source: Flat, ranges: Iterable[tuple[int, int]]) -> None:
         """Set pieces of a flat buffer in line; it must not change until they are out.
@@ -254,6 +255,12 @@ class Wire:
         self._sock.close()
 
 
+def frame_of(record: Message, raw: bytes | memoryview = b"") -> bytes:
+    """A record with raw bytes behind it, as it travels."""
+    packed = encode_record(record)
+    return b"".join((_HEADER.pack(_RECORD, 0, len(packed) + len(raw), len(packed)), packed, raw))
+
+
 class Outbox(threading.Thread):
     """Sends on a wire from a thread of its own, so that pieces travel while backward goes on."""
 
@@ -261,12 +268,12 @@ class Outbox(threading.Thread):
         super().__init__(name="dnb-outbox", daemon=True)
         self._wire = wire
         self._timeout_seconds = timeout_seconds
-        self._jobs: SimpleQueue[tuple[Message, bytes] | tuple[int, Flat, Sequence[tuple[int, int]]] | None]
+        self._jobs: SimpleQueue[bytes | tuple[int, Flat, Sequence[tuple[int, int]]] | None]
         self._jobs = SimpleQueue()
 
     def send(self, record: Message, raw: bytes = b"") -> None:
-        """Send a record after all that was given before."""
-        self._jobs.put((record, raw))
+        """Send a record after all that was given before; one that cannot be encoded raises here."""
+        self._jobs.put(frame_of(record, raw))
 
     def send_pieces(self, slot: int, source: Flat, ranges: Sequence[tuple[int, int]]) -> None:
         """Send pieces after all that was given before."""
@@ -275,8 +282,8 @@ class Outbox(threading.Thread):
     def run(self) -> None:
         """Send until stopped; a wire that fails is closed, which its reader sees."""
         while (job := self._jobs.get()) is not None:
-            if len(job) == 2:
-                self._wire.queue(*job)
+            if isinstance(job, bytes):
+                self._wire.queue_frame(job)
             else:
                 self._wire.queue_pieces(*job)
             try:
