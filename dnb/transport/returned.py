@@ -274,7 +274,8 @@ def _key(key: Any) -> str:
 
 
 def _shortened(text: str | bytes) -> str:
-    return f"{text[:_SHOWN]!a}..." if len(text) > _SHOWN else ascii(text)
+    shown = ascii(text[:_SHOWN])
+    return shown if len(text) <= _SHOWN and len(shown) <= 2 * _SHOWN else f"{shown[:_SHOWN]}..."
 
 
 def _kind(value: Any) -> str:

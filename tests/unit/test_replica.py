@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import copy
 import math
 import random
@@ -21,6 +22,7 @@ from dnb.planning.shards import shard_bounds
 from dnb.records import Diagnose, Diagnosis, Load, ParcelRef, RunSpec, Sums, TransportKind, WireOffer, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
 from dnb.transport.layout import LARGE_ELEMENTS, slot_views
+from dnb.transport.returned import ReturnError
 from dnb.transport.wires import Flat
 
 NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
@@ -157,6 +159,22 @@ class Engines:
         replica = self.replica(engine)
         if self.transport == "socket":
             self.ship(engine)
+        return replica.compute(*self.work(shards, batch, kind=kind, step=step, fresh=fresh, first_slab=first_slab))
+
+    def place(self, engine: int, error: BaseException, *, kind: str = "step") -> str:
+        """Where an engine that was given all samples finds that an error comes up again."""
+        return self.replica(engine).find_place(*self.work(kind=kind), error)
+
+    def work(
+        self,
+        shards: tuple[int, ...] = (0, 1, 2, 3),
+        batch: torch.Tensor | None = None,
+        *,
+        kind: str = "step",
+        step: int = 1,
+        fresh: bool = True,
+        first_slab: int = 0,
+    ) -> tuple[Work, torch.Tensor]:
         batch = torch.arange(self.spec.num_samples) if batch is None else batch
         bounds = shard_bounds(len(batch), num_shards=NUM_SHARDS)
         parts = [batch[bounds[shard][0] : bounds[shard][1]] for shard in shards]
@@ -171,7 +189,7 @@ class Engines:
             batch_samples=len(batch),
             fresh=fresh,
         )
-        return replica.compute(work, torch.cat(parts))
+        return work, torch.cat(parts)
 
     def diagnose(self, engine: int, *, shards: tuple[int, ...] = (0, 1, 2, 3), step: int = 1) -> Diagnosis:
         """Let an engine find the shard whose gradient is not finite."""
@@ -1197,3 +1215,141 @@ def test_the_digest_of_a_tensor_is_that_of_its_values_in_row_major_order():
 
 def test_the_digest_of_no_elements_is_0():
     assert tensor_digest(torch.empty(0, 3)) == 0
+
+
+# what user code raises and returns ---------------------------------------------------------------------------
+
+
+class PanicException(BaseException):  # as pyo3 has it
+    """A Rust library panicked."""
+
+
+class MuteError(RuntimeError):
+    def __str__(self):
+        raise RuntimeError("no")
+
+
+class Raising:
+    """A step function that raises when it sees one sample."""
+
+    def __init__(self, sample: int, error: BaseException) -> None:
+        self.marked = samples()[0][sample, 0]
+        self.error = error
+
+    def __call__(self, model, batch):
+        if (batch[0][:, 0] == self.marked).any():
+            raise self.error
+        return squared_error(model(batch[0]), batch[1])
+
+
+ERRORS = [
+    PanicException("a Rust library panicked"),
+    asyncio.CancelledError(),
+    KeyboardInterrupt(),
+    GeneratorExit(),
+    SystemExit(3),
+    StopIteration(),
+    RecursionError("too deep"),
+    MuteError(),
+    BaseExceptionGroup("two", [KeyboardInterrupt(), ValueError()]),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("numbers", [{}, {"exact": True}, {"micro_batch": 2}], ids=str)
+def test_whatever_a_step_function_raises_comes_out_and_is_placed(engines_of: MakeEngines, error, numbers):
+    engines = engines_of(small_model(), step=Raising(4, error), **numbers)
+    with pytest.raises(type(error)) as caught:
+        engines.compute(0)
+    assert engines.place(0, caught.value) == "shard 1, sample 4"
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_a_model_that_cannot_be_probed_is_not_probed_whatever_it_raises(engines_of: MakeEngines, error):
+    engines = engines_of(small_model(), step=Raising(4, error))
+    assert engines.replica(0).probe() is None
+
+
+def test_the_place_of_a_failed_evaluation_is_looked_for_without_gradients(engines_of: MakeEngines):
+    def step(model, batch):
+        if len(batch[0]) and (batch[0][:, 0] == samples()[0][7, 0]).any() and not torch.is_grad_enabled():
+            raise ValueError("only in evaluations")
+        return float(squared_error(model(batch[0]), batch[1]).detach())
+
+    engines = engines_of(small_model(), step=step)
+    with pytest.raises(ValueError, match="only in evaluations") as caught:
+        engines.compute(0, kind="evaluation")
+    assert engines.place(0, caught.value, kind="evaluation") == "shard 3, sample 7"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda _: None, "it returned None"),
+        (lambda loss: loss.item(), "it returned the float .*, from which no gradient comes"),
+        (lambda loss: loss.detach(), "without a gradient"),
+        (lambda loss: loss * torch.ones(10), r"shape \(10,\): take its mean"),
+        (lambda loss: loss.to(torch.complex64), "a tensor of complex64"),
+    ],
+)
+@pytest.mark.parametrize("numbers", [{}, {"exact": True}], ids=str)
+def test_a_step_that_returns_no_loss_is_told_before_anything_is_added(engines_of: MakeEngines, change, told, numbers):
+    engines = engines_of(
+        small_model(), step=lambda model, batch: change(squared_error(model(batch[0]), batch[1])), **numbers
+    )
+    with pytest.raises(ReturnError, match=f"^step must return the loss .*{told}") as caught:
+        engines.compute(0)
+    assert engines.gradient(0).abs().max() == 0.0
+    assert engines.place(0, caught.value).startswith("shard 0, sample")  # a tensor of one sample may be a loss
+
+
+def test_a_loss_function_that_returns_no_mean_is_told(engines_of: MakeEngines):
+    engines = engines_of(small_model(), loss=lambda output, target: (output - target).square())
+    with pytest.raises(ReturnError, match=r"^loss must return a tensor of one number, .* shape \(10, 1\): take its"):
+        engines.compute(0)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [lambda output, loss: (output, loss), lambda output, loss: {"loss": loss, "logits": output}],
+    ids=["tuple", "mapping"],
+)
+def test_a_step_may_return_its_loss_as_models_do(engines_of: MakeEngines, shape):
+    def step(model, batch):
+        output = model(batch[0])
+        return shape(output, squared_error(output, batch[1]))
+
+    model = small_model()
+    engines = engines_of(model, step=step)
+    engines.compute(0, shards=(0, 1))
+    engines.compute(1, shards=(2, 3))
+    assert relative_error(engines.gradient(0, 1), plain_gradient(model, *samples())) < 1e-6
+    assert sum(part.num_samples for part in engines.compute(0, kind="evaluation").parts) == 10
+
+
+def test_a_metric_that_only_some_parts_have_is_a_mean_over_those(engines_of: MakeEngines):
+    def step(model, batch):
+        loss = squared_error(model(batch[0]), batch[1])
+        return (loss, {"first": 2.0}) if (batch[0][:, 0] == samples()[0][0, 0]).any() else loss
+
+    engines = engines_of(small_model(), step=step, micro_batch=4)
+    (sums,) = engines.compute(0).parts
+    assert (sums.metric_totals, sums.metric_weights) == ({"first": 8.0}, {"first": 4.0})
+
+
+@pytest.mark.parametrize("numbers", [{"exact": True}, {"micro_batch": 4}], ids=str)
+def test_a_step_that_returns_a_sum_for_some_parts_and_a_mean_for_others_is_refused(engines_of: MakeEngines, numbers):
+    def step(model, batch):
+        loss = squared_error(model(batch[0]), batch[1])
+        return Sum(loss * len(batch[0]), len(batch[0])) if (batch[0][:, 0] == samples()[0][0, 0]).any() else loss
+
+    engines = engines_of(small_model(), step=step, **numbers)
+    with pytest.raises(ReturnError, match=r"a step, or for none: it did for 1 of [34] parts"):
+        engines.compute(0)
+
+
+def test_a_mended_step_function_may_bear_other_metrics(engines_of: MakeEngines):
+    engines = engines_of(small_model(), step=lambda model, batch: (model(batch[0]).mean(), {"a": 1.0}))
+    engines.compute(0)
+    engines.replica(0).mend(step=lambda model, batch: (model(batch[0]).mean(), {"b": 1.0}), loss=None)
+    assert engines.compute(0).parts[0].metric_totals == {"b": 10.0}

@@ -30,7 +30,7 @@ from dnb.transport.returned import (
 LOSS = torch.ones(3, requires_grad=True).sum()  # 3.0
 LOGITS = torch.ones(64, 4, requires_grad=True)
 
-Pair = namedtuple("Pair", "logits loss")  # noqa: PYI024 - as models define it
+Pair = namedtuple("Pair", "logits loss")
 Colour = enum.Enum("Colour", "RED")
 
 
