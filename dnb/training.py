@@ -245,7 +245,8 @@ def fit(
             size, sampler and collate_fn count).
         val: likewise; evaluated at the end of every epoch, over all engines.
         loss: callable(output, target) that returns a mean over samples, or a name of torch.nn.functional.
-        step: instead of loss: callable(model, batch) -> loss | (loss, {"metric": value}) | `Sum`.
+        step: instead of loss: callable(model, batch) -> loss | (loss, {"metric": value}) | `Sum`; what models return
+            that compute their own loss will do too: (logits, loss), {"loss": loss}, or an object with `.loss`.
         optimizer: name, torch Optimizer on model.parameters(), or callable(params) -> Optimizer.
         lr: learning rate of an optimizer given by name; torch's default if left out.
         scheduler: LRScheduler on that optimizer, or callable(optimizer); stepped after every step.

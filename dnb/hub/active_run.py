@@ -296,30 +296,30 @@ class ActiveRun:
                 if seat is None or seat[0] == team:  # else it had sat down before it got another seat
                     self._accounts.begin(engine)
                     self._dispatch(machine.EngineLoaded(engine))
-            case LoadFailed(failure=Failure(kind=kind), team=team) if kind == PEER_LOST:
+            case LoadFailed(failure=Failure(kind=kind), team=team) if kind == PEER_LOST and team is not None:
                 seat = self._coordinator.seat_of(engine)
                 if seat is not None and seat[0] == team:
                     self._dispatch(machine.PeerLost(engine, None))
             case LoadFailed(failure=failure):
-                self._dispatch(machine.UserCodeFailed(engine, 0, self._kept_whole(failure, 0, engine)))
+                self._dispatch(machine.UserCodeFailed(engine, 0, self._kept_whole(failure, 0, f"engine-{engine}")))
             case WorkReport():
                 self._take_report(engine, message)
             case WorkFailed(lease=0):
                 self._conclude_without(engine)
-            case WorkFailed(failure=Failure(kind=kind), lease=lease) if kind == PEER_LOST:
+            case WorkFailed(failure=Failure(kind=kind), lease=lease) if kind == PEER_LOST and self.spec.partitions:
                 self._dispatch(machine.PeerLost(engine, lease))
             case WorkFailed(step=step, failure=failure, lease=lease):
-                failure = self._kept_whole(failure, step, engine)
+                failure = self._kept_whole(failure, step, f"engine-{engine}")
                 self._dispatch(machine.UserCodeFailed(engine, step, failure, lease))
             case Diagnosis(step=step):
                 if self._verdict is not None and (self._verdict.engine, self._verdict.step) == (engine, step):
                     self._conclude(message)
 
-    def _kept_whole(self, failure: Failure, step: int, engine: int) -> Failure:
+    def _kept_whole(self, failure: Failure, step: int, source: str) -> Failure:
         """Put a text that was cut into a file of the run's folder, and name that in what people read."""
         if not failure.whole:
             return failure
-        path = self._folder.write_error(f"step-{step:06d}-engine-{engine}", failure.whole)
+        path = self._folder.write_error(f"step-{step:06d}-{source}", failure.whole)
         if path is None:
             return msgspec.structs.replace(failure, whole="")
         where = f"the whole text is in {path}"
@@ -774,7 +774,7 @@ class ActiveRun:
             return self._diagnose(step, verdict, contributions)
         except UserCodeError as error:
             self._checkpoints.is_torn = True
-            return machine.CommitFailed(step, error.failure)
+            return machine.CommitFailed(step, self._kept_whole(error.failure, step, "hub"))
         if kind == "evaluation":
             self.master.commit_evaluation(step, values)
         self._count_commit(step)

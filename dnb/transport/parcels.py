@@ -187,7 +187,12 @@ def explain_unpicklable(obj: Any, *, name: str) -> ShippingError | None:
     fault = _fault(obj)
     if fault is None:
         return None
-    path, kind, reason = _innermost(obj, name=name, reason=fault, depth=0)
+    try:
+        path, kind, reason = _innermost(obj, name=name, reason=fault, depth=0)
+    except KeyboardInterrupt:
+        raise
+    except USER_ERRORS:  # such as a key whose __repr__ raises
+        path, kind, reason = name, type(obj).__name__, fault
     return ShippingError(
         f"{path} (a {kind}) cannot be sent to the engines: {reason}. "
         f"Remove it from {name}, or create it inside the method that uses it"

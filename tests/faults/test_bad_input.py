@@ -1,15 +1,19 @@
 """Numbers that are not finite, replaced parameters, too little memory: all are told, and the pool is unharmed."""
 
+import asyncio
+import itertools
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+import dnb
 from dnb.errors import RunError
-from tests.engines.pools import wait, wait_until
+from tests.engines.pools import open_small_pool, wait, wait_until
 from tests.models import digits, largest_gap, largest_relative_gap, mlp, plain_run, twice
 
 pytestmark = [pytest.mark.engines, pytest.mark.faults]
@@ -333,3 +337,299 @@ def test_the_late_word_of_a_stopped_run_is_not_taken_for_that_of_the_next(pool, 
     run.wait(timeout_seconds=20)
     assert run.status == "finished"
     assert largest_gap(run.history["loss"], plain_run(plain, digits(), num_steps=3, shuffle=False).losses) < 1e-6
+
+
+# Whatever user code raises
+
+
+class PanicException(BaseException):
+    """Of a Rust library."""
+
+
+class Mute(RuntimeError):  # noqa: N818 - short, as it is looked for in texts
+    def __str__(self):
+        raise PanicException("no text")
+
+
+ODD = "cannot read scan\udcff.png"  # as os.fsdecode gives of a name in another encoding
+LONG = "begin" + "x" * 5_000_000 + "end"
+RAISED = {
+    "panic": (lambda: PanicException("a Rust library panicked"), "PanicException: a Rust library panicked"),
+    "cancelled": (asyncio.CancelledError, r"CancelledError:  \("),
+    "interrupt": (KeyboardInterrupt, r"KeyboardInterrupt:  \("),
+    "exit": (GeneratorExit, r"GeneratorExit:  \("),
+    "surrogate": (lambda: ValueError(ODD), r"ValueError: cannot read scan\\udcff\.png"),
+    "nul": (lambda: ValueError("a\0b"), r"ValueError: a\\x00b"),
+    "mute": (Mute, r"Mute: \(its text cannot be had: __str__ raised PanicException\)"),
+    "group": (lambda: BaseExceptionGroup("two", [PanicException(), Mute()]), r"BaseExceptionGroup: two \(2 sub-"),
+    "long": (lambda: ValueError(LONG), r"ValueError: begin.*4,996,008 characters left out"),
+}
+
+
+class Raising(Dataset):
+    """Digits, one of which cannot be read."""
+
+    def __init__(self, make, sample: int) -> None:
+        self.make = make
+        self.sample = sample
+        self.inputs, self.targets = digits(640)
+
+    def __len__(self) -> int:
+        return 640
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if index == self.sample and self.make is not None:
+            raise self.make()
+        return self.inputs[index], self.targets[index]
+
+
+BAD_SAMPLE = (FAULTY_STEP - 1) * 64 + FAULTY_PLACE
+
+
+def pids(pool):
+    return [engine.pid for engine in pool.engines]
+
+
+@pytest.mark.parametrize("transport", ["memory", "socket"])
+@pytest.mark.parametrize(("make", "told"), RAISED.values(), ids=RAISED)
+def test_whatever_a_sample_raises_pauses_the_run_at_it(pool, make, told, transport):
+    before = pids(pool)
+    run = train(pool, mlp(), Raising(make, BAD_SAMPLE), transport=transport)
+    place = rf"engine {pool.engines[1].id}: shard 30, sample {BAD_SAMPLE}"
+    with pytest.raises(RunError, match=rf"(?s)paused at step {FAULTY_STEP}: {told}.*{place}") as caught:
+        wait(run)
+    assert (run.status, run.step, pids(pool)) == ("paused", FAULTY_STEP - 1, before)
+    assert len(str(caught.value)) < 60_000
+    assert "__getitem__" in caught.value.remote_traceback
+
+
+def test_the_whole_of_a_long_text_lies_in_the_folder_of_the_run(pool):
+    run = train(pool, mlp(), Raising(RAISED["long"][0], BAD_SAMPLE))
+    with pytest.raises(RunError) as caught:
+        wait(run)
+    (path,) = (Path(".dnb") / "runs" / run.name / "errors").iterdir()
+    assert path.name == f"step-{FAULTY_STEP:06d}-engine-{pool.engines[1].id}.txt"
+    assert f"the whole text is in {path.absolute()}" in str(caught.value)
+    assert LONG in path.read_text()
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+class Fragile:
+    """A step function that raises at one step; a mended one does not."""
+
+    def __init__(self, make) -> None:
+        self.make = make
+
+    def __call__(self, model, batch):
+        inputs, marks, targets = batch
+        if marks.any() and self.make is not None:
+            raise self.make()
+        return nn.functional.cross_entropy(model(inputs), targets)
+
+
+def test_a_run_goes_on_with_a_mended_function_whatever_the_one_before_raised(pool):
+    model, plain = twice(mlp)
+    before = pids(pool)
+    run = train(pool, model, loss=None, step=Fragile(RAISED["panic"][0]), steps=8)
+    for name in ("interrupt", "surrogate", "mute"):
+        with pytest.raises(RunError, match=f"paused at step {FAULTY_STEP}"):
+            wait(run)
+        run.resume(step=Fragile(RAISED[name][0]))
+    with pytest.raises(RunError, match=f"paused at step {FAULTY_STEP}: Mute"):
+        wait(run)
+    run.resume(step=Fragile(None))
+    assert wait(run).status == "finished"
+    inputs, _, targets = marked_digits()
+    assert (
+        largest_gap(run.history["loss"], plain_run(plain, (inputs, targets), num_steps=8, shuffle=False).losses) < 1e-6
+    )
+    assert pids(pool) == before
+
+
+class Hooked(nn.Module):
+    """A model whose backward raises what is no Exception."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = mlp()
+
+    def forward(self, inputs):
+        output = self.body(inputs)
+        if output.requires_grad:
+            output.register_hook(panic)
+        return output
+
+
+def panic(*_):
+    raise PanicException("in backward")
+
+
+def test_a_hook_that_panics_in_backward_pauses_the_run(pool):
+    run = train(pool, Hooked(), digits())
+    with pytest.raises(RunError, match=r"paused at step 1: PanicException: in backward \(engine"):
+        wait(run)
+    assert run.status == "paused"
+
+
+class Sealed(Dataset):
+    """Comes out of no parcel."""
+
+    def __getstate__(self):
+        return {"text": "x" * 5_000_000}
+
+    def __setstate__(self, state):
+        raise PanicException(state["text"])
+
+    def __len__(self) -> int:
+        return 640
+
+    def __getitem__(self, index: int):
+        return torch.zeros(64), 0
+
+
+def test_data_that_panic_when_they_are_unpickled_fail_the_run_with_their_text(pool):
+    run = train(pool, mlp(), Sealed())
+    with pytest.raises(RunError, match=r"loading on engines .*: PanicException: xxx") as caught:
+        wait(run)
+    assert run.status == "failed"
+    assert "/errors/step-000000-engine-" in str(caught.value)
+
+
+# Whatever user code returns
+
+
+def returning(change):
+    def step(model, batch):
+        loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+        return change(loss)
+
+    return step
+
+
+NO_LOSSES = [
+    (lambda _: None, "it returned None"),
+    (lambda loss: loss.item(), "it returned the float"),
+    (lambda loss: loss.detach(), "without a gradient"),
+    (lambda loss: loss * torch.ones(64), r"shape \(64,\): take its mean"),
+    (lambda loss: (loss, loss), "in which it cannot be told"),
+    (lambda loss: (loss, {"loss": 7.0}), "by other names: 'loss' cannot be the name of a metric"),
+    (lambda loss: (loss, {"grad_norm": 7.0}), "by other names: 'grad_norm' cannot be the name of a metric"),
+    (lambda loss: (loss, {"a\ud800": 7.0}), r"by other names: 'a\\ud800' cannot be the name of a metric"),
+    (lambda loss: (loss, {("a", 1): 7.0}), "by name, such as .*, not a tuple"),
+    (lambda loss: (loss, {"recall": "high"}), "metric 'recall' must be a number, not the str 'high'"),
+]
+
+
+@pytest.mark.parametrize("transport", ["memory", "socket"])
+def test_what_a_step_may_not_return_is_told_in_words_and_nothing_is_applied(pool, transport):
+    model, plain = twice(mlp)
+    changes = [*NO_LOSSES, (lambda loss: loss, "")]
+    run = train(pool, model, digits(), loss=None, step=returning(changes[0][0]), steps=4, transport=transport)
+    for (_, told), (change, _) in itertools.pairwise(changes):
+        with pytest.raises(RunError, match=rf"paused at step 1: ReturnError: (step must return|metric ).*{told}"):
+            wait(run)
+        assert run.step == 0
+        run.resume(step=returning(change))
+    assert wait(run).status == "finished"
+    assert largest_gap(run.history["loss"], plain_run(plain, digits(), num_steps=4, shuffle=False).losses) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [lambda loss: (torch.ones(64, 10), loss), lambda loss: {"loss": loss}], ids=range(2))
+def test_a_step_may_return_its_loss_as_models_do(pool, shape):
+    model, plain = twice(mlp)
+    run = wait(train(pool, model, digits(), loss=None, step=returning(shape), steps=4))
+    assert largest_gap(run.history["loss"], plain_run(plain, digits(), num_steps=4, shuffle=False).losses) < 1e-6
+
+
+def test_metrics_named_by_class_and_those_of_some_steps_only_are_in_the_history(pool):
+    def step(model, batch):
+        inputs, marks, targets = batch
+        loss = nn.functional.cross_entropy(model(inputs), targets)
+        return loss, {3: 0.5, **({"marked": 1.0} if marks.any() else {})}
+
+    run = wait(train(pool, mlp(), loss=None, step=step, steps=6))
+    assert run.history["3"].tolist() == [0.5] * 6
+    assert np.isnan(run.history["marked"]).tolist() == [True, True, True, False, True, True]
+
+
+def test_a_loss_that_is_no_mean_and_a_metric_that_is_no_number_are_told(pool):
+    run = train(pool, mlp(), digits(), loss=lambda output, target: (output[:, 0] - target).square())
+    with pytest.raises(RunError, match=r"paused at step 1: ReturnError: loss must return a tensor of one number"):
+        wait(run)
+    run.stop()
+    run = train(pool, mlp(), digits(), metrics={"rows": lambda output, _: output.argmax(1)})
+    with pytest.raises(
+        RunError, match=r"paused at step 1: ReturnError: metric 'rows' must be a number, not a tensor of"
+    ):
+        wait(run)
+
+
+def sum_on_one_engine(model, batch):
+    loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+    return dnb.Sum(loss * len(batch[0]), len(batch[0])) if os.environ.get("DNB_TEST_SUM") else loss
+
+
+def test_a_sum_on_one_engine_and_a_mean_on_another_are_not_added_up(pool):
+    view = pool.client[pool.engines[1].id]
+    view.execute("import os; os.environ['DNB_TEST_SUM'] = '1'", block=True)
+    try:
+        run = train(pool, mlp(), digits(), loss=None, step=sum_on_one_engine)
+        told = f"or for none: it did on engine {pool.engines[1].id}, and not on engine {pool.engines[0].id}"
+        with pytest.raises(RunError, match=rf"paused at step 1: step must return dnb\.Sum.*{told}"):
+            wait(run)
+    finally:
+        view.execute("del os.environ['DNB_TEST_SUM']", block=True)
+    assert run.step == 0
+
+
+# Pipelines
+
+
+def test_a_stage_that_panics_is_told_with_its_place_and_a_mended_loss_goes_on(pool):
+    def bad_loss(output, target):
+        raise PanicException("in the last stage") from ValueError("a cause of its own")
+
+    before = pids(pool)
+    run = train(pool, mlp(), digits(), loss=bad_loss, strategy="pipeline", steps=4)
+    with pytest.raises(RunError, match=r"paused at step 1: PanicException: in the last stage .*stage 1.*samples 0, 1"):
+        wait(run)
+    run.resume(step=sum_on_one_engine)
+    with pytest.raises(RunError, match=r"paused at step 1: PlanError: a pipeline cannot call a step function"):
+        wait(run)
+    run.resume(loss=lambda output, target: (output[:, 0] - target).square())
+    with pytest.raises(RunError, match=r"paused at step 1: ReturnError: loss must return a tensor of one number, the"):
+        wait(run)
+    run.resume(loss="cross_entropy")
+    assert wait(run).status == "finished"
+    assert pids(pool) == before
+
+
+# An error of dnb itself
+
+
+def break_at(number):
+    """Let the thread of this engine end with the message of a run that has this number."""
+    from dnb.engine.session import Session
+
+    plain, count = Session.take, itertools.count(1)
+
+    def take(self, packed, raw):
+        if next(count) == number:
+            raise ZeroDivisionError("no user's fault")
+        plain(self, packed, raw)
+
+    Session.take = take
+
+
+def test_an_engine_that_ends_of_an_error_of_dnb_itself_says_so(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with open_small_pool(2) as pool:
+        broken = pool.engines[1].id
+        pool.client[broken].apply_sync(break_at, 10)
+        model, plain = twice(mlp)
+        run = wait(train(pool, model, digits(640), steps=30))
+        told = [event.text for event in run.events if event.kind == "died"]
+        assert told == [f"engine {broken} ended of an error of dnb itself: ZeroDivisionError: no user's fault"]
+        assert (
+            largest_gap(run.history["loss"], plain_run(plain, digits(640), num_steps=30, shuffle=False).losses) < 1e-5
+        )
