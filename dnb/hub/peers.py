@@ -174,10 +174,11 @@ def check_parts(report: WorkReport, *, num_slabs: int, num_samples: int, is_divi
         PeerError: with what is wrong.
     """
     num_parts = len(report.parts)
-    is_right = num_parts >= 1 if is_divided else num_parts == num_slabs
-    _require(is_right, f"a report has {num_parts} parts for {num_slabs} slabs")
+    if num_parts < 1 or (num_parts != num_slabs and not is_divided):
+        raise PeerError(f"a report has {num_parts} parts for {num_slabs} slabs")
     for part in report.parts:
-        _require(0 <= part.num_samples <= num_samples, f"a part has {part.num_samples} samples of {num_samples}")
+        if part.num_samples > num_samples:
+            raise PeerError(f"a part has {part.num_samples} samples of {num_samples}")
 
 
 def shortened(failure: Failure) -> Failure:
@@ -190,14 +191,16 @@ def shortened(failure: Failure) -> Failure:
     )
 
 
+# Of every report of every step: what is wrong is put into words only when it is.
+
+
 def _checked_report(report: WorkReport, rules: Rules) -> WorkReport:
-    unknown = next((slot for slot in report.unused if not 0 <= slot < rules.num_gradients), None)
-    _require(unknown is None, f"the model has no gradient {unknown}")
-    unknown = next((shard for shard in report.shards if not 0 <= shard < rules.num_shards), None)
-    _require(unknown is None, f"there is no shard {unknown}")
-    _require(0 <= report.step <= MOST_COUNT, f"there is no step {report.step}")
-    num_bytes = len(report.digests)
-    _require(num_bytes in (0, 4 * rules.num_parameters), f"digests have {num_bytes} bytes")
+    """Shards and step are held against the lease, if there is one; without one nothing of a report is looked at."""
+    unused = report.unused
+    if unused and not 0 <= min(unused) <= max(unused) < rules.num_gradients:
+        raise PeerError(f"of the model's {rules.num_gradients} gradients, {unused[:3]} are said to be unused")
+    if len(report.digests) not in (0, 4 * rules.num_parameters):
+        raise PeerError(f"digests have {len(report.digests)} bytes")
     for part in report.parts:
         _check_sums(part)
     if report.telemetry is not None:
@@ -211,16 +214,30 @@ def _checked_report(report: WorkReport, rules: Rules) -> WorkReport:
 
 def _check_sums(part: Sums) -> None:
     """Totals may be NaN, if the model's are; weights are counted by the engine itself."""
-    weights = [part.loss_weight, *part.metric_weights.values()]
-    _require(all(0 <= weight < math.inf for weight in weights), "a weight is no number of at least 0")
-    _require(part.metric_weights.keys() == part.metric_totals.keys(), "a metric has no weight")
-    _require(0 <= part.num_samples <= MOST_COUNT, f"a part has {part.num_samples} samples")
+    if not 0 <= part.loss_weight < math.inf:
+        raise PeerError("a weight is no number of at least 0")
+    if not 0 <= part.num_samples <= MOST_COUNT:
+        raise PeerError(f"a part has {part.num_samples} samples")
+    if part.metric_weights or part.metric_totals:
+        if part.metric_weights.keys() != part.metric_totals.keys():
+            raise PeerError("a metric has no weight")
+        for weight in part.metric_weights.values():
+            if not 0 <= weight < math.inf:
+                raise PeerError("a weight is no number of at least 0")
 
 
-def _check_telemetry(telemetry: Telemetry) -> None:
-    for name in telemetry.__struct_fields__:
-        value = getattr(telemetry, name)
-        _require(value is None or 0 <= value <= MOST_COUNT, f"{name} is {value}")
+def _check_telemetry(told: Telemetry) -> None:
+    for value in (
+        told.compute_seconds,
+        told.data_seconds,
+        told.rss_bytes,
+        told.cpu_percent,
+        told.start_rss_bytes,
+        told.peak_rss_bytes,
+        told.peak_private_bytes,
+    ):
+        if value is not None and not 0 <= value <= MOST_COUNT:
+            raise PeerError(f"telemetry says {value}")
 
 
 def _check_trace(trace: StageTrace, rules: Rules) -> None:

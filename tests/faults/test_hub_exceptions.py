@@ -676,6 +676,6 @@ def test_a_report_that_makes_no_sense_costs_its_engine_its_wire_and_nobody_else(
     context.term()
     told = next(event for event in run.events if "was cut off" in event.text)
     assert (told.engine, pool.facts.hub.pid) == (77, hub)
-    assert "no gradient 99999" in told.text
+    assert "(99999,) are said to be unused" in told.text
     run.stop()
     wait(run)

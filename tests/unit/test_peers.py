@@ -149,12 +149,8 @@ def test_a_loss_may_be_whatever_the_model_makes_it(total: float):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"unused": (99999,)}, "no gradient 99999"),
-        ({"unused": (-1,)}, "no gradient -1"),
-        ({"shards": (0, -1)}, "no shard -1"),
-        ({"shards": (8,)}, "no shard 8"),
-        ({"step": -1}, "no step -1"),
-        ({"step": 1 << 63}, "no step"),
+        ({"unused": (99999,)}, r"\(99999,\) are said to be unused"),
+        ({"unused": (-1,)}, r"\(-1,\) are said to be unused"),
         ({"digests": b"7 bytes"}, "digests have 7 bytes"),
         ({"digests": bytes(16)}, "digests have 16 bytes"),
         ({"parts": (sums(loss_weight=math.nan),)}, "a weight"),
@@ -162,9 +158,15 @@ def test_a_loss_may_be_whatever_the_model_makes_it(total: float):
         ({"parts": (sums(metric_totals={"a": 1.0}),)}, "a metric"),
         ({"parts": (sums(metric_totals={"a": 1.0}, metric_weights={"a": math.inf}),)}, "a weight"),
         ({"parts": (sums(num_samples=-8),)}, "-8 samples"),
-        ({"telemetry": Telemetry(compute_seconds=math.nan, data_seconds=0.0, rss_bytes=0, cpu_percent=0.0)}, "is nan"),
-        ({"telemetry": Telemetry(compute_seconds=0.0, data_seconds=-1.0, rss_bytes=0, cpu_percent=0.0)}, "is -1"),
-        ({"telemetry": Telemetry(compute_seconds=0.0, data_seconds=0.0, rss_bytes=1 << 63, cpu_percent=0.0)}, "rss"),
+        (
+            {"telemetry": Telemetry(compute_seconds=math.nan, data_seconds=0.0, rss_bytes=0, cpu_percent=0.0)},
+            "says nan",
+        ),
+        ({"telemetry": Telemetry(compute_seconds=0.0, data_seconds=-1.0, rss_bytes=0, cpu_percent=0.0)}, "says -1"),
+        (
+            {"telemetry": Telemetry(compute_seconds=0.0, data_seconds=0.0, rss_bytes=1 << 63, cpu_percent=0.0)},
+            "says 9223372036854775808",
+        ),
         ({"trace": trace(end=-1.0)}, "ends before"),
         ({"trace": trace(end=math.inf)}, "a time"),
         ({"trace": trace(actions=())}, "no action"),
