@@ -370,13 +370,17 @@ class ActiveRun:
         self._dispatch(machine.EngineLost(engine, reason))
         self._conclude_without(engine)
 
-    def silence_engine(self, engine: int, reason: str) -> None:
-        """An engine is not heard any more."""
-        self._dispatch(machine.EngineSilent(engine, reason))
+    def silence_engine(self, engine: int, reason: str, *, is_asleep: bool = False) -> None:
+        """An engine is not heard any more; one that is asleep was not stopped."""
+        self._dispatch(machine.EngineSilent(engine, reason, is_asleep=is_asleep))
         self._conclude_without(engine)
 
+    def miss_engine(self, engine: int) -> None:
+        """An engine is not heard any more, but is at work."""
+        self._dispatch(machine.EngineBusy(engine))
+
     def hear_engine(self, engine: int) -> None:
-        """A silent engine is heard again."""
+        """An engine that was not heard beats again."""
         self._dispatch(machine.EngineHeard(engine))
 
     def _conclude_without(self, engine: int) -> None:

@@ -17,17 +17,19 @@ again, and an answer counts only if its lease is open: that is how late, repeate
 
     free --lease--> at work --report, or failure--> free
                       |  ^                           ^
-     silent, overtaken,  | none: what was taken      | its answer, which is refused
-     or step given up |  | away stays so             |
+       overtaken, or  |  | none: what was taken      | its answer, which is refused
+       step given up  |  | away stays so             |
                       v  |                           |
                     occupied ------------------------+          any --died, or released--> gone
 
 - A lost engine's open lease is given to those who are free. What it had reported before lies in the slab it was
   writing to, so that is redone too; an engine that had answered all it had left a whole slab, which still counts.
-- A *silent* engine (its heartbeat has stopped) is treated as if lost, but stays: it gets nothing until it is heard and
-  has answered. If nobody else could take its shards, nothing is taken from it, and the run waits.
-- A *late* lease is given to an idle engine besides, in a slab of its own: the first answer wins, and the other is
-  taken away.
+- A *late* lease, or one of a *silent* engine (which neither beats nor works), is given to an idle engine besides, in a
+  slab of its own: the first answer wins, and only then is the other taken away. So work that is slow, or that holds its
+  engine's interpreter, always comes to an end, and nobody waits for an engine that hangs. Without memory for such a
+  slab a silent engine's lease is taken away at once, a second time after twice as long, and so on.
+- A silent engine gets nothing more until it is heard and has answered; a *busy* one (which works, but cannot beat)
+  is like any other, except that neither a start nor a stop waits for it for ever.
 - Shares follow the engines' speeds where these really differ (`dnb.hub.speeds`).
 - User code that fails pauses the run at that step, once everybody who can be waited for has answered.
 - An engine that retires answers its lease, gets no other, and is released; without the last one the run pauses.
@@ -38,6 +40,7 @@ again, and an answer counts only if its lease is open: that is how late, repeate
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Literal
 
@@ -51,6 +54,7 @@ from dnb.hub.events import (
     CommitRefused,
     Committed,
     End,
+    EngineBusy,
     EngineHeard,
     EngineJoined,
     EngineLoaded,
@@ -77,6 +81,12 @@ from dnb.records import ENDED, Failure, Partition, RunStatus, WorkKind
 FAILED_SECONDS = 2.0
 # An engine may be silent only because the run's data are unpacked in one long call: so long it holds up the start.
 START_SECONDS = 2.0
+# And so long if it is seen to be at work. It may as well be stuck in a call of the run before.
+BUSY_START_SECONDS = 10.0
+# A run that is to stop ends without the step under way if all were in calls that hold their interpreters for so long.
+BUSY_STOP_SECONDS = 5.0
+# A run whose every step is late would fill its history: so often the same is told of an engine.
+MOST_TOLD = 3
 
 
 class Coordinator:
@@ -124,6 +134,7 @@ class Coordinator:
         self._returning_since: float | None = None
         self._ready: set[int] = set()
         self._silent: dict[int, float] = {}  # since when, of those that are loading or ready
+        self._busy: dict[int, float] = {}  # likewise
         self._retiring: set[int] = set()
         self._resting: set[int] = set()  # spares, loaded or not
         self._leases = Leases(num_shards, first=life << 32)
@@ -134,6 +145,8 @@ class Coordinator:
         self._was_asked_for = False  # the last loss
         self._load_failures: list[tuple[int, Failure]] = []
         self._told_late: set[int] = set()
+        self._told_silent: set[int] = set()
+        self._num_told: Counter[tuple[str, int]] = Counter()  # by kind and engine
 
     def start(self) -> list[Action]:
         """The first actions."""
@@ -165,8 +178,10 @@ class Coordinator:
                 if is_slab_lost and self._task is not None and not self._committing:
                     self._task.tear(engine)
                 return self._lose(engine, reason)
-            case EngineSilent(engine, reason):
-                return self._silence(engine, reason)
+            case EngineSilent(engine, reason, is_asleep):
+                return self._silence(engine, reason, is_asleep=is_asleep)
+            case EngineBusy(engine):
+                return self._miss(engine)
             case EngineHeard(engine):
                 return self._hear(engine)
             case RetireEngine(engine):
@@ -244,16 +259,18 @@ class Coordinator:
         workers = self._ready - self._resting
         if self.status != "starting" or not workers:
             return []
-        mute = {
-            engine
-            for engine in self._loading
-            if self._leases.now - self._silent.get(engine, self._leases.now) >= START_SECONDS
-        }
-        if mute != self._loading or self._is_return_awaited():
+        now = self._leases.now
+        mute = {e for e in self._loading if now - self._silent.get(e, now) >= START_SECONDS}
+        stuck = {e for e in self._loading if now - self._busy.get(e, now) >= BUSY_START_SECONDS}
+        if mute | stuck != self._loading or self._is_return_awaited():
             return []
         self.status = "running"
         return [
             *(Note("hung", f"engine {engine} is silent: the run begins without it", engine) for engine in sorted(mute)),
+            *(
+                Note("busy", f"engine {e} still loads, or is in another call: the run begins without it", e)
+                for e in sorted(stuck)
+            ),
             Note("running", f"{len(workers)} engines, {self.num_shards} shards"),
             *self._next_task(),
         ]
@@ -281,6 +298,7 @@ class Coordinator:
         for group in (self._loading, self._ready, self._retiring, self._resting):
             group.discard(engine)
         self._silent.pop(engine, None)
+        self._busy.pop(engine, None)
         lease = self._leases.drop(engine)
         num_shards = self._take_away(lease) if lease is not None and lease.is_open else 0
         if self._committing:
@@ -323,24 +341,49 @@ class Coordinator:
         note = Note("joined", f"engine {engine}, a spare until now, takes part", engine)
         return [note, *self._begin_if_loaded(), *self._go_on()]
 
-    def _silence(self, engine: int, reason: str) -> list[Action]:
+    def _silence(self, engine: int, reason: str, *, is_asleep: bool) -> list[Action]:
         if engine in self._silent or (engine not in self._loading and engine not in self._ready):
             return []
         self._silent[engine] = self._leases.now
+        self._busy.pop(engine, None)
         if engine in self._loading:
             return []
         if engine in self._leases.by_engine:
             self._leases.by_engine[engine].was_silent = True
-        note = Note("hung", f"engine {engine} {reason}", engine)
-        return [note, *self._go_on(), *self._release_free()]
+        actions: list[Action] = []
+        if not is_asleep or self._is_told("hung", engine):
+            self._told_silent.add(engine)
+            actions.append(Note("hung", f"engine {engine} {reason}", engine))
+        return [*actions, *self._release_free(), *self._go_on()]
+
+    def _miss(self, engine: int) -> list[Action]:
+        """An engine cannot beat, but works."""
+        if engine in self._silent or (engine not in self._loading and engine not in self._ready):
+            return []
+        self._busy.setdefault(engine, self._leases.now)
+        lease = self._leases.by_engine.get(engine)
+        if lease is None or self._num_told["busy", engine]:
+            return []
+        self._num_told["busy", engine] += 1
+        text = f"engine {engine} is at work in a call that lets no other thread run, not even its heartbeat"
+        return [Note("busy", text, engine)]
 
     def _hear(self, engine: int) -> list[Action]:
+        self._busy.pop(engine, None)
         if self._silent.pop(engine, None) is None or engine in self._loading:
             return []
-        return [Note("recovered", f"engine {engine} is heard again", engine), *self._go_on()]
+        is_told = engine in self._told_silent
+        self._told_silent.discard(engine)
+        note = [Note("recovered", f"engine {engine} is heard again", engine)] if is_told else []
+        return [*note, *self._go_on()]
+
+    def _is_told(self, kind: str, engine: int) -> bool:
+        """Whether something of that kind is still told of an engine; from now on that is once less."""
+        self._num_told[kind, engine] += 1
+        return self._num_told[kind, engine] <= MOST_TOLD
 
     def _go_on(self) -> list[Action]:
-        """Somebody came, went, or is free again: take from those who are silent, give to those who are free."""
+        """Somebody came, went, is silent or is free again: give to those who are free what nobody has, or is late."""
         task = self._task
         if task is None or self._committing:
             return []
@@ -348,10 +391,14 @@ class Coordinator:
             return self._pause_if_answered(task)
         if self._wish == "stop" and not self._can_advance():
             return self._end("stopped")
-        return self._take_from_silent() + self._hand_out(task)
+        return self._hand_out(task) + (self._redo_late(task) if self._silent else [])
 
     def _can_advance(self) -> bool:
-        return any(engine not in self._silent for engine in self._ready - self._resting)
+        now = self._leases.now
+        return any(
+            engine not in self._silent and now - self._busy.get(engine, now) < BUSY_STOP_SECONDS
+            for engine in self._ready - self._resting
+        )
 
     # leases
 
@@ -377,12 +424,6 @@ class Coordinator:
         self._task.has_gaps = True
         return len(lease.shards) + (0 if lease.apart else self._task.tear(lease.engine))
 
-    def _take_from_silent(self) -> list[Action]:
-        if not self._silent or not any(self._can_help(engine) for engine in self._ready):
-            return []
-        held = [lease for lease in self._leases.open if lease.engine in self._silent]
-        return [_reassigned(lease.engine, self._take_away(lease)) for lease in held]
-
     def _hand_out(self, task: Task) -> list[Action]:
         """Lease what nobody has to those who are free; those who will be soon get their part then."""
         if not task.has_gaps:
@@ -400,33 +441,53 @@ class Coordinator:
             return self._begin_if_loaded()
         if task is None or self._committing:
             return []
+        if self._wish == "stop" and not self._can_advance():
+            return self._end("stopped")
         return self._pause_if_answered(task) if task.failures else self._redo_late(task)
 
     def _redo_late(self, task: Task) -> list[Action]:
-        """Let idle engines overtake late ones."""
+        """Let idle engines overtake those that are late or silent."""
         busy = self._leases.by_engine
-        idle = [e for e in sorted(self._ready) if e not in busy and self._can_help(e) and task.can_redo(e)]
+        free = [e for e in sorted(self._ready) if e not in busy and self._can_help(e)]
+        idle = [e for e in free if task.can_redo(e)]
         actions: list[Action] = []
         attempts: dict[int, list[Lease]] = {}
-        for lease in self._leases.open if idle else ():
+        for lease in self._leases.open if free else ():
             attempts.setdefault(lease.root, []).append(lease)
         for root, leases in sorted(attempts.items()):
-            if idle and all(self._leases.is_late(lease) for lease in leases):
+            if not all(lease.engine in self._silent or self._leases.is_late(lease) for lease in leases):
+                continue
+            if idle:
                 actions += self._overtake(task, leases[0], idle.pop(0), root=root)
+            elif len(free) > sum(isinstance(action, Assign) for action in actions):
+                actions += self._take_from_silent(task, leases)
         return actions
 
     def _overtake(self, task: Task, late: Lease, engine: int, *, root: int) -> list[Action]:
-        """Lease again what a late engine holds, and what lies in the slab that is torn if it loses the race."""
-        shards = set(late.shards) if late.apart else {*late.shards, *task.shards_in_slab(late.engine)}
+        """Lease again what a late engine holds, and what it has reported if that is lost should it lose the race."""
+        shards = set(late.shards) if late.apart else {*late.shards, *task.shards_of(late.engine)}
         task.has_rivals = True
         actions: list[Action] = [
             self._lease(task, engine, tuple(sorted(shards)), apart=engine in task.touched, root=root)
         ]
         if late.engine not in self._told_late:
             self._told_late.add(late.engine)
-            text = f"{len(shards)} shards of engine {late.engine} are late: engine {engine} computes them too"
-            actions.append(Note("reassigned", text, late.engine))
+            if self._is_told("late", late.engine):
+                why = "wait for it" if late.engine in self._silent else "are late"
+                text = f"{len(shards)} shards of engine {late.engine} {why}: engine {engine} computes them too"
+                actions.append(Note("reassigned", text, late.engine))
         return actions
+
+    def _take_from_silent(self, task: Task, leases: Iterable[Lease]) -> list[Action]:
+        """Somebody is free but has no slab besides its own: take a lease away from engines that are silent for long."""
+        leases = [lease for lease in leases if lease.engine in self._silent]
+        actions: list[Action] = []
+        for lease in leases:
+            num_taken = task.num_taken.get(lease.engine, 0)
+            if self._leases.now - self._silent[lease.engine] >= 2**num_taken - 1:
+                task.num_taken[lease.engine] = num_taken + 1
+                actions.append(_reassigned(lease.engine, self._take_away(lease)))
+        return actions + self._hand_out(task) if actions else []
 
     def _decline(self, engine: int, number: int) -> list[Action]:
         lease = self._leases.by_engine.get(engine)
@@ -491,8 +552,8 @@ class Coordinator:
         elif task.num_done == self.num_shards:
             self._committing = True
             actions = [Commit(task.kind, task.step, task.reports)]
-        elif task.has_gaps:
-            actions = self._hand_out(task)
+        elif task.has_gaps or self._silent:
+            actions = self._go_on()
         return actions + self._release_free() if self._retiring else actions
 
     def _advance(self, kind: WorkKind, step: int) -> list[Action]:

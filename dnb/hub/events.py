@@ -35,15 +35,23 @@ class EngineLost:
 
 @dataclass(frozen=True, slots=True)
 class EngineSilent:
-    """An engine has stopped to beat: it is not ended, but nobody waits for it."""
+    """An engine has stopped to beat and is not at work: it is not ended, but others need not wait for it."""
 
     engine: int
     reason: str
+    is_asleep: bool = False  # it was not stopped: a call of user code may sleep, and hold the interpreter's lock
+
+
+@dataclass(frozen=True, slots=True)
+class EngineBusy:
+    """An engine has stopped to beat but is at work: a call of user code holds the interpreter's lock."""
+
+    engine: int
 
 
 @dataclass(frozen=True, slots=True)
 class EngineHeard:
-    """A silent engine beats again."""
+    """An engine that was silent, or busy, beats again."""
 
     engine: int
 
@@ -148,6 +156,7 @@ Event = (
     | EngineLoaded
     | EngineLost
     | EngineSilent
+    | EngineBusy
     | EngineHeard
     | RetireEngine
     | RestEngine

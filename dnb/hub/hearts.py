@@ -1,61 +1,104 @@
-"""Which engines beat and which are silent; the time is passed in."""
+"""Which engines beat, which are at work although they do not, and which are silent; the time is passed in.
+
+A call that holds the interpreter's lock stops every Python thread of an engine, its heartbeat, too: who is not heard is
+looked at, and is silent only if it does not use the processor either.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dnb.transport.lives import Activity
+
 # Five beats. A stopped local process is seen on the next tick; this is for what hangs elsewhere or otherwise.
 SILENT_SECONDS = 0.5
+# An engine of another host cannot be looked at, and may be at work.
+FAR_SILENT_SECONDS = 2.0
+# Threads that only wait for the interpreter's lock use a hundredth of a core.
+WORKING_SHARE = 0.1
+
+
+@dataclass(slots=True)
+class _Watch:
+    """An engine that is not heard, as it was seen before."""
+
+    since: float  # of the processor's time below
+    cpu_seconds: float
+    is_at_work: bool | None = None  # None: seen only once
+    last_at_work: float = float("-inf")
 
 
 class Hearts:
-    """When each engine was last heard.
+    """When each engine was last heard, or seen at work.
 
     Args:
-        limit_seconds: an engine that was not heard for longer is silent.
+        limit_seconds: an engine that was neither heard nor seen at work for longer is silent.
+        far_limit_seconds: the same for those that cannot be looked at.
+        look: at an engine's process; None if it cannot be. It is called only for engines whose beats are missing.
     """
 
-    def __init__(self, *, limit_seconds: float = SILENT_SECONDS) -> None:
+    def __init__(
+        self,
+        *,
+        limit_seconds: float = SILENT_SECONDS,
+        far_limit_seconds: float = FAR_SILENT_SECONDS,
+        look: Callable[[int], Activity | None],
+    ) -> None:
         self._limit_seconds = limit_seconds
+        self._far_limit_seconds = far_limit_seconds
+        self._look = look
         self._heard: dict[int, float] = {}
+        self._watches: dict[int, _Watch] = {}
         self._silent: set[int] = set()
+        self._busy: set[int] = set()
         self._ticked: float | None = None
 
     @property
     def silent(self) -> frozenset[int]:
-        """Engines that are not heard now."""
+        """Engines that are neither heard nor at work now."""
         return frozenset(self._silent)
 
+    @property
+    def busy(self) -> frozenset[int]:
+        """Engines that are not heard, but are at work."""
+        return frozenset(self._busy)
+
     def ages(self, now: float) -> dict[int, float]:
-        """Seconds since each was last heard."""
-        return {engine: max(now - heard, 0.0) for engine, heard in self._heard.items()}
+        """Seconds since each was last heard, or seen at work."""
+        return {engine: max(now - self._last_sign(engine, heard), 0.0) for engine, heard in self._heard.items()}
 
     def begin(self, engine: int, now: float) -> None:
         """An engine has joined: its silence counts from now."""
+        self._forget(engine)
         self._heard[engine] = now
-        self._silent.discard(engine)
 
     def drop(self, engine: int) -> None:
         """An engine is gone."""
+        self._forget(engine)
         self._heard.pop(engine, None)
-        self._silent.discard(engine)
 
     def beat(self, engine: int, now: float) -> bool:
-        """An engine is heard; whether it was silent before."""
+        """An engine is heard; whether it was not before."""
         if engine not in self._heard:
             return False
         self._heard[engine] = now
-        was_silent = engine in self._silent
-        self._silent.discard(engine)
-        return was_silent
+        if engine not in self._watches and engine not in self._silent:
+            return False
+        was_missed = engine in self._silent or engine in self._busy
+        self._forget(engine)
+        return was_missed
 
     def declare_silent(self, engine: int) -> bool:
         """It is known otherwise that an engine hangs; whether that is news."""
         if engine not in self._heard or engine in self._silent:
             return False
         self._silent.add(engine)
+        self._busy.discard(engine)
         return True
 
     def tick(self, now: float) -> list[int]:
-        """Those who have become silent.
+        """Look at those who are not heard; who of them has become silent.
 
         If this call comes late, it was the hub that slept, and beats may still lie unread: all counts start again.
         """
@@ -63,5 +106,35 @@ class Hearts:
         self._ticked = now
         if late:
             self._heard = dict.fromkeys(self._heard, now)
-        limit = now - self._limit_seconds
-        return [engine for engine, heard in self._heard.items() if heard < limit and self.declare_silent(engine)]
+            self._watches.clear()
+        missing = now - self._limit_seconds / 2
+        missed = [e for e, heard in self._heard.items() if heard < missing and e not in self._silent]
+        return [engine for engine in missed if not self._is_alive(engine, now) and self.declare_silent(engine)]
+
+    def _is_alive(self, engine: int, now: float) -> bool:
+        """Look at one whose beats are missing; False if it has given no sign of life for too long."""
+        activity = self._look(engine)
+        heard = self._heard[engine]
+        if activity is None:
+            return now - heard <= self._far_limit_seconds
+        watch = self._watches.get(engine)
+        if watch is None:
+            watch = self._watches[engine] = _Watch(now, activity.cpu_seconds)
+        elif now - watch.since >= self._limit_seconds / 2:
+            share = (activity.cpu_seconds - watch.cpu_seconds) / (now - watch.since)
+            watch.since, watch.cpu_seconds, watch.is_at_work = now, activity.cpu_seconds, share >= WORKING_SHARE
+        if activity.is_running or watch.is_at_work:
+            watch.last_at_work = now
+        if now - heard > self._limit_seconds and watch.last_at_work > heard:
+            self._busy.add(engine)
+        return watch.is_at_work is None or now - self._last_sign(engine, heard) <= self._limit_seconds
+
+    def _last_sign(self, engine: int, heard: float) -> float:
+        watch = self._watches.get(engine)
+        return heard if watch is None else max(heard, watch.last_at_work)
+
+    def _forget(self, engine: int) -> None:
+        """What was seen of it while it was not heard."""
+        self._watches.pop(engine, None)
+        self._silent.discard(engine)
+        self._busy.discard(engine)

@@ -91,6 +91,8 @@ from dnb.records import (
 from dnb.transport.channels import CLIENT_ROLE, ENGINE_ROLE, RoleKeys, bind_router, encode, start_authenticator
 from dnb.transport.failures import TRACEBACK_LENGTH, clean_text, describe_error
 from dnb.transport.lives import (
+    Activity,
+    activity_of,
     children_of,
     end_processes,
     is_alive,
@@ -183,7 +185,7 @@ class Service:
         self._orphaned: float | None = None  # since when nobody steers a pool whose run does not advance
         self._engines: dict[int, _Engine] = {}
         self._kernels: dict[bytes, Process] = {}  # by the identity of their sockets
-        self._hearts = Hearts()
+        self._hearts = Hearts(look=self._look_at_work)
         self._wiring = Wiring(config.host)
         self._poller = zmq.Poller()
         self._known_helpers: set[Process] = set()
@@ -736,7 +738,9 @@ class Service:
         self._write_pool_file()
         self._run.start()
         for number in sorted(self._hearts.silent):
-            self._run.silence_engine(number, "is silent")
+            self._tell_silent(number, "is silent")
+        for number in sorted(self._hearts.busy):
+            self._tell_busy(number)
 
     def _open_new_run(self, frames: Sequence[bytes], spec: RunSpec) -> ActiveRun:
         """Unpickle it and make its master copy: whatever the user's code raises, the pool has no run then.
@@ -834,8 +838,11 @@ class Service:
             self._recorder.be_of_use()
 
     def _look_at_engines(self) -> None:
+        busy = self._hearts.busy
         for number in self._hearts.tick(time.monotonic()):
-            self._tell_silent(number, f"was not heard for {SILENT_SECONDS:g} s")
+            self._tell_silent(number, f"was not heard for {SILENT_SECONDS:g} s", is_asleep=True)
+        for number in sorted(self._hearts.busy - busy):
+            self._tell_busy(number)
         for number, facts in list(self._returning.items()):
             if look_at(facts.process) == "gone":
                 self._miss(number)
@@ -846,9 +853,16 @@ class Service:
             elif state == "stopped" and self._hearts.declare_silent(number):
                 self._tell_silent(number, "was stopped")
 
-    def _tell_silent(self, engine: int, reason: str) -> None:
+    def _look_at_work(self, engine: int) -> Activity | None:
+        return activity_of(self._engines[engine].facts.process)
+
+    def _tell_silent(self, engine: int, reason: str, *, is_asleep: bool = False) -> None:
         if self._run is not None:
-            self._run.silence_engine(engine, reason)
+            self._run.silence_engine(engine, reason, is_asleep=is_asleep)
+
+    def _tell_busy(self, engine: int) -> None:
+        if self._run is not None:
+            self._run.miss_engine(engine)
 
     def _hear(self, beat: Beat) -> None:
         engine = self._engines.get(beat.engine)
@@ -891,7 +905,7 @@ class Service:
         return tuple(
             _status(
                 engine,
-                is_busy=number in busy,
+                is_busy=number in busy or number in self._hearts.busy,
                 is_silent=number in self._hearts.silent,
                 num_on_wires=sent.get(number, 0),
             )

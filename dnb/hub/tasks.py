@@ -31,6 +31,7 @@ class Task:
     failures: list[tuple[int, Failure]] = field(default_factory=list)  # of user code, with the engine
     failed_at: float = 0.0
     cramped: set[int] = field(default_factory=set)  # engines that cannot have another slab
+    num_taken: dict[int, int] = field(default_factory=dict)  # how often a silent engine's lease was taken from it
 
     def add(self, lease: Lease) -> None:
         """Count what was leased as done."""
@@ -47,9 +48,9 @@ class Task:
             self.has_gaps = True
         return torn
 
-    def shards_in_slab(self, engine: int) -> set[int]:
-        """What an engine has reported in its own slab."""
-        return {shard for part in self.parts if part.engine == engine and not part.apart for shard in part.shards}
+    def shards_of(self, engine: int) -> set[int]:
+        """What an engine has reported, which is redone if its own slab is torn."""
+        return {shard for part in self.parts if part.engine == engine for shard in part.shards}
 
     def can_redo(self, engine: int) -> bool:
         """Whether there is a slab for an attempt that may come to nothing: its own if that is empty, or one more."""

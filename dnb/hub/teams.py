@@ -10,7 +10,8 @@ before it hears that the old one is lost, so a run whose only team is replaced g
                                                     +-- every member has reported --> one report to the coordinator
 
 A member that hangs holds up all others, in a call that nothing but the end of a peer ends: after a while it is
-*condemned*, which means killed. An answer counts if it comes from a member of a team that is whole.
+*condemned*, which means killed. One that is at work is waited for, whether it can beat or not; to the coordinator a
+team is busy if a member is. An answer counts if it comes from a member of a team that is whole.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from dnb.hub.events import (
     Condemn,
     Disband,
     End,
+    EngineBusy,
     EngineHeard,
     EngineJoined,
     EngineLoaded,
@@ -54,9 +56,9 @@ from dnb.records import ENDED, Partition, RunStatus
 FIRST_TEAM = 1 << 20
 # A member says that it lost a peer; if nobody is found dead by then, the team is formed anew all the same.
 GRACE_SECONDS = 1.0
-# How long a member may be silent, after the hub has noticed it, until it is ended: at work, and while it loads, as
-# unpickling a large model lets nobody else in its process speak.
-SILENT_SECONDS, LOAD_SECONDS = 1.0, 30.0
+# How long a member may be silent, after the hub has noticed it, until it is ended: one that was stopped, and one that
+# loads, or may sleep in a call that lets no other thread of its process run.
+SILENT_SECONDS, ASLEEP_SECONDS = 1.0, 30.0
 
 
 @dataclass(slots=True)
@@ -111,7 +113,9 @@ class Teams:
         self._free: set[int] = set(engines)
         self._resting: set[int] = set()
         self._retiring: set[int] = set()
-        self._silent: dict[int, tuple[float, str]] = {}  # since when, and what the hub says of it
+        self._silent: dict[int, tuple[float, str, float]] = {}  # since when, what the hub says, how long it may be
+        self._busy: set[int] = set()
+        self._told_busy: set[int] = set()
         self._returning: set[int] = set(returning)
         self._since: float | None = None  # when the first event came
         self._inner = make([team.number for team in self._form()])
@@ -191,8 +195,10 @@ class Teams:
                 return self._load(engine)
             case EngineLost(engine, reason):
                 return self._lose(engine, reason)
-            case EngineSilent(engine, reason):
-                return self._silence(engine, reason)
+            case EngineSilent(engine, reason, is_asleep):
+                return self._silence(engine, reason, is_asleep=is_asleep)
+            case EngineBusy(engine):
+                return self._miss(engine)
             case PeerLost(engine, lease):
                 return self._suspect(engine, lease)
             case WorkDone(engine):
@@ -209,8 +215,7 @@ class Teams:
             case Tick():
                 return self._tick(event)
             case EngineHeard(engine):
-                self._silent.pop(engine, None)
-                return []
+                return self._hear(engine)
             case LeaseDeclined():
                 return []
             case Committed() | CommitRefused() | CommitFailed():
@@ -261,7 +266,8 @@ class Teams:
         return [action for team in self._form() for action in self._welcome(team)]
 
     def _welcome(self, team: Team) -> list[Action]:
-        return [self._plan_of(team), *self._tell(EngineJoined(team.number))]
+        actions = [self._plan_of(team), *self._tell(EngineJoined(team.number))]
+        return actions + (self._tell(EngineBusy(team.number)) if self._busy & set(team.members) else [])
 
     def _plan_of(self, team: Team) -> Note:
         size = len(team.members)
@@ -322,6 +328,7 @@ class Teams:
     def _lose(self, engine: int, reason: str) -> list[Action]:
         known = engine in self._free or engine in self._team_of or engine in self._returning
         self._silent.pop(engine, None)
+        self._busy.discard(engine)
         self._free.discard(engine)
         self._returning.discard(engine)
         self._resting.discard(engine)
@@ -334,21 +341,47 @@ class Teams:
             return [died, *self._grow()]
         return [died, *self._replace(team, f"engine {engine} {reason}", without=engine)]
 
-    def _silence(self, engine: int, reason: str) -> list[Action]:
-        """The others of its team are stuck until it ends; but it may only be busy, with the interpreter's lock."""
-        if engine in self._team_of and engine not in self._silent:
-            self._silent[engine] = self._now, reason
-        return []
+    def _silence(self, engine: int, reason: str, *, is_asleep: bool) -> list[Action]:
+        """The others of its team are stuck until it ends."""
+        if engine in self._silent:
+            return []
+        self._silent[engine] = self._now, reason, ASLEEP_SECONDS if is_asleep else SILENT_SECONDS
+        return self._forget_busy(engine)
+
+    def _miss(self, engine: int) -> list[Action]:
+        """It does not beat, but works; whoever was silent before stays so until it is heard."""
+        team = self._team_of.get(engine)
+        if engine in self._silent or engine in self._busy:
+            return []
+        self._busy.add(engine)
+        if team is None:
+            return []
+        text = f"engine {engine} is at work in a call that lets no other thread run, not even its heartbeat"
+        note = [] if engine in self._told_busy or team.loading else [Note("busy", text, engine)]
+        self._told_busy.update([engine] if note else [])
+        return [*note, *(a for a in self._tell(EngineBusy(team.number)) if not isinstance(a, Note))]
+
+    def _hear(self, engine: int) -> list[Action]:
+        self._silent.pop(engine, None)
+        return self._forget_busy(engine)
+
+    def _forget_busy(self, engine: int) -> list[Action]:
+        """A team is busy no more if none of its members is."""
+        team = self._team_of.get(engine)
+        was_busy = engine in self._busy
+        self._busy.discard(engine)
+        if team is None or not was_busy or self._busy & set(team.members):
+            return []
+        return self._tell(EngineHeard(team.number))
 
     def _end_silent(self) -> list[Action]:
         """Those that are silent for too long are ended."""
         actions: list[Action] = []
-        for engine, (since, reason) in list(self._silent.items()):
+        for engine, (since, reason, patience) in list(self._silent.items()):
             team = self._team_of.get(engine)
-            patience = LOAD_SECONDS if team is not None and engine in team.loading else SILENT_SECONDS
-            if team is None or self._now - since > patience:
-                del self._silent[engine]
+            patience = ASLEEP_SECONDS if team is not None and engine in team.loading else patience
             if team is not None and self._now - since > patience:
+                del self._silent[engine]
                 text = f"engine {engine} {reason}: it is killed, as the others of its team wait for it"
                 actions += [Note("hung", text, engine), Condemn(engine)]
         return actions

@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -81,6 +82,38 @@ def look_at(process: Process) -> Literal["alive", "stopped", "gone"]:
         return "gone" if own is None else "stopped" if own.status() == psutil.STATUS_STOPPED else "alive"
     except psutil.NoSuchProcess:
         return "gone"
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """What the system knows of a process that says nothing itself."""
+
+    cpu_seconds: float  # of all its threads so far
+    is_running: bool  # one of its threads runs, waits for a core, or for a disk
+
+
+def activity_of(process: Process) -> Activity | None:
+    """How active this very process is; None if it is gone, or on another host."""
+    own = _find(process)
+    if own is None:
+        return None
+    try:
+        times = own.cpu_times()
+        return Activity(times.user + times.system, _is_running(own))
+    except (psutil.Error, OSError):
+        return None
+
+
+def _is_running(own: psutil.Process) -> bool:
+    """Whether a thread of it runs or is in a sleep that nothing can interrupt; a process only shows its main thread."""
+    if sys.platform != "linux":
+        return own.status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
+    for thread in os.listdir(f"/proc/{own.pid}/task"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            facts = Path(f"/proc/{own.pid}/task/{thread}/stat").read_bytes()
+            if facts[facts.rindex(b")") + 2 :][:1] in (b"R", b"D"):  # the name before it may hold anything
+                return True
+    return False
 
 
 def children_of(parents: Iterable[Process]) -> tuple[Process, ...]:

@@ -16,6 +16,7 @@ from dnb.hub.events import (
     CommitRefused,
     Committed,
     End,
+    EngineBusy,
     EngineHeard,
     EngineJoined,
     EngineLoaded,
@@ -645,6 +646,7 @@ def test_an_optimizer_that_raises_ends_the_run_with_its_traceback():
         EngineLoaded(0),
         EngineLost(0, "died"),
         EngineSilent(0, "was stopped"),
+        EngineBusy(0),
         EngineHeard(0),
         WorkDone(0, 1, "step", 1, (0, 1, 2, 3)),
         LeaseDeclined(0, 1),
@@ -818,7 +820,7 @@ def test_a_joiner_that_cannot_load_does_not_disturb_the_run():
 
 
 def hung() -> Coordinator:
-    """Three engines of which the last hangs, and the others have answered and redone what it held."""
+    """Three engines of which the last hangs, and the others have answered and computed what it held."""
     coordinator, _ = loaded(0, 1, 2, num_shards=6)
     coordinator.handle(EngineSilent(2, "was stopped"))
     report(coordinator, *of_kind(coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1))), Assign))
@@ -826,20 +828,154 @@ def hung() -> Coordinator:
     return coordinator
 
 
-def test_shards_of_a_silent_engine_are_left_to_others_and_notes_say_so():
+def test_shards_of_a_silent_engine_are_computed_by_an_idle_one_too_and_notes_say_so():
     coordinator, _ = loaded(0, 1, 2, num_shards=6)
     coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1)))
     assert coordinator.handle(EngineSilent(2, "was stopped")) == [
         Note("hung", "engine 2 was stopped", 2),
-        Note("reassigned", "2 shards of engine 2 go to others", 2),
-        Assign(0, "step", 1, (4,), fresh=False, lease=4),
+        Assign(0, "step", 1, (4, 5), fresh=True, lease=4, apart=True),
+        Note("reassigned", "2 shards of engine 2 wait for it: engine 0 computes them too", 2),
     ]
 
 
 def test_a_step_is_committed_without_the_engine_that_hangs():
     assert hung().handle(Committed("step", 1)) == [
-        Assign(0, "step", 2, (0, 1, 2), fresh=True, lease=6),
-        Assign(1, "step", 2, (3, 4, 5), fresh=True, lease=7),
+        Assign(0, "step", 2, (0, 1, 2), fresh=True, lease=5),
+        Assign(1, "step", 2, (3, 4, 5), fresh=True, lease=6),
+    ]
+
+
+def silent(*, answered: int) -> Coordinator:
+    """Two engines of which one has answered and computes what the other held, which is not heard."""
+    coordinator, actions = loaded(0, 1)
+    coordinator.handle(EngineSilent(1 - answered, "was not heard", is_asleep=True))
+    report(coordinator, of_kind(actions, Assign)[answered])
+    return coordinator
+
+
+def test_the_answer_of_a_silent_engine_counts_if_its_shards_are_still_open():
+    coordinator = silent(answered=0)
+    answer = WorkDone(1, 2, "step", 1, (2, 3))
+    assert coordinator.expects(answer)
+    assert coordinator.handle(answer) == [Commit("step", 1, ((0, (0, 1)), (1, (2, 3))))]
+    assert coordinator.handle(WorkDone(0, 3, "step", 1, (2, 3))) == []
+
+
+def test_a_silent_engine_whose_shards_were_computed_by_another_comes_too_late():
+    coordinator = silent(answered=0)
+    assert coordinator.handle(WorkDone(0, 3, "step", 1, (2, 3))) == [Commit("step", 1, ((0, (0, 1)), (0, (2, 3))))]
+    assert not coordinator.expects(WorkDone(1, 2, "step", 1, (2, 3)))
+
+
+def test_of_engines_that_are_all_silent_the_first_answer_counts():
+    coordinator = silent(answered=0)
+    coordinator.handle(EngineSilent(0, "was not heard", is_asleep=True))
+    assert coordinator.handle(WorkDone(1, 2, "step", 1, (2, 3))) == [Commit("step", 1, ((0, (0, 1)), (1, (2, 3))))]
+
+
+def test_the_shards_of_a_silent_engine_are_given_to_one_other_at_a_time():
+    coordinator, actions = loaded(0, 1, 2, num_shards=6)
+    coordinator.handle(EngineSilent(2, "was not heard", is_asleep=True))
+    report(coordinator, of_kind(actions, Assign)[0])
+    assert report(coordinator, of_kind(actions, Assign)[1]) == []
+
+
+def test_if_the_second_is_silent_too_a_third_computes_the_same_shards():
+    coordinator, actions = loaded(0, 1, 2, num_shards=6)
+    coordinator.handle(EngineSilent(2, "was not heard", is_asleep=True))
+    report(coordinator, *of_kind(actions, Assign)[:2])
+    assert work(coordinator.handle(EngineSilent(0, "was not heard", is_asleep=True))) == [
+        Assign(1, "step", 1, (4, 5), fresh=True, lease=5, apart=True)
+    ]
+
+
+def without_room() -> Coordinator:
+    """One of two engines is silent, and the other, which has answered, has no memory for another slab."""
+    coordinator = silent(answered=0)
+    again = Assign(0, "step", 1, (2, 3), fresh=False, lease=4)
+    assert work(coordinator.handle(LeaseDeclined(0, 3), now=0.0)) == [again]
+    return coordinator
+
+
+def test_without_room_for_another_slab_the_shards_of_a_silent_engine_are_taken_from_it():
+    coordinator = without_room()
+    assert coordinator.handle(WorkDone(1, 2, "step", 1, (2, 3))) == []
+    assert coordinator.handle(WorkDone(0, 4, "step", 1, (2, 3))) == [Commit("step", 1, ((0, (0, 1)), (0, (2, 3))))]
+
+
+def test_a_lease_that_is_taken_back_again_and_again_is_left_to_its_engine_for_longer_each_time():
+    coordinator, actions = loaded(0, 1)
+    task = coordinator._task
+    assert task is not None
+    task.cramped.add(0)
+    task.num_taken[1] = 2
+    coordinator.handle(EngineSilent(1, "was not heard", is_asleep=True), now=10.0)
+    report(coordinator, of_kind(actions, Assign)[0])
+    assert coordinator.handle(Tick(), now=12.9) == []
+    assert work(coordinator.handle(Tick(), now=13.0)) == [Assign(0, "step", 1, (2, 3), fresh=False, lease=3)]
+
+
+def test_one_engine_does_what_two_silent_ones_hold():
+    coordinator, actions = loaded(0, 1, 2, num_shards=6)
+    for engine in (1, 2):
+        coordinator.handle(EngineSilent(engine, "was stopped"))
+    (first,) = of_kind(report(coordinator, of_kind(actions, Assign)[0]), Assign)
+    (second,) = of_kind(report(coordinator, first), Assign)
+    assert (first.shards, first.apart) == ((2, 3), True)
+    assert (second.shards, second.apart) == ((4, 5), False)  # its other slab holds what counts
+    assert report(coordinator, second) == [Commit("step", 1, ((0, (0, 1)), (0, (2, 3)), (0, (4, 5))))]
+
+
+def test_silence_in_every_step_is_told_three_times():
+    coordinator, actions = loaded(0, num_steps=9)
+    told: list[str] = []
+    for _ in range(5):
+        told += notes(coordinator.handle(EngineSilent(0, "was not heard", is_asleep=True)))
+        told += notes(coordinator.handle(EngineHeard(0)))
+        actions = one_step(coordinator, actions)
+    assert told == ["engine 0 was not heard", "engine 0 is heard again"] * 3
+
+
+# engines that work but cannot beat -------------------------------------------------------------
+
+
+def test_nothing_is_taken_from_a_busy_engine_and_that_is_told_once():
+    coordinator, actions = loaded(0, 1)
+    report(coordinator, of_kind(actions, Assign)[0])
+    text = "engine 1 is at work in a call that lets no other thread run, not even its heartbeat"
+    assert coordinator.handle(EngineBusy(1)) == [Note("busy", text, 1)]
+    assert coordinator.handle(EngineHeard(1)) == []
+    assert coordinator.handle(EngineBusy(1)) == []
+    assert report(coordinator, of_kind(actions, Assign)[1]) == [Commit("step", 1, ((0, (0, 1)), (1, (2, 3))))]
+
+
+def test_a_busy_engine_that_does_nothing_any_more_is_silent():
+    coordinator, actions = loaded(0, 1)
+    report(coordinator, of_kind(actions, Assign)[0])
+    coordinator.handle(EngineBusy(1))
+    assert [each.engine for each in of_kind(coordinator.handle(EngineSilent(1, "was stopped")), Assign)] == [0]
+
+
+def test_a_stop_waits_for_busy_engines_but_not_for_ever():
+    coordinator, _ = loaded(0, 1)
+    for engine in (0, 1):
+        coordinator.handle(EngineBusy(engine), now=10.0)
+    coordinator.handle(Asked("stop"), now=12.0)
+    coordinator.handle(Tick(), now=14.9)
+    assert coordinator.status == "running"
+    assert work(coordinator.handle(Tick(), now=15.1)) == [End("stopped")]
+
+
+def test_a_run_begins_without_an_engine_that_is_in_one_call_for_long_while_it_should_load():
+    coordinator = Coordinator(num_steps=1, num_shards=2, evaluate_every=None, engines=[0, 1])
+    coordinator.start()
+    coordinator.handle(EngineLoaded(0), now=0.0)
+    assert coordinator.handle(EngineBusy(1), now=0.5) == []
+    assert coordinator.handle(Tick(), now=10.4) == []
+    assert coordinator.handle(Tick(), now=10.6) == [
+        Note("busy", "engine 1 still loads, or is in another call: the run begins without it", 1),
+        Note("running", "1 engines, 2 shards"),
+        Assign(0, "step", 1, (0, 1), fresh=True, lease=1),
     ]
 
 
@@ -880,10 +1016,22 @@ def test_what_an_engine_had_reported_is_redone_if_it_hangs_in_the_same_slab():
     coordinator, _ = loaded(0, 1, 2, num_shards=6)
     coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1)))
     coordinator.handle(EngineLost(1, "died"))  # shard 2 goes to engine 0
-    assert notes(coordinator.handle(EngineSilent(0, "was stopped")))[1] == "3 shards of engine 0 go to others"
-    assert coordinator.handle(WorkDone(2, 3, "step", 1, (4, 5))) == [
-        Assign(2, "step", 1, (0, 1, 2, 3), fresh=False, lease=5)
-    ]
+    coordinator.handle(EngineSilent(0, "was stopped"))
+    again = coordinator.handle(WorkDone(2, 3, "step", 1, (4, 5)))
+    assert work(again) == [Assign(2, "step", 1, (3,), fresh=False, lease=5)]
+    (again,) = of_kind(report(coordinator, *work(again)), Assign)
+    assert again == Assign(2, "step", 1, (0, 1, 2), fresh=True, lease=6, apart=True)
+    assert report(coordinator, again) == [Commit("step", 1, ((2, (0, 1, 2)), (2, (3,)), (2, (4, 5))))]
+
+
+def test_what_an_engine_had_reported_counts_if_it_hangs_in_the_same_slab_and_is_first_all_the_same():
+    coordinator, _ = loaded(0, 1, 2, num_shards=6)
+    coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1)))
+    coordinator.handle(EngineLost(1, "died"))  # shard 2 goes to engine 0
+    coordinator.handle(EngineSilent(0, "was stopped"))
+    report(coordinator, *of_kind(coordinator.handle(WorkDone(2, 3, "step", 1, (4, 5))), Assign))
+    commit = Commit("step", 1, ((0, (0, 1)), (0, (2,)), (2, (3,)), (2, (4, 5))))
+    assert coordinator.handle(WorkDone(0, 4, "step", 1, (2,))) == [commit]
 
 
 def test_nothing_is_taken_from_the_only_engine():
@@ -906,7 +1054,7 @@ def test_of_engines_that_all_hang_the_first_to_be_heard_goes_on():
     coordinator.handle(EngineSilent(1, "was stopped"))
     coordinator.handle(EngineHeard(1))
     (again,) = of_kind(coordinator.handle(WorkDone(1, 2, "step", 1, (2, 3))), Assign)
-    assert again == Assign(1, "step", 1, (0, 1), fresh=False, lease=3)
+    assert again == Assign(1, "step", 1, (0, 1), fresh=True, lease=3, apart=True)
 
 
 def test_a_stop_ends_at_once_if_nobody_is_heard():
@@ -1144,8 +1292,8 @@ def test_an_engine_that_hangs_is_released_at_once_and_others_redo_its_shards():
     coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1)))
     coordinator.handle(RetireEngine(1))
     assert work(coordinator.handle(EngineSilent(1, "was stopped"))) == [
-        Assign(0, "step", 1, (2, 3), fresh=False, lease=3),
         Release(1),
+        Assign(0, "step", 1, (2, 3), fresh=False, lease=3),
     ]
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -22,6 +23,7 @@ from dnb.hub.events import (
     CommitRefused,
     Committed,
     End,
+    EngineBusy,
     EngineHeard,
     EngineJoined,
     EngineLoaded,
@@ -77,6 +79,8 @@ class Schedule(RuleBasedStateMachine):
         self.now = 0.0
         self.engines: dict[int, Engine] = {}
         self.silent: set[int] = set()  # as the hub was told
+        self.busy: set[int] = set()  # likewise
+        self.holds_the_lock: random.Random | None = None  # if so, every call to the end is silent until it is answered
         self.retiring: set[int] = set()
         self.slabs: dict[tuple[int, bool], list[int] | None] = {}  # by engine and whether it is the other; None is torn
         self.counted: dict[tuple[int, tuple[int, ...]], bool] = {}  # engine and shards: in which slab
@@ -146,6 +150,7 @@ class Schedule(RuleBasedStateMachine):
             self.slabs[number, engine.work.apart] = None
         self.sent += engine.answers  # they may come yet, as a stranger's
         self.silent.discard(number)
+        self.busy.discard(number)
         self.retiring.discard(number)
 
     def _check_slabs(self, commit: Commit) -> None:
@@ -219,6 +224,11 @@ class Schedule(RuleBasedStateMachine):
         for number in range(num_loaded):
             self._load(number)
 
+    @initialize(seed=st.none() | st.integers(0, 1000))
+    def hold_the_lock_at_the_end(self, seed: int | None) -> None:
+        """How engines behave when the run is served to its end: see `teardown`."""
+        self.holds_the_lock = None if seed is None else random.Random(seed)
+
     @precondition(lambda self: len(self.engines) < MOST_ENGINES)
     @rule()
     def join(self) -> None:
@@ -285,15 +295,29 @@ class Schedule(RuleBasedStateMachine):
             self.silent.add(number)
         self._tell(EngineSilent(number, "was stopped"))
 
+    @precondition(lambda self: self._known() - self.silent)
+    @rule(data=st.data(), is_asleep=st.booleans())
+    def hold_the_lock(self, data: st.DataObject, is_asleep: bool) -> None:
+        """A call that lets no other thread run: the engine computes on, and is seen to do so, or not."""
+        number = self._draw(data, self._known() - self.silent)
+        self._hold_the_lock(number, is_asleep=is_asleep)
+
+    def _hold_the_lock(self, number: int, *, is_asleep: bool) -> None:
+        if not self.engines[number].is_left_out:
+            (self.silent if is_asleep else self.busy).add(number)
+        silent = EngineSilent(number, "was not heard", is_asleep=True)
+        self._tell(silent if is_asleep else EngineBusy(number))
+
     def _recover(self, number: int) -> None:
         self.engines[number].is_stopped = False
         self.silent.discard(number)
+        self.busy.discard(number)
         self._tell(EngineHeard(number))
 
-    @precondition(lambda self: self.silent)
+    @precondition(lambda self: self.silent | self.busy)
     @rule(data=st.data())
     def recover(self, data: st.DataObject) -> None:
-        self._recover(self._draw(data, self.silent))
+        self._recover(self._draw(data, self.silent | self.busy))
 
     @rule(seconds=st.sampled_from([0.01, 0.1, 0.3, 1.0, 10.0]))
     def tick(self, seconds: float) -> None:
@@ -332,6 +356,7 @@ class Schedule(RuleBasedStateMachine):
         self.slabs.clear()
         self.counted.clear()
         self.silent.clear()
+        self.busy.clear()
         self.life += 1
         old = self.coordinator
         self.coordinator = Coordinator(
@@ -483,28 +508,65 @@ class Schedule(RuleBasedStateMachine):
             assert "nothing of this" in self.coordinator.error
 
     def teardown(self) -> None:
-        """From wherever the events led, a run that is resumed and served reaches its end."""
+        """From wherever the events led, a run that is resumed and served reaches its end.
+
+        Either every engine is heard from now on, or every call holds its engine's lock, so that nobody is ever heard
+        while it computes; who answers next is chance.
+        """
         for _ in range(500):
             if self.ended is not None:
                 break
-            if self.silent:
-                self._recover(min(self.silent))
-            elif away := set(self.engines) - self._known():
-                self._return(min(away))
-            elif self.coordinator.status == "paused":
-                self._tell(Asked("resume"))
-            elif loading := self._numbers(loading=True):
-                self._load(loading[0])
-            elif self.commit is not None:
-                self._answer_commit()
-            elif answering := self._numbers(answering=True):
-                self._deliver(answering[0])
-            else:
-                self._compute(self._numbers(computing=True)[0])
+            if not self._serve_what_waits():
+                if self.holds_the_lock is not None:
+                    self._answer_one_in_silence(self.holds_the_lock)
+                elif answering := self._numbers(answering=True):
+                    self._deliver(answering[0])
+                else:
+                    self._compute(self._numbers(computing=True)[0])
         assert self.ended is not None
         assert self.ended.status in ("finished", "stopped")
         self.steps_follow_each_other_without_gap()
         self.a_finished_run_has_all_steps_and_evaluations()
+
+    def _serve_what_waits(self) -> bool:
+        """Everything but computing; whether there was something."""
+        stopped = self.silent if self.holds_the_lock is None else {n for n, e in self.engines.items() if e.is_stopped}
+        if stopped:
+            self._recover(min(stopped))
+        elif away := set(self.engines) - self._known():
+            self._return(min(away))
+        elif self.coordinator.status == "paused":
+            self._tell(Asked("resume"))
+        elif loading := self._numbers(loading=True):
+            self._recover(loading[0])
+            self._load(loading[0])
+        elif self.commit is not None:
+            self._answer_commit()
+        else:
+            return False
+        return True
+
+    def _answer_one_in_silence(self, chance: random.Random) -> None:
+        """All who compute are silent; one of them answers, and is heard again."""
+        for number in sorted(n for n, engine in self.engines.items() if engine.has_unanswered):
+            if number in self.engines and number not in self.silent and self.engines[number].has_unanswered:
+                self._hold_the_lock(number, is_asleep=True)
+        if unanswered := sorted(n for n, engine in self.engines.items() if engine.has_unanswered):
+            number = chance.choice(unanswered)
+            self.now += chance.choice([0.1, 1.0, 8.0])
+            if self.engines[number].work is not None:
+                self._compute(number)
+            is_first_heard = chance.random() < 0.5
+            if is_first_heard:
+                self._recover(number)
+            while number in self.engines and self.engines[number].answers:
+                self._deliver(number)
+            if not is_first_heard and number in self.engines:
+                self._recover(number)
+        else:
+            self._recover(min(self.silent))
+        if self.ended is None:
+            self._tell(Tick())
 
 
 TestEveryShardIsCountedOnce = Schedule.TestCase

@@ -13,13 +13,22 @@ import psutil
 import pytest
 
 from dnb.records import Process
-from dnb.transport.lives import children_of, end_processes, is_alive, is_same, look_at, this_process
+from dnb.transport.lives import activity_of, children_of, end_processes, is_alive, is_same, look_at, this_process
 
 # Each child says that it is ready, so that no test has to guess when.
 SLEEPER = "import sys, time; print('ready', flush=True); time.sleep(60)"
 STUBBORN = (
     "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); time.sleep(60)"
 )
+# Holds the interpreter's lock in one call, in a thread that is not the main one.
+HOLDER = """
+import sys, threading, time
+def hold():
+    print('ready', flush=True)
+    sum(range(10**12))
+threading.Thread(target=hold, daemon=True).start()
+time.sleep(60)
+"""
 # Has a child that has ended, and does not look at it.
 NEGLIGENT = (
     "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', '']); "
@@ -116,6 +125,30 @@ def test_a_process_of_another_host_is_taken_as_alive():
     elsewhere = Process(host="somewhere-else", pid=1, create_time=0.0)
     assert is_alive(elsewhere)
     assert look_at(elsewhere) == "alive"
+
+
+def test_a_process_whose_thread_computes_in_one_call_is_seen_to_run(start: Start):
+    process = describe(start(HOLDER).pid)
+    before = activity_of(process)
+    assert before is not None
+    deadline = time.monotonic() + 30
+    while (seen := activity_of(process)) is not None and seen.cpu_seconds < before.cpu_seconds + 0.2:
+        assert time.monotonic() < deadline
+    assert seen is not None
+    assert seen.is_running
+
+
+def test_a_process_that_sleeps_is_not_seen_to_run(start: Start):
+    process = describe(start(SLEEPER).pid)
+    deadline = time.monotonic() + 30
+    while (seen := activity_of(process)) is not None and seen.is_running:  # it may still be on its way to sleep
+        assert time.monotonic() < deadline
+    assert seen is not None
+
+
+def test_nothing_is_seen_of_a_process_that_is_gone_or_elsewhere():
+    assert activity_of(later_life(this_process())) is None
+    assert activity_of(Process(host="somewhere-else", pid=os.getpid(), create_time=0.0)) is None
 
 
 def test_the_children_of_a_process_are_found(start: Start):

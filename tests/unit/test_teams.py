@@ -8,7 +8,7 @@ import pytest
 
 from dnb.hub import events as e
 from dnb.hub.coordinator import Coordinator
-from dnb.hub.teams import GRACE_SECONDS, LOAD_SECONDS, SILENT_SECONDS, Teams
+from dnb.hub.teams import ASLEEP_SECONDS, GRACE_SECONDS, SILENT_SECONDS, Teams
 from dnb.records import Failure, Partition
 
 
@@ -197,7 +197,7 @@ def test_a_member_that_loads_may_be_silent_for_longer():
     world = World(3).tell(e.EngineSilent(1, "is silent"))
     world.now += SILENT_SECONDS + 0.1
     assert world.tell(e.Tick()).condemned == []
-    world.now += LOAD_SECONDS
+    world.now += ASLEEP_SECONDS
     assert world.tell(e.Tick()).condemned == [1]
 
 
