@@ -767,6 +767,7 @@ class Members(Message, frozen=True):
     num_killed: int  # of these, by chaos
     restart: Literal["never", "always"] = "never"
     last_restart: str = ""  # why the hub was started again, if it was
+    num_owed: int = 0  # to be started whatever the policy, in the place of those that a run's work has ended
 
 
 class Column(Record, frozen=True):
@@ -798,6 +799,7 @@ class RunState(Message, frozen=True):
     batch_size: int = 0
     num_samples: int = 0  # of the training set
     num_shards: int = 0
+    num_owed: int = 0  # engines that the run's work has ended, and that nobody has replaced yet
 
 
 class StateTree(Message, frozen=True):

@@ -168,8 +168,7 @@ def resume(
     run = Run(run_name, pool.hub, folder=Path(spec.folder), model=own_model, optimizer=own_optimizer, key=pool.key)
     run.num_steps, run.steps_per_epoch = spec.num_steps, spec.steps_per_epoch
     run.step = run.first_step = checkpoint.manifest.step
-    pool.run = run.watch()
-    return run
+    return pool.follow(run)
 
 
 # what is needed ------------------------------------------------------------------------------

@@ -202,6 +202,7 @@ class Run:
         self.batch_size = 0
         self.num_samples = 0  # of the training set
         self.num_shards = 0  # of a batch
+        self.num_owed = 0  # engines that its work has ended, and that the pool still lacks
         self.utilisation = Utilisation()
         self._hub = hub
         self._model = model
@@ -524,7 +525,7 @@ class Run:
         self._elapsed_seconds = state.elapsed_seconds
         self.utilisation.extend(state.usage)
         self.started, self.batch_size = state.started, state.batch_size
-        self.num_samples, self.num_shards = state.num_samples, state.num_shards
+        self.num_samples, self.num_shards, self.num_owed = state.num_samples, state.num_shards, state.num_owed
         self.first_step, self.num_steps, self.steps_per_epoch = state.first_step, state.num_steps, state.steps_per_epoch
         self.step = state.step  # who sees a step finds what is known of it in place, and who sees an event the step
         self.events.extend(state.events)

@@ -73,6 +73,12 @@ class Pool(EnginePool):
     linger_seconds = LINGER_SECONDS
     run: Run | None = None  # the last one that this kernel submitted or attached to
 
+    def follow(self, run: Run) -> Run:
+        """Let a run be the one that this kernel looks at, and the pool have what it needs to go on."""
+        run.add_listener(lambda run: self.fill_up() if run.num_owed else None)
+        self.run = run.watch()
+        return run
+
     def fit(self, model: torch.nn.Module, train: Any, **options: Any) -> Run:
         """`dnb.fit` on this pool."""
         return fit(model, train, pool=self, **options)
@@ -409,8 +415,7 @@ def fit(
     own_optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
     run = Run(run_name, pool.hub, folder=Path(spec.folder), model=model, optimizer=own_optimizer, key=pool.key)
     run.num_steps, run.steps_per_epoch = spec.num_steps, spec.steps_per_epoch
-    pool.run = run.watch()
-    return run
+    return pool.follow(run)
 
 
 def attach(name: str | None = None, *, model: torch.nn.Module | None = None, steer: bool = False) -> Run:
@@ -431,14 +436,14 @@ def attach(name: str | None = None, *, model: torch.nn.Module | None = None, ste
     if pool is not None and held is not None and name in (None, held):
         if pool.run is not None and pool.run.name == held and model is None:
             return pool.run
-        pool.run = Run(held, pool.hub, folder=RUNS_FOLDER / held, model=model, key=pool.key).watch()
+        run = pool.follow(Run(held, pool.hub, folder=RUNS_FOLDER / held, model=model, key=pool.key))
         if not pool.is_steered_here:
             log.warning(
                 "run %r is steered by the kernel with pid %d, this one watches: %%dtrain attach --steer takes over",
                 held,
                 pool.facts.owner.pid if pool.facts.owner is not None else 0,
             )
-        return pool.run
+        return run
     if name is not None:
         with long_work(f"reading run {name!r} from its folder"):
             return Run.open(RUNS_FOLDER / name)

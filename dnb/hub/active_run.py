@@ -93,6 +93,8 @@ class ActiveRun:
         send: sends a record with frames to an engine.
         offer_wire: lets an engine connect its wire.
         release: told of an engine that was asked to leave, when it owes the run nothing any more.
+        condemn: ends an engine that holds others up.
+        replace: told how many engines are to take the place of those that the run's work has ended.
         life: how many hubs the pool had before this one.
         departed: accounts of engines that are gone, of a run that was taken over.
         count_commit: told of every step and evaluation that counts from now on.
@@ -109,6 +111,7 @@ class ActiveRun:
         offer_wire: OfferWire,
         release: Callable[[int], None],
         condemn: Callable[[int], None],
+        replace: Callable[[int], None],
         life: int = 0,
         departed: Iterable[WorkerTotals] = (),
         count_commit: Callable[[int], None] = lambda _: None,
@@ -124,7 +127,7 @@ class ActiveRun:
         self._members: dict[int, _Member] = {}
         engines = list(engines)
         present = [] if beginning.is_taken_over else engines
-        self._condemn = condemn
+        self._condemn, self._replace = condemn, replace
         self._meetings: dict[int, Meeting] = {}  # where teams find themselves
         for facts in present:
             self._members[facts.engine] = self._member(facts)
@@ -208,6 +211,7 @@ class ActiveRun:
             error=beginning.error,
             traceback=beginning.traceback,
             life=life,
+            name_samples=self._batches.name_samples,
         )
         if not spec.partitions:
             return make(engines=engines, returning=returning)
@@ -364,11 +368,15 @@ class ActiveRun:
         self._accounts.open(facts)
         self._dispatch(machine.EngineJoined(facts.engine))
 
-    def lose_engine(self, engine: int, reason: str) -> None:
+    def lose_engine(self, loss: machine.EngineLost) -> None:
         """An engine died."""
-        self._forget_member(engine, fate="dead")
-        self._dispatch(machine.EngineLost(engine, reason))
-        self._conclude_without(engine)
+        self._forget_member(loss.engine, fate="dead")
+        self._dispatch(loss)
+        self._conclude_without(loss.engine)
+
+    def expect_loss(self, engine: int) -> None:
+        """An engine will be lost in a moment."""
+        self._dispatch(machine.EngineEnding(engine))
 
     def silence_engine(self, engine: int, reason: str, *, is_asleep: bool = False) -> None:
         """An engine is not heard any more; one that is asleep was not stopped."""
@@ -530,12 +538,15 @@ class ActiveRun:
 
     # what others may know
 
-    def state(self, request: GetRun, *, heartbeats: Mapping[int, float]) -> tuple[RunState, list[bytes]]:
+    def state(
+        self, request: GetRun, *, heartbeats: Mapping[int, float], num_owed: int = 0
+    ) -> tuple[RunState, list[bytes]]:
         """What a viewer does not have yet; changes nothing.
 
         Args:
             request: with what it has.
             heartbeats: seconds since each living engine was heard.
+            num_owed: engines that the pool lacks.
         """
         columns, frames = self._columns.after(request.seen)
         state = RunState(
@@ -558,6 +569,7 @@ class ActiveRun:
             batch_size=self.spec.batch_size,
             num_samples=self.spec.num_samples,
             num_shards=self.spec.num_shards,
+            num_owed=num_owed,
         )
         return state, frames
 
@@ -619,6 +631,8 @@ class ActiveRun:
                 self._meetings.pop(team, None)
             case machine.Condemn(engine):
                 self._condemn(engine)
+            case machine.Replace(number):
+                self._replace(number)
             case machine.End():
                 self._end()
         return None

@@ -1,13 +1,16 @@
-"""Failures of user code on several engines, as few causes."""
+"""What failed on several engines, or ended them, as few causes."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable, Mapping, Sequence
 
+from dnb.hub.tasks import Death
 from dnb.records import Failure
 
 # More would not be read.
 NUM_SHOWN = 3
+MOST_RANGES = 12
 
 
 def describe_causes(failures: Iterable[tuple[int, Failure]]) -> tuple[str, str]:
@@ -37,6 +40,61 @@ def _name_places(places: Mapping[int, str]) -> str:
     named = [f"engine {engine}: {place}" if place else f"engine {engine}" for engine, place in places.items()]
     more = [f"and {len(named) - NUM_SHOWN} more engines"] if len(named) > NUM_SHOWN else []
     return "; ".join(named[:NUM_SHOWN] + more)
+
+
+def describe_deaths(deaths: Sequence[Death], samples: str) -> str:
+    """How engines ended at the same shards.
+
+    Args:
+        deaths: of those engines.
+        samples: of the shards that all of them had, in words.
+    """
+    by_reason: dict[str, list[int]] = {}
+    for death in deaths:
+        by_reason.setdefault(death.reason, []).append(death.engine)
+    ended = " and ".join(f"{name_engines(engines)} {reason}" for reason, engines in by_reason.items())
+    shards = sorted(frozenset.intersection(*(death.shards for death in deaths)))
+    who = "it" if len(deaths) == 1 else "both" if len(deaths) == 2 else "all"
+    named = f"shard{'s' * (len(shards) > 1)} {ranges_text(shards)}"
+    return f"{ended} while {who} had {named}{f': {samples}' if samples else ''}"
+
+
+def describe_exit(code: int | None, *, is_wanted: bool = False) -> str:
+    """How a process ended.
+
+    Args:
+        code: as `subprocess` counts; None if it is not known.
+        is_wanted: it was killed on purpose.
+    """
+    if code is None:
+        return "died"
+    if code >= 0:
+        return f"died (exit code {code})"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    hint = ", as by the system when memory runs out" if code == -signal.SIGKILL and not is_wanted else ""
+    return f"died by {name}{hint}"
+
+
+def is_crash(code: int | None) -> bool:
+    """Whether a process has ended by itself: no signal that others send, and no unknown end."""
+    others = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    return code is not None and -code not in others
+
+
+def ranges_text(numbers: Sequence[int]) -> str:
+    """Numbers in order, for a sentence: neighbours as a range, and only the first of many."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    shown = [f"{first}" if first == last else f"{first} to {last}" for first, last in ranges[:MOST_RANGES]]
+    left = sum(last - first + 1 for first, last in ranges[MOST_RANGES:])
+    return ", ".join(shown) + (f" and {left} more" if left else "")
 
 
 def name_engines(engines: Sequence[int]) -> str:

@@ -31,6 +31,9 @@ again, and an answer counts only if its lease is open: that is how late, repeate
 - A silent engine gets nothing more until it is heard and has answered; a *busy* one (which works, but cannot beat)
   is like any other, except that neither a start nor a stop waits for it for ever.
 - Shares follow the engines' speeds where these really differ (`dnb.hub.speeds`).
+- Work that ends its engine is given to others once: if it ends the next one, too, the run pauses, names the shards that
+  both had, and asks for engines in the place of those that died. A death that somebody is known to have caused is none
+  of these; a step that is committed acquits everybody.
 - User code that fails pauses the run at that step, once everybody who can be waited for has answered.
 - An engine that retires answers its lease, gets no other, and is released; without the last one the run pauses.
 - A spare has loaded the run and rests: it gets nothing until it is woken.
@@ -41,10 +44,10 @@ again, and an answer counts only if its lease is open: that is how late, repeate
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
-from dnb.hub.causes import describe_causes, name_engines
+from dnb.hub.causes import describe_causes, describe_deaths, name_engines
 from dnb.hub.events import (
     Action,
     Asked,
@@ -55,6 +58,7 @@ from dnb.hub.events import (
     Committed,
     End,
     EngineBusy,
+    EngineEnding,
     EngineHeard,
     EngineJoined,
     EngineLoaded,
@@ -66,6 +70,7 @@ from dnb.hub.events import (
     Note,
     PeerLost,
     Release,
+    Replace,
     RestEngine,
     RetireEngine,
     Tick,
@@ -74,7 +79,7 @@ from dnb.hub.events import (
     WorkDone,
 )
 from dnb.hub.leases import Lease, Leases
-from dnb.hub.tasks import Task
+from dnb.hub.tasks import Death, Task
 from dnb.records import ENDED, Failure, Partition, RunStatus, WorkKind
 
 # When user code has failed, and how long the others take is not known yet: so long they are waited for.
@@ -85,6 +90,8 @@ START_SECONDS = 2.0
 BUSY_START_SECONDS = 10.0
 # A run that is to stop ends without the step under way if all were in calls that hold their interpreters for so long.
 BUSY_STOP_SECONDS = 5.0
+# How long a run that is resumed without engines waits for the first that joins.
+REFILL_SECONDS = 60.0
 # A run whose every step is late would fill its history: so often the same is told of an engine.
 MOST_TOLD = 3
 
@@ -104,6 +111,7 @@ class Coordinator:
         error: of a run that was taken over.
         traceback: of what is in `error`.
         life: how many coordinators had the run before: no lease has the number of one of theirs.
+        name_samples: of some shards of the task under way, for people.
     """
 
     def __init__(
@@ -120,6 +128,7 @@ class Coordinator:
         error: str = "",
         traceback: str = "",
         life: int = 0,
+        name_samples: Callable[[WorkKind, int, Sequence[int]], str] = lambda _kind, _step, _shards: "",
     ) -> None:
         self.num_steps = num_steps
         self.num_shards = num_shards
@@ -143,6 +152,9 @@ class Coordinator:
         self._committing = False
         self._last_loss = ""
         self._was_asked_for = False  # the last loss
+        self._ending: set[int] = set()  # engines that are about to be lost
+        self._name_samples = name_samples
+        self._refill_since: float | None = None  # resumed without engines, as others are to come
         self._load_failures: list[tuple[int, Failure]] = []
         self._told_late: set[int] = set()
         self._told_silent: set[int] = set()
@@ -174,10 +186,11 @@ class Coordinator:
                 return self._join(engine)
             case EngineLoaded(engine):
                 return self._load(engine)
-            case EngineLost(engine, reason, is_slab_lost):
-                if is_slab_lost and self._task is not None and not self._committing:
-                    self._task.tear(engine)
-                return self._lose(engine, reason)
+            case EngineLost():
+                return self._lose(event)
+            case EngineEnding(engine):
+                self._ending.add(engine)
+                return []
             case EngineSilent(engine, reason, is_asleep):
                 return self._silence(engine, reason, is_asleep=is_asleep)
             case EngineBusy(engine):
@@ -247,6 +260,7 @@ class Coordinator:
             return []
         self._loading.discard(engine)
         self._ready.add(engine)
+        self._refill_since = None
         kind, more = ("spare", ", and rests") if engine in self._resting else ("joined", "")
         actions: list[Action] = [Note(kind, f"engine {engine} has model and data{more}", engine)]
         if self.status == "starting":
@@ -283,24 +297,76 @@ class Coordinator:
             self._returning_since = self._leases.now
         return self._leases.now - self._returning_since < START_SECONDS
 
-    def _lose(self, engine: int, reason: str) -> list[Action]:
-        if engine in self._returning:
-            self._returning.discard(engine)
-            self._last_loss, self._was_asked_for = f"engine {engine} {reason}", False
-            return [Note("died", self._last_loss, engine), *self._end_or_go_on()]
-        if engine not in self._loading and engine not in self._ready:
+    def _lose(self, event: EngineLost) -> list[Action]:
+        engine = event.engine
+        loss = f"engine {engine if event.member is None else event.member} {event.reason}"
+        self._ending.discard(engine)
+        if event.is_slab_lost and self._task is not None and not self._committing:
+            self._task.tear(engine)
+        is_known = engine in self._loading or engine in self._ready
+        if not is_known and engine not in self._returning:
             return []
-        self._last_loss, self._was_asked_for = f"engine {engine} {reason}", False
-        return [Note("died", self._last_loss, engine), *self._drop(engine)]
+        self._last_loss, self._was_asked_for = loss, False
+        note = Note("died", loss, engine)
+        if not is_known:
+            self._returning.discard(engine)
+            return [note, *self._end_or_go_on()]
+        deaths = self._suspected(event) if event.is_suspect else []
+        if deaths:
+            self._forget(engine)
+            return [note, *self._pause_at_deaths(deaths)]
+        return [note, *self._drop(engine)]
 
-    def _drop(self, engine: int) -> list[Action]:
-        """Let an engine go, and others redo what is lost with it."""
-        for group in (self._loading, self._ready, self._retiring, self._resting):
+    def _suspected(self, event: EngineLost) -> list[Death]:
+        """The deaths that are no accident, if this one is not the first at its shards, or the last that can be."""
+        lease, task = self._leases.by_engine.get(event.engine), self._task
+        if lease is None or task is None or self._committing or (lease.kind, lease.step) != (task.kind, task.step):
+            return []
+        who = event.engine if event.member is None else event.member
+        deaths = task.bury(lease, who, event.reason)
+        is_last = not (self._ready | self._loading | self._returning) - {event.engine}
+        if not deaths and is_last and event.is_crash and task.deaths[-1].shards:
+            return task.deaths[-1:]
+        return deaths
+
+    def _pause_at_deaths(self, deaths: Sequence[Death]) -> list[Action]:
+        """Work has ended engines: nobody else is given it before the user has looked at it."""
+        task = self._task
+        assert task is not None
+        self._give_up()
+        replace = Replace(len(task.deaths))
+        if self._wish == "stop":
+            return [replace, *self._end("stopped")]
+        shards = sorted(frozenset.intersection(*(death.shards for death in deaths)))
+        told = describe_deaths(deaths, self._name_samples(task.kind, task.step, shards))
+        return [*self._pause_to_mend(task, told), replace, *self._release_free()]
+
+    def _give_up(self) -> None:
+        """No answer to the task under way will count."""
+        for lease in self._leases.open:
+            lease.is_open = False
+        self._task = None
+
+    def _pause_to_mend(self, task: Task, text: str, traceback: str = "") -> list[Action]:
+        place = f"step {task.step}" if task.kind == "step" else f"the evaluation after step {task.step}"
+        error = (
+            f"paused at {place}: {text}; nothing of this {task.kind} was applied. "
+            "Mend it and run.resume(step=mended) or run.resume(loss=mended), or run.stop() keeps what was trained"
+        )
+        return self._pause(error, is_error=True, traceback=traceback)
+
+    def _forget(self, engine: int) -> int:
+        """An engine is gone; how many shards are to be redone for that."""
+        for group in (self._loading, self._ready, self._retiring, self._resting, self._ending):
             group.discard(engine)
         self._silent.pop(engine, None)
         self._busy.pop(engine, None)
         lease = self._leases.drop(engine)
-        num_shards = self._take_away(lease) if lease is not None and lease.is_open else 0
+        return self._take_away(lease) if lease is not None and lease.is_open else 0
+
+    def _drop(self, engine: int) -> list[Action]:
+        """Let an engine go, and others redo what is lost with it."""
+        num_shards = self._forget(engine)
         if self._committing:
             return []  # what is being committed is whole; the next task sees who is left
         actions = [_reassigned(engine, num_shards)] if num_shards and self._has_engines else []
@@ -308,7 +374,11 @@ class Coordinator:
 
     @property
     def _has_engines(self) -> bool:
-        return bool(self._ready or self._loading or self._returning)
+        return bool(self._ready or self._loading or self._returning) or self._is_refill_awaited()
+
+    def _is_refill_awaited(self) -> bool:
+        since = self._refill_since
+        return since is not None and self._leases.now - since < REFILL_SECONDS
 
     def _end_or_go_on(self) -> list[Action]:
         """Somebody is gone: others may go on without, or nobody is left."""
@@ -404,7 +474,7 @@ class Coordinator:
 
     def _can_help(self, engine: int) -> bool:
         """Whether an engine that is ready is free, or will be when it answers."""
-        if engine in self._silent or engine in self._retiring or engine in self._resting:
+        if engine in self._silent or engine in self._retiring or engine in self._resting or engine in self._ending:
             return False
         lease = self._leases.by_engine.get(engine)
         return lease is None or lease.is_open
@@ -441,6 +511,8 @@ class Coordinator:
             return self._begin_if_loaded()
         if task is None or self._committing:
             return []
+        if self._refill_since is not None and not self._has_engines:
+            return self._end_without_engines()
         if self._wish == "stop" and not self._can_advance():
             return self._end("stopped")
         return self._pause_if_answered(task) if task.failures else self._redo_late(task)
@@ -525,7 +597,7 @@ class Coordinator:
         self._task = task = Task(kind, step)
         engines = sorted(self._ready)
         busy = self._leases.by_engine
-        if busy or self._silent or self._retiring or self._resting:
+        if busy or self._silent or self._retiring or self._resting or self._ending:
             engines = [engine for engine in engines if engine not in busy and self._can_help(engine)]
         if not engines:
             task.has_gaps = True
@@ -604,6 +676,8 @@ class Coordinator:
         self._wish = None
         self.status = "running"
         self.error = self.traceback = ""
+        if not self._has_engines and not self._was_asked_for:
+            self._refill_since = self._leases.now
         return [Note("resumed", f"resumed after step {self.step}"), *self._next_task()]
 
     # failures and ends
@@ -631,18 +705,11 @@ class Coordinator:
         """User code has failed: pause, unless somebody may still say that it failed there too."""
         if any(self._is_awaited(lease, task) for lease in self._leases.open):
             return []
-        for lease in self._leases.open:
-            lease.is_open = False
-        self._task = None
+        self._give_up()
         if self._wish == "stop":
             return self._end("stopped")
         text, traceback = describe_causes(task.failures)
-        place = f"step {task.step}" if task.kind == "step" else f"the evaluation after step {task.step}"
-        error = (
-            f"paused at {place}: {text}; nothing of this {task.kind} was applied. "
-            "Mend it and run.resume(step=mended) or run.resume(loss=mended), or run.stop() keeps what was trained"
-        )
-        return self._pause(error, is_error=True, traceback=traceback) + self._release_free()
+        return self._pause_to_mend(task, text, traceback) + self._release_free()
 
     def _is_awaited(self, lease: Lease, task: Task) -> bool:
         if lease.engine in self._silent or self._leases.is_late(lease):
@@ -650,11 +717,17 @@ class Coordinator:
         return self._leases.may_be_late(lease) or self._leases.now - task.failed_at <= FAILED_SECONDS
 
     def _end_without_engines(self) -> list[Action]:
-        """The last engine is gone: the run has failed, unless the user took it away."""
+        """The last engine is gone: the run has failed, unless the user took it away, or it stands still anyway."""
+        if self.status == "paused":
+            return []
+        if self._refill_since is not None:
+            self._refill_since = self._task = None
+            text = f"paused after step {self.step}: no engine has come within {REFILL_SECONDS:g} s"
+            return self._pause(f"{text}. %dtrain add, then %dtrain resume")
         if self._was_asked_for:
             self._task = None
             text = f"paused after step {self.step}: the last engine left. %dtrain add, then %dtrain resume"
-            return [] if self.status == "paused" else self._pause(text)
+            return self._pause(text)
         if self.status == "starting" and self._load_failures:
             failures = [failure for _, failure in self._load_failures]
             if len({(failure.kind, failure.message) for failure in failures}) == 1:

@@ -31,6 +31,16 @@ class EngineLost:
     engine: int
     reason: str
     is_slab_lost: bool = False  # even what it had reported whole does not count any more
+    is_suspect: bool = False  # nobody is known to have ended it: what it computed may have done so
+    is_crash: bool = False  # nothing but what it ran can have ended it
+    member: int | None = None  # of a team: the engine that is lost
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEnding:
+    """An engine is about to be lost, for no fault of what it may be given now: it gets nothing more."""
+
+    engine: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +165,7 @@ Event = (
     EngineJoined
     | EngineLoaded
     | EngineLost
+    | EngineEnding
     | EngineSilent
     | EngineBusy
     | EngineHeard
@@ -229,6 +240,13 @@ class Condemn:
 
 
 @dataclass(frozen=True, slots=True)
+class Replace:
+    """Fill the pool up again by so many engines, whether it replaces the dead or not."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
 class Disband:
     """A team will never come together: whoever waits for its other members need not."""
 
@@ -244,4 +262,4 @@ class End:
     traceback: str = ""
 
 
-Action = LoadEngine | Assign | Commit | Note | Release | Condemn | Disband | End
+Action = LoadEngine | Assign | Commit | Note | Release | Condemn | Replace | Disband | End

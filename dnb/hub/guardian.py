@@ -153,7 +153,8 @@ class Guardian:
     def _fork(self, bequest: Bequest) -> int:
         pid = os.fork()
         if pid == 0:
-            _serve(bequest, self._listeners, self._recorder)
+            exits = None if self._nursery is None else self._nursery.exits.reader
+            _serve(bequest, self._listeners, self._recorder, exits=exits)
         return pid
 
     def _spawn(self, bequest: Bequest) -> int:
@@ -198,10 +199,13 @@ def warm_up(*, with_engines: bool = False) -> None:
     gc.freeze()  # else a collection in the fork would copy every page it looks at
 
 
-def _serve(bequest: Bequest, listeners: dict[str, socket.socket], recorder: Recorder) -> NoReturn:
+def _serve(
+    bequest: Bequest, listeners: dict[str, socket.socket], recorder: Recorder, *, exits: int | None = None
+) -> NoReturn:
     """Be the hub. If it ends by an exception, nothing is done that SIGKILL would not have done."""
     code = 1
     try:
+        from dnb.hub.exits import ExitReader
         from dnb.hub.service import Service
 
         name_process("dnb-hub")
@@ -219,6 +223,7 @@ def _serve(bequest: Bequest, listeners: dict[str, socket.socket], recorder: Reco
             life=bequest.life,
             crashes=bequest.crashes,
             recorder=recorder,
+            exits=ExitReader(exits),
         )
         signal.signal(signal.SIGTERM, lambda *_: service.end("asked to, by a signal"))
         if asked:

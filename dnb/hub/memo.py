@@ -40,6 +40,7 @@ class PoolMemo(Record, frozen=True):
     num_killed: int
     stopped: tuple[tuple[Process, float], ...]  # on purpose; until when on the host's monotonic clock
     helpers: tuple[Process, ...]
+    num_owed: int = 0
 
 
 class RunMemo(Record, frozen=True):

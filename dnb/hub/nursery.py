@@ -22,6 +22,7 @@ from typing import NoReturn
 import msgspec
 
 from dnb.errors import PoolError
+from dnb.hub.exits import ExitWriter
 from dnb.records import Record
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class Nursery:
         self._listener.bind(_address(cluster_id))
         self._listener.listen(QUEUE_LENGTH)
         self._engines: set[int] = set()  # their pids
+        self.exits = ExitWriter()
 
     def fileno(self) -> int:
         """For `select`."""
@@ -106,7 +108,9 @@ class Nursery:
     def bury(self) -> None:
         """Let engines that have ended leave the table of processes."""
         for pid in list(self._engines):
-            if os.waitpid(pid, os.WNOHANG)[0]:
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                self.exits.write(pid, status)
                 self._engines.discard(pid)
 
     def wait_until_empty(self, *, limit_seconds: float) -> None:

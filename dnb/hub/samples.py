@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from dnb.errors import ArgumentError
+from dnb.hub.causes import ranges_text
 from dnb.hub.user_code import UserCodeError
 from dnb.planning.sample_order import BatchOrder, has_sampler, iterate_epochs, name_sampler
 from dnb.planning.shards import shard_bounds
@@ -62,6 +63,15 @@ class Batches:
         if shards[-1] - shards[0] == len(shards) - 1:  # neighbours
             return sizes, indices[ends[0][0] : ends[-1][1]].tobytes()
         return sizes, b"".join(indices[first:last].tobytes() for first, last in ends)
+
+    def name_samples(self, kind: WorkKind, step: int, shards: Sequence[int]) -> str:
+        """The samples of some shards of the task under way, for people."""
+        if not shards:
+            return ""
+        _, raw = self.samples_of(kind, step, shards)
+        indices = np.unique(np.frombuffer(raw, dtype=np.int64)).tolist()
+        of = "" if kind == "step" else " of the validation data"
+        return f"sample{'s' * (len(indices) > 1)} {ranges_text(indices)}{of}" if indices else ""
 
     def num_samples(self, kind: WorkKind, step: int) -> int:
         """Samples of a whole task."""

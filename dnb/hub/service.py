@@ -26,8 +26,11 @@ import psutil
 import zmq
 
 from dnb.errors import ArgumentError, DnbError, HubError, RunError
+from dnb.hub.causes import describe_exit, is_crash
 from dnb.hub.chaos import Mischief
 from dnb.hub.crashes import Caution, Crash, Recorder, caution_after, restarts_of
+from dnb.hub.events import EngineLost
+from dnb.hub.exits import ExitReader
 from dnb.hub.hearts import SILENT_SECONDS, Hearts
 from dnb.hub.memo import (
     ACCOUNTS_FILE,
@@ -156,6 +159,7 @@ class Service:
         life: how many hubs this pool had before.
         crashes: how the last ones of them have ended.
         recorder: notes how far this one is.
+        exits: how engines have ended.
     """
 
     def __init__(
@@ -168,6 +172,7 @@ class Service:
         recorder: Recorder,
         life: int = 0,
         crashes: Sequence[Crash] = (),
+        exits: ExitReader | None = None,
     ) -> None:
         self._config = config
         self._guardian = guardian
@@ -194,6 +199,9 @@ class Service:
         self._wanted_spares = 0
         self._restart: Literal["never", "always"] = "never"  # kept for the kernel that steers
         self._dead: set[int] = set()
+        self._exits = exits or ExitReader(None)
+        self._killed: set[Process] = set()  # on purpose
+        self._num_owed = 0  # engines that a run's work has ended, and that nobody has replaced yet
         self._leavers: dict[Process, float] = {}  # told to end; when they are killed
         self._is_file_old = False  # the pool's record on disk
         self._is_memo_old = self._is_run_memo_old = False  # what the next hub will find
@@ -253,6 +261,7 @@ class Service:
             self._wanted_spares = memo.wanted_spares
             self._restart = memo.restart
             self._dead = set(memo.dead)
+            self._num_owed = memo.num_owed
             self._mischief.num_killed = memo.num_killed
             self._mischief.stopped = dict(memo.stopped)
             self._known_helpers = set(memo.helpers)
@@ -331,6 +340,7 @@ class Service:
             num_killed=self._mischief.num_killed,
             stopped=tuple(self._mischief.stopped.items()),
             helpers=tuple(self._known_helpers),
+            num_owed=self._num_owed,
         )
 
     def _drain(self, router: zmq.Socket[bytes], take: Callable[[list[bytes]], None]) -> None:
@@ -351,7 +361,7 @@ class Service:
 
     def _serve_line(self, place: int, line: Line) -> None:
         line.wire.flush()
-        reason = "died"
+        reason = ""
         try:
             for packed, _raw in line.wire.receive():
                 message = decode_peer(self._decode_engine, packed)
@@ -375,7 +385,7 @@ class Service:
         if self._run is not None:
             self._run.attach(engine, line.wire)
 
-    def _drop_line(self, place: int, line: Line, *, reason: str = "died") -> None:
+    def _drop_line(self, place: int, line: Line, *, reason: str = "") -> None:
         """A connection that closes is how a death is seen first."""
         self._poller.unregister(place)
         self._wiring.drop(place)
@@ -439,6 +449,8 @@ class Service:
         is_back = self._returning.pop(number, None) is not None
         is_spare = number in self._spares if is_back else becomes_spare(others, wanted=self._wanted_spares)
         self._engines[number] = _Engine(facts, identity, num_wires=join.num_wires, is_spare=is_spare)
+        if not is_back and known is None and number not in self._dead:
+            self._num_owed = max(self._num_owed - 1, 0)
         self._dead.discard(number)  # it had only lost its connection, or stood still
         self._hearts.begin(number, time.monotonic())
         self._send_to_engine(number, Welcome())
@@ -450,7 +462,17 @@ class Service:
         if is_back and number in self._leaving:
             self._let_leave([number])
 
-    def _lose(self, engine: int, reason: str) -> None:
+    def _lose(self, engine: int, reason: str = "") -> None:
+        """An engine is gone; whoever is gone with it, and not noticed yet, gets nothing of what it had."""
+        others = [(n, e.facts.process) for n, e in self._engines.items() if n != engine]
+        gone_too = self._exits.ending(others) if engine in self._engines else []
+        if self._run is not None:
+            for number in gone_too:
+                self._run.expect_loss(number)
+        for number in (engine, *gone_too):
+            self._lose_one(number, reason if number == engine else "")
+
+    def _lose_one(self, engine: int, reason: str) -> None:
         lost = self._engines.pop(engine, None)
         self._hearts.drop(engine)
         self._is_file_old = self._is_memo_old = True
@@ -459,7 +481,22 @@ class Service:
             if not lost.is_spare and not lost.is_retiring:
                 self._wake_spare()  # first: so it has its part of the lost shards
         if self._run is not None:
-            self._run.lose_engine(engine, reason)
+            self._run.lose_engine(self._loss(engine, lost, reason))
+
+    def _loss(self, engine: int, lost: _Engine | None, reason: str) -> EngineLost:
+        """What is known of an engine's end."""
+        if lost is None or reason:
+            return EngineLost(engine, reason or "died")
+        process = lost.facts.process
+        code, is_wanted = self._exits.code_of(process), process in self._killed or lost.is_retiring
+        self._killed.discard(process)
+        is_gone = code is not None or process.host != self._process.host or look_at(process) == "gone"
+        return EngineLost(
+            engine,
+            describe_exit(code, is_wanted=is_wanted),
+            is_suspect=is_gone and not is_wanted,
+            is_crash=is_crash(code) and not is_wanted,
+        )
 
     def _miss(self, number: int) -> None:
         """An engine of the hub before will not come back."""
@@ -468,7 +505,7 @@ class Service:
         if number not in self._spares and not self._wake_spare():
             self._spares = frozenset(sorted(self._spares)[1:])  # one who is still to come does not rest
         if self._run is not None:
-            self._run.lose_engine(number, "died")
+            self._run.lose_engine(EngineLost(number, "died"))
 
     # those who leave, and spares
 
@@ -510,8 +547,15 @@ class Service:
     def _condemn(self, number: int) -> None:
         """An engine that stands still holds others up: it is killed, or cut off where that cannot be."""
         engine = self._engines.get(number)
-        if engine is not None and not signal_process(engine.facts.process, signal.SIGKILL):
+        if engine is not None and signal_process(engine.facts.process, signal.SIGKILL):
+            self._killed.add(engine.facts.process)
+        elif engine is not None:
             self._lose(number, "was cut off")
+
+    def _replace(self, number: int) -> None:
+        """Engines have ended at a run's work: the pool is filled up again, so that the run can go on."""
+        self._num_owed = min(self._num_owed + number, len(self._dead))
+        self._is_memo_old = True
 
     def _watch_leavers(self) -> None:
         if self._run is None or not self._run.is_active:
@@ -536,6 +580,8 @@ class Service:
     def _harm(self, request: Chaos) -> None:
         check_known([request.engine], self._engines)
         told = self._mischief.act(request, self._engines[request.engine].facts)
+        if request.verb == "kill":
+            self._killed.add(self._engines[request.engine].facts.process)
         self._is_memo_old = True
         if self._run is not None:
             self._run.tell("chaos", told, request.engine)
@@ -554,6 +600,7 @@ class Service:
             num_killed=self._mischief.num_killed,
             restart=self._restart,
             last_restart=self._restarts[-1].reason if self._restarts else "",
+            num_owed=self._num_owed,
         )
 
     def _send_to_engine(self, engine: int, record: Message, frames: Sequence[Any] = ()) -> None:
@@ -679,7 +726,8 @@ class Service:
             return _read(partial(self._lost_run.state, request))
         run = self._named(request.run)
         run.catch_up()
-        return _read(partial(run.state, request, heartbeats=self._hearts.ages(time.monotonic())))
+        heartbeats = self._hearts.ages(time.monotonic())
+        return _read(partial(run.state, request, heartbeats=heartbeats, num_owed=self._num_owed))
 
     def _named(self, name: str) -> ActiveRun:
         if self._lost_run is not None and self._lost_run.spec.name == name:
@@ -803,6 +851,7 @@ class Service:
             offer_wire=self._wiring.offer,
             release=self._release,
             condemn=self._condemn,
+            replace=self._replace,
             life=self._life,
             departed=() if accounts is None else accounts.departed,
             count_commit=self._recorder.count_commit,
@@ -849,7 +898,7 @@ class Service:
         for number, engine in list(self._engines.items()):
             state = look_at(engine.facts.process)
             if state == "gone":
-                self._lose(number, "died")
+                self._lose(number)
             elif state == "stopped" and self._hearts.declare_silent(number):
                 self._tell_silent(number, "was stopped")
 

@@ -17,6 +17,15 @@ class Part:
     apart: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Death:
+    """An engine that ended while it computed, by nobody's known hand."""
+
+    engine: int
+    reason: str
+    shards: frozenset[int]  # it was at, and nobody has reported
+
+
 @dataclass(slots=True)
 class Task:
     """A step or an evaluation: every shard is in an open lease, is reported once, or waits for somebody to be free."""
@@ -31,6 +40,7 @@ class Task:
     failures: list[tuple[int, Failure]] = field(default_factory=list)  # of user code, with the engine
     failed_at: float = 0.0
     cramped: set[int] = field(default_factory=set)  # engines that cannot have another slab
+    deaths: list[Death] = field(default_factory=list)
     num_taken: dict[int, int] = field(default_factory=dict)  # how often a silent engine's lease was taken from it
 
     def add(self, lease: Lease) -> None:
@@ -51,6 +61,14 @@ class Task:
     def shards_of(self, engine: int) -> set[int]:
         """What an engine has reported, which is redone if its own slab is torn."""
         return {shard for part in self.parts if part.engine == engine for shard in part.shards}
+
+    def bury(self, lease: Lease, engine: int, reason: str) -> list[Death]:
+        """An engine has ended at its work; the deaths at shards that were others' doom before, if it was so."""
+        done = {shard for part in self.parts for shard in part.shards}
+        death = Death(engine, reason, frozenset(lease.shards) - done)
+        before = next((each for each in reversed(self.deaths) if each.shards & death.shards), None)
+        self.deaths.append(death)
+        return [] if before is None else [before, death]
 
     def can_redo(self, engine: int) -> bool:
         """Whether there is a slab for an attempt that may come to nothing: its own if that is empty, or one more."""

@@ -32,6 +32,7 @@ from dnb.hub.events import (
     Disband,
     End,
     EngineBusy,
+    EngineEnding,
     EngineHeard,
     EngineJoined,
     EngineLoaded,
@@ -193,8 +194,8 @@ class Teams:
                 return self._join(engine)
             case EngineLoaded(engine):
                 return self._load(engine)
-            case EngineLost(engine, reason):
-                return self._lose(engine, reason)
+            case EngineLost():
+                return self._lose(event)
             case EngineSilent(engine, reason, is_asleep):
                 return self._silence(engine, reason, is_asleep=is_asleep)
             case EngineBusy(engine):
@@ -216,7 +217,7 @@ class Teams:
                 return self._tick(event)
             case EngineHeard(engine):
                 return self._hear(engine)
-            case LeaseDeclined():
+            case LeaseDeclined() | EngineEnding():
                 return []
             case Committed() | CommitRefused() | CommitFailed():
                 return self._tell(event) + self._grow_if_it_pays()
@@ -293,16 +294,24 @@ class Teams:
             return []
         return self._replace(team, f"it is formed anew over {wanted} engines")
 
-    def _replace(self, team: Team, reason: str, *, without: int | None = None) -> list[Action]:
-        """Another team takes a team's place; without enough engines for one, the team is lost."""
+    def _replace(self, team: Team, reason: str, *, dead: EngineLost | None = None) -> list[Action]:
+        """Another team takes a team's place; without enough engines for one, the team is lost.
+
+        Args:
+            team: that is broken.
+            reason: for people.
+            dead: the member that is the reason; the others are free.
+        """
         self._break(team)
         for engine in team.members:
             del self._team_of[engine]
-            if engine != without:
+            if dead is None or engine != dead.engine:
                 self._free.add(engine)
         del self._teams[team.number]
         actions = [Disband(team.number), *self._grow()]
         lost = EngineLost(team.number, reason, is_slab_lost=True)  # the next team may write into the same
+        if dead is not None:
+            lost = replace(dead, engine=team.number, is_slab_lost=True, member=dead.engine)
         return actions + self._tell(lost) + self._release_retired()
 
     def _break(self, team: Team) -> None:
@@ -325,7 +334,8 @@ class Teams:
         team.loading.discard(engine)
         return [] if team.loading else self._tell(EngineLoaded(team.number))
 
-    def _lose(self, engine: int, reason: str) -> list[Action]:
+    def _lose(self, event: EngineLost) -> list[Action]:
+        engine = event.engine
         known = engine in self._free or engine in self._team_of or engine in self._returning
         self._silent.pop(engine, None)
         self._busy.discard(engine)
@@ -335,11 +345,12 @@ class Teams:
         self._retiring.discard(engine)
         if not known:
             return []
-        died = Note("died", f"engine {engine} {reason}", engine)
+        loss = f"engine {engine} {event.reason}"
+        died = Note("died", loss, engine)
         team = self._team_of.get(engine)
         if team is None:
             return [died, *self._grow()]
-        return [died, *self._replace(team, f"engine {engine} {reason}", without=engine)]
+        return [died, *self._replace(team, loss, dead=event)]
 
     def _silence(self, engine: int, reason: str, *, is_asleep: bool) -> list[Action]:
         """The others of its team are stuck until it ends."""

@@ -261,13 +261,24 @@ class EnginePool:
 
     def _keep(self) -> None:
         """Have a keeper if there is something to keep."""
-        if self._keeper is not None and self._keeper.is_alive():
+        if self._keeper is not None and self._keeper.is_alive() and not self._keeper.is_done:
             return
         members = self._members()
-        if members.restart == "always" or members.wanted_spares:
+        if members.restart == "always" or members.wanted_spares or members.num_owed:
             look, start = self._members_if_steered, self._start_engines
             self._keeper = Keeper(members.restart, look=look, start=start, steady=self._steady)
             self._keeper.start()
+
+    def fill_up(self) -> None:
+        """Have engines started in the place of those that a run's work has ended, if this kernel steers."""
+        keeper = self._keeper
+        if keeper is not None and ((keeper.is_alive() and not keeper.is_done) or keeper.trouble):
+            return
+        try:
+            if self.is_steered_here:
+                self._keep()
+        except DnbError as error:
+            log.info("the pool is not filled up: %s", error)
 
     def _stop_keeping(self) -> None:
         if self._keeper is not None:

@@ -1,4 +1,7 @@
-"""What keeps a pool's number of engines: a thread that starts some in the place of those that died."""
+"""What keeps a pool's number of engines: a thread that starts some in the place of those that died.
+
+Those that a run's work has ended are replaced whatever was wished: the run has paused, and is to go on.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ CRASH_LOOP_SECONDS = 30.0
 
 
 class Replacements:
-    """How many engines are owed to a pool: those that died, if they are replaced, and spares that are missing.
+    """How many engines are owed to a pool: those that died, if they are replaced or the hub says so, missing spares.
 
     Args:
         restart: whether the dead are replaced.
@@ -52,7 +55,11 @@ class Replacements:
         if self._restart == "always":
             self._owed = max(self._owed + died, 0)
         missing_spares = members.wanted_spares - len(members.spares) if members.workers else 0
-        return max(self._owed, missing_spares, 0)
+        return max(self._owed, members.num_owed, missing_spares, 0)
+
+    def has_nothing_to_keep(self, members: Members) -> bool:
+        """Whether the pool is as it is wanted, and may become smaller."""
+        return self._restart == "never" and not members.num_owed and not members.wanted_spares
 
     def started(self, number: int) -> None:
         """So many have come up."""
@@ -97,23 +104,30 @@ class Keeper(threading.Thread):
         self._stopped = threading.Event()
         self._replacements = Replacements(restart, look())
         self.trouble = ""
+        self.is_done = False  # it ends, as there was nothing to keep; set while `steady` is held
 
     def stop(self) -> None:
         """Start nothing more; what is being started is not waited for."""
         self._stopped.set()
 
     def run(self) -> None:
-        """Look until it is stopped, hub or steering are gone, or the engines die faster than they can be replaced."""
+        """Look until it is stopped or of no use, or the engines die faster than they can be replaced."""
         while not self.trouble and not self._stopped.wait(LOOK_SECONDS):
             try:
                 with self._steady:
-                    self._replace()
+                    if not self._replace():
+                        return
             except (HubError, PoolError) as error:
                 log.info("the pool's engines are not kept any more: %s", error)
                 return
 
-    def _replace(self) -> None:
-        number = self._replacements.count(self._look(), now=self._clock())
+    def _replace(self) -> bool:
+        """Start those that are missing; whether there is anything to be kept."""
+        members = self._look()
+        if self._replacements.has_nothing_to_keep(members):
+            self.is_done = True
+            return False
+        number = self._replacements.count(members, now=self._clock())
         if self._replacements.is_crash_loop(now=self._clock()):
             self.trouble = (
                 f"more than {MOST_DEATHS} engines died within {CRASH_LOOP_SECONDS:g} s, and are not replaced any more: "
@@ -122,6 +136,7 @@ class Keeper(threading.Thread):
             log.warning(self.trouble)
         elif number and not self._stopped.is_set():
             self._start(number)
+        return True
 
     def _start(self, number: int) -> None:
         try:

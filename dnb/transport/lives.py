@@ -26,6 +26,8 @@ LOOK_SECONDS = 0.02
 CLOCK_SECONDS = 5.0
 # Of <linux/prctl.h>: the kernel sends a signal when the parent ends.
 PR_SET_PDEATHSIG = 1
+# Of <linux/sched.h>: the process is on its way out.
+PF_EXITING = 0x4
 
 
 def this_process() -> Process:
@@ -82,6 +84,26 @@ def look_at(process: Process) -> Literal["alive", "stopped", "gone"]:
         return "gone" if own is None else "stopped" if own.status() == psutil.STATUS_STOPPED else "alive"
     except psutil.NoSuchProcess:
         return "gone"
+
+
+def exit_code_of(process: Process) -> int | None:
+    """How this very process of this host has ended or is ending, as `subprocess` counts; None if it is not known.
+
+    It is known from the moment of a signal or exit until the parent has waited for it, on Linux.
+    """
+    if sys.platform != "linux" or process.host != socket.gethostname():
+        return None
+    try:
+        if abs(psutil.Process(process.pid).create_time() - process.create_time) >= CLOCK_SECONDS:
+            return None
+        facts = Path(f"/proc/{process.pid}/stat").read_bytes()
+    except (psutil.Error, OSError):
+        return None
+    fields = facts[facts.rindex(b")") + 2 :].split()  # of proc_pid_stat(5), from the third on
+    state, flags, status = fields[0], int(fields[6]), int(fields[49])
+    if state in b"Tt" or not (status or state == b"Z" or flags & PF_EXITING):
+        return None
+    return os.waitstatus_to_exitcode(status)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from dnb.hub.events import (
     Committed,
     End,
     EngineBusy,
+    EngineEnding,
     EngineHeard,
     EngineJoined,
     EngineLoaded,
@@ -27,6 +28,7 @@ from dnb.hub.events import (
     LoadEngine,
     Note,
     Release,
+    Replace,
     RetireEngine,
     Tick,
     UserCodeFailed,
@@ -1321,3 +1323,168 @@ def test_an_engine_that_retires_is_released_when_the_run_ends():
     coordinator.handle(RetireEngine(1))
     assert work(coordinator.handle(CommitFailed(1, INDEX_ERROR)))[1:] == [Release(1)]
     assert coordinator.handle(RetireEngine(0)) == [Release(0)]
+
+
+# work that ends its engine ------------------------------------------------------------------------
+
+
+def end(engine: int, reason: str = "died by SIGSEGV") -> EngineLost:
+    """Nobody is known to have ended it."""
+    return EngineLost(engine, reason, is_suspect=True, is_crash=True)
+
+
+def doomed(*reasons: str, num_steps: int = 3) -> tuple[Coordinator, list[Action]]:
+    """Three engines, of which the first two end at the same shards; what was said to the last of them."""
+    coordinator = Coordinator(
+        num_steps=num_steps,
+        num_shards=6,
+        evaluate_every=None,
+        engines=(0, 1, 2),
+        name_samples=lambda kind, step, shards: f"samples of {kind} {step}, {shards}",
+    )
+    for engine in range(3):
+        coordinator.handle(EngineLoaded(engine))
+    coordinator.handle(WorkDone(1, 2, "step", 1, (2, 3)))
+    coordinator.handle(end(0, reasons[0]))  # shard 0 goes to engine 1, shard 1 is left for engine 2
+    return coordinator, coordinator.handle(end(1, reasons[1]))
+
+
+def test_a_second_death_at_the_same_shards_pauses_the_run_and_names_signal_and_samples():
+    coordinator, actions = doomed("died by SIGSEGV", "died by SIGSEGV")
+    error = (
+        "paused at step 1: engines 0, 1 died by SIGSEGV while both had shard 0: samples of step 1, [0]; nothing of "
+        "this step was applied. Mend it and run.resume(step=mended) or run.resume(loss=mended), or run.stop() keeps "
+        "what was trained"
+    )
+    assert actions == [Note("died", "engine 1 died by SIGSEGV", 1), Note("paused", error), Replace(2)]
+    assert (coordinator.status, coordinator.error) == ("paused", error)
+
+
+def test_engines_that_ended_in_different_ways_are_told_apart():
+    coordinator, _ = doomed("died by SIGSEGV", "died (exit code 3)")
+    assert "engine 0 died by SIGSEGV and engine 1 died (exit code 3) while both had shard 0" in coordinator.error
+
+
+def test_the_step_that_ended_engines_is_done_again_when_the_run_is_resumed():
+    coordinator, _ = doomed("died by SIGSEGV", "died by SIGSEGV")
+    coordinator.handle(WorkDone(2, 3, "step", 1, (4, 5)))  # refused
+    for engine in (3, 4):
+        coordinator.handle(EngineJoined(engine))
+        coordinator.handle(EngineLoaded(engine))
+    again = coordinator.handle(Asked("resume"))
+    assert [each.engine for each in of_kind(again, Assign)] == [2, 3, 4]
+    assert report(coordinator, *of_kind(again, Assign)) == [Commit("step", 1, ((2, (0, 1)), (3, (2, 3)), (4, (4, 5))))]
+
+
+def test_a_stop_that_was_asked_for_ends_a_run_whose_work_ends_engines():
+    coordinator, actions = loaded(0, 1, 2, num_shards=6)
+    report(coordinator, of_kind(actions, Assign)[1])
+    coordinator.handle(Asked("stop"))
+    coordinator.handle(end(0))
+    assert work(coordinator.handle(end(1))) == [Replace(2), End("stopped")]
+
+
+def test_deaths_at_different_shards_pause_nothing():
+    coordinator, actions = loaded(0, 1, 2, num_shards=6)
+    coordinator.handle(end(0))
+    coordinator.handle(end(1))
+    assert coordinator.status == "running"
+    assert report(coordinator, of_kind(actions, Assign)[2]) == [
+        Assign(2, "step", 1, (0, 1, 2, 3), fresh=False, lease=4)
+    ]
+
+
+def test_what_another_engine_has_reported_is_not_suspected():
+    coordinator, actions = loaded(0, 1, 2, num_shards=6)
+    report(coordinator, of_kind(actions, Assign)[1])
+    (again,) = of_kind(coordinator.handle(end(0)), Assign)
+    assert again.shards == (0,)
+    report(coordinator, again)
+    assert work(coordinator.handle(end(1))) == []
+    assert coordinator.status == "running"
+
+
+def test_a_committed_step_acquits_everybody():
+    coordinator, actions = loaded(0, 1, 2, num_shards=6)
+    coordinator.handle(end(0))
+    again = [a for each in of_kind(actions, Assign)[1:] for a in of_kind(report(coordinator, each), Assign)]
+    assert of_kind(report(coordinator, *again), Commit)
+    coordinator.handle(Committed("step", 1))
+    coordinator.handle(end(1))
+    assert coordinator.status == "running"
+
+
+def test_engines_that_were_killed_on_purpose_pause_nothing():
+    coordinator, actions = loaded(0, 1, 2, num_shards=6)
+    report(coordinator, of_kind(actions, Assign)[1])
+    coordinator.handle(EngineLost(0, "died"))
+    coordinator.handle(EngineLost(1, "died"))
+    assert coordinator.status == "running"
+
+
+def test_engines_that_end_together_get_nothing_of_each_other():
+    coordinator, actions = loaded(0, 1, 2, num_shards=6)
+    report(coordinator, of_kind(actions, Assign)[1])
+    coordinator.handle(EngineEnding(1))
+    assert work(coordinator.handle(end(0))) == []
+    assert work(coordinator.handle(end(1))) == []
+    assert coordinator.status == "running"
+
+
+def test_the_last_engine_that_crashes_at_its_work_pauses_the_run():
+    coordinator, _ = loaded(0)
+    actions = coordinator.handle(end(0))
+    assert work(actions) == [Replace(1)]
+    assert "paused at step 1: engine 0 died by SIGSEGV while it had shards 0 to 3; nothing" in coordinator.error
+
+
+def test_the_last_two_engines_that_crash_at_different_shards_pause_the_run():
+    coordinator, _ = loaded(0, 1)
+    coordinator.handle(end(0))
+    assert work(coordinator.handle(end(1))) == [Replace(2)]
+    assert "engine 1 died by SIGSEGV while it had shards 2 to 3;" in coordinator.error
+
+
+def test_the_last_engine_that_somebody_may_have_killed_fails_the_run():
+    coordinator, _ = loaded(0)
+    coordinator.handle(EngineLost(0, "died by SIGKILL", is_suspect=True))
+    assert (coordinator.status, coordinator.error) == (
+        "failed",
+        "no engine is left at step 0: engine 0 died by SIGKILL",
+    )
+
+
+def test_a_paused_run_whose_last_engine_ends_stays_paused():
+    coordinator, _ = doomed("died by SIGSEGV", "died by SIGSEGV")
+    coordinator.handle(EngineLost(2, "died"))
+    assert coordinator.status == "paused"
+    assert "SIGSEGV" in coordinator.error
+
+
+def test_a_run_that_is_resumed_before_anybody_has_come_waits_for_the_first():
+    coordinator, _ = loaded(0)
+    coordinator.handle(end(0), now=5.0)
+    coordinator.handle(Asked("resume"), now=6.0)
+    assert coordinator.status == "running"
+    coordinator.handle(EngineJoined(1), now=7.0)
+    assert of_kind(coordinator.handle(EngineLoaded(1), now=8.0), Assign) == [
+        Assign(1, "step", 1, (0, 1, 2, 3), fresh=True, lease=2)
+    ]
+
+
+def test_a_run_that_is_resumed_pauses_again_if_nobody_comes():
+    coordinator, _ = loaded(0)
+    coordinator.handle(end(0), now=5.0)
+    coordinator.handle(Asked("resume"), now=6.0)
+    assert coordinator.handle(Tick(), now=65.9) == []
+    text = "paused after step 0: no engine has come within 60 s. %dtrain add, then %dtrain resume"
+    assert coordinator.handle(Tick(), now=66.1) == [Note("paused", text)]
+
+
+def test_an_evaluation_that_ends_engines_pauses_the_run():
+    coordinator, actions = loaded(0, 1, num_steps=2, evaluate_every=1)
+    first, second = of_kind(one_step(coordinator, actions), Assign)
+    report(coordinator, second)
+    assert [each.shards for each in of_kind(coordinator.handle(end(0)), Assign)] == [first.shards]
+    coordinator.handle(end(1))
+    assert coordinator.error.startswith("paused at the evaluation after step 1: engines 0, 1 died by SIGSEGV")

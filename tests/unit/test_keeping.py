@@ -6,11 +6,11 @@ import threading
 import pytest
 
 from dnb.errors import HubError, PoolError
-from dnb.pool.keeping import Keeper, Replacements
+from dnb.pool.keeping import Keeper, Replacements, RestartPolicy
 from dnb.records import Members
 
 
-def members(*workers: int, spares=(), wanted_spares=0, num_died=0, num_killed=0) -> Members:
+def members(*workers: int, spares=(), wanted_spares=0, num_died=0, num_killed=0, num_owed=0) -> Members:
     return Members(
         workers=workers,
         spares=spares,
@@ -18,6 +18,7 @@ def members(*workers: int, spares=(), wanted_spares=0, num_died=0, num_killed=0)
         wanted_spares=wanted_spares,
         num_died=num_died,
         num_killed=num_killed,
+        num_owed=num_owed,
     )
 
 
@@ -35,6 +36,14 @@ def test_the_dead_are_owed_until_others_have_started():
 
 def test_without_a_restart_the_dead_stay_dead():
     assert Replacements("never", members(0, 1)).count(members(0, num_died=1), now=0) == 0
+
+
+@pytest.mark.parametrize("restart", ["never", "always"])
+def test_what_a_run_s_work_has_ended_is_replaced_once_whatever_the_policy(restart):
+    replacements = Replacements(restart, members(0, 1))
+    assert replacements.count(members(num_died=2, num_owed=2), now=0) == 2
+    replacements.started(2)
+    assert replacements.count(members(2, 3, num_died=2), now=1) == 0
 
 
 @pytest.mark.parametrize("restart", ["never", "always"])
@@ -103,8 +112,8 @@ class Pool:
             raise self.error
 
 
-def keep(pool: Pool) -> Keeper:
-    keeper = Keeper("always", look=pool.look, start=pool.start, steady=threading.Lock())
+def keep(pool: Pool, restart: RestartPolicy = "always") -> Keeper:
+    keeper = Keeper(restart, look=pool.look, start=pool.start, steady=threading.Lock())
     keeper.start()
     return keeper
 
@@ -113,6 +122,13 @@ def test_the_keeper_starts_as_many_as_died_and_ends_with_the_hub():
     pool = Pool(members(0, 1, 2), members(0, num_died=2), members(0, 3, 4, num_died=2))
     keep(pool).join(10)
     assert pool.started == [2]
+
+
+def test_a_keeper_that_has_nothing_to_keep_any_more_ends():
+    pool = Pool(members(), members(num_died=2, num_owed=2), members(2, 3, num_died=2), members())
+    keep(pool, "never").join(10)
+    assert pool.started == [2]
+    assert len(pool.answers) == 1
 
 
 def test_the_keeper_tries_again_what_failed(caplog):

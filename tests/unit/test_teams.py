@@ -41,6 +41,7 @@ class World:
         self.released: list[int] = []
         self.condemned: list[int] = []
         self.commits: list[e.Commit] = []
+        self.num_replaced = 0
         self._perform(self.teams.start())
 
     def tell(self, event):
@@ -86,6 +87,8 @@ class World:
                     self.released.append(engine)
                 case e.Condemn(engine):
                     self.condemned.append(engine)
+                case e.Replace(number):
+                    self.num_replaced += number
 
 
 def test_a_step_counts_when_every_member_has_brought_its_part():
@@ -268,3 +271,67 @@ def test_engines_that_still_wait_for_each_other_are_freed_when_the_run_ends():
     (team,) = {world.teams.seat_of(engine)[0] for engine in range(3)}
     assert [type(action) for action in actions[-2:]] == [e.Disband, e.End]
     assert actions[-2].team == team
+
+
+def crash(world, engine):
+    world.work.pop(engine, None)
+    world.loads = [each for each in world.loads if each != engine]
+    world.tell(e.EngineLost(engine, "died by SIGSEGV", is_suspect=True, is_crash=True))
+
+
+def test_a_second_team_that_loses_a_member_at_the_same_step_pauses_the_run():
+    world = World(3).load().report()
+    crash(world, 1)
+    world.load()
+    assert world.teams.status == "running"
+    crash(world, 2)
+    assert world.teams.status == "paused"
+    assert "paused at step 2: engines 1, 2 died by SIGSEGV while both had shard 0;" in world.teams.error
+    assert world.num_replaced == 2
+    for engine in (3, 4):
+        world.tell(e.EngineJoined(engine))
+    world.load().tell(e.Asked("resume")).load()
+    world.report().load().report()
+    assert world.teams.status == "finished"
+
+
+def test_members_that_crash_at_different_steps_pause_nothing():
+    world = World(3).load().report()
+    crash(world, 1)
+    world.load().report()
+    crash(world, 2)
+    assert world.load().teams.status == "running"
+
+
+# members that work but cannot beat
+
+
+def test_a_busy_member_is_waited_for_and_told_once():
+    world = World(3).load()
+    for _ in range(2):
+        world.tell(e.EngineBusy(1))
+        world.now += 20.0
+        world.tell(e.Tick()).tell(e.EngineHeard(1))
+    assert world.condemned == []
+    assert world.told("busy") == ["engine 1 is at work in a call that lets no other thread run, not even its heartbeat"]
+
+
+def test_a_member_that_sleeps_is_waited_for_longer_than_one_that_was_stopped():
+    world = World(3).load().tell(e.EngineSilent(1, "was not heard", is_asleep=True))
+    world.now += SILENT_SECONDS + 0.1
+    assert world.tell(e.Tick()).condemned == []
+    world.now += ASLEEP_SECONDS
+    assert world.tell(e.Tick()).condemned == [1]
+
+
+def test_a_stop_does_not_wait_for_ever_for_a_team_with_a_busy_member():
+    world = World(3).load().tell(e.EngineBusy(1)).tell(e.Asked("stop"))
+    assert world.teams.status == "running"
+    world.now += 6.0
+    assert world.tell(e.Tick()).teams.status == "stopped"
+
+
+def test_a_stop_waits_for_a_team_whose_busy_member_was_heard_again():
+    world = World(3).load().tell(e.EngineBusy(1)).tell(e.EngineHeard(1)).tell(e.Asked("stop"))
+    world.now += 6.0
+    assert world.tell(e.Tick()).teams.status == "running"
