@@ -768,6 +768,7 @@ class Members(Message, frozen=True):
     restart: Literal["never", "always"] = "never"
     last_restart: str = ""  # why the hub was started again, if it was
     num_owed: int = 0  # to be started whatever the policy, in the place of those that a run's work has ended
+    num_threads: int = 0  # for torch, of the engine that joined last
 
 
 class Column(Record, frozen=True):

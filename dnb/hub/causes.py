@@ -52,7 +52,7 @@ def describe_deaths(deaths: Sequence[Death], samples: str) -> str:
     by_reason: dict[str, list[int]] = {}
     for death in deaths:
         by_reason.setdefault(death.reason, []).append(death.engine)
-    ended = " and ".join(f"{name_engines(engines)} {reason}" for reason, engines in by_reason.items())
+    ended = " and ".join(f"{name_engines(sorted(engines))} {reason}" for reason, engines in by_reason.items())
     shards = sorted(frozenset.intersection(*(death.shards for death in deaths)))
     who = "it" if len(deaths) == 1 else "both" if len(deaths) == 2 else "all"
     named = f"shard{'s' * (len(shards) > 1)} {ranges_text(shards)}"

@@ -201,6 +201,7 @@ class Service:
         self._dead: set[int] = set()
         self._exits = exits or ExitReader(None)
         self._killed: set[Process] = set()  # on purpose
+        self._num_threads = 0  # of the engine that joined last
         self._num_owed = 0  # engines that a run's work has ended, and that nobody has replaced yet
         self._leavers: dict[Process, float] = {}  # told to end; when they are killed
         self._is_file_old = False  # the pool's record on disk
@@ -452,6 +453,7 @@ class Service:
         if not is_back and known is None and number not in self._dead:
             self._num_owed = max(self._num_owed - 1, 0)
         self._dead.discard(number)  # it had only lost its connection, or stood still
+        self._num_threads = facts.cores
         self._hearts.begin(number, time.monotonic())
         self._send_to_engine(number, Welcome())
         self._is_file_old = self._is_memo_old = True
@@ -539,6 +541,7 @@ class Service:
         """An engine that was asked to leave owes nothing any more: it ends."""
         self._send_to_engine(number, Exit())
         engine = self._engines.pop(number, None)
+        self._hearts.drop(number)
         if engine is not None:
             self._leavers[engine.facts.process] = time.monotonic() + LEAVE_SECONDS
             self._known_helpers.add(engine.facts.process)  # it belongs to the pool until it is gone
@@ -601,6 +604,7 @@ class Service:
             restart=self._restart,
             last_restart=self._restarts[-1].reason if self._restarts else "",
             num_owed=self._num_owed,
+            num_threads=self._num_threads,
         )
 
     def _send_to_engine(self, engine: int, record: Message, frames: Sequence[Any] = ()) -> None:
@@ -903,7 +907,8 @@ class Service:
                 self._tell_silent(number, "was stopped")
 
     def _look_at_work(self, engine: int) -> Activity | None:
-        return activity_of(self._engines[engine].facts.process)
+        known = self._engines.get(engine)
+        return None if known is None else activity_of(known.facts.process)
 
     def _tell_silent(self, engine: int, reason: str, *, is_asleep: bool = False) -> None:
         if self._run is not None:

@@ -288,7 +288,8 @@ class EnginePool:
 
     def _start_engines(self, n: int, *, timeout_seconds: float = 60.0) -> list[int]:
         threads = [status.facts.cores for status in self.statuses]
-        num_threads = max(threads) if threads else choose_num_threads(os.cpu_count() or 1, num_engines=n)
+        num_threads = max(threads) if threads else self._members().num_threads
+        num_threads = num_threads or choose_num_threads(os.cpu_count() or 1, num_engines=n)
         return self._starter.start(n, num_threads=num_threads, timeout_seconds=timeout_seconds)
 
     def _members_if_steered(self) -> Members:
