@@ -1,6 +1,7 @@
 """Real data and small models for tests that train; importable on engines, as the repository is on their path."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
 
@@ -15,8 +16,9 @@ from dnb.transport.job import Sum
 
 
 def digits(num_samples: int = 1797) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels of the default dtype, which they are exactly: sixteenths."""
     pixels, targets = load_digits(return_X_y=True)
-    return torch.tensor(pixels[:num_samples] / 16, dtype=torch.float32), torch.tensor(targets[:num_samples])
+    return torch.tensor(pixels[:num_samples] / 16, dtype=torch.get_default_dtype()), torch.tensor(targets[:num_samples])
 
 
 def mlp(seed: int = 0) -> nn.Module:
@@ -42,6 +44,35 @@ class DigitRows(Dataset):
         return {"pixels": self.X[index], "target": self.y[index]}
 
 
+def smooth_mlp() -> nn.Module:
+    """Of float32 and without kinks: a rounding error moves its loss by as much, and flips no ReLU."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 10)).float()
+
+
+@contextmanager
+def torch_s_own_dtype() -> Iterator[None]:
+    """As in hub and engines, where an optimizer's own scalars are float32 though the parameters are float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As the hub has, and an engine of an exact run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@torch_s_own_dtype()
 def plain_losses(
     model: nn.Module,
     data: tuple[torch.Tensor, torch.Tensor],
@@ -76,6 +107,33 @@ def largest_gap(left: list[float], right: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(left, right, strict=True))
 
 
+class Apart(NamedTuple):
+    """How far two plain loops came from each other."""
+
+    losses: float
+    parameters: float
+
+
+def one_process_apart(
+    make: Callable[[], nn.Module], data: tuple[torch.Tensor, torch.Tensor], *, num_steps: int, batch_size: int = 64
+) -> Apart:
+    """How far one process comes from itself when it adds up the same gradients in other orders.
+
+    What a run in float32 may differ by is measured by this, as it is rounding, too: by the kernels of this processor,
+    for batches of these shapes, times what these steps make of it.
+    """
+    whole, *others = (make() for _ in range(4))
+    options = {"num_steps": num_steps, "batch_size": batch_size}
+    losses = plain_losses(whole, data, **options)
+    cut = [
+        plain_losses(model, data, micro_batch=size, **options) for model, size in zip(others, (32, 16, 8), strict=True)
+    ]
+    return Apart(
+        max(largest_gap(each, losses) for each in cut),
+        max(largest_relative_gap(model, whole) for model in others),
+    )
+
+
 # One process, written out: what runs are compared with
 
 
@@ -96,6 +154,7 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float = 1e-3) -> torch.optim.O
     return torch.optim.AdamW(parameters, lr=lr, fused=True)
 
 
+@torch_s_own_dtype()
 def plain_run(
     model: nn.Module,
     data: tuple[torch.Tensor, ...],
@@ -216,7 +275,7 @@ class ManyDtypes(nn.Module):
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
             inputs = layer(inputs.to(layer.weight.dtype)).tanh()
-        return self.head(inputs.float())
+        return self.head(inputs.to(self.head.weight.dtype))
 
 
 class Tokens(nn.Module):

@@ -34,7 +34,7 @@ def test_a_larger_one_is_and_the_run_says_what_was_chosen_and_why(pool, monkeypa
     monkeypatch.setattr(automatic, "LEAST_BYTES", 0)
     run = wait(pool.fit(mlp(), digits(), loss="cross_entropy", lr=1e-3, steps=20))
     assert "per step predicted" in planned(run)[0]
-    assert largest_gap(run.history["loss"], plain_losses(mlp(), digits(), num_steps=20, batch_size=64)) <= 1e-6
+    assert largest_gap(run.history["loss"], plain_losses(mlp(), digits(), num_steps=20, batch_size=64)) <= 1e-10
 
 
 def wide():

@@ -17,9 +17,9 @@ from dnb.engine.replica import part_seed
 from dnb.planning.shards import shard_bounds
 from dnb.transport.layout import plan_layout
 from tests.engines.pools import let_join, start_engine, wait, wait_until
-from tests.models import cnn, cross_entropy_step, digits, dropout_net, transformer, twice
+from tests.models import cnn, cross_entropy_step, digits, dropout_net, one_thread, transformer, twice
 
-pytestmark = pytest.mark.engines
+pytestmark = [pytest.mark.engines, pytest.mark.float32]
 
 NUM_STEPS = 100  # two epochs end in it
 BATCH_SIZE = 27  # no multiple of the shards
@@ -124,12 +124,8 @@ class Walked(NamedTuple):
 
 @cache
 def walk(name):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return _walk(CASES[name])
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _walk(case):

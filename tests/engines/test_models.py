@@ -26,6 +26,7 @@ from tests.models import (
     largest_gap,
     largest_relative_gap,
     mlp,
+    one_process_apart,
     plain_run,
     transformer,
     twice,
@@ -122,7 +123,6 @@ def train_both(pool, make, *, data=None, steps=12, transport, optimizer=adamw, m
         pytest.param(half_frozen, {}, id="some_frozen"),
         pytest.param(WithSpare, {"optimizer": decaying}, id="never_used"),
         pytest.param(Odd, {"optimizer": unfused}, id="not_contiguous_and_empty"),
-        pytest.param(partial(ManyDtypes, torch.float32, torch.float64), {}, id="float32_and_float64"),
         pytest.param(shared_module, {}, id="module_in_two_places"),
         pytest.param(Checkpointed, {}, id="reentrant_checkpoint"),
         pytest.param(ten_tensors, {}, id="10_tensors"),
@@ -134,8 +134,8 @@ def train_both(pool, make, *, data=None, steps=12, transport, optimizer=adamw, m
 )
 def test_a_model_trains_as_in_one_process(pool, transport, make, options):
     run, model, losses, plain = train_both(pool, make, transport=transport, **options)
-    assert largest_gap(run.history["loss"], losses) < 1e-6
-    assert largest_relative_gap(model, plain) < 1e-5
+    assert largest_gap(run.history["loss"], losses) < 1e-10
+    assert largest_relative_gap(model, plain) < 1e-10
 
 
 def test_a_parameter_that_is_never_used_does_not_decay(pool, transport):
@@ -158,8 +158,8 @@ def test_branches_that_only_some_steps_or_engines_use_train_as_in_one_process(po
     run, model, losses, plain = train_both(
         pool, Branching, data=data, transport=transport, optimizer=decaying, **options
     )
-    assert largest_gap(run.history["loss"], losses) < 1e-6
-    assert largest_relative_gap(model, plain) < 1e-5
+    assert largest_gap(run.history["loss"], losses) < 1e-10
+    assert largest_relative_gap(model, plain) < 1e-10
 
 
 def test_what_was_frozen_in_a_first_run_trains_in_a_second_when_thawed(pool, transport):
@@ -171,8 +171,8 @@ def test_what_was_frozen_in_a_first_run_trains_in_a_second_when_thawed(pool, tra
         expected += plain_run(plain, digits(), num_steps=6).losses
         model.requires_grad_(requires_grad=True)
         plain.requires_grad_(requires_grad=True)
-    assert largest_gap(losses, expected) < 1e-6
-    assert largest_relative_gap(model, plain) < 1e-5
+    assert largest_gap(losses, expected) < 1e-10
+    assert largest_relative_gap(model, plain) < 1e-10
     assert not torch.equal(model[0].weight, half_frozen()[0].weight)
 
 
@@ -182,15 +182,22 @@ def test_parameter_groups_of_an_instance_keep_their_options(pool, transport):
         pool.fit(model, digits(), loss="cross_entropy", optimizer=in_groups(model), steps=12, transport=transport)
     )
     expected = plain_run(plain, digits(), num_steps=12, optimizer=in_groups(plain))
-    assert largest_gap(run.history["loss"], expected.losses) < 1e-6
-    assert largest_relative_gap(model, plain) < 1e-5
+    assert largest_gap(run.history["loss"], expected.losses) < 1e-10
+    assert largest_relative_gap(model, plain) < 1e-10
 
 
-def test_bfloat16_parameters_train_as_in_one_process_to_their_own_precision(pool, transport):
-    make = partial(ManyDtypes, torch.float32, torch.float64, torch.bfloat16)
-    run, model, losses, plain = train_both(pool, make, transport=transport)
-    assert largest_gap(run.history["loss"], losses) < 5e-3
-    assert largest_relative_gap(model, plain) < 1e-2
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float32, torch.float64), (torch.float32, torch.float64, torch.bfloat16)],
+    ids=["float32_and_float64", "and_bfloat16"],
+)
+def test_parameters_of_every_dtype_train_as_in_one_process_to_their_own_precision(pool, transport, dtypes):
+    run, model, losses, plain = train_both(pool, partial(ManyDtypes, *dtypes), transport=transport)
+    apart = one_process_apart(lambda: twice(partial(ManyDtypes, *dtypes))[0], digits(), num_steps=12)
+    assert apart.losses < (0.01 if torch.bfloat16 in dtypes else 1e-5)
+    # Engines add up as another order in one process does: of four such gaps, none is likely to be ten times another.
+    assert largest_gap(run.history["loss"], losses) < 10 * apart.losses
+    assert largest_relative_gap(model, plain) < 10 * apart.parameters
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
@@ -202,8 +209,8 @@ def test_sparse_gradients_train_as_in_one_process(pool, transport, name, width):
     run, model, losses, plain = train_both(
         pool, partial(Tokens, width), transport=transport, optimizer=optimizer, make_optimizer=name, lr=0.1
     )
-    assert largest_gap(run.history["loss"], losses) < 1e-6
-    assert largest_relative_gap(model, plain) < 1e-5
+    assert largest_gap(run.history["loss"], losses) < 1e-10
+    assert largest_relative_gap(model, plain) < 1e-10
 
 
 def test_a_class_of_a_file_beside_the_notebook_trains_as_in_one_process(pool, transport, tmp_path, monkeypatch):
@@ -211,8 +218,8 @@ def test_a_class_of_a_file_beside_the_notebook_trains_as_in_one_process(pool, tr
     (tmp_path / f"{name}.py").write_text(f"from torch import nn\n{CELL}")
     monkeypatch.syspath_prepend(tmp_path)
     run, model, losses, plain = train_both(pool, importlib.import_module(name).Cell, transport=transport)
-    assert largest_gap(run.history["loss"], losses) < 1e-6
-    assert largest_relative_gap(model, plain) < 1e-5
+    assert largest_gap(run.history["loss"], losses) < 1e-10
+    assert largest_relative_gap(model, plain) < 1e-10
 
 
 def test_batch_norm_statistics_are_the_engines_mean_weighted_by_samples(pool, transport):
@@ -220,8 +227,8 @@ def test_batch_norm_statistics_are_the_engines_mean_weighted_by_samples(pool, tr
     options = {"optimizer": sgd, "batch_size": 63, "steps": 6, "transport": transport}
     run = wait(pool.fit(model, digits(), loss="cross_entropy", **options))
     losses = batch_norm_walk(plain, digits(), num_steps=6, batch_size=63)
-    assert largest_gap(run.history["loss"], losses) < 1e-6
-    assert largest_relative_gap(model, plain) < 1e-5
+    assert largest_gap(run.history["loss"], losses) < 1e-10
+    assert largest_relative_gap(model, plain) < 1e-10
 
 
 def batch_norm_walk(model, data, *, num_steps, batch_size):

@@ -17,6 +17,7 @@ from tests.models import (
     largest_gap,
     largest_relative_gap,
     mlp,
+    one_thread,
     plain_run,
     twice,
 )
@@ -58,8 +59,9 @@ def test_every_optimizer_that_torch_names_trains_as_in_one_process(pool, name):
     model, plain = twice(mlp)
     run = wait(fit(pool, model, optimizer=name, lr=1e-3, steps=10))
     optimizer = build_optimizer(name, plain.parameters(), lr=1e-3)
+    losses = plain_run(plain, digits(), num_steps=10, optimizer=optimizer).losses
     assert type(optimizer) is optimizer_classes()[name]
-    assert largest_gap(run.history["loss"], plain_run(plain, digits(), num_steps=10, optimizer=optimizer).losses) < 1e-6
+    assert largest_gap(run.history["loss"], losses) < 1e-10
 
 
 def test_the_learning_rate_is_the_optimizer_s_own_if_none_is_given(pool):
@@ -67,7 +69,7 @@ def test_the_learning_rate_is_the_optimizer_s_own_if_none_is_given(pool):
     run = wait(fit(pool, model, optimizer="Adam", steps=3))
     seen = plain_run(plain, digits(), num_steps=3, optimizer=torch.optim.Adam(plain.parameters(), fused=True))
     assert run.history["lr"] == seen.rates
-    assert largest_gap(run.history["loss"], seen.losses) < 1e-6
+    assert largest_gap(run.history["loss"], seen.losses) < 1e-10
 
 
 def test_an_instance_goes_on_from_its_state_and_is_brought_home(pool):
@@ -80,8 +82,8 @@ def test_an_instance_goes_on_from_its_state_and_is_brought_home(pool):
     for _ in range(2):
         losses += wait(fit(pool, model, optimizer=optimizer, steps=6)).history["loss"]
         expected += plain_run(plain, digits(), num_steps=6, optimizer=plain_optimizer).losses
-    assert largest_gap(losses, expected) < 1e-6
-    assert largest_relative_gap(model, plain) < 1e-5
+    assert largest_gap(losses, expected) < 1e-10
+    assert largest_relative_gap(model, plain) < 1e-10
 
 
 def test_an_optimizer_class_of_a_cell_trains_as_in_one_process(pool):
@@ -103,7 +105,7 @@ def test_an_optimizer_class_of_a_cell_trains_as_in_one_process(pool):
     run = wait(fit(pool, model, optimizer=kind, steps=10, exact=True))
     instance_run = wait(fit(pool, again := mlp(), optimizer=kind(again.parameters()), steps=10, exact=True))
     expected = plain_run(plain, digits(), num_steps=10, optimizer=kind(plain.parameters())).losses
-    assert largest_gap(run.history["loss"], expected) < 1e-6
+    assert largest_gap(run.history["loss"], expected) < 1e-10
     assert instance_run.history["loss"] == run.history["loss"]
 
 
@@ -146,8 +148,9 @@ def test_muon_on_the_matrices_of_a_model_trains_as_in_one_process(pool):
     model, plain = twice(mlp)
     optimizer, plain_optimizer = (torch.optim.Muon([m[0].weight, m[2].weight], lr=1e-2) for m in (model, plain))
     run = wait(fit(pool, model, optimizer=optimizer, steps=5))
-    expected = plain_run(plain, digits(), num_steps=5, optimizer=plain_optimizer).losses
-    assert largest_gap(run.history["loss"], expected) < 1e-6
+    with one_thread():  # as in the hub: Muon itself goes through bfloat16, where another order of adding would show
+        expected = plain_run(plain, digits(), num_steps=5, optimizer=plain_optimizer).losses
+    assert largest_gap(run.history["loss"], expected) < 1e-10
     assert torch.equal(model[0].bias, mlp()[0].bias)
 
 
@@ -165,7 +168,7 @@ def test_a_scheduler_gives_the_rates_and_losses_of_one_process(pool, name, form)
     run = wait(fit(pool, model, optimizer=optimizer, scheduler=scheduler, steps=12))
     seen = plain_run(plain, digits(), num_steps=12, optimizer=plain_optimizer, scheduler=make(plain_optimizer))
     assert run.history["lr"] == pytest.approx(seen.rates, rel=1e-12)
-    assert largest_gap(run.history["loss"], seen.losses) < 1e-6
+    assert largest_gap(run.history["loss"], seen.losses) < 1e-10
 
 
 @pytest.mark.parametrize("clip_norm", [0.05, 1e6])
@@ -174,8 +177,8 @@ def test_the_norm_of_the_whole_batch_s_gradient_is_clipped(pool, clip_norm):
     run = wait(fit(pool, model, optimizer=partial(torch.optim.SGD, lr=1.0), clip_norm=clip_norm, steps=10))
     optimizer = torch.optim.SGD(plain.parameters(), lr=1.0)
     seen = plain_run(plain, digits(), num_steps=10, optimizer=optimizer, clip_norm=clip_norm)
-    assert largest_gap(run.history["loss"], seen.losses) < 1e-6
-    assert largest_relative_gap(model, plain) < 1e-5
+    assert largest_gap(run.history["loss"], seen.losses) < 1e-10
+    assert largest_relative_gap(model, plain) < 1e-10
 
 
 @pytest.mark.parametrize("transport", ["memory", "socket"])
@@ -183,8 +186,8 @@ def test_the_norm_of_the_whole_batch_s_gradient_is_clipped(pool, clip_norm):
 def test_micro_batches_do_not_change_the_losses(pool, transport, micro_batch):
     model, plain = twice(mlp)
     run = wait(fit(pool, model, lr=1e-3, micro_batch=micro_batch, transport=transport, steps=5))
-    assert largest_gap(run.history["loss"], plain_run(plain, digits(), num_steps=5).losses) < 1e-6
-    assert largest_relative_gap(model, plain) < 1e-5
+    assert largest_gap(run.history["loss"], plain_run(plain, digits(), num_steps=5).losses) < 1e-10
+    assert largest_relative_gap(model, plain) < 1e-10
 
 
 def test_a_step_that_zeroes_gradients_may_be_cut_into_micro_batches(pool):
@@ -194,7 +197,7 @@ def test_a_step_that_zeroes_gradients_may_be_cut_into_micro_batches(pool):
 
     model, plain = twice(mlp)
     run = wait(fit(pool, model, loss=None, step=step, lr=1e-3, micro_batch=8, steps=5))
-    assert largest_gap(run.history["loss"], plain_run(plain, digits(), num_steps=5).losses) < 1e-6
+    assert largest_gap(run.history["loss"], plain_run(plain, digits(), num_steps=5).losses) < 1e-10
 
 
 @pytest.mark.parametrize(
@@ -206,8 +209,8 @@ def test_unequal_weights_are_divided_by_those_of_the_whole_batch(pool, options):
     model, plain = twice(mlp)
     run = wait(fit(pool, model, loss=None, step=by_target, lr=1e-3, steps=8, **options))
     seen = plain_run(plain, digits(), num_steps=8, step=by_target, clip_norm=options.get("clip_norm"))
-    assert largest_gap(run.history["loss"], seen.losses) < 1e-6
-    assert largest_relative_gap(model, plain) < 1e-5
+    assert largest_gap(run.history["loss"], seen.losses) < 1e-10
+    assert largest_relative_gap(model, plain) < 1e-10
 
 
 def test_a_metric_that_is_a_sum_is_weighed_and_one_that_is_a_number_counts_by_samples(pool):
@@ -217,6 +220,7 @@ def test_a_metric_that_is_a_sum_is_weighed_and_one_that_is_a_number_counts_by_sa
     with torch.no_grad():
         hits = (mlp()(inputs).argmax(dim=1) == targets) * (targets + 1.0)
         _, val_metrics = by_target(model.eval(), digits(300))
-    assert run.history["hits"] == pytest.approx([(hits.sum() / (targets + 1.0).sum()).item()], rel=1e-6)
-    assert run.history["val_hits"] == pytest.approx([(val_metrics["hits"].total / val_metrics["hits"].weight).item()])
+    assert run.history["hits"] == pytest.approx([(hits.sum() / (targets + 1.0).sum()).item()], rel=1e-10)
+    expected = (val_metrics["hits"].total / val_metrics["hits"].weight).item()
+    assert run.history["val_hits"] == pytest.approx([expected], rel=1e-10)
     assert run.history["share"] != run.history["hits"]

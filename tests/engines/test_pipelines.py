@@ -2,7 +2,6 @@
 
 import os
 import signal
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional
 import dnb
 from dnb.errors import ArgumentError, PlanError
 from tests.engines.pools import wait, wait_until
-from tests.models import digits, largest_gap, mlp, plain_losses
+from tests.models import digits, largest_gap, largest_relative_gap, mlp, plain_losses
 
 pytestmark = pytest.mark.engines
 
@@ -88,17 +87,6 @@ def fit(pool, model, **options):
     )
 
 
-@contextmanager
-def one_thread():
-    """As engines of this pool have."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def plain(make, num_steps=NUM_STEPS):
     return plain_losses(make(), digits(), num_steps=num_steps, batch_size=64)
 
@@ -111,11 +99,9 @@ def plain(make, num_steps=NUM_STEPS):
 def test_a_pipeline_has_the_loss_of_a_plain_loop_and_brings_the_weights_home(pool, make, schedule):
     model, alone = make(), make()
     run = wait(fit(pool, model, schedule=schedule, micro_batch=16, steps=100))
-    with one_thread():  # convolutions differ with the number of threads, and 100 steps make much of it
-        losses = plain_losses(alone, digits(), num_steps=100, batch_size=64, micro_batch=16)
-    assert largest_gap(run.history["loss"], losses) <= 1e-6
-    pairs = zip(model.state_dict().values(), alone.state_dict().values(), strict=True)
-    assert max(float((ours - theirs).abs().max()) for ours, theirs in pairs) <= 1e-4
+    losses = plain_losses(alone, digits(), num_steps=100, batch_size=64, micro_batch=16)
+    assert largest_gap(run.history["loss"], losses) <= 1e-10
+    assert largest_relative_gap(model, alone) <= 1e-10
     assert [event.kind for event in run.events].count("planned") == 1
 
 
@@ -129,14 +115,15 @@ def test_validation_and_metrics_are_those_of_data_parallel(pool):
     options = {"val": digits(201), "metrics": "accuracy", "epochs": 2, "steps": None}
     divided = wait(fit(pool, deep(), **options))
     whole = wait(fit(pool, deep(), **options, strategy="data"))
-    for name in ("val_loss", "val_accuracy", "accuracy"):
+    # Each part's accuracy is a float32 of at most 1, rounded by 6e-8 at most; so is their weighted mean.
+    for name, bound in (("val_loss", 1e-10), ("val_accuracy", 1.2e-7), ("accuracy", 1.2e-7)):
         assert len(divided.history[name]) == len(whole.history[name])
-        assert largest_gap(divided.history[name], whole.history[name]) <= 1e-5
+        assert largest_gap(divided.history[name], whole.history[name]) <= bound
 
 
 def test_two_pipelines_of_two_are_one_run(four):
     run = wait(fit(four, deep(), strategy="hybrid", mesh="data=2,pipeline=2"))
-    assert largest_gap(run.history["loss"], plain(deep)) <= 1e-6
+    assert largest_gap(run.history["loss"], plain(deep)) <= 1e-10
     assert sum(worker.samples for worker in run.workers) == 1797 + 21 * 64
 
 
@@ -159,7 +146,7 @@ def test_of_two_pipelines_the_other_goes_on_and_a_newcomer_makes_them_two_again(
     )
     run.stop()
     wait(run)
-    assert largest_gap(run.history["loss"][:50], plain(deep)) <= 1e-6
+    assert largest_gap(run.history["loss"][:50], plain(deep)) <= 1e-10
 
 
 @pytest.mark.faults
@@ -172,8 +159,8 @@ def test_a_stage_that_is_killed_is_done_without_and_the_same_step_is_done_again(
     wait(run)
     losses = plain(deep, 150)
     assert run.status == "finished"
-    assert largest_gap(run.history["loss"][:50], losses[:50]) <= 1e-6
-    assert largest_gap(run.history["loss"], losses) <= 1e-3
+    assert largest_gap(run.history["loss"][:50], losses[:50]) <= 1e-10
+    assert largest_gap(run.history["loss"], losses) <= 1e-10
     assert [event.engine for event in run.events if event.kind == "died"] == [dead.id]
     assert [event.kind for event in run.events].count("planned") >= 2
 
@@ -213,13 +200,13 @@ def test_a_run_goes_on_when_the_hub_is_killed(pool):
     os.kill(pool.facts.hub.pid, signal.SIGKILL)
     wait(run)
     assert run.status == "finished"
-    assert largest_gap(run.history["loss"][:50], plain(deep)) <= 1e-6
+    assert largest_gap(run.history["loss"][:50], plain(deep)) <= 1e-10
 
 
 def test_a_pipeline_that_is_resumed_goes_on_with_the_next_step(pool):
     run = wait(fit(pool, deep(), steps=20, checkpoint_every=10))
     resumed = wait(dnb.resume(run.folder, steps=50, pool=pool))
-    assert largest_gap(resumed.history["loss"], plain(deep)) <= 1e-6
+    assert largest_gap(resumed.history["loss"], plain(deep)) <= 1e-10
     assert "1 shards" in next(event.text for event in resumed.events if event.kind == "running")
 
 
@@ -229,7 +216,7 @@ def test_stages_that_are_modules_are_resumed_with_their_own_model(pool):
     with pytest.raises(PlanError, match="resume without model="):
         dnb.resume(run.folder, model=deep(), steps=20, pool=pool)
     resumed = wait(dnb.resume(run.folder, steps=20, pool=pool))
-    assert largest_gap(resumed.history["loss"], plain(deep, 20)) <= 1e-6
+    assert largest_gap(resumed.history["loss"], plain(deep, 20)) <= 1e-10
 
 
 class Failing:
@@ -255,7 +242,7 @@ def test_a_loss_that_raises_pauses_the_run_and_the_same_step_is_tried_again(pool
     mended.touch()
     run.resume()
     wait(run)
-    assert largest_gap(run.history["loss"], plain(deep)) <= 1e-6
+    assert largest_gap(run.history["loss"], plain(deep)) <= 1e-10
 
 
 @pytest.mark.parametrize(
@@ -288,12 +275,12 @@ def spread(output, target):
 
 
 def weighted(output, target):
-    weight = torch.arange(1.0, 11.0)
+    weight = torch.arange(1, 11, dtype=output.dtype)
     return functional.cross_entropy(output, target, weight=weight)
 
 
 def summed(output, target):
-    weight = torch.arange(1.0, 11.0)
+    weight = torch.arange(1, 11, dtype=output.dtype)
     total = functional.cross_entropy(output, target, weight=weight, reduction="sum")
     return dnb.Sum(total, float(weight[target].sum()))
 
@@ -315,7 +302,7 @@ def test_a_mean_over_something_else_is_right_as_a_sum(pool):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert largest_gap(run.history["loss"], losses) <= 1e-6
+    assert largest_gap(run.history["loss"], losses) <= 1e-10
 
 
 def test_a_plan_is_carried_out_as_it_was_edited(pool):
@@ -323,7 +310,7 @@ def test_a_plan_is_carried_out_as_it_was_edited(pool):
     plan = dnb.plan(deep(), (data[0][:64], data[1][:64]), loss="cross_entropy", strategy="pipeline", pool=pool)
     edited = plan.with_(cuts=["4"], num_micro_batches=4)
     run = wait(fit(pool, deep(), strategy=edited))
-    assert largest_gap(run.history["loss"], plain(deep)) <= 1e-6
+    assert largest_gap(run.history["loss"], plain(deep)) <= 1e-10
     told = next(event.text for event in run.events if event.kind == "planned")
     assert told.count("stage") == 2
 

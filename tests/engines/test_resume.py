@@ -18,7 +18,7 @@ import dnb
 from dnb.errors import ArgumentError, HubError
 from dnb.run import Run
 from tests.engines.pools import wait, wait_until
-from tests.models import digits, dropout_net, largest_gap, mlp, plain_run, twice
+from tests.models import digits, dropout_net, largest_gap, largest_relative_gap, mlp, plain_run, twice
 
 pytestmark = pytest.mark.engines
 
@@ -76,7 +76,7 @@ def test_an_exact_run_goes_on_to_the_same_bits_on_another_number_of_engines(undi
         resumed = wait(dnb.resume(path, model=model, pool=pool))
         assert same_bits(model, trained) == []
         assert of_steps(resumed.history) == of_steps(run.history)
-        assert largest_gap(resumed.history["val_loss"], run.history["val_loss"]) < 1e-6
+        assert largest_gap(resumed.history["val_loss"], run.history["val_loss"]) < 1e-10
         assert (resumed.status, resumed.step) == ("finished", NUM_STEPS)
 
 
@@ -85,7 +85,7 @@ def test_a_run_goes_on_with_the_losses_of_one_process(pool):
     run = wait(pool.fit(model, digits(), loss="cross_entropy", lr=1e-3, steps=20, checkpoint_every=20))
     resumed = wait(dnb.resume(run.folder, model=model, steps=50, pool=pool))
     losses = plain_run(plain, digits(), num_steps=50).losses
-    assert largest_gap(resumed.history["loss"], losses) < 1e-6
+    assert largest_gap(resumed.history["loss"], losses) < 1e-10
 
 
 @pytest.mark.parametrize("kind", ["name", "instance", "callable"])
@@ -104,7 +104,7 @@ def test_an_optimizer_of_every_kind_goes_on(pool, kind):
     new, _ = twice(mlp)
     resumed = wait(dnb.resume(path, model=new, train=digits(), steps=20, pool=pool))
     losses = plain_run(plain, digits(), num_steps=20).losses
-    assert largest_gap(resumed.history["loss"], losses) < 1e-6
+    assert largest_gap(resumed.history["loss"], losses) < 1e-10
 
 
 def test_an_optimizer_instance_of_the_notebook_gets_the_state(pool):
@@ -122,7 +122,7 @@ def test_without_a_model_the_run_has_the_one_that_was_kept(pool):
     run = wait(pool.fit(model, digits(), loss="cross_entropy", lr=1e-3, steps=10, checkpoint_every=10))
     resumed = wait(dnb.resume(run.folder, steps=20, pool=pool))
     plain_run(plain, digits(), num_steps=20)
-    assert torch.allclose(resumed.model[0].weight, plain[0].weight, atol=1e-5)
+    assert largest_relative_gap(resumed.model, plain) < 1e-10
 
 
 def test_given_model_and_data_nothing_is_unpickled(pool):
@@ -133,7 +133,7 @@ def test_given_model_and_data_nothing_is_unpickled(pool):
     model = mlp(seed=3)
     resumed = wait(dnb.resume(folder, model=model, train=digits(), steps=20, pool=pool))
     losses = plain_run(mlp(), digits(), num_steps=20).losses
-    assert largest_gap(resumed.history["loss"], losses) < 1e-6
+    assert largest_gap(resumed.history["loss"], losses) < 1e-10
 
 
 def test_a_loader_of_the_user_goes_on_in_its_own_order(pool):
@@ -146,7 +146,7 @@ def test_a_loader_of_the_user_goes_on_in_its_own_order(pool):
     )
     for train in (None, loader()):
         resumed = wait(dnb.resume(checkpoint_of(run, 25), train=train, pool=pool))
-        assert largest_gap(resumed.history["loss"], run.history["loss"]) < 1e-6
+        assert largest_gap(resumed.history["loss"], run.history["loss"]) < 1e-10
 
 
 def test_the_last_checkpoint_loads_into_a_plain_model(pool):
@@ -214,7 +214,7 @@ def test_a_checkpoint_asked_for_at_every_moment_holds_one_step_and_goes_on_from_
         step = int(path.name[5:])
         resumed = wait(dnb.resume(path, model=mlp(), steps=step + 5, pool=pool))
         losses = plain_run(mlp(), digits(), num_steps=min(step + 5, 300)).losses
-        assert largest_gap(resumed.history["loss"][:300], losses) < 1e-3
+        assert largest_gap(resumed.history["loss"][:300], losses) < 1e-10
         assert len(resumed.history["loss"]) == step + 5
 
 
@@ -248,7 +248,7 @@ def test_the_new_run_has_a_folder_of_its_own_with_the_whole_history(pool):
     assert (resumed.name, read.step, resumed.first_step) == ("first-2", 30, 15)
     assert read.history["loss"] == resumed.history["loss"]
     assert read.history.column("val_loss")[0].tolist() == [10, 20, 30]
-    assert largest_gap(read.history["val_loss"], run.history["val_loss"]) < 1e-6
+    assert largest_gap(read.history["val_loss"], run.history["val_loss"]) < 1e-10
     assert next(event.text for event in resumed.events if event.kind == "checkpoint") == (
         f"goes on after step 15 of run 'first', from {checkpoint_of(run, 15)}"
     )
@@ -259,7 +259,7 @@ def test_a_run_may_be_named_instead_of_its_path_and_continued_again(pool):
     wait(dnb.resume("named", steps=20, pool=pool))
     third = wait(dnb.resume("named-2", steps=30, pool=pool))
     assert (third.name, third.step, len(third.history["loss"])) == ("named-3", 30, 30)
-    assert largest_gap(third.history["loss"], plain_run(mlp(), digits(), num_steps=30).losses) < 1e-6
+    assert largest_gap(third.history["loss"], plain_run(mlp(), digits(), num_steps=30).losses) < 1e-10
 
 
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_an_event(pool, caplog):
@@ -276,7 +276,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_an_event(pool, c
     assert told in caplog.messages
     assert told in [event.text for event in resumed.events]
     assert resumed.first_step == before
-    assert largest_gap(resumed.history["loss"], plain_run(mlp(), digits(), num_steps=40).losses) < 1e-6
+    assert largest_gap(resumed.history["loss"], plain_run(mlp(), digits(), num_steps=40).losses) < 1e-10
 
 
 # bad input

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from dnb.errors import ArgumentError, PlanError
 from tests.engines.pools import wait, wait_until
-from tests.models import cnn, digits, largest_gap, mlp, plain_losses, plain_run
+from tests.models import cnn, digits, largest_gap, largest_relative_gap, mlp, plain_losses, plain_run
 from tests.unit.tensor_models import DividableGPT, next_word_loss, next_word_step, text
 
 pytestmark = pytest.mark.engines
@@ -52,9 +52,8 @@ def kinds(run):
 def test_divided_layers_have_the_loss_of_a_plain_loop_and_bring_the_weights_home(pool):
     model, alone = mlp(), mlp()
     run = wait(fit(pool, model))
-    assert largest_gap(run.history["loss"], plain_losses(alone, digits(), num_steps=NUM_STEPS, batch_size=64)) <= 1e-5
-    pairs = zip(model.state_dict().values(), alone.state_dict().values(), strict=True)
-    assert max(float((ours - theirs).abs().max()) for ours, theirs in pairs) <= 1e-4
+    assert largest_gap(run.history["loss"], plain_losses(alone, digits(), num_steps=NUM_STEPS, batch_size=64)) <= 1e-10
+    assert largest_relative_gap(model, alone) <= 1e-10
     told = [event.text for event in run.events if event.kind == "planned"]
     assert len(told) == 1
     assert told[0].endswith("each has 1/2 of 2 layers")
@@ -63,19 +62,19 @@ def test_divided_layers_have_the_loss_of_a_plain_loop_and_bring_the_weights_home
 def test_a_transformer_with_one_weight_for_words_and_head_has_the_loss_of_a_plain_loop(pool):
     run = wait(fit(pool, DividableGPT(), text(), loss=next_word_loss, tensor_plan=WHOLE_PLAN))
     alone = plain_run(DividableGPT(), text(), num_steps=NUM_STEPS, step=next_word_step)
-    assert largest_gap(run.history["loss"], alone.losses) <= 1e-5
+    assert largest_gap(run.history["loss"], alone.losses) <= 1e-10
     assert "1/2 of 14 layers" in next(event.text for event in run.events if event.kind == "planned")
 
 
 def test_a_step_function_is_called_with_the_model(pool):
     run = wait(fit(pool, DividableGPT(), text(), loss=None, step=next_word_step, steps=10))
     alone = plain_run(DividableGPT(), text(), num_steps=10, step=next_word_step)
-    assert largest_gap(run.history["loss"], alone.losses) <= 1e-5
+    assert largest_gap(run.history["loss"], alone.losses) <= 1e-10
 
 
 def test_two_teams_of_two_are_one_run(four):
     run = wait(fit(four, mlp(), mesh="data=2,tensor=2"))
-    assert largest_gap(run.history["loss"], plain()) <= 1e-5
+    assert largest_gap(run.history["loss"], plain()) <= 1e-10
     assert sum(worker.samples for worker in run.workers) == 1797 + 21 * 64
     assert kinds(run).count("planned") == 2
 
@@ -84,9 +83,10 @@ def test_validation_and_metrics_are_those_of_data_parallel(pool):
     options = {"val": digits(201), "metrics": "accuracy", "epochs": 1, "steps": None, "micro_batch": 48}
     divided = wait(fit(pool, mlp(), **options))
     whole = wait(fit(pool, mlp(), **options, strategy="data"))
-    for name in ("val_loss", "val_accuracy", "accuracy"):
+    # Each part's accuracy is a float32 of at most 1, rounded by 6e-8 at most; so is their weighted mean.
+    for name, bound in (("val_loss", 1e-10), ("val_accuracy", 1.2e-7), ("accuracy", 1.2e-7)):
         assert len(divided.history[name]) == len(whole.history[name])
-        assert largest_gap(divided.history[name], whole.history[name]) <= 1e-5
+        assert largest_gap(divided.history[name], whole.history[name]) <= bound
 
 
 @pytest.mark.faults
@@ -97,7 +97,7 @@ def test_an_engine_that_is_killed_is_done_without_and_the_same_step_is_done_agai
     os.kill(dead.pid, signal.SIGKILL)
     wait(run)
     assert run.status == "finished"
-    assert largest_gap(run.history["loss"], plain(150)) <= 1e-4
+    assert largest_gap(run.history["loss"], plain(150)) <= 1e-10
     assert [event.engine for event in run.events if event.kind == "died"] == [dead.id]
     told = [event.text for event in run.events if event.kind == "planned"]
     assert [text.partition("each has ")[2] for text in told] == ["1/4 of 2 layers", "1/2 of 2 layers"]
@@ -110,7 +110,7 @@ def test_a_run_goes_on_when_the_hub_is_killed(pool):
     os.kill(pool.facts.hub.pid, signal.SIGKILL)
     wait(run)
     assert run.status == "finished"
-    assert largest_gap(run.history["loss"], plain(150)) <= 1e-4
+    assert largest_gap(run.history["loss"], plain(150)) <= 1e-10
 
 
 class Failing:
@@ -135,7 +135,7 @@ def test_a_loss_that_raises_pauses_the_run_and_one_new_team_tries_the_same_step_
     mended.touch()
     run.resume()
     wait(run)
-    assert largest_gap(run.history["loss"], plain()) <= 1e-5
+    assert largest_gap(run.history["loss"], plain()) <= 1e-10
     assert kinds(run).count("planned") == 2  # both engines raised: that makes one new team, not two
 
 

@@ -13,7 +13,7 @@ from tests.engines.pools import open_small_pool, wait
 from tests.engines.test_fit import weighted_step
 from tests.models import DigitRows, batch_norm_net, digits, mlp, twice
 
-pytestmark = pytest.mark.engines
+pytestmark = [pytest.mark.engines, pytest.mark.float32]
 
 
 def train(pool, model, data=None, **options):

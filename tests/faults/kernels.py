@@ -7,8 +7,11 @@ from pathlib import Path
 
 PREAMBLE = """
 import sys
+import torch
 from dnb import training
 from tests.models import digits, mlp
+
+torch.set_default_dtype(torch.float64)  # as in the test that looks at what this kernel trained
 
 def say(*words):
     print(*words, flush=True)

@@ -10,7 +10,6 @@ import threading
 import msgspec
 import psutil
 import pytest
-import torch
 
 from dnb import training
 from dnb.errors import DnbError, HubError, PoolError, RunError
@@ -22,7 +21,7 @@ from dnb.transport.channels import HubClient
 from dnb.transport.segments import FOLDERS_VARIABLE
 from tests.engines.pools import open_small_pool, until
 from tests.faults.kernels import Kernel
-from tests.models import digits, largest_gap, mlp, plain_losses
+from tests.models import digits, largest_gap, largest_relative_gap, mlp, plain_losses
 
 pytestmark = [pytest.mark.engines, pytest.mark.faults]
 
@@ -75,8 +74,8 @@ def test_a_run_goes_on_with_the_same_loss_when_engines_are_killed(three_engines)
     plain = plain_losses(mlp(), digits(), num_steps=400, batch_size=64)
     assert run.status == "finished"
     assert [event.kind for event in run.events].count("died") == 2
-    assert largest_gap(run.history["loss"][:50], plain[:50]) <= 1e-6
-    assert largest_gap(run.history["loss"], plain) <= 1e-4
+    assert largest_gap(run.history["loss"][:50], plain[:50]) <= 1e-10
+    assert largest_gap(run.history["loss"], plain) <= 1e-10
     assert len(three_engines.engines) == 1
 
 
@@ -214,7 +213,7 @@ def test_a_new_kernel_attaches_without_a_start_and_brings_the_weights_home(folde
     run.wait(timeout_seconds=60)
     losses = plain_losses(mlp(), digits(), num_steps=min(run.step, 50), batch_size=64)
     assert run.status == "stopped"
-    assert largest_gap(run.history["loss"][: len(losses)], losses) < 1e-6
+    assert largest_gap(run.history["loss"][: len(losses)], losses) < 1e-10
     assert not (model[0].weight == mlp(seed=7)[0].weight).all()
 
 
@@ -232,7 +231,7 @@ def test_a_run_that_ended_after_its_kernel_still_gives_its_weights_to_the_next(f
     model, plain = mlp(seed=7), mlp()
     training.attach(model=model).wait(timeout_seconds=60)
     plain_losses(plain, digits(), num_steps=300, batch_size=64)
-    assert torch.allclose(model[0].weight, plain[0].weight, atol=1e-3)
+    assert largest_relative_gap(model, plain) < 1e-10
 
 
 def test_an_orphaned_pool_ends_by_itself_when_its_run_has_ended_and_nobody_attaches(folder, leftovers):

@@ -13,7 +13,7 @@ import torch
 from tests.engines.pools import until, wait, wait_until
 from tests.models import digits, dropout_net, twice
 
-pytestmark = [pytest.mark.engines, pytest.mark.faults]
+pytestmark = [pytest.mark.engines, pytest.mark.faults, pytest.mark.float32]
 
 NUM_STEPS = 150
 NUM_ACTS = 4
