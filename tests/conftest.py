@@ -63,11 +63,28 @@ def float_dtype(request):
     if "float32" in marks or not marks & {"engines", "float64"}:
         yield
         return
+    yield from _default_dtype("float64")
+
+
+def _default_dtype(name):
     import torch  # not for tests of drawing and of words
 
-    torch.set_default_dtype(torch.float64)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, name))
     yield
-    torch.set_default_dtype(torch.float32)
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def float32():
+    """For one test, if those of its module are in float64."""
+    yield from _default_dtype("float32")
+
+
+@pytest.fixture
+def float64():
+    """For one test, if those of its module are in float32."""
+    yield from _default_dtype("float64")
 
 
 @pytest.fixture

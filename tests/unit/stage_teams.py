@@ -31,6 +31,7 @@ from dnb.planning.shards import shard_bounds
 from dnb.records import Diagnose, Load, ParcelRef, Partition, RunSpec, Seat, WireOffer, Work
 from dnb.transport.job import Data, DataSource, Job
 from dnb.transport.layout import slot_views
+from tests.models import one_thread
 
 NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
 NUM_SHARDS = 4
@@ -197,12 +198,13 @@ def sentences(num_samples: int = 24) -> tuple[torch.Tensor, torch.Tensor]:
 def plain_gradients(
     model: nn.Module, samples: Sequence[torch.Tensor], num_micro_batches: int, loss: Callable[..., Any] = cross_entropy
 ) -> dict[str, torch.Tensor]:
-    """What one process computes with the same micro-batches."""
+    """What one process computes with the same micro-batches, and with one thread, as its engines have."""
     model = copy.deepcopy(model)
     number = len(samples[0])
-    for batch in zip(*[tensor.split(number // num_micro_batches) for tensor in samples], strict=True):
-        *inputs, target = batch
-        (loss(model(*inputs), target) * (len(target) / number)).backward()
+    with one_thread():
+        for batch in zip(*[tensor.split(number // num_micro_batches) for tensor in samples], strict=True):
+            *inputs, target = batch
+            (loss(model(*inputs), target) * (len(target) / number)).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 

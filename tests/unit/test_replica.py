@@ -25,6 +25,8 @@ from dnb.transport.layout import LARGE_ELEMENTS, slot_views
 from dnb.transport.returned import ReturnError
 from dnb.transport.wires import Flat
 
+pytestmark = pytest.mark.float64
+
 NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
 NUM_SHARDS = 4
 
@@ -280,7 +282,7 @@ def test_gradients_of_shards_over_two_engines_add_up_to_the_plain_gradient(engin
     engines = engines_of(model)
     engines.compute(0, shards=(0, 1))
     engines.compute(1, shards=(2, 3))
-    assert relative_error(engines.gradient(0, 1), plain_gradient(model, *samples())) < 1e-7
+    assert relative_error(engines.gradient(0, 1), plain_gradient(model, *samples())) < 1e-10
 
 
 def test_uneven_shards_add_up_to_the_plain_gradient(engines_of: MakeEngines):
@@ -288,7 +290,7 @@ def test_uneven_shards_add_up_to_the_plain_gradient(engines_of: MakeEngines):
     engines = engines_of(model)
     engines.compute(0, shards=(0, 1, 3))
     engines.compute(1, shards=(2,))
-    assert relative_error(engines.gradient(0, 1), plain_gradient(model, *samples())) < 1e-7
+    assert relative_error(engines.gradient(0, 1), plain_gradient(model, *samples())) < 1e-10
 
 
 def test_shards_that_are_leased_again_are_added_to_the_slab(engines_of: MakeEngines):
@@ -296,7 +298,7 @@ def test_shards_that_are_leased_again_are_added_to_the_slab(engines_of: MakeEngi
     engines = engines_of(model)
     engines.compute(0, shards=(0, 1))
     engines.compute(0, shards=(2, 3), fresh=False)
-    assert relative_error(engines.gradient(0), plain_gradient(model, *samples())) < 1e-7
+    assert relative_error(engines.gradient(0), plain_gradient(model, *samples())) < 1e-10
 
 
 def test_a_fresh_part_starts_from_a_zeroed_slab(engines_of: MakeEngines):
@@ -328,14 +330,14 @@ def test_a_batch_smaller_than_the_shards_is_computed_whole(engines_of: MakeEngin
     engines.compute(1, shards=(2, 3), batch=torch.tensor([4, 7]))
     x, y = samples()
     wanted = plain_gradient(model, x[[4, 7]], y[[4, 7]])
-    assert relative_error(engines.gradient(0, 1), wanted) < 1e-7
+    assert relative_error(engines.gradient(0, 1), wanted) < 1e-10
 
 
 def test_micro_batches_give_the_same_gradient(engines_of: MakeEngines):
     model = small_model()
     engines = engines_of(model, micro_batch=3)
     engines.compute(0)
-    assert relative_error(engines.gradient(0), plain_gradient(model, *samples())) < 1e-6
+    assert relative_error(engines.gradient(0), plain_gradient(model, *samples())) < 1e-10
 
 
 def test_no_forward_sees_more_than_a_micro_batch(engines_of: MakeEngines):
@@ -353,7 +355,7 @@ def test_tied_weights_get_the_gradient_of_both_uses(engines_of: MakeEngines):
     model[2].weight = model[0].weight
     engines = engines_of(model)
     engines.compute(0)
-    assert relative_error(engines.gradient(0), plain_gradient(model, *samples())) < 1e-7
+    assert relative_error(engines.gradient(0), plain_gradient(model, *samples())) < 1e-10
 
 
 def test_a_frozen_parameter_has_no_gradient(engines_of: MakeEngines):
@@ -380,7 +382,7 @@ def test_gradients_survive_zero_grad_in_the_users_step(engines_of: MakeEngines):
     engines = engines_of(model, step=step)
     engines.compute(0, shards=(0, 1))
     engines.compute(0, shards=(2, 3), fresh=False)
-    assert relative_error(engines.gradient(0), plain_gradient(model, *samples())) < 1e-7
+    assert relative_error(engines.gradient(0), plain_gradient(model, *samples())) < 1e-10
 
 
 def test_gradients_of_every_micro_batch_survive_zero_grad_in_the_users_step(engines_of: MakeEngines):
@@ -391,7 +393,7 @@ def test_gradients_of_every_micro_batch_survive_zero_grad_in_the_users_step(engi
     model = small_model()
     engines = engines_of(model, step=step, micro_batch=3)
     engines.compute(0)
-    assert relative_error(engines.gradient(0), plain_gradient(model, *samples())) < 1e-6
+    assert relative_error(engines.gradient(0), plain_gradient(model, *samples())) < 1e-10
 
 
 def test_gradients_are_born_in_the_slab(engines_of: MakeEngines):
@@ -411,9 +413,10 @@ def test_parameters_of_the_next_step_are_those_the_hub_committed(engines_of: Mak
     engines.commit((0, engines.compute(0)))
     engines.compute(0, step=2)
     wanted = plain_gradient(engines.master.model, *samples())
-    assert relative_error(engines.gradient(0), wanted) < 1e-7
+    assert relative_error(engines.gradient(0), wanted) < 1e-10
 
 
+@pytest.mark.usefixtures("float32")  # autocast leaves float64 alone
 def test_half_a_precision_is_only_in_the_forward(engines_of: MakeEngines):
     dtypes: list[torch.dtype] = []
 
@@ -482,8 +485,8 @@ def test_a_sum_over_two_engines_gives_the_gradient_of_the_whole(engines_of: Make
     loss = ((model(x) - y).square().squeeze(1) * weights).sum() / weights.sum()
     loss.backward()
     wanted = model.weight.detach() - 0.1 * model.weight.grad
-    assert engines.commit(*outcomes).loss == pytest.approx(loss.item(), rel=1e-6)
-    torch.testing.assert_close(engines.master.model.weight.detach(), wanted, rtol=1e-6, atol=1e-7)
+    assert engines.commit(*outcomes).loss == pytest.approx(loss.item(), rel=1e-10)
+    torch.testing.assert_close(engines.master.model.weight.detach(), wanted, rtol=1e-10, atol=1e-10)
 
 
 class ModelWithLoss(nn.Module):
@@ -511,7 +514,7 @@ def test_a_model_that_takes_dictionaries_returns_its_own_loss(engines_of: MakeEn
     engines = engines_of(model, loss=None, train=source)
     engines.compute(0)
     wanted = plain_gradient(model.body, x, y)
-    assert relative_error(engines.gradient(0), wanted) < 1e-6
+    assert relative_error(engines.gradient(0), wanted) < 1e-10
 
 
 def test_a_batch_whose_first_axis_is_time_is_weighed_by_its_samples(engines_of: MakeEngines):
@@ -526,7 +529,7 @@ def test_a_batch_whose_first_axis_is_time_is_weighed_by_its_samples(engines_of: 
     engines = engines_of(model, step=lambda m, batch: squared_error(m(batch[0].T), batch[1]), train=source)
     engines.compute(0, shards=(0, 1))
     engines.compute(1, shards=(2, 3))
-    assert relative_error(engines.gradient(0, 1), plain_gradient(model, x, y)) < 1e-6
+    assert relative_error(engines.gradient(0, 1), plain_gradient(model, x, y)) < 1e-10
 
 
 def test_an_error_of_user_code_is_raised_as_it_is(engines_of: MakeEngines):
@@ -545,6 +548,7 @@ def dropout_model() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 64), nn.Dropout(0.5), nn.Linear(64, 1))
 
 
+@pytest.mark.usefixtures("float32")
 def test_dropout_does_not_depend_on_the_engine(engines_of: MakeEngines):
     engines = engines_of(dropout_model())
     engines.compute(0, shards=(2, 3))
@@ -616,7 +620,7 @@ def test_an_evaluation_computes_the_loss_of_the_validation_data(engines_of: Make
     model = small_model()
     engines = engines_of(model, val=DataSource(samples=(x[10:], y[10:]), collate=None))
     (sums,) = engines.compute(0, kind="evaluation").parts
-    assert sums.loss_total / sums.num_samples == pytest.approx(squared_error(model(x[10:]), y[10:]).item(), rel=1e-6)
+    assert sums.loss_total / sums.num_samples == pytest.approx(squared_error(model(x[10:]), y[10:]).item(), rel=1e-10)
 
 
 def test_an_evaluation_builds_no_graph(engines_of: MakeEngines):
@@ -772,6 +776,7 @@ def slab_of_shard_2(
     raise AssertionError("nobody computed shard 2")
 
 
+@pytest.mark.usefixtures("float32")
 @COMPANIES
 @pytest.mark.parametrize("micro_batch", [None, 1, 2])
 def test_a_shard_of_an_exact_run_is_equal_to_the_bit_in_any_company(
@@ -786,6 +791,7 @@ def test_a_shard_of_an_exact_run_is_equal_to_the_bit_in_any_company(
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
 
 
+@pytest.mark.usefixtures("float32")
 def test_a_shard_of_an_exact_run_does_not_depend_on_what_its_engine_did_before(engines_of: MakeEngines):
     engines = engines_of(restless_model(), exact=True)
     sums, wanted = slab_of_shard_2(engines, ((2,),), engine=0)
@@ -818,7 +824,7 @@ def test_the_slabs_of_an_exact_run_add_up_to_the_plain_gradient(engines_of: Make
     engines.compute(0)
     slabs = [engines.views(0, number)[0] for number in range(4)]
     found = sum(torch.cat([gradient.flatten() for gradient in slab.values()]) for slab in slabs)
-    assert relative_error(found, plain_gradient(model, *samples())) < 1e-6
+    assert relative_error(found, plain_gradient(model, *samples())) < 1e-10
 
 
 def test_a_shard_without_samples_has_a_slab_of_zeros(engines_of: MakeEngines):
@@ -899,14 +905,14 @@ def test_a_batch_that_does_not_fit_gives_the_same_gradient_in_parts(engines_of: 
     engines = engines_of(between_two_layers(kind(most)))
     engines.compute(0)
     wanted = plain_gradient(between_two_layers(nn.Identity()), *samples())
-    assert relative_error(in_order(engines), wanted) < 1e-5
+    assert relative_error(in_order(engines), wanted) < 1e-10
 
 
 @GREEDY
 def test_a_batch_that_does_not_fit_gives_the_same_sums_in_parts(engines_of: MakeEngines, kind: Any):
     wanted = engines_of(between_two_layers(nn.Identity())).compute(0).parts[0]
     found = engines_of(between_two_layers(kind(3))).compute(0).parts[0]
-    assert found.loss_total == pytest.approx(wanted.loss_total, rel=1e-5)
+    assert found.loss_total == pytest.approx(wanted.loss_total, rel=1e-10)
     assert (found.loss_weight, found.num_samples) == (10.0, 10)
 
 
@@ -917,7 +923,7 @@ def test_shards_that_are_added_and_do_not_fit_keep_what_the_slab_held(engines_of
     first = engines.compute(0, shards=(1, 2, 3), fresh=False)
     wanted = plain_gradient(between_two_layers(nn.Identity()), *samples())
     assert first.note
-    assert relative_error(in_order(engines), wanted) < 1e-5
+    assert relative_error(in_order(engines), wanted) < 1e-10
 
 
 @GREEDY
@@ -934,7 +940,7 @@ def test_shards_that_are_added_a_third_time_and_do_not_fit_keep_what_the_slab_he
     engines.compute(0, shards=(2,), fresh=False)
     engines.compute(0, shards=(1, 3), fresh=False)
     wanted = plain_gradient(between_two_layers(nn.Identity()), *samples())
-    assert relative_error(in_order(engines), wanted) < 1e-5
+    assert relative_error(in_order(engines), wanted) < 1e-10
 
 
 def test_a_step_after_one_that_did_not_fit_does_not_hold_its_shards(engines_of: MakeEngines):
@@ -942,7 +948,7 @@ def test_a_step_after_one_that_did_not_fit_does_not_hold_its_shards(engines_of: 
     engines.compute(0, shards=(0, 1, 2, 3))
     engines.compute(0, step=2)
     wanted = plain_gradient(between_two_layers(nn.Identity()), *samples())
-    assert relative_error(in_order(engines), wanted) < 1e-5
+    assert relative_error(in_order(engines), wanted) < 1e-10
 
 
 def test_running_statistics_after_a_batch_that_did_not_fit_are_those_of_its_parts(engines_of: MakeEngines):
@@ -1080,7 +1086,7 @@ def test_a_parameter_that_is_not_contiguous_gets_its_gradient(engines_of: MakeEn
     model[0].weight = nn.Parameter(model[0].weight.detach().t().contiguous().t())
     engines = engines_of(model)
     engines.compute(0)
-    assert relative_error(engines.gradient(0), plain_gradient(model, *samples())) < 1e-6
+    assert relative_error(engines.gradient(0), plain_gradient(model, *samples())) < 1e-10
 
 
 # diagnosis ------------------------------------------------------------------------------------------------------

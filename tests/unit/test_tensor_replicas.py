@@ -29,6 +29,8 @@ from tests.unit.stage_teams import (
 )
 from tests.unit.tensor_models import DividableGPT, FailingAt, Padded, SpareAndFrozen
 
+pytestmark = pytest.mark.float64
+
 MakeTeam = Callable[..., Team]
 
 
@@ -76,7 +78,7 @@ def closeness(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -
 def test_gradients_of_an_mlp_are_those_of_one_process(team_of: MakeTeam, num_engines: int):
     team = team_of(mlp(), planned(mlp(), vectors(), num_engines))
     team.compute()
-    assert closeness(team.gradients(), plain_gradients(mlp(), vectors(), 1)) <= 1e-6
+    assert closeness(team.gradients(), plain_gradients(mlp(), vectors(), 1)) <= 1e-10
 
 
 @pytest.mark.parametrize("num_engines", [2, 4])
@@ -90,7 +92,7 @@ def test_gradients_of_a_transformer_with_one_weight_for_words_and_head_are_those
     assert partition.styles["head"] == "colwise_rep"
     team = team_of(make(), partition, samples=sentences(), loss=word_loss)
     team.compute()
-    assert closeness(team.gradients(), plain_gradients(make(), sentences(), 1, word_loss)) <= 1e-6
+    assert closeness(team.gradients(), plain_gradients(make(), sentences(), 1, word_loss)) <= 1e-10
 
 
 @pytest.mark.parametrize(
@@ -103,20 +105,20 @@ def test_layers_that_are_put_together_at_once_have_the_gradients_of_one_process(
 ):
     team = team_of(mlp(), divided(2, styles))
     team.compute()
-    assert closeness(team.gradients(), plain_gradients(mlp(), vectors(), 1)) <= 1e-6
+    assert closeness(team.gradients(), plain_gradients(mlp(), vectors(), 1)) <= 1e-10
 
 
 @pytest.mark.parametrize("style", ["rowwise", "colwise_rep"])
 def test_an_embedding_that_is_divided_leaves_its_padding_without_gradient(team_of: MakeTeam, style: TensorStyle):
     team = team_of(Padded(), divided(2, {"words": style}), samples=sentences(), loss=word_loss)
     team.compute()
-    assert closeness(team.gradients(), plain_gradients(Padded(), sentences(), 1, word_loss)) <= 1e-6
+    assert closeness(team.gradients(), plain_gradients(Padded(), sentences(), 1, word_loss)) <= 1e-10
 
 
 def test_micro_batches_add_up(team_of: MakeTeam):
     team = team_of(mlp(), divided(2, PAIRS), micro_batch=5)
     team.compute()
-    assert closeness(team.gradients(), plain_gradients(mlp(), vectors(), 1)) <= 1e-6
+    assert closeness(team.gradients(), plain_gradients(mlp(), vectors(), 1)) <= 1e-10
 
 
 def test_a_second_step_starts_from_zero(team_of: MakeTeam):
@@ -132,7 +134,7 @@ def test_shards_that_are_leased_again_are_added_to_the_slab(team_of: MakeTeam):
     team.compute()
     once = {name: gradient.clone() for name, gradient in team.gradients().items()}
     team.compute(fresh=False)
-    assert closeness(team.gradients(), {name: 2 * gradient for name, gradient in once.items()}) <= 1e-6
+    assert closeness(team.gradients(), {name: 2 * gradient for name, gradient in once.items()}) <= 1e-10
 
 
 def test_what_got_no_gradient_is_unused_on_every_engine_and_zero(team_of: MakeTeam):
@@ -152,6 +154,7 @@ def test_what_got_no_gradient_is_unused_on_every_engine_and_zero(team_of: MakeTe
     assert all(not gradients[name].any() for name in unused)
 
 
+@pytest.mark.usefixtures("float32")  # autocast leaves float64 alone
 def test_autocast_reaches_divided_layers(team_of: MakeTeam):
     team = team_of(mlp(), divided(2, PAIRS), precision="bfloat16")
     team.compute()
@@ -178,7 +181,7 @@ def test_loss_samples_and_metrics_are_reported_by_one_engine(team_of: MakeTeam):
     inputs, target = vectors()
     model = mlp().requires_grad_(requires_grad=False)
     assert sums.num_samples == 24
-    assert sums.loss_total / sums.loss_weight == pytest.approx(float(cross_entropy(model(inputs), target)), abs=1e-6)
+    assert sums.loss_total / sums.loss_weight == pytest.approx(float(cross_entropy(model(inputs), target)), abs=1e-10)
     assert sums.metric_totals["error"] / 24 == pytest.approx(error(model(inputs), target))
 
 
@@ -186,9 +189,9 @@ def test_a_step_function_has_the_whole_model(team_of: MakeTeam):
     team = team_of(mlp(), divided(2, PAIRS), loss=None, step=step)
     outcome: Outcome = last_of(team.compute())
     assert outcome.parts[0].metric_totals["largest"] / 24 == pytest.approx(
-        float(mlp()(vectors()[0]).detach().max()), abs=1e-6
+        float(mlp()(vectors()[0]).detach().max()), abs=1e-10
     )
-    assert closeness(team.gradients(), plain_gradients(mlp(), vectors(), 1)) <= 1e-6
+    assert closeness(team.gradients(), plain_gradients(mlp(), vectors(), 1)) <= 1e-10
 
 
 def test_an_evaluation_is_in_eval_mode_and_leaves_gradients_alone(team_of: MakeTeam):
@@ -196,7 +199,7 @@ def test_an_evaluation_is_in_eval_mode_and_leaves_gradients_alone(team_of: MakeT
     team = team_of(model, divided(2, {"0": "colwise", "2": "rowwise"}))
     (sums,) = last_of(team.compute(kind="evaluation")).parts
     inputs, target = vectors()
-    assert sums.loss_total / 24 == pytest.approx(float(cross_entropy(model.eval()(inputs), target).detach()), abs=1e-6)
+    assert sums.loss_total / 24 == pytest.approx(float(cross_entropy(model.eval()(inputs), target).detach()), abs=1e-10)
     assert all(not gradient.any() for gradient in team.gradients().values())
 
 
@@ -207,7 +210,7 @@ def test_an_encoder_layer_of_torch_is_evaluated_with_its_divided_layers(team_of:
     team = team_of(model, divided(2, {"1.linear1": "colwise", "1.linear2": "rowwise"}))
     (sums,) = last_of(team.compute(kind="evaluation")).parts
     inputs, target = vectors()
-    assert sums.loss_total / 24 == pytest.approx(float(cross_entropy(model.eval()(inputs), target).detach()), abs=1e-5)
+    assert sums.loss_total / 24 == pytest.approx(float(cross_entropy(model.eval()(inputs), target).detach()), abs=1e-10)
 
 
 def test_buffers_are_written_back(team_of: MakeTeam):
@@ -288,7 +291,7 @@ def test_an_engine_that_raises_frees_the_others_and_all_can_form_a_new_team(
     path.unlink()
     team.begin(divided(2, TWO_PAIRS))
     team.compute()
-    assert closeness(team.gradients(), plain_gradients(failing(path, rank), vectors(), 1)) <= 1e-6
+    assert closeness(team.gradients(), plain_gradients(failing(path, rank), vectors(), 1)) <= 1e-10
 
 
 def test_an_engine_that_is_killed_frees_the_others_which_go_on_without_it(
@@ -304,7 +307,7 @@ def test_an_engine_that_is_killed_frees_the_others_which_go_on_without_it(
     path.unlink()
     team.begin(divided(2, TWO_PAIRS), [1, 3])
     team.compute()
-    assert closeness(team.gradients(), plain_gradients(model, vectors(), 1)) <= 1e-6
+    assert closeness(team.gradients(), plain_gradients(model, vectors(), 1)) <= 1e-10
 
 
 def test_an_exact_run_is_refused(team_of: MakeTeam):
