@@ -39,7 +39,7 @@ from dnb.records import (
     Unload,
     Welcome,
 )
-from dnb.transport.channels import connect_dealer, encode
+from dnb.transport.channels import SEND_SECONDS, connect_dealer, encode
 from dnb.transport.failures import describe_error
 from dnb.transport.lives import is_alive, this_process
 from dnb.transport.wires import Wire, WireError, connect_wire
@@ -286,4 +286,10 @@ class Worker(threading.Thread):
         self._send(Join(facts=self._facts, num_wires=self._num_lost_wires))
 
     def _send(self, record: EngineMessage) -> None:
-        self._socket.send_multipart(encode(record))
+        try:
+            self._socket.send_multipart(encode(record))
+        except zmq.Again as error:
+            raise HubError(
+                f"engine {self._facts.engine} could not send {type(record).__name__} within {SEND_SECONDS:g} s: its "
+                f"connection to {self._address.url} was given up, as no hub answers there, or none that has its keys"
+            ) from error

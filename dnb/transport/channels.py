@@ -33,6 +33,8 @@ LOOK_SECONDS = 0.25
 MOST_BREAKS, MOST_BREAKS_OF_SUBMIT = 10, 1
 # How long the next hub may take to say why the one before has died.
 REASON_SECONDS = 2.0
+# How long a send may block. It never does while there is a connection, or one is tried for: nothing limits what queues.
+SEND_SECONDS = 1.0
 
 
 def encode(record: Message, frames: Sequence[Any] = ()) -> list[Any]:
@@ -116,11 +118,15 @@ def bind_router(context: zmq.Context[Any], keys: RoleKeys, *, role: str, listene
 
 
 def connect_dealer(context: zmq.Context[Any], address: Address, *, identity: bytes | None = None) -> zmq.Socket[bytes]:
-    """A DEALER towards the hub."""
+    """A DEALER towards the hub; its sends raise zmq.Again when ZeroMQ has given the connection up for good.
+
+    So it does after a handshake that failed: the keys are wrong, or whoever listens there is no hub.
+    """
     dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
     dealer.linger = 1000
     dealer.reconnect_ivl = RECONNECT_MILLISECONDS
     dealer.set_hwm(0)
+    dealer.sndtimeo = int(1000 * SEND_SECONDS)
     if identity is not None:
         dealer.setsockopt(zmq.IDENTITY, identity)
     dealer.curve_serverkey = address.server_public.encode()
@@ -156,13 +162,31 @@ class HubClient:
         self._is_alive = is_alive
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
+        self._address = address
+        self._identity = f"client-{secrets.token_hex(8)}".encode()
         self._context = zmq.Context()
-        self._socket = connect_dealer(self._context, address, identity=f"client-{secrets.token_hex(8)}".encode())
+        self._connect()
+        self._count = 0
+
+    def _connect(self) -> None:
+        self._socket = connect_dealer(self._context, self._address, identity=self._identity)
         self._breaks = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._breaks, zmq.POLLIN)
-        self._count = 0
+
+    def _disconnect(self) -> None:
+        self._socket.disable_monitor()
+        self._breaks.close(linger=0)
+        self._socket.close(linger=0)
+
+    def _send(self, parts: list[Any]) -> None:
+        try:
+            self._socket.send_multipart(parts, zmq.DONTWAIT, copy=False)
+        except zmq.Again:  # given up for good: only another socket may find a hub there again
+            self._disconnect()
+            self._connect()
+            self._socket.send_multipart(parts, copy=False)
 
     def ask(
         self,
@@ -194,7 +218,7 @@ class HubClient:
             number = str(self._count).encode()
             self._take_break()  # of the time when nobody asked
             parts = [number, packed, *frames]
-            self._socket.send_multipart(parts, copy=False)
+            self._send(parts)
             reply = self._receive(number, limit, request=request, parts=parts)
         return decode_reply(reply[0], expect), reply[1:]
 
@@ -232,7 +256,7 @@ class HubClient:
                     raise HubRestartedError(
                         f"the hub died {num_breaks} times while it was asked to {name}{self._why()}"
                     )
-                self._socket.send_multipart(parts, copy=False)
+                self._send(parts)
             elif not ready and not self._is_alive():
                 raise HubError("the hub has died: %dtrain shutdown clears up, %dtrain start opens a new pool")
         raise HubError(
@@ -252,9 +276,7 @@ class HubClient:
         """Close the socket; safe to call twice."""
         with self._lock:
             if not self._socket.closed:
-                self._socket.disable_monitor()
-                self._breaks.close(linger=0)
-                self._socket.close(linger=0)
+                self._disconnect()
                 self._context.term()
 
 
