@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import sync_playwright
 
-from tests.browser.lab import CHROMIUM_FLAGS, LabPage, LabServer, find_chromium
+from tests.browser.lab import CHROMIUM_FLAGS, PATIENCE_SECONDS, LabPage, LabServer, find_chromium
 from tests.browser.voila import VoilaServer
+
+
+def pytest_collection_modifyitems(items):
+    """A test in a browser waits for many things, one after the other."""
+    for item in items:
+        if "browser" in item.keywords:
+            item.add_marker(pytest.mark.timeout(5 * PATIENCE_SECONDS))
 
 
 @pytest.fixture(scope="package")
@@ -55,7 +62,7 @@ def voila(tmp_path):
 def lab(browser, lab_server):
     """A fresh page; `lab.open("name.ipynb")` comes first."""
     context = browser.new_context(viewport={"width": 1400, "height": 1000})
-    context.set_default_timeout(30_000)
+    context.set_default_timeout(1000 * PATIENCE_SECONDS)
     page = LabPage(context, lab_server)
     yield page
     context.close()

@@ -5,11 +5,9 @@ import re
 import pytest
 
 from tests.browser.lab import write_notebook
-from tests.browser.test_quickstart import FIGURE_MILLISECONDS, POINTS, SETUP, keep_picture
+from tests.browser.test_quickstart import POINTS, SETUP, keep_picture
 
 pytestmark = [pytest.mark.browser, pytest.mark.engines]
-
-START_MILLISECONDS = 60_000  # a pool, on a machine that others use too
 
 
 def test_a_run_is_trained_and_steered_by_clicking(lab, notebook_folder):
@@ -23,19 +21,19 @@ def test_a_run_is_trained_and_steered_by_clicking(lab, notebook_folder):
         # the live view has buttons of its own, below those of the panel
         panel.get_by_role("button", name=re.compile(rf"\b{name}$")).first.click()
 
-    def wait_for(name: str, *, milliseconds: int = 30_000) -> None:
-        panel.get_by_role("button", name=re.compile(rf"\b{name}$")).first.wait_for(timeout=milliseconds)
+    def wait_for(name: str) -> None:
+        panel.get_by_role("button", name=re.compile(rf"\b{name}$")).first.wait_for()
 
     panel.get_by_label("Engines").fill("2")
     panel.get_by_text("%dtrain start -n 2").wait_for()
     press("Start")
-    wait_for("Shut down", milliseconds=START_MILLISECONDS)
+    wait_for("Shut down")
     panel.get_by_label("Loss or step").select_option("cross_entropy")
     panel.get_by_label("Epochs").fill("20000")
     keep_picture(lab, "panel-chosen", index=0)
     press("Fit")
     wait_for("Pause")
-    panel.locator(POINTS).first.wait_for(timeout=FIGURE_MILLISECONDS)
+    panel.locator(POINTS).first.wait_for()
     keep_picture(lab, "panel-live", index=0)
     press("Pause")
     wait_for("Resume")

@@ -10,7 +10,6 @@ import pytest
 pytestmark = [pytest.mark.browser, pytest.mark.engines]
 
 QUICKSTART = Path(__file__).parents[2] / "notebooks" / "quickstart.ipynb"
-FIGURE_MILLISECONDS = 60_000
 POINTS = "svg.main-svg .scatterlayer path.js-line"
 
 # Samples that come from a slow disk: engines wait for them, and page and kernel have the processors to themselves.
@@ -61,14 +60,14 @@ def test_the_quickstart_runs_with_a_live_chart_that_stays(lab, notebook_folder):
     fit, wait = starting_with(numbers, "run = %dtrain fit"), starting_with(numbers, "%dtrain wait")
     lab.open("quickstart.ipynb")
     lab.run_all()
-    lab.wait(fit, timeout_seconds=120)
-    lab.output_area(fit).locator(POINTS).first.wait_for(timeout=FIGURE_MILLISECONDS)
+    lab.wait(fit)
+    lab.output_area(fit).locator(POINTS).first.wait_for()
     keep_picture(lab, "quickstart-live", index=fit)
-    lab.wait(wait, timeout_seconds=180)
-    lab.wait(max(numbers.values()), timeout_seconds=120)
+    lab.wait(wait)
+    lab.wait(max(numbers.values()))
     saved = lab.save().cells[fit].outputs
     assert "validation accuracy 0.9" in lab.text(starting_with(numbers, "model.eval()"))
     assert "application/vnd.plotly.v1+json" in saved[0].data
     assert "finished after 675 steps" in saved[0].data["text/plain"]
-    lab.output_area(fit).locator(POINTS).first.wait_for(timeout=FIGURE_MILLISECONDS)
+    lab.output_area(fit).locator(POINTS).first.wait_for()
     keep_picture(lab, "quickstart-end", index=fit)

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.browser.lab import write_notebook
-from tests.browser.test_quickstart import FIGURE_MILLISECONDS, POINTS, keep_picture
+from tests.browser.test_quickstart import POINTS, keep_picture
 
 pytestmark = pytest.mark.browser
 
@@ -84,7 +84,7 @@ def see_time_and_zoom(lab, chart):
 
 
 def wait_for_axis(lab, claim):
-    lab.wait_for(f"const axis = (argument => {{ {AXIS} }})(argument); return {claim};", 3, timeout_seconds=30)
+    lab.wait_for(f"const axis = (argument => {{ {AXIS} }})(argument); return {claim};", 3)
 
 
 def test_the_strip_shows_foreign_text_and_is_reached_by_keyboard(lab, notebook_folder, pytestconfig):
@@ -124,12 +124,12 @@ def test_the_strip_shows_foreign_text_and_is_reached_by_keyboard(lab, notebook_f
 
     lab.run_and_wait(3)
     chart = lab.output_area(3)
-    chart.locator(POINTS).first.wait_for(timeout=FIGURE_MILLISECONDS)
+    chart.locator(POINTS).first.wait_for()
     assert EVIL in chart.inner_text()
     see_time_and_zoom(lab, chart)
     lab.run_and_wait(5)
     lab.wait_for_picture(3)
-    chart.locator("svg.main-svg .gtitle").get_by_text("<img").first.wait_for(timeout=FIGURE_MILLISECONDS)
+    chart.locator("svg.main-svg .gtitle").get_by_text("<img").first.wait_for()
     keep_picture(lab, "chart-of-foreign-text", index=3)
     assert lab.evaluate(TITLE, 3) > 0  # all of its lines can be read
     assert lab.evaluate("return document.title;") != "run"

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.browser.lab import write_notebook
-from tests.browser.test_quickstart import FIGURE_MILLISECONDS, keep_picture
+from tests.browser.test_quickstart import keep_picture
 
 pytestmark = [pytest.mark.browser, pytest.mark.engines]
 
@@ -27,15 +27,15 @@ def test_the_timeline_is_drawn_below_the_loss_and_by_itself(lab, notebook_folder
     write_notebook(notebook_folder / "timeline.ipynb", cells)
     lab.open("timeline.ipynb")
     for index in range(4):
-        lab.run_and_wait(index, timeout_seconds=120)
-    lab.output_area(3).locator("svg.main-svg .x3y3 .barlayer path").first.wait_for(timeout=FIGURE_MILLISECONDS)
-    lab.output_area(3).locator("svg.main-svg").get_by_text("bubble").first.wait_for(timeout=FIGURE_MILLISECONDS)
+        lab.run_and_wait(index)
+    lab.output_area(3).locator("svg.main-svg .x3y3 .barlayer path").first.wait_for()
+    lab.output_area(3).locator("svg.main-svg").get_by_text("bubble").first.wait_for()
     keep_picture(lab, "timeline-live", index=3)
     lab.run_and_wait(4)
-    lab.output_area(4).locator("svg.main-svg .x3y3 .barlayer path").first.wait_for(timeout=FIGURE_MILLISECONDS)
+    lab.output_area(4).locator("svg.main-svg .x3y3 .barlayer path").first.wait_for()
     keep_picture(lab, "timeline-alone", index=4)
     for index in (5, 6):
-        lab.run_and_wait(index, timeout_seconds=60)
+        lab.run_and_wait(index)
     lab.wait_for_picture(3)
     saved = lab.save().cells[3].outputs[0].data
     assert "bubble" in saved["text/plain"]

@@ -3,8 +3,8 @@
 import nbformat
 import pytest
 
-from tests.browser.lab import write_notebook
-from tests.browser.test_quickstart import FIGURE_MILLISECONDS, LONG_FIT, POINTS, SETUP, keep_picture
+from tests.browser.lab import PATIENCE_SECONDS, write_notebook
+from tests.browser.test_quickstart import LONG_FIT, POINTS, SETUP, keep_picture
 
 pytestmark = [pytest.mark.browser, pytest.mark.engines]
 
@@ -31,7 +31,6 @@ def wait_for_curve(page, index, *, step):
     page.wait_for_function(
         f"([index, step]) => {{ {CURVE} return steps[0] <= 1 && steps[steps.length - 1] >= step; }}",
         arg=[index, step],
-        timeout=FIGURE_MILLISECONDS,
     )
 
 
@@ -45,8 +44,8 @@ def open_live(lab, notebook_folder, name, *, cells):
     write_notebook(notebook_folder / name, cells)
     lab.open(name)
     for index in range(4):
-        lab.run_and_wait(index, timeout_seconds=120)
-    lab.output_area(3).locator(POINTS).first.wait_for(timeout=FIGURE_MILLISECONDS)
+        lab.run_and_wait(index)
+    lab.output_area(3).locator(POINTS).first.wait_for()
     return len(cells) - 1
 
 
@@ -61,16 +60,16 @@ def test_the_chart_grows_and_a_reloaded_page_and_a_second_tab_have_all_of_it_and
     tab = lab.another()
     wait_for_curve(tab.page, 3, step=last_step(lab.page, 3))
     tab.output_area(3).get_by_role("button", name="Pause").click()
-    lab.output_area(3).get_by_text("paused").first.wait_for(timeout=30_000)  # the other tab tells it, too
+    lab.output_area(3).get_by_text("paused").first.wait_for()  # the other tab tells it, too
     lab.output_area(3).get_by_role("button", name="Resume").click()
     step = last_step(tab.page, 3)
     wait_for_curve(tab.page, 3, step=step + 1)
     keep_picture(tab, "view-second-tab")
     lab.output_area(3).get_by_role("button", name="Stop").click()
-    lab.output_area(3).get_by_text("stopped").first.wait_for(timeout=30_000)
+    lab.output_area(3).get_by_text("stopped").first.wait_for()
     lab.run_and_wait(5)
     lab.wait_for_picture(5)  # the reloaded page cannot put it in the fourth cell
-    lab.run_and_wait(shutdown, timeout_seconds=60)
+    lab.run_and_wait(shutdown)
     assert (lab.problems, tab.problems) == ([], [])
 
 
@@ -79,16 +78,16 @@ def test_a_restarted_kernel_attaches_and_the_saved_notebook_shows_the_chart_with
     shutdown = open_live(lab, notebook_folder, "restarted.ipynb", cells=again)
     step = last_step(lab.page, 3)
     lab.restart_kernel()
-    lab.run_and_wait(4, timeout_seconds=120)
+    lab.run_and_wait(4)
     wait_for_curve(lab.page, 4, step=step)
     keep_picture(lab, "view-attached", index=4)
     for index in (5, shutdown):
-        lab.run_and_wait(index, timeout_seconds=60)
+        lab.run_and_wait(index)
     lab.wait_for_picture(4)
     saved = lab.save()
     assert len(nbformat.writes(saved)) < 300_000
     lab.forget_kernel()
-    lab.output_area(4).locator(f"{SAVED_CHART}, {POINTS}").first.wait_for(timeout=FIGURE_MILLISECONDS)
+    lab.output_area(4).locator(f"{SAVED_CHART}, {POINTS}").first.wait_for()
     assert "stopped at step" in saved.cells[4].outputs[0].data["text/plain"]
     assert lab.problems == []
 
@@ -98,8 +97,9 @@ def test_voila_shows_a_live_view_also_where_a_page_may_keep_nothing(browser, not
     write_notebook(notebook_folder / "voila.ipynb", cells)
     url = voila(notebook_folder / "voila.ipynb")
     page = browser.new_page()
+    page.set_default_timeout(1000 * PATIENCE_SECONDS)
     page.add_init_script(NO_STORAGE)
-    page.goto(url, timeout=90_000)
-    page.locator(POINTS).first.wait_for(timeout=FIGURE_MILLISECONDS)
-    page.get_by_text("finished after").first.wait_for(timeout=60_000)
+    page.goto(url)
+    page.locator(POINTS).first.wait_for()
+    page.get_by_text("finished after").first.wait_for()
     page.close()

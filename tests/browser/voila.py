@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests.browser.lab import PATIENCE_SECONDS
+
 
 class VoilaServer:
     """Serves one notebook as a page; a context manager.
@@ -31,27 +33,27 @@ class VoilaServer:
                 stdout=log,
                 stderr=log,
             )
-        self.url = self._wait_for_address(timeout_seconds=60)
+        self.url = self._wait_for_address()
 
-    def _wait_for_address(self, *, timeout_seconds: float) -> str:
-        deadline = time.monotonic() + timeout_seconds
+    def _wait_for_address(self) -> str:
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
             if found := re.search(r"http://127\.0\.0\.1:\d+/", self._log.read_text()):
                 return found[0]
             time.sleep(0.1)
         self.stop()
         raise RuntimeError(
-            f"Voila did not answer within {timeout_seconds} s; its log ends:\n{self._log.read_text()[-2000:]}"
+            f"Voila did not answer within {PATIENCE_SECONDS} s; its log ends:\n{self._log.read_text()[-2000:]}"
         )
 
     def stop(self) -> None:
-        """End the server and its kernels; killed if it has not ended in 15 s."""
+        """End the server and its kernels; killed if it has not ended in time, which leaves its kernels."""
         self._process.terminate()
         try:
-            self._process.wait(timeout=15)
+            self._process.wait(timeout=PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait(timeout=5)
+            self._process.wait()
 
     def __enter__(self) -> "VoilaServer":
         return self
