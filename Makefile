@@ -9,17 +9,20 @@ BIN    := $(VENV)/bin
 # Two times quiet: a machine's own pip configuration may print warnings that are not ours.
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+# Another processor's: what passes with these kernels and with the machine's own rests on neither. KERNELS=... names others.
+KERNELS := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 
 # Nothing is written into the user's home. IPython warns, and takes a temporary folder, if the parent is missing.
 export IPYTHONDIR := $(CURDIR)/build/ipython
 export MPLCONFIGDIR := $(CURDIR)/build/matplotlib
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: help demo test lint pytest soak nbval format store bench coverage lab clean distclean
+.PHONY: help demo test lint pytest numerics soak nbval format store bench coverage lab clean distclean
 
 help:
 	@echo "make demo       run notebooks/quickstart.ipynb headless; leaves build/quickstart.ipynb and .html"
-	@echo "make test       lint, then every test, then every notebook"
+	@echo "make test       lint, then every test, numeric ones on two kinds of kernels, then every notebook"
+	@echo "make numerics   the numeric tests on the kernels of an older processor, or those that KERNELS= names"
 	@echo "make lint       format, lint, types, floors, notebooks"
 	@echo "make lab        JupyterLab on notebooks/"
 	@echo "make format     rewrite the code as 'make lint' wants it"
@@ -55,10 +58,15 @@ demo: $(VENV)/.demo-stamp | build
 lab: $(VENV)/.demo-stamp | build
 	$(BIN)/python -m jupyterlab --ServerApp.root_dir=notebooks
 
-test: lint pytest nbval
+test: lint pytest numerics nbval
 
 pytest: $(VENV)/.dev-stamp | build
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal --durations 15
+
+# Only files that have such a test are collected.
+numerics: $(VENV)/.dev-stamp | build
+	env $(KERNELS) $(BIN)/python -m pytest -m numeric -n 2 --dist worksteal \
+	    $$(grep -rl --include='test_*.py' 'mark\.numeric' tests)
 
 soak: $(VENV)/.dev-stamp | build
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest --timeout 0 \

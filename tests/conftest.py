@@ -48,7 +48,7 @@ def nothing_is_left():
     """Fails the session if it leaves anything."""
     watch = leftovers_module.Leftovers()
     yield
-    watch.wait_until_none(timeout_seconds=10)
+    watch.wait_until_none()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -30,8 +30,8 @@ class Leftovers:
         new = [process for process in find_processes() if process not in self._known_processes]
         return [describe(process) for process in new] + files
 
-    def wait_until_none(self, *, timeout_seconds: float = 10) -> None:
-        """Give what is just ending time to end.
+    def wait_until_none(self, *, timeout_seconds: float = 60) -> None:
+        """Give what is just ending time to end; on a busy machine, that may be long.
 
         Raises:
             AssertionError: something is still there at the limit; it is listed.

@@ -13,6 +13,9 @@ from dnb.pool.starting import profile_folder, start_pool
 from dnb.records import ENDED
 from dnb.training import Pool
 
+# The limits of waits say when nothing more is to be expected: they are not reached on a machine whose cores are all at
+# other work, where everything takes several times as long.
+PATIENCE_SECONDS = 120
 THREADS = max(1, (os.cpu_count() or 1) // 2)  # of each engine of two
 
 
@@ -31,7 +34,7 @@ class SharedPool:
             self.close()
             training._pool = None
             # 2, so that engines have as many threads whoever is first.
-            self._pool = training.start(n=2, timeout_seconds=120)
+            self._pool = training.start(n=2, timeout_seconds=PATIENCE_SECONDS)
         pool = training._pool = self._pool
         _resize(pool, num_engines)
         return pool
@@ -78,10 +81,10 @@ def _resize(pool: Pool, num_engines: int) -> None:
     if len(engines) > num_engines:
         pool.remove(engines[num_engines:])
     elif len(engines) < num_engines:
-        pool.add(num_engines - len(engines), timeout_seconds=120)
+        pool.add(num_engines - len(engines), timeout_seconds=PATIENCE_SECONDS)
 
 
-def until(holds, *, what, limit_seconds=60):
+def until(holds, *, what, limit_seconds=PATIENCE_SECONDS):
     deadline = time.monotonic() + limit_seconds
     while not holds():
         assert time.monotonic() < deadline, f"not within {limit_seconds} s: {what}"
@@ -96,12 +99,15 @@ def open_small_pool(n, *, profile_dir=None):
         profile_dir=profile_dir or profile_folder(None),
         launcher="local",
         threads_per_engine=1,
-        timeout_seconds=120,
+        timeout_seconds=PATIENCE_SECONDS,
     )
 
 
 def wait(run):
-    return run.wait(timeout_seconds=120)
+    """Wait until a run has ended or paused; an error of it is raised."""
+    run.wait(timeout_seconds=2 * PATIENCE_SECONDS)
+    assert run.status in (*ENDED, "paused"), f"not within {2 * PATIENCE_SECONDS} s: the run has ended: {run}"
+    return run
 
 
 def wait_until(run, holds, *, what):
@@ -109,7 +115,7 @@ def wait_until(run, holds, *, what):
     reached = threading.Event()
     run.add_listener(lambda run: reached.set() if holds(run) or not run.is_active else None)
     if not holds(run) and run.is_active:  # a run that has ended tells nothing more
-        assert reached.wait(60), f"not within 60 s: {what}: {run}"
+        assert reached.wait(PATIENCE_SECONDS), f"not within {PATIENCE_SECONDS} s: {what}: {run}"
     assert holds(run) or run.is_active, f"the run has ended before {what}: {run}: {run.error}"
 
 
@@ -117,7 +123,7 @@ def start_engine(pool):
     """One more engine that has not joined the hub yet; its id."""
     before = set(pool.client.ids)
     pool._cluster.start_engines_sync(1)
-    pool.client.wait_for_engines(len(before) + 1, timeout=60, interactive=False)
+    pool.client.wait_for_engines(len(before) + 1, timeout=PATIENCE_SECONDS, interactive=False)
     (engine,) = set(pool.client.ids) - before
     return engine
 
@@ -126,4 +132,6 @@ def let_join(pool, engine):
     """Let a started engine meet the hub."""
     cluster = pool._cluster
     file = f"{cluster.profile_dir}/security/ipcontroller-{cluster.cluster_id}-engine.json"
-    pool.client[engine].apply_sync(join_pool, engine, num_threads=1, connection_file=file, timeout_seconds=60)
+    pool.client[engine].apply_sync(
+        join_pool, engine, num_threads=1, connection_file=file, timeout_seconds=PATIENCE_SECONDS
+    )

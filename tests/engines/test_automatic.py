@@ -60,6 +60,7 @@ def choose(pool, **options):
     return automatic.choose_plan(job, data, pool, **(settled | options))
 
 
+@pytest.mark.usefixtures("float32")  # of which the figures are
 def test_a_model_that_one_engine_may_not_hold_is_divided(pool):
     plan, why = choose(pool, memory_limit=3_000_000)  # parameters and gradients alone have 4.5 MB
     assert plan.partition.num_stages == 2

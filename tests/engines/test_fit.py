@@ -14,6 +14,7 @@ from dnb import training
 from dnb.errors import ArgumentError, RunError, ShippingError
 from dnb.hub.history import read_history
 from dnb.hub.memo import POOL_FILE
+from tests.engines.pools import PATIENCE_SECONDS, wait
 from tests.models import DigitRows, digits, largest_gap, largest_relative_gap, mlp, plain_losses
 
 pytestmark = pytest.mark.engines
@@ -24,14 +25,10 @@ def fit(pool, model=None, train=None, **options):
     return pool.fit(mlp() if model is None else model, digits() if train is None else train, **options)
 
 
-def wait(run):
-    return run.wait(timeout_seconds=120)
-
-
 def wait_for_step(run, step):
     reached = threading.Event()
     run.add_listener(lambda run: reached.set() if run.step >= step else None)
-    assert reached.wait(60), f"step {step} was not reached in 60 s: {run}"
+    assert reached.wait(PATIENCE_SECONDS), f"step {step} was not reached in {PATIENCE_SECONDS} s: {run}"
 
 
 def weighted_step(model, batch):

@@ -186,6 +186,7 @@ def test_parameter_groups_of_an_instance_keep_their_options(pool, transport):
     assert largest_relative_gap(model, plain) < 1e-10
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     "dtypes",
     [(torch.float32, torch.float64), (torch.float32, torch.float64, torch.bfloat16)],

@@ -54,6 +54,7 @@ def by_target(model, batch):
     return Sum(total, weights.sum().item()), {"hits": Sum(hits, weights.sum().item()), "share": hits / weights.sum()}
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("name", sorted(optimizer_classes()))
 def test_every_optimizer_that_torch_names_trains_as_in_one_process(pool, name):
     model, plain = twice(mlp)
@@ -144,6 +145,7 @@ def test_an_optimizer_that_cannot_work_here_is_refused_with_the_reason(pool, opt
     assert wait(fit(pool, mlp(), steps=1)).status == "finished"
 
 
+@pytest.mark.numeric
 def test_muon_on_the_matrices_of_a_model_trains_as_in_one_process(pool):
     model, plain = twice(mlp)
     optimizer, plain_optimizer = (torch.optim.Muon([m[0].weight, m[2].weight], lr=1e-2) for m in (model, plain))
@@ -171,6 +173,7 @@ def test_a_scheduler_gives_the_rates_and_losses_of_one_process(pool, name, form)
     assert largest_gap(run.history["loss"], seen.losses) < 1e-10
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("clip_norm", [0.05, 1e6])
 def test_the_norm_of_the_whole_batch_s_gradient_is_clipped(pool, clip_norm):
     model, plain = twice(mlp)

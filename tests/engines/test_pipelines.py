@@ -91,6 +91,7 @@ def plain(make, num_steps=NUM_STEPS):
     return plain_losses(make(), digits(), num_steps=num_steps, batch_size=64)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize(
     ("make", "schedule"),
     [(deep, "gpipe"), (deep, "zero-bubble"), (Skipping, "1f1b"), (Tied, "1f1b")],

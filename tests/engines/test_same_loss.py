@@ -15,7 +15,7 @@ from tests.models import (
     smooth_mlp,
 )
 
-pytestmark = pytest.mark.engines
+pytestmark = [pytest.mark.engines, pytest.mark.numeric]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def trained(request, shared, num_engines, tmp_path_factory):
         model = mlp()
         options = {"lr": 1e-3, "batch_size": 64, "steps": 50, "transport": request.param}
         run = shared.of(num_engines).fit(model, digits(), loss="cross_entropy", **options)
-        run.wait(timeout_seconds=120)
+        wait(run)
     return run, model
 
 
@@ -65,7 +65,7 @@ def test_every_sample_of_every_batch_was_counted_once(trained):
 
 def test_batch_norm_statistics_come_home_and_do_not_depend_much_on_the_split(pool_of):
     model, plain = batch_norm_net(), batch_norm_net()
-    pool_of.fit(model, digits(), loss="cross_entropy", lr=1e-3, batch_size=256, steps=7).wait(timeout_seconds=60)
+    wait(pool_of.fit(model, digits(), loss="cross_entropy", lr=1e-3, batch_size=256, steps=7))
     plain.train()
     plain_losses(plain, digits(), num_steps=7, batch_size=256)
     assert model[1].num_batches_tracked.item() == 7

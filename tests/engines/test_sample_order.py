@@ -12,7 +12,7 @@ from dnb.engine.replica import PROBE_SAMPLES
 from dnb.planning.shards import choose_num_shards, deal_shards, shard_bounds
 from tests.engines.pools import wait
 
-pytestmark = pytest.mark.engines
+pytestmark = [pytest.mark.engines, pytest.mark.float32]
 
 of_engines = pytest.mark.parametrize("num_engines", [1, 2], indirect=True, ids="{}_engines".format)
 

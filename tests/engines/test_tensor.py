@@ -49,6 +49,7 @@ def kinds(run):
     return [event.kind for event in run.events]
 
 
+@pytest.mark.numeric
 def test_divided_layers_have_the_loss_of_a_plain_loop_and_bring_the_weights_home(pool):
     model, alone = mlp(), mlp()
     run = wait(fit(pool, model))
@@ -59,6 +60,7 @@ def test_divided_layers_have_the_loss_of_a_plain_loop_and_bring_the_weights_home
     assert told[0].endswith("each has 1/2 of 2 layers")
 
 
+@pytest.mark.numeric
 def test_a_transformer_with_one_weight_for_words_and_head_has_the_loss_of_a_plain_loop(pool):
     run = wait(fit(pool, DividableGPT(), text(), loss=next_word_loss, tensor_plan=WHOLE_PLAN))
     alone = plain_run(DividableGPT(), text(), num_steps=NUM_STEPS, step=next_word_step)

@@ -12,7 +12,7 @@ from dnb.run import Run
 from tests.engines.pools import wait
 from tests.models import digits, mlp
 
-pytestmark = pytest.mark.engines
+pytestmark = [pytest.mark.engines, pytest.mark.float32]
 
 # Layers that are not large: the allocator keeps some gradients on their way to the hub's memory.
 WIDTH, NUM_LAYERS = 512, 100

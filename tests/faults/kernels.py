@@ -5,6 +5,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+from tests.engines.pools import PATIENCE_SECONDS
+
 PREAMBLE = """
 import sys
 import torch
@@ -68,7 +70,7 @@ class Kernel:
         self._reap()
 
     def _reap(self) -> None:
-        self.process.wait(30)
+        self.process.wait(PATIENCE_SECONDS)
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None and not pipe.closed:
                 pipe.close()

@@ -334,7 +334,7 @@ def test_the_late_word_of_a_stopped_run_is_not_taken_for_that_of_the_next(pool, 
     model, plain = twice(mlp)
     run = train(pool, model, digits(), steps=3, name=name)
     (tmp_path / "answer").write_text("")
-    run.wait(timeout_seconds=20)
+    wait(run)
     assert run.status == "finished"
     assert largest_gap(run.history["loss"], plain_run(plain, digits(), num_steps=3, shuffle=False).losses) < 1e-10
 

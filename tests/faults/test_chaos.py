@@ -5,7 +5,7 @@ import pytest
 
 from dnb import training
 from dnb.errors import ArgumentError
-from tests.engines.pools import until, wait_until
+from tests.engines.pools import PATIENCE_SECONDS, until, wait_until
 from tests.faults.kernels import Kernel
 from tests.faults.test_deaths import START_AND_TRAIN
 from tests.models import digits, mlp
@@ -112,4 +112,4 @@ def test_engines_that_are_being_started_when_the_kernel_dies_end_with_the_pool(f
     )
     kernel.wait_until_ready()
     kernel.kill()
-    leftovers.wait_until_none(timeout_seconds=60)
+    leftovers.wait_until_none(timeout_seconds=PATIENCE_SECONDS)

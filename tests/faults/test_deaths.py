@@ -19,7 +19,7 @@ from dnb.pool.starting import profile_folder
 from dnb.records import Done, GetPool, HubBinding, PoolState, Shutdown
 from dnb.transport.channels import HubClient
 from dnb.transport.segments import FOLDERS_VARIABLE
-from tests.engines.pools import open_small_pool, until
+from tests.engines.pools import PATIENCE_SECONDS, open_small_pool, until, wait
 from tests.faults.kernels import Kernel
 from tests.models import digits, largest_gap, largest_relative_gap, mlp, plain_losses
 
@@ -31,7 +31,7 @@ run = pool.fit(mlp(), digits(), loss="cross_entropy", epochs=100_000, name="orph
 import threading
 moved = threading.Event()
 run.add_listener(lambda run: moved.set() if run.step > 3 else None)
-assert moved.wait(60)
+assert moved.wait(120)
 """
 
 
@@ -55,7 +55,7 @@ def three_engines(shared, tmp_path, monkeypatch):
 def wait_for_step(run, step):
     reached = threading.Event()
     run.add_listener(lambda run: reached.set() if run.step >= step or not run.is_active else None)
-    assert reached.wait(60), f"step {step} was not reached in 60 s: {run}"
+    assert reached.wait(PATIENCE_SECONDS), f"step {step} was not reached in {PATIENCE_SECONDS} s: {run}"
 
 
 def test_an_engine_that_stands_still_is_called_hung(three_engines):
@@ -70,7 +70,7 @@ def test_a_run_goes_on_with_the_same_loss_when_engines_are_killed(three_engines)
     for step in (20, 60):
         wait_for_step(run, step)
         os.kill(three_engines.engines[0].pid, signal.SIGKILL)
-    run.wait(timeout_seconds=120)
+    wait(run)
     plain = plain_losses(mlp(), digits(), num_steps=400, batch_size=64)
     assert run.status == "finished"
     assert [event.kind for event in run.events].count("died") == 2
@@ -87,7 +87,7 @@ def test_a_run_that_lost_its_last_engine_fails_and_says_so(shared, tmp_path, mon
     for engine in pool.engines:
         os.kill(engine.pid, signal.SIGKILL)
     with pytest.raises(RunError, match=r"no engine is left at step \d+: engine \d+ died"):
-        run.wait(timeout_seconds=60)
+        wait(run)
 
 
 def test_a_killed_guardian_ends_the_pool_and_the_run_says_what_happened(own_pool, leftovers):
@@ -95,8 +95,8 @@ def test_a_killed_guardian_ends_the_pool_and_the_run_says_what_happened(own_pool
     wait_for_step(run, 3)
     os.kill(own_pool.facts.guardian.pid, signal.SIGKILL)
     with pytest.raises(RunError, match=r"the hub was lost at step \d+: the hub has died"):
-        run.wait(timeout_seconds=60)
-    leftovers.wait_until_none(timeout_seconds=20)
+        wait(run)
+    leftovers.wait_until_none()
     with pytest.raises((PoolError, HubError), match="%dtrain start"):
         _ = own_pool.engines
 
@@ -113,7 +113,7 @@ def test_a_hub_that_dies_again_and_again_ends_the_pool(own_pool, leftovers):
         return not own_pool.is_open
 
     until(kill_the_next, what="the guardian gives up")
-    leftovers.wait_until_none(timeout_seconds=20)
+    leftovers.wait_until_none()
     assert len(killed) >= 5
 
 
@@ -146,14 +146,14 @@ def test_where_processes_cannot_be_forked_a_hub_is_a_process_of_its_own(tmp_path
     hubs.append(client.ask(GetPool(), PoolState)[0].facts.hub.pid)
     client.ask(Shutdown(), Done)
     client.close()
-    controller.wait(30)
+    controller.wait(PATIENCE_SECONDS)
     leftovers.wait_until_none()
     assert hubs[0] != hubs[1]
 
 
 def test_a_killed_controller_takes_hub_and_engines_with_it(own_pool, leftovers):
     os.kill(own_pool.facts.controller.pid, signal.SIGKILL)
-    leftovers.wait_until_none(timeout_seconds=20)
+    leftovers.wait_until_none()
 
 
 def test_a_pool_that_dies_while_it_is_shut_down_is_cleared_up(own_pool, leftovers, monkeypatch):
@@ -166,14 +166,14 @@ def test_a_pool_that_dies_while_it_is_shut_down_is_cleared_up(own_pool, leftover
 
     monkeypatch.setattr(type(own_pool), "is_steered_here", property(die))
     own_pool.shutdown()
-    leftovers.wait_until_none(timeout_seconds=20)
+    leftovers.wait_until_none()
 
 
 def test_nothing_outlives_a_killed_kernel_without_a_run(folder, leftovers):
     kernel = Kernel("training.start(n=1)", folder=folder)
     kernel.wait_until_ready()
     kernel.kill()
-    leftovers.wait_until_none(timeout_seconds=20)
+    leftovers.wait_until_none()
     assert find_pools(profile_folder(None) / "security").dead == []
 
 
@@ -181,7 +181,7 @@ def test_nothing_outlives_a_kernel_that_ends_by_itself(folder, leftovers):
     kernel = Kernel("training.start(n=1)", folder=folder)
     kernel.wait_until_ready()
     kernel.end()
-    leftovers.wait_until_none(timeout_seconds=20)
+    leftovers.wait_until_none()
 
 
 def test_a_new_kernel_finds_the_run_that_a_killed_one_left_and_can_end_it(folder, leftovers):
@@ -199,7 +199,7 @@ def test_a_new_kernel_finds_the_run_that_a_killed_one_left_and_can_end_it(folder
     assert (run.name, run.status) == ("orphan", "running")
     assert len(run.history["loss"]) >= run.step
     assert training.shutdown()
-    leftovers.wait_until_none(timeout_seconds=20)
+    leftovers.wait_until_none()
     assert pool.is_open is False
 
 
@@ -210,7 +210,7 @@ def test_a_new_kernel_attaches_without_a_start_and_brings_the_weights_home(folde
     model = mlp(seed=7)
     run = training.attach("orphan", model=model)
     run.stop()
-    run.wait(timeout_seconds=60)
+    wait(run)
     losses = plain_losses(mlp(), digits(), num_steps=min(run.step, 50), batch_size=64)
     assert run.status == "stopped"
     assert largest_gap(run.history["loss"][: len(losses)], losses) < 1e-10
@@ -229,7 +229,7 @@ def test_a_run_that_ended_after_its_kernel_still_gives_its_weights_to_the_next(f
     kernel.kill()
     until(lambda: training.Run.open(folder / ".dnb" / "runs" / "late").status == "finished", what="the run ended")
     model, plain = mlp(seed=7), mlp()
-    training.attach(model=model).wait(timeout_seconds=60)
+    wait(training.attach(model=model))
     plain_losses(plain, digits(), num_steps=300, batch_size=64)
     assert largest_relative_gap(model, plain) < 1e-10
 
@@ -244,7 +244,7 @@ def test_an_orphaned_pool_ends_by_itself_when_its_run_has_ended_and_nobody_attac
     )
     kernel.wait_until_ready()
     kernel.kill()
-    leftovers.wait_until_none(timeout_seconds=60)
+    leftovers.wait_until_none(timeout_seconds=PATIENCE_SECONDS)
     assert training.Run.open(folder / ".dnb" / "runs" / "short").status == "finished"
 
 
@@ -273,13 +273,14 @@ def test_a_full_memory_folder_is_told_and_the_next_one_is_used(tiny_memory, fold
     monkeypatch.setenv(FOLDERS_VARIABLE, f"{tiny_memory}{os.pathsep}{roomy}")
     pool, _ = open_pool(n=1)
     run = pool.fit(mlp(), digits(), loss="cross_entropy", steps=2)
-    run.wait(timeout_seconds=60)
+    wait(run)
     told = [event.text for event in run.events if event.kind == "memory"]
     assert run.status == "finished"
     assert "free (No space left on device)" in told[0]
     assert told[0].endswith(f"using {roomy}")
 
 
+@pytest.mark.usefixtures("float32")  # of which the figures are
 def test_no_folder_with_room_refuses_the_run_with_needed_and_free(tiny_memory, folder, monkeypatch):
     monkeypatch.setenv(FOLDERS_VARIABLE, str(tiny_memory))
     pool, _ = open_pool(n=1)
@@ -290,11 +291,12 @@ def test_no_folder_with_room_refuses_the_run_with_needed_and_free(tiny_memory, f
     assert pool.facts.run is None
 
 
+@pytest.mark.usefixtures("float32")  # of which the figures are
 def test_a_full_disk_leaves_gaps_in_the_history_and_ends_no_training(shared, tiny_memory, tmp_path, monkeypatch):
     monkeypatch.chdir(tiny_memory)
     pool = shared.of(1)
     run = pool.fit(mlp(), digits(), loss="cross_entropy", steps=2500)
-    run.wait(timeout_seconds=120)
+    wait(run)
     rows = read_history(run.folder)
     assert run.status == "finished"
     assert len(run.history["loss"]) == 2500
@@ -308,5 +310,5 @@ def test_a_full_disk_leaves_gaps_in_the_history_and_ends_no_training(shared, tin
 
 def open_pool(n=2):
     return training.open_pool(
-        n, profile=None, launcher="local", threads_per_engine=1, timeout_seconds=60, linger_seconds=60
+        n, profile=None, launcher="local", threads_per_engine=1, timeout_seconds=PATIENCE_SECONDS, linger_seconds=60
     )

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 
 import psutil
 import pytest
@@ -10,7 +9,7 @@ import torch
 
 from dnb import training
 from dnb.hub.history import read_history
-from tests.engines.pools import wait, wait_until
+from tests.engines.pools import until, wait, wait_until
 from tests.models import digits, largest_gap, mlp, plain_losses
 
 pytestmark = [pytest.mark.engines, pytest.mark.faults]
@@ -25,13 +24,6 @@ def pool(shared, tmp_path, monkeypatch):
     yield pool
     until(lambda: are_back(pool, pids), what="all that live are back")
     shared.calm()
-
-
-def until(holds, *, what, limit_seconds=30):
-    deadline = time.monotonic() + limit_seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"not within {limit_seconds} s: {what}"
-        time.sleep(0.02)
 
 
 def are_back(pool, pids):
@@ -92,7 +84,7 @@ def test_a_run_that_has_ended_still_gives_its_weights(pool):
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     kill_hub(pool)
     fresh = mlp(seed=9)
-    attached = training.attach(model=fresh).wait(timeout_seconds=60)
+    attached = wait(training.attach(model=fresh))
     assert attached.status == "finished"
     assert all(torch.equal(fresh.state_dict()[name], tensor) for name, tensor in before.items())
 

@@ -26,7 +26,7 @@ run = pool.fit(
 import threading
 moved = threading.Event()
 run.add_listener(lambda run: moved.set() if len([e for e in run.events if e.kind == "checkpoint"]) > 3 else None)
-assert moved.wait(60)
+assert moved.wait(120)
 from dnb.pool.engine_pool import all_processes
 say(*[process.pid for process in all_processes(pool.facts)])
 """
@@ -82,6 +82,7 @@ def checkpoints_of(run):
     return [event for event in run.events if event.kind == "checkpoint" and "is in" in event.text]
 
 
+@pytest.mark.usefixtures("float32")  # of which the figures are
 def test_a_full_disk_pauses_nothing_loses_nothing_and_is_told_once(shared, small_disk, monkeypatch, tmp_path):
     monkeypatch.chdir(small_disk)
     pool = shared.of(1)

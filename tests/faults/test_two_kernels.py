@@ -10,7 +10,7 @@ from dnb import training
 from dnb.errors import ArgumentError, PoolError
 from dnb.pool.found import find_pools
 from dnb.pool.starting import profile_folder
-from tests.engines.pools import wait_until
+from tests.engines.pools import wait, wait_until
 from tests.faults.kernels import Kernel
 from tests.leftovers import Leftovers
 from tests.models import digits, mlp
@@ -123,7 +123,7 @@ def test_a_kernel_may_take_over_and_end_the_pool(other_kernel):
     pool = training.current_pool()
     assert pool.facts.owner.pid == os.getpid()
     run.stop()
-    run.wait(timeout_seconds=60)
+    wait(run)
     assert run.status == "stopped"
 
 
@@ -131,5 +131,5 @@ def test_a_watcher_steers_once_the_other_kernel_is_gone(other_kernel):
     run = training.attach()
     other_kernel.kill()
     run.stop()
-    run.wait(timeout_seconds=60)
+    wait(run)
     assert (run.status, training.current_pool().facts.owner.pid) == ("stopped", os.getpid())

@@ -11,6 +11,8 @@ from dnb.hub.crew import LEAST_ELEMENTS, MOST_THREADS, PART_ELEMENTS, Crew, usab
 from dnb.hub.optimizers import Stepper
 from dnb.hub.reducer import sum_regions
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture
 def crew():

@@ -14,6 +14,8 @@ from dnb.engine.gradients import Gradients
 from dnb.transport.layout import LARGE_ELEMENTS, plan_gradients, slot_views
 from dnb.transport.wires import Flat
 
+pytestmark = pytest.mark.numeric
+
 # A gradient of 16,384 elements is moved into the slab by a hook, a smaller one is added up in place.
 LARGE, SMALL = 128, 127
 

@@ -590,6 +590,7 @@ def test_a_refused_step_does_not_step_the_scheduler(pool_of: MakePool):
 # clipping ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.numeric
 @pytest.mark.usefixtures("float64")
 def test_clipping_is_torchs_on_the_gradient_of_the_whole_batch(pool_of: MakePool):
     torch.manual_seed(0)

@@ -25,7 +25,7 @@ from dnb.transport.layout import LARGE_ELEMENTS, slot_views
 from dnb.transport.returned import ReturnError
 from dnb.transport.wires import Flat
 
-pytestmark = pytest.mark.float64
+pytestmark = [pytest.mark.numeric, pytest.mark.float64]
 
 NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
 NUM_SHARDS = 4

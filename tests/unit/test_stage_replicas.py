@@ -36,6 +36,8 @@ from tests.unit.stage_teams import (
     word_loss,
 )
 
+pytestmark = pytest.mark.numeric
+
 CUTS = {
     "mlp": {2: ("4",), 3: ("2", "6"), 4: ("2", "4", "6")},
     "skip": {2: ("third",), 3: ("second", "third"), 4: ("second", "third", "head")},

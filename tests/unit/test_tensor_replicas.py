@@ -29,7 +29,7 @@ from tests.unit.stage_teams import (
 )
 from tests.unit.tensor_models import DividableGPT, FailingAt, Padded, SpareAndFrozen
 
-pytestmark = pytest.mark.float64
+pytestmark = [pytest.mark.numeric, pytest.mark.float64]
 
 MakeTeam = Callable[..., Team]
 
