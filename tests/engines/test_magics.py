@@ -82,7 +82,7 @@ def test_an_interrupt_gives_the_prompt_back_and_training_goes_on(shell, interrup
     fitted.add_wait_hook(lambda _: waiting.set())
 
     def interrupt():
-        waiting.wait(30)
+        waiting.wait(120)
         _thread.interrupt_main()
 
     threading.Thread(target=interrupt, name="interrupt", daemon=True).start()

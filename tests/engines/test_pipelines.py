@@ -147,7 +147,7 @@ def test_of_two_pipelines_the_other_goes_on_and_a_newcomer_makes_them_two_again(
     )
     run.stop()
     wait(run)
-    assert largest_gap(run.history["loss"][:50], plain(deep)) <= 1e-10
+    assert largest_gap(run.history["loss"][:50], plain(deep, min(50, run.step))) <= 1e-10
 
 
 @pytest.mark.faults
@@ -158,10 +158,8 @@ def test_a_stage_that_is_killed_is_done_without_and_the_same_step_is_done_again(
     dead = pool.engines[victim]
     os.kill(dead.pid, signal.SIGKILL)
     wait(run)
-    losses = plain(deep, 150)
     assert run.status == "finished"
-    assert largest_gap(run.history["loss"][:50], losses[:50]) <= 1e-10
-    assert largest_gap(run.history["loss"], losses) <= 1e-10
+    assert largest_gap(run.history["loss"], plain(deep, 150)) <= 1e-10
     assert [event.engine for event in run.events if event.kind == "died"] == [dead.id]
     assert [event.kind for event in run.events].count("planned") >= 2
 
@@ -201,7 +199,7 @@ def test_a_run_goes_on_when_the_hub_is_killed(pool):
     os.kill(pool.facts.hub.pid, signal.SIGKILL)
     wait(run)
     assert run.status == "finished"
-    assert largest_gap(run.history["loss"][:50], plain(deep)) <= 1e-10
+    assert largest_gap(run.history["loss"], plain(deep, 150)) <= 1e-10
 
 
 def test_a_pipeline_that_is_resumed_goes_on_with_the_next_step(pool):

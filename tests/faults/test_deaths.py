@@ -74,7 +74,6 @@ def test_a_run_goes_on_with_the_same_loss_when_engines_are_killed(three_engines)
     plain = plain_losses(mlp(), digits(), num_steps=400, batch_size=64)
     assert run.status == "finished"
     assert [event.kind for event in run.events].count("died") == 2
-    assert largest_gap(run.history["loss"][:50], plain[:50]) <= 1e-10
     assert largest_gap(run.history["loss"], plain) <= 1e-10
     assert len(three_engines.engines) == 1
 

@@ -59,7 +59,7 @@ class Pausing:
 def test_a_stopped_engine_costs_no_step_and_takes_part_again_when_it_goes_on(pool, options):
     victim = pool.engines[1]
     loss = Pausing(dict.fromkeys((engine.pid for engine in pool.engines), 0.002))
-    run = pool.fit(mlp(), digits(), loss=loss, lr=1e-3, steps=1500, **options)
+    run = pool.fit(mlp(), digits(), loss=loss, lr=1e-3, steps=5000, **options)
     wait_until(run, lambda run: run.step >= 10, what="step 10")
     os.kill(victim.pid, signal.SIGSTOP)
     wait_until(run, lambda run: "hung" in kinds(run, victim.id), what="the engine is called hung")
@@ -76,10 +76,8 @@ def test_a_stopped_engine_costs_no_step_and_takes_part_again_when_it_goes_on(poo
     )
     run.stop()
     wait(run)
-    losses = plain(run.step)
-    assert largest_gap(run.history["loss"][:50], losses[:50]) <= 1e-10
-    assert largest_gap(run.history["loss"], losses) <= 1e-10
     assert len(run.history["loss"]) == run.step
+    assert largest_gap(run.history["loss"], plain(run.step)) <= 1e-10
 
 
 def test_an_engine_that_is_stopped_when_a_run_is_submitted_does_not_hold_it_up(pool):
@@ -108,7 +106,7 @@ class Samples:
 
 def test_an_engine_four_times_slower_holds_fewer_samples_after_10_steps(pool):
     slow = pool.engines[0]
-    loss = Samples(0.0005, slow.pid, 4.0)
+    loss = Samples(0.002, slow.pid, 4.0)  # so long that what else the cores do counts little
     run = pool.fit(mlp(), digits(), loss=loss, lr=1e-3, epochs=100)
 
     def samples(run):
@@ -122,8 +120,7 @@ def test_an_engine_four_times_slower_holds_fewer_samples_after_10_steps(pool):
     wait(run)
     fast = [gained[engine.id] for engine in pool.engines if engine.id != slow.id]
     assert gained[slow.id] < 0.5 * statistics.fmean(fast)
-    losses = plain(run.step)
-    assert largest_gap(run.history["loss"][:50], losses[:50]) <= 1e-10
+    assert largest_gap(run.history["loss"], plain(run.step)) <= 1e-10
 
 
 class Sticking:
@@ -153,10 +150,11 @@ def test_a_late_lease_is_redone_by_an_idle_engine_and_counts_once(pool, options,
         wait(run)  # although one engine still sticks
     finally:
         disk.touch()
-    told = [event.text for event in run.events if event.kind == "reassigned"]
+    late = f"shards of engine {victim.id} are late: engine "  # another may be late, too, on a busy machine
+    told = [event.text for event in run.events if event.kind == "reassigned" and late in event.text]
     assert len(told) == 1, [event.text for event in run.events]
-    assert f"shards of engine {victim.id} are late: engine {pool.engines[0].id} computes them too" in told[0]
-    assert largest_gap(run.history["loss"][:50], plain(50)) <= 1e-10
+    assert told[0].endswith(" computes them too")
+    assert largest_gap(run.history["loss"], plain(300)) <= 1e-10
 
 
 # User code that fails
@@ -230,7 +228,6 @@ def test_the_only_engine_is_waited_for_while_it_is_stopped(small_pool):
     run.stop()
     wait(run)
     num_steps = min(run.step, 200)
-    assert largest_gap(run.history["loss"][:50], plain(50)) <= 1e-10
     assert largest_gap(run.history["loss"][:num_steps], plain(num_steps)) <= 1e-10
 
 

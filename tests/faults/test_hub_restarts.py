@@ -54,7 +54,6 @@ def test_a_run_goes_on_with_the_same_loss_when_the_hub_is_killed(pool):
     wait(run)
     plain = plain_losses(mlp(), digits(), num_steps=300, batch_size=64)
     assert (run.status, run.step) == ("finished", 300)
-    assert largest_gap(run.history["loss"][:50], plain[:50]) <= 1e-10
     assert largest_gap(run.history["loss"], plain) <= 1e-10
 
 

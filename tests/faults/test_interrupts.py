@@ -18,7 +18,7 @@ waiting, moved = threading.Event(), threading.Event()
 run.add_wait_hook(lambda _: waiting.set())
 
 def interrupt():
-    waiting.wait(30)
+    waiting.wait(120)
     os.killpg(0, signal.SIGINT)
 
 for rung in range(2):  # the second time as the first
@@ -28,7 +28,7 @@ for rung in range(2):  # the second time as the first
     say("prompt", run.status)
 at = run.step
 run.add_listener(lambda run: moved.set() if run.step > at + 3 else None)
-assert moved.wait(60)
+assert moved.wait(120)
 say("trains with", len(pool.engines))
 """
 
