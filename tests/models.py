@@ -63,7 +63,7 @@ def torch_s_own_dtype() -> Iterator[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """As the hub has, and an engine of an exact run."""
+    """As the hub has, and an engine of an exact run; on a busy machine, a second one would mostly be waited for."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -73,6 +73,7 @@ def one_thread() -> Iterator[None]:
 
 
 @torch_s_own_dtype()
+@one_thread()
 def plain_losses(
     model: nn.Module,
     data: tuple[torch.Tensor, torch.Tensor],
@@ -155,6 +156,7 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float = 1e-3) -> torch.optim.O
 
 
 @torch_s_own_dtype()
+@one_thread()
 def plain_run(
     model: nn.Module,
     data: tuple[torch.Tensor, ...],

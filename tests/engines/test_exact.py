@@ -203,7 +203,6 @@ def test_any_number_of_engines_comes_to_the_bits_of_one_process(pool_of, name):
     check_equal(model, run, walk(name))
 
 
-@pytest.mark.numeric
 def test_engines_on_either_transport_come_to_the_same_bits(pool_of):
     first = pool_of.engines[0].id
     model, run = train(pool_of, "cnn_adamw", transport={first: "socket"})

@@ -1,5 +1,7 @@
 """The promise: the loss of one process, whoever did the work."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -45,14 +47,24 @@ def test_the_notebook_s_model_ends_with_the_plain_loop_s_parameters(trained, pla
     assert largest_relative_gap(model, plain[1]) <= 1e-10
 
 
+def float32_digits():
+    pixels, targets = digits()
+    return pixels.float(), targets
+
+
+@cache
+def smooth_apart():
+    return one_process_apart(smooth_mlp, float32_digits(), num_steps=50)
+
+
 @pytest.mark.parametrize("transport", ["memory", "socket"])
 def test_in_float32_the_losses_are_as_near_to_a_plain_loop_s_as_those_of_another_plain_loop(pool_of, transport):
     """Within 1e-6, four units in the last place of the first loss, where the processor's kernels allow it."""
-    data = tuple(tensor.float() if tensor.is_floating_point() else tensor for tensor in digits())
+    data = float32_digits()
     options = {"lr": 1e-3, "batch_size": 64, "steps": 50, "transport": transport}
     run = wait(pool_of.fit(smooth_mlp(), data, loss="cross_entropy", **options))
     losses = plain_losses(smooth_mlp(), data, num_steps=50, batch_size=64)
-    apart = one_process_apart(smooth_mlp, data, num_steps=50)
+    apart = smooth_apart()
     assert apart.losses < 1e-5
     assert largest_gap(run.history["loss"], losses) <= max(1e-6, 4 * apart.losses)
 
