@@ -227,7 +227,7 @@ class HubClient:
         self._count += 1
         number, request = str(self._count).encode(), GetMembers()
         parts = [number, *encode(request)]
-        self._socket.send_multipart(parts, copy=False)
+        self._send(parts)
         try:
             reply = self._receive(number, REASON_SECONDS, request=request, parts=parts)
             reason = decode_reply(reply[0], Members).last_restart
