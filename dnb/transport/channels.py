@@ -181,12 +181,18 @@ class HubClient:
         self._socket.close(linger=0)
 
     def _send(self, parts: list[Any]) -> None:
-        try:
-            self._socket.send_multipart(parts, zmq.DONTWAIT, copy=False)
-        except zmq.Again:  # given up for good: only another socket may find a hub there again
-            self._disconnect()
-            self._connect()
-            self._socket.send_multipart(parts, copy=False)
+        for _ in range(2):
+            try:
+                self._socket.send_multipart(parts, zmq.DONTWAIT, copy=False)
+            except zmq.Again:  # given up for good: only another socket may find a hub there again
+                self._disconnect()
+                self._connect()
+            else:
+                return
+        raise HubError(
+            f"the hub cannot be asked: whoever answers at {self._address.url} is no hub, or has other keys; "
+            "%dtrain status looks again, %dtrain start opens a new pool"
+        )
 
     def ask(
         self,

@@ -163,6 +163,10 @@ def test_a_peer_without_keys_is_not_let_in(hub: Hub):
 # somebody else on the hub's port ----------------------------------------------------------------------------
 
 
+# The second on a machine so busy that the connection is given up before a word is sent.
+NO_HUB = r"the hub did not answer GetPool within 0\.3 s|the hub cannot be asked: whoever answers at tcp:\S+ is no hub"
+
+
 @pytest.fixture
 def web_server() -> Iterator[WebServer]:
     made = WebServer()
@@ -173,7 +177,7 @@ def web_server() -> Iterator[WebServer]:
 def test_whoever_does_not_speak_as_a_hub_is_asked_for_no_longer_than_the_limit(web_server: WebServer, client_of):
     client = client_of(RoleKeys().address(CLIENT_ROLE, web_server.url), timeout_seconds=0.3)
     for _ in range(2):
-        with pytest.raises(HubError, match=r"the hub did not answer GetPool within 0\.3 s"):
+        with pytest.raises(HubError, match=NO_HUB):
             client.ask(GetPool(), Done)
     assert web_server.num_callers >= 2  # it was called anew for the second question
 
@@ -181,7 +185,7 @@ def test_whoever_does_not_speak_as_a_hub_is_asked_for_no_longer_than_the_limit(w
 def test_a_client_that_was_given_up_reaches_the_hub_that_comes_back(hub: Hub, web_server: WebServer, client_of):
     stranger = msgspec.structs.replace(hub.address(CLIENT_ROLE), url=web_server.url)
     client = client_of(stranger, timeout_seconds=0.3)
-    with pytest.raises(HubError, match="did not answer"):
+    with pytest.raises(HubError, match=NO_HUB):
         client.ask(GetPool(), Done)
     client._address = hub.address(CLIENT_ROLE)  # as if the hub had its port again
     hub.answer(reply(Done()))
