@@ -85,6 +85,7 @@ class PoolFacts(Record, frozen=True):
     run_status: RunStatus | None = None
     returning: tuple[EngineFacts, ...] = ()  # of the hub before, and not back yet
     restarts: tuple[HubRestart, ...] = ()  # of the hub, the last ones
+    folders: tuple[str, ...] = ()  # of its shared memory; () in a record of an older dnb
 
 
 class TensorSlot(Record, frozen=True):
@@ -831,6 +832,7 @@ class HubConfig(Record, frozen=True):
     host: str  # the interface to bind
     controller: Process
     owner: Process | None
+    folders: tuple[str, ...] = ()  # of the pool's shared memory, which the guardian makes
 
 
 class HubBinding(Record, frozen=True):
@@ -839,6 +841,8 @@ class HubBinding(Record, frozen=True):
     guardian: Process
     client: Address
     engine: Address
+    folders: tuple[str, ...] = ()  # of the pool's shared memory
+    nursery: str = ""  # name of the socket where engines are ordered; "" where they are not forked
 
 
 Reply = Done | Refused | PoolState | Members | RunState | StateTree | CheckpointState

@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import random
+import resource
 import signal
 import sys
 from collections.abc import Mapping
@@ -31,7 +32,15 @@ class _Engine(engine_app.IPEngine):
         return os.getcwd()
 
 
-def be_engine(arguments: list[str], *, environment: Mapping[str, str], folder: str, output: int, guardian: int) -> int:
+def be_engine(
+    arguments: list[str],
+    *,
+    environment: Mapping[str, str],
+    folder: str,
+    output: int,
+    guardian: int,
+    most_files: int = 0,
+) -> int:
     """Turn this process, a fork with one thread, into an engine until it ends; its exit code.
 
     Args:
@@ -40,8 +49,12 @@ def be_engine(arguments: list[str], *, environment: Mapping[str, str], folder: s
         folder: to work in.
         output: descriptor of the file for all that it prints.
         guardian: pid of the parent.
+        most_files: that user code may open, as in the kernel; the guardian may open more. 0 changes nothing.
     """
     _leave_parent(output, guardian=guardian)
+    if most_files > 0:
+        _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(most_files, limit), limit))
     name_process("dnb-engine")
     os.environ.clear()
     os.environ.update(environment)

@@ -135,7 +135,9 @@ class DnbController(IPController):
         """Write a connection file, with the hub's address for its reader in it."""
         binding = self._open_hub(cdict["key"])
         address = binding.engine if fname == self.engine_json_file else binding.client
-        cdict["dnb"] = msgspec.to_builtins({"address": address, "guardian": binding.guardian})
+        cdict["dnb"] = msgspec.to_builtins(
+            {"address": address, "guardian": binding.guardian, "nursery": binding.nursery}
+        )
         super().save_connection_dict(fname, cdict)
 
     def init_schedulers(self) -> None:
@@ -165,10 +167,11 @@ class DnbController(IPController):
             self.loop.call_later(HUB_WATCH_SECONDS, self._watch_hub)
             return
         from dnb.hub.pool_files import remove_pool_files
-        from dnb.transport.segments import remove_pool_folders
+        from dnb.transport.segments import named_folders, remove_folders
 
         self.log.critical("the hub's guardian ended with code %s: the pool ends", self._hub.process.returncode)
-        remove_pool_folders(self.cluster_id)
+        assert self._binding is not None
+        remove_folders(named_folders(self._binding.folders, self.cluster_id))
         remove_pool_files(self._config_for_hub(""))
         self.terminate_children()
         self.loop.stop()

@@ -32,7 +32,7 @@ from dnb.hub.pool_files import remove_pool_files
 from dnb.records import HubBinding, HubConfig, Process, Record
 from dnb.transport.channels import CLIENT_ROLE, ENGINE_ROLE, RoleKeys, listen, url_of
 from dnb.transport.lives import end_with_parent, name_process, this_process
-from dnb.transport.segments import remove_pool_folders
+from dnb.transport.segments import draw_pool_folders, remove_folders
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +52,10 @@ class Guardian:
     """
 
     def __init__(self, config: HubConfig) -> None:
-        self._config = config
+        self._folders = draw_pool_folders()
+        self._config = msgspec.structs.replace(config, folders=tuple(map(str, self._folders)))
         self._forks = nursery.CAN_FORK
-        self._nursery = nursery.Nursery(config.cluster_id) if self._forks else None
+        self._nursery = nursery.Nursery() if self._forks else None
         self._process = this_process()
         self._keys = RoleKeys()
         self._listeners = {role: listen(config.host) for role in (ENGINE_ROLE, CLIENT_ROLE)}
@@ -67,7 +68,13 @@ class Guardian:
     def binding(self) -> HubBinding:
         """How to reach the hub."""
         addresses = {role: self._keys.address(role, url_of(listener)) for role, listener in self._listeners.items()}
-        return HubBinding(guardian=self._process, client=addresses[CLIENT_ROLE], engine=addresses[ENGINE_ROLE])
+        return HubBinding(
+            guardian=self._process,
+            client=addresses[CLIENT_ROLE],
+            engine=addresses[ENGINE_ROLE],
+            folders=self._config.folders,
+            nursery="" if self._nursery is None else self._nursery.name,
+        )
 
     def end(self, _number: int, _frame: FrameType | None) -> None:
         """Let the pool end; for signals."""
@@ -153,7 +160,10 @@ class Guardian:
     def _fork(self, bequest: Bequest) -> int:
         pid = os.fork()
         if pid == 0:
-            exits = None if self._nursery is None else self._nursery.exits.reader
+            exits = None
+            if self._nursery is not None:
+                self._nursery.close()
+                exits = self._nursery.exits.reader
             _serve(bequest, self._listeners, self._recorder, exits=exits)
         return pid
 
@@ -171,7 +181,7 @@ class Guardian:
         return child.pid
 
     def _clear_up(self) -> None:
-        remove_pool_folders(self._config.cluster_id)
+        remove_folders(self._folders)
         remove_pool_files(self._config)
 
 

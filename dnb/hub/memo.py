@@ -7,7 +7,6 @@ are gone from it. How far a run has come is not in them: that is in its folder, 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -15,6 +14,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from dnb.records import EngineFacts, Process, Record, SegmentRef, WorkerTotals
+from dnb.transport.own_files import read_file, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +62,8 @@ def write_memo(folders: Sequence[Path], name: str, memo: Record) -> None:
     """Replace a record in the first folder that takes it; a pool without room for it goes on without."""
     packed = msgspec.msgpack.encode(memo)
     for folder in folders:
-        aside = folder / f"{name}.new"
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-                file.write(packed)
-            aside.replace(folder / name)
+            replace_file(folder / name, packed, make_folder=True)
         except OSError as error:
             log.warning("%s cannot be kept in %s: %s", name, folder, error)
         else:
@@ -78,7 +74,7 @@ def read_memo(folders: Sequence[Path], name: str, kind: type[T]) -> T | None:
     """What the hub before has left, if there was one."""
     for folder in folders:
         try:
-            return msgspec.msgpack.decode((folder / name).read_bytes(), type=kind)
+            return msgspec.msgpack.decode(read_file(folder / name), type=kind)
         except FileNotFoundError:
             continue
         except Exception as error:  # noqa: BLE001 - decoding raises more than its own errors, and changes nothing

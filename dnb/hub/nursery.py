@@ -10,10 +10,11 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import resource
+import secrets
 import select
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ import msgspec
 from dnb.errors import PoolError
 from dnb.hub.exits import ExitWriter
 from dnb.records import Record
+from dnb.transport.peers import is_foreign
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +48,12 @@ ENGINE_MODULES = (
 ORDER_SECONDS = 5.0
 # How long the guardian may take for everything before: on a busy machine torch is imported in tens of seconds.
 ANSWER_SECONDS = 300.0
-QUEUE_LENGTH = 64
-_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+# So long that strangers who call are sent away faster than they fill it.
+QUEUE_LENGTH = 4096
+# How many of them are sent away before the guardian looks after its hub again.
+MOST_STRANGERS = 256
+# How soon an order is brought again that the queue had no room for.
+QUEUE_SECONDS = 0.005
 
 
 class Order(Record, frozen=True):
@@ -56,19 +62,18 @@ class Order(Record, frozen=True):
     arguments: tuple[str, ...]  # of ipyparallel's engine command
     environment: dict[str, str]
     folder: str  # to work in
+    most_files: int = 0  # that it may open; 0 as many as the guardian
 
 
 class Nursery:
-    """The guardian's side: takes orders and forks engines.
+    """The guardian's side: takes orders and forks engines."""
 
-    Args:
-        cluster_id: of the pool.
-    """
-
-    def __init__(self, cluster_id: str) -> None:
+    def __init__(self) -> None:
+        self.name = f"dnb-{secrets.token_hex(8)}"  # where it listens; who may read the connection files knows it
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(_address(cluster_id))
+        self._listener.bind(f"\0{self.name}")
         self._listener.listen(QUEUE_LENGTH)
+        self._listener.setblocking(False)
         self._engines: set[int] = set()  # their pids
         self.exits = ExitWriter()
 
@@ -78,10 +83,10 @@ class Nursery:
 
     def serve(self) -> None:
         """Take one order; whatever is wrong with it is its sender's trouble."""
-        caller, _ = self._listener.accept()
+        caller = self._next_caller()
+        if caller is None:
+            return
         with caller:
-            if not _is_own(caller):
-                return
             try:
                 order, output = _take(caller)
             except Exception as error:  # noqa: BLE001 - whatever is wrong with bytes that are decoded
@@ -104,6 +109,23 @@ class Nursery:
                 caller.sendall(b"%d" % pid)
             except OSError:
                 os.kill(pid, signal.SIGKILL)
+
+    def _next_caller(self) -> socket.socket | None:
+        """The next process of this user in line; strangers before it are sent away."""
+        for _ in range(MOST_STRANGERS):
+            try:
+                caller, _ = self._listener.accept()
+            except BlockingIOError:
+                return None
+            if not is_foreign(caller):
+                return caller
+            log.warning("a process of another user called for an engine")
+            caller.close()
+        return None
+
+    def close(self) -> None:
+        """Listen no more, in a fork that is no guardian."""
+        self._listener.close()
 
     def bury(self) -> None:
         """Let engines that have ended leave the table of processes."""
@@ -128,7 +150,7 @@ def warm_up() -> None:
 
 
 def fork_engine(
-    cluster_id: str,
+    name: str,
     arguments: list[str],
     *,
     environment: Mapping[str, str],
@@ -139,7 +161,7 @@ def fork_engine(
     """Ask a pool's guardian of this host for an engine; its pid.
 
     Args:
-        cluster_id: of the pool.
+        name: of the guardian's socket, `Nursery.name`.
         arguments: for ipyparallel's engine.
         environment: all of it.
         folder: to work in.
@@ -150,26 +172,40 @@ def fork_engine(
         PoolError: there is no guardian, or it starts none.
         TimeoutError: it does not answer in time.
     """
-    order = Order(arguments=tuple(arguments), environment=dict(environment), folder=folder)
+    most_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    order = Order(arguments=tuple(arguments), environment=dict(environment), folder=folder, most_files=most_files)
+    deadline = time.monotonic() + timeout_seconds
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
-        line.settimeout(timeout_seconds)
         try:
-            line.connect(_address(cluster_id))
-            if not _is_own(line):
-                raise PoolError(f"the guardian of pool {cluster_id} belongs to another user")
+            _call(line, name, deadline=deadline)
+            if is_foreign(line):
+                raise PoolError("the guardian of this pool belongs to another user")
+            line.settimeout(max(deadline - time.monotonic(), QUEUE_SECONDS))
             socket.send_fds(line, [b"\n"], [output])
             line.sendall(msgspec.msgpack.encode(order))
             line.shutdown(socket.SHUT_WR)
             answer = line.recv(32)
         except TimeoutError as error:
-            raise TimeoutError(
-                f"the guardian of pool {cluster_id} did not answer within {timeout_seconds:.3g} s"
-            ) from error
+            raise TimeoutError(f"the guardian of this pool did not answer within {timeout_seconds:.3g} s") from error
         except OSError as error:
-            raise PoolError(f"the guardian of pool {cluster_id} does not answer: {error}") from error
+            raise PoolError(f"the guardian of this pool does not answer: {error}") from error
     if not answer:
-        raise PoolError(f"the guardian of pool {cluster_id} has started no engine: its log says why")
+        raise PoolError("the guardian of this pool has started no engine: its log says why")
     return int(answer)
+
+
+def _call(line: socket.socket, name: str, *, deadline: float) -> None:
+    """Stand in line; while the queue is full, as when strangers fill it, come again."""
+    line.setblocking(False)
+    while True:
+        try:
+            line.connect(f"\0{name}")
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError("its queue is full") from error
+            time.sleep(QUEUE_SECONDS)
+        else:
+            return
 
 
 def _has_gone(caller: socket.socket) -> bool:
@@ -202,19 +238,9 @@ def _be_engine(order: Order, output: int, guardian: int) -> NoReturn:
             folder=order.folder,
             output=output,
             guardian=guardian,
+            most_files=order.most_files,
         )
     except BaseException:
         log.exception("an engine could not be started")
     finally:
         os._exit(code)
-
-
-def _is_own(line: socket.socket) -> bool:
-    """Whether the other end is a process of this user, or of root."""
-    credentials = line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    _, user, _ = _CREDENTIALS.unpack(credentials)
-    return user in (os.geteuid(), 0)
-
-
-def _address(cluster_id: str) -> str:
-    return f"\0dnb-{cluster_id}-{os.geteuid()}"

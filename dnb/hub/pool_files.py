@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import glob
 import logging
-import os
 from pathlib import Path
 
 import msgspec
 
 from dnb.records import HubConfig, PoolFacts
+from dnb.transport.own_files import read_file, replace_file
 
 log = logging.getLogger(__name__)
 
@@ -18,12 +18,8 @@ PREFIX = "dnb-pool-"
 
 def write_pool_file(security_dir: Path, facts: PoolFacts) -> None:
     """Replace the pool's record in one move, readable by its user only."""
-    path = security_dir / f"{PREFIX}{facts.cluster_id}.json"
-    aside = path.with_suffix(".new")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(msgspec.json.encode(facts))
-    aside.replace(path)
+    # The folder is IPython's: in a container it may be a volume of another user.
+    replace_file(security_dir / f"{PREFIX}{facts.cluster_id}.json", msgspec.json.encode(facts), in_any_folder=True)
 
 
 def read_pool_files(security_dir: Path) -> list[PoolFacts]:
@@ -31,7 +27,7 @@ def read_pool_files(security_dir: Path) -> list[PoolFacts]:
     found: list[PoolFacts] = []
     for path in sorted(security_dir.glob(f"{PREFIX}*.json")):
         try:
-            found.append(msgspec.json.decode(path.read_bytes(), type=PoolFacts))
+            found.append(msgspec.json.decode(read_file(path, in_any_folder=True), type=PoolFacts))
         except (OSError, msgspec.MsgspecError) as error:
             log.warning("%s is not a pool's record: %s", path, error)
     return found

@@ -104,7 +104,7 @@ from dnb.transport.lives import (
     signal_process,
     this_process,
 )
-from dnb.transport.segments import pool_folders, remove_pool_folders
+from dnb.transport.segments import named_folders, remove_folders
 from dnb.transport.wires import WireError
 
 if TYPE_CHECKING:  # torch takes seconds to import: the sockets are bound first, see `main`
@@ -211,7 +211,7 @@ class Service:
         self._ending = ""
         self._decode_engine = msgspec.msgpack.Decoder(EngineMessage).decode
         self._decode_request = msgspec.msgpack.Decoder(Request).decode
-        self._folders = pool_folders(config.cluster_id)
+        self._folders = named_folders(config.folders, config.cluster_id)
         self._returning: dict[int, EngineFacts] = {}  # engines of the hub before
         self._spares: frozenset[int] = frozenset()  # spares among them
         self._leaving: frozenset[int] = frozenset()  # those of them who were asked to leave
@@ -982,6 +982,7 @@ class Service:
             run_status=status,
             returning=tuple(self._returning.values()),
             restarts=self._restarts,
+            folders=tuple(map(str, self._folders)),
         )
 
     def _pool_state(self) -> PoolState:
@@ -1027,7 +1028,7 @@ class Service:
             self._engine_socket.close,
             self._client_socket.close,
             self._context.term,
-            partial(remove_pool_folders, self._config.cluster_id),
+            partial(remove_folders, self._folders),
             partial(
                 end_processes, [self._config.controller], patience_seconds=EXIT_SECONDS, first_signal=signal.SIGTERM
             ),

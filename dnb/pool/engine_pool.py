@@ -42,7 +42,7 @@ from dnb.records import (
 )
 from dnb.transport.channels import HubClient
 from dnb.transport.lives import children_of, end_processes, is_alive, is_this_process, this_process
-from dnb.transport.segments import pool_folders, remove_pool_folders
+from dnb.transport.segments import named_folders, remove_folders
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,9 @@ class EnginePool:
         self._log_dir = log_dir
         self._is_open = True
         self.hub.ask(Hello(owner=this_process(), wish=wish), Done)
-        self.cluster_id = self.facts.cluster_id
+        facts = self.facts
+        self.cluster_id = facts.cluster_id
+        self._folders = named_folders(facts.folders, facts.cluster_id)
         self._starter = EngineStarter(
             client, cluster=cluster, cluster_id=self.cluster_id, profile_dir=security_dir.parent
         )
@@ -153,7 +155,7 @@ class EnginePool:
     @property
     def segment_folders(self) -> list[Path]:
         """Where this pool's shared memory may lie."""
-        return pool_folders(self.cluster_id)
+        return list(self._folders)
 
     # more and fewer engines
 
@@ -337,7 +339,7 @@ class EnginePool:
             log.warning("killed %d processes that did not end within %g s", len(stubborn), SHUTDOWN_SECONDS)
         self.hub.close()
         self.client.close(linger=False)
-        remove_pool_folders(self.cluster_id)
+        remove_folders(self._folders)
         remove_cluster_files(self.cluster_id, security_dir=self._security_dir, log_dir=self._log_dir)
 
     def _is_steered_elsewhere(self) -> bool:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import time
+from pathlib import Path
 from typing import Any
 
 import psutil
 import traitlets
 from ipyparallel.cluster.launcher import LocalEngineLauncher, LocalEngineSetLauncher, ipengine_cmd_argv
 
+from dnb.errors import PoolError
 from dnb.hub.nursery import ANSWER_SECONDS, CAN_FORK, fork_engine
 
 
@@ -23,7 +26,7 @@ class ForkedEngineLauncher(LocalEngineLauncher):
             return super().start()
         with open(self.output_file, "ab") as output:
             self.pid = fork_engine(
-                self.cluster_id,
+                self._nursery(),
                 [*self.cluster_args, *self.engine_args],
                 environment={**os.environ, **self.get_env()},
                 folder=os.path.abspath(self.work_dir),
@@ -34,6 +37,17 @@ class ForkedEngineLauncher(LocalEngineLauncher):
         self.notify_start(self.pid)
         self._start_waiting()
         return self.pid
+
+    def _nursery(self) -> str:
+        """Where the guardian takes orders: as the connection file says, which only this user can read."""
+        path = Path(self.profile_dir) / "security" / f"ipcontroller-{self.cluster_id}-engine.json"
+        try:
+            name: str = json.loads(path.read_text())["dnb"]["nursery"]
+        except (OSError, ValueError, KeyError) as error:
+            raise PoolError(
+                f"{path} does not say where engines are started: {type(error).__name__}: {error}"
+            ) from error
+        return name
 
     def _wait(self) -> None:
         """Tell when the process has ended: it is the guardian's child, so its end is seen, its exit code is not."""

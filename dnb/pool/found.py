@@ -9,7 +9,7 @@ from dnb.hub.pool_files import read_pool_files, remove_cluster_files
 from dnb.pool.engine_pool import all_processes
 from dnb.records import PoolFacts
 from dnb.transport.lives import end_processes, is_alive, is_this_process
-from dnb.transport.segments import remove_pool_folders
+from dnb.transport.segments import named_folders, remove_folders
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def find_pools(security_dir: Path) -> Found:
 def reap(facts: PoolFacts, *, security_dir: Path, log_dir: Path) -> None:
     """Kill what is left of a pool and remove its files; touches only processes whose start time fits."""
     end_processes(all_processes(facts), patience_seconds=0.0)
-    remove_pool_folders(facts.cluster_id)
+    remove_folders(named_folders(facts.folders, facts.cluster_id))
     remove_cluster_files(facts.cluster_id, security_dir=security_dir, log_dir=log_dir)
 
 

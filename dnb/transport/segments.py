@@ -1,4 +1,8 @@
-"""Shared memory: files in a memory-backed folder, one folder per pool, reserved before use."""
+"""Shared memory: files in a memory-backed folder, one folder per pool, reserved before use.
+
+A pool's folders have names that nobody can guess, and are made by whoever needs them first. Other users of the host may
+write where they lie: so it is checked, whenever one is used, that this user has made the folder and the file.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,12 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dnb.errors import SpaceError
 from dnb.records import SegmentRef
+from dnb.transport.own_files import create_file, open_file, open_folder, remove_folder
 
 # Tests and containers name other folders here, separated like a PATH.
 FOLDERS_VARIABLE = "DNB_SEGMENT_FOLDERS"
@@ -29,15 +34,30 @@ def segment_roots() -> list[Path]:
     return [root for root in roots if root.is_dir()]
 
 
-def pool_folders(cluster_id: str) -> list[Path]:
+def pool_folders(name: str) -> list[Path]:
     """Where the segments of one pool lie, whether the folders exist or not."""
-    return [root / f"dnb-{cluster_id}" for root in segment_roots()]
+    return [root / f"dnb-{name}" for root in segment_roots()]
 
 
-def remove_pool_folders(cluster_id: str) -> None:
+def draw_pool_folders() -> list[Path]:
+    """Where the segments of a new pool shall lie: names that nobody can guess, one of its own in every root."""
+    return [root / f"dnb-{secrets.token_hex(16)}" for root in segment_roots()]
+
+
+def named_folders(folders: Iterable[str], cluster_id: str) -> list[Path]:
+    """The folders that a record names; one of an older dnb names none, its pool's had the name of the cluster."""
+    return [Path(folder) for folder in folders] or pool_folders(cluster_id)
+
+
+def remove_folders(folders: Iterable[Path]) -> None:
     """Remove every segment of a pool; processes that have one mapped keep it until they end."""
-    for folder in pool_folders(cluster_id):
-        shutil.rmtree(folder, ignore_errors=True)
+    for folder in folders:
+        remove_folder(folder)
+
+
+def remove_pool_folders(name: str) -> None:
+    """Remove every segment of the pool whose folders bear this name."""
+    remove_folders(pool_folders(name))
 
 
 class Segment:
@@ -73,7 +93,7 @@ def create_segment(name: str, num_bytes: int, *, folders: Sequence[Path]) -> Seg
     file_name = f"{name}-{secrets.token_hex(4)}"
     for folder in folders:
         try:
-            memory = _reserve(folder / file_name, max(num_bytes, 1))
+            memory = _reserve(folder, file_name, max(num_bytes, 1))
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 raise
@@ -93,10 +113,16 @@ def open_segment(ref: SegmentRef, *, private: bool = False) -> Segment:
     Args:
         ref: as `Segment.ref` gave it.
         private: writes stay in this process (copy on write).
+
+    Raises:
+        PermissionError: another user has made it, or could write into it.
     """
     access = mmap.ACCESS_COPY if private else mmap.ACCESS_WRITE
-    with open(ref.path, "r+b") as file:
-        memory = mmap.mmap(file.fileno(), ref.num_bytes, access=access)
+    descriptor = open_file(Path(ref.path), writable=True)
+    try:
+        memory = mmap.mmap(descriptor, ref.num_bytes, access=access)
+    finally:
+        os.close(descriptor)
     return Segment(Path(ref.path), memory)
 
 
@@ -105,21 +131,21 @@ def megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:,.1f} MB"
 
 
-def _reserve(path: Path, num_bytes: int) -> mmap.mmap:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        # Writing past a full tmpfs is SIGBUS, not an exception: the space must be there before it is mapped.
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, num_bytes)
-        else:
-            _write_zeros(descriptor, num_bytes)
-        return mmap.mmap(descriptor, num_bytes)
-    except OSError:
-        path.unlink()
-        raise
-    finally:
-        os.close(descriptor)
+def _reserve(folder: Path, name: str, num_bytes: int) -> mmap.mmap:
+    with open_folder(folder, make=True) as place:
+        descriptor = create_file(name, folder=place)
+        try:
+            # Writing past a full tmpfs is SIGBUS, not an exception: the space must be there before it is mapped.
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(descriptor, 0, num_bytes)
+            else:
+                _write_zeros(descriptor, num_bytes)
+            return mmap.mmap(descriptor, num_bytes)
+        except OSError:
+            os.unlink(name, dir_fd=place)
+            raise
+        finally:
+            os.close(descriptor)
 
 
 def _write_zeros(descriptor: int, num_bytes: int) -> None:

@@ -1,7 +1,9 @@
 """Local engines are forks of the hub's guardian, and like engines that a command has started."""
 
 import contextlib
+import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -12,7 +14,7 @@ import pytest
 from dnb.errors import PoolError
 from dnb.hub import nursery
 from dnb.pool import forking
-from dnb.pool.starting import start_pool
+from dnb.pool.starting import profile_folder, start_pool
 from dnb.training import Pool
 from tests.engines.pools import open_small_pool, until
 
@@ -150,18 +152,38 @@ def test_a_start_whose_guardian_is_too_slow_leaves_nothing_and_says_how_to_wait_
     leftovers.wait_until_none()
 
 
+def nursery_of(pool):
+    file = profile_folder(None) / "security" / f"ipcontroller-{pool.cluster_id}-engine.json"
+    return json.loads(file.read_text())["dnb"]["nursery"]
+
+
 @pytest.mark.parametrize("words", [b"", b"\n", b"no order at all"], ids=str)
 def test_nonsense_on_the_guardians_socket_starts_nothing_and_ends_nothing(pool, words):
     guardian = psutil.Process(pool.facts.guardian.pid)
     before = {child.pid for child in guardian.children()}
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
-        line.connect(nursery._address(pool.cluster_id))
+        line.connect(f"\0{nursery_of(pool)}")
         line.sendall(words)
         line.shutdown(socket.SHUT_WR)
         with contextlib.suppress(ConnectionResetError):
             assert line.recv(32) == b""
     assert {child.pid for child in guardian.children()} <= before
     assert len(pool.add(1)) == 1
+
+
+def test_an_engine_may_open_as_many_files_as_its_kernel(pool):
+    def count_files():
+        import resource
+
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+    own, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (own - 7, limit))
+    try:
+        (newcomer,) = pool.add(1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (own, limit))
+    assert pool.client[newcomer].apply_sync(count_files) == own - 7
 
 
 def test_an_engine_with_two_threads_computes_in_parallel_after_the_fork(tmp_path, monkeypatch):

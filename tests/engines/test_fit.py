@@ -156,7 +156,8 @@ def test_the_data_lie_in_memory_once_and_every_engine_maps_them(pool):
     run = fit(pool, epochs=300, name="mapped")
     wait_for_step(run, 1)
     maps = [Path(f"/proc/{engine.pid}/maps").read_text() for engine in pool.engines]
-    assert [f"{pool.cluster_id}/mapped-data" in text for text in maps] == [True, True]
+    folder = pool.segment_folders[0].name
+    assert [f"{folder}/mapped-data" in text for text in maps] == [True, True]
 
 
 def test_a_cell_on_the_training_engines_is_answered_while_they_train(pool):
