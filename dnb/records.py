@@ -61,6 +61,7 @@ class Address(Record, frozen=True):
     server_public: str
     public: str
     secret: str
+    local: str = ""  # where it listens for processes of its host
 
 
 class HubRestart(Record, frozen=True):

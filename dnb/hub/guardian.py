@@ -30,7 +30,9 @@ from dnb.hub import nursery
 from dnb.hub.crashes import MOST_DEATHS, NUM_KEPT, Crash, Recorder, num_idle_deaths
 from dnb.hub.pool_files import remove_pool_files
 from dnb.records import HubBinding, HubConfig, Process, Record
-from dnb.transport.channels import CLIENT_ROLE, ENGINE_ROLE, RoleKeys, listen, url_of
+from dnb.transport.channels import CLIENT_ROLE, ENGINE_ROLE, RoleKeys, local
+from dnb.transport.doors import HAS_LOCAL_DOORS, listen, listen_locally, url_of
+from dnb.transport.files import raise_file_limit
 from dnb.transport.lives import end_with_parent, name_process, this_process
 from dnb.transport.segments import draw_pool_folders, remove_folders
 
@@ -59,6 +61,8 @@ class Guardian:
         self._process = this_process()
         self._keys = RoleKeys()
         self._listeners = {role: listen(config.host) for role in (ENGINE_ROLE, CLIENT_ROLE)}
+        if HAS_LOCAL_DOORS:
+            self._listeners |= {local(role): listen_locally() for role in (ENGINE_ROLE, CLIENT_ROLE)}
         self._hub: int | None = None  # its pid
         self._recorder = Recorder()
         self._crashes: list[Crash] = []
@@ -67,7 +71,11 @@ class Guardian:
     @property
     def binding(self) -> HubBinding:
         """How to reach the hub."""
-        addresses = {role: self._keys.address(role, url_of(listener)) for role, listener in self._listeners.items()}
+        urls = {name: url_of(listener) for name, listener in self._listeners.items()}
+        addresses = {
+            role: self._keys.address(role, urls[role], local=urls.get(local(role), ""))
+            for role in (ENGINE_ROLE, CLIENT_ROLE)
+        }
         return HubBinding(
             guardian=self._process,
             client=addresses[CLIENT_ROLE],
@@ -258,6 +266,7 @@ def main() -> None:
         warm_up()
         _serve(msgspec.json.decode(sys.stdin.buffer.readline(), type=Bequest), listeners, recorder)
     name_process("dnb-guardian")
+    raise_file_limit()  # for the hubs, too
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=HubConfig)
     guardian = Guardian(config)
     signal.signal(signal.SIGTERM, guardian.end)

@@ -91,7 +91,8 @@ from dnb.records import (
     TakeCheckpoint,
     Welcome,
 )
-from dnb.transport.channels import CLIENT_ROLE, ENGINE_ROLE, RoleKeys, bind_router, encode, start_authenticator
+from dnb.transport.channels import CLIENT_ROLE, ENGINE_ROLE, RoleKeys, bind_router, encode, local, start_authenticator
+from dnb.transport.doors import Doorkeeper
 from dnb.transport.failures import TRACEBACK_LENGTH, clean_text, describe_error
 from dnb.transport.lives import (
     Activity,
@@ -183,8 +184,13 @@ class Service:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._authenticator = start_authenticator(self._context, keys)
         self._engine_socket, self._client_socket = (
-            bind_router(self._context, keys, role=role, listener=listeners[role]) for role in (ENGINE_ROLE, CLIENT_ROLE)
+            bind_router(self._context, keys, role=role, listener=listeners[role], local=listeners.get(local(role)))
+            for role in (ENGINE_ROLE, CLIENT_ROLE)
         )
+        self._doorkeeper = Doorkeeper(
+            {self._engine_socket: listeners[ENGINE_ROLE], self._client_socket: listeners[CLIENT_ROLE]}
+        )
+        self._doorkeeper.start()
         self._process = this_process()
         self._owner = config.owner
         self._orphaned: float | None = None  # since when nobody steers a pool whose run does not advance
@@ -193,6 +199,7 @@ class Service:
         self._hearts = Hearts(look=self._look_at_work)
         self._wiring = Wiring(config.host)
         self._poller = zmq.Poller()
+        self._is_listening = False
         self._known_helpers: set[Process] = set()
         self._run: ActiveRun | None = None
         self._was_at_work = False
@@ -229,8 +236,7 @@ class Service:
         poller = self._poller
         poller.register(self._engine_socket, zmq.POLLIN)
         poller.register(self._client_socket, zmq.POLLIN)
-        for listening in self._wiring.listeners:
-            poller.register(listening, zmq.POLLIN)
+        self._listen(True)
         next_tick = 0.0
         while not self._ending:
             has_chores = self._run is not None and self._run.has_chores
@@ -355,21 +361,37 @@ class Service:
             if not isinstance(place, int):
                 continue
             if place in self._wiring.listeners:
-                with contextlib.suppress(OSError):  # the caller is gone already
-                    self._poller.register(self._wiring.accept(place), zmq.POLLIN)
+                self._answer_calls(place)
             elif (line := self._wiring.lines.get(place)) is not None:
                 self._serve_line(place, line)
+
+    def _answer_calls(self, listening: int) -> None:
+        for caller in self._wiring.accept_some(listening):
+            self._poller.register(caller, zmq.POLLIN)
+            for place in self._wiring.surplus():
+                self._drop_line(place, self._wiring.lines[place])
+        if not self._wiring.num_calls_left:  # until the next tick; else they would wake the loop all the time
+            self._listen(False)
+
+    def _listen(self, wanted: bool) -> None:
+        if wanted == self._is_listening:
+            return
+        self._is_listening = wanted
+        for place in self._wiring.listeners:
+            if wanted:
+                self._poller.register(place, zmq.POLLIN)
+            else:
+                self._poller.unregister(place)
 
     def _serve_line(self, place: int, line: Line) -> None:
         line.wire.flush()
         reason = ""
         try:
             for packed, _raw in line.wire.receive():
-                message = decode_peer(self._decode_engine, packed)
                 if line.engine is None:
-                    self._attach(line, message)
+                    self._attach(line, packed)
                 else:
-                    self._take_message(line.engine, message)
+                    self._take_message(line.engine, decode_peer(self._decode_engine, packed))
         except (WireError, PeerError) as error:  # whoever says this is cut off, and may call again
             log.warning("a wire of engine %s is closed: %s", line.engine, error)
             reason = f"was cut off: {error}"
@@ -377,8 +399,8 @@ class Service:
         if line.wire.is_closed:
             self._drop_line(place, line, reason=reason)
 
-    def _attach(self, line: Line, message: EngineMessage) -> None:
-        engine = self._wiring.greet(line, message)
+    def _attach(self, line: Line, packed: memoryview) -> None:
+        engine = self._wiring.hear(line, packed)
         for place, old in list(self._wiring.lines.items()):
             if old is not line and old.engine == engine:
                 self._poller.unregister(place)
@@ -476,6 +498,7 @@ class Service:
 
     def _lose_one(self, engine: int, reason: str) -> None:
         lost = self._engines.pop(engine, None)
+        self._wiring.withdraw(engine)
         self._hearts.drop(engine)
         self._is_file_old = self._is_memo_old = True
         if lost is not None:
@@ -866,6 +889,8 @@ class Service:
     def _tick(self) -> None:
         if os.getppid() != self._guardian.pid:
             self.end("the guardian is gone")
+        self._wiring.refill()
+        self._listen(True)
         for place in self._wiring.silent():
             self._drop_line(place, self._wiring.lines[place])
         self._look_at_engines()
@@ -1025,6 +1050,7 @@ class Service:
             self._close_run,
             self._wiring.close,
             self._authenticator.stop,
+            self._doorkeeper.stop,
             self._engine_socket.close,
             self._client_socket.close,
             self._context.term,

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hmac
+import logging
 import os
+import random
 import secrets
+import socket
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+import msgspec
 
 from dnb.records import Attach, EngineMessage, TransportKind, WireOffer
 from dnb.transport.wires import MAX_RECORD_BYTES, WIRES_VARIABLE, Wire, WireError, WireListener, prove
 
+log = logging.getLogger(__name__)
+
 # How long a caller may take to say who it is.
-GREETING_SECONDS = 10.0
+GREETING_SECONDS = 5.0
+# How many callers may be about to say it.
+MOST_CALLERS = 64
+# How many calls are answered in one turn of the hub's loop, and between two of its ticks: while no engine is expected,
+# and while one is. What strangers call beyond that waits in the queue, and takes no time from the run.
+TURN_CALLS = 32
+QUIET_CALLS = 100
+BUSY_CALLS = 1000
+
+_decode_greeting = msgspec.msgpack.Decoder(Attach).decode
 
 
 @dataclass(slots=True)
@@ -38,8 +57,16 @@ class Wiring:
         self._listener = WireListener(host)
         self.listeners = {sock.fileno(): sock for sock in self._listener.sockets}
         self.lines: dict[int, Line] = {}
+        self.num_calls_left = QUIET_CALLS
+        self._spare_file = os.open(
+            os.devnull, os.O_RDONLY
+        )  # closed for a moment when a call comes and no other is left
         self._tokens: dict[int, str] = {}
         self._num_records: dict[int, int] = {}  # sent by wires that are closed
+
+    def withdraw(self, engine: int) -> None:
+        """Expect an engine no more: it is gone."""
+        self._tokens.pop(engine, None)
 
     def offer(self, engine: int, kind: TransportKind, *, is_near: bool = True) -> WireOffer:
         """Let an engine connect, once; an earlier offer to it is void.
@@ -59,11 +86,59 @@ class Wiring:
             return WireOffer(url=local, other_url=tcp, token=self._tokens[engine])
         return WireOffer(url=tcp, token=self._tokens[engine])
 
+    def refill(self) -> None:
+        """Another tick has begun: calls are answered again."""
+        self.num_calls_left = BUSY_CALLS if self._tokens else QUIET_CALLS
+
+    def accept_some(self, listening: int) -> Iterator[int]:
+        """Take the next callers of a listener; the file numbers of those who may say who they are."""
+        for _ in range(min(TURN_CALLS, self.num_calls_left)):
+            self.num_calls_left -= 1
+            try:
+                yield self.accept(listening)
+            except BlockingIOError:  # nobody calls any more
+                return
+            except OSError as error:
+                log.warning("a caller of a wire was sent away: %s", error)
+
     def accept(self, listening: int) -> int:
-        """Take a connection; its file number."""
-        wire, nonce = self._listener.accept(self.listeners[listening])
+        """Take a connection; its file number.
+
+        Raises:
+            OSError: it is gone already, or a process of another user; BlockingIOError if nobody calls.
+        """
+        try:
+            wire, nonce = self._listener.accept(self.listeners[listening])
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                self._send_away(self.listeners[listening])
+            raise
         self.lines[wire.fileno()] = Line(wire, nonce, time.monotonic())
         return wire.fileno()
+
+    def _send_away(self, listening: socket.socket) -> None:
+        """Close a call for which there is no file: else the listener would be ready for ever."""
+        os.close(self._spare_file)
+        with contextlib.suppress(OSError):
+            listening.accept()[0].close()
+        self._spare_file = os.open(os.devnull, os.O_RDONLY)
+
+    def surplus(self) -> list[int]:
+        """Callers who must go as there are too many: any of them, so that nobody can keep an engine out for long."""
+        callers = [place for place, line in self.lines.items() if line.engine is None]
+        return random.sample(callers, max(len(callers) - MOST_CALLERS, 0))
+
+    def hear(self, line: Line, packed: memoryview) -> int:
+        """Read what a caller says first; the engine that it leads to.
+
+        Raises:
+            WireError: it is no greeting, or not of the engine that it says it is.
+        """
+        try:
+            message = _decode_greeting(packed)
+        except Exception as error:  # whatever a stranger can bring the decoder to
+            raise WireError(f"a stranger called, whose greeting is none: {type(error).__name__}") from error
+        return self.greet(line, message)
 
     def greet(self, line: Line, message: EngineMessage) -> int:
         """Check the first record of a wire; the engine that it leads to.
@@ -78,7 +153,7 @@ class Wiring:
             raise WireError(f"a stranger called as engine {message.engine}")
         del self._tokens[message.engine]
         line.engine = message.engine
-        line.wire.max_record_bytes = MAX_RECORD_BYTES
+        line.wire.trust(max_record_bytes=MAX_RECORD_BYTES)
         return message.engine
 
     def num_records_out(self) -> dict[int, int]:
@@ -107,3 +182,4 @@ class Wiring:
             line.wire.close()
         self.lines.clear()
         self._listener.close()
+        os.close(self._spare_file)

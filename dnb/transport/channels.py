@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import socket
 import threading
@@ -16,6 +15,9 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from dnb.errors import ArgumentError, DnbError, HubError
 from dnb.records import Address, GetMembers, Members, Message, Repeatable, Submit
+from dnb.transport.doors import is_near, open_door
+from dnb.transport.doors import listen as listen
+from dnb.transport.doors import url_of as url_of
 from dnb.transport.encoding import encode_exactly, encode_record
 
 T = TypeVar("T")
@@ -23,6 +25,12 @@ T = TypeVar("T")
 SERVER_ROLE = "server"
 ENGINE_ROLE = "engine"
 CLIENT_ROLE = "client"
+
+
+def local(role: str) -> str:
+    """The name under which the socket for this host's peers of a role is kept, beside the role's port."""
+    return f"{role} local"
+
 
 # How soon a hub that was started again is found.
 RECONNECT_MILLISECONDS = 20
@@ -54,11 +62,12 @@ class RoleKeys:
         self.server_public, self.server_secret = self.pairs[SERVER_ROLE]
         self.roles = {role: self.pairs[role] for role in (ENGINE_ROLE, CLIENT_ROLE)}
 
-    def address(self, role: str, url: str) -> Address:
+    def address(self, role: str, url: str, *, local: str = "") -> Address:
         """What a peer of this role needs to connect."""
         public, secret = self.roles[role]
         return Address(
             url=url,
+            local=local,
             server_public=self.server_public.decode(),
             public=public.decode(),
             secret=secret.decode(),
@@ -85,24 +94,18 @@ def start_authenticator(context: zmq.Context[Any], keys: RoleKeys) -> ThreadAuth
     return authenticator
 
 
-def listen(host: str) -> socket.socket:
-    """A free port of this host; `bind_router` takes it, in this process or in one that inherits it."""
-    host = "0.0.0.0" if host == "*" else host  # as ipyparallel was told
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    listener.bind((host, 0))
-    listener.listen(128)
-    listener.setblocking(False)
-    return listener
+def bind_router(
+    context: zmq.Context[Any], keys: RoleKeys, *, role: str, listener: socket.socket, local: socket.socket | None = None
+) -> zmq.Socket[bytes]:
+    """A ROUTER that only peers of `role` may enter; where they call stays open when the ROUTER is gone.
 
-
-def url_of(listener: socket.socket) -> str:
-    """Where the port is reached."""
-    host, port = listener.getsockname()[:2]
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-
-
-def bind_router(context: zmq.Context[Any], keys: RoleKeys, *, role: str, listener: socket.socket) -> zmq.Socket[bytes]:
-    """A ROUTER on a port that only peers of `role` may enter; the port stays open when the ROUTER is gone."""
+    Args:
+        context: of the process.
+        keys: of the pool.
+        role: of the peers.
+        listener: a port.
+        local: a socket for this host.
+    """
     router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     router.linger = 0
     router.set_hwm(0)
@@ -112,8 +115,8 @@ def bind_router(context: zmq.Context[Any], keys: RoleKeys, *, role: str, listene
     router.curve_secretkey = keys.server_secret
     router.curve_publickey = keys.server_public
     router.zap_domain = role.encode()
-    router.setsockopt(zmq.USE_FD, os.dup(listener.fileno()))  # ZeroMQ closes what it is given
-    router.bind(url_of(listener))
+    for door in filter(None, (listener, local)):
+        open_door(router, door)
     return router
 
 
@@ -132,7 +135,7 @@ def connect_dealer(context: zmq.Context[Any], address: Address, *, identity: byt
     dealer.curve_serverkey = address.server_public.encode()
     dealer.curve_publickey = address.public.encode()
     dealer.curve_secretkey = address.secret.encode()
-    dealer.connect(address.url)
+    dealer.connect(address.local if is_near(address.local) else address.url)
     return dealer
 
 

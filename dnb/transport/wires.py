@@ -7,6 +7,7 @@ body of a piece is received straight into its landing, a buffer that was set out
 from __future__ import annotations
 
 import contextlib
+import errno
 import hmac
 import secrets
 import select
@@ -25,13 +26,21 @@ import msgspec
 from dnb.errors import HubError
 from dnb.records import Attach, Challenge, Message, WireOffer
 from dnb.transport.encoding import encode_record
+from dnb.transport.peers import is_foreign
 
 PIECE_BYTES = 4 << 20
 # Slots of a wire to an engine; a wire to the hub has one slot per slab.
 PARAMETERS_SLOT, JOB_SLOT, DATA_SLOT = 0, 1, 2
-# A record carries sample indices at most: 8 bytes each.
-MAX_RECORD_BYTES = 1 << 30
+# What the hub sends carries sample indices at most: 8 bytes each.
+MAX_WORK_BYTES = 1 << 30
+# What an engine reports: a few numbers per shard, metric and parameter, or the text of an error.
+MAX_RECORD_BYTES = 16 << 20
+# What a caller may send before it is known to be an engine: one short record.
 MAX_GREETING_BYTES = 4096
+# Connections that wait to be looked at: so many that strangers do not fill the queue faster than they are sent away.
+QUEUE_LENGTH = 4096
+# How soon an engine calls again that the queue had no room for, or that made room for another caller.
+CALL_SECONDS = 0.02
 # Where the wires of engines without shared memory go, on the hub's own host: "tcp" keeps them from the Unix socket.
 WIRES_VARIABLE = "DNB_WIRES"
 # After so many bytes of one engine the others are looked at.
@@ -45,6 +54,10 @@ _SOCKET_BUFFER_BYTES = 4 << 20
 
 class WireError(Exception):
     """The other side broke the rules, or is gone."""
+
+
+class _HungUpError(WireError):
+    """The hub has closed the connection before it said anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,23 +82,33 @@ class Wire:
 
     Args:
         sock: connected.
+        is_trusted: whether the other side is known; until then little is read from it, and little memory is its own.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, *, is_trusted: bool = True) -> None:
         sock.setblocking(False)
-        with contextlib.suppress(OSError):  # a Unix socket has no Nagle
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
         self._sock = sock
         self._queue: deque[memoryview | _Part] = deque()
-        self._buffer = bytearray(_BUFFER_BYTES)
+        self._buffer = bytearray(_HEADER.size + MAX_GREETING_BYTES)
         self._start = self._end = 0
         self._landing = memoryview(b"")
         self.landings: dict[int, memoryview] = {}
-        self.max_record_bytes = MAX_RECORD_BYTES
+        self.max_record_bytes = MAX_GREETING_BYTES
+        self._turn_bytes = MAX_GREETING_BYTES
         self.is_closed = False
         self.num_records_out = 0
+        if is_trusted:
+            self.trust()
+
+    def trust(self, *, max_record_bytes: int = MAX_WORK_BYTES) -> None:
+        """The other side is known: from now on it may send what belongs to a run, and as fast as it can."""
+        with contextlib.suppress(OSError):  # a Unix socket has no Nagle
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            self._sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
+        self._buffer.extend(bytes(_BUFFER_BYTES - len(self._buffer)))
+        self.max_record_bytes = max_record_bytes
+        self._turn_bytes = TURN_BYTES
 
     def fileno(self) -> int:
         """For polling."""
@@ -174,7 +197,7 @@ class Wire:
         messages: list[tuple[memoryview, memoryview]] = []
         taken = 0
         try:
-            while taken < TURN_BYTES:
+            while taken < self._turn_bytes:
                 if len(self._landing):
                     got = self._sock.recv_into(self._landing)
                     self._landing = self._landing[got:]
@@ -245,8 +268,9 @@ class Wire:
         if self._start and (not left or needed > len(self._buffer) - self._start):
             self._buffer[:left] = self._buffer[self._start : self._end]
             self._start, self._end = 0, left
-        if needed > len(self._buffer):
-            self._buffer.extend(bytes(needed - len(self._buffer)))
+        size = len(self._buffer)
+        if needed > size and self._end == size:  # as it comes: a header that announces much costs nothing by itself
+            self._buffer.extend(bytes(min(needed, 2 * size) - size))
 
     def close(self) -> None:
         """Close the socket; safe to call twice."""
@@ -304,7 +328,7 @@ class WireListener:
     """
 
     def __init__(self, host: str) -> None:
-        self._tcp = socket.create_server((host, 0))
+        self._tcp = socket.create_server((host, 0), backlog=QUEUE_LENGTH)
         self.tcp_url = f"tcp://{host}:{self._tcp.getsockname()[1]}"
         self.local_url = self.tcp_url
         self.sockets = [self._tcp]
@@ -313,7 +337,7 @@ class WireListener:
             name = f"dnb-{secrets.token_hex(8)}"
             local = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             local.bind(f"\0{name}")
-            local.listen()
+            local.listen(QUEUE_LENGTH)
             self.sockets.append(local)
             self.local_url = f"unix://{name}"
         for sock in self.sockets:
@@ -323,15 +347,19 @@ class WireListener:
         """A new wire that may send one greeting, and the nonce it was challenged with.
 
         Raises:
-            OSError: the caller is gone already.
+            BlockingIOError: nobody calls.
+            PermissionError: the caller is a process of another user of this host; it is sent away.
+            OSError: the caller is gone already, or there are too many files.
         """
         sock, _ = listening.accept()
-        wire = Wire(sock)
-        wire.max_record_bytes = MAX_GREETING_BYTES
+        if is_foreign(sock):
+            sock.close()
+            raise PermissionError(errno.EACCES, "a process of another user called")
+        wire = Wire(sock, is_trusted=False)
         nonce = secrets.token_hex(16)
         wire.send(Challenge(nonce=nonce))
         if wire.is_closed:
-            raise OSError("the caller is gone already")
+            raise ConnectionError("the caller is gone already")
         return wire, nonce
 
     def close(self) -> None:
@@ -347,9 +375,10 @@ def connect_wire(offer: WireOffer, *, engine: int, timeout_seconds: float) -> Wi
         HubError: it cannot be reached.
     """
     faults: list[str] = []
+    deadline = time.monotonic() + timeout_seconds
     for url in filter(None, (offer.url, offer.other_url)):
         try:
-            wire, nonce = _call(url, timeout_seconds=timeout_seconds)
+            wire, nonce = _call(url, deadline=deadline, timeout_seconds=timeout_seconds)
         except (OSError, ValueError, WireError, msgspec.MsgspecError) as error:
             faults.append(f"{url}: {error}")
             continue
@@ -358,16 +387,33 @@ def connect_wire(offer: WireOffer, *, engine: int, timeout_seconds: float) -> Wi
     raise HubError(f"engine {engine} cannot reach the hub at {'; '.join(faults)}")
 
 
-def _call(url: str, *, timeout_seconds: float) -> tuple[Wire, str]:
-    """A wire to the hub, and what it was challenged with."""
+def _call(url: str, *, deadline: float, timeout_seconds: float) -> tuple[Wire, str]:
+    """A wire to the hub, and what it was challenged with; where many call, more than one call may be needed."""
+    while True:
+        try:
+            return _call_once(url, timeout_seconds=timeout_seconds)
+        except (BlockingIOError, _HungUpError):
+            if time.monotonic() + CALL_SECONDS > deadline:
+                raise
+            time.sleep(CALL_SECONDS)
+
+
+def _call_once(url: str, *, timeout_seconds: float) -> tuple[Wire, str]:
     kind, _, place = url.partition("://")
     sock = socket.socket(socket.AF_UNIX if kind == "unix" else socket.AF_INET, socket.SOCK_STREAM)
     try:
         sock.settimeout(timeout_seconds)
         host, _, port = place.rpartition(":")
         sock.connect(f"\0{place}" if kind == "unix" else (host, int(port)))
+        if is_foreign(sock):
+            raise PermissionError(errno.EACCES, "a process of another user listens there")
         wire = Wire(sock)
-        ((packed, _raw),) = wire.wait_for_messages(timeout_seconds=timeout_seconds)
+        try:
+            ((packed, _raw),) = wire.wait_for_messages(timeout_seconds=timeout_seconds)
+        except WireError as error:
+            if wire.is_closed:
+                raise _HungUpError(str(error)) from error
+            raise
         return wire, msgspec.msgpack.decode(packed, type=Challenge).nonce
     except BaseException:
         sock.close()
