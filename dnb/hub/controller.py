@@ -6,6 +6,7 @@ client or engine that has a connection file can reach the hub, under every launc
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import signal
 import socket
@@ -14,12 +15,16 @@ import sys
 from typing import Any
 
 import msgspec
+import zmq
 from ipyparallel.controller import app
 from ipyparallel.controller.app import IPController
 from ipyparallel.controller.heartmonitor import start_heartmonitor
 from traitlets import Float, Integer, Unicode
 
+from dnb.hub.log_limits import limit_logs, look_at_logs
 from dnb.records import HubBinding, HubConfig, Process
+from dnb.transport.doors import HANDSHAKE_SECONDS
+from dnb.transport.files import raise_file_limit
 from dnb.transport.lives import end_with_parent, find_process, this_process
 
 
@@ -129,6 +134,9 @@ class DnbController(IPController):
     def init_hub(self) -> None:
         """Prepare ipyparallel's own hub; what it starts does not outlive this process."""
         app.start_heartmonitor = start_heart_monitor  # the target of the process
+        raise_file_limit()
+        # Of all its sockets that are opened from here on: who calls and says nothing is sent away.
+        self.context.setsockopt(zmq.HANDSHAKE_IVL, round(1000 * HANDSHAKE_SECONDS))
         super().init_hub()
 
     def save_connection_dict(self, fname: str, cdict: dict[str, Any]) -> None:
@@ -153,6 +161,7 @@ class DnbController(IPController):
 
     def start(self) -> None:
         """Serve until the hub or a signal ends the pool."""
+        limit_logs(self.log, *map(logging.getLogger, logging.root.manager.loggerDict))
         self.loop.call_later(HUB_WATCH_SECONDS, self._watch_hub)
         try:
             super().start()
@@ -163,6 +172,7 @@ class DnbController(IPController):
         """Without a guardian there is no hub: end the pool, and remove what a killed hub could not."""
         assert self._hub is not None
         assert self._hub.process is not None
+        look_at_logs()
         if self._hub.process.poll() is None:
             self.loop.call_later(HUB_WATCH_SECONDS, self._watch_hub)
             return

@@ -28,6 +28,7 @@ import msgspec
 
 from dnb.hub import nursery
 from dnb.hub.crashes import MOST_DEATHS, NUM_KEPT, Crash, Recorder, num_idle_deaths
+from dnb.hub.log_limits import close_logs, limit_logs, look_at_logs
 from dnb.hub.pool_files import remove_pool_files
 from dnb.records import HubBinding, HubConfig, Process, Record
 from dnb.transport.channels import CLIENT_ROLE, ENGINE_ROLE, RoleKeys, local
@@ -147,6 +148,7 @@ class Guardian:
             time.sleep(LOOK_SECONDS)
         else:
             self._attend(self._nursery, hub=pid)
+        look_at_logs()
         ended, status = os.waitpid(pid, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if ended else None
 
@@ -252,6 +254,7 @@ def _serve(
         log.exception("the hub has failed")
         recorder.leave(error)
     finally:
+        close_logs()
         logging.shutdown()
         os._exit(code)  # nothing is left to do, and taking torch's modules apart would take another second
 
@@ -259,6 +262,7 @@ def _serve(
 def main() -> None:
     """Bind, answer the controller, then keep a hub alive; or be the hub, where it is not forked."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    limit_logs()
     if len(sys.argv) > 1:
         descriptors = msgspec.json.decode(sys.argv[1], type=dict[str, int])
         recorder = Recorder(descriptors.pop("recorder"))

@@ -32,6 +32,7 @@ from dnb.hub.crashes import Caution, Crash, Recorder, caution_after, restarts_of
 from dnb.hub.events import EngineLost
 from dnb.hub.exits import ExitReader
 from dnb.hub.hearts import SILENT_SECONDS, Hearts
+from dnb.hub.log_limits import look_at_logs
 from dnb.hub.memo import (
     ACCOUNTS_FILE,
     LOST_FILE,
@@ -904,6 +905,7 @@ class Service:
         if self._is_file_old:
             self._write_pool_file()
         self._watch_owner()
+        look_at_logs()
 
     def _note_work(self) -> None:
         """Let whoever asks why this hub has ended know what it was about."""

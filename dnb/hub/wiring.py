@@ -88,6 +88,7 @@ class Wiring:
 
     def refill(self) -> None:
         """Another tick has begun: calls are answered again."""
+        self._keep_spare_file()
         self.num_calls_left = BUSY_CALLS if self._tokens else QUIET_CALLS
 
     def accept_some(self, listening: int) -> Iterator[int]:
@@ -117,11 +118,21 @@ class Wiring:
         return wire.fileno()
 
     def _send_away(self, listening: socket.socket) -> None:
-        """Close a call for which there is no file: else the listener would be ready for ever."""
-        os.close(self._spare_file)
+        """Close a call for which there is no file, else the listener would be ready for ever."""
+        self._drop_spare_file()
         with contextlib.suppress(OSError):
             listening.accept()[0].close()
-        self._spare_file = os.open(os.devnull, os.O_RDONLY)
+        self._keep_spare_file()
+
+    def _keep_spare_file(self) -> None:
+        if self._spare_file is None:
+            with contextlib.suppress(OSError):  # another thread has taken it: next time, then
+                self._spare_file = os.open(os.devnull, os.O_RDONLY)
+
+    def _drop_spare_file(self) -> None:
+        if self._spare_file is not None:
+            os.close(self._spare_file)
+            self._spare_file = None
 
     def surplus(self) -> list[int]:
         """Callers who must go as there are too many: any of them, so that nobody can keep an engine out for long."""
@@ -182,4 +193,4 @@ class Wiring:
             line.wire.close()
         self.lines.clear()
         self._listener.close()
-        os.close(self._spare_file)
+        self._drop_spare_file()

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import gc
+import os
+import resource
 import select
 import socket
 from collections.abc import Iterator
@@ -12,6 +15,7 @@ import pytest
 from dnb.hub.wiring import Line, Wiring
 from dnb.records import Attach, Challenge, EngineMessage, Loaded, Message, WireOffer
 from dnb.transport.wires import MAX_RECORD_BYTES, Wire, WireError, prove
+from tests.strangers import need_another_user, start_stranger
 
 
 class Caller:
@@ -192,6 +196,189 @@ def test_an_engine_that_shares_memory_is_offered_the_local_socket(hub: Hub):
 
 def test_an_engine_far_away_is_offered_tcp_on_the_hub_s_interface(hub: Hub):
     assert hub.wiring.offer(3, "socket", is_near=False).url.startswith("tcp://127.0.0.1:")
+
+
+# strangers -------------------------------------------------------------------------------------------
+
+
+def call_silently(wiring: Wiring, *, over: str, number: int) -> list[socket.socket]:
+    """Connections that say nothing, in the queue of a listener."""
+    listening = listener(wiring, over=over)
+    callers = []
+    for _ in range(number):
+        callers.append(socket.socket(listening.family))
+        callers[-1].connect(listening.getsockname())
+    return callers
+
+
+def listener(wiring: Wiring, *, over: str) -> socket.socket:
+    family = socket.AF_UNIX if over == "unix" else socket.AF_INET
+    return next(sock for sock in wiring.listeners.values() if sock.family == family)
+
+
+def answer(wiring: Wiring, *, over: str) -> int:
+    """Let the hub answer for one turn; how many callers have come in."""
+    return len(list(wiring.accept_some(listener(wiring, over=over).fileno())))
+
+
+CALL_OFTEN = """
+import socket, sys
+kind, place, number = sys.argv[1], sys.argv[2], int(sys.argv[3])
+callers = []
+for _ in range(number):
+    sock = socket.socket(socket.AF_UNIX) if kind == "unix" else socket.socket()
+    sock.connect("\\0" + place if kind == "unix" else ("127.0.0.1", int(place)))
+    callers.append(sock)
+print("called", flush=True)
+for sock in callers:
+    sock.settimeout(30)
+    try:
+        heard = sock.recv(1000)
+    except ConnectionError:
+        heard = b""
+    assert not heard, heard
+print("heard nothing")
+"""
+
+
+@pytest.mark.parametrize("over", ["unix", "tcp"])
+def test_a_process_of_another_user_is_sent_away_before_it_hears_a_word(hub: Hub, over: str):
+    need_another_user()
+    name = listener(hub.wiring, over=over).getsockname()
+    place = name[1:].decode() if over == "unix" else str(name[1])
+    with start_stranger(CALL_OFTEN, over, place, "20") as stranger:
+        assert stranger.stdout is not None
+        assert stranger.stdout.readline() == "called\n"
+        assert answer(hub.wiring, over=over) == 0
+        assert stranger.stdout.readline() == "heard nothing\n"
+    assert hub.wiring.lines == {}
+
+
+@pytest.mark.parametrize("over", ["unix", "tcp"])
+def test_no_more_calls_are_answered_between_two_ticks_than_some(hub: Hub, over: str):
+    callers = call_silently(hub.wiring, over=over, number=300)
+    counts = [answer(hub.wiring, over=over) for _ in range(10)]
+    hub.wiring.refill()
+    counts.append(answer(hub.wiring, over=over))
+    for caller in callers:
+        caller.close()
+    assert counts == [32, 32, 32, 4, 0, 0, 0, 0, 0, 0, 32]
+
+
+def test_calls_are_answered_faster_while_an_engine_is_expected(hub: Hub):
+    hub.wiring.offer(3, "memory")
+    hub.wiring.refill()
+    busy = hub.wiring.num_calls_left
+    hub.wiring.withdraw(3)
+    hub.wiring.refill()
+    assert busy >= 10 * hub.wiring.num_calls_left
+
+
+def test_an_offer_that_was_withdrawn_lets_nobody_in(hub: Hub):
+    offer = hub.wiring.offer(3, "memory")
+    hub.wiring.withdraw(3)
+    caller = hub.called_at(offer)
+    with pytest.raises(WireError, match="a stranger called"):
+        hub.wiring.greet(caller.line, caller.attaches(3, offer.token))
+
+
+def test_of_too_many_callers_as_many_must_go_as_are_too_many(hub: Hub):
+    callers = call_silently(hub.wiring, over="tcp", number=90)
+    while answer(hub.wiring, over="tcp"):
+        hub.wiring.refill()
+    gone = hub.wiring.surplus()
+    for caller in callers:
+        caller.close()
+    assert len(hub.wiring.lines) == 90
+    assert len(set(gone)) == 90 - 64
+
+
+def test_engines_that_were_let_in_are_never_too_many(hub: Hub):
+    for engine in range(80):
+        hub.attached(engine)
+    assert hub.wiring.surplus() == []
+
+
+def test_a_caller_that_says_nothing_is_known_by_its_time(hub: Hub):
+    caller = hub.called_at(hub.wiring.offer(3, "memory"))
+    assert hub.wiring.silent() == []
+    caller.line.opened -= 6
+    assert hub.wiring.silent() == [caller.place]
+
+
+def test_an_engine_that_was_let_in_may_be_silent(hub: Hub):
+    caller = hub.attached(3)
+    caller.line.opened -= 1000
+    assert hub.wiring.silent() == []
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"\xc1",
+        b"\x83\xa4type\xa6Attach\xa6engine\x00\xa5proof\xa3\xff\xfe\xfd",  # no UTF-8
+        b"\x81\xa4type\xa2\xff\xfe",
+        b"\x91" * 4000,
+        b"\x82\xa4type\xa6Attach\xa1x" + b"\x91" * 3000,
+        b"\xdd\x7f\xff\xff\xff",
+        b"\x83\xa4type\xa6Attach\xa6engine\xcf\xff\xff\xff\xff\xff\xff\xff\xff\xa5proof\xa0",
+        msgspec.msgpack.encode(Loaded(run="run")),
+    ],
+    ids=["nothing", "no msgpack", "text", "tag", "nested", "nested later", "endless", "huge engine", "another record"],
+)
+def test_whatever_a_caller_says_first_it_is_only_refused(hub: Hub, said: bytes):
+    caller = hub.called_at(hub.wiring.offer(3, "memory"))
+    with pytest.raises(WireError, match="a stranger called"):
+        hub.wiring.hear(caller.line, memoryview(said))
+    assert caller.line.engine is None
+
+
+def test_a_caller_takes_little_memory_before_it_is_known(hub: Hub):
+    callers = call_silently(hub.wiring, over="tcp", number=32)
+    answer(hub.wiring, over="tcp")
+    sizes = {len(line.wire._buffer) for line in hub.wiring.lines.values()}
+    for caller in callers:
+        caller.close()
+    assert sizes == {16 + 4096}
+
+
+@contextlib.contextmanager
+def no_files_left() -> Iterator[None]:
+    """This process has as many files open as it may."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 1, limits[1]))
+    taken = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for file in taken:
+            os.close(file)
+
+
+@pytest.mark.parametrize("over", ["unix", "tcp"])
+def test_where_no_file_is_left_callers_are_sent_away_one_by_one(hub: Hub, over: str):
+    callers = call_silently(hub.wiring, over=over, number=3)
+    with no_files_left():
+        assert answer(hub.wiring, over=over) == 0
+    closed = [caller.recv(1) for caller in callers]
+    for caller in callers:
+        caller.close()
+    assert closed == [b"", b"", b""]
+
+
+def test_callers_come_in_again_when_there_are_files_again(hub: Hub):
+    offer = hub.wiring.offer(3, "memory")
+    lost = call_silently(hub.wiring, over="unix", number=1)
+    with no_files_left():
+        answer(hub.wiring, over="unix")
+    lost[0].close()
+    caller = hub.called_at(offer)
+    assert hub.wiring.greet(caller.line, caller.attaches(3, offer.token)) == 3
 
 
 # whose line is whose ---------------------------------------------------------------------------------
