@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import secrets
 import select
 import socket
 import struct
@@ -14,7 +15,18 @@ import pytest
 
 from dnb.errors import HubError
 from dnb.records import Attach, EngineMessage, Loaded, Message, WireOffer
-from dnb.transport.wires import PIECE_BYTES, Flat, Outbox, Wire, WireError, WireListener, connect_wire, prove
+from dnb.transport.wires import (
+    MAX_RECORD_BYTES,
+    PIECE_BYTES,
+    Flat,
+    Outbox,
+    Wire,
+    WireError,
+    WireListener,
+    connect_wire,
+    prove,
+)
+from tests.strangers import need_another_user, start_stranger
 
 HEADER = struct.Struct("<BxHIQ")  # kind, slot, bytes of the body, bytes of msgpack | offset in the landing
 RECORD, PIECE = 1, 2
@@ -328,6 +340,40 @@ def test_a_record_that_is_too_large_before_a_greeting_is_refused_when_its_header
         wire.receive()
 
 
+def test_a_header_that_announces_a_gigabyte_takes_no_memory_by_itself(peer_and_wire: tuple[socket.socket, Wire]):
+    peer, wire = peer_and_wire
+    peer.send(HEADER.pack(RECORD, 0, 1 << 30, 10) + bytes(1000))
+    assert wire.receive() == []
+    assert len(wire._buffer) == BUFFER_BYTES
+
+
+def test_memory_grows_with_what_has_come_of_a_large_record(peer_and_wire: tuple[socket.socket, Wire]):
+    peer, wire = peer_and_wire
+    peer.send(HEADER.pack(RECORD, 0, 1 << 30, 10))
+    for _ in range(10):
+        peer.send(bytes(100_000))
+        assert wire.receive() == []
+    assert len(wire._buffer) <= 2 * 1_000_016
+
+
+def test_who_is_not_trusted_yet_is_read_little_in_one_turn(peer_and_wire: tuple[socket.socket, Wire]):
+    peer, trusted = peer_and_wire
+    wire = Wire(trusted._sock.dup(), is_trusted=False)
+    peer.send(HEADER.pack(RECORD, 0, 0, 0) * 10_000)
+    assert 0 < len(wire.receive()) <= 2 * (16 + 4096) // 16
+    wire.close()
+
+
+def test_who_is_trusted_may_send_no_more_than_was_said(peer_and_wire: tuple[socket.socket, Wire]):
+    peer, trusted = peer_and_wire
+    wire = Wire(trusted._sock.dup(), is_trusted=False)
+    wire.trust(max_record_bytes=MAX_RECORD_BYTES)
+    peer.send(HEADER.pack(RECORD, 0, MAX_RECORD_BYTES + 1, 10))
+    with pytest.raises(WireError, match="with 16777217 bytes is against the rules"):
+        wire.receive()
+    wire.close()
+
+
 def test_a_record_of_more_than_a_gigabyte_is_refused(peer_and_wire: tuple[socket.socket, Wire]):
     peer, wire = peer_and_wire
     peer.send(HEADER.pack(RECORD, 0, (1 << 30) + 1, 10))
@@ -623,6 +669,56 @@ def test_a_hub_that_cannot_be_reached_is_told_with_its_address(listener: WireLis
 def test_a_hub_that_says_nothing_is_told_with_the_limit(listener: WireListener, kind: str):
     with pytest.raises(HubError, match=r"the other side said nothing for 0\.05 s"):
         connect_wire(WireOffer(url=urls(listener)[kind], token="secret"), engine=3, timeout_seconds=0.05)
+
+
+def test_an_engine_whose_call_the_queue_has_no_room_for_calls_again(
+    listener: WireListener, engine_side: ThreadPoolExecutor
+):
+    local = next(sock for sock in listener.sockets if sock.family == socket.AF_UNIX)
+    local.listen(0)
+    first = socket.socket(socket.AF_UNIX)
+    first.connect(local.getsockname())  # the queue is full
+    calling = call(engine_side, listener.local_url, "secret")
+    with pytest.raises(TimeoutError):
+        calling.result(timeout=0.2)
+    first.close()
+    with pytest.raises(OSError, match=r"gone|pipe|reset"):
+        accept(listener)
+    wire, _ = accept(listener)
+    calling.result(timeout=10).close()
+    wire.close()
+
+
+@pytest.mark.parametrize("kind", ["local", "tcp"])
+def test_an_engine_that_had_to_make_room_for_another_caller_calls_again(
+    listener: WireListener, engine_side: ThreadPoolExecutor, kind: str
+):
+    calling = call(engine_side, urls(listener)[kind], "secret")
+    (ready, *_), _, _ = select.select(listener.sockets, [], [], 10)
+    ready.accept()[0].close()  # before it was challenged
+    wire, _ = accept(listener)
+    calling.result(timeout=10).close()
+    wire.close()
+
+
+def test_an_engine_says_nothing_to_a_listener_of_another_user():
+    need_another_user()
+    name = f"dnb-{secrets.token_hex(8)}"
+    code = """
+import socket, sys
+sock = socket.socket(socket.AF_UNIX)
+sock.bind("\\0" + sys.argv[1])
+sock.listen()
+print("listens", flush=True)
+caller, _ = sock.accept()
+print("heard", caller.recv(1000), flush=True)
+"""
+    with start_stranger(code, name) as stranger:
+        assert stranger.stdout is not None
+        assert stranger.stdout.readline() == "listens\n"
+        with pytest.raises(HubError, match="a process of another user listens there"):
+            connect_wire(WireOffer(url=f"unix://{name}", token="secret"), engine=3, timeout_seconds=5)
+        assert stranger.stdout.readline() == "heard b''\n"
 
 
 def test_the_answer_to_a_challenge_is_an_hmac_of_rfc_2104():
