@@ -17,7 +17,7 @@ export IPYTHONDIR := $(CURDIR)/build/ipython
 export MPLCONFIGDIR := $(CURDIR)/build/matplotlib
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: help demo test lint pytest numerics soak nbval format store bench coverage lab clean distclean
+.PHONY: help demo test lint pytest numerics soak fuzz nbval format store bench coverage lab clean distclean
 
 help:
 	@echo "make demo       run notebooks/quickstart.ipynb headless; leaves build/quickstart.ipynb and .html"
@@ -29,6 +29,7 @@ help:
 	@echo "make store      run the notebooks and keep their outputs, as they are committed"
 	@echo "make bench      benchmarks beside their rivals, about 25 minutes; python -m benchmarks --list says which"
 	@echo "make soak       20,000 random schedules of the coordinator and 20 of a real pool, about 25 minutes"
+	@echo "make fuzz       250,000 frames of noise against a pool's sockets, of strangers and of key holders; needs root"
 	@echo "make coverage   the tests with coverage, engines and hub included"
 	@echo "make clean      remove build/ and caches; distclean removes .venv too"
 
@@ -71,6 +72,10 @@ numerics: $(VENV)/.dev-stamp | build
 soak: $(VENV)/.dev-stamp | build
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest --timeout 0 \
 	    tests/unit/test_coordinator_schedules.py tests/faults/test_random_schedules.py
+
+# The tests of strangers with more than 250,000 frames of noise in all.
+fuzz: $(VENV)/.dev-stamp | build
+	DNB_FUZZ_FRAMES=30000 $(BIN)/python -m pytest --timeout 0 --durations 0 tests/faults/test_strangers.py
 
 # A call of its own: nbval collects by file and has its own options. Each notebook starts its own pool.
 nbval: $(VENV)/.dev-stamp | build

@@ -149,7 +149,9 @@ class Doorkeeper(threading.Thread):
         self._routers = list(doors)
         self._turnstiles: dict[zmq.Socket[Any], Turnstile] = {}
         for router, listener in doors.items():
-            self._turnstiles[_watch(router)] = Turnstile(_blocker(listener))
+            block = _blocker(listener)
+            block(False)  # a hub that died may have left it so
+            self._turnstiles[_watch(router)] = Turnstile(block)
 
     def run(self) -> None:
         """Count until all ROUTERs are let go."""

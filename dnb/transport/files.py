@@ -1,32 +1,19 @@
-"""How many files a process may have open, and how many it has."""
+"""How many files a process may have open."""
 
 from __future__ import annotations
 
-import os
+import contextlib
 import resource
 
+# More than a pool needs, however large.
+ENOUGH_FILES = 65_536
 
-def raise_file_limit() -> int:
-    """Let this process open as many files as the system allows it to; how many."""
+
+def raise_file_limit() -> None:
+    """Let this process, and those that it starts, open as many files as a pool may need, if the system allows it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == hard:
-        return soft
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    except (OSError, ValueError):  # more than this system can count, as an unlimited number is to some
-        return soft
-    return hard
-
-
-def file_limit() -> int:
-    """How many files this process may open."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return soft
-
-
-def count_open_files() -> int:
-    """How many files this process has open; as many as it may if there is not even one for the list of them."""
-    try:
-        return len(os.listdir("/dev/fd")) - 1
-    except OSError:
-        return file_limit()
+    wanted = ENOUGH_FILES if hard == resource.RLIM_INFINITY else min(hard, ENOUGH_FILES)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    with contextlib.suppress(OSError, ValueError):  # some systems have other limits beside this one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
