@@ -46,16 +46,14 @@ SECONDS = 2.0  # for which they call
 def quiet_pool(tmp_path_factory, nothing_is_left) -> Iterator[Any]:
     """A pool of two engines whose processes may open no more than 1,024 files."""
     need_another_user()
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     before = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("strangers"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (MOST_FILES, MOST_FILES))
     try:
         with open_small_pool(2) as pool:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))  # root's right
+            for process in (pool.facts.guardian, pool.facts.hub):
+                resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (MOST_FILES, MOST_FILES))
             yield pool
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         os.chdir(before)
 
 
