@@ -25,7 +25,7 @@ import msgspec
 from dnb.errors import PoolError
 from dnb.hub.exits import ExitWriter
 from dnb.records import Record
-from dnb.transport.peers import is_foreign
+from dnb.transport.credentials import is_foreign
 
 log = logging.getLogger(__name__)
 

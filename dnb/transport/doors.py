@@ -22,7 +22,7 @@ from typing import Any
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from dnb.transport.peers import ROOT, is_foreign
+from dnb.transport.credentials import ROOT, is_foreign
 
 HAS_LOCAL_DOORS = sys.platform == "linux"
 # How long who calls may take to prove that it has the role's key.

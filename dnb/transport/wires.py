@@ -25,8 +25,8 @@ import msgspec
 
 from dnb.errors import HubError
 from dnb.records import Attach, Challenge, Message, WireOffer
+from dnb.transport.credentials import is_foreign
 from dnb.transport.encoding import encode_record
-from dnb.transport.peers import is_foreign
 
 PIECE_BYTES = 4 << 20
 # Slots of a wire to an engine; a wire to the hub has one slot per slab.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dnb.transport.peers import is_foreign, user_of_peer
+from dnb.transport.credentials import is_foreign, user_of_peer
 from tests.strangers import NOBODY, need_another_user, start_stranger
 
 pytestmark = pytest.mark.skipif(not hasattr(socket, "SO_PEERCRED"), reason="only Linux tells whose a peer is")
