@@ -58,9 +58,8 @@ class Wiring:
         self.listeners = {sock.fileno(): sock for sock in self._listener.sockets}
         self.lines: dict[int, Line] = {}
         self.num_calls_left = QUIET_CALLS
-        self._spare_file = os.open(
-            os.devnull, os.O_RDONLY
-        )  # closed for a moment when a call comes and no other is left
+        self._spare_file: int | None = None  # closed for a moment when a call comes and no other file is left
+        self._keep_spare_file()
         self._tokens: dict[int, str] = {}
         self._num_records: dict[int, int] = {}  # sent by wires that are closed
 

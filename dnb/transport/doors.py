@@ -171,7 +171,7 @@ class Doorkeeper(threading.Thread):
     def stop(self) -> None:
         """Let go of the ROUTERs; before they are closed, by the thread that they belong to."""
         for router in self._routers:
-            router.monitor(None, 0)  # type: ignore[arg-type]
+            router.monitor(None, 0)
         self.join()
 
 
