@@ -180,6 +180,19 @@ def test_engines_join_checkpoints_are_written_and_kernels_are_answered_while_tho
         quiet_pool.remove(newcomer)
 
 
+def test_a_run_goes_on_while_thousands_call_at_the_ports_of_ipyparallel(quiet_pool, run):
+    controller = psutil.Process(quiet_pool.facts.controller.pid)
+    resource.prlimit(controller.pid, resource.RLIMIT_NOFILE, (MOST_FILES, MOST_FILES))
+    ports = sorted({each.laddr.port for each in controller.net_connections("tcp") if each.status == "LISTEN"})
+    with without_effect(quiet_pool), silent_callers(str(ports[0])), silent_callers(str(ports[-1])):
+        wait_for_step(run, run.step + 200)
+        assert run.checkpoint().exists()
+    assert controller.is_running()
+    until(lambda: controller.num_fds() < MOST_FILES // 2, what="the controller has given back its files")
+    (newcomer,) = quiet_pool.add(1)
+    quiet_pool.remove(newcomer)
+
+
 def test_a_hub_that_is_killed_is_started_again_while_thousands_call(quiet_pool, run):
     hub = quiet_pool.facts.hub
     with silent_callers(places(quiet_pool)["wire"]), silent_callers(places(quiet_pool)["engine port"]):
