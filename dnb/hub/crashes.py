@@ -21,6 +21,7 @@ from typing import IO
 
 import msgspec
 
+from dnb.hub.user_code import UserCodeError
 from dnb.records import Failure, HubRestart, Record
 from dnb.transport.failures import MESSAGE_LENGTH, TRACEBACK_LENGTH, clean_text, describe_error
 
@@ -113,7 +114,8 @@ class Recorder:
 
     def leave(self, error: BaseException) -> None:
         """The hub ends by this exception."""
-        failure = msgspec.structs.replace(describe_error(error), place=place_of(error))
+        place, error = (error.place, error.error) if isinstance(error, UserCodeError) else ("", error)
+        failure = describe_error(error, place=", ".join(filter(None, (place, place_of(error)))))
         os.lseek(self.descriptor, _HEADER_BYTES, os.SEEK_SET)
         os.write(self.descriptor, msgspec.json.encode(failure))
 

@@ -287,7 +287,12 @@ class Service:
 
         An exception ends this hub, too, and the next one tries again: in the end that makes it cautious.
         """
-        spec = self._verified_spec(memo.frames)
+        try:
+            spec = self._verified_spec(memo.frames)
+        except (DnbError, ValueError, msgspec.MsgspecError):
+            log.exception("what is left of the run is of no use")
+            self._forget_run_memos()
+            return
         self._recorder.hold(spec.id, step=crashes[-1].step if crashes else 0)
         caution = caution_after(crashes)
         if caution is Caution.NONE:

@@ -21,6 +21,7 @@ from dnb.hub.crashes import (
     num_idle_deaths,
     restarts_of,
 )
+from dnb.hub.user_code import UserCodeError
 
 FAULT = """Fatal Python error: Segmentation fault
 
@@ -95,6 +96,12 @@ def test_whatever_was_raised_can_be_told(recorder: Recorder, error: BaseExceptio
     found = recorder.crash(1, lived_seconds=0.5)
     assert found.reason.startswith(type(error).__name__)
     assert len(msgspec.json.encode(found)) < 100_000
+
+
+def test_of_user_code_it_is_told_what_that_has_raised(recorder: Recorder):
+    recorder.leave(UserCodeError("in the scheduler", raised(ValueError("seven"))))
+    found = recorder.crash(1, lived_seconds=0.5)
+    assert found.reason.startswith("ValueError: seven (in the scheduler, in raised (test_crashes.py:")
 
 
 def test_a_signal_is_named(recorder: Recorder):
