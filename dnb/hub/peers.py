@@ -248,7 +248,9 @@ def _check_trace(trace: StageTrace, rules: Rules) -> None:
     _require(all(action.begin <= action.end for action in trace.actions), "an action ends before it begins")
     _require(bool(trace.actions), "a trace has no action")
     _require(1 <= trace.num_micro_batches <= MOST_PID, f"a trace has {trace.num_micro_batches} micro-batches")
-    stages = [action.stage for action in trace.actions] + [traffic.stage for traffic in trace.traffic]
+    # A step begins with waiting, which is of no stage yet: -1.
+    stages = [action.stage for action in trace.actions if (action.kind, action.stage) != ("wait", -1)]
+    stages += [traffic.stage for traffic in trace.traffic]
     _require(all(0 <= stage < rules.num_stages for stage in stages), "a trace is of a stage that is not there")
     micro_batches = (action.micro_batch for action in trace.actions)
     _require(all(-1 <= number < trace.num_micro_batches for number in micro_batches), "there is no such micro-batch")

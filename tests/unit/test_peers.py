@@ -51,7 +51,7 @@ def trace(**options: Any) -> StageTrace:
         "end": 1.0,
         "cpu_seconds": 0.5,
         "num_micro_batches": 2,
-        "actions": (Action("forward", 0, 0, 0.0, 0.5),),
+        "actions": (Action("wait", -1, -1, 0.0, 0.0), Action("forward", 0, 0, 0.0, 0.5)),
         "traffic": (StageTraffic(stage=1, forward_bytes=3, backward_bytes=3),),
     }
     return StageTrace(**{**whole, **options})
