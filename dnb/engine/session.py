@@ -90,6 +90,7 @@ class Session:
         ration.set(spec.memory_limit, start_bytes=stopwatch.start_rss_bytes)
         self._outbox: Outbox | None = None
         self._fault: BaseException | None = None  # why what was mended cannot be used
+        self._early: list[tuple[memoryview, memoryview]] = []  # what came before there was a replica that it is for
         publisher: Publisher | None = None
         parcels: dict[int, memoryview | None] = {JOB_SLOT: None, DATA_SLOT: None}
         if memory.kind == "socket":
@@ -111,6 +112,9 @@ class Session:
             if self._outbox is not None:
                 self._outbox.stop()
             raise
+        for packed, raw in self._early:
+            self.take(packed, raw)
+        self._early.clear()
 
     def num_threads(self, usual: int) -> int:
         """For torch: one in an exact run, as the number of threads shows in the last bits."""
@@ -236,10 +240,12 @@ class Session:
         shipped = False
         while not shipped:
             for packed, raw in self._wire.wait_for_messages(timeout_seconds=SHIP_SECONDS):
-                if isinstance(_decode(packed), Shipped):
-                    shipped = True
-                else:
+                message = _decode(packed)
+                if isinstance(message, AddSlabs):
                     self.take(packed, raw)
+                elif not isinstance(message, Shipped):
+                    self._early.append((packed, raw))
+                shipped = shipped or isinstance(message, Shipped)
         for slot in parcels:
             self._wire.landings.pop(slot, None)
         return parcels

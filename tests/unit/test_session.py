@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,24 @@ from dnb.engine.session import Session
 from dnb.engine.telemetry import Stopwatch
 from dnb.hub.reducer import Master
 from dnb.planning.sample_order import BatchOrder
-from dnb.records import Load, Mended, Message, ParcelRef, RunSpec, WireOffer, Work, WorkFailed, WorkReport
+from dnb.records import (
+    AddSlabs,
+    EngineMessage,
+    Load,
+    Mended,
+    Message,
+    ParcelRef,
+    RunSpec,
+    SegmentRef,
+    Shipped,
+    WireOffer,
+    Work,
+    WorkFailed,
+    WorkReport,
+)
 from dnb.transport.job import Data, DataSource, Job
 from dnb.transport.parcels import pack, sign
-from dnb.transport.wires import frame_of
+from dnb.transport.wires import DATA_SLOT, JOB_SLOT, frame_of
 
 KEY = b"key"
 NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
@@ -45,10 +60,43 @@ class Kept:
         self.sent.append(record)
 
 
-class Hub:
-    """Gives work to a session of its own."""
+class KeptFar(Kept):
+    """Of an engine without shared memory: with what the hub sends before and after model and data are there."""
 
-    def __init__(self, folder: Path, **functions: Any) -> None:
+    def __init__(self, parcels: dict[int, ParcelRef], after: list[tuple[Message, bytes]]) -> None:
+        super().__init__()
+        self._parcels = parcels
+        self._after = after
+        self.answered = threading.Event()
+
+    def wait_for_messages(self, *, timeout_seconds: float) -> list[tuple[memoryview, memoryview]]:
+        for slot, parcel in self._parcels.items():
+            if parcel.segment is not None:
+                self.landings[slot][:] = Path(parcel.segment.path).read_bytes()
+        slabs = AddSlabs(run="run", slabs=(SegmentRef(path="", num_bytes=0),))
+        records = [(slabs, b""), (Shipped(run="run"), b""), *self._after]
+        return [(memoryview(frame_of(record)[16:]), memoryview(raw)) for record, raw in records]
+
+    def queue_frame(self, frame: bytes) -> None:
+        self.sent.append(msgspec.msgpack.decode(memoryview(frame)[16:], type=EngineMessage))
+
+    def queue_pieces(self, slot: int, source: Any, ranges: Any) -> None:
+        pass
+
+    def flush_all(self, *, timeout_seconds: float) -> None:
+        self.answered.set()
+
+
+class Hub:
+    """Gives work to a session of its own.
+
+    Args:
+        folder: of its memory.
+        after: sent right after model and data over a socket; None shares memory.
+        functions: of the job.
+    """
+
+    def __init__(self, folder: Path, *, after: list[tuple[Message, bytes]] | None = None, **functions: Any) -> None:
         source = DataSource(samples=(torch.ones(8, 3), torch.ones(8, 1)), collate=None)
         job = Job(
             model=nn.Linear(3, 1),
@@ -87,7 +135,7 @@ class Hub:
         self._master = Master(job, folders=[folder], prefix="run", clip_norm=None)
         load = Load(
             run="run",
-            transport="memory",
+            transport="memory" if after is None else "socket",
             wire=WireOffer(url="", token=""),
             parameters=self._master.parameters_ref,
             parameter_layout=self._master.parameter_layout,
@@ -95,9 +143,10 @@ class Hub:
             buffer_layout=self._master.buffer_layout,
         )
         memory = EngineMemory(load)
-        memory.add_slabs([slab.ref for slab in self._master.add_slabs(0, 1, kind="memory")])
+        if after is None:
+            memory.add_slabs([slab.ref for slab in self._master.add_slabs(0, 1, kind="memory")])
         frames = [msgspec.msgpack.encode(spec), job_bytes, data_bytes]
-        self.wire = Kept()
+        self.wire = Kept() if after is None else KeptFar({JOB_SLOT: job_ref, DATA_SLOT: data_ref}, after)
         wire: Any = self.wire
         self._session = Session(
             load,
@@ -123,12 +172,12 @@ class Hub:
             fresh=True,
         )
         self._give(work, memoryview(torch.arange(8).numpy()).cast("B"))
-        return self.wire.sent[-1]
+        return self.wire.sent[-1] if self.wire.sent else work
 
     def mend(self, **functions: Any) -> None:
         """Let the session go on with other functions."""
-        pickled = cloudpickle.dumps({"step": None, "loss": None, **functions})
-        self._give(Mended(run="run", signature=sign(KEY, [pickled])), memoryview(pickled))
+        record, pickled = mended(**functions)
+        self._give(record, memoryview(pickled))
 
     def _give(self, record: Message, raw: memoryview) -> None:
         self._session.take(memoryview(frame_of(record)[16:]), raw)
@@ -137,6 +186,11 @@ class Hub:
         self._session.close()
         self._master.drop_slabs()
         self._master.close()
+
+
+def mended(**functions: Any) -> tuple[Message, bytes]:
+    pickled = cloudpickle.dumps({"step": None, "loss": None, **functions})
+    return Mended(run="run", signature=sign(KEY, [pickled])), pickled
 
 
 @pytest.fixture
@@ -169,6 +223,16 @@ def test_what_is_no_exception_is_a_failure_of_user_code(hub_of, error):
     failure = failure_of(hub_of(step=step).work())
     assert failure.kind == type(error).__name__
     assert "in step" in failure.traceback
+
+
+def test_functions_that_come_while_model_and_data_are_still_unpacked_count(hub_of):
+    def mend(model, batch):
+        raise ValueError("of the mended one")
+
+    hub = hub_of(step=mean_step, after=[mended(step=mend)])
+    hub.work()
+    assert hub.wire.answered.wait(30)
+    assert failure_of(hub.wire.sent[-1]).message == "of the mended one"
 
 
 def test_a_report_that_cannot_be_encoded_is_a_failure_of_user_code(hub_of):
