@@ -80,6 +80,7 @@ USER_ERRORS = (BaseException,)
 
 # Of a text within a sentence, in characters.
 SUMMARY_LENGTH = 1_000
+_MARK_LENGTH = 50  # of what stands where something was cut out
 
 
 def kind_of(error: BaseException) -> str:
@@ -104,12 +105,15 @@ def summary_of(error: BaseException, *, length: int = SUMMARY_LENGTH) -> str:
 
 
 def clean_text(text: str, *, length: int) -> str:
-    """Make text fit to be encoded as UTF-8 and to be shown: no lone surrogates, no NUL, and not too long."""
+    """Make text fit to be encoded as UTF-8 and to be shown: no lone surrogates, no NUL, and not too long.
+
+    What was cut to a length once is not cut to it again.
+    """
     text = text.replace("\0", "\\x00")
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     if len(text) <= length:
         return text
-    half = length // 2
+    half = (length - _MARK_LENGTH) // 2 if length > 2 * _MARK_LENGTH else length // 2
     return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
 
 

@@ -277,8 +277,12 @@ class Worker(threading.Thread):
 
     def _tell_of(self, error: BaseException) -> None:
         """Let the hub say why this engine is gone; it may be past telling."""
+        fault = Fault(engine=self._facts.engine, failure=describe_error(error))
         try:
-            self._send(Fault(engine=self._facts.engine, failure=describe_error(error)))
+            if self._session is not None:
+                self._session.send(fault)  # over the wire: before the hub sees that it was closed
+            else:
+                self._send(fault)
         except Exception:
             log.exception("the hub was not told")
 

@@ -706,7 +706,7 @@ class ActiveRun:
         try:
             sizes, raw = self._batches.samples_of(action.kind, action.step, action.shards)
         except UserCodeError as error:  # of the sampler; all before this step is committed
-            return machine.CommitFailed(action.step, error.failure)
+            return machine.CommitFailed(action.step, self._kept_whole(error.failure, action.step, "hub"))
         if action.kind == "step":
             self._chores.append(self._prepare)
         slabs: tuple[int, ...] = (0, 1) if self.spec.ties else (0,)

