@@ -495,6 +495,13 @@ def test_data_that_panic_when_they_are_unpickled_fail_the_run_with_their_text(po
     assert "/errors/step-000000-engine-" in str(caught.value)
 
 
+def test_a_listener_that_panics_does_not_end_what_follows_the_run(pool):
+    run = train(pool, mlp(), digits(), steps=20)
+    run.add_listener(panic)
+    assert wait(run).status == "finished"
+    assert len(run.history["loss"]) == 20
+
+
 # Whatever user code returns
 
 
