@@ -803,6 +803,7 @@ class RunState(Message, frozen=True):
     num_samples: int = 0  # of the training set
     num_shards: int = 0
     num_owed: int = 0  # engines that the run's work has ended, and that nobody has replaced yet
+    hub: Process | None = None
 
 
 class StateTree(Message, frozen=True):

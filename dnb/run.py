@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from dnb import errors
 from dnb.errors import USER_ERRORS, ArgumentError, DnbError, HubError, RunError
 from dnb.exporting import kind_of, write_csv, write_parquet, write_tensorboard
+from dnb.hub.checkpoints import newest_step
 from dnb.hub.history import read_events, read_history, read_summary, read_timeline, read_usage
 from dnb.inputs import read_loss
 from dnb.planning.bubbles import Timeline
@@ -37,6 +38,7 @@ from dnb.records import (
     GetState,
     Mend,
     Prediction,
+    Process,
     RunEvent,
     RunState,
     RunStatus,
@@ -48,6 +50,7 @@ from dnb.records import (
     WorkerTotals,
 )
 from dnb.transport.channels import HubClient, HubRestartedError
+from dnb.transport.lives import is_alive
 from dnb.transport.parcels import explain_unpicklable, sign
 from dnb.transport.states import decode_state
 
@@ -59,6 +62,8 @@ REFRESH_SECONDS = 0.25
 RECENT_SECONDS = 5.0
 # How often a waiting thread looks up, so that hooks can write and an interrupt is heard.
 WAIT_SECONDS = 0.2
+# How long a hub may take to end when its guardian is gone.
+HUB_END_SECONDS = 10.0
 # How often the hub is asked whether a checkpoint is durable.
 CHECKPOINT_LOOK_SECONDS = 0.02
 
@@ -221,6 +226,7 @@ class Run:
         self._refreshing = threading.Lock()
         self._wake = threading.Event()
         self._brought_home: tuple[str, int] | None = None
+        self._hub_process: Process | None = None
         self._watcher = threading.Thread(target=self._watch, name=f"dnb-run-{name}", daemon=True)
 
     @classmethod
@@ -253,7 +259,7 @@ class Run:
         run._error, run._remote_traceback = summary.error, summary.remote_traceback
         run._status = summary.status if summary.status in ENDED else "failed"
         if run._status != summary.status:
-            run._error = f"the hub ended while the run was {summary.status}"
+            run._error = f"the hub ended while the run was {summary.status}; {way_back(folder)}"
         return run
 
     def watch(self) -> Self:
@@ -496,7 +502,7 @@ class Run:
                 with self._refreshing:
                     self._refresh()
             except DnbError as error:
-                self._give_up(f"the hub was lost at step {self.step}: {error}")
+                self._give_up(f"the hub was lost at step {self.step}: {error}{self._way_back()}")
             except Exception as error:  # a watcher that ended in silence would leave `wait` waiting
                 log.exception("run %r cannot be followed", self.name)
                 self._give_up(f"the run cannot be followed further: {type(error).__name__}: {error}")
@@ -520,6 +526,7 @@ class Run:
         state, frames = self._require_hub().ask(request, RunState)
         self._take_columns(state, frames)
         self._totals = state.workers
+        self._hub_process = state.hub or self._hub_process
         self._step_timeline = state.timeline or self._step_timeline
         self._prediction = state.prediction
         self._elapsed_seconds = state.elapsed_seconds
@@ -579,6 +586,16 @@ class Run:
                     tensor.copy_(state[kind][name])
         if self._optimizer is not None:
             self._optimizer.load_state_dict(state["optimizer"])
+
+    def _way_back(self) -> str:
+        """How to go on with a run whose pool is gone; "" if it may still be there."""
+        if self._hub is not None and self._hub.is_alive:
+            return ""
+        # A hub that has lost its guardian ends the pool, and may be writing a checkpoint.
+        deadline = time.monotonic() + HUB_END_SECONDS
+        while self._hub_process is not None and is_alive(self._hub_process) and time.monotonic() < deadline:
+            threading.Event().wait(CHECKPOINT_LOOK_SECONDS)
+        return f"; {way_back(self.folder)}"
 
     def _give_up(self, error: str) -> None:
         self._error = error
@@ -641,6 +658,23 @@ class Run:
                 if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
                     raise
                 log.exception("a viewer of run %r failed", self.name)
+
+
+def way_back(folder: Path) -> str:
+    """For people: how a run goes on whose hub is gone."""
+    step = newest_step(folder)
+    if step is None:
+        return (
+            "it has no checkpoint to resume from: fit(..., checkpoint_every=N), or %dtrain fit --checkpoint-every N, "
+            "keeps some"
+        )
+    here = Path.cwd()
+    place = folder.relative_to(here) if folder.is_relative_to(here) else folder
+    is_known = place == Path(".dnb") / "runs" / folder.name
+    return (
+        f"its last checkpoint is of step {step}: dnb.resume({str(place)!r}), or %dtrain resume "
+        f"{folder.name if is_known else place}, goes on from there in a new pool"
+    )
 
 
 def _worker(now: WorkerTotals, past: WorkerTotals | None) -> Worker:

@@ -21,7 +21,7 @@ from dnb.hub.agreement import Agreement
 from dnb.hub.beginnings import Beginning
 from dnb.hub.checkpointer import Checkpointer, Place
 from dnb.hub.coordinator import Coordinator
-from dnb.hub.history import HistoryRow, RunFolder, RunSummary, read_timeline, read_usage, summarize
+from dnb.hub.history import HistoryRow, RunSummary, read_timeline, summarize
 from dnb.hub.meeting import Meeting, open_meeting
 from dnb.hub.memo import RunMemo
 from dnb.hub.peers import Rules, check_message, check_parts
@@ -68,6 +68,7 @@ from dnb.records import (
     WorkReport,
 )
 from dnb.transport.failures import TRACEBACK_LENGTH, clean_text
+from dnb.transport.lives import this_process
 from dnb.transport.returned import EVALUATION_PREFIX, STEP_COLUMNS
 from dnb.transport.segments import open_segment
 from dnb.transport.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Flat, Wire
@@ -123,6 +124,7 @@ class ActiveRun:
         self._release = release
         self._count_commit = count_commit
         self._departed: set[int] = set()  # whose slabs may still count in the task under way
+        self._process = this_process()
         self._host = socket.gethostname()
         self._members: dict[int, _Member] = {}
         engines = list(engines)
@@ -140,15 +142,18 @@ class ActiveRun:
         self.master = beginning.master
         self._columns = beginning.columns
         self._first_step = beginning.first_step
+        self._folder = beginning.files
         num_slabs = -(-spec.num_shards // max(len(engines), 1)) if spec.exact else 1
         try:
             for engine, member in self._members.items() if not spec.partitions else ():
                 self.master.add_slabs(engine, num_slabs, kind=member.transport)
-            self._folder = RunFolder(Path(spec.folder))
         except BaseException:
-            if not beginning.is_taken_over:  # else the next hub goes on from it
+            if beginning.is_taken_over:  # the next hub goes on from it
+                self._folder.close()
+            else:
                 self.master.drop_slabs()
                 self.master.close()
+                self._folder.discard()
             raise
         self._batches = Batches(
             beginning.order,
@@ -176,10 +181,7 @@ class ActiveRun:
         self._over_limit: set[int] = set()
         self._events = beginning.events
         self._timelines = Timelines(read_timeline(self._folder.path) if beginning.is_taken_over else None)
-        self._meter = UsageMeter(
-            read_usage(self._folder.path, skip_broken=True) if beginning.is_taken_over else (),
-            begin_seconds=self._seconds,
-        )
+        self._meter = UsageMeter(self._folder.usage() if beginning.is_taken_over else (), begin_seconds=self._seconds)
         self._held: tuple[tuple[int, tuple[int, ...]], ...] = ()  # engines and shards of the last step
         self._rules = Rules(
             num_gradients=len(self.master.gradient_layout.slots),
@@ -519,6 +521,7 @@ class ActiveRun:
         if self._fault is not None and self.is_active:
             self._dispatch(machine.CommitFailed(self._coordinator.step + 1, self._fault))
         self._checkpoints.tick(is_still=self.status != "running")
+        self._tell_of_disk(self._folder.tick())
 
     def _place(self) -> Place:
         return Place(self._coordinator.step, self._coordinator.evaluated, self._seconds)
@@ -570,6 +573,7 @@ class ActiveRun:
             num_samples=self.spec.num_samples,
             num_shards=self.spec.num_shards,
             num_owed=num_owed,
+            hub=self._process,
         )
         return state, frames
 
@@ -598,6 +602,8 @@ class ActiveRun:
         self._free_work_memory()
         _remove_parcel(self.spec.job)
         self.master.close()
+        self._folder.finish()
+        self._folder.forget()
         self._folder.close()
 
     def _free_work_memory(self) -> None:
@@ -870,8 +876,11 @@ class ActiveRun:
         else:
             self._columns.add_evaluation(step, values)
         self._folder.append_row(HistoryRow(kind=kind, step=step, time=when, values=values, samples=samples))
-        if fault := self._folder.take_fault():
-            self._note(machine.Note("disk", fault))
+
+    def _tell_of_disk(self, news: Iterable[str]) -> None:
+        for text in news:
+            log.warning(text)
+            self._note(machine.Note("disk", text))
 
     def _traces_of(self, reports: Iterable[tuple[int, tuple[int, ...]]]) -> dict[int, Part]:
         """What all engines did in a step, and in which seats; empty unless every one of them says it."""
@@ -984,6 +993,7 @@ class ActiveRun:
         self._keep_usage()
         self._checkpoints.end()
         self._write_summary()
+        self._tell_of_disk(self._folder.finish())
         for engine in self._accounts.living:
             self._send(engine, Unload(run=self.spec.id), ())
         self._free_work_memory()

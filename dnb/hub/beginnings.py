@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import nan
 from pathlib import Path
 
@@ -15,13 +17,21 @@ import msgspec
 from dnb.errors import ArgumentError
 from dnb.hub.accounts import Columns
 from dnb.hub.checkpoints import find_checkpoint, remove_torn
-from dnb.hub.history import HistoryRow, RunFolder, RunSummary, read_events, read_history, read_summary, summarize
+from dnb.hub.history import (
+    HistoryRow,
+    RunFolder,
+    RunSummary,
+    make_run_folder,
+    read_events,
+    read_history,
+    summarize,
+)
 from dnb.hub.journal import LastCommit, Torn
 from dnb.hub.keeping import remove_segments
 from dnb.hub.memo import RunMemo
 from dnb.hub.recovering import recover_master
 from dnb.hub.reducer import Master
-from dnb.hub.restoring import restore, rows_of
+from dnb.hub.restoring import restore, rows_between, rows_of
 from dnb.planning.sample_order import BatchOrder
 from dnb.records import ENDED, Failure, RunEvent, RunSpec, RunStatus
 from dnb.transport.job import Job
@@ -36,6 +46,7 @@ class Beginning:
     master: Master
     order: BatchOrder
     columns: Columns
+    files: RunFolder
     first_step: int = 0  # committed by the run that this one continues
     step: int = 0  # committed
     evaluated: int = 0
@@ -68,26 +79,36 @@ def begin(spec: RunSpec, job: Job, *, folders: Sequence[Path]) -> Beginning:
         ArgumentError: the checkpoint is of another model.
         SpaceError: no room for the parameters.
     """
-    master = Master(job, folders=folders, prefix=spec.name, clip_norm=spec.clip_norm)
+    folder = Path(spec.folder)
+    make_run_folder(folder)
     columns = Columns()
     step = evaluated = 0
     elapsed_seconds = 0.0
+    master: Master | None = None
     try:
+        master = Master(job, folders=folders, prefix=spec.name, clip_norm=spec.clip_norm)
         if spec.resumed is not None:
             manifest = restore(Path(spec.resumed.folder), master, columns)
             step, evaluated, elapsed_seconds = manifest.step, manifest.evaluated, manifest.elapsed_seconds
         master.keep_journal(step=step, evaluated=evaluated)
     except BaseException:
-        master.close()
+        if master is not None:
+            master.close()
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # nothing is in it yet
         raise
+    started = time.time() - elapsed_seconds
+    files = RunFolder(folder, folders=folders)
+    files.rebuild_with(partial(rows_between, columns, started=started))
     return Beginning(
         master=master,
         order=job.order,
         columns=columns,
+        files=files,
         first_step=step,
         step=step,
         evaluated=evaluated,
-        started=time.time() - elapsed_seconds,
+        started=started,
     )
 
 
@@ -110,18 +131,39 @@ def take_over(
         reason: why that hub has died, for people.
         failure: why the run does not go on, if it does not: what was trained can still be had.
     """
-    folder = Path(spec.folder)
-    summary = _summary_in(folder, spec)
+    files = RunFolder(Path(spec.folder), folders=folders)
+    try:
+        return _take_over(spec, memo, unpack, files, folders=folders, reason=reason, failure=failure)
+    except BaseException:
+        files.close()
+        raise
+
+
+def _take_over(
+    spec: RunSpec,
+    memo: RunMemo,
+    unpack: Callable[[], Job],
+    files: RunFolder,
+    *,
+    folders: Sequence[Path],
+    reason: str,
+    failure: Failure | None,
+) -> Beginning:
+    summary = _summary_of(files, spec)
+    events = files.events()
     is_given_up = failure is not None and summary.status not in ENDED
     if failure is not None and is_given_up:
         summary = msgspec.structs.replace(
             summary, status="failed", error=failure.message, remote_traceback=failure.traceback
         )
-    found = _from_journal(spec, memo, unpack(), folders) or _from_checkpoint(spec, memo, unpack(), folders)
+    found = _from_journal(spec, memo, unpack(), files, folders)
+    found = found or _from_checkpoint(spec, memo, unpack(), files, folders)
+    files.rebuild_with(partial(rows_between, found.columns, started=summary.started))
     return Beginning(
         master=found.master,
         order=found.order,
         columns=found.columns,
+        files=files,
         first_step=0 if spec.resumed is None else spec.resumed.step,
         step=found.step,
         evaluated=found.evaluated,
@@ -130,7 +172,7 @@ def take_over(
         status="starting" if summary.status == "running" else summary.status,
         error=summary.error,
         traceback=summary.remote_traceback,
-        events=events_in(folder),
+        events=events,
         ledger=_ledger(found.rows),
         note=f"{found.note} ({reason})" if reason else found.note,
         mended=memo.mended,
@@ -151,7 +193,7 @@ class _Found:
     note: str
 
 
-def _from_journal(spec: RunSpec, memo: RunMemo, job: Job, folders: Sequence[Path]) -> _Found | None:
+def _from_journal(spec: RunSpec, memo: RunMemo, job: Job, files: RunFolder, folders: Sequence[Path]) -> _Found | None:
     """From what lies in shared memory, if it is whole."""
     if memo.journal is None:
         remove_segments(folders, spec.name, but=())
@@ -161,23 +203,24 @@ def _from_journal(spec: RunSpec, memo: RunMemo, job: Job, folders: Sequence[Path
     except Torn as torn:
         log.warning("run %r goes on from a checkpoint: %s", spec.name, torn)
         return None
-    rows = rows_in(Path(spec.folder))
+    rows = files.rows()
     columns = columns_of(rows)
     missing = _missing_row(columns, last)
     if missing is not None:
         rows.append(missing)
         _add_row(columns, missing)
-        with RunFolder(Path(spec.folder)) as files:
-            files.append_row(missing)
+        files.append_row(missing)
     note = f"the hub died and was started again: the run goes on after step {last.step}"
     note = f"{note}; {last.note}" if last.note else note
+    num_lost = last.step - sum(row.kind == "step" for row in rows)
+    if num_lost > 0:
+        note += f"; {num_lost} steps are missing in its history, as the disk had not taken them"
     return _Found(master, job.order, rows, columns, last.step, last.evaluated, note)
 
 
-def _from_checkpoint(spec: RunSpec, memo: RunMemo, job: Job, folders: Sequence[Path]) -> _Found:
+def _from_checkpoint(spec: RunSpec, memo: RunMemo, job: Job, files: RunFolder, folders: Sequence[Path]) -> _Found:
     """From the newest checkpoint, else from the beginning; the history forgets what is done again."""
-    folder = Path(spec.folder)
-    before = rows_in(folder)
+    before = files.rows()
     last = max((row.step for row in before), default=0)
     master = Master(job, folders=folders, prefix=spec.name, clip_norm=memo.clip_norm)
     columns = Columns()
@@ -190,22 +233,21 @@ def _from_checkpoint(spec: RunSpec, memo: RunMemo, job: Job, folders: Sequence[P
     brought = {(row.kind, row.step): row.samples for row in before}
     rows = [
         msgspec.structs.replace(row, samples=brought.get((row.kind, row.step), {}))
-        for row in rows_of(columns, time=_summary_in(folder, spec).started)
+        for row in rows_of(columns, time=_summary_of(files, spec).started)
     ]
-    with RunFolder(folder) as files:
-        files.replace_history(rows)
+    files.replace_history(rows)
     note = f"the hub died and was started again: the run goes on after step {step}"
     if step < last:
         note += f", from {source or 'the beginning'}; steps {step + 1} to {last} are done again"
     return _Found(master, job.order, rows, columns, step, evaluated, note)
 
 
-def _summary_in(folder: Path, spec: RunSpec) -> RunSummary:
+def _summary_of(files: RunFolder, spec: RunSpec) -> RunSummary:
     """What run.json says; if somebody has spoilt or removed it, that the run was going on."""
     try:
-        return read_summary(folder)
+        return files.summary()
     except (OSError, ValueError, msgspec.MsgspecError) as error:
-        log.warning("run.json in %s is of no use: %s", folder, error)
+        log.warning("run.json in %s is of no use: %s", files.path, error)
         return summarize(
             spec, status="running", error="", remote_traceback="", started=time.time(), elapsed_seconds=0.0, step=0
         )

@@ -416,7 +416,8 @@ class Checkpointer:
         self._last_taken = (-1, -1)
         cause = f"{type(error).__name__} {error.errno if isinstance(error, OSError) else reason}"
         text = f"no checkpoint of step {step}: {reason}; the run goes on, and earlier checkpoints stay"
-        log.warning(text)
+        if cause not in self._faults:
+            log.warning(text)
         self._tell_once(cause, kind, text, step)
         named = "SpaceError" if isinstance(error, OSError) and error.errno in _FULL else "ArgumentError"
         self._settle(tickets, CheckpointState(ticket=0, state="failed", error=named, message=text, step=step))

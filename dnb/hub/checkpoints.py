@@ -34,6 +34,8 @@ from dnb.errors import ArgumentError
 from dnb.hub.tensor_files import TensorBuffer, read_tensors
 from dnb.records import Record, RunSpec
 from dnb.transport.layout import dtype_name
+from dnb.transport.own_files import FOLDER_MODE
+from dnb.transport.private_files import close_to_others, make_private_folder, open_private
 
 FORMAT = 1
 MANIFEST_FILE = "checkpoint.json"
@@ -118,12 +120,14 @@ class Disk:
 
     def make(self, folder: Path) -> None:
         """A new folder; those above it too."""
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o755)
+        if not folder.parent.exists():
+            make_private_folder(folder.parent)
+        folder.mkdir(mode=FOLDER_MODE)
+        close_to_others(folder, FOLDER_MODE)  # also where the umask took more away
 
     def create(self, path: Path) -> int:
         """A new file, open for writing."""
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        return open_private(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
 
     def write(self, descriptor: int, piece: memoryview) -> int:
         """As much of a piece as the disk takes at once."""
@@ -367,6 +371,20 @@ def find_checkpoint(path: Path, *, wants: Callable[[Manifest], Iterable[str]]) -
         step = checkpoint.manifest.step
         return checkpoint, [f"{text}: step {step} is used, not step {_step_of(folder)}" for folder, text in damages]
     raise ArgumentError(f"no checkpoint at {path} is whole: {'; '.join(text for _, text in damages)}")
+
+
+def newest_step(run_folder: Path) -> int | None:
+    """The step of a run's newest checkpoint, by what their manifests say; None if it has none."""
+    try:
+        folders = _step_folders(run_folder / CHECKPOINTS_FOLDER)
+    except OSError:
+        return None
+    for folder in folders:
+        try:
+            return open_checkpoint(folder).manifest.step
+        except (DamagedError, ArgumentError):
+            continue
+    return None
 
 
 def _candidates(path: Path) -> list[Path]:

@@ -8,24 +8,26 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import msgspec
 import zmq
 from ipyparallel.controller import app
 from ipyparallel.controller.app import IPController
-from ipyparallel.controller.heartmonitor import start_heartmonitor
+from ipyparallel.util import disambiguate_url
 from traitlets import Float, Integer, Unicode
 
+from dnb.hub.heart_monitor import MonitorWatch, be_heart_monitor
 from dnb.hub.log_limits import limit_logs, look_at_logs
 from dnb.records import HubBinding, HubConfig, Process
 from dnb.transport.doors import HANDSHAKE_SECONDS
 from dnb.transport.files import raise_file_limit
-from dnb.transport.lives import end_with_parent, find_process, this_process
+from dnb.transport.lives import this_process
 
 
 class HubChild:
@@ -97,16 +99,6 @@ class HeldPorts:
             self._holders.pop().close()
 
 
-def start_heart_monitor(**options: Any) -> None:
-    """The process of ipyparallel's heart monitor, which ends with its controller, also with one that is killed."""
-    end_with_parent(signal.SIGKILL)
-    controller = multiprocessing.parent_process()
-    assert controller is not None
-    assert controller.pid is not None
-    if find_process(controller.pid) is not None:  # it has not been killed just before that
-        start_heartmonitor(**options)
-
-
 class DnbController(IPController):
     """`ipcontroller` with a hub; same command line."""
 
@@ -117,6 +109,9 @@ class DnbController(IPController):
     _hub: HubChild | None = None
     _binding: HubBinding | None = None
     _ports: HeldPorts
+    _monitor_options: dict[str, Any]
+    _monitor: MonitorWatch | None = None
+    _is_ending = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -133,11 +128,48 @@ class DnbController(IPController):
 
     def init_hub(self) -> None:
         """Prepare ipyparallel's own hub; what it starts does not outlive this process."""
-        app.start_heartmonitor = start_heart_monitor  # the target of the process
         raise_file_limit()
         # Of all its sockets that are opened from here on: who calls and says nothing is sent away.
         self.context.setsockopt(zmq.HANDSHAKE_IVL, round(1000 * HANDSHAKE_SECONDS))
-        super().init_hub()
+        app.Process = self._prepare_monitor
+        try:
+            super().init_hub()
+        finally:
+            app.Process = multiprocessing.Process
+        if not self.restore_engines:
+            self.hub.engine_state_file = ""  # nobody reads it, and a full disk would keep it from saying who is gone
+
+    def _prepare_monitor(self, *, kwargs: dict[str, Any], **_options: Any) -> BaseProcess:
+        """Where ipyparallel makes the process of its heart monitor, which it starts later."""
+        self._monitor_options = kwargs
+        return self._make_monitor(hearts=())
+
+    def _make_monitor(self, *, hearts: Iterable[bytes]) -> BaseProcess:
+        options = {**self._monitor_options, "hearts": set(hearts)}
+        return multiprocessing.Process(target=be_heart_monitor, kwargs=options, daemon=True)
+
+    def _start_monitor(self) -> BaseProcess:
+        """Another one; it misses those whose engines are registered and do not answer it."""
+        monitor = self._make_monitor(hearts=self.hub.hearts)
+        monitor.start()
+        self.heartmonitor_process = monitor
+        return monitor
+
+    def _watch_monitor(self) -> None:
+        if self._monitor is None and self.heartmonitor_process.pid is not None:
+            beats: zmq.Socket[bytes] = self.context.socket(zmq.SUB)
+            beats.linger = 0
+            beats.setsockopt(zmq.SUBSCRIBE, b"")
+            self.connect(beats, disambiguate_url(self.engine_url("hb_ping")))
+            self._monitor = MonitorWatch(
+                self.heartmonitor_process,
+                start=self._start_monitor,
+                beats=beats,
+                period_seconds=self.hub.heartmonitor_period / 1000,
+                log=self.log,
+            )
+        if self._monitor is not None and not self._is_ending:
+            self._monitor.look()
 
     def save_connection_dict(self, fname: str, cdict: dict[str, Any]) -> None:
         """Write a connection file, with the hub's address for its reader in it."""
@@ -155,6 +187,7 @@ class DnbController(IPController):
 
     def terminate_children(self) -> None:
         """End the schedulers and the hub."""
+        self._is_ending = True
         if self._hub is not None:
             self._hub.terminate()
         super().terminate_children()
@@ -162,24 +195,28 @@ class DnbController(IPController):
     def start(self) -> None:
         """Serve until the hub or a signal ends the pool."""
         limit_logs(self.log, *map(logging.getLogger, logging.root.manager.loggerDict))
-        self.loop.call_later(HUB_WATCH_SECONDS, self._watch_hub)
+        self.loop.call_later(WATCH_SECONDS, self._watch)
         try:
             super().start()
         finally:
             self._ports.close()
 
-    def _watch_hub(self) -> None:
-        """Without a guardian there is no hub: end the pool, and remove what a killed hub could not."""
+    def _watch(self) -> None:
         assert self._hub is not None
         assert self._hub.process is not None
         look_at_logs()
-        if self._hub.process.poll() is None:
-            self.loop.call_later(HUB_WATCH_SECONDS, self._watch_hub)
+        if self._hub.process.poll() is not None:
+            self._end_without_hub(self._hub.process.returncode)
             return
+        self.loop.call_later(WATCH_SECONDS, self._watch)
+        self._watch_monitor()
+
+    def _end_without_hub(self, code: int) -> None:
+        """Without a guardian there is no hub: end the pool, and remove what a killed hub could not."""
         from dnb.hub.pool_files import remove_pool_files
         from dnb.transport.segments import named_folders, remove_folders
 
-        self.log.critical("the hub's guardian ended with code %s: the pool ends", self._hub.process.returncode)
+        self.log.critical("the hub's guardian ended with code %s: the pool ends", code)
         assert self._binding is not None
         remove_folders(named_folders(self._binding.folders, self.cluster_id))
         remove_pool_files(self._config_for_hub(""))
@@ -209,8 +246,8 @@ class DnbController(IPController):
 
 # Whether a socket that is bound and does not listen keeps a port for one that says SO_REUSEADDR.
 CAN_HOLD_PORTS = sys.platform == "linux"
-# How soon the controller notices that the guardian has died.
-HUB_WATCH_SECONDS = 0.2
+# How soon the controller notices that the guardian or the heart monitor has died.
+WATCH_SECONDS = 0.2
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from dnb.transport.channels import CLIENT_ROLE, ENGINE_ROLE, RoleKeys, local
 from dnb.transport.doors import HAS_LOCAL_DOORS, listen, listen_locally, url_of
 from dnb.transport.files import raise_file_limit
 from dnb.transport.lives import end_with_parent, name_process, this_process
+from dnb.transport.output import LossyOutput
 from dnb.transport.segments import draw_pool_folders, remove_folders
 
 log = logging.getLogger(__name__)
@@ -233,7 +234,8 @@ def _serve(
         asked: list[int] = []  # by a signal that comes before there is anything to end
         signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        sys.stdout = sys.stderr  # user code that prints must not fill a pipe that nobody reads
+        # User code that prints must not fill a pipe that nobody reads, nor fail when the disk is full.
+        sys.stdout = sys.stderr = LossyOutput(sys.stderr)
         keys = RoleKeys(bequest.keys)
         service = Service(
             bequest.config,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from dnb.hub.accounts import Columns
 from dnb.hub.beginnings import columns_of, events_in, rows_in
-from dnb.hub.history import RunFolder, RunSummary, read_summary, read_usage
+from dnb.hub.history import RunFolder, RunSummary, read_usage
 from dnb.records import ENDED, GetRun, Record, RunEvent, RunSpec, RunState, RunStatus, UsageRow
 
 log = logging.getLogger(__name__)
@@ -53,37 +54,42 @@ class LostRun(Record, frozen=True):
         return state, frames
 
 
-def lose(spec: RunSpec, *, error: str, remote_traceback: str) -> LostRun:
+def lose(spec: RunSpec, *, error: str, remote_traceback: str, folders: Sequence[Path] = ()) -> LostRun:
     """Write into a run's folder that it has failed, unless it had ended before.
 
     Args:
         spec: of the run.
         error: why.
         remote_traceback: of what is in `error`.
+        folders: of the pool's memory, where hubs have kept what the disk had not taken.
     """
     folder = Path(spec.folder)
-    step = max((row.step for row in rows_in(folder)), default=0)
-    try:
-        summary = read_summary(folder)
-        if summary.status not in ENDED:
-            summary = msgspec.structs.replace(
-                summary, status="failed", error=error, remote_traceback=remote_traceback, step=step
+    with RunFolder(folder, folders=folders) as files:
+        step = max((row.step for row in files.rows()), default=0)
+        try:
+            summary = files.summary()
+        except (OSError, ValueError, msgspec.MsgspecError) as fault:
+            log.warning("%s cannot be told that its run has failed: %s", folder, fault)
+            lost = LostRun(
+                spec=spec,
+                status="failed",
+                step=step,
+                started=time.time(),
+                elapsed_seconds=0.0,
+                error=error,
+                remote_traceback=remote_traceback,
             )
-            with RunFolder(folder) as files:
+        else:
+            if summary.status not in ENDED:
+                summary = msgspec.structs.replace(
+                    summary, status="failed", error=error, remote_traceback=remote_traceback, step=step
+                )
                 files.write_summary(summary)
                 files.append_event(RunEvent(kind="failed", text=error, step=step, time=time.time()))
-    except (OSError, ValueError, msgspec.MsgspecError) as fault:
-        log.warning("%s cannot be told that its run has failed: %s", folder, fault)
-        return LostRun(
-            spec=spec,
-            status="failed",
-            step=step,
-            started=time.time(),
-            elapsed_seconds=0.0,
-            error=error,
-            remote_traceback=remote_traceback,
-        )
-    return _lost(spec, summary)
+            lost = _lost(spec, summary)
+        files.finish()
+        files.forget()
+    return lost
 
 
 def _lost(spec: RunSpec, summary: RunSummary) -> LostRun:

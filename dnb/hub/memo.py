@@ -6,8 +6,10 @@ are gone from it. How far a run has come is not in them: that is in its folder, 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -58,31 +60,54 @@ class AccountsMemo(Record, frozen=True):
     departed: tuple[WorkerTotals, ...]
 
 
-def write_memo(folders: Sequence[Path], name: str, memo: Record) -> None:
-    """Replace a record in the first folder that takes it; a pool without room for it goes on without."""
-    packed = msgspec.msgpack.encode(memo)
+def write_memo(folders: Sequence[Path], name: str, memo: Record) -> bool:
+    """Replace a record in the first folder that takes it; whether one did. A pool without room goes on without."""
+    return write_memo_bytes(folders, name, msgspec.msgpack.encode(memo))
+
+
+def write_memo_bytes(folders: Sequence[Path], name: str, content: bytes) -> bool:
+    """Replace what is kept under a name likewise."""
     for folder in folders:
         try:
-            replace_file(folder / name, packed, make_folder=True)
+            replace_file(folder / name, content, make_folder=True)
         except OSError as error:
-            log.warning("%s cannot be kept in %s: %s", name, folder, error)
+            _log_once(f"{name} cannot be kept in {folder}: {error.strerror}")
         else:
-            return
+            return True
+    return False
 
 
 def read_memo(folders: Sequence[Path], name: str, kind: type[T]) -> T | None:
     """What the hub before has left, if there was one."""
+    content = read_memo_bytes(folders, name)
+    if content is None:
+        return None
+    try:
+        return msgspec.msgpack.decode(content, type=kind)
+    except Exception as error:  # noqa: BLE001 - decoding raises more than its own errors, and changes nothing
+        log.warning("%s is of no use: %s: %s", name, type(error).__name__, error)
+        return None
+
+
+def read_memo_bytes(folders: Sequence[Path], name: str) -> bytes | None:
+    """What is kept under a name."""
     for folder in folders:
         try:
-            return msgspec.msgpack.decode(read_file(folder / name), type=kind)
+            return read_file(folder / name)
         except FileNotFoundError:
             continue
-        except Exception as error:  # noqa: BLE001 - decoding raises more than its own errors, and changes nothing
-            log.warning("%s is of no use: %s: %s", folder / name, type(error).__name__, error)
+        except OSError as error:
+            _log_once(f"{folder / name} is of no use: {error.strerror}")
     return None
 
 
 def remove_memo(folders: Sequence[Path], name: str) -> None:
     """Forget a record."""
     for folder in folders:
-        (folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
+
+
+@cache
+def _log_once(text: str) -> None:
+    log.warning(text)

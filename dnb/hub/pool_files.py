@@ -17,7 +17,11 @@ PREFIX = "dnb-pool-"
 
 
 def write_pool_file(security_dir: Path, facts: PoolFacts) -> None:
-    """Replace the pool's record in one move, readable by its user only."""
+    """Replace the pool's record in one move, readable by its user only.
+
+    Raises:
+        OSError: the disk does not take it; the record before stays.
+    """
     # The folder is IPython's: in a container it may be a volume of another user.
     replace_file(security_dir / f"{PREFIX}{facts.cluster_id}.json", msgspec.json.encode(facts), in_any_folder=True)
 
@@ -50,4 +54,7 @@ def remove_cluster_files(cluster_id: str, *, security_dir: Path, log_dir: Path) 
     ]
     for pattern in patterns:
         for path in glob.glob(str(pattern)):
-            Path(path).unlink(missing_ok=True)
+            try:
+                Path(path).unlink(missing_ok=True)
+            except OSError as error:  # a disk that cannot be written holds nobody up who ends a pool
+                log.warning("%s stays: %s", path, error.strerror)

@@ -59,6 +59,30 @@ def rows_of(columns: Columns, *, time: float) -> list[HistoryRow]:
     return sorted(rows, key=lambda row: row.step)  # stable: steps come before what was measured after them
 
 
+def rows_between(columns: Columns, first: int, num_steps: int, *, started: float) -> list[HistoryRow]:
+    """The history of some steps as rows, without who had which samples.
+
+    Args:
+        columns: the whole history.
+        first: step.
+        num_steps: at most.
+        started: when the run did, in seconds since the epoch; a step's time is told by its "seconds".
+    """
+    last = min(first + num_steps - 1, max((len(values) for values in columns.by_step.values()), default=0))
+    rows: list[HistoryRow] = []
+    for step in range(first, last + 1):
+        values = {name: column[step - 1] for name, column in columns.by_step.items() if step <= len(column)}
+        rows.append(HistoryRow(kind="step", step=step, time=started + values.get("seconds", 0.0), values=values))
+    times = {row.step: row.time for row in rows}
+    for name, pairs in columns.by_evaluation.items():
+        rows += [
+            HistoryRow(kind="evaluation", step=int(step), time=times[int(step)], values={name: value})
+            for step, value in zip(pairs[::2], pairs[1::2], strict=True)
+            if first <= step <= last
+        ]
+    return sorted(rows, key=lambda row: row.step)  # stable: steps come before what was measured after them
+
+
 def _restore_model(checkpoint: Checkpoint, master: Master) -> None:
     parameters, buffers = dict(master.model.named_parameters()), dict(master.model.named_buffers())
     difference = checkpoint.difference(parameters, buffers)

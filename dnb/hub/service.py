@@ -125,6 +125,8 @@ EXIT_SECONDS = 3.0
 LEAVE_SECONDS = 5.0
 # How long a new hub expects the engines of the one before: those that live are back within a tenth of that.
 RETURN_SECONDS = 5.0
+# How often a disk is tried again that did not take the pool's record.
+WRITE_AGAIN_SECONDS = 1.0
 # How often an engine is asked to join again that does not.
 ASK_SECONDS = 1.0
 # ipyparallel's nannies and heart monitor have nothing to save, and may take seconds to see that they are alone.
@@ -214,6 +216,8 @@ class Service:
         self._leavers: dict[Process, float] = {}  # told to end; when they are killed
         self._is_file_old = False  # the pool's record on disk
         self._is_memo_old = self._is_run_memo_old = False  # what the next hub will find
+        self._write_again = self._keep_again = 0.0  # when disk and memory are tried again, on the monotonic clock
+        self._disk_fault = ""  # that was logged
         self._mischief = Mischief(self._send_to_engine)
         self._is_doomed = False
         self._ending = ""
@@ -308,7 +312,7 @@ class Service:
         from dnb.hub.lost_run import lose
 
         self._run = None
-        self._lost_run = lose(spec, error=error, remote_traceback=told)
+        self._lost_run = lose(spec, error=error, remote_traceback=told, folders=self._folders)
         self._forget_run_memos()
         write_memo(self._folders, LOST_FILE, self._lost_run)
 
@@ -324,13 +328,11 @@ class Service:
 
     def _write_memos(self) -> None:
         if self._is_memo_old:
-            self._is_memo_old = False
-            write_memo(self._folders, POOL_FILE, self._memo)
+            self._is_memo_old = not write_memo(self._folders, POOL_FILE, self._memo)
             if self._run is not None:
                 write_memo(self._folders, ACCOUNTS_FILE, AccountsMemo(departed=self._run.departed))
         if self._is_run_memo_old and self._run is not None:
-            self._is_run_memo_old = False
-            write_memo(self._folders, RUN_FILE, self._run.memo)
+            self._is_run_memo_old = not write_memo(self._folders, RUN_FILE, self._run.memo)
 
     @property
     def _memo(self) -> PoolMemo:
@@ -908,8 +910,7 @@ class Service:
             os.kill(os.getpid(), signal.SIGKILL)
         self._mischief.look()
         self._watch_leavers()
-        if self._is_file_old:
-            self._write_pool_file()
+        self._write_what_is_old()
         self._watch_owner()
         look_at_logs()
 
@@ -1034,12 +1035,31 @@ class Service:
             self._known_helpers |= {child for child in children_of(parents) if child.pid not in own}
         return tuple(helper for helper in self._known_helpers if is_alive(helper))
 
+    def _write_what_is_old(self) -> None:
+        now = time.monotonic()
+        if self._is_file_old and now >= self._write_again:
+            self._write_pool_file()
+        elif (self._is_memo_old or self._is_run_memo_old) and now >= self._keep_again:
+            self._keep_again = now + WRITE_AGAIN_SECONDS
+            self._write_memos()
+
     def _write_pool_file(self) -> None:
-        self._is_file_old = False
         # Looking for children goes over all processes of the host, 13 ms were seen: no step waits for that. The nanny
         # of an engine that has just joined ends with its engine.
         is_training = self._run is not None and self._run.is_active
-        write_pool_file(Path(self._config.security_dir), self._facts(look=not is_training))
+        try:
+            write_pool_file(Path(self._config.security_dir), self._facts(look=not is_training))
+        except OSError as error:
+            # Only other kernels read it: nothing that this one does waits for it.
+            self._is_file_old, self._write_again = True, time.monotonic() + WRITE_AGAIN_SECONDS
+            if str(error) != self._disk_fault:
+                self._disk_fault = str(error)
+                log.warning("the pool's record is not up to date, and is written as soon as it can be: %s", error)
+        else:
+            self._is_file_old = False
+            if self._disk_fault:
+                self._disk_fault = ""
+                log.warning("the pool's record is up to date again")
         self._is_memo_old = True
         self._write_memos()
 

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import select
 import time
 from pathlib import Path
 from typing import Any
 
+import ipyparallel
 import psutil
 import traitlets
-from ipyparallel.cluster.launcher import LocalEngineLauncher, LocalEngineSetLauncher, ipengine_cmd_argv
+from ipyparallel.cluster.launcher import (
+    LocalControllerLauncher,
+    LocalEngineLauncher,
+    LocalEngineSetLauncher,
+    ipengine_cmd_argv,
+)
 
 from dnb.errors import PoolError
 from dnb.hub.nursery import ANSWER_SECONDS, CAN_FORK, fork_engine
+from dnb.transport.private_files import open_private
+
+log = logging.getLogger(__name__)
+
+
+class PrivateControllerLauncher(LocalControllerLauncher):
+    """A controller of this host whose log only its user may read."""
+
+    entrypoint_name = "local"  # for ipyparallel's other tools, which read the cluster's file
+
+    def start(self) -> Any:
+        """Start it."""
+        close_log_to_others(self.output_file)
+        return super().start()
 
 
 class ForkedEngineLauncher(LocalEngineLauncher):
@@ -23,16 +45,20 @@ class ForkedEngineLauncher(LocalEngineLauncher):
     def start(self) -> Any:
         """Let the guardian fork it; return when it is there, before it has registered."""
         if self.engine_cmd != ipengine_cmd_argv:
+            close_log_to_others(self.output_file)
             return super().start()
-        with open(self.output_file, "ab") as output:
+        output = open_private(Path(self.output_file), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        try:
             self.pid = fork_engine(
                 self._nursery(),
                 [*self.cluster_args, *self.engine_args],
                 environment={**os.environ, **self.get_env()},
                 folder=os.path.abspath(self.work_dir),
-                output=output.fileno(),
+                output=output,
                 timeout_seconds=max(self.parent.answer_by - time.monotonic(), 0.1),
             )
+        finally:
+            os.close(output)
         self.process = psutil.Process(self.pid)
         self.notify_start(self.pid)
         self._start_waiting()
@@ -75,6 +101,43 @@ class ForkedEngineSetLauncher(LocalEngineSetLauncher):
     @traitlets.default("answer_by")
     def _answer_in_time(self) -> float:
         return time.monotonic() + ANSWER_SECONDS
+
+
+def close_log_to_others(path: str) -> None:
+    """Make a log that ipyparallel opens then: it makes its own for all to read.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    os.close(open_private(Path(path), os.O_WRONLY | os.O_CREAT | os.O_APPEND))
+
+
+class PoolCluster(ipyparallel.Cluster):
+    """A cluster whose file, which only other kernels and tools read, holds nobody up where the disk fails."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What its file says: that it is ipyparallel's."""
+        described: dict[str, Any] = super().to_dict()
+        described["cluster"]["class"] = f"{ipyparallel.Cluster.__module__}.{ipyparallel.Cluster.__name__}"
+        return described
+
+    def write_cluster_file(self) -> None:
+        """Replace it in one move; the one before stays if that fails."""
+        path = Path(self.cluster_file)
+        aside = path.with_name(f"{path.name}.new")
+        try:
+            with os.fdopen(open_private(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
+                json.dump(self.to_dict(), file)
+            aside.replace(path)
+        except OSError as error:
+            log.warning("%s is not up to date: %s", path, error.strerror)
+            with contextlib.suppress(OSError):
+                aside.unlink()
+
+    def remove_cluster_file(self) -> None:
+        """Remove it, if that can be."""
+        with contextlib.suppress(OSError):
+            super().remove_cluster_file()
 
 
 def birth_limit(cluster: Any, *, seconds: float) -> dict[str, float]:

@@ -21,11 +21,13 @@ from traitlets.config import Config
 from dnb.errors import ArgumentError, PoolError, nearest
 from dnb.planning.capacity import check_num_engines, choose_num_threads
 from dnb.pool.engine_pool import EnginePool
-from dnb.pool.forking import birth_limit, engine_launcher
+from dnb.pool.forking import PoolCluster, PrivateControllerLauncher, birth_limit, engine_launcher
 from dnb.pool.growing import Registry, count_ready, last_words, quiet_log, start_joining, thread_environment
 from dnb.progress import Report, long_work
 from dnb.records import PoolFacts, Process
 from dnb.transport.lives import find_process, is_alive, this_process
+from dnb.transport.own_files import FOLDER_MODE
+from dnb.transport.private_files import close_to_others
 
 log = logging.getLogger(__name__)
 
@@ -263,8 +265,9 @@ def _cluster(profile_dir: Path, *, launcher: str, num_threads: int, timeout_seco
     options.ControllerLauncher.controller_cmd = CONTROLLER_COMMAND
     options.ControllerLauncher.connection_info_timeout = timeout_seconds
     options.EngineLauncher.environment = thread_environment(num_threads)
-    return ipyparallel.Cluster(
+    return PoolCluster(
         profile_dir=str(profile_dir),
+        controller=PrivateControllerLauncher,
         engines=engine_launcher(launcher),
         config=options,
         controller_args=[
@@ -292,6 +295,8 @@ def _check_writable(profile_dir: Path) -> None:
     for folder in (profile_dir, profile_dir / "security", profile_dir / "log"):
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if folder != profile_dir:  # the profile itself may be shared
+                close_to_others(folder, FOLDER_MODE)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise PoolError(

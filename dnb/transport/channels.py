@@ -197,6 +197,11 @@ class HubClient:
             "%dtrain status looks again, %dtrain start opens a new pool"
         )
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether an answer may still come."""
+        return self._is_alive()
+
     def ask(
         self,
         request: Message,

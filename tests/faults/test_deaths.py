@@ -13,7 +13,6 @@ import pytest
 
 from dnb import training
 from dnb.errors import DnbError, HubError, PoolError, RunError
-from dnb.hub.history import read_history
 from dnb.pool.found import find_pools
 from dnb.pool.starting import profile_folder
 from dnb.records import Done, GetPool, HubBinding, PoolState, Shutdown
@@ -288,23 +287,6 @@ def test_no_folder_with_room_refuses_the_run_with_needed_and_free(tiny_memory, f
     ):
         pool.fit(mlp(), digits(), loss="cross_entropy", steps=2)
     assert pool.facts.run is None
-
-
-@pytest.mark.usefixtures("float32")  # of which the figures are
-def test_a_full_disk_leaves_gaps_in_the_history_and_ends_no_training(shared, tiny_memory, tmp_path, monkeypatch):
-    monkeypatch.chdir(tiny_memory)
-    pool = shared.of(1)
-    run = pool.fit(mlp(), digits(), loss="cross_entropy", steps=2500)
-    wait(run)
-    rows = read_history(run.folder)
-    assert run.status == "finished"
-    assert len(run.history["loss"]) == 2500
-    assert [event.text for event in run.events if event.kind == "disk"] == [
-        f"{run.folder} cannot be written (No space left on device): training goes on, its history there has gaps"
-    ]
-    losses = [row.values["loss"] for row in rows if row.kind == "step"]
-    assert losses == run.history["loss"][: len(losses)]
-    monkeypatch.chdir(tmp_path)
 
 
 def open_pool(n=2):

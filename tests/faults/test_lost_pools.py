@@ -1,18 +1,20 @@
 """Everything dies, or the disk is full: what was durable is there, and the run goes on from it."""
 
 import contextlib
+import os
 import signal
-import subprocess
 import time
 
 import psutil
 import pytest
 
+from dnb.errors import RunError
 from dnb.hub.checkpoints import find_checkpoint
 from dnb.pool.found import find_pools, reap_dead
 from dnb.pool.starting import profile_folder
 from dnb.resuming import resume
-from tests.engines.pools import wait, wait_until
+from tests import disks
+from tests.engines.pools import open_small_pool, wait, wait_until
 from tests.faults.kernels import Kernel
 from tests.models import digits, largest_gap, mlp, plain_run
 
@@ -68,13 +70,8 @@ def test_when_everything_is_killed_a_new_pool_goes_on_with_the_same_losses(folde
 @pytest.fixture
 def small_disk(tmp_path):
     """A real tmpfs of 2 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"this user may not mount a tmpfs: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", folder], check=True)
+    with disks.small_disk(tmp_path / "disk", "2m") as folder:
+        yield folder
 
 
 def checkpoints_of(run):
@@ -116,3 +113,26 @@ def test_a_hub_that_is_killed_while_it_writes_leaves_the_checkpoint_before(folde
     found, damages = find_checkpoint(run, wants=lambda _: ["job.pickle", "job.buffers", "data.pickle", "data.buffers"])
     newest = max((run / "checkpoints").glob("step-*"))
     assert (found.folder, damages) == (newest, [])
+
+
+@pytest.mark.parametrize("who", ["guardian", "controller"])
+@pytest.mark.parametrize("every", [5, None], ids=["with checkpoints", "without"])
+def test_a_run_whose_pool_is_gone_names_its_last_checkpoint_and_the_line_that_resumes_it(folder, who, every):
+    with open_small_pool(1) as pool:
+        run = pool.fit(
+            mlp(), digits(), loss="cross_entropy", lr=1e-3, epochs=100_000, name="lost", checkpoint_every=every
+        )
+        wait_until(run, lambda run: run.step > 30 and (every is None or checkpoints_of(run)), what="it is durable")
+        os.kill(getattr(pool.facts, who).pid, signal.SIGKILL)
+        with pytest.raises(RunError, match="the hub was lost at step") as caught:
+            wait(run)
+    if every is None:
+        assert "it has no checkpoint to resume from: fit(..., checkpoint_every=N)" in str(caught.value)
+        return
+    found, _ = find_checkpoint(run.folder, wants=lambda _: ())
+    assert (
+        f"its last checkpoint is of step {found.manifest.step}: dnb.resume('.dnb/runs/lost'), or %dtrain resume lost, "
+        "goes on from there in a new pool"
+    ) in str(caught.value)
+    resumed = wait(resume(".dnb/runs/lost", steps=found.manifest.step + 2))
+    assert resumed.step == found.manifest.step + 2

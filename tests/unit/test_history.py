@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +12,22 @@ import msgspec
 import pytest
 
 from dnb.errors import ArgumentError
+from dnb.hub.accounts import Columns
 from dnb.hub.history import (
     FORMAT,
     HistoryRow,
     RunFolder,
     RunSummary,
+    make_run_folder,
     read_events,
     read_history,
     read_summary,
     summarize,
 )
+from dnb.hub.restoring import rows_between
 from dnb.records import ParcelRef, PlainJob, RunEvent, RunSpec
 from dnb.run import Run
+from tests.disks import files_end_at
 
 NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
 SPEC = RunSpec(
@@ -254,6 +261,200 @@ def test_nothing_but_the_four_files_is_left(tmp_path: Path):
     ]
 
 
+# disks that fail -------------------------------------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def later(clock: Clock, folder: RunFolder, seconds: float = 2.0) -> list[str]:
+    clock.now += seconds
+    return folder.tick()
+
+
+FULL = "File too large"  # as the limit of these tests says; a full disk says "No space left on device"
+
+
+def test_rows_that_a_full_disk_did_not_take_are_all_there_when_it_has_room(tmp_path: Path):
+    with RunFolder(tmp_path, clock=(clock := Clock())) as folder:
+        with files_end_at(1000):
+            for step in range(1, 101):
+                folder.append_row(row(step, loss=1 / step))
+        assert len(read_history(tmp_path)) < 100
+        later(clock, folder)
+    assert [each.step for each in read_history(tmp_path)] == list(range(1, 101))
+
+
+def test_a_full_disk_and_its_end_are_told_once(tmp_path: Path):
+    folder, told = RunFolder(tmp_path, clock=(clock := Clock())), []
+    with files_end_at(1000):
+        for step in range(1, 101):
+            folder.append_row(row(step, loss=1 / step))
+            told += later(clock, folder)
+    told += [*later(clock, folder), *later(clock, folder)]
+    assert told == [
+        f"{tmp_path} cannot be written (No space left on device): training goes on, and what is missing there is "
+        "written as soon as it can be",
+        f"{tmp_path} is whole again: all that waited for the disk is there",
+    ]
+
+
+def test_a_disk_that_is_full_again_and_again_says_so_once_a_minute(tmp_path: Path):
+    folder, told = RunFolder(tmp_path, clock=(clock := Clock())), []
+    for step in range(60):
+        with files_end_at(10):
+            folder.append_row(row(step, loss=0.5))
+            told += later(clock, folder, 1.5)
+        told += later(clock, folder, 1.5)
+    assert len([text for text in told if "cannot be written" in text]) == 3
+
+
+def test_a_disk_that_is_full_is_tried_no_more_than_once_a_second(tmp_path: Path):
+    folder = RunFolder(tmp_path, clock=(clock := Clock()))
+    with files_end_at(10):
+        folder.append_row(row(1, loss=0.5))
+        later(clock, folder)
+    later(clock, folder, 0.5)
+    assert read_history(tmp_path) == []
+    later(clock, folder, 0.5)
+    assert len(read_history(tmp_path)) == 1
+
+
+def test_run_json_that_could_not_be_written_is_written_later(tmp_path: Path):
+    folder = RunFolder(tmp_path, clock=(clock := Clock()))
+    with files_end_at(10):
+        folder.write_summary(summary(step=3))
+    later(clock, folder)
+    assert (read_summary(tmp_path).step, list(tmp_path.glob(".*"))) == (3, [])
+
+
+def test_the_next_hub_finds_the_summary_that_a_full_disk_did_not_take(tmp_path: Path):
+    folder, memory = tmp_path / "run", tmp_path / "memory"
+    files = RunFolder(folder, folders=[memory])
+    files.write_summary(summary(step=3))
+    (folder / "run.json").unlink()
+    (folder / "run.json").mkdir()
+    files.write_summary(summary(step=4, status="paused"))
+    following = RunFolder(folder, folders=[memory])
+    assert (following.summary().step, following.summary().status) == (4, "paused")
+
+
+def test_the_next_hub_finds_rows_and_events_that_a_full_disk_did_not_take(tmp_path: Path):
+    folder, memory = tmp_path / "run", tmp_path / "memory"
+    memory.mkdir()
+    files = RunFolder(folder, folders=[memory])
+    with files_end_at(4000):
+        for step in range(1, 61):
+            files.append_row(row(step, loss=1 / step))
+            files.append_event(joined(step))
+        following = RunFolder(folder, folders=[memory])
+        assert [each.step for each in following.rows()] == list(range(1, 61))
+        assert [each.engine for each in following.events()] == list(range(1, 61))
+    assert following.tick() == [f"{folder} is whole again: all that waited for the disk is there"]
+
+
+def test_rows_that_are_too_many_to_wait_are_rebuilt(tmp_path: Path):
+    folder = RunFolder(tmp_path, clock=(clock := Clock()), most_waiting_bytes=2000)
+    columns = Columns()
+    folder.rebuild_with(partial(rows_between, columns, started=100.0))
+
+    def commit(step: int) -> None:
+        values = {"loss": 1 / step, "seconds": float(step)}
+        columns.add_step(values)
+        folder.append_row(HistoryRow(kind="step", step=step, time=100.0 + step, values=values, samples={0: 64}))
+        if step % 10 == 0:
+            columns.add_evaluation(step, {"val_loss": 2 / step})
+            folder.append_row(
+                HistoryRow(kind="evaluation", step=step, time=100.0 + step, values={"val_loss": 2 / step})
+            )
+
+    with files_end_at(1000):
+        for step in range(1, 301):
+            commit(step)
+        told = later(clock, folder)
+    for step in range(301, 303):
+        commit(step)
+    while folder.num_waiting_bytes or len(read_history(tmp_path)) < 302 + 30:
+        later(clock, folder)
+    commit(303)
+    later(clock, folder)
+    rows = read_history(tmp_path)
+    steps = [each for each in rows if each.kind == "step"]
+    assert [each.step for each in steps] == list(range(1, 304))
+    assert [(each.values["loss"], each.time) for each in steps] == [(1 / step, 100.0 + step) for step in range(1, 304)]
+    assert [each.step for each in rows if each.kind == "evaluation"] == list(range(10, 301, 10))
+    assert [each.step for each in rows] == sorted(each.step for each in rows)
+    assert any("without which engine had which samples" in text for text in told)
+
+
+def test_a_folder_that_was_removed_is_written_anew_and_told_once(tmp_path: Path):
+    folder = RunFolder(tmp_path / "run", clock=(clock := Clock()))
+    folder.write_summary(summary(step=3))
+    folder.append_row(row(1, loss=0.5))
+    folder.append_event(joined(0))
+    shutil.rmtree(tmp_path / "run")
+    folder.append_row(row(2, loss=0.25))
+    told = later(clock, folder)
+    folder.append_row(row(3, loss=0.125))
+    assert [each.step for each in read_history(tmp_path / "run")] == [1, 2, 3]
+    assert (read_events(tmp_path / "run"), read_summary(tmp_path / "run").step) == ([joined(0)], 3)
+    assert told == [
+        f"history.jsonl, events.jsonl, usage.jsonl, run.json in {tmp_path / 'run'} had been removed or replaced: "
+        "written anew"
+    ]
+
+
+def test_what_is_written_is_its_users_alone_whatever_the_umask_says(tmp_path: Path):
+    before = os.umask(0)
+    try:
+        with RunFolder(tmp_path / ".dnb" / "runs" / "digits") as folder:
+            folder.write_summary(summary())
+            folder.append_row(row(1, loss=0.5))
+    finally:
+        os.umask(before)
+    modes = {path.relative_to(tmp_path): path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert {path.name: oct(mode) for path, mode in modes.items()} == {
+        ".dnb": "0o700",
+        "runs": "0o700",
+        "digits": "0o700",
+        "run.json": "0o600",
+        "history.jsonl": "0o600",
+        "events.jsonl": "0o600",
+        "usage.jsonl": "0o600",
+    }
+
+
+def test_a_folder_of_an_older_run_goes_on_and_is_closed_to_others(tmp_path: Path):
+    with RunFolder(tmp_path / "run") as folder:
+        folder.append_row(row(1, loss=0.5))
+    (tmp_path / "run").chmod(0o755)
+    (tmp_path / "run" / "history.jsonl").chmod(0o644)
+    with RunFolder(tmp_path / "run") as folder:
+        folder.append_row(row(2, loss=0.25))
+    assert [each.step for each in read_history(tmp_path / "run")] == [1, 2]
+    assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "run" / "history.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_run_is_refused_where_nothing_can_be_written(tmp_path: Path):
+    with (
+        files_end_at(1000),
+        pytest.raises(ArgumentError, match=rf"run 'digits' cannot be kept in .*{FULL}, [\d,.]+ MB free.*nothing was"),
+    ):
+        make_run_folder(tmp_path / "digits")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_which_a_run_can_be_kept_is_made_and_empty(tmp_path: Path):
+    make_run_folder(tmp_path / "runs" / "digits")
+    assert list((tmp_path / "runs" / "digits").iterdir()) == []
+
+
 # Run.open ----------------------------------------------------------------------------------------------------
 
 
@@ -296,7 +497,11 @@ def test_a_run_that_failed_is_opened_with_its_error(tmp_path: Path):
 
 def test_a_run_whose_hub_ended_in_the_middle_has_failed(tmp_path: Path):
     run = open_run(tmp_path, status="running")
-    assert (run.status, run.error) == ("failed", "the hub ended while the run was running")
+    assert run.status == "failed"
+    assert run.error == (
+        "the hub ended while the run was running; it has no checkpoint to resume from: fit(..., checkpoint_every=N), "
+        "or %dtrain fit --checkpoint-every N, keeps some"
+    )
 
 
 def test_an_opened_run_does_not_claim_a_speed_it_does_not_know(tmp_path: Path):
