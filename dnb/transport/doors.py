@@ -108,6 +108,11 @@ class Turnstile:
         self._callers: dict[int, float] = {}  # file numbers, and when they called; the oldest first
         self.is_blocked = False
 
+    @property
+    def has_callers(self) -> bool:
+        """Whether somebody may still be sent away."""
+        return bool(self._callers)
+
     def call(self, file: int) -> None:
         """Somebody calls."""
         self._callers.pop(file, None)
@@ -160,7 +165,8 @@ class Doorkeeper(threading.Thread):
             poller.register(events, zmq.POLLIN)
         watched = dict(self._turnstiles)
         while watched:
-            for events, _ in poller.poll(round(1000 * LOOK_SECONDS)):
+            is_idle = not any(turnstile.has_callers for turnstile in watched.values())
+            for events, _ in poller.poll(None if is_idle else round(1000 * LOOK_SECONDS)):
                 if not _take(events, watched[events]):
                     poller.unregister(events)
                     watched.pop(events).look()
