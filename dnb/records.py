@@ -317,6 +317,7 @@ class ResumeFrom(Record, frozen=True):
     folder: str  # on the hub's host; it was verified
     step: int
     notes: tuple[str, ...]  # for the run's events
+    digest: str = ""  # of its manifest as it was verified
 
 
 ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero-bubble"]

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 
 from dnb.errors import ArgumentError, PlanError
-from dnb.hub.checkpoints import Checkpoint, Manifest, find_checkpoint, remove_torn
+from dnb.hub.checkpoints import Checkpoint, DamagedError, Manifest, find_checkpoint, remove_torn
+from dnb.hub.signing import SecretError, is_signed, read_secret
 from dnb.hub.sources import MENDED_FILE
 from dnb.inputs import Source, check_model, check_positive, read_loss, read_metrics, read_source
+from dnb.kept_specs import OBJECTS, check_kept_spec
 from dnb.planning.sample_order import BatchOrder, count_batches
 from dnb.planning.shards import choose_num_shards
 from dnb.progress import long_work
@@ -39,10 +41,13 @@ from dnb.training import (
     submit,
 )
 from dnb.transport.job import Data, Job
-from dnb.transport.parcels import PIECE_BYTES, unpack
+from dnb.transport.parcels import unpack
 from dnb.transport.segments import Segment, create_segment
 
 log = logging.getLogger(__name__)
+
+# Of a name that a checkpoint gives its run.
+MOST_LETTERS = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +83,7 @@ def resume(
     epochs: int | None = None,
     steps: int | None = None,
     name: str | None = None,
+    trust: bool = False,
     pool: Pool | None = None,
 ) -> Run:
     """Continue a run from a checkpoint with the very next step; returns at once, as `fit` does.
@@ -85,9 +91,9 @@ def resume(
     The new run has a folder of its own, and a history that begins with the old one's. Its losses are those of the
     run that had not ended; with `exact`, so are all bits, whatever the number of engines.
 
-    A checkpoint holds the user's own objects as pickles, which run code when they are read: resume only what you
-    trust. What is given here is not read from it: with `model` and `train`, and names instead of functions for the
-    rest, nothing is unpickled.
+    A checkpoint holds the user's own objects as pickles, which run code when they are read. What is given here is not
+    read from it: with `model` and `train`, and names instead of functions for the rest, nothing is unpickled, wherever
+    it comes from. Otherwise it must be one that a hub of this same user has written and signed, or be trusted.
 
     Args:
         path: a checkpoint's folder; or that of a run, or its name: then the newest checkpoint that is whole. One that
@@ -103,11 +109,13 @@ def resume(
         epochs: passes over the data in all, if more or fewer than were planned.
         steps: optimizer steps in all, instead of epochs.
         name: of the new run; made from the old one's if left out.
+        trust: whether pickles are read though this user's hub did not sign the checkpoint, or it was changed: they
+            may do anything that this user may.
         pool: where to train; the kernel's own if left out, started if there is none.
 
     Raises:
-        ArgumentError: no checkpoint there is whole, it is of another model or a newer dnb, or a run is active;
-            nothing was started.
+        ArgumentError: no checkpoint there is whole, it is of another model or a newer dnb, pickles would have to be
+            read of somebody who is not trusted, or a run is active; nothing was started.
     """
     pool = pool or current_pool()
     if pool is not None:
@@ -129,6 +137,10 @@ def resume(
         log.warning(damage)
     remove_torn(checkpoint.folder.parent)
     old = checkpoint.manifest.spec
+    check_kept_spec(old, checkpoint.folder)
+    pickles = _needed_pickles(checkpoint.manifest, given)
+    if pickles and not trust:
+        _refuse_strangers(checkpoint, pickles)
     num_steps = _num_steps(checkpoint, epochs=epochs, steps=steps)
     if _has_mended(checkpoint.manifest, given):
         given = replace(given, **_read_mended(checkpoint))
@@ -146,7 +158,7 @@ def resume(
         check_optimizer_fits(optimizer, own_model, lr=None)
     pool = pool or start()
     refuse_busy_or_empty(pool)
-    run_name = free_name(name or _base_name(old.name))
+    run_name = free_name(name or _base_name(old.name[:MOST_LETTERS]))
     spec = msgspec.structs.replace(
         old,
         id=uuid.uuid4().hex,
@@ -157,7 +169,8 @@ def resume(
         num_shards=_num_shards(old, pool),
         linger_seconds=pool.linger_seconds,
         notes=(),
-        sys_path=tuple(dict.fromkeys([*own_path(), *old.sys_path])),
+        # Code is imported from where the checkpoint says only if code of it is read anyway.
+        sys_path=tuple(dict.fromkeys([*own_path(), *(old.sys_path if pickles else ())])),
         job=NOTHING,
         data=NOTHING,
         plain=_plain_now(old.plain, given, job.order),
@@ -212,6 +225,54 @@ def _needs(kind: str, manifest: Manifest, given: _Given) -> bool:
         return given.train is None or (given.val is None and manifest.spec.num_val_samples > 0)
     plain = manifest.spec.plain
     return plain is None or given.model is None or bool(set(plain.others) - given.names)
+
+
+def _needed_pickles(manifest: Manifest, given: _Given) -> list[str]:
+    """Arguments of `resume` without which pickles have to be read; empty if none has to be."""
+    needed: list[str] = []
+    if _needs("job", manifest, given):
+        plain = manifest.spec.plain
+        others = set(OBJECTS) if plain is None else set(plain.others)
+        needed += ["model"] if given.model is None else []
+        needed += [name for name in OBJECTS if name in others - given.names]
+    if _needs("data", manifest, given):
+        needed += ["train"] if given.train is None and "train" not in needed else []
+        needed += ["val"] if given.val is None and manifest.spec.num_val_samples > 0 else []
+    if _has_mended(manifest, given) and not {"loss", "step"} & set(needed):
+        needed.append("loss")  # or step: they were mended in mid-run
+    return needed
+
+
+def _refuse_strangers(checkpoint: Checkpoint, pickles: list[str]) -> None:
+    """Let nothing be unpickled that this user has not written.
+
+    Raises:
+        ArgumentError: the checkpoint is not signed with this user's secret.
+    """
+    reason = _why_not_own(checkpoint)
+    if not reason:
+        return
+    way = "" if checkpoint.manifest.spec.plain is None else f"give {', '.join(f'{name}=' for name in pickles)}, or "
+    raise ArgumentError(
+        f"{checkpoint.folder} keeps {_listed(pickles)} as pickles, which run code when they are read, and {reason}: "
+        f"{way}trust=True (--trust) if you trust whoever wrote it"
+    )
+
+
+def _why_not_own(checkpoint: Checkpoint) -> str:
+    """Why this user cannot be known to have written a checkpoint; empty if it is so."""
+    if not checkpoint.signature:
+        return "is not signed"
+    try:
+        secret = read_secret()
+    except SecretError as error:
+        return f"its signature cannot be checked, as {error}"
+    is_own = is_signed(secret, checkpoint.text, checkpoint.signature)
+    return "" if is_own else "was changed, or written by another user or on another host"
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _num_steps(checkpoint: Checkpoint, *, epochs: int | None, steps: int | None) -> int:
@@ -277,7 +338,7 @@ def _resumed(checkpoint: Checkpoint, damages: list[str]) -> ResumeFrom:
     manifest = checkpoint.manifest
     folder = checkpoint.folder.absolute()
     notes = (*damages, f"goes on after step {manifest.step} of run {manifest.name!r}, from {folder}")
-    return ResumeFrom(folder=str(folder), step=manifest.step, notes=notes)
+    return ResumeFrom(folder=str(folder), step=manifest.step, notes=notes, digest=manifest.digest)
 
 
 # the user's objects --------------------------------------------------------------------------
@@ -291,6 +352,11 @@ def _job_of(checkpoint: Checkpoint, given: _Given, sources: dict[str, Source]) -
         check_model(given.model)
     if not _needs("job", manifest, given):
         kept = _plain_job(manifest.spec, given)
+        if order is None and count_batches(kept.order) != manifest.spec.steps_per_epoch:
+            raise ArgumentError(
+                f"{checkpoint.folder} is not as dnb writes checkpoints: steps_per_epoch is "
+                f"{manifest.spec.steps_per_epoch}, and its order has {count_batches(kept.order)}"
+            )
     else:
         kept = _unpickle(checkpoint, "job", manifest.spec.job)
         if order is None and not given.names - {"train", "val"}:
@@ -383,13 +449,16 @@ def _data_of(checkpoint: Checkpoint, given: _Given, sources: dict[str, Source]) 
 
 
 def _unpickle(checkpoint: Checkpoint, kind: str, parcel: ParcelRef) -> Any:
-    """What was kept. It runs code of whoever wrote the checkpoint: only `resume`, whose user trusts it, comes here."""
+    """What was kept. It runs code of whoever wrote the checkpoint: that it may was decided before."""
     path = checkpoint.folder / f"{kind}.pickle"
-    memory = None
-    if parcel.segment is not None:
-        memory = np.fromfile(path.with_suffix(".buffers"), dtype=np.uint8).data
+    with _damage_told():
+        pickled = bytes(checkpoint.load(path.name))
+        memory = None if parcel.segment is None else memoryview(checkpoint.load(f"{kind}.buffers"))
     try:
-        return unpack(path.read_bytes(), parcel, memory=memory)
+        found = unpack(pickled, parcel, memory=memory)
+        if not isinstance(found, Job if kind == "job" else Data):
+            raise TypeError(f"it holds a {type(found).__name__}")
+        return found
     except Exception as error:
         python = checkpoint.manifest.versions.get("python", "?")
         way = "model=..., and loss or step, optimizer, scheduler" if kind == "job" else "train=... (and val=...)"
@@ -402,8 +471,10 @@ def _unpickle(checkpoint: Checkpoint, kind: str, parcel: ParcelRef) -> Any:
 def _read_mended(checkpoint: Checkpoint) -> dict[str, Any]:
     """Step and loss function with which the run went on; like `_unpickle`, it runs code of who wrote them."""
     path = checkpoint.folder / MENDED_FILE
+    with _damage_told():
+        pickled = bytes(checkpoint.load(MENDED_FILE))
     try:
-        functions: dict[str, Any] = unpack(path.read_bytes(), NOTHING)
+        functions: dict[str, Any] = unpack(pickled, NOTHING)
     except Exception as error:
         raise ArgumentError(
             f"{path}, functions that were mended in mid-run, cannot be read here: {type(error).__name__}: {error}. "
@@ -415,16 +486,28 @@ def _read_mended(checkpoint: Checkpoint) -> dict[str, Any]:
 def _ship_kept(
     checkpoint: Checkpoint, kind: str, parcel: ParcelRef, name: str, pool: Pool, segments: list[Segment]
 ) -> tuple[bytes, ParcelRef]:
-    """Send a parcel as it was kept; its memory is laid out anew, nothing is unpickled."""
-    pickled = (checkpoint.folder / f"{kind}.pickle").read_bytes()
-    if parcel.segment is None:
-        return pickled, parcel
-    segment = create_segment(name, parcel.segment.num_bytes, folders=pool.segment_folders)
-    segments.append(segment)
-    buffers = checkpoint.folder / f"{kind}.buffers"
-    with buffers.open("rb", buffering=0) as file, long_work(f"shipping {name}") as report:
-        view = memoryview(segment.memory)
-        while len(view) and (num_bytes := file.readinto(view[:PIECE_BYTES])):
-            view = view[num_bytes:]
-            report(f"{(parcel.segment.num_bytes - len(view)) / 1e6:,.0f} of {parcel.segment.num_bytes / 1e6:,.0f} MB")
+    """Send a parcel as it was kept; its memory is laid out anew, and hub and engines unpickle it."""
+    with _damage_told():
+        pickled = bytes(checkpoint.load(f"{kind}.pickle"))
+        if parcel.segment is None:
+            return pickled, parcel
+        buffers = f"{kind}.buffers"
+        num_bytes = checkpoint.manifest.files[buffers].num_bytes
+        segment = create_segment(name, num_bytes, folders=pool.segment_folders)
+        segments.append(segment)
+        with long_work(f"shipping {name}") as report:
+            checkpoint.load_into(
+                memoryview(segment.memory)[:num_bytes],
+                buffers,
+                report=lambda done: report(f"{done / 1e6:,.0f} of {num_bytes / 1e6:,.0f} MB"),
+            )
     return pickled, msgspec.structs.replace(parcel, segment=segment.ref)
+
+
+@contextlib.contextmanager
+def _damage_told() -> Iterator[None]:
+    """A file that changes after it was verified is refused like one that was changed before."""
+    try:
+        yield
+    except DamagedError as error:
+        raise ArgumentError(f"{error}: it was changed while the run began") from error

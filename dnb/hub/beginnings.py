@@ -88,7 +88,7 @@ def begin(spec: RunSpec, job: Job, *, folders: Sequence[Path]) -> Beginning:
     try:
         master = Master(job, folders=folders, prefix=spec.name, clip_norm=spec.clip_norm)
         if spec.resumed is not None:
-            manifest = restore(Path(spec.resumed.folder), master, columns)
+            manifest = restore(Path(spec.resumed.folder), master, columns, digest=spec.resumed.digest)
             step, evaluated, elapsed_seconds = manifest.step, manifest.evaluated, manifest.elapsed_seconds
         master.keep_journal(step=step, evaluated=evaluated)
     except BaseException:
@@ -225,9 +225,9 @@ def _from_checkpoint(spec: RunSpec, memo: RunMemo, job: Job, files: RunFolder, f
     master = Master(job, folders=folders, prefix=spec.name, clip_norm=memo.clip_norm)
     columns = Columns()
     step = evaluated = 0
-    source = _newest_checkpoint(spec)
+    source, digest = _newest_checkpoint(spec)
     if source is not None:
-        manifest = restore(source, master, columns)
+        manifest = restore(source, master, columns, digest=digest)
         step, evaluated = manifest.step, manifest.evaluated
     master.keep_journal(step=step, evaluated=evaluated)
     brought = {(row.kind, row.step): row.samples for row in before}
@@ -316,12 +316,13 @@ def _missing_row(columns: Columns, last: LastCommit) -> HistoryRow | None:
     )
 
 
-def _newest_checkpoint(spec: RunSpec) -> Path | None:
+def _newest_checkpoint(spec: RunSpec) -> tuple[Path | None, str]:
+    """Its folder, and the digest of its manifest; the one that the run continues if it has none of its own."""
     folder = Path(spec.folder)
     try:
-        found = find_checkpoint(folder, wants=lambda _: ())[0].folder
+        found = find_checkpoint(folder, wants=lambda _: ())[0]
     except ArgumentError as error:
         log.info("no checkpoint of this run to go on from: %s", error)
-        return None if spec.resumed is None else Path(spec.resumed.folder)
-    remove_torn(found.parent)
-    return found
+        return (None, "") if spec.resumed is None else (Path(spec.resumed.folder), spec.resumed.digest)
+    remove_torn(found.folder.parent)
+    return found.folder, found.manifest.digest

@@ -28,6 +28,7 @@ from dnb.hub.checkpoints import (
     write_checkpoint,
 )
 from dnb.hub.reducer import Master
+from dnb.hub.signing import Signer
 from dnb.hub.snapshots import history_of, in_json, named_tensors, state_of, versions
 from dnb.hub.sources import Sources
 from dnb.hub.tensor_files import TensorBuffer
@@ -93,6 +94,7 @@ class Checkpointer:
         tell: adds an event to the run.
         disk: where checkpoints are written.
         life: how many hubs the run had before: no ticket has the number of one of theirs.
+        signer: signs them for this user.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Checkpointer:
         tell: Tell,
         disk: Disk | None = None,
         life: int = 0,
+        signer: Signer | None = None,
     ) -> None:
         self._spec = spec
         self._master = master
@@ -113,6 +116,8 @@ class Checkpointer:
         self._place = place
         self._tell = tell
         self._disk = disk or Disk()
+        self._signer = signer or Signer()
+        self._is_unsigned_told = False
         self._sources = Sources(frames, spec)
         self._retention = _retention(spec.checkpoints)
         self._first_step = place().step
@@ -340,6 +345,7 @@ class Checkpointer:
                 job.buffers,
                 add_sources=lambda folder: self._sources.add_to(folder, self._disk),
                 disk=self._disk,
+                sign=self._signer.sign,
             )
         except BaseException as error:  # noqa: BLE001 - whatever it is, the run goes on, and says what it was
             self._outcomes.put(_Outcome(job, error))
@@ -379,6 +385,11 @@ class Checkpointer:
         size = megabytes(outcome.num_bytes)
         self._tell("checkpoint", f"step {step} is in {job.target} ({size} in {outcome.seconds:.2g} s)", step)
         self._settle(job.tickets, CheckpointState(ticket=0, state="durable", path=str(job.target), step=step))
+        if self._signer.fault and not self._is_unsigned_told:
+            self._is_unsigned_told = True
+            text = f"checkpoints are not signed: {self._signer.fault}; dnb.resume needs trust=True for their pickles"
+            log.warning(text)
+            self._tell("checkpoint", text, step)
 
     def _measured_at(self, manifest: Manifest) -> dict[str, float]:
         return {name: float(value) for name, value in manifest.metrics.items()}

@@ -5,24 +5,30 @@
         optimizer.safetensors  tensors of optimizer and scheduler, and buffers that no state_dict has
         history.safetensors    what was measured until then, float64
         checkpoint.json        everything else, with a digest of every file and of itself
+        checkpoint.sig         that this user's hub wrote checkpoint.json: see `dnb.hub.signing`
         job.*, data.*          the user's objects as `fit` sent them: hard links to <run>/checkpoints/sources
         mended.pickle          step and loss function that took the place of the job's in mid-run
 
-A checkpoint is whole or not there: it is written aside, synced and renamed. No file but job.* and data.* needs pickle,
-and nothing here opens those.
+A checkpoint is whole or not there: it is written aside, synced and renamed. No file but job.*, data.* and mended.pickle
+needs pickle, and nothing here opens those. Whoever reads one must not rely on what it says: it may come from anybody.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import hmac
 import os
 import re
 import secrets
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -31,23 +37,34 @@ import psutil
 import torch
 
 from dnb.errors import ArgumentError
-from dnb.hub.tensor_files import TensorBuffer, read_tensors
+from dnb.hub.tensor_files import TensorBuffer, tensors_in
 from dnb.records import Record, RunSpec
+from dnb.transport.failures import MESSAGE_LENGTH, clean_text
 from dnb.transport.layout import dtype_name
 from dnb.transport.own_files import FOLDER_MODE
 from dnb.transport.private_files import close_to_others, make_private_folder, open_private
 
 FORMAT = 1
 MANIFEST_FILE = "checkpoint.json"
+SIGNATURE_FILE = "checkpoint.sig"
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 HISTORY_FILE = "history.safetensors"
 TENSOR_FILES = (MODEL_FILE, OPTIMIZER_FILE, HISTORY_FILE)
 CHECKPOINTS_FOLDER = "checkpoints"
+READ_BYTES = 4 << 20
 
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 _DIGEST = re.compile(rb'"digest": "([0-9a-f]{64})"')
 _NO_DIGEST = b"0" * 64
+_VERSION = re.compile(r"[0-9A-Za-z.+!_-]{1,40}")
+# Of checkpoint.json: a hundred thousand parameters need some 30 MB.
+MAX_MANIFEST_BYTES = 1 << 30
+MAX_SIGNATURE_BYTES = 1 << 10
+# Beyond this no number in a checkpoint means anything: steps, samples, bytes.
+LARGEST_NUMBER = 1 << 53
+# The year 5138: what is later is no time that a chart could show.
+LATEST_SECONDS = 1e11
 
 
 # What is written -----------------------------------------------------------------------------
@@ -184,6 +201,7 @@ def write_checkpoint(
     *,
     add_sources: Callable[[Path], dict[str, FileFacts]],
     disk: Disk,
+    sign: Callable[[bytes], bytes] = lambda _: b"",
 ) -> int:
     """Make a checkpoint durable; if anything fails, nothing of it is left, and what was there before still is.
 
@@ -193,6 +211,7 @@ def write_checkpoint(
         buffers: the tensor files.
         add_sources: puts the user's objects into a folder.
         disk: where it is written.
+        sign: makes the signature of checkpoint.json; an empty one is left out.
 
     Returns:
         Bytes of the tensor files.
@@ -205,6 +224,9 @@ def write_checkpoint(
         num_bytes = sum(facts.num_bytes for facts in files.values())
         files |= add_sources(folder)
         sealed = seal(msgspec.structs.replace(manifest, files=files))
+        signature = sign(sealed)
+        if signature:
+            write_file(folder / SIGNATURE_FILE, [memoryview(signature)], disk)
         write_file(folder / MANIFEST_FILE, [memoryview(sealed)], disk)
     return num_bytes
 
@@ -250,11 +272,11 @@ def _mark() -> str:
 
 
 def remove_torn(folder: Path) -> None:
-    """Remove what a process that is gone had begun to write."""
-    ours = re.compile(rf"\..+\.{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]{{6}}")
+    """Remove what a process of this user that is gone had begun to write."""
+    ours = re.compile(rf"\..+\.{re.escape(socket.gethostname())}-(\d{{1,9}})-[0-9a-f]{{6}}")
     for path in folder.glob(".*"):
         found = ours.fullmatch(path.name)
-        if found is not None and not psutil.pid_exists(int(found[1])):
+        if found is not None and not psutil.pid_exists(int(found[1])) and path.lstat().st_uid == os.geteuid():
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -282,10 +304,12 @@ class DamagedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One that was opened; its files are as they were written only after `verify`."""
+    """One that was opened; its files are as they were written only after `verify`, and what `load` gives always is."""
 
     folder: Path
     manifest: Manifest
+    text: bytes = b""  # of checkpoint.json, from which the manifest was read
+    signature: bytes = b""  # empty if there is none
 
     def verify(self, names: Iterable[str]) -> None:
         """Hold files against their digests.
@@ -294,11 +318,78 @@ class Checkpoint:
             DamagedError: one is missing, or differs in a byte.
         """
         for name in names:
-            _verify_file(self.folder / name, self.manifest.files.get(name))
+            with self._open(name) as file, _naming(self.folder / name):
+                self._check(name, hashlib.file_digest(file, "sha256").hexdigest())
+
+    def load(self, name: str) -> bytearray:
+        """The bytes of a file: those that have the digest, however the file changes meanwhile.
+
+        Raises:
+            DamagedError: it is missing, or differs in a byte.
+        """
+        num_bytes = self._facts(name).num_bytes
+        with self._open(name) as file:  # before memory is taken: it has the size that the manifest names
+            try:
+                data = bytearray(num_bytes)
+            except (MemoryError, OverflowError) as error:
+                raise DamagedError(self.folder / name, f"has {num_bytes:,} bytes, more than fit into memory") from error
+            self._fill(memoryview(data), name, file, report=lambda _: None)
+        return data
+
+    def load_into(self, target: memoryview, name: str, *, report: Callable[[int], object]) -> None:
+        """As `load`, into memory of the file's size.
+
+        Args:
+            target: may hold anything if this fails.
+            name: of the file.
+            report: told how many bytes there are, now and then.
+        """
+        with self._open(name) as file:
+            self._fill(target, name, file, report=report)
 
     def read(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of a file."""
-        return read_tensors(self.folder / name)
+        """The tensors of a file, as `load` found it.
+
+        Raises:
+            DamagedError: it is missing, differs in a byte, or holds no tensors.
+        """
+        try:
+            return tensors_in(self.load(name))
+        except ValueError as error:
+            raise DamagedError(self.folder / name, f"is not a whole safetensors file: {error}") from error
+
+    def _facts(self, name: str) -> FileFacts:
+        facts = self.manifest.files.get(name)
+        if facts is None:
+            raise DamagedError(self.folder / name, "is not in this checkpoint")
+        return facts
+
+    @contextlib.contextmanager
+    def _open(self, name: str) -> Iterator[FileIO]:
+        facts = self._facts(name)
+        with open_plain(self.folder / name) as file:
+            num_bytes = os.fstat(file.fileno()).st_size
+            if num_bytes != facts.num_bytes:
+                raise DamagedError(self.folder / name, f"has {num_bytes:,} bytes instead of {facts.num_bytes:,}")
+            yield file
+
+    def _fill(self, target: memoryview, name: str, file: FileIO, *, report: Callable[[int], object]) -> None:
+        digest = hashlib.sha256()
+        filled = 0
+        with _naming(self.folder / name):
+            while filled < len(target):
+                piece = target[filled : filled + READ_BYTES]
+                num_bytes = file.readinto(piece)
+                if not num_bytes:
+                    break
+                digest.update(piece[:num_bytes])
+                filled += num_bytes
+                report(filled)
+        self._check(name, digest.hexdigest())
+
+    def _check(self, name: str, digest: str) -> None:
+        if not hmac.compare_digest(digest.encode(), self._facts(name).sha256.encode()):
+            raise DamagedError(self.folder / name, "does not have the digest with which it was written")
 
     def difference(self, parameters: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> str:
         """Where a model is not the one of this checkpoint: the first name, with both shapes; "" if nowhere."""
@@ -322,6 +413,41 @@ class Checkpoint:
         return ""
 
 
+@contextlib.contextmanager
+def open_plain(path: Path) -> Iterator[FileIO]:
+    """Open a file that is one: no link, which may lead anywhere, and no pipe, which may keep a reader waiting.
+
+    Raises:
+        DamagedError: it is something else, or cannot be read.
+    """
+    with _naming(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise DamagedError(path, "is not a file")
+        yield file
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = "is a symbolic link" if error.errno == errno.ELOOP else f"cannot be read ({error.strerror})"
+        raise DamagedError(path, reason) from error
+
+
+def _read_small(path: Path, *, limit: int) -> bytes:
+    with open_plain(path) as file, _naming(path):
+        num_bytes = os.fstat(file.fileno()).st_size
+        if num_bytes > limit:
+            raise DamagedError(path, f"has {num_bytes:,} bytes, more than {limit:,}")
+        pieces = []
+        while piece := file.read(READ_BYTES):
+            pieces.append(piece)
+        return b"".join(pieces)
+
+
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Read checkpoint.json.
 
@@ -330,11 +456,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         ArgumentError: a newer dnb wrote it.
     """
     path = folder / MANIFEST_FILE
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise DamagedError(path, f"cannot be read ({error.strerror})") from error
-    newer = _newer_format(text)
+    text = _read_small(path, limit=MAX_MANIFEST_BYTES)
+    origin = _read_origin(text)
+    newer = origin.newer
     found = _DIGEST.search(text)
     is_as_written = found is not None and _is_digest(text, found)
     if newer and (is_as_written or found is None):
@@ -342,9 +466,47 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     if not is_as_written:
         raise DamagedError(path, f"does not have its own digest{f', and says it was {newer}' if newer else ''}")
     try:
-        return Checkpoint(folder, msgspec.json.decode(text, type=Manifest))
-    except msgspec.MsgspecError as error:
-        raise DamagedError(path, f"is not a checkpoint's: {error}") from error
+        manifest = msgspec.json.decode(text, type=Manifest)
+        _check_manifest(manifest)
+    except _UNREADABLE as error:
+        reason = f"is not a checkpoint's: {clean_text(str(error), length=MESSAGE_LENGTH)}"
+        if origin.dnb != version("dnb"):
+            reason += f" (dnb {origin.dnb} wrote it, this is dnb {version('dnb')})"
+        raise DamagedError(path, reason) from error
+    return Checkpoint(folder, manifest, text, _read_signature(folder))
+
+
+# Whatever a decoder raises that reads what somebody else wrote; UnicodeDecodeError is a ValueError.
+_UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
+
+
+def _read_signature(folder: Path) -> bytes:
+    try:
+        return _read_small(folder / SIGNATURE_FILE, limit=MAX_SIGNATURE_BYTES)
+    except DamagedError:
+        return b""  # as that of a dnb that did not sign
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    """Refuse what no dnb has written.
+
+    Raises:
+        ValueError: says what.
+    """
+    for name, facts in manifest.files.items():
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise ValueError(f"it names the file {name!r}, which is not in its folder")
+        _check_range("num_bytes", facts.num_bytes)
+    _check_range("step", manifest.step)
+    _check_range("evaluated", manifest.evaluated, last=manifest.step)
+    _check_range("num_steps", manifest.num_steps)
+    _check_range("elapsed_seconds", manifest.elapsed_seconds, last=LATEST_SECONDS)
+    _check_range("time", manifest.time, last=LATEST_SECONDS)
+
+
+def _check_range(name: str, value: float, *, last: float = LARGEST_NUMBER) -> None:
+    if not 0 <= value <= last:
+        raise ValueError(f"its {name} is {value}, not within 0 and {last}")
 
 
 def find_checkpoint(path: Path, *, wants: Callable[[Manifest], Iterable[str]]) -> tuple[Checkpoint, list[str]]:
@@ -415,31 +577,35 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _verify_file(path: Path, facts: FileFacts | None) -> None:
-    if facts is None:
-        raise DamagedError(path, "is not in this checkpoint")
-    try:
-        with path.open("rb") as file:
-            num_bytes = os.fstat(file.fileno()).st_size
-            if num_bytes != facts.num_bytes:
-                raise DamagedError(path, f"has {num_bytes:,} bytes instead of {facts.num_bytes:,}")
-            if hashlib.file_digest(file, "sha256").hexdigest() != facts.sha256:
-                raise DamagedError(path, "does not have the digest with which it was written")
-    except OSError as error:
-        raise DamagedError(path, f"cannot be read ({error.strerror})") from error
-
-
 def _is_digest(text: bytes, found: re.Match[bytes]) -> bool:
     blank = text[: found.start(1)] + _NO_DIGEST + text[found.end(1) :]
     return hashlib.sha256(blank).hexdigest().encode() == found[1]
 
 
-def _newer_format(text: bytes) -> str:
-    class Format(msgspec.Struct):
-        format: int
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Which dnb wrote a checkpoint, as far as it says so."""
+
+    format: int
+    dnb: str
+
+    @property
+    def newer(self) -> str:
+        """In words that it is a newer one; empty if not."""
+        if self.format <= FORMAT:
+            return ""
+        here = f"this is dnb {version('dnb')} and reads up to {FORMAT}"
+        return f"written by a newer dnb ({self.dnb}, format {self.format}; {here})"
+
+
+def _read_origin(text: bytes) -> _Origin:
+    class Head(msgspec.Struct):
+        format: int = 0
+        versions: dict[str, str] = {}
 
     try:
-        number = msgspec.json.decode(text, type=Format).format
-    except msgspec.MsgspecError:
-        return ""
-    return f"written by a newer dnb (format {number}, this one reads up to {FORMAT})" if number > FORMAT else ""
+        head = msgspec.json.decode(text, type=Head)
+    except _UNREADABLE:
+        return _Origin(0, "?")
+    named = head.versions.get("dnb", "")
+    return _Origin(head.format, named if _VERSION.fullmatch(named) else "?")

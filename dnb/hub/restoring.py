@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +14,44 @@ from dnb.hub.accounts import Columns
 from dnb.hub.checkpoints import HISTORY_FILE, MODEL_FILE, OPTIMIZER_FILE, Checkpoint, Manifest, open_checkpoint
 from dnb.hub.history import HistoryRow
 from dnb.hub.reducer import Master
+from dnb.transport.failures import describe_error
 from dnb.transport.trees import put_together
 
 _OTHERS = "model."  # buffers that no state_dict has lie beside the optimizer's state
+# Of Adafactor's state: a row or a column of the parameter.
+_FACTORS = frozenset({"row_var", "col_var"})
+# Of the states of torch's optimizers: one number each.
+_NUMBERS = frozenset({"step", "eta", "mu", "mu_product"})
 
 
-def restore(folder: Path, master: Master, columns: Columns) -> Manifest:
-    """Give a new master copy the state of a checkpoint, which was verified before.
+def restore(folder: Path, master: Master, columns: Columns, *, digest: str = "") -> Manifest:
+    """Give a new master copy the state of a checkpoint, which was verified before and is held against its digests here.
+
+    Nothing in it is relied on: it may come from anybody, and changes no memory but that of the state.
 
     Args:
         folder: of the checkpoint.
         master: as built from the user's objects.
         columns: the history, still empty.
+        digest: of the manifest that was verified, if it is known.
 
     Raises:
-        ArgumentError: model, optimizer or scheduler are not those of the checkpoint.
+        ArgumentError: model, optimizer or scheduler are not those of the checkpoint, or it is not one.
     """
-    checkpoint = open_checkpoint(folder)
-    _restore_model(checkpoint, master)
-    tensors = checkpoint.read(OPTIMIZER_FILE)
-    _restore_optimizer(checkpoint.manifest, master.optimizer, tensors)
-    _restore_scheduler(checkpoint.manifest, master.scheduler, tensors)
-    _restore_history(checkpoint.read(HISTORY_FILE), columns)
+    try:
+        checkpoint = open_checkpoint(folder)
+        if digest not in ("", checkpoint.manifest.digest):
+            raise ArgumentError(f"{folder} was replaced while the run was handed to the hub: resume once more")
+        _restore_model(checkpoint, master)
+        tensors = checkpoint.read(OPTIMIZER_FILE)
+        _restore_optimizer(checkpoint.manifest, master.optimizer, tensors)
+        _restore_scheduler(checkpoint.manifest, master.scheduler, tensors)
+        _restore_history(checkpoint, columns)
+    except ArgumentError:
+        raise
+    except Exception as error:  # whatever the state holds that the user's optimizer or scheduler cannot take
+        told = describe_error(error)
+        raise ArgumentError(f"{folder} is not as dnb writes checkpoints: {told.kind}: {told.message}") from error
     return checkpoint.manifest
 
 
@@ -94,23 +110,51 @@ def _restore_model(checkpoint: Checkpoint, master: Master) -> None:
         for name, tensor in checkpoint.read(OPTIMIZER_FILE).items()
         if name.startswith(_OTHERS)
     }
-    master.restore({**found, **beside})
+    tensors = {**found, **beside}
+    for name, own in (parameters | buffers).items():
+        _check_alike(name, tensors[name], own.shape, dtype=own.dtype)  # else it would be broadcast, or converted
+    master.restore(tensors)
+
+
+def _check_alike(name: str, tensor: torch.Tensor, shape: Sequence[int], *, dtype: torch.dtype | None = None) -> None:
+    if tuple(tensor.shape) != tuple(shape) or dtype not in (None, tensor.dtype):
+        raise ValueError(f"{name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}, not of shape {tuple(shape)}")
 
 
 def _restore_optimizer(manifest: Manifest, optimizer: Any, tensors: Mapping[str, torch.Tensor]) -> None:
     _check_kind("optimizer", manifest.optimizer.kind, optimizer)
     state = put_together(manifest.optimizer.tree, tensors)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    _check_moments(optimizer, parameters, state["state"])
     try:
         optimizer.load_state_dict(state)
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
         raise ArgumentError(f"the optimizer is not that of the checkpoint: {error}") from error
     # load_state_dict makes every tensor of the parameter's dtype, also those that were kept in a wider one.
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in state["state"].items():
         own = optimizer.state[parameters[index]]
         for key, value in values.items():
             if isinstance(value, torch.Tensor) and value.dtype != own[key].dtype:
                 own[key] = value
+
+
+def _check_moments(
+    optimizer: Any, parameters: Sequence[torch.nn.Parameter], states: Mapping[int, Mapping[str, Any]]
+) -> None:
+    """Hold tensors of torch's own optimizers against the parameters: their kernels do not, and would leave the memory.
+
+    Raises:
+        ValueError: one has another shape.
+    """
+    if not type(optimizer).__module__.startswith("torch.optim."):
+        return
+    for index, values in states.items():
+        if not 0 <= index < len(parameters):
+            raise ValueError(f"there is a state of parameter {index} of {len(parameters)}")
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor) and key not in _FACTORS:
+                expected = () if key in _NUMBERS else parameters[index].shape
+                _check_alike(f"{key} of parameter {index}", value, expected)
 
 
 def _restore_scheduler(manifest: Manifest, scheduler: Any, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -121,7 +165,12 @@ def _restore_scheduler(manifest: Manifest, scheduler: Any, tensors: Mapping[str,
         there, here = ("a", "none") if scheduler is None else ("no", "one")
         raise ArgumentError(f"the checkpoint has {there} scheduler, and the run {here}")
     _check_kind("scheduler", facts.kind, scheduler)
-    scheduler.load_state_dict(put_together(facts.tree, tensors))
+    state = put_together(facts.tree, tensors)
+    for key in state:
+        # Schedulers take their whole state for attributes: none may stand before a method, or the optimizer.
+        if key == "optimizer" or callable(getattr(type(scheduler), key, None)):
+            raise ValueError(f"the scheduler's state has {key!r}, which is no number of a {facts.kind}")
+    scheduler.load_state_dict(state)
 
 
 def _check_kind(what: str, kind: str, found: Any) -> None:
@@ -129,8 +178,23 @@ def _check_kind(what: str, kind: str, found: Any) -> None:
         raise ArgumentError(f"the checkpoint's {what} is a {kind}, not a {type(found).__name__}")
 
 
-def _restore_history(tensors: Mapping[str, torch.Tensor], columns: Columns) -> None:
-    for path, values in tensors.items():
+def _restore_history(checkpoint: Checkpoint, columns: Columns) -> None:
+    step = checkpoint.manifest.step
+    for path, values in checkpoint.read(HISTORY_FILE).items():
         by, _, name = path.partition("/")
-        target = columns.by_step if by == "step" else columns.by_evaluation
-        target.setdefault(name, array("d")).extend(values.reshape(-1).tolist())
+        width = {"step": 1, "evaluation": 2}.get(by)
+        if width is None or not name or values.dtype != torch.float64 or values.dim() != width:
+            raise ValueError(f"{path!r} is no column of a history")
+        numbers = values.reshape(-1)
+        if by == "step":
+            is_plausible = len(numbers) <= step
+            target = columns.by_step
+        else:
+            steps = values[:, 0]
+            is_plausible = values.shape[1] == 2 and bool(
+                ((steps >= 0) & (steps <= step) & (steps == steps.floor())).all()
+            )
+            target = columns.by_evaluation
+        if not is_plausible:
+            raise ValueError(f"the column {path!r} has steps beyond {step}, of which the checkpoint is")
+        target.setdefault(name, array("d")).extend(numbers.tolist())

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import msgspec
 import torch
 
 from dnb.errors import ArgumentError
@@ -35,7 +36,11 @@ CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPES = {code: dtype for dtype, code in CODES.items()}
 PIECE_BYTES = 4 << 20
+# As the library of safetensors has it.
+MAX_HEADER_BYTES = 100_000_000
+MAX_DIMS = 64
 
 
 class TensorBuffer:
@@ -108,10 +113,58 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         OSError: there is none.
         ValueError: it is not a whole safetensors file.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        return {name: tensor.clone() for name, tensor in load_file(path).items()}
-    except SafetensorError as error:
+        return tensors_in(bytearray(path.read_bytes()))
+    except ValueError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One tensor in the header of a file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+def tensors_in(data: bytearray) -> dict[str, torch.Tensor]:
+    """Every tensor of a file's bytes, as views of them; whatever the bytes are, no tensor reaches beyond its own.
+
+    Raises:
+        ValueError: they are not those of a whole safetensors file.
+    """
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(len(data) - 8, MAX_HEADER_BYTES):
+        raise ValueError(f"a header of {length:,} bytes does not fit into {len(data):,}")
+    begin = 8 + length
+    entries = _read_header(bytes(memoryview(data)[8:begin]))
+    flat = torch.frombuffer(data, dtype=torch.uint8)[begin:] if len(data) > begin else torch.empty(0, dtype=torch.uint8)
+    tensors: dict[str, torch.Tensor] = {}
+    expected = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+        first, last = entry.data_offsets
+        dtype = _DTYPES.get(entry.dtype)
+        if dtype is None:
+            raise ValueError(f"{name!r} is of {entry.dtype!r}, which is no dtype of a checkpoint")
+        if len(entry.shape) > MAX_DIMS or any(not 0 <= size <= len(data) for size in entry.shape):
+            raise ValueError(f"{name!r} has the shape {entry.shape[:MAX_DIMS]}, which is none of a tensor")
+        if math.prod(entry.shape) * dtype.itemsize != last - first:
+            raise ValueError(f"{name!r} of shape {entry.shape} and {entry.dtype} does not have {last - first} bytes")
+        if first != expected or last > len(flat):
+            raise ValueError(f"{name!r} lies at {first} to {last}, not at {expected}, in {len(flat)} bytes")
+        expected = last
+        piece = flat[first:last]
+        aligned = piece if piece.storage_offset() % dtype.itemsize == 0 else piece.clone()
+        tensors[name] = aligned.view(dtype).view(entry.shape)
+    if expected != len(flat):
+        raise ValueError(f"{len(flat) - expected} bytes belong to no tensor")
+    return tensors
+
+
+def _read_header(text: bytes) -> dict[str, _Entry]:
+    try:
+        raw = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        raw.pop("__metadata__", None)
+        return {name: msgspec.json.decode(entry, type=_Entry) for name, entry in raw.items()}
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise ValueError(f"its header cannot be read: {error}") from error

@@ -2,14 +2,16 @@
 
 import json
 import logging
+import pickle
 import shutil
 from functools import partial
 from pathlib import Path
 
+import ipyparallel
 import pytest
 import torch
 from IPython.core.interactiveshell import InteractiveShell
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,6 +21,7 @@ from dnb.errors import ArgumentError, HubError
 from dnb.run import Run
 from tests.engines.pools import wait, wait_until
 from tests.models import digits, dropout_net, largest_gap, largest_relative_gap, mlp, plain_run, twice
+from tests.unit.kept_runs import rewrite
 
 pytestmark = pytest.mark.engines
 
@@ -327,29 +330,93 @@ def test_a_checkpoint_without_data_asks_for_it(pool, tmp_path):
 
 
 def test_a_pickle_that_cannot_be_read_here_says_what_to_give(pool, kept):
-    (kept / "job.pickle").unlink()
-    (kept / "job.pickle").write_bytes(b"\x80\x05cnowhere\nNothing\n.")
-    text = (kept / "checkpoint.json").read_text()
-    _reseal(kept, json.loads(text))
+    rewrite(kept, lambda _: None, {"job.pickle": b"\x80\x05cnowhere\nNothing\n."})
     with pytest.raises(ArgumentError, match=r"cannot be read here: ModuleNotFoundError: .*or give model="):
-        dnb.resume(kept, pool=pool)
-
-
-def _reseal(folder: Path, manifest: dict) -> None:
-    import hashlib
-
-    import msgspec
-
-    from dnb.hub.checkpoints import Manifest, seal
-
-    data = (folder / "job.pickle").read_bytes()
-    manifest["files"]["job.pickle"] = {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / "checkpoint.json").write_bytes(seal(msgspec.convert(manifest, Manifest)))
+        dnb.resume(kept, pool=pool, trust=True)
 
 
 def test_a_negative_checkpoint_every_is_refused(pool):
     with pytest.raises(ArgumentError, match="checkpoint_every must be a positive integer, not -5"):
         pool.fit(mlp(), digits(), loss="cross_entropy", checkpoint_every=-5)
+
+
+# whose it is
+
+
+class Bomb:
+    """An object that leaves a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def halved_loss(output, target):
+    return nn.functional.cross_entropy(output, target) / 2
+
+
+def paths_of(pool):
+    """Where hub and engines import from, as far as engines tell."""
+    return [path for paths in pool.client[:].apply_sync(ipyparallel.interactive(_own_path)) for path in paths]
+
+
+def _own_path():
+    import sys
+
+    return sys.path
+
+
+def test_a_stranger_s_checkpoint_goes_on_with_the_user_s_objects_and_none_of_its_own(pool, kept, tmp_path):
+    theirs = shutil.copytree(kept, tmp_path / "theirs")
+    bomb = pickle.dumps(Bomb(tmp_path / "fired"))
+    rewrite(
+        theirs,
+        lambda manifest: manifest["spec"].update(sys_path=[str(tmp_path / "evil")]),
+        {"job.pickle": bomb, "data.pickle": bomb},
+    )
+    run = wait(dnb.resume(theirs, model=mlp(), train=digits(), steps=8, pool=pool))
+    assert (run.status, run.first_step, run.step) == ("finished", 2, 8)
+    assert str(tmp_path / "evil") not in paths_of(pool)
+    assert not (tmp_path / "fired").exists()
+
+
+def test_a_stranger_s_pickles_are_refused_and_the_pool_trains_on(pool, kept, tmp_path):
+    theirs = shutil.copytree(kept, tmp_path / "theirs")
+    rewrite(theirs, lambda _: None, {"job.pickle": pickle.dumps(Bomb(tmp_path / "fired"))})
+    with pytest.raises(
+        ArgumentError, match=r"keeps model and train as pickles, which run code .*: give model=, train="
+    ):
+        dnb.resume(theirs, pool=pool)
+    assert not (tmp_path / "fired").exists()
+    assert wait(dnb.resume(kept, pool=pool)).status == "finished"
+
+
+def test_one_s_own_functions_come_back_without_trust_and_others_with_it(pool, tmp_path):
+    run = wait(pool.fit(mlp(), digits(), loss=halved_loss, lr=1e-3, steps=8, checkpoint_every=4))
+    resumed = wait(dnb.resume(checkpoint_of(run, 4), pool=pool))
+    assert resumed.history["loss"] == run.history["loss"]
+    theirs = shutil.copytree(checkpoint_of(run, 4), tmp_path / "theirs")
+    rewrite(theirs, lambda manifest: manifest["spec"].update(sys_path=[str(tmp_path / "modules")]))
+    with pytest.raises(ArgumentError, match=r"keeps loss as pickles.*: give loss=, or trust=True"):
+        dnb.resume(theirs, model=mlp(), train=digits(), pool=pool)
+    assert str(tmp_path / "modules") not in paths_of(pool)
+    trusted = wait(dnb.resume(theirs, model=mlp(), train=digits(), trust=True, pool=pool))
+    assert trusted.history["loss"] == run.history["loss"]
+    assert str(tmp_path / "modules") in paths_of(pool)
+
+
+def test_an_odd_state_is_refused_by_the_hub_and_the_pool_trains_on(pool, kept, tmp_path):
+    theirs = shutil.copytree(kept, tmp_path / "theirs")
+    tensors = load_file(theirs / "optimizer.safetensors")
+    name = next(name for name in tensors if name.endswith("exp_avg"))
+    rewrite(theirs, lambda _: None, {"optimizer.safetensors": save(tensors | {name: torch.ones(1)})})
+    with pytest.raises(
+        ArgumentError, match="theirs is not as dnb writes checkpoints: ValueError: 'exp_avg of parameter 0' is"
+    ):
+        dnb.resume(theirs, model=mlp(), train=digits(), steps=8, pool=pool)
+    assert wait(dnb.resume(kept, pool=pool)).status == "finished"
 
 
 # the magic
@@ -376,7 +443,7 @@ def test_the_magic_writes_a_checkpoint_and_goes_on_from_its_path(shell, capsys, 
     run_line(shell, "%dtrain wait")
     run_line(shell, f"%dtrain checkpoint {tmp_path}/mine")
     assert f"the checkpoint is in {tmp_path}/mine" in capsys.readouterr().out
-    resumed = run_line(shell, f"%dtrain resume {tmp_path}/mine --model model --steps 20")
+    resumed = run_line(shell, f"%dtrain resume {tmp_path}/mine --model model --steps 20 --trust")
     run_line(shell, "%dtrain wait")
     assert (resumed.first_step, resumed.step) == (10, 20)
     shutil.rmtree(tmp_path / "mine")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from torch import nn
 
 from dnb.hub.accounts import Columns
 from dnb.hub.checkpointer import Checkpointer, Place
-from dnb.hub.checkpoints import Checkpoint, Disk, open_checkpoint, step_folder
+from dnb.hub.checkpoints import MANIFEST_FILE, Checkpoint, Disk, open_checkpoint, step_folder
+from dnb.hub.signing import Signer
 from dnb.planning.sample_order import BatchOrder
 from dnb.records import CheckpointPolicy, ParcelRef, RunSpec
 from dnb.transport.job import Data, DataSource, Job
@@ -59,6 +62,20 @@ def job_of(model: nn.Module, *, optimizer: Any = "adamw", scheduler: Any = None)
     )
 
 
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object], files: Mapping[str, bytes] | None = None) -> None:
+    """Change a checkpoint as a stranger can: with digests that fit, and without the secret that signs."""
+    path = folder / MANIFEST_FILE
+    manifest = json.loads(path.read_text())
+    for name, data in (files or {}).items():
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).write_bytes(data)
+        manifest["files"][name] = {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    change(manifest)
+    manifest["digest"] = "0" * 64
+    text = json.dumps(manifest, indent=2)
+    path.write_text(text.replace("0" * 64, hashlib.sha256(text.encode()).hexdigest(), 1))
+
+
 class KeptRun:
     """Takes steps with made-up gradients, and writes checkpoints into `folder / "run"`.
 
@@ -67,6 +84,8 @@ class KeptRun:
         job: trained here.
         disk: where checkpoints are written.
         policy: of the run.
+        signer: of the checkpoints.
+        numbers: of the run, in place of the usual ones.
     """
 
     def __init__(
@@ -76,12 +95,19 @@ class KeptRun:
         *,
         disk: Disk | None = None,
         policy: CheckpointPolicy | None = None,
+        signer: Signer | None = None,
+        **numbers: Any,
     ) -> None:
         self.run_folder = folder / "run"
         data = Data(train=DataSource(samples=(torch.arange(8.0),), collate=None), val=None)
         shipped = [pack(obj, name=name, folders=[folder / "shm"]) for name, obj in (("job", job), ("data", data))]
         self.spec = msgspec.structs.replace(
-            SPEC, folder=str(self.run_folder), job=shipped[0][1], data=shipped[1][1], checkpoints=policy
+            SPEC,
+            folder=str(self.run_folder),
+            job=shipped[0][1],
+            data=shipped[1][1],
+            checkpoints=policy,
+            **numbers,
         )
         self.pool = Pool(folder / "shm", job)
         self.master = self.pool.master
@@ -97,6 +123,7 @@ class KeptRun:
             place=lambda: Place(self.step, self.evaluated, 1.5),
             tell=lambda kind, text, step: self.events.append((kind, text, step)),
             disk=disk,
+            signer=signer,
         )
 
     def train(self, num_steps: int = 1, *, owes_evaluation: bool = False) -> KeptRun:

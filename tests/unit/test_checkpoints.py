@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -15,16 +16,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, load_model
+from safetensors.torch import load_file, load_model, save
 from torch import nn
 from torch.optim import lr_scheduler
 
 from dnb.errors import ArgumentError
 from dnb.hub.accounts import Columns
 from dnb.hub.checkpoints import (
+    HISTORY_FILE,
     MANIFEST_FILE,
     MODEL_FILE,
     OPTIMIZER_FILE,
+    SIGNATURE_FILE,
     TENSOR_FILES,
     DamagedError,
     Disk,
@@ -34,11 +37,12 @@ from dnb.hub.checkpoints import (
     write_file,
 )
 from dnb.hub.restoring import restore, rows_of
+from dnb.hub.signing import Signer, is_signed, keep_secret
 from dnb.hub.tensor_files import CODES, TensorBuffer, read_tensors
 from dnb.transport.parcels import unpack
 from dnb.transport.trees import put_together, take_apart
 from tests.models import Odd, Tied
-from tests.unit.kept_runs import KeptRun, job_of
+from tests.unit.kept_runs import KeptRun, job_of, rewrite
 
 SOURCES = ("job.pickle", "job.buffers", "data.pickle", "data.buffers")
 ALL_FILES = (*TENSOR_FILES, *SOURCES, MANIFEST_FILE)
@@ -346,7 +350,10 @@ def test_a_newer_format_is_told_with_both_numbers(run_of: MakeRun):
     text = json.loads(path.read_text())
     del text["digest"]
     path.write_text(json.dumps(text | {"format": 3}))
-    with pytest.raises(ArgumentError, match=r"written by a newer dnb \(format 3, this one reads up to 1\)"):
+    with pytest.raises(
+        ArgumentError,
+        match=r"written by a newer dnb \([0-9.a-z+]+, format 3; this is dnb [0-9.a-z+]+ and reads up to 1\)",
+    ):
         open_checkpoint(folder)
 
 
@@ -355,7 +362,7 @@ def test_a_format_number_that_was_only_changed_is_told_too(run_of: MakeRun):
     path = folder / MANIFEST_FILE
     path.write_bytes(path.read_bytes().replace(b'"format": 1', b'"format": 3'))
     with pytest.raises(
-        ArgumentError, match=r"does not have its own digest, and says it was written by a newer dnb \(format 3"
+        ArgumentError, match=r"does not have its own digest, and says it was written by a newer dnb \(.*, format 3"
     ):
         find_checkpoint(folder, wants=nothing)
 
@@ -609,6 +616,220 @@ def test_when_none_is_whole_every_damage_is_told_in_one_error(damaged: Any):
     (run / "checkpoints" / "step-000002" / MODEL_FILE).unlink()
     with pytest.raises(ArgumentError, match=r"no checkpoint at .* is whole: .*step-000004/optimizer.* has .* bytes.*;"):
         find_checkpoint(run, wants=nothing)
+
+
+# from a stranger -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def strangers(kept_twice: Path, tmp_path: Path) -> Path:
+    """A checkpoint that a stranger may have changed."""
+    return Path(shutil.copytree(kept_twice / "checkpoints" / "step-000004", tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "", ".", "..", "a\0b"])
+def test_a_manifest_that_names_a_file_elsewhere_is_refused(strangers: Path, name: str):
+    rewrite(strangers, lambda manifest: manifest["files"].update({name: {"num_bytes": 1, "sha256": "0" * 64}}))
+    with pytest.raises(DamagedError, match=r"it names the file '.*', which is not in its folder"):
+        open_checkpoint(strangers)
+
+
+ODD_MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "negative step": lambda manifest: manifest.update(step=-1),
+    "huge step": lambda manifest: manifest.update(step=10**30, evaluated=0),
+    "evaluated later": lambda manifest: manifest.update(evaluated=5),
+    "negative bytes": lambda manifest: manifest["files"][MODEL_FILE].update(num_bytes=-1),
+    "huge bytes": lambda manifest: manifest["files"][MODEL_FILE].update(num_bytes=1 << 80),
+    "far away": lambda manifest: manifest.update(elapsed_seconds=1e300),
+    "text for a number": lambda manifest: manifest.update(step="4"),
+    "one field more": lambda manifest: manifest.update(code="import os"),
+    "one field less": lambda manifest: manifest.pop("optimizer"),
+    "one field more of the run": lambda manifest: manifest["spec"].update(code="import os"),
+    "a transport of its own": lambda manifest: manifest["spec"].update(transport={"": "pigeon"}),
+}
+
+
+@pytest.mark.parametrize("change", ODD_MANIFESTS.values(), ids=ODD_MANIFESTS)
+def test_an_odd_manifest_is_refused(strangers: Path, change: Callable[[dict[str, Any]], object]):
+    rewrite(strangers, change)
+    with pytest.raises(DamagedError, match="is not a checkpoint's: "):
+        open_checkpoint(strangers)
+
+
+@pytest.mark.parametrize("text", [b"", b"\xff\xfe", b"[" * 100_000, b"null", b"9" * 10_000], ids=len)
+def test_what_is_no_manifest_at_all_is_refused(strangers: Path, text: bytes):
+    (strangers / MANIFEST_FILE).write_bytes(text)
+    with pytest.raises(DamagedError):
+        open_checkpoint(strangers)
+
+
+def test_a_state_as_deep_as_can_be_is_refused(strangers: Path, run_of: MakeRun):
+    deep: Any = []
+    for _ in range(900):
+        deep = [deep]
+    rewrite(strangers, lambda manifest: manifest["optimizer"].update(tree={"state": deep, "param_groups": deep}))
+    new = run_of()
+    with pytest.raises((ArgumentError, DamagedError)):
+        restore(strangers, new.master, new.columns)
+
+
+def test_a_manifest_with_fields_of_another_dnb_names_both_versions(strangers: Path):
+    rewrite(strangers, lambda manifest: (manifest.update(more=1), manifest["versions"].update(dnb="9.9")))
+    with pytest.raises(DamagedError, match=r"unknown field `more` \(dnb 9\.9 wrote it, this is dnb \d"):
+        open_checkpoint(strangers)
+
+
+def test_words_of_a_newer_dnb_are_not_told_as_they_are(strangers: Path):
+    rewrite(strangers, lambda manifest: (manifest.update(format=9), manifest["versions"].update(dnb="\x1b[2J" * 99)))
+    with pytest.raises(ArgumentError, match=r"was written by a newer dnb \(\?, format 9; this is dnb"):
+        open_checkpoint(strangers)
+
+
+@pytest.mark.parametrize("name", [MANIFEST_FILE, MODEL_FILE])
+@pytest.mark.parametrize(("what", "told"), [("link", "is a symbolic link"), ("pipe", "is not a file|has 0 bytes")])
+def test_links_and_pipes_are_not_read(strangers: Path, tmp_path: Path, name: str, what: str, told: str):
+    (strangers / name).rename(tmp_path / "elsewhere")
+    if what == "link":
+        (strangers / name).symlink_to(tmp_path / "elsewhere")
+    else:
+        os.mkfifo(strangers / name)
+    with pytest.raises((DamagedError, ArgumentError), match=told):
+        open_checkpoint(strangers).verify([MODEL_FILE])
+
+
+def test_a_file_that_is_replaced_after_it_was_verified_is_not_taken(strangers: Path):
+    checkpoint = open_checkpoint(strangers)
+    checkpoint.verify(["job.pickle"])
+    size = checkpoint.manifest.files["job.pickle"].num_bytes
+    (strangers / "job.pickle").write_bytes(b"x" * size)
+    with pytest.raises(DamagedError, match=r"job\.pickle does not have the digest with which it was written"):
+        checkpoint.load("job.pickle")
+    with pytest.raises(DamagedError, match=r"job\.pickle does not have the digest"):
+        checkpoint.load_into(memoryview(bytearray(size)), "job.pickle", report=lambda _: None)
+
+
+def test_a_manifest_that_is_replaced_after_it_was_verified_is_not_taken(strangers: Path, run_of: MakeRun):
+    digest = open_checkpoint(strangers).manifest.digest
+    rewrite(strangers, lambda manifest: manifest.update(num_steps=7))
+    new = run_of()
+    with pytest.raises(ArgumentError, match="was replaced while the run was handed to the hub: resume once more"):
+        restore(strangers, new.master, new.columns, digest=digest)
+
+
+def changed_tensors(name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / name)
+        change(tensors)
+        rewrite(folder, lambda _: None, {name: save(tensors)})
+
+    return apply
+
+
+def changed(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    return lambda folder: rewrite(folder, change)
+
+
+MOMENT = "optimizer.state.0.exp_avg"
+ODD_STATES: dict[str, Callable[[Path], None]] = {
+    "a parameter that would be broadcast": changed_tensors(
+        MODEL_FILE, lambda tensors: tensors.update({"0.weight": torch.ones(1, 2)})
+    ),
+    "a parameter of another dtype": changed_tensors(
+        MODEL_FILE, lambda tensors: tensors.update({"0.weight": torch.ones(3, 2, dtype=torch.int64)})
+    ),
+    "a parameter that is missing": changed_tensors(MODEL_FILE, lambda tensors: tensors.pop("0.weight")),
+    "a moment that is too short": changed_tensors(OPTIMIZER_FILE, lambda t: t.update({MOMENT: torch.ones(1)})),
+    "a moment of one number": changed_tensors(OPTIMIZER_FILE, lambda t: t.update({MOMENT: torch.tensor(1.0)})),
+    "a moment that is missing": changed_tensors(OPTIMIZER_FILE, lambda tensors: tensors.pop(MOMENT)),
+    "no step": changed_tensors(OPTIMIZER_FILE, lambda t: t.update({"optimizer.state.0.step": torch.empty(0)})),
+    "a state of no parameter": changed(lambda manifest: _states(manifest).append([99, _states(manifest)[0][1]])),
+    "a state of a word": changed(lambda manifest: _states(manifest).append(["lr", _states(manifest)[0][1]])),
+    "no groups": changed(lambda manifest: manifest["optimizer"]["tree"].pop("param_groups")),
+    "a kind of value that there is not": changed(
+        lambda manifest: manifest["optimizer"]["tree"].update(state={"$": "eval", "of": "1"})
+    ),
+    "a history of whole numbers": changed_tensors(
+        HISTORY_FILE, lambda tensors: tensors.update({"step/loss": torch.ones(4, dtype=torch.int64)})
+    ),
+    "a history that is longer than the run": changed_tensors(
+        HISTORY_FILE, lambda tensors: tensors.update({"step/loss": torch.ones(5, dtype=torch.float64)})
+    ),
+    "evaluations of a later step": changed_tensors(
+        HISTORY_FILE, lambda t: t.update({"evaluation/val_loss": torch.tensor([[5.0, 1.0]], dtype=torch.float64)})
+    ),
+    "evaluations of no step": changed_tensors(
+        HISTORY_FILE, lambda t: t.update({"evaluation/val_loss": torch.tensor([[torch.nan, 1.0]], dtype=torch.float64)})
+    ),
+    "no tensors": lambda folder: rewrite(folder, lambda _: None, {OPTIMIZER_FILE: b"x" * 100}),
+}
+
+
+def _states(manifest: dict[str, Any]) -> list[Any]:
+    pairs: list[Any] = manifest["optimizer"]["tree"]["state"]["of"]
+    return pairs
+
+
+@pytest.mark.parametrize("change", ODD_STATES.values(), ids=ODD_STATES)
+def test_an_odd_state_is_refused_before_anything_works_on_it(
+    strangers: Path, run_of: MakeRun, change: Callable[[Path], None]
+):
+    change(strangers)
+    new = run_of()
+    with pytest.raises(ArgumentError, match=r"theirs|the optimizer is not that of the checkpoint"):
+        restore(strangers, new.master, new.columns)
+
+
+@pytest.mark.parametrize("name", ["step", "optimizer", "get_lr", "load_state_dict"])
+def test_the_state_of_a_scheduler_takes_no_method_s_place(run_of: MakeRun, tmp_path: Path, name: str):
+    options = {"optimizer": partial(torch.optim.SGD, lr=0.1), "scheduler": SCHEDULERS["one_cycle"]}
+    folder = run_of(**options).train(1).keep().folder
+    rewrite(folder, lambda manifest: manifest["scheduler"]["tree"].update({name: "text"}))
+    new = run_of(**options)
+    with pytest.raises(ArgumentError, match=f"the scheduler's state has '{name}', which is no number of a OneCycleLR"):
+        restore(folder, new.master, new.columns)
+
+
+# whose it is -------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_signed_with_the_secret_of_its_user(run_of: MakeRun):
+    checkpoint = run_of().train(1).keep()
+    assert is_signed(keep_secret(), (checkpoint.folder / MANIFEST_FILE).read_bytes(), checkpoint.signature)
+
+
+def test_a_checkpoint_that_was_changed_has_no_signature_that_fits(strangers: Path):
+    rewrite(strangers, lambda manifest: manifest.update(num_steps=7))
+    checkpoint = open_checkpoint(strangers)
+    assert checkpoint.signature
+    assert not is_signed(keep_secret(), checkpoint.text, checkpoint.signature)
+
+
+def test_a_home_that_cannot_be_written_is_told_once_and_checkpoints_are_written_all_the_same(tmp_path: Path):
+    (tmp_path / "home").write_text("no folder")
+    run = KeptRun(tmp_path, job_of(small()), signer=Signer(tmp_path / "home" / "dnb" / "checkpoint_secret"))
+    folders = [run.train(1).keep().folder for _ in range(2)]
+    run.close()
+    told = [text for kind, text, _ in run.events if "not signed" in text]
+    assert len(told) == 1
+    assert told[0].startswith(f"checkpoints are not signed: {tmp_path}/home/dnb/checkpoint_secret cannot be written (")
+    assert told[0].endswith("dnb.resume needs trust=True for their pickles")
+    assert not any((folder / SIGNATURE_FILE).exists() for folder in folders)
+    assert open_checkpoint(folders[1]).manifest.step == 2
+
+
+@pytest.mark.parametrize("umask", [0, 0o777], ids=oct)
+def test_only_this_user_gets_at_a_checkpoint_whatever_the_umask(tmp_path: Path, umask: int):
+    run = KeptRun(tmp_path, job_of(small()))
+    before = os.umask(umask)
+    try:
+        folder = run.train(1).keep(tmp_path / "some" / "where").folder
+        own = run.keep().folder
+    finally:
+        os.umask(before)
+    run.close()
+    folders = [folder.parent, folder, own, own.parent, own.parent / "sources"]
+    assert {stat.S_IMODE(each.stat().st_mode) for each in folders} == {0o700}
+    assert {stat.S_IMODE(file.stat().st_mode) for each in (folder, own) for file in each.iterdir()} == {0o600}
 
 
 # while it goes on --------------------------------------------------------------------------------------
