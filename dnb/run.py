@@ -259,7 +259,8 @@ class Run:
         run._error, run._remote_traceback = summary.error, summary.remote_traceback
         run._status = summary.status if summary.status in ENDED else "failed"
         if run._status != summary.status:
-            run._error = f"the hub ended while the run was {summary.status}; {way_back(folder)}"
+            was = summary.status if summary.ending is None else f"{summary.ending}, and its last checkpoint not whole"
+            run._error = f"the hub ended while the run was {was}; {way_back(folder)}"
         return run
 
     def watch(self) -> Self:

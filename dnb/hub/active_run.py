@@ -78,6 +78,8 @@ log = logging.getLogger(__name__)
 # Of a member of a team that has no part in the loss.
 NO_SUMS = Sums(loss_total=0.0, loss_weight=0.0, metric_totals={}, metric_weights={}, num_samples=0)
 
+# After this time people are told what the end of a run waits for.
+LATE_SECONDS = 2.0
 
 Send = Callable[[int, Message, Sequence[Any]], None]
 OfferWire = Callable[..., WireOffer]  # of `Wiring.offer`
@@ -166,6 +168,9 @@ class ActiveRun:
         self._version = 0  # of the parameters
         self._started = beginning.started
         self._ended = beginning.started + beginning.elapsed_seconds if beginning.status in ENDED else None
+        self._last_word: machine.Note | None = None  # how it has ended; said when its last checkpoint is whole
+        self.is_over = beginning.status in ENDED and not beginning.is_ending  # ended, and that was said
+        self._is_lateness_told = False
         self._last_commit = time.monotonic()
         self._reports: dict[tuple[int, tuple[int, ...]], WorkReport] = {}
         self._slabs_of_report: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
@@ -233,8 +238,10 @@ class ActiveRun:
 
     @property
     def status(self) -> RunStatus:
-        """As the user sees it."""
+        """As the user sees it; a run that has ended is running until its last checkpoint is whole."""
         status = self._coordinator.status
+        if status in ENDED and not self.is_over:
+            return "running"
         # To people a run that was taken over has not begun anew.
         return "running" if status == "starting" and self._beginning.is_taken_over else status
 
@@ -246,12 +253,16 @@ class ActiveRun:
     def start(self) -> None:
         """Send the run to its engines; one that was taken over waits for those that come back."""
         if self._beginning.is_taken_over:
-            if self.is_active:
+            if not self.is_over:
                 self._note(machine.Note("recovered", self._beginning.note))
+            if self._beginning.is_ending:
+                self._last_word = machine.Note(self._coordinator.status, self._coordinator.last_word)
+                self._end()
             elif self._beginning.is_given_up:
                 self._note(machine.Note("failed", self._beginning.error))
                 self._write_summary()
-                self._free_work_memory()
+                self.master.drop_slabs()
+                _remove_parcel(self.spec.data)
             return
         self._write_summary()
         for note in (*self.spec.notes, *self.master.notes):
@@ -520,7 +531,8 @@ class ActiveRun:
         self._dispatch(machine.Tick())
         if self._fault is not None and self.is_active:
             self._dispatch(machine.CommitFailed(self._coordinator.step + 1, self._fault))
-        self._checkpoints.tick(is_still=self.status != "running")
+        self._checkpoints.tick(is_still=not self.is_active or self.status != "running")
+        self._settle_end()
         self._tell_of_disk(self._folder.tick())
 
     def _place(self) -> Place:
@@ -553,8 +565,7 @@ class ActiveRun:
         """
         columns, frames = self._columns.after(request.seen)
         state = RunState(
-            # The end waits for its last checkpoint: who sees it ended finds that in place.
-            status="running" if self._checkpoints.is_finishing else self.status,
+            status=self.status,
             step=self._coordinator.step,
             first_step=self._first_step,
             num_steps=self.spec.num_steps,
@@ -599,17 +610,14 @@ class ActiveRun:
         """Let go of memory and files; the parameters can be asked for until then."""
         self.do_chores()
         self._checkpoints.close()
-        self._free_work_memory()
+        self._settle_end(is_closing=True)
+        self.master.drop_slabs()
+        _remove_parcel(self.spec.data)
         _remove_parcel(self.spec.job)
         self.master.close()
         self._folder.finish()
         self._folder.forget()
         self._folder.close()
-
-    def _free_work_memory(self) -> None:
-        """No step will follow; what makes the model stays, for a hub that takes an ended run over."""
-        self.master.drop_slabs()
-        _remove_parcel(self.spec.data)
 
     # carrying out
 
@@ -631,6 +639,8 @@ class ActiveRun:
                 return self._commit(kind, step, reports)
             case machine.Release(engine):
                 self._let_go(engine)
+            case machine.Note(kind=kind) if kind in ENDED:
+                self._last_word = action
             case machine.Note():
                 self._note(action)
             case machine.Disband(team):
@@ -987,22 +997,45 @@ class ActiveRun:
             self._write_summary()
 
     def _end(self) -> None:
+        """No step will follow; the end is told once the last checkpoint is whole."""
         self.do_chores()
-        self._ended = time.time()
+        self._ended = self._ended or time.time()
         self._accounts.close()
         self._keep_usage()
         self._checkpoints.end()
-        self._write_summary()
-        self._tell_of_disk(self._folder.finish())
         for engine in self._accounts.living:
             self._send(engine, Unload(run=self.spec.id), ())
-        self._free_work_memory()
+        self.master.drop_slabs()
+        self._settle_end()
+        if not self.is_over:
+            self._write_summary()  # a hub that takes the run over has its last checkpoint written
+
+    def _settle_end(self, *, is_closing: bool = False) -> None:
+        """Say that the run has ended, in events and folder, unless its last checkpoint is still to come."""
+        if self.is_over or self.is_active:
+            return
+        if self._checkpoints.is_finishing and not is_closing:
+            if not self._is_lateness_told and time.time() - (self._ended or 0.0) > LATE_SECONDS:
+                self._is_lateness_told = True
+                text = f"the last checkpoint, of step {self._coordinator.step}, is being written; then the run ends"
+                self._note(machine.Note("checkpoint", text))
+            return
+        self.is_over = True
+        if shortfall := self._checkpoints.shortfall:
+            self._note(machine.Note("checkpoint", f"{shortfall}: the run ends without it, earlier checkpoints stay"))
+        self._tell_of_disk(self._folder.finish())
+        if self._last_word is not None:
+            self._note(self._last_word)
+        self._write_summary()
+        _remove_parcel(self.spec.data)  # what makes the model stays, for a hub that takes an ended run over
 
     def _write_summary(self) -> None:
         coordinator = self._coordinator
+        is_ending = coordinator.status in ENDED and not self.is_over
         summary: RunSummary = summarize(
             self.spec,
-            status=coordinator.status,
+            status="running" if is_ending else coordinator.status,
+            ending=coordinator.status if is_ending else None,
             error=coordinator.error,
             remote_traceback=coordinator.traceback,
             started=self._started,

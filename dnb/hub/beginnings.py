@@ -60,6 +60,7 @@ class Beginning:
     note: str = ""  # for people: that it was taken over, and from where it goes on
     mended: tuple[bytes, bytes] | None = None  # pickle and signature
     is_given_up: bool = False  # it was going on, and has failed now, as hubs have died of it
+    is_ending: bool = False  # only its last checkpoint was missing
 
     @property
     def is_taken_over(self) -> bool:
@@ -154,11 +155,12 @@ def _take_over(
     is_given_up = failure is not None and summary.status not in ENDED
     if failure is not None and is_given_up:
         summary = msgspec.structs.replace(
-            summary, status="failed", error=failure.message, remote_traceback=failure.traceback
+            summary, status="failed", ending=None, error=failure.message, remote_traceback=failure.traceback
         )
     found = _from_journal(spec, memo, unpack(), files, folders)
     found = found or _from_checkpoint(spec, memo, unpack(), files, folders)
     files.rebuild_with(partial(rows_between, found.columns, started=summary.started))
+    status, is_ending = _status_after(summary, step=found.step)
     return Beginning(
         master=found.master,
         order=found.order,
@@ -169,7 +171,8 @@ def _take_over(
         evaluated=found.evaluated,
         started=summary.started,
         elapsed_seconds=summary.elapsed_seconds,
-        status="starting" if summary.status == "running" else summary.status,
+        status=status,
+        is_ending=is_ending,
         error=summary.error,
         traceback=summary.remote_traceback,
         events=events,
@@ -178,6 +181,18 @@ def _take_over(
         mended=memo.mended,
         is_given_up=is_given_up,
     )
+
+
+def _status_after(summary: RunSummary, *, step: int) -> tuple[RunStatus, bool]:
+    """As what a run goes on that the hub before held, and whether only its last checkpoint is missing.
+
+    Args:
+        summary: as that hub left it.
+        step: from which it goes on.
+    """
+    if summary.ending is None or (summary.ending == "finished" and step < summary.num_steps):
+        return "starting" if summary.status == "running" else summary.status, False
+    return summary.ending, True
 
 
 @dataclass(frozen=True, slots=True)

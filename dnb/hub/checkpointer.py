@@ -120,11 +120,14 @@ class Checkpointer:
         self._is_unsigned_told = False
         self._sources = Sources(frames, spec)
         self._retention = _retention(spec.checkpoints)
-        self._first_step = place().step
+        self._first_step = 0 if spec.resumed is None else spec.resumed.step
         self._tensors = named_tensors(master)
         self._buffers: dict[str, TensorBuffer] = {}
         self._is_due = False
         self._is_record = False  # what is due is the best so far: it waits in memory rather than being left out
+        self._left_out: int | None = (
+            None  # the step whose turn came too early; told once another step has taken its place
+        )
         self._waiting: _Job | None = None
         self._asked: dict[int, Path | None] = {}  # by ticket; None: in the run's own folder
         self._tickets: dict[int, CheckpointState] = {}
@@ -148,6 +151,8 @@ class Checkpointer:
             owes_evaluation: an evaluation of this very step follows, and the checkpoint waits for it.
         """
         self.is_torn = False
+        if self._left_out is not None and step > self._left_out:
+            self._tell_left_out(self._left_out)
         if self._retention is not None and not owes_evaluation:
             self._is_record = kind == "evaluation" and self._retention.is_record(dict(values))
             self._is_due = self._is_due or self._is_record or self._retention.is_due(step)
@@ -190,15 +195,29 @@ class Checkpointer:
     def tick(self, *, is_still: bool) -> None:
         """Look after the thread; serve wishes, if no commit will come that does it."""
         self.collect()
-        if is_still and (self._is_due or self._asked) and self._thread is None:
+        if not is_still or self._thread is not None:
+            return
+        if self._left_out is not None:  # the state of its step is still there, and there is time now
+            self._is_due, self._left_out = True, None
+        if self._is_due or self._asked:
             self.take()
 
     @property
     def is_finishing(self) -> bool:
         """Whether the run has ended, and its last checkpoint is not durable yet."""
-        if self._ended is None or (self._thread is None and not self._is_due):
-            return False
-        return time.monotonic() - self._ended < FINISH_SECONDS
+        return self._is_unwritten and time.monotonic() - (self._ended or 0.0) < FINISH_SECONDS
+
+    @property
+    def _is_unwritten(self) -> bool:
+        return self._ended is not None and (self._thread is not None or self._is_due)
+
+    @property
+    def shortfall(self) -> str:
+        """In words, if the run has ended and its last checkpoint is not durable; else empty."""
+        if not self._is_unwritten or self._ended is None:
+            return ""
+        seconds = time.monotonic() - self._ended
+        return f"the last checkpoint, of step {self._place().step}, is not whole after {seconds:.3g} s"
 
     def end(self) -> None:
         """The run has ended: keep its last state, if it keeps any."""
@@ -206,8 +225,11 @@ class Checkpointer:
         self._is_due = False
         place = self._place()
         is_new = (place.step, place.evaluated) != self._last_taken and place.step > self._first_step
+        left_out, self._left_out = self._left_out, None
         if self._retention is not None and is_new and not self.is_torn:
             self._is_due = True
+        elif left_out is not None:
+            self._tell_left_out(left_out)
         self.tick(is_still=True)
         if self._thread is None and not self._is_due:
             self._sources.forget_data()
@@ -249,6 +271,9 @@ class Checkpointer:
             return
         if target == step_folder(Path(self._spec.folder), place.step):
             self._last_taken = (place.step, place.evaluated)
+            self._left_out = None
+        if self._waiting is not None:  # a better one takes its place, and fulfils its wishes
+            tickets += self._waiting.tickets
         needed = sum(buffer.num_bytes for buffer in buffers.values()) + self._sources.pending_bytes
         job = _Job(target, manifest, buffers, tickets, is_of_policy, needed + MARGIN_BYTES)
         if self._thread is None:
@@ -259,10 +284,13 @@ class Checkpointer:
     def _skip(self) -> None:
         if self._is_due and self._ended is None:
             self._is_due = False
-            step = self._place().step
-            text = f"the checkpoint of step {step} is left out, as the one before is still being written"
-            log.info(text)
-            self._tell_once("slow", "checkpoint", text, step)
+            self._left_out = self._place().step
+
+    def _tell_left_out(self, step: int) -> None:
+        self._left_out = None
+        text = f"the checkpoint of step {step} was left out, as the one before was still being written"
+        log.info(text)
+        self._tell_once("slow", "checkpoint", text, step)
 
     def _next_target(self, step: int) -> tuple[Path, tuple[int, ...]]:
         """Where the next one goes, and the wishes that it fulfils."""
@@ -426,7 +454,10 @@ class Checkpointer:
     ) -> None:
         self._last_taken = (-1, -1)
         cause = f"{type(error).__name__} {error.errno if isinstance(error, OSError) else reason}"
-        text = f"no checkpoint of step {step}: {reason}; the run goes on, and earlier checkpoints stay"
+        goes_on = "the run goes on, and " if self._ended is None else ""
+        text = f"no checkpoint of step {step}: {reason}; {goes_on}earlier checkpoints stay"
+        if self._ended is not None:
+            self._faults.discard(cause)  # that the last one is missing is told in any case
         if cause not in self._faults:
             log.warning(text)
         self._tell_once(cause, kind, text, step)

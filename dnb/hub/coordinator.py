@@ -746,8 +746,12 @@ class Coordinator:
         self._leases.by_engine.clear()
         released = [Release(engine) for engine in sorted(self._retiring)]
         self._retiring.clear()
-        text = error or f"{status} after step {self.step} of {self.num_steps}"
-        return [Note(status, text), End(status, error, traceback), *released]
+        return [Note(status, self.last_word), End(status, error, traceback), *released]
+
+    @property
+    def last_word(self) -> str:
+        """How the run has ended, for people."""
+        return self.error or f"{self.status} after step {self.step} of {self.num_steps}"
 
 
 def _reassigned(engine: int, num_shards: int) -> Note:

@@ -79,6 +79,7 @@ class RunSummary(Record, frozen=True):
     options: dict[str, Any]
     prediction: Prediction | None = None
     versions: dict[str, str] = msgspec.field(default_factory=dict)  # with which it was trained
+    ending: RunStatus | None = None  # how it ends once its last checkpoint is whole; until then it is "running"
 
 
 def summarize(spec: RunSpec, **state: Any) -> RunSummary:

@@ -775,7 +775,7 @@ class Service:
     def _active(self, name: str, verb: str) -> ActiveRun:
         run = self._named(name)
         if not run.is_active:
-            raise ArgumentError(f"run {name!r} is {run.status}: there is nothing to {verb}")
+            raise ArgumentError(f"run {name!r} is {_standing(run)}: there is nothing to {verb}")
         return run
 
     def _mend(self, name: str, frames: Sequence[bytes]) -> None:
@@ -793,10 +793,10 @@ class Service:
 
     def _control(self, name: str, verb: Literal["pause", "resume", "stop"]) -> None:
         run = self._named(name)
-        if verb == "pause" and run.status != "running":
-            raise ArgumentError(f"run {name!r} is {run.status}, not running: there is nothing to pause")
+        if verb == "pause" and _standing(run) != "running":
+            raise ArgumentError(f"run {name!r} is {_standing(run)}, not running: there is nothing to pause")
         if verb == "resume" and run.status != "paused":
-            raise ArgumentError(f"run {name!r} is {run.status}, not paused: there is nothing to resume")
+            raise ArgumentError(f"run {name!r} is {_standing(run)}, not paused: there is nothing to resume")
         run.ask(verb)
 
     def _submit(self, frames: Sequence[bytes]) -> None:
@@ -806,7 +806,7 @@ class Service:
         if spec.id in (held.spec.id for held in (self._run, self._lost_run) if held is not None):
             return  # the hub before has taken it, and died before it said so
         if self._run is not None:
-            if self._run.is_active:
+            if not self._run.is_over:
                 raise ArgumentError(_still_active(self._run))
             self._run.close()
             self._run = None
@@ -980,7 +980,7 @@ class Service:
         """The pool ends with its kernel, unless a run is advancing, or was and may still be asked for."""
         if self._owner is None or is_alive(self._owner):
             return
-        if self._run is None or (self._orphaned is None and not self._run.is_active):
+        if self._run is None or (self._orphaned is None and self._run.is_over):
             self.end("its kernel is gone")
         elif self._run.status in ("starting", "running") or self._orphaned is None:
             self._orphaned = time.monotonic()
@@ -1154,9 +1154,14 @@ def _state_of(run: ActiveRun, *, optimizer: bool) -> tuple[Message, Sequence[Any
     return encode_state(state)
 
 
+def _standing(run: ActiveRun) -> str:
+    """How a run stands, for people."""
+    return run.status if run.is_active or run.is_over else "writing its last checkpoint"
+
+
 def _still_active(run: ActiveRun) -> str:
     return (
-        f"run {run.spec.name!r} is {run.status}: wait for it with %dtrain wait, or end it with %dtrain stop, "
+        f"run {run.spec.name!r} is {_standing(run)}: wait for it with %dtrain wait, or end it with %dtrain stop, "
         "before the next fit"
     )
 

@@ -139,6 +139,11 @@ class Teams:
         return self._named(self._inner.error)
 
     @property
+    def last_word(self) -> str:
+        """How the run has ended, for people."""
+        return self._named(self._inner.last_word)
+
+    @property
     def traceback(self) -> str:
         """Of what is in `error`."""
         return self._inner.traceback

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import dnb
 from dnb.errors import ArgumentError, HubError
+from dnb.hub.checkpoints import find_checkpoint
 from dnb.run import Run
-from tests.engines.pools import wait, wait_until
+from tests.engines.pools import until, wait, wait_until
 from tests.models import digits, dropout_net, largest_gap, largest_relative_gap, mlp, plain_run, twice
 from tests.unit.kept_runs import rewrite
 
@@ -166,7 +167,31 @@ def test_a_run_that_is_stopped_leaves_its_last_state(pool):
     run.stop()
     wait(run)
     assert [path.name for path in (run.folder / "checkpoints").glob("step-*")][-1:] == [f"step-{run.step:06d}"]
-    assert run.events[-1].kind in ("checkpoint", "stopped")
+    assert [event.kind for event in run.events[-2:]] == ["checkpoint", "stopped"]
+
+
+def wide_net():
+    """7.7 million parameters: with their moments 92 MB, so that a checkpoint takes longer than a step."""
+    return nn.Sequential(nn.Linear(64, 100_000, bias=False), nn.Linear(100_000, 10, bias=True))
+
+
+@pytest.mark.parametrize("verb", ["finished", "stopped"])
+def test_the_end_is_the_last_event_and_comes_when_the_last_checkpoint_is_whole(pool, verb):
+    """Each step's checkpoint is due while the one before is being written."""
+    steps = 6 if verb == "finished" else 100_000
+    run = pool.fit(wide_net(), digits(64), loss="cross_entropy", lr=1e-4, steps=steps, checkpoint_every=1)
+    if verb == "stopped":
+        wait_until(run, lambda run: run.step > 3, what="step 3")
+        run.stop()
+    until(lambda: json.loads((run.folder / "run.json").read_text())["status"] == verb, what="the folder says so")
+    events = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
+    find_checkpoint(checkpoint_of(run, events[-1]["step"]), wants=lambda _: ["job.pickle", "data.pickle"])
+    wait(run)
+    told = [(event.kind, event.step) for event in run.events if event.kind in ("checkpoint", verb)]
+    assert told[-2:] == [("checkpoint", run.step), (verb, run.step)]
+    assert [(event["kind"], event["step"]) for event in events] == [(event.kind, event.step) for event in run.events]
+    written = {event.step for event in run.events if " is in " in event.text}
+    assert not written & {event.step for event in run.events if "left out" in event.text}
 
 
 def test_the_best_checkpoint_by_validation_loss_stays(pool):

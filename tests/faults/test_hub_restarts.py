@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from dnb import training
-from dnb.hub.history import read_history
+from dnb.hub.checkpoints import find_checkpoint, step_folder
+from dnb.hub.history import read_history, read_summary
 from tests.engines.pools import until, wait, wait_until
 from tests.models import digits, largest_gap, mlp, plain_losses
 
@@ -55,6 +56,27 @@ def test_a_run_goes_on_with_the_same_loss_when_the_hub_is_killed(pool):
     plain = plain_losses(mlp(), digits(), num_steps=300, batch_size=64)
     assert (run.status, run.step) == ("finished", 300)
     assert largest_gap(run.history["loss"], plain) <= 1e-10
+
+
+@pytest.mark.parametrize("verb", ["finished", "stopped"])
+def test_a_hub_that_is_killed_while_it_writes_the_last_checkpoint_leaves_that_to_the_next(pool, verb):
+    steps = 3 if verb == "finished" else 100_000
+    model = torch.nn.Sequential(torch.nn.Linear(64, 100_000, bias=False), torch.nn.Linear(100_000, 10))
+    run = pool.fit(model, digits(64), loss="cross_entropy", lr=1e-4, steps=steps, checkpoint_every=1)
+    if verb == "stopped":
+        wait_for_step(run, 2)
+        run.stop()
+    until(lambda: read_summary(run.folder).ending is not None, what="the last checkpoint is being written")
+    assert read_summary(run.folder).status == "running"
+    kill_hub(pool)
+    wait(run)
+    assert (run.status, read_summary(run.folder).status, read_summary(run.folder).ending) == (verb, verb, None)
+    told = [(event.kind, event.step) for event in run.events]
+    assert told[-3:] == [("recovered", run.step), ("checkpoint", run.step), (verb, run.step)]
+    found, _ = find_checkpoint(
+        step_folder(run.folder, run.step), wants=lambda _: ["job.pickle", "data.pickle", "data.buffers"]
+    )
+    assert found.manifest.step == run.step
 
 
 def test_an_idle_pool_keeps_its_engines_and_trains(pool):

@@ -164,6 +164,11 @@ class KeptRun:
         self.until(lambda: self.checkpoints._thread is None, what="nothing is being written")
         return self
 
+    def wait_for_end(self) -> KeptRun:
+        """Until nothing holds back the end of a run that has taken its last step."""
+        self.until(lambda: not self.checkpoints.is_finishing, what="the end is not held back")
+        return self
+
     def until(self, holds: Callable[[], bool], *, what: str) -> None:
         deadline = time.monotonic() + 30
         while not holds():

@@ -111,9 +111,79 @@ def test_training_goes_on_while_one_is_written_and_the_next_is_left_out(run_of: 
     run.train(4)
     gate.opened.set()
     steps(run.wait(), 2)
-    assert run.kept_steps == [2, 8]
-    slow = [text for _, text, _ in run.events if "left out" in text]
-    assert slow == ["the checkpoint of step 4 is left out, as the one before is still being written"]
+    assert run.kept_steps == [6, 8]
+    assert left_out(run) == ["the checkpoint of step 4 was left out, as the one before was still being written"]
+
+
+def left_out(run: KeptRun) -> list[str]:
+    return [text for _, text, _ in run.events if "left out" in text]
+
+
+def test_a_last_checkpoint_whose_turn_comes_too_early_is_written_and_not_said_to_be_left_out(run_of: MakeRun):
+    """The run ends while the checkpoint before is being written, as that of a large model was."""
+    gate = Gate()
+    run = run_of(disk=gate).train(2)
+    assert gate.reached.wait(30)
+    run.train(2)
+    run.checkpoints.end()
+    gate.opened.set()
+    run.wait_for_end()
+    assert run.kept_steps == [2, 4]
+    assert [(kind, step) for kind, _, step in run.events] == [("checkpoint", 2), ("checkpoint", 4)]
+    assert left_out(run) == []
+
+
+def test_while_the_run_stands_still_a_checkpoint_whose_turn_came_too_early_is_written(run_of: MakeRun):
+    gate = Gate()
+    run = run_of(disk=gate).train(2)
+    assert gate.reached.wait(30)
+    run.train(2)
+    gate.opened.set()
+    run.until(lambda: run.kept_steps == [2, 4], what="that of step 4 is there")
+    run.wait().train(1)
+    assert left_out(run) == []
+
+
+def test_a_checkpoint_that_was_left_out_of_a_run_that_fails_is_told(run_of: MakeRun):
+    gate = Gate()
+    run = run_of(disk=gate).train(2)
+    assert gate.reached.wait(30)
+    run.train(2)
+    run.checkpoints.is_torn = True
+    run.checkpoints.end()
+    gate.opened.set()
+    run.wait_for_end()
+    assert left_out(run) == ["the checkpoint of step 4 was left out, as the one before was still being written"]
+
+
+def test_the_wish_of_a_best_one_that_a_better_one_replaces_is_fulfilled(run_of: MakeRun):
+    gate = Gate()
+    run = run_of(disk=gate, every=2, keep=1, best="val_loss").train(2)
+    assert gate.reached.wait(30)
+    ticket = run.checkpoints.ask(None).ticket
+    run.train(1).evaluate(val_loss=0.5)
+    run.train(2).evaluate(val_loss=0.25)
+    gate.opened.set()
+    assert run.settle(ticket).path == str(run.folder_of(5))
+
+
+def test_the_end_is_late_when_its_checkpoint_is_not_whole_in_time(run_of: MakeRun, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dnb.hub.checkpointer.FINISH_SECONDS", 0.0)
+    gate = Gate()
+    run = run_of(disk=gate).train(3)
+    run.checkpoints.end()
+    assert not run.checkpoints.is_finishing
+    assert run.checkpoints.shortfall.startswith("the last checkpoint, of step 3, is not whole after ")
+    gate.opened.set()
+    run.until(lambda: not run.checkpoints.shortfall, what="it is whole")
+
+
+def test_that_the_last_one_fails_is_told_though_the_cause_was_told_before(run_of: MakeRun):
+    run = steps(run_of(disk=Full(100_000)), 5)
+    run.checkpoints.end()
+    run.wait_for_end()
+    assert [(kind, step) for kind, _, step in run.events] == [("disk", 2), ("disk", 5)]
+    assert run.events[1][1].endswith("0.1 MB free; earlier checkpoints stay")
 
 
 def test_the_best_so_far_waits_for_its_turn_and_is_the_state_of_its_step(run_of: MakeRun):
