@@ -152,6 +152,7 @@ class WireOffer(Record, frozen=True):
     url: str  # "unix://NAME" | "tcp://HOST:PORT"
     token: str
     other_url: str = ""  # if the first does not answer
+    sealed: bool = False  # what goes over TCP is: see `dnb.transport.sealing`
 
 
 class RunEvent(Record, frozen=True):
@@ -401,6 +402,7 @@ class Attach(Message, frozen=True):
 
     engine: int
     proof: str
+    nonce: str = ""  # drawn by the engine for this wire
 
 
 class NoSharedMemory(Message, frozen=True):

@@ -629,7 +629,7 @@ class ActiveRun:
     def _perform_all(self, actions: Iterable[machine.Action]) -> list[machine.Event]:
         return [follow for action in actions if (follow := self._perform(action)) is not None]
 
-    def _perform(self, action: machine.Action) -> machine.Event | None:
+    def _perform(self, action: machine.Action) -> machine.Event | None:  # noqa: C901 - the table of actions
         match action:
             case machine.LoadEngine(engine):
                 return self._load(engine)
@@ -639,8 +639,6 @@ class ActiveRun:
                 return self._commit(kind, step, reports)
             case machine.Release(engine):
                 self._let_go(engine)
-            case machine.Note(kind=kind) if kind in ENDED:
-                self._last_word = action
             case machine.Note():
                 self._note(action)
             case machine.Disband(team):
@@ -977,6 +975,9 @@ class ActiveRun:
         self._folder.append_row(HistoryRow(kind="evaluation", step=step, time=time.time(), values=values))
 
     def _note(self, note: machine.Note, *, step: int | None = None) -> None:
+        if note.kind in ENDED and not self.is_over:
+            self._last_word = note  # said when the last checkpoint is whole
+            return
         event = RunEvent(
             kind=note.kind,
             text=clean_text(note.text, length=TRACEBACK_LENGTH),

@@ -82,7 +82,7 @@ def lose(spec: RunSpec, *, error: str, remote_traceback: str, folders: Sequence[
         else:
             if summary.status not in ENDED:
                 summary = msgspec.structs.replace(
-                    summary, status="failed", error=error, remote_traceback=remote_traceback, step=step
+                    summary, status="failed", ending=None, error=error, remote_traceback=remote_traceback, step=step
                 )
                 files.write_summary(summary)
                 files.append_event(RunEvent(kind="failed", text=error, step=step, time=time.time()))

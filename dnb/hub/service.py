@@ -395,9 +395,11 @@ class Service:
         line.wire.flush()
         reason = ""
         try:
-            for packed, _raw in line.wire.receive():
+            messages = line.wire.receive()
+            for packed, _raw in messages:
                 if line.engine is None:
                     self._attach(line, packed)
+                    messages += line.wire.receive()  # what came behind the greeting
                 else:
                     self._take_message(line.engine, decode_peer(self._decode_engine, packed))
         except (WireError, PeerError) as error:  # whoever says this is cut off, and may call again

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hmac
+import ipaddress
 import logging
 import os
 import random
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 import msgspec
 
 from dnb.records import Attach, EngineMessage, TransportKind, WireOffer
+from dnb.transport.sealing import derive_keys
 from dnb.transport.wires import MAX_RECORD_BYTES, WIRES_VARIABLE, Wire, WireError, WireListener, prove
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ MOST_CALLERS = 64
 TURN_CALLS = 32
 QUIET_CALLS = 100
 BUSY_CALLS = 1000
+# What an engine has to draw by lot for a wire that is sealed.
+NONCE_LETTERS = 32
 
 _decode_greeting = msgspec.msgpack.Decoder(Attach).decode
 
@@ -41,6 +45,7 @@ class Line:
     wire: Wire
     nonce: str
     opened: float  # on the monotonic clock
+    is_tcp: bool = False
     engine: int | None = None  # None until it has proved which one it is
     is_retired: bool = False  # its engine was asked to connect anew: that it closes is no death
     is_watched: bool = False  # whether the poller tells when it can be written to
@@ -61,6 +66,8 @@ class Wiring:
         self._spare_file: int | None = None  # closed for a moment when a call comes and no other file is left
         self._keep_spare_file()
         self._tokens: dict[int, str] = {}
+        self._sealed: set[int] = set()  # engines whose wires are sealed if they come by TCP
+        self._is_exposed = not _is_loopback(host)
         self._num_records: dict[int, int] = {}  # sent by wires that are closed
 
     def withdraw(self, engine: int) -> None:
@@ -75,15 +82,18 @@ class Wiring:
             kind: what the wire is for.
             is_near: whether the engine is on this host, where a Unix socket is twice as fast as TCP.
         """
-        self._tokens[engine] = secrets.token_hex(32)
+        token = self._tokens[engine] = secrets.token_hex(32)
         for line in self.lines.values():
             line.is_retired = line.is_retired or line.engine == engine
+        wish = os.environ.get(WIRES_VARIABLE)
+        sealed = self._is_exposed or not is_near or wish == "sealed"
+        self._sealed = self._sealed | {engine} if sealed else self._sealed - {engine}
         local, tcp = self._listener.local_url, self._listener.tcp_url
         if kind == "memory":
-            return WireOffer(url=local, token=self._tokens[engine])
-        if is_near and os.environ.get(WIRES_VARIABLE) != "tcp":
-            return WireOffer(url=local, other_url=tcp, token=self._tokens[engine])
-        return WireOffer(url=tcp, token=self._tokens[engine])
+            return WireOffer(url=local, token=token, sealed=sealed)
+        if is_near and wish not in ("tcp", "sealed"):
+            return WireOffer(url=local, other_url=tcp, token=token, sealed=sealed)
+        return WireOffer(url=tcp, token=token, sealed=sealed)
 
     def refill(self) -> None:
         """Another tick has begun: calls are answered again."""
@@ -107,13 +117,14 @@ class Wiring:
         Raises:
             OSError: it is gone already, or a process of another user; BlockingIOError if nobody calls.
         """
+        listener = self.listeners[listening]
         try:
-            wire, nonce = self._listener.accept(self.listeners[listening])
+            wire, nonce = self._listener.accept(listener)
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
-                self._send_away(self.listeners[listening])
+                self._send_away(listener)
             raise
-        self.lines[wire.fileno()] = Line(wire, nonce, time.monotonic())
+        self.lines[wire.fileno()] = Line(wire, nonce, time.monotonic(), is_tcp=listener.family != socket.AF_UNIX)
         return wire.fileno()
 
     def _send_away(self, listening: socket.socket) -> None:
@@ -161,6 +172,12 @@ class Wiring:
             raise WireError("a stranger called")
         if not hmac.compare_digest(message.proof.encode(), prove(token, line.nonce).encode()):
             raise WireError(f"a stranger called as engine {message.engine}")
+        if line.is_tcp and message.engine in self._sealed:
+            if len(message.nonce) < NONCE_LETTERS:
+                raise WireError(f"engine {message.engine} calls from another host and does not seal what it says")
+            to_hub, to_engine = derive_keys(token, hub_nonce=line.nonce, engine_nonce=message.nonce)
+            line.wire.seal(outgoing=to_engine, incoming=to_hub)
+        line.wire.is_greeting = False
         del self._tokens[message.engine]
         line.engine = message.engine
         line.wire.trust(max_record_bytes=MAX_RECORD_BYTES)
@@ -193,3 +210,10 @@ class Wiring:
         self.lines.clear()
         self._listener.close()
         self._drop_spare_file()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,7 +1,8 @@
 """Wires: one stream socket between hub and engine, for small records and raw pieces of flat buffers.
 
 A frame is a header of 16 bytes and a body. The body of a record is msgpack, then raw bytes that belong to it; the
-body of a piece is received straight into its landing, a buffer that was set out for its slot.
+body of a piece is received straight into its landing, a buffer that was set out for its slot. On a wire that leaves the
+host, header and body are sealed: see `dnb.transport.sealing`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from dnb.errors import HubError
 from dnb.records import Attach, Challenge, Message, WireOffer
 from dnb.transport.credentials import is_foreign
 from dnb.transport.encoding import encode_record
+from dnb.transport.sealing import SEAL_BYTES, Seal, derive_keys, is_seal
 
 PIECE_BYTES = 4 << 20
 # Slots of a wire to an engine; a wire to the hub has one slot per slab.
@@ -41,7 +43,8 @@ MAX_GREETING_BYTES = 4096
 QUEUE_LENGTH = 4096
 # How soon an engine calls again that the queue had no room for, or that made room for another caller.
 CALL_SECONDS = 0.02
-# Where the wires of engines without shared memory go, on the hub's own host: "tcp" keeps them from the Unix socket.
+# Where the wires of engines without shared memory go, on the hub's own host: "tcp" keeps them from the Unix socket,
+# "sealed" seals them besides, as if they left the host.
 WIRES_VARIABLE = "DNB_WIRES"
 # After so many bytes of one engine the others are looked at.
 TURN_BYTES = 16 << 20
@@ -77,6 +80,14 @@ class _Part:
     left: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Unsealed:
+    """A frame that is sealed when its turn comes: frames are numbered in the order in which they are sent."""
+
+    header: bytes
+    body: bytes | memoryview
+
+
 class Wire:
     """One end of a connection; never blocks but in `flush_all`.
 
@@ -88,13 +99,19 @@ class Wire:
     def __init__(self, sock: socket.socket, *, is_trusted: bool = True) -> None:
         sock.setblocking(False)
         self._sock = sock
-        self._queue: deque[memoryview | _Part] = deque()
+        self._queue: deque[memoryview | _Part | _Unsealed] = deque()
         self._buffer = bytearray(_HEADER.size + MAX_GREETING_BYTES)
         self._start = self._end = 0
         self._landing = memoryview(b"")
         self.landings: dict[int, memoryview] = {}
         self.max_record_bytes = MAX_GREETING_BYTES
         self._turn_bytes = MAX_GREETING_BYTES
+        self.is_greeting = False  # what follows the first record waits: it may be sealed
+        self._sealing: Seal | None = None  # of what is sent
+        self._checking: Seal | None = None  # of what is received
+        self._seal_bytes = 0
+        self._is_header_checked = False
+        self._owes_seal = False  # the piece that was received last
         self.is_closed = False
         self.num_records_out = 0
         if is_trusted:
@@ -119,6 +136,16 @@ class Wire:
         """Whether something waits for the other side to read."""
         return bool(self._queue) and not self.is_closed
 
+    def seal(self, *, outgoing: bytes, incoming: bytes) -> None:
+        """From now on every frame is sealed with a key, in each direction with another."""
+        self._sealing, self._checking = Seal(outgoing), Seal(incoming)
+        self._seal_bytes = SEAL_BYTES
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether every byte is authenticated."""
+        return self._sealing is not None
+
     def send(self, record: Message, raw: bytes | memoryview = b"") -> None:
         """Send a record, with raw bytes behind it; what the socket does not take at once waits for `flush`."""
         self.queue(record, raw)
@@ -131,6 +158,9 @@ class Wire:
     def queue_frame(self, frame: bytes) -> None:
         """Set what `frame_of` made in line."""
         self.num_records_out += 1
+        if self._sealing is not None:
+            self._queue.append(_Unsealed(frame[: _HEADER.size], memoryview(frame)[_HEADER.size :]))
+            return
         self._queue.append(memoryview(frame))
 
     def queue_pieces(self, slot: int, source: Flat, ranges: Iterable[tuple[int, int]]) -> None:
@@ -144,7 +174,11 @@ class Wire:
         for first, last in ranges:
             for offset in range(first, last, PIECE_BYTES):
                 size = min(PIECE_BYTES, last - offset)
-                self._queue.append(memoryview(_HEADER.pack(_PIECE, slot, size, offset)))
+                header = _HEADER.pack(_PIECE, slot, size, offset)
+                if self._sealing is not None:
+                    self._queue.append(_Unsealed(header, source.memory[offset : offset + size]))
+                    continue
+                self._queue.append(memoryview(header))
                 self._queue.append(_Part(source, offset, size))
 
     def flush(self) -> None:
@@ -153,6 +187,9 @@ class Wire:
         try:
             while queue and not self.is_closed:
                 item = queue[0]
+                if isinstance(item, _Unsealed):
+                    assert self._sealing is not None
+                    item = queue[0] = self._sealing.seal(item.header, item.body)
                 if isinstance(item, _Part):
                     sent = self._send_part(item)
                     item.offset += sent
@@ -197,9 +234,13 @@ class Wire:
         messages: list[tuple[memoryview, memoryview]] = []
         taken = 0
         try:
+            if self._end - self._start >= _HEADER.size and not len(self._landing):
+                self._parse(messages)  # what came with the greeting
             while taken < self._turn_bytes:
                 if len(self._landing):
                     got = self._sock.recv_into(self._landing)
+                    if self._checking is not None:
+                        self._checking.add(self._landing[:got])
                     self._landing = self._landing[got:]
                     is_all = False
                 else:
@@ -213,7 +254,7 @@ class Wire:
                 taken += got
                 if not len(self._landing):
                     self._parse(messages)
-                if is_all and not len(self._landing):
+                if (is_all and not len(self._landing)) or (self.is_greeting and messages):
                     break
         except BlockingIOError:
             pass
@@ -237,21 +278,52 @@ class Wire:
         return messages
 
     def _parse(self, messages: list[tuple[memoryview, memoryview]]) -> None:
-        while self._end - self._start >= _HEADER.size:
+        seal = self._seal_bytes
+        while self._take_owed_seal() and self._end - self._start >= _HEADER.size + seal:
             kind, slot, size, extra = _HEADER.unpack_from(self._buffer, self._start)
-            body = self._start + _HEADER.size
+            body = self._start + _HEADER.size + seal
+            self._check_header()
             if kind == _PIECE:
                 self._land(slot, size, extra, body)
                 continue
             if kind != _RECORD or size > self.max_record_bytes or extra > size:
                 raise WireError(f"a frame of kind {kind} with {size} bytes is against the rules")
-            if self._end - body < size:
-                self._make_room(_HEADER.size + size)
+            if self._end - body < size + seal:
+                self._make_room(_HEADER.size + size + 2 * seal)
                 return
             whole = memoryview(bytes(self._buffer[body : body + size]))
-            messages.append((whole[:extra], whole[extra:]))
             self._start = body + size
-        self._make_room(_HEADER.size)
+            if self._checking is not None:
+                self._checking.add(whole)
+                self._owes_seal = True
+                self._take_owed_seal()
+            messages.append((whole[:extra], whole[extra:]))
+            if self.is_greeting:
+                return
+        self._make_room(_HEADER.size + 2 * seal)
+
+    def _check_header(self) -> None:
+        """Nothing that a header announces is received before it is known to be of the other side."""
+        if self._checking is None or self._is_header_checked:
+            return
+        end = self._start + _HEADER.size
+        self._check(self._checking.begin(self._buffer[self._start : end]), self._buffer[end : end + SEAL_BYTES])
+        self._is_header_checked = True
+
+    def _take_owed_seal(self) -> bool:
+        """Check a body that has come; whether what follows may be looked at."""
+        if not self._owes_seal:
+            return True
+        if self._checking is None or self._end - self._start < SEAL_BYTES:
+            return False
+        self._check(self._checking.end(), self._buffer[self._start : self._start + SEAL_BYTES])
+        self._start += SEAL_BYTES
+        self._owes_seal = self._is_header_checked = False
+        return True
+
+    def _check(self, expected: bytes, found: bytearray) -> None:
+        if not is_seal(expected, found):
+            raise WireError("a seal is broken: something between hub and engine has changed, added or left out bytes")
 
     def _land(self, slot: int, size: int, offset: int, body: int) -> None:
         landing = self.landings.get(slot)
@@ -259,6 +331,9 @@ class Wire:
             raise WireError(f"a piece of {size} bytes at {offset} has no place in slot {slot}")
         here = min(size, self._end - body)
         landing[offset : offset + here] = self._buffer[body : body + here]
+        if self._checking is not None:
+            self._checking.add(landing[offset : offset + here])
+            self._owes_seal = True
         self._landing = landing[offset + here : offset + size]
         self._start = body + here
 
@@ -356,6 +431,7 @@ class WireListener:
             sock.close()
             raise PermissionError(errno.EACCES, "a process of another user called")
         wire = Wire(sock, is_trusted=False)
+        wire.is_greeting = True
         nonce = secrets.token_hex(16)
         wire.send(Challenge(nonce=nonce))
         if wire.is_closed:
@@ -382,7 +458,12 @@ def connect_wire(offer: WireOffer, *, engine: int, timeout_seconds: float) -> Wi
         except (OSError, ValueError, WireError, msgspec.MsgspecError) as error:
             faults.append(f"{url}: {error}")
             continue
-        wire.send(Attach(engine=engine, proof=prove(offer.token, nonce)))
+        is_sealed = offer.sealed and url.startswith("tcp://")
+        own = secrets.token_hex(16) if is_sealed else ""
+        wire.send(Attach(engine=engine, proof=prove(offer.token, nonce), nonce=own))
+        if is_sealed:
+            to_hub, to_engine = derive_keys(offer.token, hub_nonce=nonce, engine_nonce=own)
+            wire.seal(outgoing=to_hub, incoming=to_engine)
         return wire
     raise HubError(f"engine {engine} cannot reach the hub at {'; '.join(faults)}")
 

@@ -93,12 +93,36 @@ def test_a_word_that_is_no_transport_is_refused_with_the_nearest(pool, transport
     assert not training.RUNS_FOLDER.exists()
 
 
-def test_tcp_carries_the_same_bits_as_the_unix_socket(pool, tmp_path, monkeypatch):
+def note_wires():
+    """Let an engine remember the wires that it opens."""
+    from dnb.engine import worker
+
+    worker.opened = []
+    connect = worker.connect_wire
+
+    def noted(*arguments, **options):
+        worker.opened.append(connect(*arguments, **options))
+        return worker.opened[-1]
+
+    worker.connect_wire = noted
+
+
+def sealed_wires():
+    from dnb.engine import worker
+
+    return [wire.is_sealed for wire in worker.opened]
+
+
+@pytest.mark.parametrize("wires", ["tcp", "sealed"])
+def test_tcp_carries_the_same_bits_as_the_unix_socket_also_sealed(pool, tmp_path, monkeypatch, wires):
     by_unix, by_tcp = twice(large_net)
-    train(pool, by_unix, steps=3, transport="socket", exact=True)
-    monkeypatch.setenv(WIRES_VARIABLE, "tcp")
+    options = {"val": digits(100), "steps": 3, "transport": "socket", "exact": True}
+    train(pool, by_unix, **options)
+    monkeypatch.setenv(WIRES_VARIABLE, wires)
     with open_small_pool(1, profile_dir=tmp_path / "profile") as far:
-        train(far, by_tcp, steps=3, transport="socket", exact=True)
+        far.client[:].apply_sync(ipyparallel.interactive(note_wires))
+        train(far, by_tcp, **options)
+        assert far.client[:].apply_sync(ipyparallel.interactive(sealed_wires)) == [[wires == "sealed"]]
     assert same_bits(by_unix, by_tcp)
 
 
