@@ -14,6 +14,7 @@ from dnb.hub.accounts import Columns
 from dnb.hub.checkpoints import HISTORY_FILE, MODEL_FILE, OPTIMIZER_FILE, Checkpoint, Manifest, open_checkpoint
 from dnb.hub.history import HistoryRow
 from dnb.hub.reducer import Master
+from dnb.hub.user_code import UserCodeError, user_code
 from dnb.transport.failures import describe_error
 from dnb.transport.trees import put_together
 
@@ -50,7 +51,7 @@ def restore(folder: Path, master: Master, columns: Columns, *, digest: str = "")
     except ArgumentError:
         raise
     except Exception as error:  # whatever the state holds that the user's optimizer or scheduler cannot take
-        told = describe_error(error)
+        told = error.failure if isinstance(error, UserCodeError) else describe_error(error)
         raise ArgumentError(f"{folder} is not as dnb writes checkpoints: {told.kind}: {told.message}") from error
     return checkpoint.manifest
 
@@ -127,9 +128,10 @@ def _restore_optimizer(manifest: Manifest, optimizer: Any, tensors: Mapping[str,
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     _check_moments(optimizer, parameters, state["state"])
     try:
-        optimizer.load_state_dict(state)
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:
-        raise ArgumentError(f"the optimizer is not that of the checkpoint: {error}") from error
+        with user_code("in the optimizer's load_state_dict"):
+            optimizer.load_state_dict(state)
+    except UserCodeError as error:
+        raise ArgumentError(f"the optimizer is not that of the checkpoint: {error.failure.message}") from error
     # load_state_dict makes every tensor of the parameter's dtype, also those that were kept in a wider one.
     for index, values in state["state"].items():
         own = optimizer.state[parameters[index]]
@@ -170,7 +172,8 @@ def _restore_scheduler(manifest: Manifest, scheduler: Any, tensors: Mapping[str,
         # Schedulers take their whole state for attributes: none may stand before a method, or the optimizer.
         if key == "optimizer" or callable(getattr(type(scheduler), key, None)):
             raise ValueError(f"the scheduler's state has {key!r}, which is no number of a {facts.kind}")
-    scheduler.load_state_dict(state)
+    with user_code("in the scheduler's load_state_dict"):
+        scheduler.load_state_dict(state)
 
 
 def _check_kind(what: str, kind: str, found: Any) -> None:

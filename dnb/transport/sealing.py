@@ -32,7 +32,7 @@ class Seal:
         self._number = 0
         self._open = self._fresh
 
-    def begin(self, header: bytes | memoryview) -> bytes:
+    def begin(self, header: bytes | bytearray) -> bytes:
         """The seal of the next frame's header."""
         self._open = self._fresh.copy()
         self._open.update(_NUMBER.pack(self._number))

@@ -203,7 +203,7 @@ class Wire:
                         queue[0] = item[sent:]
                 if done and queue:  # another thread may have closed the wire meanwhile
                     queue.popleft()
-        except BlockingIOError:
+        except (BlockingIOError, IndexError):  # another thread has closed the wire meanwhile, and so emptied the queue
             return
         except OSError:
             self.close()

@@ -789,6 +789,22 @@ def test_the_state_of_a_scheduler_takes_no_method_s_place(run_of: MakeRun, tmp_p
         restore(folder, new.master, new.columns)
 
 
+@pytest.mark.parametrize(
+    "error", [SystemExit, KeyboardInterrupt, MemoryError, ValueError], ids=lambda kind: kind.__name__
+)
+def test_whatever_an_optimizer_raises_at_its_state_is_told_and_ends_nothing(
+    run_of: MakeRun, error: type[BaseException]
+):
+    class Picky(torch.optim.SGD):
+        def load_state_dict(self, state_dict: Any) -> None:
+            raise error("not this one")
+
+    folder = run_of(optimizer=partial(Picky, lr=0.1)).train(1).keep().folder
+    new = run_of(optimizer=partial(Picky, lr=0.1))
+    with pytest.raises(ArgumentError, match="the optimizer is not that of the checkpoint: not this one"):
+        restore(folder, new.master, new.columns)
+
+
 # whose it is -------------------------------------------------------------------------------------------
 
 
