@@ -71,7 +71,7 @@ def test_a_hub_that_is_killed_while_it_writes_the_last_checkpoint_leaves_that_to
     kill_hub(pool)
     wait(run)
     assert (run.status, read_summary(run.folder).status, read_summary(run.folder).ending) == (verb, verb, None)
-    told = [(event.kind, event.step) for event in run.events]
+    told = [(event.kind, event.step) for event in run.events if event.kind != "checkpoint" or " is in " in event.text]
     assert told[-3:] == [("recovered", run.step), ("checkpoint", run.step), (verb, run.step)]
     found, _ = find_checkpoint(
         step_folder(run.folder, run.step), wants=lambda _: ["job.pickle", "data.pickle", "data.buffers"]
