@@ -629,7 +629,7 @@ class ActiveRun:
     def _perform_all(self, actions: Iterable[machine.Action]) -> list[machine.Event]:
         return [follow for action in actions if (follow := self._perform(action)) is not None]
 
-    def _perform(self, action: machine.Action) -> machine.Event | None:  # noqa: C901 - the table of actions
+    def _perform(self, action: machine.Action) -> machine.Event | None:
         match action:
             case machine.LoadEngine(engine):
                 return self._load(engine)
