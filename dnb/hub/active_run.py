@@ -451,7 +451,7 @@ class ActiveRun:
             try:
                 self._chores.popleft()()
             except UserCodeError as error:  # the state of the user's scheduler, say: the next step is not taken
-                self._fault = self._fault or error.failure
+                self._fault = self._fault or self._kept_whole(error.failure, self._coordinator.step + 1, "hub")
 
     def _prepare(self) -> None:
         self._batches.prepare()

@@ -116,6 +116,7 @@ class Recorder:
         """The hub ends by this exception."""
         place, error = (error.place, error.error) if isinstance(error, UserCodeError) else ("", error)
         failure = describe_error(error, place=", ".join(filter(None, (place, place_of(error)))))
+        failure = msgspec.structs.replace(failure, whole="")  # it stays in memory as long as the pool lives
         os.lseek(self.descriptor, _HEADER_BYTES, os.SEEK_SET)
         os.write(self.descriptor, msgspec.json.encode(failure))
 

@@ -182,7 +182,7 @@ def check_parts(report: WorkReport, *, num_slabs: int, num_samples: int, is_divi
 
 
 def shortened(failure: Failure) -> Failure:
-    """The same, of a length that people read."""
+    """The same, of a length that people read; the whole, if it was cut, of one that a file can have."""
     return Failure(
         kind=clean_text(failure.kind, length=NAME_LENGTH),
         message=clean_text(failure.message, length=MESSAGE_LENGTH),

@@ -264,3 +264,11 @@ def test_a_request_that_makes_no_sense_is_refused(request_: Any, told: str):
 )
 def test_a_request_that_makes_sense_is_let_through(request_: Any):
     check_request(request_)
+
+
+def test_the_whole_of_an_error_that_was_cut_is_let_through():
+    failure = Failure(kind="E", message="m", traceback="t", whole="w" * 10**6)
+    message = WorkFailed(run="r", lease=1, kind="step", step=1, shards=(0,), failure=failure)
+    checked = check_message(message, RULES)
+    assert isinstance(checked, WorkFailed)
+    assert checked.failure == failure
