@@ -482,6 +482,7 @@ class Beat(Message, frozen=True):
 
     engine: int
     process: Process
+    is_at_work: bool = False  # said for it by its watcher: it cannot beat, but works
 
 
 EngineMessage = (

@@ -142,7 +142,8 @@ class Worker(threading.Thread):
         self._socket = connect_dealer(context, self._address, identity=b"engine-%d" % self._facts.engine)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
-        heart = Heart(self._facts, address=self._address)
+        is_far = self._guardian.host != self._facts.process.host
+        heart = Heart(self._facts, address=self._address, is_far=is_far)
         heart.start()
         linger = 0
         try:

@@ -1,7 +1,7 @@
 """Which engines beat, which are at work although they do not, and which are silent; the time is passed in.
 
 A call that holds the interpreter's lock stops every Python thread of an engine, its heartbeat, too: who is not heard is
-looked at, and is silent only if it does not use the processor either.
+looked at, and is silent only if it does not use the processor either. An engine of another host has a watcher there.
 """
 
 from __future__ import annotations
@@ -9,22 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dnb.transport.lives import Activity
+from dnb.transport.lives import Activity, has_worked
 
 # Five beats. A stopped local process is seen on the next tick; this is for what hangs elsewhere or otherwise.
 SILENT_SECONDS = 0.5
-# An engine of another host cannot be looked at, and may be at work.
+# What is said of an engine of another host may be on its way for longer.
 FAR_SILENT_SECONDS = 2.0
-# Threads that only wait for the interpreter's lock use a hundredth of a core.
-WORKING_SHARE = 0.1
 
 
 @dataclass(slots=True)
 class _Watch:
     """An engine that is not heard, as it was seen before."""
 
-    since: float  # of the processor's time below
-    cpu_seconds: float
+    since: float
+    activity: Activity  # then
     is_at_work: bool | None = None  # None: seen only once
     last_at_work: float = float("-inf")
 
@@ -89,6 +87,12 @@ class Hearts:
         self._forget(engine)
         return was_missed
 
+    def see_at_work(self, engine: int, now: float) -> None:
+        """An engine that cannot be looked at from here is at work, says its watcher."""
+        if engine in self._heard and engine not in self._silent:
+            watch = self._watches.setdefault(engine, _Watch(now, Activity(0.0, is_running=True)))
+            watch.last_at_work = now
+
     def declare_silent(self, engine: int) -> bool:
         """It is known otherwise that an engine hangs; whether that is news."""
         if engine not in self._heard or engine in self._silent:
@@ -113,21 +117,25 @@ class Hearts:
 
     def _is_alive(self, engine: int, now: float) -> bool:
         """Look at one whose beats are missing; False if it has given no sign of life for too long."""
-        activity = self._look(engine)
-        heard = self._heard[engine]
-        if activity is None:
-            return now - heard <= self._far_limit_seconds
-        watch = self._watches.get(engine)
-        if watch is None:
-            watch = self._watches[engine] = _Watch(now, activity.cpu_seconds)
-        elif now - watch.since >= self._limit_seconds / 2:
-            share = (activity.cpu_seconds - watch.cpu_seconds) / (now - watch.since)
-            watch.since, watch.cpu_seconds, watch.is_at_work = now, activity.cpu_seconds, share >= WORKING_SHARE
+        activity, heard = self._look(engine), self._heard[engine]
+        is_seen_enough, limit = True, self._far_limit_seconds
+        if activity is not None:
+            is_seen_enough, limit = self._watch(engine, activity, now), self._limit_seconds
+        last_sign = self._last_sign(engine, heard)
+        if now - heard > self._limit_seconds and last_sign > heard:
+            self._busy.add(engine)
+        return not is_seen_enough or now - last_sign <= limit
+
+    def _watch(self, engine: int, activity: Activity, now: float) -> bool:
+        """Note what an engine does; whether it was seen twice by now."""
+        watch = self._watches.setdefault(engine, _Watch(now, activity))
+        seconds = now - watch.since
+        if seconds >= self._limit_seconds / 2:
+            watch.is_at_work = has_worked(watch.activity, activity, seconds=seconds)
+            watch.since, watch.activity = now, activity
         if activity.is_running or watch.is_at_work:
             watch.last_at_work = now
-        if now - heard > self._limit_seconds and watch.last_at_work > heard:
-            self._busy.add(engine)
-        return watch.is_at_work is None or now - self._last_sign(engine, heard) <= self._limit_seconds
+        return watch.is_at_work is not None
 
     def _last_sign(self, engine: int, heard: float) -> float:
         watch = self._watches.get(engine)

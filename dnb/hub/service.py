@@ -936,6 +936,8 @@ class Service:
             if look_at(facts.process) == "gone":
                 self._miss(number)
         for number, engine in list(self._engines.items()):
+            if number not in self._engines:
+                continue  # it was lost together with another
             state = look_at(engine.facts.process)
             if state == "gone":
                 self._lose(number)
@@ -960,6 +962,9 @@ class Service:
             self._ask_back(beat)
             return
         if engine.facts.process != beat.process:
+            return
+        if beat.is_at_work:
+            self._hearts.see_at_work(beat.engine, time.monotonic())
             return
         # The last beat before a signal may come after the tick that saw the engine stopped.
         if beat.engine in self._hearts.silent and look_at(beat.process) == "stopped":

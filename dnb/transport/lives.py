@@ -24,6 +24,8 @@ LOOK_SECONDS = 0.02
 # Start times are counted from a boot time in whole seconds, which differs by one from look to look, and moves when
 # the clock is set. A pid does not come back so soon.
 CLOCK_SECONDS = 5.0
+# Threads that only wait for the interpreter's lock use a hundredth of a core.
+WORKING_SHARE = 0.1
 # Of <linux/prctl.h>: the kernel sends a signal when the parent ends.
 PR_SET_PDEATHSIG = 1
 # Of <linux/sched.h>: the process is on its way out.
@@ -112,6 +114,11 @@ class Activity:
 
     cpu_seconds: float  # of all its threads so far
     is_running: bool  # one of its threads runs, waits for a core, or for a disk
+
+
+def has_worked(before: Activity, after: Activity, *, seconds: float) -> bool:
+    """Whether a process has done something between two looks, so many seconds apart."""
+    return after.is_running or after.cpu_seconds - before.cpu_seconds >= WORKING_SHARE * seconds
 
 
 def activity_of(process: Process) -> Activity | None:

@@ -24,6 +24,7 @@ from dnb.hub.events import (
     Committed,
     End,
     EngineBusy,
+    EngineEnding,
     EngineHeard,
     EngineJoined,
     EngineLoaded,
@@ -258,9 +259,9 @@ class Schedule(RuleBasedStateMachine):
         self.engines[number].is_left_out = True
         self._tell(UserCodeFailed(number, 0, failure))
 
-    def _lose(self, number: int) -> None:
+    def _lose(self, number: int, *, is_suspect: bool = False) -> None:
         self._end_engine(number)
-        self._tell(EngineLost(number, "died"))
+        self._tell(EngineLost(number, "died", is_suspect=is_suspect, is_crash=is_suspect))
 
     @precondition(lambda self: len(self._steady()) > 1)
     @rule(data=st.data())
@@ -275,6 +276,24 @@ class Schedule(RuleBasedStateMachine):
         again = [number for number, engine in self.engines.items() if engine.work and not engine.work.fresh]
         if again:
             self._lose(self._draw(data, again))
+
+    @precondition(lambda self: self._numbers(computing=True) and len(self._steady()) > 1)
+    @rule(data=st.data())
+    def end_by_its_work(self, data: st.DataObject) -> None:
+        """Twice at the same shards, and the run pauses."""
+        number = self._draw(data, self._numbers(computing=True))
+        if self._steady() != {number}:
+            self._lose(number, is_suspect=True)
+
+    @precondition(lambda self: len(self._steady()) > 2)
+    @rule(data=st.data())
+    def lose_two_together(self, data: st.DataObject) -> None:
+        first = self._draw(data, set(self.engines))
+        second = self._draw(data, set(self.engines) - {first})
+        if self._steady() - {first, second}:
+            self._tell(EngineEnding(second))
+            self._lose(first, is_suspect=True)
+            self._lose(second, is_suspect=True)
 
     @precondition(lambda self: len(self._steady()) > 1)
     @rule(data=st.data())

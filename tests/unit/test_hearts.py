@@ -162,6 +162,19 @@ def test_engines_that_beat_are_never_looked_at():
     assert look.num == 0
 
 
+def test_an_engine_of_another_host_is_busy_if_its_watcher_says_so():
+    hearts = beating(0, look=Looks(is_here=False))
+    told = []
+    for tenth in range(1, 100):
+        if tenth % 5 == 0:
+            hearts.see_at_work(0, tenth / 10)
+        told += hearts.tick(tenth / 10)
+    assert (told, hearts.busy) == ([], {0})
+    for tenth in range(100, 118):
+        told += hearts.tick(tenth / 10)
+    assert (told, hearts.busy) == ([0], frozenset())
+
+
 def test_an_engine_of_another_host_may_be_silent_for_longer():
     hearts = beating(0, look=Looks(is_here=False))
     told = [hearts.tick(tenth / 10) for tenth in range(1, 22)]
