@@ -72,9 +72,9 @@ def join_pool(engine: int, *, num_threads: int, connection_file: str, timeout_se
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
     torch.set_num_threads(num_threads)
     threadpool_limits(num_threads)  # NumPy's, too: it may have been imported under another environment
-    connection = _read_connection(connection_file)
     facts = engine_facts(engine, num_threads=num_threads)
     if _worker is None:
+        connection = _read_connection(connection_file)
         keep_freed_memory()  # before there are threads, which would get heaps of their own
         _worker = Worker(
             facts,
@@ -101,7 +101,8 @@ def engine_facts(engine: int, *, num_threads: int) -> EngineFacts:
 
 
 def _read_connection(connection_file: str) -> dict[str, Any]:
-    text = os.environ.get("IPP_CONNECTION_INFO")
+    # Taken out: it holds the cluster's key, which is no business of cells and of what they start.
+    text = os.environ.pop("IPP_CONNECTION_INFO", None)
     if text is None:
         with open(connection_file) as file:
             text = file.read()

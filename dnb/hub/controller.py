@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
+import secrets
 import socket
 import subprocess
 import sys
 from collections.abc import Iterable
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -126,6 +129,12 @@ class DnbController(IPController):
             if self._ports.hold(port) or is_configured:  # if a port of the user's choice is taken, binding it says so
                 return port
 
+    def init_config_from_env(self) -> None:
+        """Take options from the environment; the cluster has a key whether or not its sockets are encrypted."""
+        super().init_config_from_env()
+        if "key" not in self.config.Session:  # else ipyparallel leaves it empty: it signs parcels, too
+            self.config.Session.key = secrets.token_hex(32).encode()
+
     def init_hub(self) -> None:
         """Prepare ipyparallel's own hub; what it starts does not outlive this process."""
         raise_file_limit()
@@ -178,6 +187,9 @@ class DnbController(IPController):
         cdict["dnb"] = msgspec.to_builtins(
             {"address": address, "guardian": binding.guardian, "nursery": binding.nursery}
         )
+        # Made here: ipyparallel would make it readable by all and then change that.
+        path = Path(self.profile_dir.security_dir) / fname
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
         super().save_connection_dict(fname, cdict)
 
     def init_schedulers(self) -> None:

@@ -8,6 +8,7 @@ import logging
 import os
 import select
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,16 @@ class PrivateControllerLauncher(LocalControllerLauncher):
         return super().start()
 
 
+# By which ipyparallel hands engines the cluster's key.
+CONNECTION_VARIABLE = "IPP_CONNECTION_INFO"
+
+
 class ForkedEngineLauncher(LocalEngineLauncher):
     """One engine; a command of the user's own is started as it is."""
+
+    def get_env(self) -> dict[str, str]:
+        """Return what ipyparallel adds to the environment, less the keys: an engine of this host reads their file."""
+        return _without_keys(super().get_env())
 
     def start(self) -> Any:
         """Let the guardian fork it; return when it is there, before it has registered."""
@@ -52,7 +61,7 @@ class ForkedEngineLauncher(LocalEngineLauncher):
             self.pid = fork_engine(
                 self._nursery(),
                 [*self.cluster_args, *self.engine_args],
-                environment={**os.environ, **self.get_env()},
+                environment={**_without_keys(os.environ), **self.get_env()},
                 folder=os.path.abspath(self.work_dir),
                 output=output,
                 timeout_seconds=max(self.parent.answer_by - time.monotonic(), 0.1),
@@ -138,6 +147,10 @@ class PoolCluster(ipyparallel.Cluster):
         """Remove it, if that can be."""
         with contextlib.suppress(OSError):
             super().remove_cluster_file()
+
+
+def _without_keys(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name != CONNECTION_VARIABLE}
 
 
 def birth_limit(cluster: Any, *, seconds: float) -> dict[str, float]:

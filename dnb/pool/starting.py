@@ -16,6 +16,7 @@ from typing import Any, Literal, TextIO, TypeVar
 
 import ipyparallel
 import psutil
+import zmq
 from traitlets.config import Config
 
 from dnb.errors import ArgumentError, PoolError, nearest
@@ -70,6 +71,7 @@ def start_pool(
         PoolError: the pool did not come up; everything that had been started is ended.
     """
     _check_launcher(launcher)
+    _check_encryption()
     check_num_engines(n, free_bytes=psutil.virtual_memory().available)
     cores = os.cpu_count() or 1
     num_threads = threads_per_engine or choose_num_threads(cores, num_engines=n)
@@ -273,6 +275,8 @@ def _cluster(profile_dir: Path, *, launcher: str, num_threads: int, timeout_seco
         controller_args=[
             # Schedulers as threads: one process instead of eight, and nothing of the training goes through them.
             "--IPController.use_threads=True",
+            # What cells run and print is for those alone who can read the connection files.
+            "--IPController.enable_curve=True",
             f"--HeartMonitor.period={HEARTBEAT_MILLISECONDS}",
             f"--HeartMonitor.max_heartmonitor_misses={HEARTBEAT_MISSES}",
             f"--DnbController.owner_host={me.host}",
@@ -289,6 +293,14 @@ def _check_launcher(launcher: str) -> None:
     known = {point.name.lower() for point in entry_points(group="ipyparallel.engine_launchers")}
     if launcher.lower() not in known:
         raise ArgumentError(f"ipyparallel has no engine launcher {launcher!r}: {nearest(launcher, known)}")
+
+
+def _check_encryption() -> None:
+    if not zmq.has("curve"):
+        raise PoolError(
+            f"a pool encrypts its sockets with CurveZMQ, which this libzmq {zmq.zmq_version()} was built without: "
+            "pip install --force-reinstall --only-binary :all: pyzmq installs one that has it"
+        )
 
 
 def _check_writable(profile_dir: Path) -> None:

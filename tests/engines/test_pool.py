@@ -103,6 +103,15 @@ def test_a_profile_folder_that_cannot_be_written_is_named(tmp_path):
         fresh_pool(profile_dir=tmp_path)
 
 
+def test_a_library_without_encryption_is_named_before_anything_is_started(monkeypatch, leftovers):
+    monkeypatch.setattr("zmq.has", lambda capability: capability != "curve")
+    with pytest.raises(
+        PoolError, match=r"encrypts its sockets with CurveZMQ, which this libzmq 4\S+ was built without"
+    ):
+        fresh_pool()
+    assert leftovers.find() == []
+
+
 # The first port of all is bound before the connection files are written, the third one for clients after it.
 @pytest.mark.parametrize(("trait", "num_before"), [("ports", 0), ("client_ports", 2)])
 def test_a_taken_port_is_told_and_leaves_no_process(leftovers, tmp_path, trait, num_before):
