@@ -31,6 +31,9 @@ class Process(Record, frozen=True):
     host: str
     pid: int
     create_time: float  # seconds since the epoch, as psutil gives it
+    # Two containers may share a name and a home, and a host keeps its name over a reboot. Empty: not known.
+    boot_id: str = ""  # of the host's kernel
+    pid_namespace: str = ""  # in which the pid counts
 
 
 class EngineFacts(Record, frozen=True):

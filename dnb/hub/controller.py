@@ -108,6 +108,8 @@ class DnbController(IPController):
     owner_host = Unicode("", config=True, help="host of the kernel that owns the pool")
     owner_pid = Integer(0, config=True, help="its pid")
     owner_create_time = Float(0.0, config=True, help="its start, in seconds since the epoch")
+    owner_boot_id = Unicode("", config=True, help="of the kernel of its host")
+    owner_pid_namespace = Unicode("", config=True, help="in which its pid counts")
 
     _hub: HubChild | None = None
     _binding: HubBinding | None = None
@@ -244,7 +246,13 @@ class DnbController(IPController):
     def _config_for_hub(self, key: str) -> HubConfig:
         owner = None
         if self.owner_pid:
-            owner = Process(host=self.owner_host, pid=self.owner_pid, create_time=self.owner_create_time)
+            owner = Process(
+                host=self.owner_host,
+                pid=self.owner_pid,
+                create_time=self.owner_create_time,
+                boot_id=self.owner_boot_id,
+                pid_namespace=self.owner_pid_namespace,
+            )
         return HubConfig(
             cluster_id=self.cluster_id,
             key=key,

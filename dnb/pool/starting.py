@@ -282,6 +282,8 @@ def _cluster(profile_dir: Path, *, launcher: str, num_threads: int, timeout_seco
             f"--DnbController.owner_host={me.host}",
             f"--DnbController.owner_pid={me.pid}",
             f"--DnbController.owner_create_time={me.create_time!r}",
+            f"--DnbController.owner_boot_id={me.boot_id}",
+            f"--DnbController.owner_pid_namespace={me.pid_namespace}",
         ],
         delay=0.0,
         shutdown_atexit=False,  # the hub ends the pool, also when the kernel is killed

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -49,6 +50,24 @@ def end_with_parent(number: signal.Signals) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
+@cache
+def boot_id() -> str:
+    """What this boot of the host has as a name, on Linux; else ""."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+@cache
+def pid_namespace() -> str:
+    """A name of the table in which this process's pid counts, on Linux; else ""."""
+    try:
+        return str(os.stat("/proc/self/ns/pid").st_ino)
+    except OSError:
+        return ""
+
+
 def find_process(pid: int) -> Process | None:
     """The process of this host that has the pid now; None if there is none."""
     try:
@@ -59,7 +78,23 @@ def find_process(pid: int) -> Process | None:
 
 def is_this_process(process: Process) -> bool:
     """Whether it is the one that calls."""
-    return process.pid == os.getpid() and is_alive(process) and process.host == socket.gethostname()
+    return process.pid == os.getpid() and _find(process) is not None
+
+
+def is_here(process: Process) -> bool:
+    """Whether its pid can be looked up: it is of this host, of this boot of it, and of this container."""
+    return process.host == socket.gethostname() and all(
+        theirs == ours
+        for theirs, ours in ((process.boot_id, boot_id()), (process.pid_namespace, pid_namespace()))
+        if theirs and ours
+    )
+
+
+def is_of_earlier_boot(process: Process) -> bool:
+    """Whether this host has been started anew since, so that the process is gone; not if another host has its name."""
+    has_restarted = bool(process.boot_id and boot_id()) and process.boot_id != boot_id()
+    is_older = process.create_time + CLOCK_SECONDS < psutil.boot_time()
+    return has_restarted and is_older and process.host == socket.gethostname()
 
 
 def is_same(one: Process | None, other: Process | None) -> bool:
@@ -67,20 +102,22 @@ def is_same(one: Process | None, other: Process | None) -> bool:
     if one is None or other is None:
         return one is other
     is_close = abs(one.create_time - other.create_time) < CLOCK_SECONDS
-    return (one.host, one.pid) == (other.host, other.pid) and is_close
+    places = ((one.boot_id, other.boot_id), (one.pid_namespace, other.pid_namespace))
+    is_one_place = all(here == there for here, there in places if here and there)
+    return (one.host, one.pid) == (other.host, other.pid) and is_close and is_one_place
 
 
 def is_alive(process: Process) -> bool:
-    """Whether this very process, not a later one with its pid, still runs; True on another host."""
-    if process.host != socket.gethostname():
-        return True  # only its connection can tell
-    return _find(process) is not None
+    """Whether this very process, not a later one with its pid, still runs; True elsewhere, see `is_here`."""
+    if is_here(process):
+        return _find(process) is not None
+    return not is_of_earlier_boot(process)  # only its connection can tell more
 
 
 def look_at(process: Process) -> Literal["alive", "stopped", "gone"]:
-    """Whether this very process still runs, or was stopped by a signal; "alive" on another host."""
-    if process.host != socket.gethostname():
-        return "alive"
+    """Whether this very process still runs, or was stopped by a signal; "alive" elsewhere, see `is_here`."""
+    if not is_here(process):
+        return "alive" if is_alive(process) else "gone"
     own = _find(process)
     try:
         return "gone" if own is None else "stopped" if own.status() == psutil.STATUS_STOPPED else "alive"
@@ -204,7 +241,7 @@ def _wait_until_gone(processes: Iterable[Process], *, limit_seconds: float) -> l
 
 
 def _find(process: Process) -> psutil.Process | None:
-    if process.host != socket.gethostname():
+    if not is_here(process):
         return None
     try:
         own = psutil.Process(process.pid)
@@ -215,7 +252,13 @@ def _find(process: Process) -> psutil.Process | None:
 
 
 def _describe(own: psutil.Process) -> Process:
-    return Process(host=socket.gethostname(), pid=own.pid, create_time=own.create_time())
+    return Process(
+        host=socket.gethostname(),
+        pid=own.pid,
+        create_time=own.create_time(),
+        boot_id=boot_id(),
+        pid_namespace=pid_namespace(),
+    )
 
 
 def _signal_all(processes: Iterable[Process], number: signal.Signals) -> None:

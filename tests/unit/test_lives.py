@@ -7,13 +7,24 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import msgspec
 import psutil
 import pytest
 
 from dnb.records import Process
-from dnb.transport.lives import activity_of, children_of, end_processes, is_alive, is_same, look_at, this_process
+from dnb.transport.lives import (
+    activity_of,
+    boot_id,
+    children_of,
+    end_processes,
+    is_alive,
+    is_here,
+    is_same,
+    look_at,
+    this_process,
+)
 
 # Each child says that it is ready, so that no test has to guess when.
 SLEEPER = "import sys, time; print('ready', flush=True); time.sleep(60)"
@@ -151,8 +162,38 @@ def test_nothing_is_seen_of_a_process_that_is_gone_or_elsewhere():
     assert activity_of(Process(host="somewhere-else", pid=os.getpid(), create_time=0.0)) is None
 
 
+def test_a_process_of_another_container_with_this_hosts_name_is_taken_as_alive_and_not_touched(start: Start):
+    child = start(SLEEPER)
+    process = msgspec.structs.replace(describe(child.pid), boot_id=boot_id(), pid_namespace="1")
+    assert end_processes([process], patience_seconds=0.1, first_signal=signal.SIGTERM) == []
+    assert (is_here(process), is_alive(process), look_at(process), child.poll()) == (False, True, "alive", None)
+
+
+def test_a_process_of_an_earlier_boot_is_gone_although_its_pid_and_start_time_fit(start: Start, monkeypatch):
+    process = msgspec.structs.replace(describe(start(SLEEPER).pid), boot_id="of-an-earlier-boot")
+    monkeypatch.setattr(psutil, "boot_time", lambda: process.create_time + 60)
+    assert (is_here(process), is_alive(process), look_at(process)) == (False, False, "gone")
+
+
+def test_another_host_that_has_this_ones_name_and_started_later_is_not_taken_for_an_earlier_boot():
+    process = msgspec.structs.replace(this_process(), boot_id="of-another-host", create_time=time.time())
+    assert (is_here(process), is_alive(process)) == (False, True)
+
+
+def test_a_record_that_says_neither_boot_nor_container_is_told_by_its_hosts_name():
+    old = msgspec.structs.replace(this_process(), boot_id="", pid_namespace="")
+    assert (is_here(old), is_alive(old), is_same(old, this_process())) == (True, True, True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux has names for both")
+def test_a_process_says_in_which_boot_and_container_its_pid_counts():
+    me = this_process()
+    assert me.boot_id == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    assert os.readlink("/proc/self/ns/pid") == f"pid:[{me.pid_namespace}]"
+
+
 def test_the_children_of_a_process_are_found(start: Start):
-    assert describe(start(SLEEPER).pid) in children_of([this_process()])
+    assert start(SLEEPER).pid in [child.pid for child in children_of([this_process()])]
 
 
 def test_a_process_that_is_gone_has_no_children(start: Start):
@@ -226,7 +267,11 @@ def test_a_process_whose_start_was_looked_up_twice_is_the_same():
     assert is_same(me, msgspec.structs.replace(me, create_time=me.create_time + 1.0))
 
 
-@pytest.mark.parametrize("change", [{"pid": 1}, {"host": "elsewhere"}, {"create_time": 5.0}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{"pid": 1}, {"host": "elsewhere"}, {"create_time": 5.0}, {"boot_id": "earlier"}, {"pid_namespace": "1"}],
+    ids=str,
+)
 def test_other_processes_are_not_the_same(change):
     me = this_process()
     assert not is_same(me, msgspec.structs.replace(me, **change))
