@@ -90,6 +90,8 @@ class PoolFacts(Record, frozen=True):
     returning: tuple[EngineFacts, ...] = ()  # of the hub before, and not back yet
     restarts: tuple[HubRestart, ...] = ()  # of the hub, the last ones
     folders: tuple[str, ...] = ()  # of its shared memory; () in a record of an older dnb
+    format: int = 1  # as `dnb.versions.POOL_FORMAT`; likewise in every record that has one
+    version: str = ""  # of the dnb that wrote this; empty: an early one
 
 
 class TensorSlot(Record, frozen=True):
@@ -398,6 +400,8 @@ class Join(Message, frozen=True):
 
     facts: EngineFacts
     num_wires: int = 0  # that it has lost: who asks twice with one number is taken in once
+    format: int = 1
+    version: str = ""  # of the engine's dnb
 
 
 class Attach(Message, frozen=True):
@@ -601,6 +605,8 @@ class Hello(Message, frozen=True):
 
     owner: Process
     wish: Literal["steer", "take over", "watch"] = "steer"  # "steer" is refused while another kernel does
+    format: int = 1
+    version: str = ""  # of the kernel's dnb
 
 
 class GetPool(Message, frozen=True):
@@ -852,6 +858,16 @@ class HubBinding(Record, frozen=True):
     engine: Address
     folders: tuple[str, ...] = ()  # of the pool's shared memory
     nursery: str = ""  # name of the socket where engines are ordered; "" where they are not forked
+
+
+class HubPlace(Record, frozen=True):
+    """What a connection file says of the hub, for its reader: an engine or a client."""
+
+    address: Address
+    guardian: Process
+    nursery: str = ""  # as of `HubBinding`
+    format: int = 1
+    version: str = ""  # of the hub's dnb
 
 
 Reply = Done | Refused | PoolState | Members | RunState | StateTree | CheckpointState

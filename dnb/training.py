@@ -44,7 +44,7 @@ from dnb.planning.plans import Plan
 from dnb.planning.sample_order import count_batches
 from dnb.planning.shards import choose_exact_shards, choose_num_shards
 from dnb.pool.engine_pool import EnginePool
-from dnb.pool.found import Found, find_pools, reap_dead
+from dnb.pool.found import Found, clear_doubtful, find_pools, reap_dead
 from dnb.pool.starting import adopt_pool, profile_folder, start_pool
 from dnb.progress import long_work
 from dnb.records import ENDED, Done, ParcelRef, PlainJob, PoolFacts, RunSpec, Submit
@@ -171,7 +171,7 @@ def _open_pool(
     profile_dir = profile_folder(profile)
     found = find_pools(profile_dir / "security")
     notices = _clear(found, profile_dir)
-    _pool = _adopt_first(found.orphans, profile_dir)
+    _pool = _adopt_first(found.orphans, profile_dir, told=notices)
     if _pool is not None:
         return _pool, [*notices, _adopted(_pool)]
     _pool = start_pool(
@@ -418,18 +418,25 @@ def fit(
     return pool.follow(run)
 
 
-def attach(name: str | None = None, *, model: torch.nn.Module | None = None, steer: bool = False) -> Run:
+def attach(
+    name: str | None = None, *, model: torch.nn.Module | None = None, steer: bool = False, clear: bool = False
+) -> Run:
     """Find a run again, after a kernel restart, beside the kernel that steers it, or in its folder.
 
     Args:
         name: of the run; the one that a pool's hub holds if left out.
         model: gets the trained state when the run ends, like the one that was given to `fit`.
         steer: take over from a living kernel, which then only watches; from one that is gone anyway.
+        clear: first remove the records of pools of other hosts and containers that do not answer from here, and those
+            of other versions of dnb whose processes are gone; what has died on this host is cleared anyway.
 
     Raises:
-        PoolError: nothing is running, and no folder has that name.
+        ArgumentError: no folder has that name, or it was written by a newer dnb.
+        PoolError: nothing is running; says which pools were found that cannot be reached.
     """
-    pool = current_pool() or _adopt_any()
+    pool, told = current_pool(), list[str]()
+    if pool is None or clear:
+        pool, told = _adopt_any(clear=clear)
     if pool is not None and steer:
         pool.take_over()
     held = None if pool is None else pool.facts.run
@@ -447,9 +454,8 @@ def attach(name: str | None = None, *, model: torch.nn.Module | None = None, ste
     if name is not None:
         with long_work(f"reading run {name!r} from its folder"):
             return Run.open(RUNS_FOLDER / name)
-    raise PoolError(
-        "nothing to attach to: no pool holds a run. dnb.attach('NAME') reads one that has ended from .dnb/runs"
-    )
+    found = "; ".join(told) or "no pool holds a run"
+    raise PoolError(f"nothing to attach to: {found}. dnb.attach('NAME') reads one that has ended from .dnb/runs")
 
 
 NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
@@ -606,35 +612,53 @@ def _adopted(pool: Pool) -> str:
 
 def _clear(found: Found, profile_dir: Path) -> list[str]:
     """Reap dead pools; say what else is there."""
-    notices: list[str] = []
-    num_dead = reap_dead(found, security_dir=profile_dir / "security", log_dir=profile_dir / "log")
-    if num_dead:
-        notices.append(f"cleared what {num_dead} dead pool{'s' if num_dead > 1 else ''} had left")
+    notices = [*_clear_dead(found, profile_dir), *found.doubtful]
     num_foreign = sum(len(facts.engines) for facts in found.foreign)
     if num_foreign:
         notices.append(f"another kernel runs {num_foreign} engines on this host, which share its cores")
     return notices
 
 
-def _adopt_any() -> Pool | None:
-    """A pool that holds a run: one whose kernel is gone, or else one that another kernel steers, to watch it."""
+def _clear_dead(found: Found, profile_dir: Path, *, and_doubtful: bool = False) -> list[str]:
+    """Remove what dead pools have left; a sentence, if there were any."""
+    places = {"security_dir": profile_dir / "security", "log_dir": profile_dir / "log"}
+    num_cleared = reap_dead(found, **places)
+    if and_doubtful:
+        num_cleared += clear_doubtful(found, **places)
+    return [f"cleared what {num_cleared} dead pool{'s' if num_cleared > 1 else ''} had left"] if num_cleared else []
+
+
+def _adopt_any(*, clear: bool) -> tuple[Pool | None, list[str]]:
+    """Find a pool that holds a run: one whose kernel is gone, or else one that another kernel steers, to watch it.
+
+    Returns:
+        The pool, and sentences on what else was found.
+    """
     global _pool
     profile_dir = profile_folder(None)
     with _changing:
         with long_work("looking for pools that hold a run"):
             found = find_pools(profile_dir / "security")
-        _pool = _adopt_first(found.orphans, profile_dir) or _adopt_first(found.foreign, profile_dir, wish="watch")
-        return _pool
+        told = [*_clear_dead(found, profile_dir, and_doubtful=clear), *found.doubtful]
+        if current_pool() is None:
+            _pool = _adopt_first(found.orphans, profile_dir, told=told)
+            _pool = _pool or _adopt_first(found.foreign, profile_dir, wish="watch", told=told)
+        return _pool, told
 
 
 def _adopt_first(
-    candidates: Sequence[PoolFacts], profile_dir: Path, *, wish: Literal["steer", "watch"] = "steer"
+    candidates: Sequence[PoolFacts],
+    profile_dir: Path,
+    *,
+    wish: Literal["steer", "watch"] = "steer",
+    told: list[str],
 ) -> Pool | None:
-    """Take over, or watch, a pool that holds a run, if there is one."""
+    """Take over, or watch, a pool that holds a run, if there is one; why others were passed over is added to `told`."""
     for facts in candidates:
         if facts.run is not None:
             try:
                 return adopt_pool(Pool, facts, profile_dir=profile_dir, wish=wish)
             except (HubError, PoolError) as error:
-                log.info("a pool that was found ended meanwhile: %s", error)
+                log.info("a pool that was found could not be taken: %s", error)
+                told.append(str(error))
     return None

@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
-from typing import Any
 
 import msgspec
 import psutil
@@ -28,6 +28,7 @@ from dnb.records import (
     Exit,
     Fault,
     HubMessage,
+    HubPlace,
     Join,
     Load,
     Loaded,
@@ -43,6 +44,7 @@ from dnb.transport.channels import SEND_SECONDS, connect_dealer, encode
 from dnb.transport.failures import describe_error
 from dnb.transport.lives import is_alive, this_process
 from dnb.transport.wires import Wire, WireError, connect_wire
+from dnb.versions import POOL_FORMAT, VERSION, Header, name_dnb, name_this_dnb
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +68,7 @@ def join_pool(engine: int, *, num_threads: int, connection_file: str, timeout_se
         timeout_seconds: for the hub's welcome.
 
     Raises:
-        PoolError: the hub did not welcome this engine in time.
+        PoolError: the hub is another version of dnb, or did not welcome this engine in time.
     """
     global _worker
     os.environ["OMP_NUM_THREADS"] = str(num_threads)
@@ -74,13 +76,13 @@ def join_pool(engine: int, *, num_threads: int, connection_file: str, timeout_se
     threadpool_limits(num_threads)  # NumPy's, too: it may have been imported under another environment
     facts = engine_facts(engine, num_threads=num_threads)
     if _worker is None:
-        connection = _read_connection(connection_file)
+        place, key = _read_connection(connection_file)
         keep_freed_memory()  # before there are threads, which would get heaps of their own
         _worker = Worker(
             facts,
-            address=msgspec.convert(connection["dnb"]["address"], Address),
-            guardian=msgspec.convert(connection["dnb"]["guardian"], Process),
-            key=connection["key"].encode(),
+            address=place.address,
+            guardian=place.guardian,
+            key=key,
         )
         _worker.start()
     if not _worker.is_welcome.wait(timeout_seconds):
@@ -100,14 +102,21 @@ def engine_facts(engine: int, *, num_threads: int) -> EngineFacts:
     )
 
 
-def _read_connection(connection_file: str) -> dict[str, Any]:
+def _read_connection(connection_file: str) -> tuple[HubPlace, bytes]:
+    """Where the hub is, and the cluster's key."""
     # Taken out: it holds the cluster's key, which is no business of cells and of what they start.
     text = os.environ.pop("IPP_CONNECTION_INFO", None)
     if text is None:
         with open(connection_file) as file:
             text = file.read()
-    connection: dict[str, Any] = json.loads(text)
-    return connection
+    connection = json.loads(text)
+    header = msgspec.convert(connection["dnb"], type=Header)
+    if header.format != POOL_FORMAT:
+        raise PoolError(
+            f"the pool's hub is {name_dnb(header.version, header.format)}, and the engine on {socket.gethostname()} "
+            f"{name_this_dnb()}: install one version of dnb on all hosts"
+        )
+    return msgspec.convert(connection["dnb"], type=HubPlace), connection["key"].encode()
 
 
 class Worker(threading.Thread):
@@ -289,7 +298,7 @@ class Worker(threading.Thread):
             log.exception("the hub was not told")
 
     def _join(self) -> None:
-        self._send(Join(facts=self._facts, num_wires=self._num_lost_wires))
+        self._send(Join(facts=self._facts, num_wires=self._num_lost_wires, format=POOL_FORMAT, version=VERSION))
 
     def _send(self, record: EngineMessage) -> None:
         try:

@@ -27,10 +27,11 @@ from traitlets import Float, Integer, Unicode
 
 from dnb.hub.heart_monitor import MonitorWatch, be_heart_monitor
 from dnb.hub.log_limits import limit_logs, look_at_logs
-from dnb.records import HubBinding, HubConfig, Process
+from dnb.records import HubBinding, HubConfig, HubPlace, Process
 from dnb.transport.doors import HANDSHAKE_SECONDS
 from dnb.transport.files import raise_file_limit
 from dnb.transport.lives import this_process
+from dnb.versions import POOL_FORMAT, VERSION
 
 
 class HubChild:
@@ -186,9 +187,10 @@ class DnbController(IPController):
         """Write a connection file, with the hub's address for its reader in it."""
         binding = self._open_hub(cdict["key"])
         address = binding.engine if fname == self.engine_json_file else binding.client
-        cdict["dnb"] = msgspec.to_builtins(
-            {"address": address, "guardian": binding.guardian, "nursery": binding.nursery}
+        place = HubPlace(
+            address=address, guardian=binding.guardian, nursery=binding.nursery, format=POOL_FORMAT, version=VERSION
         )
+        cdict["dnb"] = msgspec.to_builtins(place)
         # Made here: ipyparallel would make it readable by all and then change that.
         path = Path(self.profile_dir.security_dir) / fname
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))

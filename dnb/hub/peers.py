@@ -80,6 +80,7 @@ def check_process(process: Process) -> None:
     _require(0 < process.pid <= MOST_PID, f"no process has the pid {process.pid}")
     _require(math.isfinite(process.create_time), f"no process starts at {process.create_time}")
     _require(len(process.host) <= NAME_LENGTH, "the name of a host is too long")
+    _require(len(process.boot_id + process.pid_namespace) <= NAME_LENGTH, "the name of a boot or namespace is too long")
 
 
 def check_engine(facts: EngineFacts) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import glob
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from dnb.records import HubConfig, PoolFacts
+from dnb.records import HubConfig, PoolFacts, Process
 from dnb.transport.own_files import read_file, replace_file
+from dnb.versions import POOL_FORMAT, Header, explain_unreadable, name_dnb
 
 log = logging.getLogger(__name__)
 
 PREFIX = "dnb-pool-"
+# What reading a file that may hold anything raises; bytes that are no text are no MsgspecError.
+NOT_READ = (OSError, msgspec.MsgspecError, ValueError, RecursionError)
 
 
 def write_pool_file(security_dir: Path, facts: PoolFacts) -> None:
@@ -26,15 +30,84 @@ def write_pool_file(security_dir: Path, facts: PoolFacts) -> None:
     replace_file(security_dir / f"{PREFIX}{facts.cluster_id}.json", msgspec.json.encode(facts), in_any_folder=True)
 
 
-def read_pool_files(security_dir: Path) -> list[PoolFacts]:
-    """The records of all pools of a profile, live or not; what is not a record is skipped and logged."""
-    found: list[PoolFacts] = []
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrangeRecord:
+    """A pool's record of another dnb: what of it every version can read."""
+
+    cluster_id: str
+    writer: str  # "dnb 0.2.0 (format 2)"
+    guardian: Process | None
+    reason: str  # why the rest cannot be read
+    folders: tuple[str, ...] = ()  # of its shared memory
+
+
+def read_pool_files(security_dir: Path) -> list[PoolFacts | StrangeRecord]:
+    """Return the records of all pools of a profile, live or not; what is no record is skipped and logged."""
+    found: list[PoolFacts | StrangeRecord] = []
     for path in sorted(security_dir.glob(f"{PREFIX}*.json")):
         try:
-            found.append(msgspec.json.decode(read_file(path, in_any_folder=True), type=PoolFacts))
-        except (OSError, msgspec.MsgspecError) as error:
-            log.warning("%s is not a pool's record: %s", path, error)
+            text = read_file(path, in_any_folder=True)
+            record = _read(text) or _read_strange(text)
+            if path.name != f"{PREFIX}{record.cluster_id}.json":
+                raise ValueError(f"it names pool {record.cluster_id!r}")
+            found.append(record)
+        except NOT_READ as error:
+            log.warning("%s is not a pool's record: %s", path, error or type(error).__name__)
     return found
+
+
+class _Place(msgspec.Struct):
+    """A `Process`, of whatever version."""
+
+    host: str
+    pid: int
+    create_time: float
+    boot_id: str = ""
+    pid_namespace: str = ""
+
+
+class _Strange(Header, frozen=True):
+    cluster_id: str
+    guardian: _Place | None = None
+    folders: tuple[str, ...] = ()
+
+
+def _read(text: bytes) -> PoolFacts | None:
+    if msgspec.json.decode(text, type=Header).format != POOL_FORMAT:
+        return None
+    try:
+        return msgspec.json.decode(text, type=PoolFacts)
+    except msgspec.ValidationError:
+        return None
+
+
+def _read_strange(text: bytes) -> StrangeRecord:
+    try:
+        known = msgspec.json.decode(text, type=_Strange)
+    except msgspec.ValidationError:  # the guardian is described otherwise
+        known = _Strange(**msgspec.structs.asdict(msgspec.json.decode(text, type=_Named)))
+    try:
+        msgspec.json.decode(text, type=PoolFacts)
+        reason = "it is of another format"
+    except msgspec.ValidationError as error:
+        reason = explain_unreadable(error)
+    place = known.guardian
+    return StrangeRecord(
+        cluster_id=known.cluster_id,
+        writer=name_dnb(known.version, known.format),
+        guardian=None if place is None else Process(**msgspec.structs.asdict(place)),
+        reason=reason,
+        folders=known.folders,
+    )
+
+
+class _Named(Header, frozen=True):
+    cluster_id: str
+
+
+def client_file(cluster_id: str, security_dir: Path) -> Path:
+    """Where ipyparallel writes what a client needs to reach a cluster."""
+    return security_dir / f"ipcontroller-{cluster_id}-client.json"
 
 
 def remove_pool_files(config: HubConfig) -> None:

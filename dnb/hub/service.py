@@ -25,7 +25,7 @@ import msgspec
 import psutil
 import zmq
 
-from dnb.errors import ArgumentError, DnbError, HubError, RunError
+from dnb.errors import ArgumentError, DnbError, HubError, PoolError, RunError
 from dnb.hub.causes import describe_exit, is_crash
 from dnb.hub.chaos import Mischief
 from dnb.hub.crashes import Caution, Crash, Recorder, caution_after, restarts_of
@@ -92,7 +92,16 @@ from dnb.records import (
     TakeCheckpoint,
     Welcome,
 )
-from dnb.transport.channels import CLIENT_ROLE, ENGINE_ROLE, RoleKeys, bind_router, encode, local, start_authenticator
+from dnb.transport.channels import (
+    CLIENT_ROLE,
+    ENGINE_ROLE,
+    RoleKeys,
+    bind_router,
+    encode,
+    local,
+    refuse_unreadable,
+    start_authenticator,
+)
 from dnb.transport.doors import Doorkeeper
 from dnb.transport.failures import TRACEBACK_LENGTH, clean_text, describe_error
 from dnb.transport.lives import (
@@ -108,6 +117,7 @@ from dnb.transport.lives import (
 )
 from dnb.transport.segments import named_folders, remove_folders
 from dnb.transport.wires import WireError
+from dnb.versions import POOL_FORMAT, VERSION, name_dnb, name_this_dnb
 
 if TYPE_CHECKING:  # torch takes seconds to import: the sockets are bound first, see `main`
     from dnb.hub.active_run import ActiveRun
@@ -199,6 +209,7 @@ class Service:
         self._orphaned: float | None = None  # since when nobody steers a pool whose run does not advance
         self._engines: dict[int, _Engine] = {}
         self._kernels: dict[bytes, Process] = {}  # by the identity of their sockets
+        self._kernel_versions: dict[bytes, str] = {}  # likewise, for errors
         self._hearts = Hearts(look=self._look_at_work)
         self._wiring = Wiring(config.host)
         self._poller = zmq.Poller()
@@ -476,6 +487,9 @@ class Service:
 
     def _join(self, join: Join, identity: bytes) -> None:
         facts, number = join.facts, join.facts.engine
+        if join.format != POOL_FORMAT:  # the engine has told its kernel so
+            log.warning("engine %d is %s: it is not let in", number, name_dnb(join.version, join.format))
+            return
         known = self._engines.get(number)
         if known is not None and known.facts.process == facts.process and known.num_wires == join.num_wires:
             return  # it asked by itself, and was asked to
@@ -660,7 +674,7 @@ class Service:
             return
         identity, number, header, *frames = parts
         try:
-            request = decode_peer(self._decode_request, header)
+            request = self._read_request(identity, header)
             check_request(request)
             self._check_steering(identity, request)
             reply, out = self._serve_request(identity, request, frames)
@@ -680,6 +694,13 @@ class Service:
         except zmq.ZMQError as error:
             log.warning("a client left before its answer: %s", error)
 
+    def _read_request(self, identity: bytes, header: bytes) -> Request:
+        try:
+            return decode_peer(self._decode_request, header)
+        except PeerError as error:
+            kernel = self._kernel_versions.get(identity, "a kernel of another version")
+            raise refuse_unreadable(header, error.__cause__ or error, kernel=kernel) from error
+
     def _check_steering(self, identity: bytes, request: Request) -> None:
         """Any number of kernels may look on, one may steer."""
         if isinstance(request, Hello | GetPool | GetMembers | GetRun | GetState | GetCheckpoint):
@@ -696,6 +717,13 @@ class Service:
         self._owner = caller or owner  # who looked on until now has its hand on the wheel
 
     def _greet(self, identity: bytes, hello: Hello) -> None:
+        kernel = name_dnb(hello.version, hello.format)
+        if hello.format != POOL_FORMAT:
+            raise PoolError(
+                f"the pool's hub is {name_this_dnb()}, and this kernel {kernel}: attach with the hub's version of dnb, "
+                "or end the pool with it and %dtrain start one of this version"
+            )
+        self._kernel_versions[identity] = f"this kernel, {kernel}"
         owner = self._owner
         self._kernels[identity] = hello.owner
         self._is_memo_old = True
@@ -1024,6 +1052,8 @@ class Service:
             returning=tuple(self._returning.values()),
             restarts=self._restarts,
             folders=tuple(map(str, self._folders)),
+            format=POOL_FORMAT,
+            version=VERSION,
         )
 
     def _pool_state(self) -> PoolState:

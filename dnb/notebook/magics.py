@@ -137,9 +137,15 @@ class DtrainMagics(PoolVerbs, PlanVerb, Magics):
         _last_run().set(**parse_settings(line, names=self._names()))
 
     def _do_attach(
-        self, name: str | None = None, model: Any = None, display: str | None = None, *, steer: bool = False
+        self,
+        name: str | None = None,
+        model: Any = None,
+        display: str | None = None,
+        *,
+        steer: bool = False,
+        clear: bool = False,
     ) -> Run:
-        run = training.attach(name, model=model, steer=steer)
+        run = training.attach(name, model=model, steer=steer, clear=clear)
         show(run, display=display)
         return run
 

@@ -22,13 +22,13 @@ from dnb.pool.chaos import Chaos
 from dnb.pool.growing import EngineStarter, free_bytes
 from dnb.pool.keeping import Keeper, RestartPolicy
 from dnb.records import (
-    Address,
     Done,
     EngineState,
     EngineStatus,
     GetMembers,
     GetPool,
     Hello,
+    HubPlace,
     HubRestart,
     KeepRestart,
     KeepSpares,
@@ -43,6 +43,7 @@ from dnb.records import (
 from dnb.transport.channels import HubClient
 from dnb.transport.lives import children_of, end_processes, is_alive, is_this_process, this_process
 from dnb.transport.segments import named_folders, remove_folders
+from dnb.versions import POOL_FORMAT, VERSION, name_dnb
 
 log = logging.getLogger(__name__)
 
@@ -93,17 +94,23 @@ class EnginePool:
         wish: Literal["steer", "watch"] = "steer",
     ) -> None:
         self.client = client
-        self._guardian = msgspec.convert(connection["dnb"]["guardian"], Process)
+        place = msgspec.convert(connection["dnb"], HubPlace)
+        self._guardian = place.guardian
         self.hub = HubClient(
-            msgspec.convert(connection["dnb"]["address"], Address),
+            place.address,
             is_alive=lambda: is_alive(self._guardian),
+            hub=name_dnb(place.version, place.format),
         )
         self.key: bytes = connection["key"].encode()
         self._cluster = cluster
         self._security_dir = security_dir
         self._log_dir = log_dir
         self._is_open = True
-        self.hub.ask(Hello(owner=this_process(), wish=wish), Done)
+        try:
+            self._greet(wish)
+        except BaseException:
+            self.hub.close()
+            raise
         facts = self.facts
         self.cluster_id = facts.cluster_id
         self._folders = named_folders(facts.folders, facts.cluster_id)
@@ -149,8 +156,11 @@ class EnginePool:
 
     def take_over(self) -> None:
         """Steer from this kernel; the one that did so far only watches from now on."""
-        self.hub.ask(Hello(owner=this_process(), wish="take over"), Done)
+        self._greet("take over")
         self._keep()
+
+    def _greet(self, wish: Literal["steer", "take over", "watch"]) -> None:
+        self.hub.ask(Hello(owner=this_process(), wish=wish, format=POOL_FORMAT, version=VERSION), Done)
 
     @property
     def segment_folders(self) -> list[Path]:

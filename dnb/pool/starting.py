@@ -15,20 +15,23 @@ from pathlib import Path
 from typing import Any, Literal, TextIO, TypeVar
 
 import ipyparallel
+import msgspec
 import psutil
 import zmq
 from traitlets.config import Config
 
 from dnb.errors import ArgumentError, PoolError, nearest
+from dnb.hub.pool_files import client_file
 from dnb.planning.capacity import check_num_engines, choose_num_threads
 from dnb.pool.engine_pool import EnginePool
 from dnb.pool.forking import PoolCluster, PrivateControllerLauncher, birth_limit, engine_launcher
 from dnb.pool.growing import Registry, count_ready, last_words, quiet_log, start_joining, thread_environment
 from dnb.progress import Report, long_work
-from dnb.records import PoolFacts, Process
+from dnb.records import HubPlace, PoolFacts, Process
 from dnb.transport.lives import find_process, is_alive, this_process
 from dnb.transport.own_files import FOLDER_MODE
 from dnb.transport.private_files import close_to_others
+from dnb.versions import POOL_FORMAT, Header, explain_unreadable, name_dnb, name_this_dnb
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +105,8 @@ def adopt_pool(
     Raises:
         PoolError: it cannot be reached.
     """
-    path = profile_dir / "security" / f"ipcontroller-{facts.cluster_id}-client.json"
     try:
-        connection = json.loads(path.read_text())
+        connection = _read_connection(facts.cluster_id, profile_dir)
         with long_work(f"connecting to the pool {facts.cluster_id}"):
             client = ipyparallel.Client(
                 connection,
@@ -113,9 +115,37 @@ def adopt_pool(
                 cluster_id=facts.cluster_id,
                 timeout=CONNECT_SECONDS,
             )
-    except (OSError, ValueError, ipyparallel.TimeoutError) as error:
+    except (OSError, ValueError, KeyError, msgspec.MsgspecError, ipyparallel.TimeoutError) as error:
         raise PoolError(f"the pool {facts.cluster_id} cannot be reached: {error}") from error
-    return make(client, connection, cluster=None, wish=wish, **_folders(profile_dir))
+    try:
+        return make(client, connection, cluster=None, wish=wish, **_folders(profile_dir))
+    except BaseException:
+        client.close(linger=False)
+        raise
+
+
+def _read_connection(cluster_id: str, profile_dir: Path) -> dict[str, Any]:
+    """Return what a client's connection file says.
+
+    Raises:
+        ValueError: it is none, or not one of a pool of this version of dnb.
+    """
+    path = client_file(cluster_id, profile_dir / "security")
+    connection = json.loads(path.read_bytes())
+    if not isinstance(connection, dict) or not isinstance(connection.get("dnb"), dict):
+        raise ValueError(f"{path} is not the connection file of a pool")
+    header = msgspec.convert(connection["dnb"], type=Header)
+    if header.format != POOL_FORMAT:
+        raise ValueError(
+            f"its hub is {name_dnb(header.version, header.format)}, and this is {name_this_dnb()}: use one version"
+        )
+    try:
+        msgspec.convert(connection["dnb"], HubPlace)
+    except msgspec.ValidationError as error:
+        raise ValueError(
+            f"{path} is of {name_dnb(header.version, header.format)}: {explain_unreadable(error)}"
+        ) from error
+    return connection
 
 
 def profile_folder(profile: str | None) -> Path:
@@ -226,8 +256,7 @@ def _bring_up(
         if not registered.cancel():
             registered.result()
         profile_dir = Path(cluster.profile_dir)
-        security_dir = profile_dir / "security"
-        connection = json.loads((security_dir / f"ipcontroller-{cluster.cluster_id}-client.json").read_text())
+        connection = _read_connection(cluster.cluster_id, profile_dir)
         _join_all(controller, client, cluster, num_threads=num_threads, report=report)
         return make(client, connection, cluster=cluster, **_folders(profile_dir))
     except BaseException:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils.monitor import parse_monitor_message
 
 from dnb.errors import ArgumentError, DnbError, HubError
 from dnb.records import Address, GetMembers, Members, Message, Repeatable, Submit
@@ -19,6 +20,7 @@ from dnb.transport.doors import is_near, open_door
 from dnb.transport.doors import listen as listen
 from dnb.transport.doors import url_of as url_of
 from dnb.transport.encoding import encode_exactly, encode_record
+from dnb.versions import explain_unreadable, name_this_dnb
 
 T = TypeVar("T")
 
@@ -43,6 +45,16 @@ MOST_BREAKS, MOST_BREAKS_OF_SUBMIT = 10, 1
 REASON_SECONDS = 2.0
 # How long a send may block. It never does while there is a connection, or one is tried for: nothing limits what queues.
 SEND_SECONDS = 1.0
+# Of what a stranger may call a request.
+KIND_LENGTH = 60
+# What tells whether a hub is at an address.
+ANSWERS = (
+    zmq.EVENT_CONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
 
 
 def encode(record: Message, frames: Sequence[Any] = ()) -> list[Any]:
@@ -132,11 +144,15 @@ def connect_dealer(context: zmq.Context[Any], address: Address, *, identity: byt
     dealer.sndtimeo = int(1000 * SEND_SECONDS)
     if identity is not None:
         dealer.setsockopt(zmq.IDENTITY, identity)
+    _connect(dealer, address)
+    return dealer
+
+
+def _connect(dealer: zmq.Socket[bytes], address: Address) -> None:
     dealer.curve_serverkey = address.server_public.encode()
     dealer.curve_publickey = address.public.encode()
     dealer.curve_secretkey = address.secret.encode()
     dealer.connect(address.local if is_near(address.local) else address.url)
-    return dealer
 
 
 class HubRestartedError(HubError):
@@ -153,6 +169,7 @@ class HubClient:
         address: the hub's client address.
         is_alive: whether there will be an answer; asked while waiting, so that the end of a pool is told at once.
         timeout_seconds: how long an answer may take.
+        hub: which dnb it is, for errors.
     """
 
     def __init__(
@@ -161,8 +178,10 @@ class HubClient:
         *,
         is_alive: Callable[[], bool] = lambda: True,
         timeout_seconds: float = 30.0,
+        hub: str = "another version of dnb",
     ) -> None:
         self._is_alive = is_alive
+        self._hub = hub
         self._timeout_seconds = timeout_seconds
         self._lock = threading.Lock()
         self._address = address
@@ -215,7 +234,8 @@ class HubClient:
         Raises:
             DnbError: the hub refused; of the class that the hub named.
             ArgumentError: the request holds text that is none.
-            HubError: no answer in time, or none because the hub died and may have done what was asked.
+            HubError: no answer in time, or none because the hub died and may have done what was asked; or one that
+                this version of dnb cannot read.
         """
         limit = self._timeout_seconds if timeout_seconds is None else timeout_seconds
         try:
@@ -234,7 +254,15 @@ class HubClient:
             parts = [number, packed, *frames]
             self._send(parts)
             reply = self._receive(number, limit, request=request, parts=parts)
-        return decode_reply(reply[0], expect), reply[1:]
+        try:
+            return decode_reply(reply[0], expect), reply[1:]
+        except (msgspec.MsgspecError, ValueError) as error:
+            if isinstance(error, DnbError):
+                raise
+            raise HubError(
+                f"the hub is {self._hub}, and this kernel, {name_this_dnb()}, cannot read its answer to "
+                f"{type(request).__name__} ({explain_unreadable(error)}): use one version of dnb for both"
+            ) from error
 
     def _why(self) -> str:
         """Why the hub was started again, for an error; empty if it does not say."""
@@ -306,3 +334,72 @@ def decode_reply(data: bytes, expect: type[T]) -> T:
         kind = getattr(errors, answer.error, HubError)
         raise kind(answer.message)
     return answer  # type: ignore[no-any-return]
+
+
+class _Kind(msgspec.Struct):
+    """The class of a message, of whatever version."""
+
+    type: str = ""
+
+
+def refuse_unreadable(header: bytes, error: BaseException, *, kernel: str) -> HubError:
+    """Say why a request is refused that cannot be decoded.
+
+    Args:
+        header: the request.
+        error: of the decoder.
+        kernel: which dnb sent it, as far as is known.
+    """
+    try:
+        kind = msgspec.msgpack.decode(header, type=_Kind).type
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        kind = ""
+    kind = repr(kind[:KIND_LENGTH]) if kind else "that came"
+    return HubError(
+        f"the hub is {name_this_dnb()}, and cannot read the request {kind} of {kernel} ({explain_unreadable(error)}): "
+        "use one version of dnb for both, or %dtrain shutdown and %dtrain start open a pool of the kernel's own"
+    )
+
+
+def find_answering(addresses: Sequence[Address], *, limit_seconds: float) -> list[bool]:
+    """Whether a hub with the expected keys is at each of these addresses; told within the limit."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    try:
+        calls = [_Call(context, address) for address in addresses]
+        deadline = time.monotonic() + limit_seconds
+        while (waiting := [call for call in calls if call.is_answered is None]) and time.monotonic() < deadline:
+            poller = zmq.Poller()
+            for call in waiting:
+                poller.register(call.monitor, zmq.POLLIN)
+            poller.poll(1 + round(1000 * max(deadline - time.monotonic(), 0.0)))
+            for call in waiting:
+                call.look()
+        return [call.is_answered is True for call in calls]
+    finally:
+        context.destroy(linger=0)
+
+
+class _Call:
+    """A peer that only wants to know whether it is let in."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: Address) -> None:
+        self.is_answered: bool | None = None  # not known yet
+        self._is_connected = False
+        self._dealer: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+        self.monitor = self._dealer.get_monitor_socket(ANSWERS)
+        try:
+            _connect(self._dealer, address)
+        except (zmq.ZMQError, ValueError):  # it is no address
+            self.is_answered = False
+
+    def look(self) -> None:
+        """Take what the socket tells of its connection."""
+        while self.is_answered is None and self.monitor.poll(0):
+            event = parse_monitor_message(self.monitor.recv_multipart())["event"]
+            if event == zmq.EVENT_CONNECTED:
+                self._is_connected = True
+            elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                self.is_answered = True
+            elif event != zmq.EVENT_CONNECT_RETRIED or not self._is_connected:
+                # Refused: the guardian keeps the port open as long as it lives. But a hub may have died meanwhile.
+                self.is_answered = False

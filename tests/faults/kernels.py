@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.engines.pools import PATIENCE_SECONDS
@@ -30,12 +31,13 @@ class Kernel:
     Args:
         code: after which it holds; it may `say` words, which are returned by `start`.
         folder: where it runs.
+        prefix: a command that runs the kernel, as in a namespace of its own.
     """
 
-    def __init__(self, code: str, *, folder: Path) -> None:
+    def __init__(self, code: str, *, folder: Path, prefix: Sequence[str] = ()) -> None:
         script = PREAMBLE + textwrap.dedent(code) + "\nhold()\n"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", script],
+            [*prefix, sys.executable, "-c", script],
             cwd=folder,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -9,7 +10,20 @@ import pytest
 import zmq
 
 from dnb.errors import ArgumentError, HubError, RunError
-from dnb.records import Address, Done, GetPool, Hello, KillHub, Members, Message, Process, Refused, Shutdown, Submit
+from dnb.records import (
+    Address,
+    Done,
+    GetPool,
+    Hello,
+    KillHub,
+    Members,
+    Message,
+    Process,
+    Refused,
+    Request,
+    Shutdown,
+    Submit,
+)
 from dnb.transport import channels
 from dnb.transport.channels import (
     CLIENT_ROLE,
@@ -19,10 +33,13 @@ from dnb.transport.channels import (
     bind_router,
     connect_dealer,
     encode,
+    find_answering,
     listen,
+    refuse_unreadable,
     start_authenticator,
     url_of,
 )
+from dnb.versions import VERSION
 from tests.unit.web_server import WebServer, wait_until_given_up
 
 # Long enough for a handshake on loopback (about 5 ms), short enough to wait for what must not come.
@@ -414,3 +431,88 @@ def test_a_client_may_be_closed_twice(hub: Hub, client_of):
     client.close()
     client.close()
     assert client._socket.closed
+
+
+# other versions --------------------------------------------------------------------------------------------
+
+
+def test_an_answer_that_this_version_cannot_read_is_said_with_both_versions(hub: Hub, client_of):
+    def answer(parts: list[bytes]) -> list[list[bytes]]:
+        return [[*parts[:2], msgspec.msgpack.encode({"type": "Done", "weather": "fine"})]]
+
+    hub.answer(answer)
+    client = client_of(hub.address(CLIENT_ROLE), hub="dnb 9.9.9 (format 1)")
+    with pytest.raises(HubError) as caught:
+        client.ask(GetPool(), Done)
+    assert str(caught.value) == (
+        f"the hub is dnb 9.9.9 (format 1), and this kernel, dnb {VERSION} (format 1), cannot read its answer to "
+        "GetPool (the field 'weather' is not known): use one version of dnb for both"
+    )
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        ({"type": "GetWeather"}, "cannot read the request 'GetWeather' of K ('GetWeather' is not known): use one"),
+        (
+            {"type": "GetPool", "new_option": 1},
+            "cannot read the request 'GetPool' of K (the field 'new_option' is not known): use one",
+        ),
+        (
+            {"type": "Control", "run": "a"},
+            "cannot read the request 'Control' of K (the field 'verb' is missing): use one",
+        ),
+        (["no", "record"], "cannot read the request that came of K ("),
+    ],
+    ids=str,
+)
+def test_a_request_that_a_hub_cannot_read_is_refused_with_what_is_not_known(request_, said):
+    packed = msgspec.msgpack.encode(request_)
+    with pytest.raises(msgspec.ValidationError) as caught:
+        msgspec.msgpack.decode(packed, type=Request)
+    told = str(refuse_unreadable(packed, caught.value, kernel="K"))
+    assert told.startswith(f"the hub is dnb {VERSION} (format 1), and {said}")
+
+
+def test_a_request_that_is_not_even_text_is_refused_in_a_sentence():
+    packed = msgspec.msgpack.encode({"type": "XXXX"}).replace(b"XXXX", b"\xff\xfe\xfd\xfc")
+    with pytest.raises(UnicodeDecodeError) as caught:
+        msgspec.msgpack.decode(packed, type=Request)
+    assert "the request that came of K (" in str(refuse_unreadable(packed, caught.value, kernel="K"))
+
+
+# who is there ----------------------------------------------------------------------------------------------
+
+
+def test_hubs_that_answer_are_told_from_ports_that_refuse_and_ports_of_others(hub: Hub):
+    there = hub.address(CLIENT_ROLE)
+    with listen("127.0.0.1") as listener:
+        refusing = msgspec.structs.replace(there, url=url_of(listener))
+    begin = time.monotonic()
+    assert find_answering([there, refusing, there], limit_seconds=20) == [True, False, True]
+    assert time.monotonic() - begin < 10  # nobody waits for a port that refuses
+    other = RoleKeys().address(CLIENT_ROLE, there.url)
+    no_address = msgspec.structs.replace(there, url="nonsense", secret="no key")
+    assert find_answering([other, no_address], limit_seconds=PATIENCE_MILLISECONDS / 1000) == [False, False]
+
+
+def test_a_port_that_takes_connections_and_says_nothing_does_not_answer(hub: Hub):
+    with listen("127.0.0.1") as silent:
+        address = msgspec.structs.replace(hub.address(CLIENT_ROLE), url=url_of(silent))
+        assert find_answering([address], limit_seconds=PATIENCE_MILLISECONDS / 1000) == [False]
+
+
+def test_a_hub_that_is_just_started_again_answers(hub: Hub):
+    hub.die()
+    answers: list[list[bool]] = []
+    address = hub.address(CLIENT_ROLE)
+    looking = threading.Thread(target=lambda: answers.append(find_answering([address], limit_seconds=10)), name="look")
+    looking.start()
+    time.sleep(0.1)  # any moment at which it looks already
+    hub.open()
+    looking.join()
+    assert answers == [[True]]
+
+
+def test_nobody_is_asked_if_nobody_is_to_be_found():
+    assert find_answering([], limit_seconds=1) == []
