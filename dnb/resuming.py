@@ -26,14 +26,13 @@ from dnb.planning.shards import choose_num_shards
 from dnb.progress import long_work
 from dnb.records import ParcelRef, PlainJob, ResumeFrom, RunSpec
 from dnb.run import Run
+from dnb.run_folders import RUNS_FOLDER, check_name, check_place, clean_name, is_folder
 from dnb.training import (
     NOTHING,
-    RUNS_FOLDER,
     Pool,
     Ship,
     check_optimizer_fits,
     current_pool,
-    free_name,
     own_path,
     refuse_busy_or_empty,
     ship,
@@ -45,9 +44,6 @@ from dnb.transport.parcels import unpack
 from dnb.transport.segments import Segment, create_segment
 
 log = logging.getLogger(__name__)
-
-# Of a name that a checkpoint gives its run.
-MOST_LETTERS = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,14 +152,15 @@ def resume(
     _check_same_model(checkpoint, own_model)
     if optimizer is not None:
         check_optimizer_fits(optimizer, own_model, lr=None)
+    wish = check_name(name) or _base_name(clean_name(old.name))
+    check_place()
     pool = pool or start()
     refuse_busy_or_empty(pool)
-    run_name = free_name(name or _base_name(old.name[:MOST_LETTERS]))
     spec = msgspec.structs.replace(
         old,
         id=uuid.uuid4().hex,
-        name=run_name,
-        folder=str((RUNS_FOLDER / run_name).absolute()),
+        name=wish,
+        folder="",
         num_steps=num_steps,
         num_val_samples=sources["val"].num_samples if "val" in sources else old.num_val_samples,
         num_shards=_num_shards(old, pool),
@@ -176,9 +173,9 @@ def resume(
         plain=_plain_now(old.plain, given, job.order),
         resumed=_resumed(checkpoint, damages),
     )
-    submit(pool, spec, ship_job, ship_data)
+    spec = submit(pool, spec, ship_job, ship_data)
     own_optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
-    run = Run(run_name, pool.hub, folder=Path(spec.folder), model=own_model, optimizer=own_optimizer, key=pool.key)
+    run = Run(spec.name, pool.hub, folder=Path(spec.folder), model=own_model, optimizer=own_optimizer, key=pool.key)
     run.num_steps, run.steps_per_epoch = spec.num_steps, spec.steps_per_epoch
     run.step = run.first_step = checkpoint.manifest.step
     return pool.follow(run)
@@ -191,7 +188,10 @@ def _locate(path: str | Path) -> Path:
     """A path, or the name of a run."""
     place = Path(path).expanduser()
     named = RUNS_FOLDER / place
-    return named if not place.exists() and len(place.parts) == 1 and named.is_dir() else place
+    try:
+        return named if not place.exists() and len(place.parts) == 1 and is_folder(named) else place
+    except (OSError, ValueError) as error:  # no file can be called so
+        raise ArgumentError(f"no checkpoint at {str(place)[:60]!r}: {error}") from error
 
 
 def _wants(manifest: Manifest, *, given: _Given) -> list[str]:
@@ -331,7 +331,7 @@ def _num_shards(old: RunSpec, pool: Pool) -> int:
 def _base_name(name: str) -> str:
     """The name without the number that an earlier resume has put behind it."""
     found = re.fullmatch(r"(.+)-\d+", name)
-    return found[1] if found is not None and (RUNS_FOLDER / found[1]).exists() else name
+    return found[1] if found is not None and is_folder(RUNS_FOLDER / found[1]) else name
 
 
 def _resumed(checkpoint: Checkpoint, damages: list[str]) -> ResumeFrom:

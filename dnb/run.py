@@ -22,7 +22,15 @@ from dnb import errors
 from dnb.errors import USER_ERRORS, ArgumentError, DnbError, HubError, RunError
 from dnb.exporting import kind_of, write_csv, write_parquet, write_tensorboard
 from dnb.hub.checkpoints import newest_step
-from dnb.hub.history import read_events, read_history, read_summary, read_timeline, read_usage
+from dnb.hub.history import (
+    NOT_READ,
+    explain_unreadable_run,
+    read_events,
+    read_history,
+    read_summary,
+    read_timeline,
+    read_usage,
+)
 from dnb.inputs import read_loss
 from dnb.planning.bubbles import Timeline
 from dnb.planning.sample_order import samples_after
@@ -234,17 +242,19 @@ class Run:
         """Read a run from its folder, as it was last written.
 
         Raises:
-            ArgumentError: the folder holds no run.
+            ArgumentError: the folder holds no run, or one of another version of dnb.
         """
         try:
             summary = read_summary(folder)
-        except (OSError, msgspec.MsgspecError) as error:
-            raise ArgumentError(f"{folder} is not the folder of a run: {error}") from error
+            rows, events, usage = read_history(folder), read_events(folder), read_usage(folder)
+            numbers = [int(summary.options[name]) for name in ("batch_size", "num_samples", "num_shards")]
+        except NOT_READ as error:
+            raise explain_unreadable_run(folder, error) from error
         run = cls(summary.name, None, folder=folder)
-        for row in read_history(folder):
+        for row in rows:
             for name, value in row.values.items():
                 run.history.append(name, [row.step], [value])
-        run.events = read_events(folder)
+        run.events = events
         run._step_timeline, run._prediction = read_timeline(folder), summary.prediction
         run.num_steps, run.steps_per_epoch, run.step = (
             summary.num_steps,
@@ -252,9 +262,8 @@ class Run:
             summary.step,
         )
         run.started = summary.started
-        run.batch_size, run.num_samples = summary.options["batch_size"], summary.options["num_samples"]
-        run.num_shards = summary.options["num_shards"]
-        run.utilisation.extend(read_usage(folder))
+        run.batch_size, run.num_samples, run.num_shards = numbers
+        run.utilisation.extend(usage)
         run._elapsed_seconds = summary.elapsed_seconds
         run._error, run._remote_traceback = summary.error, summary.remote_traceback
         run._status = summary.status if summary.status in ENDED else "failed"

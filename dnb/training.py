@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import re
 import sys
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +47,7 @@ from dnb.pool.starting import adopt_pool, profile_folder, start_pool
 from dnb.progress import long_work
 from dnb.records import ENDED, Done, ParcelRef, PlainJob, PoolFacts, RunSpec, Submit
 from dnb.run import Run
+from dnb.run_folders import RUNS_FOLDER, check_name, check_place, reserved_folder
 from dnb.surveying import working_engines
 from dnb.transport.job import Data, Job
 from dnb.transport.parcels import explain_unpicklable, pack, sign
@@ -56,7 +55,6 @@ from dnb.transport.segments import Segment
 
 log = logging.getLogger(__name__)
 
-RUNS_FOLDER = Path(".dnb") / "runs"
 LINGER_SECONDS = 1800.0
 # More engines than this are started only when asked for.
 MOST_BY_DEFAULT = 4
@@ -291,7 +289,8 @@ def fit(
         transport: "memory" or "socket", how gradients and parameters travel; chosen for each engine if left out; a
             dictionary chooses by engine.
         telemetry: whether engines measure what they do.
-        name: of the run and its folder .dnb/runs/<name>; made from the model's class if left out.
+        name: of the run and its folder .dnb/runs/<name>, with a number behind it if that is taken; made from the
+            model's class if left out.
         pool: where to train; the kernel's own if left out, started if there is none.
 
     Raises:
@@ -352,6 +351,8 @@ def fit(
         )
     steps_per_epoch = count_batches(order)
     num_steps = steps_per_epoch * check_positive(epochs, name="epochs")
+    wish = check_name(name) or type(model).__name__.lower()
+    check_place()
     pool = pool or current_pool() or start()
     refuse_busy_or_empty(pool)
     followed = strategy if isinstance(strategy, Plan) else None
@@ -372,7 +373,6 @@ def fit(
             division = Division.of_plan(
                 followed, job, data, batch_size=order.batch_size, exact=exact, transport=transport
             )
-    run_name = free_name(name or type(model).__name__.lower())
     if division is not None:
         division.check_pool(pool)
     if most_bytes is not None:
@@ -380,8 +380,8 @@ def fit(
         division = limit.settle(division, followed, num_engines=len(working_engines(pool)), micro_batch=micro_batch)
     spec = RunSpec(
         id=uuid.uuid4().hex,
-        name=run_name,
-        folder=str((RUNS_FOLDER / run_name).absolute()),
+        name=wish,
+        folder="",
         num_samples=train_source.num_samples,
         num_val_samples=0 if val_source is None else val_source.num_samples,
         num_steps=num_steps if steps is None else check_positive(steps, name="steps"),
@@ -411,9 +411,9 @@ def fit(
         memory_limit=most_bytes,
         prediction=None if followed is None else followed.prediction,
     )
-    submit(pool, spec, partial(ship, job), partial(ship, data))
+    spec = submit(pool, spec, partial(ship, job), partial(ship, data))
     own_optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
-    run = Run(run_name, pool.hub, folder=Path(spec.folder), model=model, optimizer=own_optimizer, key=pool.key)
+    run = Run(spec.name, pool.hub, folder=Path(spec.folder), model=model, optimizer=own_optimizer, key=pool.key)
     run.num_steps, run.steps_per_epoch = spec.num_steps, spec.steps_per_epoch
     return pool.follow(run)
 
@@ -434,6 +434,8 @@ def attach(
         ArgumentError: no folder has that name, or it was written by a newer dnb.
         PoolError: nothing is running; says which pools were found that cannot be reached.
     """
+    if name is not None and not isinstance(name, str):
+        raise ArgumentError(f"a run is found by its name, a text, not {name!r}: dnb.attach('digits')")
     pool, told = current_pool(), list[str]()
     if pool is None or clear:
         pool, told = _adopt_any(clear=clear)
@@ -464,21 +466,34 @@ NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
 Ship = Callable[[str, "Pool", "list[Segment]"], tuple[bytes, ParcelRef]]  # name, pool, segments that it adds to
 
 
-def submit(pool: Pool, spec: RunSpec, ship_job: Ship, ship_data: Ship) -> None:
-    """Ship everything once; if the hub refuses, the shared memory is given back."""
+def submit(pool: Pool, spec: RunSpec, ship_job: Ship, ship_data: Ship) -> RunSpec:
+    """Ship everything once; if the hub refuses, folder and shared memory are given back.
+
+    Args:
+        pool: where the run goes.
+        spec: of the run; what it is called is only a wish.
+        ship_job: see `ship`.
+        ship_data: likewise.
+
+    Returns:
+        The spec with the run's own name and folder.
+    """
     segments: list[Segment] = []
     try:
-        job_bytes, job_ref = ship_job(f"{spec.name}-job", pool, segments)
-        data_bytes, data_ref = ship_data(f"{spec.name}-data", pool, segments)
-        notes = tuple(segment.note for segment in segments if segment.note)
-        spec = msgspec.structs.replace(spec, job=job_ref, data=data_ref, notes=notes)
-        frames = [_encoded(spec), job_bytes, data_bytes]
-        with long_work(f"handing run {spec.name!r} to the hub"):
-            pool.hub.ask(Submit(), Done, frames=[*frames, sign(pool.key, frames)], timeout_seconds=120.0)
+        with reserved_folder(spec.name) as folder:
+            spec = msgspec.structs.replace(spec, name=folder.name, folder=str(folder))
+            job_bytes, job_ref = ship_job(f"{spec.name}-job", pool, segments)
+            data_bytes, data_ref = ship_data(f"{spec.name}-data", pool, segments)
+            notes = tuple(segment.note for segment in segments if segment.note)
+            spec = msgspec.structs.replace(spec, job=job_ref, data=data_ref, notes=notes)
+            frames = [_encoded(spec), job_bytes, data_bytes]
+            with long_work(f"handing run {spec.name!r} to the hub"):
+                pool.hub.ask(Submit(), Done, frames=[*frames, sign(pool.key, frames)], timeout_seconds=120.0)
     except BaseException:
         for segment in segments:
             segment.unlink()
         raise
+    return spec
 
 
 def _encoded(spec: RunSpec) -> bytes:
@@ -584,13 +599,6 @@ def refuse_busy_or_empty(pool: Pool) -> None:
             f"run {facts.run!r} is active: wait for it with %dtrain wait, or end it with %dtrain stop, "
             "before the next fit"
         )
-
-
-def free_name(wish: str) -> str:
-    """The wish as a folder name, with a number behind it if that is taken."""
-    base = re.sub(r"[^A-Za-z0-9._-]+", "-", wish).strip("-.") or "run"
-    candidates = (base if number == 1 else f"{base}-{number}" for number in count(1))
-    return next(name for name in candidates if not (RUNS_FOLDER / name).exists())
 
 
 def _already(pool: Pool, *, asked: int | None) -> str:

@@ -28,6 +28,7 @@ from dnb.hub.memo import read_memo_bytes, remove_memo, write_memo_bytes
 from dnb.records import Prediction, Record, RunEvent, RunSpec, RunStatus, StepTimeline, UsageRow
 from dnb.transport.private_files import make_private_folder, open_private
 from dnb.transport.segments import megabytes
+from dnb.versions import explain_unreadable, name_dnb, name_this_dnb
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -426,16 +427,55 @@ def read_summary(path: Path) -> RunSummary:
 
     Raises:
         OSError: there is none.
+        ArgumentError: it is of another format.
         msgspec.MsgspecError: it is not one.
     """
-    return msgspec.json.decode((path / RUN_FILE).read_bytes(), type=RunSummary)
+    text = (path / RUN_FILE).read_bytes()
+    header = msgspec.json.decode(text, type=_Header)
+    if header.format != FORMAT:
+        raise _other_version(path, header, "it is of another format")
+    return msgspec.json.decode(text, type=RunSummary)
+
+
+# What reading the files of a run may raise that anybody may have written; a UnicodeDecodeError is a ValueError.
+NOT_READ = (OSError, msgspec.MsgspecError, ValueError, RecursionError, KeyError)
+
+
+def explain_unreadable_run(path: Path, error: Exception) -> ArgumentError:
+    """Say why a run cannot be read from its folder: as it holds none, or as another version has written it."""
+    if isinstance(error, ArgumentError):
+        return error
+    try:
+        header = msgspec.json.decode((path / RUN_FILE).read_bytes(), type=_Header)
+    except NOT_READ:
+        header = None
+    if header is not None and isinstance(error, msgspec.ValidationError):
+        return _other_version(path, header, explain_unreadable(error))
+    if header is not None:
+        return ArgumentError(f"the run in {path} is damaged: {error or type(error).__name__}")
+    return ArgumentError(f"{path} is not the folder of a run: {error or type(error).__name__}")
+
+
+class _Header(msgspec.Struct):
+    """What of run.json every version can read."""
+
+    format: int
+    versions: dict[str, Any] = {}
+
+
+def _other_version(path: Path, header: _Header, reason: str) -> ArgumentError:
+    writer = name_dnb(str(header.versions.get("dnb", "")), header.format)
+    return ArgumentError(
+        f"{path} was written by {writer}, and this is {name_this_dnb(FORMAT)}, which cannot read it ({reason}): "
+        "read it with that version"
+    )
 
 
 def read_timeline(path: Path) -> StepTimeline | None:
     """The newest step whose timeline was written; None if there is none that can be read."""
     try:
         return msgspec.json.decode((path / TIMELINE_FILE).read_bytes(), type=StepTimeline)
-    except (OSError, msgspec.MsgspecError):
+    except NOT_READ:
         return None
 
 

@@ -22,6 +22,7 @@ from dnb.notebook.snapshot import PLOTLY_MIME, plotly_json, publish
 from dnb.notebook.text import duration, inert, number, one_line, rate
 from dnb.notebook.views import RunView, has_ended
 from dnb.run import Run
+from dnb.run_folders import RUNS_FOLDER, is_folder
 
 if TYPE_CHECKING:
     from dnb.notebook.live_figure import LiveFigure
@@ -66,7 +67,7 @@ def labelled(runs: Iterable[RunView]) -> dict[str, RunView]:
     return named
 
 
-def find_run(word: str, *, names: Mapping[str, Any], folder: Path = training.RUNS_FOLDER) -> RunView:
+def find_run(word: str, *, names: Mapping[str, Any], folder: Path = RUNS_FOLDER) -> RunView:
     """The run that a word stands for: a variable, the name of a run, or its folder.
 
     Raises:
@@ -79,7 +80,7 @@ def find_run(word: str, *, names: Mapping[str, Any], folder: Path = training.RUN
     if pool is not None and pool.run is not None and pool.run.name == word:
         return pool.run
     for place in (folder / word, Path(word).expanduser()):
-        if place.is_dir():
+        if is_folder(place):
             return Run.open(place)
     what = f"{word!r} is a {type(held).__name__}, not a run" if word in names else f"{word!r} is no run"
     raise ArgumentError(f"{what}; {_known(names, folder)}")

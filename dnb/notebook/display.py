@@ -20,6 +20,7 @@ from dnb.notebook.snapshot import bundle, new_display_id, publish
 from dnb.notebook.still_image import behind_chart
 from dnb.notebook.text import Stream, TextReporter, progress_line, summary
 from dnb.notebook.views import RunView, has_ended
+from dnb.run_folders import find_folder
 
 if TYPE_CHECKING:
     from dnb.notebook.dashboard import Dashboard
@@ -73,10 +74,8 @@ def read_run(run: Any) -> Any:
     if not isinstance(run, str | Path):
         return run
     from dnb.run import Run  # torch: not before somebody names a run
-    from dnb.training import RUNS_FOLDER
 
-    folder = Path(run)
-    return Run.open(folder if folder.is_dir() else RUNS_FOLDER / folder)
+    return Run.open(find_folder(run))
 
 
 def warm_up() -> None:

@@ -12,10 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-import msgspec
-
 from dnb.exporting import replacing
-from dnb.hub.history import RunSummary, read_summary
+from dnb.hub.history import NOT_READ, RunSummary, read_summary
 from dnb.notebook.snapshot import PLOTLY_MIME, bundle
 from dnb.notebook.text import duration, one_line, summary
 from dnb.notebook.views import RunView, WorkerView
@@ -258,6 +256,6 @@ def _in_script(text: str) -> str:
 def _read_saved(folder: Path) -> RunSummary | None:
     try:
         return read_summary(folder)
-    except (OSError, msgspec.MsgspecError) as error:
+    except NOT_READ as error:
         log.info("the report has no options: %s cannot be read: %s", folder, error)
         return None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -27,6 +28,7 @@ from dnb.hub.history import (
 from dnb.hub.restoring import rows_between
 from dnb.records import ParcelRef, PlainJob, RunEvent, RunSpec
 from dnb.run import Run
+from dnb.versions import name_this_dnb
 from tests.disks import files_end_at
 
 NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
@@ -513,4 +515,80 @@ def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path, content: bytes | 
     if content is not None:
         (tmp_path / "run.json").write_bytes(content)
     with pytest.raises(ArgumentError, match=f"{tmp_path.name} is not the folder of a run"):
+        Run.open(tmp_path)
+
+
+GARBAGE = {
+    "binary": bytes(range(256)),
+    "no text": b'{"format": 1, "name": "\xff\xfe"}',
+    "deep": b"[" * 100_000,
+    "a list": b"[]",
+    "zeros": bytes(4096),
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_a_run_file_of_garbage_is_refused_in_a_sentence(tmp_path: Path, name: str):
+    (tmp_path / "run.json").write_bytes(GARBAGE[name])
+    with pytest.raises(ArgumentError):
+        Run.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+@pytest.mark.parametrize("file", ["history.jsonl", "events.jsonl", "usage.jsonl"])
+def test_lines_of_garbage_are_refused_in_a_sentence(tmp_path: Path, file: str, name: str):
+    open_run(tmp_path, status="finished")
+    (tmp_path / file).write_bytes(GARBAGE[name] + b"\n")
+    with pytest.raises(ArgumentError):
+        Run.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_a_timeline_of_garbage_is_left_out(tmp_path: Path, name: str):
+    open_run(tmp_path, status="finished")
+    (tmp_path / "timeline.json").write_bytes(GARBAGE[name])
+    assert Run.open(tmp_path).timeline.record is None
+
+
+def rewrite(folder_path: Path, **changes: Any) -> None:
+    path = folder_path / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"format": 2, "versions": {"dnb": "9.9.9"}}, "dnb 9.9.9 (format 2), and this is {}, which cannot read it ("),
+        (
+            {"mood": "good", "versions": {"dnb": "9.9.9"}},
+            r"dnb 9.9.9 (format 1), and this is {}, which cannot read it (the field 'mood' is not known): read it with",
+        ),
+        (
+            {"versions": {}, "mood": 1},
+            "dnb of an unknown version (format 1), and this is {}, which cannot read it (the",
+        ),
+    ],
+    ids=["a format", "a field more", "no version"],
+)
+def test_a_run_of_another_version_is_named_with_both(tmp_path: Path, changes: dict[str, Any], reason: str):
+    open_run(tmp_path, status="finished")
+    rewrite(tmp_path, **changes)
+    with pytest.raises(ArgumentError) as caught:
+        Run.open(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path} was written by {reason.format(name_this_dnb(FORMAT))}")
+
+
+def test_a_history_of_another_version_is_named_with_both(tmp_path: Path):
+    open_run(tmp_path, status="finished")
+    rewrite(tmp_path, versions={"dnb": "9.9.9"})
+    path = tmp_path / "history.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"kind":"step",', b'"kind":"step","mood":1,', 1))
+    with pytest.raises(ArgumentError, match=r"dnb 9.9.9 \(format 1\), and this is .*the field 'mood' is not known"):
+        Run.open(tmp_path)
+
+
+def test_a_history_with_a_broken_line_is_refused_in_a_sentence(tmp_path: Path):
+    open_run(tmp_path, status="finished")
+    (tmp_path / "history.jsonl").write_bytes(b'{"kind": "step"\n{}\n')
+    with pytest.raises(ArgumentError, match=r"the run in .* is damaged: Input data was truncated"):
         Run.open(tmp_path)
