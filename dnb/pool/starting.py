@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import os
+import re
+import resource
+import socket
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -48,6 +53,13 @@ FIRST_CONNECT_SECONDS = 1.0
 LOOK_SECONDS = 0.02
 # What is started as the controller.
 CONTROLLER_COMMAND = [sys.executable, "-m", "dnb.hub.controller"]
+# IPython would take a new temporary folder at every look.
+NO_FOLDER = re.compile(r"IPython (?:dir|parent) '(.*)' is not a writable location")
+LOOPBACK = "127.0.0.1"
+LOOPBACK_SECONDS = 2.0
+# Open files of one process. The controller has most: 125, and 6 for each engine; some are for who calls meanwhile.
+FILES_OF_POOL = 160
+FILES_OF_ENGINE = 8
 
 
 def start_pool(
@@ -75,9 +87,11 @@ def start_pool(
     """
     _check_launcher(launcher)
     _check_encryption()
+    _check_loopback()
     check_num_engines(n, free_bytes=psutil.virtual_memory().available)
     cores = os.cpu_count() or 1
     num_threads = threads_per_engine or choose_num_threads(cores, num_engines=n)
+    _check_files(n)
     _check_writable(profile_dir)
     cluster = _cluster(profile_dir, launcher=launcher, num_threads=num_threads, timeout_seconds=timeout_seconds)
     controller = _Controller(cluster, deadline=time.monotonic() + timeout_seconds)
@@ -149,8 +163,26 @@ def _read_connection(cluster_id: str, profile_dir: Path) -> dict[str, Any]:
 
 
 def profile_folder(profile: str | None) -> Path:
-    """The folder of an IPython profile: the one named, else that of the notebook's own kernel."""
-    return Path(ipyparallel.Cluster(profile=profile or "", load_profile=False, log=quiet_log()).profile_dir)
+    """The folder of an IPython profile: the one named, else that of the notebook's own kernel.
+
+    Raises:
+        PoolError: it can be found, or made, nowhere but in a temporary folder, where no other kernel would look.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=NO_FOLDER.pattern, category=UserWarning)
+            return Path(ipyparallel.Cluster(profile=profile or "", load_profile=False, log=quiet_log()).profile_dir)
+    except UserWarning as warning:
+        found = NO_FOLDER.search(str(warning))
+        raise PoolError(
+            f"IPython's folder, in which a pool keeps its connection files, cannot be made or written in "
+            f"{found[1] if found else warning}: mend its permissions, or set IPYTHONDIR to a folder that you can write"
+        ) from None
+    except OSError as error:
+        raise PoolError(
+            f"the profile {(profile or 'default')[:60]!r} cannot be made ({error.strerror}): name another one with "
+            "%dtrain start --profile NAME, or set IPYTHONDIR to a folder that you can write"
+        ) from error
 
 
 class _Controller:
@@ -332,6 +364,43 @@ def _check_encryption() -> None:
             f"a pool encrypts its sockets with CurveZMQ, which this libzmq {zmq.zmq_version()} was built without: "
             "pip install --force-reinstall --only-binary :all: pyzmq installs one that has it"
         )
+
+
+def _check_loopback() -> None:
+    try:
+        with socket.create_server((LOOPBACK, 0)) as listener:
+            socket.create_connection(listener.getsockname()[:2], timeout=LOOPBACK_SECONDS).close()
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise _too_few_files(str(error.strerror)) from error
+        raise PoolError(
+            f"the processes of a pool talk over {LOOPBACK}, which does not work here ({error.strerror or error}): the "
+            "loopback interface is down; `ip link set lo up`, as root, mends that"
+        ) from error
+
+
+def _check_files(num_engines: int) -> None:
+    """Let this kernel, and what it starts, open as many files as a pool needs.
+
+    Raises:
+        PoolError: the system allows fewer.
+    """
+    needed = FILES_OF_POOL + FILES_OF_ENGINE * num_engines
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
+    if most < needed:
+        raise _too_few_files(
+            f"a pool of {num_engines} engines opens about {needed} in one process, and {most} are allowed"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
+def _too_few_files(reason: str) -> PoolError:
+    return PoolError(
+        f"this kernel may not open enough files ({reason}): `ulimit -n 4096` in the shell that starts it, or the "
+        "nofile limit of its service or container, allows more"
+    )
 
 
 def _check_writable(profile_dir: Path) -> None:

@@ -12,6 +12,7 @@ from dnb.errors import PoolError
 from dnb.pool.found import clear_doubtful, find_pools
 from dnb.pool.starting import profile_folder
 from dnb.records import Process
+from dnb.transport.channels import listen, url_of
 from tests.engines.pools import wait_until
 from tests.faults.kernels import Kernel
 from tests.leftovers import Leftovers
@@ -120,12 +121,16 @@ def left_behind(their_folder):
 
 @pytest.fixture
 def left(folder, left_behind):
-    """Puts those files here, with every process of the pool's record changed."""
+    """Puts those files here, with every process of the pool's record changed, and ports at which nobody listens."""
 
     def put(change):
         security().mkdir(parents=True, exist_ok=True)
+        with listen("127.0.0.1") as listener:
+            closed = url_of(listener)
         for name, data in left_behind.items():
             record = json.loads(data)
+            if "dnb" in record:
+                record["dnb"]["address"]["url"] = closed
             if name.startswith("dnb-pool-"):
                 record["run_status"] = "running"
                 _change_processes(record, change)
