@@ -130,7 +130,7 @@ def left(folder, left_behind):
         for name, data in left_behind.items():
             record = json.loads(data)
             if "dnb" in record:
-                record["dnb"]["address"]["url"] = closed
+                record["dnb"]["address"] |= {"url": closed, "local": ""}
             if name.startswith("dnb-pool-"):
                 record["run_status"] = "running"
                 _change_processes(record, change)
