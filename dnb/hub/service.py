@@ -696,10 +696,11 @@ class Service:
 
     def _read_request(self, identity: bytes, header: bytes) -> Request:
         try:
-            return decode_peer(self._decode_request, header)
+            request: Request = decode_peer(self._decode_request, header)
         except PeerError as error:
             kernel = self._kernel_versions.get(identity, "a kernel of another version")
             raise refuse_unreadable(header, error.__cause__ or error, kernel=kernel) from error
+        return request
 
     def _check_steering(self, identity: bytes, request: Request) -> None:
         """Any number of kernels may look on, one may steer."""
