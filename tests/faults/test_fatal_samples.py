@@ -132,7 +132,7 @@ def test_a_sample_that_ends_engines_pauses_the_run_after_the_second_and_others_t
     filled(pool, 2, but=dead)
     run.resume(step=harmless)
     wait(run)
-    assert largest_gap(run.history["loss"], losses()) <= 1e-6
+    assert largest_gap(run.history["loss"], losses()) <= 1e-10
     assert {worker.engine for worker in run.workers if worker.state == "ready"}.isdisjoint(dead)
 
 
@@ -147,7 +147,7 @@ def test_the_only_engine_that_crashes_leaves_a_run_that_goes_on_with_another(sha
         wait(run)
     run.resume(step=harmless)  # before or after the next one is there
     wait(run)
-    assert largest_gap(run.history["loss"], losses()) <= 1e-6
+    assert largest_gap(run.history["loss"], losses()) <= 1e-10
     assert [engine.cores for engine in pool.engines] == [dead.cores]
     until(lambda: pool._members().num_owed == 0, what="nothing is owed any more")
 
@@ -203,4 +203,4 @@ def test_engines_that_an_operator_kills_together_pause_nothing(shared, tmp_path,
     wait(run)
     assert [event.text.split(",")[0][-15:] for event in run.events if event.kind == "died"] == ["died by SIGKILL"] * 2
     plain = plain_losses(mlp(), digits(), num_steps=50, batch_size=64)
-    assert largest_gap(run.history["loss"][:50], plain) <= 1e-6
+    assert largest_gap(run.history["loss"][:50], plain) <= 1e-10
