@@ -12,8 +12,8 @@ __all__ = ["MESSAGE_LENGTH", "TRACEBACK_LENGTH", "WHOLE_LENGTH", "clean_text", "
 # Of a message and of a traceback, in characters: what people read. More is cut out of the middle.
 MESSAGE_LENGTH = 4_000
 TRACEBACK_LENGTH = 32_000
-# Of the whole text, which is sent besides if something was cut, and ends in a file.
-WHOLE_LENGTH = 16_000_000
+# Of the whole text, which is sent besides if something was cut, and ends in a file. As UTF-8 it fits into a record.
+WHOLE_LENGTH = 6_000_000
 # Members of a group, and groups in groups, that the whole text shows; `traceback` shows 15, and 10.
 MOST_MEMBERS = 10_000
 MOST_GROUPS = 100

@@ -36,7 +36,7 @@ PARAMETERS_SLOT, JOB_SLOT, DATA_SLOT = 0, 1, 2
 # What the hub sends carries sample indices at most: 8 bytes each.
 MAX_WORK_BYTES = 1 << 30
 # What an engine reports: a few numbers per shard, metric and parameter, or the text of an error.
-MAX_RECORD_BYTES = 16 << 20
+MAX_RECORD_BYTES = 32 << 20
 # What a caller may send before it is known to be an engine: one short record.
 MAX_GREETING_BYTES = 4096
 # Connections that wait to be looked at: so many that strangers do not fill the queue faster than they are sent away.
