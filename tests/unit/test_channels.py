@@ -204,6 +204,7 @@ def test_a_client_that_was_given_up_reaches_the_hub_that_comes_back(hub: Hub, we
     client = client_of(stranger, timeout_seconds=0.3)
     with pytest.raises(HubError, match=NO_HUB):
         client.ask(GetPool(), Done)
+    wait_until_given_up(client._socket)
     client._address = hub.address(CLIENT_ROLE)  # as if the hub had its port again
     hub.answer(reply(Done()))
     assert client.ask(GetPool(), Done, timeout_seconds=LIMIT_MILLISECONDS / 1000) == (Done(), [])
