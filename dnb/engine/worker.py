@@ -42,7 +42,7 @@ from dnb.records import (
 )
 from dnb.transport.channels import SEND_SECONDS, connect_dealer, encode
 from dnb.transport.failures import describe_error
-from dnb.transport.lives import is_alive, this_process
+from dnb.transport.lives import is_alive, is_here, this_process
 from dnb.transport.wires import Wire, WireError, connect_wire
 from dnb.versions import POOL_FORMAT, VERSION, Header, name_dnb, name_this_dnb
 
@@ -152,8 +152,7 @@ class Worker(threading.Thread):
         self._socket = connect_dealer(context, self._address, identity=b"engine-%d" % self._facts.engine)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
-        is_far = self._guardian.host != self._facts.process.host
-        heart = Heart(self._facts, address=self._address, is_far=is_far)
+        heart = Heart(self._facts, address=self._address, is_far=not is_here(self._guardian))
         heart.start()
         linger = 0
         try:

@@ -110,6 +110,7 @@ from dnb.transport.lives import (
     children_of,
     end_processes,
     is_alive,
+    is_here,
     is_same,
     look_at,
     signal_process,
@@ -540,7 +541,7 @@ class Service:
         process = lost.facts.process
         code, is_wanted = self._exits.code_of(process), process in self._killed or lost.is_retiring
         self._killed.discard(process)
-        is_gone = code is not None or process.host != self._process.host or look_at(process) == "gone"
+        is_gone = code is not None or not is_here(process) or look_at(process) == "gone"
         return EngineLost(
             engine,
             describe_exit(code, is_wanted=is_wanted),

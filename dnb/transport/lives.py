@@ -130,7 +130,7 @@ def exit_code_of(process: Process) -> int | None:
 
     It is known from the moment of a signal or exit until the parent has waited for it, on Linux.
     """
-    if sys.platform != "linux" or process.host != socket.gethostname():
+    if sys.platform != "linux" or not is_here(process):
         return None
     try:
         if abs(psutil.Process(process.pid).create_time() - process.create_time) >= CLOCK_SECONDS:
