@@ -19,7 +19,7 @@ from dnb.engine.gradients import Gradients
 from dnb.engine.loader import fetch_batch
 from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.telemetry import Stopwatch
-from dnb.errors import USER_ERRORS, DnbError, summary_of, text_of
+from dnb.errors import USER_ERRORS, DnbError, kind_of, summary_of, text_of
 from dnb.records import Diagnose, Diagnosis, Load, RunSpec, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
 from dnb.transport.layout import slot_views
@@ -160,7 +160,7 @@ class Replica:
                 with torch.set_grad_enabled(is_step):
                     self._forward(source, part, batch_samples=None, needs_gradient=is_step)
             except USER_ERRORS as again:  # whatever a user's model raises
-                return type(again) is type(error)
+                return kind_of(again) == kind_of(error)  # a class may be made where it is raised
             return False
 
         shards = [*zip(work.shards, indices.split(work.shard_sizes), strict=True)]

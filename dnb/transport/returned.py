@@ -80,12 +80,12 @@ def read_loss(
     if isinstance(value, Sum):
         total = read_loss(value.total, needs_gradient=needs_gradient, by=by, device=device)
         if isinstance(total, Sum):
-            raise ReturnError(f"{_WANTED[by]}; it returned a Sum of a Sum")
+            raise ReturnError(f"{_WANTED[by]}, not a Sum of a Sum")
         return Sum(total, _weight_of(value, what=by))
     if not isinstance(value, torch.Tensor):
         if isinstance(value, int | float | np.floating) and not isinstance(value, bool) and not needs_gradient:
             return torch.tensor(float(value), dtype=torch.float64)
-        raise ReturnError(f"{_WANTED[by]}; it returned {_described(value)}{_way_out(value)}")
+        raise ReturnError(f"{_WANTED[by]}, not {_described(value)}{_way_out(value)}")
     if (
         value.numel() == 1
         and value.is_floating_point()
@@ -93,7 +93,7 @@ def read_loss(
         and (value.is_cpu or value.device.type == device.type)
     ):
         return value
-    raise ReturnError(f"{_WANTED[by]}; it returned {_described(value)}{_fault_of(value, device)}")
+    raise ReturnError(f"{_WANTED[by]}, not {_described(value)}{_fault_of(value, device)}")
 
 
 class MetricReader:
@@ -204,12 +204,12 @@ def _loss_in(result: Any, by: Returner) -> Any:
         if "loss" in result:
             return result["loss"]
         keys = ", ".join(_key(key) for key in [*result][:5])
-        raise ReturnError(f"{_WANTED[by]}; it returned a dictionary of {keys or 'nothing'}, and no 'loss' in it")
+        raise ReturnError(f"{_WANTED[by]}, not a dictionary of {keys or 'nothing'} without 'loss'")
     if isinstance(result, torch.Tensor | Sum):
         return result
     if hasattr(result, "loss"):
         if result.loss is None:
-            raise ReturnError(f"{_WANTED[by]}; it returned {_described(result)} whose .loss is None: has it no target?")
+            raise ReturnError(f"{_WANTED[by]}, not {_described(result)} whose .loss is None: has it no target?")
         return result.loss
     if isinstance(result, tuple | list):
         for most_dims in (0, None):
@@ -220,7 +220,7 @@ def _loss_in(result: Any, by: Returner) -> Any:
                 break
         parts = ", ".join(_described(each) for each in result[:5])
         raise ReturnError(
-            f"{_WANTED[by]}; it returned a {_kind(result)} of {len(result)} ({parts}), in which it cannot be told "
+            f"{_WANTED[by]}, not a {_kind(result)} of {len(result)} ({parts}), in which it cannot be told "
             "what the loss is"
         )
     return result

@@ -514,8 +514,8 @@ def returning(change):
 
 
 NO_LOSSES = [
-    (lambda _: None, "it returned None"),
-    (lambda loss: loss.item(), "it returned the float"),
+    (lambda _: None, "not None"),
+    (lambda loss: loss.item(), "not the float"),
     (lambda loss: loss.detach(), "without a gradient"),
     (lambda loss: loss * torch.ones(64), r"shape \(64,\): take its mean"),
     (lambda loss: (loss, loss), "in which it cannot be told"),

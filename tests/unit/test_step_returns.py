@@ -82,33 +82,33 @@ def test_a_sum_may_stand_wherever_a_loss_may():
 @pytest.mark.parametrize(
     ("result", "told"),
     [
-        (None, r"it returned None: is a return missing"),
-        (0.5, r"it returned the float 0\.5, from which no gradient comes: leave out \.item"),
-        (np.float32(0.5), r"it returned a float32, from which no gradient comes"),
-        (3, r"it returned the int 3"),
-        (10**5000, r"it returned the int of 16610 bits"),
-        (True, r"it returned the bool True"),
-        ("loss", r"it returned the str 'loss'"),
-        ("\ud800" * 1000, r"it returned the str '\\ud800"),
-        (np.ones(3), r"it returned an array of float64 and shape \(3,\)"),
-        (torch.ones(64, requires_grad=True), r"it returned a tensor of float32 and shape \(64,\): take its mean"),
+        (None, r"not None: is a return missing"),
+        (0.5, r"not the float 0\.5, from which no gradient comes: leave out \.item"),
+        (np.float32(0.5), r"not a float32, from which no gradient comes"),
+        (3, r"not the int 3"),
+        (10**5000, r"not the int of 16610 bits"),
+        (True, r"not the bool True"),
+        ("loss", r"not the str 'loss'"),
+        ("\ud800" * 1000, r"not the str '\\ud800"),
+        (np.ones(3), r"not an array of float64 and shape \(3,\)"),
+        (torch.ones(64, requires_grad=True), r"not a tensor of float32 and shape \(64,\): take its mean"),
         (torch.ones(0, requires_grad=True), r"shape \(0,\): take its mean"),
         (LOSS.detach(), r"without a gradient: leave out \.detach"),
         (torch.tensor(3), r"a tensor of int64, which has no gradient"),
         (torch.tensor(True), r"a tensor of bool, which has no gradient"),
         (torch.ones((), dtype=torch.complex64, requires_grad=True), r"a tensor of complex64, which has no gradient"),
         (torch.ones((), device="meta", requires_grad=True), r"on the meta device"),
-        (object(), r"it returned an object"),
-        (lambda: 0, r"it returned a function"),
-        ({}, r"it returned a dictionary of nothing, and no 'loss' in it"),
-        ({"a": LOSS, 3: LOSS}, r"it returned a dictionary of 'a', the int 3, and no 'loss' in it"),
-        ({"loss": None}, r"it returned None"),
-        (SimpleNamespace(loss=None), r"it returned a SimpleNamespace whose \.loss is None: has it no target\?"),
-        ((), r"it returned a tuple of 0 \(\), in which it cannot be told"),
-        ((LOSS, LOSS), r"it returned a tuple of 2 \(a tensor of float32, a tensor of float32\), in which it cannot be"),
-        ((LOGITS, LOGITS), r"it returned a tuple of 2 \(a tensor of float32 and shape \(64, 4\), "),
+        (object(), r"not an object"),
+        (lambda: 0, r"not a function"),
+        ({}, r"not a dictionary of nothing without 'loss'"),
+        ({"a": LOSS, 3: LOSS}, r"not a dictionary of 'a', the int 3 without 'loss'"),
+        ({"loss": None}, r"not None"),
+        (SimpleNamespace(loss=None), r"not a SimpleNamespace whose \.loss is None: has it no target\?"),
+        ((), r"not a tuple of 0 \(\), in which it cannot be told"),
+        ((LOSS, LOSS), r"not a tuple of 2 \(a tensor of float32, a tensor of float32\), in which it cannot be"),
+        ((LOGITS, LOGITS), r"not a tuple of 2 \(a tensor of float32 and shape \(64, 4\), "),
         ((LOGITS, LOSS.detach()), r"without a gradient"),
-        ((None, {"accuracy": 0.5}), r"it returned None"),
+        ((None, {"accuracy": 0.5}), r"not None"),
         (Sum(LOSS.detach(), 4), r"without a gradient"),
         (Sum(0.5, 4), r"the float 0\.5"),
         (Sum(Sum(LOSS, 1), 1), r"a Sum of a Sum"),
@@ -154,7 +154,7 @@ def test_where_no_backward_follows_a_plain_number_will_do(value):
 def test_a_loss_function_is_asked_for_a_mean_and_a_model_for_its_loss():
     with pytest.raises(ReturnError, match=r"^loss must return a tensor of one number, the mean over samples, or dnb"):
         read_loss(None, needs_gradient=True)
-    with pytest.raises(ReturnError, match=r"^loss must return .*; it returned a dict"):
+    with pytest.raises(ReturnError, match=r"^loss must return .*, not a dict"):
         read_loss({"loss": LOSS}, needs_gradient=True)
     with pytest.raises(ReturnError, match=r"^a model that is given dictionaries must return the loss .* a tuple of 0"):
         read_step((), needs_gradient=True, by="model")
