@@ -494,6 +494,9 @@ class Service:
         known = self._engines.get(number)
         if known is not None and known.facts.process == facts.process and known.num_wires == join.num_wires:
             return  # it asked by itself, and was asked to
+        if known is not None and self._run is not None and self._run.is_active:
+            # Its wire was closed before it had said whose it is, so that nobody has missed it: it is to be loaded anew.
+            self._lose(number, "has lost its wire")
         others = [engine for other, engine in self._engines.items() if other != number]
         is_back = self._returning.pop(number, None) is not None
         is_spare = number in self._spares if is_back else becomes_spare(others, wanted=self._wanted_spares)

@@ -145,9 +145,15 @@ class Wiring:
             self._spare_file = None
 
     def surplus(self) -> list[int]:
-        """Callers who must go as there are too many: any of them, so that nobody can keep an engine out for long."""
-        callers = [place for place, line in self.lines.items() if line.engine is None]
-        return random.sample(callers, max(len(callers) - MOST_CALLERS, 0))
+        """Callers who must go as there are too many: any of them, so that nobody can keep an engine out for long.
+
+        Those of the Unix socket, who are this user's, make no room for those who come by TCP and may be anybody's.
+        """
+        gone: list[int] = []
+        for is_tcp in (False, True):
+            callers = [place for place, line in self.lines.items() if line.engine is None and line.is_tcp == is_tcp]
+            gone += random.sample(callers, max(len(callers) - MOST_CALLERS, 0))
+        return gone
 
     def hear(self, line: Line, packed: memoryview) -> int:
         """Read what a caller says first; the engine that it leads to.

@@ -34,6 +34,9 @@ def local(role: str) -> str:
     return f"{role} local"
 
 
+# Messages of one peer that may wait in the hub's memory; the others wait in the peer's.
+MOST_UNREAD = 100
+
 # How soon a hub that was started again is found.
 RECONNECT_MILLISECONDS = 20
 # How often a client that waits for an answer looks whether the hub still lives.
@@ -121,6 +124,7 @@ def bind_router(
     router: zmq.Socket[bytes] = context.socket(zmq.ROUTER)
     router.linger = 0
     router.set_hwm(0)
+    router.setsockopt(zmq.RCVHWM, MOST_UNREAD)
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)
     router.setsockopt(zmq.ROUTER_HANDOVER, 1)
     router.curve_server = True

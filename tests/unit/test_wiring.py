@@ -293,6 +293,18 @@ def test_of_too_many_callers_as_many_must_go_as_are_too_many(hub: Hub):
     assert len(set(gone)) == 90 - 64
 
 
+def test_an_engine_that_calls_over_the_local_socket_makes_no_room_for_those_who_call_by_tcp(hub: Hub):
+    engine = hub.called_at(hub.wiring.offer(3, "memory"))
+    callers = call_silently(hub.wiring, over="tcp", number=300)
+    while answer(hub.wiring, over="tcp"):
+        hub.wiring.refill()
+    gone = hub.wiring.surplus()
+    for caller in callers:
+        caller.close()
+    assert len(gone) == 300 - 64
+    assert engine.place not in gone
+
+
 def test_engines_that_were_let_in_are_never_too_many(hub: Hub):
     for engine in range(80):
         hub.attached(engine)
