@@ -90,7 +90,7 @@ class Hearts:
     def see_at_work(self, engine: int, now: float) -> None:
         """An engine that cannot be looked at from here is at work, says its watcher."""
         if engine in self._heard and engine not in self._silent:
-            watch = self._watches.setdefault(engine, _Watch(now, Activity(0.0, is_running=True)))
+            watch = self._watches.setdefault(engine, _Watch(now, Activity(0.0)))
             watch.last_at_work = now
 
     def declare_silent(self, engine: int) -> bool:
@@ -133,7 +133,7 @@ class Hearts:
         if seconds >= self._limit_seconds / 2:
             watch.is_at_work = has_worked(watch.activity, activity, seconds=seconds)
             watch.since, watch.activity = now, activity
-        if activity.is_running or watch.is_at_work:
+        if activity.waits_for_disk or watch.is_at_work:
             watch.last_at_work = now
         return watch.is_at_work is not None
 

@@ -25,8 +25,9 @@ LOOK_SECONDS = 0.02
 # Start times are counted from a boot time in whole seconds, which differs by one from look to look, and moves when
 # the clock is set. A pid does not come back so soon.
 CLOCK_SECONDS = 5.0
-# Threads that only wait for the interpreter's lock use a hundredth of a core.
-WORKING_SHARE = 0.1
+# Of a core. Threads that only wait for the interpreter's lock use a hundredth, but wake up all the time: that one of them
+# would run tells nothing. A thread that computes gets as much even where 40 others want the same 2 cores.
+WORKING_SHARE = 0.05
 # Of <linux/prctl.h>: the kernel sends a signal when the parent ends.
 PR_SET_PDEATHSIG = 1
 # Of <linux/sched.h>: the process is on its way out.
@@ -150,12 +151,12 @@ class Activity:
     """What the system knows of a process that says nothing itself."""
 
     cpu_seconds: float  # of all its threads so far
-    is_running: bool  # one of its threads runs, waits for a core, or for a disk
+    waits_for_disk: bool = False  # one of its threads is in a sleep that nothing can interrupt
 
 
 def has_worked(before: Activity, after: Activity, *, seconds: float) -> bool:
     """Whether a process has done something between two looks, so many seconds apart."""
-    return after.is_running or after.cpu_seconds - before.cpu_seconds >= WORKING_SHARE * seconds
+    return after.waits_for_disk or after.cpu_seconds - before.cpu_seconds >= WORKING_SHARE * seconds
 
 
 def activity_of(process: Process) -> Activity | None:
@@ -165,19 +166,19 @@ def activity_of(process: Process) -> Activity | None:
         return None
     try:
         times = own.cpu_times()
-        return Activity(times.user + times.system, _is_running(own))
+        return Activity(times.user + times.system, _waits_for_disk(own))
     except (psutil.Error, OSError):
         return None
 
 
-def _is_running(own: psutil.Process) -> bool:
-    """Whether a thread of it runs or is in a sleep that nothing can interrupt; a process only shows its main thread."""
+def _waits_for_disk(own: psutil.Process) -> bool:
+    """Whether a thread of it does; a process only shows the state of its main thread."""
     if sys.platform != "linux":
-        return own.status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
+        return own.status() == psutil.STATUS_DISK_SLEEP
     for thread in os.listdir(f"/proc/{own.pid}/task"):
         with contextlib.suppress(OSError):  # it has ended meanwhile
             facts = Path(f"/proc/{own.pid}/task/{thread}/stat").read_bytes()
-            if facts[facts.rindex(b")") + 2 :][:1] in (b"R", b"D"):  # the name before it may hold anything
+            if facts[facts.rindex(b")") + 2 :][:1] == b"D":  # the name before it may hold anything
                 return True
     return False
 

@@ -10,12 +10,12 @@ class Looks:
     def __init__(self, *, is_here: bool = True) -> None:
         self.is_here = is_here
         self.cpu_seconds = 0.0
-        self.is_running = False
+        self.waits_for_disk = False
         self.num = 0
 
     def __call__(self, _engine: int) -> Activity | None:
         self.num += 1
-        return Activity(self.cpu_seconds, self.is_running) if self.is_here else None
+        return Activity(self.cpu_seconds, self.waits_for_disk) if self.is_here else None
 
 
 def beating(*engines: int, look: Looks | None = None) -> Hearts:
@@ -106,16 +106,16 @@ def test_an_engine_that_computes_is_busy_and_not_silent_however_long_it_is_not_h
     assert (hearts.busy, hearts.silent) == ({0}, frozenset())
 
 
-def test_an_engine_that_a_full_host_gives_a_fifth_of_a_core_is_busy():
+def test_an_engine_that_a_full_host_gives_a_tenth_of_a_core_is_busy():
     look = Looks()
     hearts = beating(0, look=look)
-    tick_all(hearts, look, first=1, last=50, share=0.2)
+    tick_all(hearts, look, first=1, last=50, share=0.1)
     assert (hearts.busy, hearts.silent) == ({0}, frozenset())
 
 
-def test_an_engine_that_waits_for_a_core_or_a_disk_is_busy():
+def test_an_engine_that_waits_for_a_disk_is_busy():
     look = Looks()
-    look.is_running = True
+    look.waits_for_disk = True
     hearts = beating(0, look=look)
     tick_all(hearts, look, first=1, last=50, share=0.0)
     assert (hearts.busy, hearts.silent) == ({0}, frozenset())

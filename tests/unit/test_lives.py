@@ -19,6 +19,7 @@ from dnb.transport.lives import (
     boot_id,
     children_of,
     end_processes,
+    has_worked,
     is_alive,
     is_here,
     is_same,
@@ -138,23 +139,24 @@ def test_a_process_of_another_host_is_taken_as_alive():
     assert look_at(elsewhere) == "alive"
 
 
-def test_a_process_whose_thread_computes_in_one_call_is_seen_to_run(start: Start):
+def test_a_process_whose_thread_computes_in_one_call_is_seen_to_work(start: Start):
     process = describe(start(HOLDER).pid)
-    before = activity_of(process)
+    before, begin = activity_of(process), time.monotonic()
     assert before is not None
-    deadline = time.monotonic() + 30
     while (seen := activity_of(process)) is not None and seen.cpu_seconds < before.cpu_seconds + 0.2:
-        assert time.monotonic() < deadline
+        assert time.monotonic() < begin + 30
     assert seen is not None
-    assert seen.is_running
+    assert has_worked(before, seen, seconds=time.monotonic() - begin)
 
 
-def test_a_process_that_sleeps_is_not_seen_to_run(start: Start):
+def test_a_process_that_sleeps_is_not_seen_to_work(start: Start):
     process = describe(start(SLEEPER).pid)
-    deadline = time.monotonic() + 30
-    while (seen := activity_of(process)) is not None and seen.is_running:  # it may still be on its way to sleep
-        assert time.monotonic() < deadline
+    before = activity_of(process)
+    time.sleep(0.5)  # not a wait for anything: so long it does nothing
+    seen = activity_of(process)
+    assert before is not None
     assert seen is not None
+    assert not has_worked(before, seen, seconds=0.5)
 
 
 def test_nothing_is_seen_of_a_process_that_is_gone_or_elsewhere():
