@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import torch
 
-from dnb.errors import ArgumentError, PlanError
+from dnb.errors import USER_ERRORS, ArgumentError, PlanError, summary_of
 from dnb.hub.checkpoints import Checkpoint, DamagedError, Manifest, find_checkpoint, remove_torn
 from dnb.hub.signing import SecretError, is_signed, read_secret
 from dnb.hub.sources import MENDED_FILE
@@ -459,11 +459,13 @@ def _unpickle(checkpoint: Checkpoint, kind: str, parcel: ParcelRef) -> Any:
         if not isinstance(found, Job if kind == "job" else Data):
             raise TypeError(f"it holds a {type(found).__name__}")
         return found
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except USER_ERRORS as error:  # unpickling runs user code
         python = checkpoint.manifest.versions.get("python", "?")
         way = "model=..., and loss or step, optimizer, scheduler" if kind == "job" else "train=... (and val=...)"
         raise ArgumentError(
-            f"{path}, written under Python {python}, cannot be read here: {type(error).__name__}: {error}. "
+            f"{path}, written under Python {python}, cannot be read here: {summary_of(error)}. "
             f"Make importable what it names, or give {way}"
         ) from error
 
@@ -475,9 +477,11 @@ def _read_mended(checkpoint: Checkpoint) -> dict[str, Any]:
         pickled = bytes(checkpoint.load(MENDED_FILE))
     try:
         functions: dict[str, Any] = unpack(pickled, NOTHING)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except USER_ERRORS as error:  # unpickling runs user code
         raise ArgumentError(
-            f"{path}, functions that were mended in mid-run, cannot be read here: {type(error).__name__}: {error}. "
+            f"{path}, functions that were mended in mid-run, cannot be read here: {summary_of(error)}. "
             "Make importable what it names, or give loss or step"
         ) from error
     return functions
