@@ -25,8 +25,8 @@ LOOK_SECONDS = 0.02
 # Start times are counted from a boot time in whole seconds, which differs by one from look to look, and moves when
 # the clock is set. A pid does not come back so soon.
 CLOCK_SECONDS = 5.0
-# Of a core. Threads that only wait for the interpreter's lock use a hundredth, but wake up all the time: that one of them
-# would run tells nothing. A thread that computes gets as much even where 40 others want the same 2 cores.
+# Of a core. Threads that only wait for the interpreter's lock use a hundredth, but wake up all the time: that one of
+# them would run tells nothing. A thread that computes gets as much even where 40 others want the same 2 cores.
 WORKING_SHARE = 0.05
 # Of <linux/prctl.h>: the kernel sends a signal when the parent ends.
 PR_SET_PDEATHSIG = 1
