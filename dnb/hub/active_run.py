@@ -246,6 +246,11 @@ class ActiveRun:
         return "running" if status == "starting" and self._beginning.is_taken_over else status
 
     @property
+    def step(self) -> int:
+        """The last step that was committed."""
+        return self._coordinator.step
+
+    @property
     def has_advanced(self) -> bool:
         """Whether something was committed since the beginning, or will not be."""
         return self._version > 0 or self._coordinator.status not in ("starting", "running")

@@ -331,6 +331,7 @@ class Service:
     def _resume_run(self, memo: RunMemo, spec: RunSpec, *, reason: str = "", failure: Failure | None = None) -> None:
         self._run = self._open_run(memo.frames, spec, memo, reason=reason, failure=failure)
         self._is_memo_old = self._is_run_memo_old = True  # its journal may be another one
+        self._recorder.hold(spec.id, step=self._run.step)
         self._note_work()
         self._run.start()
 
