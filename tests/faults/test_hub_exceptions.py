@@ -124,6 +124,10 @@ AT_A_BEGINNING = [
 ]
 
 
+# More than any machine does while one place throws after the other.
+MANY_STEPS = 1_000_000
+
+
 @pytest.fixture(scope="module")
 def throwing_pool(tmp_path_factory):
     """A pool of two engines whose hub throws where it is told to, and the folder in which it is told."""
@@ -205,6 +209,13 @@ def throw_one_by_one(pool, run, throws, places, *, is_at_beginning=False):
         wait_until(run, lambda run, at=at: run.step >= at + 3, what=f"steps after {place}")
 
 
+def assert_same_as_quiet(pool, run):
+    """End a run, and hold it against one of as many steps in which nothing happens."""
+    run.stop()
+    assert wait(run).status == "stopped", run
+    assert are_same(bits_of(run), bits_of(wait(fit_exactly(pool, steps=run.step))))
+
+
 def step_now(pool, run):
     state, _ = pool.hub.ask(GetRun(run=run.name, seen={}, seen_events=0), RunState)
     return state.step
@@ -214,25 +225,19 @@ def step_now(pool, run):
 
 
 def test_an_exception_at_every_kind_of_event_leaves_the_same_bits(throwing, throws):
-    steps = 1200
-    quiet = bits_of(wait(fit_exactly(throwing, steps=steps)))
-    run = fit_exactly(throwing, steps=steps)
+    run = fit_exactly(throwing, steps=MANY_STEPS)
     engines = [engine.pid for engine in throwing.engines]
     wait_until(run, lambda run: run.step > 5, what="the run goes on")
     throw_one_by_one(throwing, run, throws, [*IN_A_STEP, *ROLLED_FORWARD])
-    assert wait(run).status == "finished", run
-    assert are_same(bits_of(run), quiet)
+    assert_same_as_quiet(throwing, run)
     assert [engine.pid for engine in throwing.engines] == engines
 
 
 def test_an_exception_while_a_hub_begins_leaves_the_same_bits(throwing, throws):
-    steps = 1200
-    quiet = bits_of(wait(fit_exactly(throwing, steps=steps)))
-    run = fit_exactly(throwing, steps=steps)
+    run = fit_exactly(throwing, steps=MANY_STEPS)
     wait_until(run, lambda run: run.step > 5, what="the run goes on")
     throw_one_by_one(throwing, run, throws, AT_A_BEGINNING, is_at_beginning=True)
-    assert wait(run).status == "finished", run
-    assert are_same(bits_of(run), quiet)
+    assert_same_as_quiet(throwing, run)
 
 
 def test_an_exception_in_an_update_that_is_rolled_back_leaves_the_same_bits(throwing, throws):
@@ -288,9 +293,7 @@ def requests_of(pool, run):
 
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_an_exception_in_every_kind_of_request_leaves_the_same_bits(throwing, throws, moment):
-    steps = 700
-    quiet = bits_of(wait(fit_exactly(throwing, steps=steps)))
-    run = fit_exactly(throwing, steps=steps)
+    run = fit_exactly(throwing, steps=MANY_STEPS)
     wait_until(run, lambda run: run.step > 5, what="the run goes on")
     told = {}
     for kind, ask in requests_of(throwing, run).items():
@@ -303,8 +306,7 @@ def test_an_exception_in_every_kind_of_request_leaves_the_same_bits(throwing, th
         until(lambda place=place: (throws / f"{place}.thrown").exists(), what=f"{place} is thrown")
         at = step_now(throwing, run)
         wait_until(run, lambda run, at=at: run.step >= at + 3, what=f"steps after {place}")
-    assert wait(run).status == "finished", run
-    assert are_same(bits_of(run), quiet)
+    assert_same_as_quiet(throwing, run)
     assert list(told) == ["Chaos"]
     assert f"(ThrownError: thrown at request.Chaos.{moment} (in " in told["Chaos"]
     assert "look whether that was done" in told["Chaos"]
