@@ -279,6 +279,7 @@ class Service:
         if memo is not None:
             self._owner = memo.owner
             self._kernels = {bytes.fromhex(name): kernel for name, kernel in memo.kernels.items()}
+            self._kernel_versions = {bytes.fromhex(name): told for name, told in memo.kernel_versions.items()}
             self._returning = {facts.engine: facts for facts in memo.engines}
             self._spares = frozenset(memo.spares)
             self._leaving = frozenset(memo.leaving)
@@ -353,6 +354,7 @@ class Service:
         return PoolMemo(
             owner=self._owner,
             kernels={name.hex(): kernel for name, kernel in self._kernels.items()},
+            kernel_versions={name.hex(): told for name, told in self._kernel_versions.items()},
             engines=tuple(engines),
             spares=(
                 *(self._spares & self._returning.keys()),

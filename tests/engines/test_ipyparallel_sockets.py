@@ -88,7 +88,7 @@ def test_what_cells_print_is_read_with_the_servers_key_and_not_without(pool):
         heard = []
 
         def hears_the_secret():
-            pool.client[0].execute("print('my password is 42')", silent=False, block=True)
+            pool.client[pool.client.ids[0]].execute("print('my password is 42')", silent=False, block=True)
             while friend.poll(100):
                 heard.append(b"".join(friend.recv_multipart()))
             return any(b"my password is 42" in each for each in heard)

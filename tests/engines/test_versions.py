@@ -6,6 +6,7 @@ from dnb.errors import HubError, PoolError
 from dnb.records import Done, Hello, Message, PoolState
 from dnb.transport.lives import this_process
 from dnb.versions import VERSION, name_this_dnb
+from tests.engines.pools import until
 
 pytestmark = pytest.mark.engines
 
@@ -25,7 +26,12 @@ class GetPool(Message, frozen=True):
     [(GetWeather(), "'GetWeather' is not known"), (GetPool(), "the field 'new_option' is not known")],
     ids=["a request", "a field"],
 )
-def test_a_request_of_a_newer_kernel_is_refused_with_both_versions(pool, request_, reason):
+@pytest.mark.parametrize("is_hub_new", [False, True], ids=["", "after a hub's death"])
+def test_a_request_of_a_newer_kernel_is_refused_with_both_versions(pool, request_, reason, is_hub_new):
+    if is_hub_new:
+        hub = pool.facts.hub.pid
+        pool.chaos.hub()
+        until(lambda: pool.facts.hub.pid != hub, what="another hub is there")
     with pytest.raises(HubError) as caught:
         pool.hub.ask(request_, PoolState)
     name = type(request_).__name__
