@@ -43,7 +43,7 @@ class PoolMemo(Record, frozen=True):
     stopped: tuple[tuple[Process, float], ...]  # on purpose; until when on the host's monotonic clock
     helpers: tuple[Process, ...]
     num_owed: int = 0
-    kernel_versions: dict[str, str] = {}  # as `kernels`; as errors name them
+    kernel_versions: dict[str, str] = msgspec.field(default_factory=dict)  # as `kernels`; as errors name them
 
 
 class RunMemo(Record, frozen=True):
