@@ -209,11 +209,11 @@ def throw_one_by_one(pool, run, throws, places, *, is_at_beginning=False):
         wait_until(run, lambda run, at=at: run.step >= at + 3, what=f"steps after {place}")
 
 
-def assert_same_as_quiet(pool, run):
+def assert_same_as_quiet(pool, run, train=fit_exactly):
     """End a run, and hold it against one of as many steps in which nothing happens."""
     run.stop()
     assert wait(run).status == "stopped", run
-    assert are_same(bits_of(run), bits_of(wait(fit_exactly(pool, steps=run.step))))
+    assert are_same(bits_of(run), bits_of(wait(train(pool, steps=run.step))))
 
 
 def step_now(pool, run):
@@ -241,26 +241,24 @@ def test_an_exception_while_a_hub_begins_leaves_the_same_bits(throwing, throws):
 
 
 def test_an_exception_in_an_update_that_is_rolled_back_leaves_the_same_bits(throwing, throws):
-    def train(model):
+    def train(pool, *, steps):
+        model = mlp()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.99)
-        return throwing.fit(
+        return pool.fit(
             model,
             digits(),
             loss="cross_entropy",
             optimizer=optimizer,
-            scheduler=scheduler,
+            scheduler=torch.optim.lr_scheduler.StepLR(optimizer, step_size=7, gamma=0.99),
             exact=True,
             shards=4,
-            steps=400,
+            steps=steps,
         )
 
-    quiet = bits_of(wait(train(mlp())))
-    run = train(mlp())
+    run = train(throwing, steps=MANY_STEPS)
     wait_until(run, lambda run: run.step > 5, what="the run goes on")
     throw_one_by_one(throwing, run, throws, [*ROLLED_BACK, "publish.before", "publish.after", "settle.after"])
-    assert wait(run).status == "finished", run
-    assert are_same(bits_of(run), quiet)
+    assert_same_as_quiet(throwing, run, train)
 
 
 def requests_of(pool, run):
@@ -323,9 +321,10 @@ def test_a_run_that_a_hub_was_given_and_died_of_is_begun_once_by_the_next_one(th
 
 
 def test_the_reason_stays_with_the_pool_and_its_run(throwing, throws):
-    run = fit(throwing, steps=300)
+    run = fit(throwing, steps=MANY_STEPS)
     wait_until(run, lambda run: run.step > 5, what="the run goes on")
     throw_one_by_one(throwing, run, throws, ["tick.before"])
+    run.stop()
     wait(run)
     reason = "ThrownError: thrown at tick.before (in throw_if_asked (throwing.py:"
     told = next(event.text for event in run.events if event.kind == "recovered")
@@ -339,7 +338,7 @@ def test_the_reason_stays_with_the_pool_and_its_run(throwing, throws):
 
 def test_a_hub_that_dies_of_one_cause_in_one_step_fails_the_run_and_keeps_pool_and_weights(throwing, throws):
     engines = [engine.pid for engine in throwing.engines]
-    run = fit(throwing, steps=3000)
+    run = fit(throwing, steps=MANY_STEPS)
     wait_until(run, lambda run: run.step > 20, what="the run goes on")
     (throws / "reduce.before").write_text("always")
     with pytest.raises(RunError, match=r"(?s)the hub died 3 times in step \d+, .*thrown at reduce\.before.*Traceback"):
@@ -355,7 +354,7 @@ def test_a_hub_that_dies_of_one_cause_in_one_step_fails_the_run_and_keeps_pool_a
 
 
 def test_a_run_that_no_hub_can_take_over_is_left_alone_and_says_why(throwing, throws):
-    run = fit(throwing, steps=3000)
+    run = fit(throwing, steps=MANY_STEPS)
     wait_until(run, lambda run: run.step > 20, what="the run goes on")
     (throws / "recover.before").write_text("always")
     os.kill(throwing.facts.hub.pid, signal.SIGKILL)
@@ -559,7 +558,7 @@ def test_just_after_a_hub_s_death_engines_are_counted_and_named_as_before(pool):
 
 
 def test_a_run_is_steered_just_after_a_hub_s_death(pool):
-    run = fit(pool, steps=2000)
+    run = fit(pool, steps=MANY_STEPS)
     wait_until(run, lambda run: run.step > 5, what="the run goes on")
 
     def kill():
