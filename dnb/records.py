@@ -357,6 +357,13 @@ class Seat(Record, frozen=True):
     port: int
 
 
+class Finding(Record, frozen=True):
+    """What the rehearsal of a run has found, as an event of the run says it."""
+
+    kind: str  # of the event
+    text: str
+
+
 class RunSpec(Record, frozen=True):
     """What a run is, as numbers and names; the objects travel beside it in a parcel."""
 
@@ -390,6 +397,12 @@ class RunSpec(Record, frozen=True):
     choice: str = ""  # how strategy="auto" has divided the model, and why; for the run's events
     prediction: Prediction | None = None  # of the plan that the run follows
     memory_limit: int | None = None  # bytes by which an engine's memory may grow
+    findings: tuple[Finding, ...] = ()  # of the rehearsal; for the run's events
+    probe: float | None = None  # the notebook's own loss of the first samples; engines are held against it
+    loss_over: str = "samples"  # "batch": the loss is computed on the gathered outputs of the whole batch
+    buffers: dict[str, str] = {}  # by name: "first", "sum" or "mean"
+    scheduler_every: str = "step"  # or "epoch"
+    sync_batchnorm: bool = False
 
 
 # Engine to hub -------------------------------------------------------------------------------

@@ -46,6 +46,7 @@ from dnb.pool.found import Found, clear_doubtful, find_pools, reap_dead
 from dnb.pool.starting import adopt_pool, profile_folder, start_pool
 from dnb.progress import long_work
 from dnb.records import ENDED, Done, ParcelRef, PlainJob, PoolFacts, RunSpec, Submit
+from dnb.rehearsal.rehearsing import rehearse
 from dnb.run import Run
 from dnb.run_folders import RUNS_FOLDER, check_name, check_place, reserved_folder
 from dnb.surveying import working_engines
@@ -226,6 +227,13 @@ def fit(
     clip_norm: float | None = None,
     precision: str = "float32",
     metrics: str | Mapping[str, Callable[..., Any]] | None = None,
+    val_step: Callable[..., Any] | None = None,
+    after_step: Callable[..., Any] | None = None,
+    loss_over: str | None = None,
+    buffers: Mapping[str, str] | None = None,
+    scheduler_every: str = "step",
+    sync_batchnorm: bool = False,
+    prove: int | None = None,
     strategy: str | Plan = "auto",
     stages: Sequence[str | torch.nn.Module] | None = None,
     schedule: str = "1f1b",
@@ -266,6 +274,14 @@ def fit(
         clip_norm: largest global norm of the gradient.
         precision: "float32", or "bfloat16" for autocast in forward.
         metrics: {"name": callable(output, target) -> mean over samples}, or "accuracy".
+        val_step: instead of loss or step where `val` is evaluated: callable(model, batch), returning as `step` does.
+        after_step: callable(model), run once by the hub after each update, for averages and the clipping of weights.
+        loss_over: "samples": the loss of a batch is the mean of the losses of its parts; "batch": it looks at the whole
+            batch, so that outputs are gathered first. The rehearsal finds out if left out.
+        buffers: by name, how what engines make of a buffer is put together: "first", "sum" or "mean".
+        scheduler_every: "step" or "epoch": when the scheduler is stepped.
+        sync_batchnorm: whether BatchNorm takes its statistics from the global batch instead of from each part.
+        prove: so many first steps are computed in this process, too, and held against those of the run.
         strategy: "data": every engine has the whole model and a part of the batch; "pipeline": every engine has a part
             of the model; "tensor": every engine has a part of every large layer; "hybrid": several pipelines, or
             several teams that divide layers; or what `dnb.plan` returned. "auto" is "data" for models of less than
@@ -298,6 +314,15 @@ def fit(
         PlanError: what is asked is not in this release.
     """
     check_model(model)
+    refuse_what_is_not_yet(
+        val_step=val_step,
+        after_step=after_step,
+        loss_over=loss_over,
+        buffers=buffers,
+        scheduler_every=None if scheduler_every == "step" else scheduler_every,
+        sync_batchnorm=sync_batchnorm or None,
+        prove=prove,
+    )
     if not isinstance(strategy, Plan):
         check_choice(strategy, name="strategy", known=STRATEGIES, available=STRATEGIES)
     check_choice(sync, name="sync", known=SYNCS, available=("hub",))
@@ -327,6 +352,8 @@ def fit(
         has_val=val is not None,
     )
     data = Data(train=train_source.data, val=None if val_source is None else val_source.data)
+    rehearsed = rehearse(job, data)
+    job, data = rehearsed.job, rehearsed.data
     division = None
     if isinstance(strategy, Plan) and strategy.partition is not None:
         division = Division.of_plan(strategy, job, data, batch_size=order.batch_size, exact=exact, transport=transport)
@@ -410,12 +437,22 @@ def fit(
         choice=choice,
         memory_limit=most_bytes,
         prediction=None if followed is None else followed.prediction,
+        findings=rehearsed.findings,
+        probe=rehearsed.probe,
+        loss_over=rehearsed.loss_over,
     )
     spec = submit(pool, spec, partial(ship, job), partial(ship, data))
     own_optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
     run = Run(spec.name, pool.hub, folder=Path(spec.folder), model=model, optimizer=own_optimizer, key=pool.key)
     run.num_steps, run.steps_per_epoch = spec.num_steps, spec.steps_per_epoch
     return pool.follow(run)
+
+
+def refuse_what_is_not_yet(**given: Any) -> None:
+    """Refuse arguments that are announced, and not in this release."""
+    found = next((name for name, value in given.items() if value is not None), None)
+    if found is not None:
+        raise PlanError(f"{found}= is not in this release yet: leave it out")
 
 
 def attach(

@@ -272,6 +272,8 @@ class ActiveRun:
         self._write_summary()
         for note in (*self.spec.notes, *self.master.notes):
             self._note(machine.Note("memory", note))
+        for finding in self.spec.findings:
+            self._note(machine.Note(finding.kind, finding.text))
         if self.spec.choice:
             self._note(machine.Note("planned", self.spec.choice))
         if self.spec.resumed is not None:

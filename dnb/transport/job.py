@@ -39,6 +39,8 @@ class Job:
     stages: Sequence[torch.nn.Module] | None = (
         None  # of a pipeline, if the user has cut the model; they share its tensors
     )
+    val_step: Callable[..., Any] | None = None  # instead of loss or step in evaluations
+    after_step: Callable[..., Any] | None = None  # callable(model), run by the hub after each update
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
