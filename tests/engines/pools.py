@@ -119,6 +119,15 @@ def wait_until(run, holds, *, what):
     assert holds(run) or run.is_active, f"the run has ended before {what}: {run}: {run.error}"
 
 
+def go_on_and_stop(run, *, after, num_steps=30):
+    """Let a run do some steps more once an event of a kind has come, and end it."""
+    wait_until(run, lambda run: after in [event.kind for event in run.events], what=f"an event {after!r}")
+    at = run.step
+    wait_until(run, lambda run: run.step >= at + num_steps, what=f"{num_steps} steps more")
+    run.stop()
+    assert wait(run).status == "stopped", run
+
+
 def start_engine(pool):
     """One more engine that has not joined the hub yet; its id."""
     before = set(pool.client.ids)

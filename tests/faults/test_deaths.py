@@ -18,7 +18,7 @@ from dnb.pool.starting import profile_folder
 from dnb.records import Done, GetPool, HubBinding, PoolState, Shutdown
 from dnb.transport.channels import HubClient
 from dnb.transport.segments import FOLDERS_VARIABLE
-from tests.engines.pools import PATIENCE_SECONDS, open_small_pool, until, wait
+from tests.engines.pools import PATIENCE_SECONDS, open_small_pool, until, wait, wait_until
 from tests.faults.kernels import Kernel
 from tests.models import digits, largest_gap, largest_relative_gap, mlp, plain_losses
 
@@ -65,13 +65,16 @@ def test_an_engine_that_stands_still_is_called_hung(three_engines):
 
 
 def test_a_run_goes_on_with_the_same_loss_when_engines_are_killed(three_engines):
-    run = three_engines.fit(mlp(), digits(), loss="cross_entropy", lr=1e-3, steps=400)
+    run = three_engines.fit(mlp(), digits(), loss="cross_entropy", lr=1e-3, steps=1_000_000)
     for step in (20, 60):
         wait_for_step(run, step)
         os.kill(three_engines.engines[0].pid, signal.SIGKILL)
+    wait_until(run, lambda run: [event.kind for event in run.events].count("died") == 2, what="two deaths")
+    wait_for_step(run, run.step + 100)
+    run.stop()
     wait(run)
-    plain = plain_losses(mlp(), digits(), num_steps=400, batch_size=64)
-    assert run.status == "finished"
+    plain = plain_losses(mlp(), digits(), num_steps=run.step, batch_size=64)
+    assert run.status == "stopped"
     assert [event.kind for event in run.events].count("died") == 2
     assert largest_gap(run.history["loss"], plain) <= 1e-10
     assert len(three_engines.engines) == 1

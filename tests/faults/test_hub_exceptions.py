@@ -663,7 +663,7 @@ def test_requests_that_make_no_sense_are_each_refused_by_the_same_hub(pool):
 
 def test_a_report_that_makes_no_sense_costs_its_engine_its_wire_and_nobody_else(pool, address_of):
     hub = pool.facts.hub.pid
-    run = fit(pool, steps=3000)
+    run = fit(pool, steps=MANY_STEPS)
     wait_until(run, lambda run: run.step > 5, what="the run goes on")
     context = zmq.Context()
     dealer = connect_dealer(context, address_of("engine"), identity=b"engine-77")
