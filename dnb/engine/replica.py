@@ -20,6 +20,7 @@ from dnb.engine.loader import fetch_batch
 from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.telemetry import Stopwatch
 from dnb.errors import USER_ERRORS, DnbError, kind_of, summary_of, text_of
+from dnb.planning.shards import SAMPLES_AT_LEAST
 from dnb.records import Diagnose, Diagnosis, Load, RunSpec, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
 from dnb.transport.layout import slot_views
@@ -473,7 +474,17 @@ def buffer_owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, st
 
 
 def _pieces(indices: torch.Tensor, size: int | None) -> Sequence[torch.Tensor]:
-    return [indices] if size is None or len(indices) <= size else indices.split(size)
+    """Indices in pieces of at most `size`, none of which has one sample, unless that is the size.
+
+    A rest of one is given a sample of the piece before it, or, if that has only two, is added to it.
+    """
+    if size is None or len(indices) <= size:
+        return [indices]
+    whole, rest = divmod(len(indices), size)
+    sizes = [size] * whole + ([rest] if rest else [])
+    if rest == 1 and size > 1:
+        sizes[-2:] = [size - 1, 2] if size > SAMPLES_AT_LEAST else [size + 1]
+    return torch.split(indices, sizes)
 
 
 def added(parts: Sequence[Sums]) -> Sums:

@@ -139,9 +139,10 @@ def _bytes_of(operations: Sequence[Any]) -> int:
     return sum(operation.tensor.numel() * operation.tensor.element_size() for operation in operations)
 
 
-def num_micro_batches_for(num_samples: int, partition: Partition) -> int:
-    """The planned number, or the largest below it that divides the samples."""
-    return next(m for m in range(min(partition.num_micro_batches, num_samples), 0, -1) if num_samples % m == 0)
+def num_micro_batches_for(num_samples: int, partition: Partition, *, least: int = 1) -> int:
+    """The planned number, or the largest below it that divides the samples into micro-batches of at least `least`."""
+    most = min(partition.num_micro_batches, max(num_samples // least, 1))
+    return next(m for m in range(most, 0, -1) if num_samples % m == 0)
 
 
 def schedule_for(partition: Partition, num_micro_batches: int) -> ScheduleName:

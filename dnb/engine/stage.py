@@ -23,6 +23,7 @@ from dnb.engine.timeline import Timeline
 from dnb.errors import PlanError
 from dnb.planning.dividing import Divider
 from dnb.planning.parts import StagePart
+from dnb.planning.shards import SAMPLES_AT_LEAST
 from dnb.planning.tracing import Inputs
 from dnb.records import Action, Diagnose, Diagnosis, Load, Partition, RunSpec, Seat, StageTrace, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
@@ -116,6 +117,9 @@ class StageReplica:
         self._data = data
         self._stopwatch = stopwatch
         self._partition = seat.partition
+        of_team = spec.batch_size // max(spec.num_shards, 1)
+        # A short batch is not cut into single samples, unless that is how whole ones are cut.
+        self._least_samples = min(of_team // seat.partition.num_micro_batches, SAMPLES_AT_LEAST) or 1
         self._rank = seat.rank
         self._device = device
         self._passes: OrderedDict[Any, _Pass] = OrderedDict()
@@ -253,7 +257,7 @@ class StageReplica:
         feed = self._feed = _Feed(indices, batch_samples=batch_samples, seed=seed)
         if not len(indices):
             return feed
-        number = num_micro_batches_for(len(indices), self._partition)
+        number = num_micro_batches_for(len(indices), self._partition, least=self._least_samples)
         feed.micro_samples = len(indices) // number
         feed.batches = self._fetch(source, indices, number)
         current = self._pass_of(source, indices, number, trains=batch_samples is not None)

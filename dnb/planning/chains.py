@@ -12,7 +12,7 @@ from torch import nn
 from dnb.errors import USER_ERRORS, PlanError
 from dnb.planning.parts import StagePart, described
 from dnb.planning.rehearsing import Rehearsal
-from dnb.planning.shards import shard_bounds
+from dnb.planning.shards import split_evenly
 from dnb.planning.tracing import Inputs
 from dnb.records import Partition
 
@@ -53,7 +53,7 @@ def divide_chain(
             f"{partition.num_stages} pipeline stages need as many modules, and stages= has {len(modules)}: ask for "
             f"{len(modules)} or fewer"
         )
-    bounds = shard_bounds(len(modules), num_shards=partition.num_stages)
+    bounds = split_evenly(len(modules), num_parts=partition.num_stages)
     chains = [
         Chain(modules[first:last], is_last=stage == len(bounds) - 1) for stage, (first, last) in enumerate(bounds)
     ]

@@ -10,6 +10,7 @@ from dnb.errors import ArgumentError, PlanError, nearest
 from dnb.planning.cutting import cut_points
 from dnb.planning.dividing import Divider
 from dnb.planning.parts import StagePart
+from dnb.planning.shards import SAMPLES_AT_LEAST
 from dnb.planning.tracing import Inputs
 from dnb.planning.weighing import balanced_cuts, weigh
 from dnb.records import Partition, ScheduleName
@@ -136,6 +137,7 @@ def read_mesh(mesh: str | Mapping[str, int] | None) -> dict[str, int]:
 def _num_micro_batches(num_samples: int, micro_batch: int | None, *, num_stages: int) -> int:
     if micro_batch is None:
         most = MICRO_BATCHES_PER_STAGE * num_stages if num_stages > 1 else 1
+        most = min(most, max(num_samples // SAMPLES_AT_LEAST, 1))
         return max(number for number in range(1, most + 1) if num_samples % number == 0)
     if num_samples % micro_batch:
         fitting = [size for size in range(1, num_samples + 1) if num_samples % size == 0]

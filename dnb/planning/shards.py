@@ -11,6 +11,8 @@ from itertools import accumulate, pairwise
 # and 76 %. They cost nothing, as an engine computes all of its shards in one forward.
 SHARDS_AT_LEAST = 48
 EXACT_SHARDS = 4
+# Of a shard that is not empty, where the batch has so many.
+SAMPLES_AT_LEAST = 2
 
 
 def choose_num_shards(num_engines: int, *, batch_size: int) -> int:
@@ -32,13 +34,28 @@ def choose_exact_shards(num_engines: int, *, batch_size: int) -> int:
 
 
 def shard_bounds(num_samples: int, *, num_shards: int) -> list[tuple[int, int]]:
-    """Cut `num_samples` into contiguous shards whose sizes differ by at most one; some may be empty.
+    """Cut `num_samples` into contiguous shards, none of which has one sample where the batch has more.
+
+    A layer that looks at more than one sample, as BatchNorm does, fails on a single one or gives NaN. So a batch with
+    less than two samples per shard is cut into fewer, and the other shards are empty: a rule of the batch's size alone,
+    so that the answer of an exact run does not depend on who computes it. Sizes of those that are not empty differ by
+    at most one.
 
     Returns:
         `num_shards` pairs (first, past the last).
     """
-    edges = [index * num_samples // num_shards for index in range(num_shards + 1)]
-    return list(pairwise(edges))
+    num_filled = min(num_shards, max(num_samples // SAMPLES_AT_LEAST, 1))
+    cuts = [filled * num_samples // num_filled for filled in range(num_filled + 1)]
+    return list(pairwise(cuts[index * num_filled // num_shards] for index in range(num_shards + 1)))
+
+
+def split_evenly(number: int, *, num_parts: int) -> list[tuple[int, int]]:
+    """Cut `number` things into contiguous parts whose sizes differ by at most one; some may be empty.
+
+    Returns:
+        `num_parts` pairs (first, past the last).
+    """
+    return list(pairwise(index * number // num_parts for index in range(num_parts + 1)))
 
 
 def deal_shards(shards: Sequence[int], engines: Sequence[int]) -> dict[int, tuple[int, ...]]:
@@ -48,7 +65,7 @@ def deal_shards(shards: Sequence[int], engines: Sequence[int]) -> dict[int, tupl
         shards: shard ids in order.
         engines: engine ids in order, at least one.
     """
-    bounds = shard_bounds(len(shards), num_shards=len(engines))
+    bounds = split_evenly(len(shards), num_parts=len(engines))
     parts = {engine: tuple(shards[first:last]) for engine, (first, last) in zip(engines, bounds, strict=True)}
     return {engine: part for engine, part in parts.items() if part}
 

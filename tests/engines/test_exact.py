@@ -33,7 +33,7 @@ class Case(NamedTuple):
     make: object
     optimizer: object
     clip_norm: float | None = None
-    drop_last: bool = True  # BatchNorm takes no shard of one sample
+    drop_last: bool = False
 
 
 CASES = {
@@ -44,7 +44,6 @@ CASES = {
         partial(transformer, dropout=0.1),
         partial(torch.optim.AdamW, lr=1e-3, fused=True),
         clip_norm=1.0,
-        drop_last=False,
     ),
 }
 
@@ -173,7 +172,7 @@ def _walk_step(model, batch, *, step):
 
 def _mixed(values, sizes):
     if not values[0].is_floating_point():
-        return values[0]
+        return next(value for value, size in zip(values, sizes, strict=True) if size)
     mixed = torch.zeros_like(values[0], dtype=torch.float64)
     for value, size in zip(values, sizes, strict=True):
         mixed += value.double() * (size / sum(sizes))

@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dnb.planning.shards import choose_exact_shards, choose_num_shards, deal_by_speed, deal_shards, shard_bounds
+from dnb.planning.shards import (
+    choose_exact_shards,
+    choose_num_shards,
+    deal_by_speed,
+    deal_shards,
+    shard_bounds,
+    split_evenly,
+)
 
 NUM_SAMPLES = st.integers(0, 10_000)
 NUM_SHARDS = st.integers(1, 200)
@@ -41,8 +48,33 @@ def test_shards_are_cut_where_integer_division_says():
     assert shard_bounds(10, num_shards=4) == [(0, 2), (2, 5), (5, 7), (7, 10)]
 
 
-def test_fewer_samples_than_shards_leave_some_shards_empty():
-    assert shard_bounds(2, num_shards=4) == [(0, 0), (0, 1), (1, 1), (1, 2)]
+def test_too_few_samples_for_all_shards_leave_some_of_them_empty():
+    assert shard_bounds(5, num_shards=4) == [(0, 0), (0, 2), (2, 2), (2, 5)]
+
+
+def test_a_batch_of_two_samples_is_not_cut():
+    assert [bound for bound in shard_bounds(2, num_shards=48) if bound[0] < bound[1]] == [(0, 2)]
+
+
+def test_a_batch_of_one_sample_has_one_shard():
+    assert [bound for bound in shard_bounds(1, num_shards=48) if bound[0] < bound[1]] == [(0, 1)]
+
+
+@given(st.integers(2, 10_000), NUM_SHARDS)
+def test_no_shard_has_one_sample_where_the_batch_has_more(num_samples: int, num_shards: int):
+    assert 1 not in {last - first for first, last in shard_bounds(num_samples, num_shards=num_shards)}
+
+
+@given(st.integers(2, 10_000), st.integers(2, 16))
+def test_a_short_batch_is_shared_by_as_many_engines_as_can_have_two_samples(num_samples: int, num_engines: int):
+    bounds = shard_bounds(num_samples, num_shards=48)
+    parts = deal_shards(range(48), range(num_engines)).values()
+    sizes = [bounds[part[-1]][1] - bounds[part[0]][0] for part in parts]
+    assert sum(size > 0 for size in sizes) >= min(num_engines, num_samples // 2, len(parts))
+
+
+def test_things_are_split_evenly_and_some_parts_may_be_empty():
+    assert split_evenly(2, num_parts=4) == [(0, 0), (0, 1), (1, 1), (1, 2)]
 
 
 @given(NUM_SAMPLES, NUM_SHARDS)
@@ -57,9 +89,9 @@ def test_shards_cover_every_sample_once_and_in_order(num_samples: int, num_shard
 
 
 @given(NUM_SAMPLES, NUM_SHARDS)
-def test_sizes_of_shards_differ_by_at_most_one(num_samples: int, num_shards: int):
-    sizes = [last - first for first, last in shard_bounds(num_samples, num_shards=num_shards)]
-    assert max(sizes) - min(sizes) <= 1
+def test_sizes_of_shards_that_are_not_empty_differ_by_at_most_one(num_samples: int, num_shards: int):
+    sizes = [last - first for first, last in shard_bounds(num_samples, num_shards=num_shards) if last > first]
+    assert not sizes or max(sizes) - min(sizes) <= 1
 
 
 def test_every_engine_is_dealt_neighbours():
