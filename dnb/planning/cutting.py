@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from dnb.errors import USER_ERRORS
 from dnb.planning.rehearsing import PREFIX, Rehearsal, no_autocast
-from dnb.planning.tracing import Call, Inputs, SymbolTracer
+from dnb.planning.tracing import Call, Inputs, NotTraceable, SymbolTracer, Trace, trace_by_symbols
+
+Found = TypeVar("Found")
 
 
 def cut_points(model: nn.Module, inputs: Inputs | None = None) -> list[str]:
@@ -22,49 +25,77 @@ def cut_points(model: nn.Module, inputs: Inputs | None = None) -> list[str]:
         model: no data is read.
         inputs: an example; with it, a forward that looks at shapes can be followed, too.
     """
-    containers = {PREFIX + name for name, module in model.named_modules() if name and _is_container(module)}
-    calls = _calls(model, inputs, containers) or _calls_of_what_opens(model, inputs, containers)
-    if calls is None:
-        return [] if inputs is None else cut_points(model)
-    return _distinct(model, calls)
+    if inputs is not None:
+        followed = follow(model, inputs, Rehearsal(model, no_autocast))
+        if followed is not None:
+            return places_to_cut(model, followed[0].begins)
+    begins = _begins_without_values(model)
+    return [] if begins is None else places_to_cut(model, begins)
 
 
-def _calls_of_what_opens(
-    model: nn.Module, inputs: Inputs | None, containers: Iterable[str]
-) -> list[tuple[str, int]] | None:
-    """All modules that a forward calls; inside those containers only that can be followed themselves."""
-    opened: set[str] = set()
-    calls = _calls(model, inputs, opened)
-    waiting = [name for name, _ in calls or ()]
-    while waiting:
-        name = waiting.pop(0)
-        if name in opened or name not in containers:
-            continue
-        deeper = _calls(model, inputs, {*opened, name})
-        if deeper is not None:
-            opened.add(name)
-            waiting += [inner for inner, _ in deeper if inner.startswith(f"{name}.")]
-            calls = deeper
-    return calls
+def follow(model: nn.Module, inputs: Inputs, rehearsal: Rehearsal) -> tuple[Trace, list[str]] | None:
+    """The trace of a forward down to the smallest modules that can be cut at, and its operations, or None.
+
+    It looks into all modules that hold others; where that fails, into those only that can be followed themselves.
+    """
+
+    def attempt(opened: Iterable[str]) -> tuple[Trace, list[str]] | None:
+        try:
+            return trace_by_symbols(Call(model, inputs), inputs, opened, rehearsal)
+        except NotTraceable:
+            return None
+
+    return _follow(attempt, _containers(model), lambda found: found[0].begins)
 
 
-def _calls(model: nn.Module, inputs: Inputs | None, opened: Iterable[str]) -> list[tuple[str, int]] | None:
-    """All modules that a forward calls, with their places, or None if it cannot be followed."""
-    rehearsal = Rehearsal(model, no_autocast)
-    tracer = SymbolTracer([], opened=opened)
-    try:
-        if inputs is None:
-            unknown = Inputs(tuple(torch.empty(0) for _ in range(_num_required(model))))
+def _begins_without_values(model: nn.Module) -> dict[str, int] | None:
+    """Modules that a forward calls, told by symbols alone."""
+    unknown = Inputs(tuple(torch.empty(0) for _ in range(_num_required(model))))
+
+    def attempt(opened: Iterable[str]) -> dict[str, int] | None:
+        tracer = SymbolTracer(opened)
+        try:
             tracer.follow(Call(model, unknown), unknown.values, None)
-        else:
-            values = tuple(rehearsal.convert(value) for value in inputs.values)
-            with rehearsal.running() as log:
-                tracer.follow(Call(model, inputs), values, log)
-    except KeyboardInterrupt:
-        raise
-    except USER_ERRORS:  # a user's forward may do anything with a symbol
-        return None
-    return tracer.calls
+        except KeyboardInterrupt:
+            raise
+        except USER_ERRORS:  # a user's forward may do anything with a symbol
+            return None
+        return tracer.begins
+
+    return _follow(attempt, _containers(model), lambda begins: begins)
+
+
+def _follow(
+    attempt: Callable[[Iterable[str]], Found | None],
+    containers: Mapping[str, type],
+    begins: Callable[[Found], Mapping[str, int]],
+) -> Found | None:
+    """What an attempt finds that opens all containers, or else as many of them as can be opened.
+
+    Containers of one class are opened together, as a forward that cannot be followed cannot be in any of them; only
+    sequences, whose forward is torch's own, are tried one by one where they cannot all be opened.
+    """
+    found = attempt(containers)
+    if found is not None:
+        return found
+    opened: set[str] = set()
+    found = attempt(opened)
+    refused: set[str] = set()
+    while found is not None:
+        waiting = [name for name in begins(found) if name in containers and name not in opened | refused]
+        if not waiting:
+            break
+        kind = containers[waiting[0]]
+        group = [name for name in waiting if containers[name] is kind]
+        for names in [group, *([[name] for name in group] if kind is nn.Sequential and len(group) > 1 else [])]:
+            deeper = attempt({*opened, *names})
+            if deeper is not None:
+                found = deeper
+                opened.update(names)
+                if names is group:
+                    break
+        refused.update(group)
+    return found
 
 
 def _num_required(model: nn.Module) -> int:
@@ -74,6 +105,10 @@ def _num_required(model: nn.Module) -> int:
     return sum(p.default is p.empty and p.kind in kinds for p in parameters)
 
 
+def _containers(model: nn.Module) -> dict[str, type]:
+    return {PREFIX + name: type(module) for name, module in model.named_modules() if name and _is_container(module)}
+
+
 def _is_container(module: nn.Module) -> bool:
     """Whether there is something to cut inside; torch's own layers stay whole."""
     if next(module.children(), None) is None:
@@ -81,13 +116,13 @@ def _is_container(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) or not type(module).__module__.startswith("torch.nn")
 
 
-def _distinct(model: nn.Module, calls: Sequence[tuple[str, int]]) -> list[str]:
-    """One name per place, the outermost; none at the very beginning, and none that works in place."""
-    found: dict[str, None] = {}
+def places_to_cut(model: nn.Module, begins: Mapping[str, int]) -> list[str]:
+    """One module per place, the outermost; none at the very beginning, and none that works in place."""
+    found: list[str] = []
     last = 0
-    for name, place in calls:
+    for name, place in begins.items():
         own = name.removeprefix(PREFIX)
-        if place > last and own not in found and not getattr(model.get_submodule(own), "inplace", False):
-            found[own] = None
+        if place > last and not getattr(model.get_submodule(own), "inplace", False):
+            found.append(own)
             last = place
-    return list(found)
+    return found

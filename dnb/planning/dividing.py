@@ -19,7 +19,7 @@ from dnb.planning.cutting import cut_points
 from dnb.planning.parts import WAY_OUT, StagePart
 from dnb.planning.rehearsing import PREFIX, Rehearsal, no_autocast
 from dnb.planning.splitting import split
-from dnb.planning.tracing import Call, Inputs, NotTraceable, Trace, trace_by_export, trace_by_symbols
+from dnb.planning.tracing import Call, Inputs, NotTraceable, Trace, containing, trace_by_export, trace_by_symbols
 from dnb.records import Partition
 
 
@@ -63,35 +63,50 @@ class Divider:
         if partition.num_stages == 1 and not partition.cuts:
             return _named(model, [StagePart(call, tuple(range(len(inputs.values))), (), (), {}, {})])
         _check_cuts(model, partition, inputs)
-        trace = self._trace(call, inputs, [PREFIX + cut for cut in partition.cuts])
+        cuts = [PREFIX + cut for cut in partition.cuts]
+        trace = self._trace(call, inputs, containing(cuts))
+        check_begun(trace.begun(cuts), cuts)
         begins = ["", *partition.cuts]
-        built = split(trace, partition.num_stages, inputs)
+        built = split(trace, cuts, inputs)
         return _named(model, [StagePart(*part, {}, {}, begins[stage]) for stage, part in enumerate(built)])
 
-    def _trace(self, call: Call, inputs: Inputs, cuts: Sequence[str]) -> Trace:
+    def _trace(self, call: Call, inputs: Inputs, opened: Iterable[str]) -> Trace:
         """By symbols if that calls the very operations that the model calls, else by torch.export."""
         refusal: NotTraceable | None = None
         is_enough = self._by_symbols.get(call.training)
         if is_enough is not False:
-            wanted = None if is_enough else _operations(call, inputs, self._rehearsal)
+            wanted = None if is_enough else operations_of(call, inputs, self._rehearsal)
             try:
-                trace, begun, operations = trace_by_symbols(call, inputs, cuts, self._rehearsal)
+                trace, operations = trace_by_symbols(call, inputs, opened, self._rehearsal)
             except NotTraceable as error:
                 if self._rehearsal.has_data:  # the model looks at values, which torch.export cannot follow, either
-                    raise _untraceable(call, error) from error
+                    raise untraceable(call, error) from error
                 refusal = error
             else:
                 self._by_symbols[call.training] = is_enough = is_enough or operations == wanted
                 if is_enough:
-                    _check_begun(begun, cuts)
                     return trace
-        try:
-            trace, begun = trace_by_export(call, inputs, cuts, self._rehearsal)
-        except NotTraceable as error:
-            raise _untraceable(call, refusal if refusal is not None and not error.line else error) from error
+        trace = exported(call, inputs, self._rehearsal, refusal=refusal)
         self._by_symbols[call.training] = False
-        _check_begun(begun, cuts)
         return trace
+
+
+def exported(call: Call, inputs: Inputs, rehearsal: Rehearsal, *, refusal: NotTraceable | None = None) -> Trace:
+    """The trace by torch.export.
+
+    Args:
+        call: the model.
+        inputs: an example.
+        rehearsal: of that model.
+        refusal: why symbols cannot follow it, which is told if torch.export does not know better.
+
+    Raises:
+        PlanError: it cannot be traced.
+    """
+    try:
+        return trace_by_export(call, inputs, rehearsal)
+    except NotTraceable as error:
+        raise untraceable(call, refusal if refusal is not None and not error.line else error) from error
 
 
 def divide(
@@ -124,7 +139,7 @@ def _check_cuts(model: nn.Module, partition: Partition, inputs: Inputs) -> None:
     )
 
 
-def _operations(call: Call, inputs: Inputs, rehearsal: Rehearsal) -> list[str]:
+def operations_of(call: Call, inputs: Inputs, rehearsal: Rehearsal) -> list[str]:
     """What the model itself calls, for comparison."""
     if not rehearsal.has_data:
         try:
@@ -141,7 +156,8 @@ def _operations(call: Call, inputs: Inputs, rehearsal: Rehearsal) -> list[str]:
     return operations
 
 
-def _untraceable(call: Call, error: NotTraceable) -> PlanError:
+def untraceable(call: Call, error: NotTraceable) -> PlanError:
+    """The refusal of a model that cannot be traced."""
     name = type(call.model).__name__
     after = f" (after the operation {error.operator!r})" if error.operator else ""
     return PlanError(
@@ -150,7 +166,12 @@ def _untraceable(call: Call, error: NotTraceable) -> PlanError:
     )
 
 
-def _check_begun(begun: Sequence[str], cuts: Sequence[str]) -> None:
+def check_begun(begun: Sequence[str], cuts: Sequence[str]) -> None:
+    """Refuse cuts at which no stage can begin.
+
+    Raises:
+        PlanError: the forward does not call them, or in another order.
+    """
     if list(begun) == list(cuts):
         return
     missing = [cut.removeprefix(PREFIX) for cut in cuts if cut not in begun]

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from dnb.errors import ArgumentError, PlanError, nearest
-from dnb.planning.cutting import cut_points
 from dnb.planning.dividing import Divider
-from dnb.planning.parts import StagePart
+from dnb.planning.following import follow_once
 from dnb.planning.shards import SAMPLES_AT_LEAST
 from dnb.planning.tracing import Inputs
-from dnb.planning.weighing import balanced_cuts, weigh
+from dnb.planning.weighing import balanced_cuts
 from dnb.records import Partition, ScheduleName
 
 SCHEDULES: tuple[ScheduleName, ...] = ("gpipe", "1f1b", "interleaved", "zero-bubble")
@@ -46,9 +45,8 @@ def pipelines(
     Raises:
         PlanError: the model cannot be divided, or the batch not into such micro-batches.
     """
-    points = [] if stages is not None else cut_points(model, inputs)
-    weights = weigh(model, inputs, points)
-    num_layers = len(stages) if stages is not None else len(weights)
+    followed = None if stages is not None else follow_once(model, inputs)
+    num_layers = len(stages) if stages is not None else 1 if followed is None else len(followed.points) + 1
     per_engine = STAGES_PER_ENGINE[schedule]
     found: list[Partition] = []
     ties: dict[str, None] = {}
@@ -56,16 +54,18 @@ def pipelines(
         num_stages = 1 if num_engines == 1 else num_engines * per_engine
         if num_stages > num_layers:
             break
+        cuts = () if followed is None else balanced_cuts(followed.weights, followed.points, num_stages)
         partition = Partition(
             kind="pipeline",
             num_engines=num_engines,
             num_stages=num_stages,
-            cuts=() if stages is not None else balanced_cuts(weights, points, num_stages),
+            cuts=cuts,
             schedule=schedule if num_engines > 1 else "gpipe",
             num_micro_batches=_num_micro_batches(num_samples, micro_batch, num_stages=num_stages),
         )
-        own_stages = stages if stages is not None and num_stages > 1 else None
-        ties.update(dict.fromkeys(_ties(Divider(model, partition, stages=own_stages).parts(inputs), num_engines)))
+        if num_stages > 1:
+            users = _users_of_chain(model, partition, inputs, stages) if followed is None else followed.users(cuts)
+            ties.update(dict.fromkeys(_ties(users, num_engines)))
         found.append(partition)
     if len(found) < 2 and most_engines > 1:
         # Says why it cannot be cut at all.
@@ -149,10 +149,18 @@ def _num_micro_batches(num_samples: int, micro_batch: int | None, *, num_stages:
     return num_samples // micro_batch
 
 
-def _ties(parts: Sequence[StagePart], num_engines: int) -> list[str]:
+def _users_of_chain(
+    model: nn.Module, partition: Partition, inputs: Inputs, stages: Sequence[nn.Module] | None
+) -> dict[str, set[int]]:
+    """The stages that use each trainable parameter, where the user gives them."""
     users: dict[str, set[int]] = {}
-    for stage, part in enumerate(parts):
+    for stage, part in enumerate(Divider(model, partition, stages=stages).parts(inputs)):
         for name, parameter in part.parameters.items():
             if parameter.requires_grad:
-                users.setdefault(name, set()).add(stage % num_engines)
-    return [name for name, engines in users.items() if len(engines) > 1]
+                users.setdefault(name, set()).add(stage)
+    return users
+
+
+def _ties(users: Mapping[str, set[int]], num_engines: int) -> list[str]:
+    """The parameters that more than one engine uses."""
+    return [name for name, stages in users.items() if len({stage % num_engines for stage in stages}) > 1]

@@ -16,9 +16,10 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dnb.errors import SUMMARY_LENGTH, PlanError, clean_text, kind_of, text_of
+from dnb.errors import SUMMARY_LENGTH, clean_text, kind_of, text_of
 
 PREFIX = "model."  # of a module's name below `Call`
 TORCH_FOLDER = str(Path(torch.__file__).parent)
@@ -110,30 +111,40 @@ class _OperationLog(TorchDispatchMode):
 
 
 class Watch:
-    """Sees what is changed in place beyond a cut."""
+    """Sees which values operations change in place."""
 
     def __init__(self) -> None:
-        self._stage = 0
-        self._watched: list[tuple[fx.Node, torch.Tensor, int]] = []
+        self.changes: list[tuple[fx.Node, fx.Node]] = []  # the value's node, and the operation's
+        self._sharing: dict[int, list[fx.Node]] = {}  # nodes whose values lie in one piece of memory
 
-    def enter(self, stage: int, values: Mapping[fx.Node, Any]) -> None:
-        """The next operation is in this stage: what is there when it begins is what crosses the cut."""
-        if stage != self._stage:
-            self._stage = stage
-            self._watched = [
-                (node, value, value._version)
-                for node, value in values.items()
-                if isinstance(value, torch.Tensor) and node.op.startswith("call")
-            ]
+    @contextmanager
+    def during(self, node: fx.Node, arguments: Any) -> Iterator[Callable[[Any], None]]:
+        """Around an operation; what is given is to be called with what it makes."""
+        given = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+        versions = [_version(tensor) for tensor in given]
 
-    def check(self, done: fx.Node) -> None:
-        """After an operation."""
-        for node, value, version in self._watched:
-            if value._version != version:
-                raise PlanError(
-                    f"stage {self._stage} changes in place ({target_name(done)}) what stage {node.meta['stage']} has "
-                    f"made ({target_name(node)}): set inplace=False there, or begin the stage one layer later"
-                )
+        def made(value: Any) -> None:
+            for tensor, version in zip(given, versions, strict=True):
+                if _version(tensor) != version:
+                    self.changes += [(other, node) for other in self._sharing.get(_memory(tensor), ())]
+            if isinstance(value, torch.Tensor):
+                self._sharing.setdefault(_memory(value), []).append(node)
+
+        yield made
+
+
+def _version(tensor: torch.Tensor) -> int:
+    with torch._C.DisableTorchFunction():
+        return tensor._version
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Views of one tensor have one; what has no storage, such as a sparse tensor, has no views."""
+    with torch._C.DisableTorchFunction():
+        try:
+            return int(tensor.untyped_storage()._cdata)
+        except NotImplementedError:
+            return id(tensor)
 
 
 class _Rehearsed(fx.Interpreter):
@@ -143,26 +154,28 @@ class _Rehearsed(fx.Interpreter):
         super().__init__(module, garbage_collect_values=False)
         self.extra_traceback = False
         self.values: dict[fx.Node, Any] = {}
+        self.watch = Watch()
         self._nodes = nodes  # `GraphModule` has copied the graph
-        self._watch = Watch()
 
     def run_node(self, n: fx.Node) -> Any:
         node = self._nodes[n.name]
-        self._watch.enter(node.meta["stage"], self.values)
-        result = self.values[node] = super().run_node(n)
-        self._watch.check(node)
+        if not n.op.startswith("call"):
+            result = super().run_node(n)
+        else:
+            with self.watch.during(node, self.fetch_args_kwargs_from_env(n)) as made:
+                result = super().run_node(n)
+                made(result)
+        self.values[node] = result
         return result
 
 
-def rehearse(graph: fx.Graph, attributes: dict[str, Any], values: Sequence[Any]) -> dict[fx.Node, Any]:
-    """Run a graph; every node's value.
-
-    Raises:
-        PlanError: an operation changes in place what came over a cut.
-    """
+def rehearse(
+    graph: fx.Graph, attributes: dict[str, Any], values: Sequence[Any]
+) -> tuple[dict[fx.Node, Any], list[tuple[fx.Node, fx.Node]]]:
+    """Run a graph; every node's value, and what was changed in place by which node."""
     run = _Rehearsed(fx.GraphModule(attributes, graph), {node.name: node for node in graph.nodes})
     run.run(*[value for value in values if isinstance(value, torch.Tensor)], enable_io_processing=False)
-    return run.values
+    return run.values, run.watch.changes
 
 
 def users_line(error: BaseException) -> str:

@@ -17,12 +17,19 @@ from dnb.planning.tracing import Inputs, Trace
 Built = tuple[nn.Module, tuple[int, ...], tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
 
 
-def split(trace: Trace, num_stages: int, inputs: Inputs) -> list[Built]:
+def split(trace: Trace, cuts: Sequence[str], inputs: Inputs) -> list[Built]:
     """Module, inputs, what is received and what is sent, of every stage.
 
+    Args:
+        trace: of the whole model; split only once, as values that cross a cut are taken apart in it.
+        cuts: modules at which all stages but the first begin.
+        inputs: as traced.
+
     Raises:
-        PlanError: a stage is empty, or something other than a tensor would cross a cut.
+        PlanError: a stage is empty, or something other than a tensor would cross a cut, or is changed beyond it.
     """
+    num_stages = len(cuts) + 1
+    trace.assign(cuts)
     nodes = list(trace.graph.nodes)
     _check_filled(trace, num_stages)
     received = _crossings(trace, nodes, num_stages)
@@ -37,6 +44,44 @@ def split(trace: Trace, num_stages: int, inputs: Inputs) -> list[Built]:
             module = _Restored(module, trace.restore)
         built.append((module, used, _described(trace, received[stage]), _described(trace, behind or ())))
     return built
+
+
+def users_of_parameters(trace: Trace, cuts: Sequence[str]) -> dict[str, set[int]]:
+    """The stages that use each tensor of the model, by its name below `Call`, if it is cut so; nothing is built.
+
+    Raises:
+        PlanError: as of `split`.
+    """
+    num_stages = len(cuts) + 1
+    trace.assign(cuts)
+    _check_filled(trace, num_stages)
+    users: dict[str, set[int]] = {}
+    for node in trace.graph.nodes:
+        if node.op == "get_attr":
+            for user in node.users:
+                users.setdefault(str(node.target), set()).add(_stage_of_use(user, num_stages))
+            continue
+        if not node.op.startswith("call"):
+            continue
+        first = _stage_of(node)
+        if any(_stage_of_use(user, num_stages) > first for user in node.users):
+            _check_crossing(trace.values[node], node, first)
+        if node.op == "call_module":
+            module = trace.root.get_submodule(str(node.target)) if isinstance(trace.root, nn.Module) else None
+            for name, _ in () if module is None else module.named_parameters(remove_duplicate=False):
+                users.setdefault(f"{node.target}.{name}", set()).add(first)
+    return users
+
+
+def _check_crossing(value: Any, node: fx.Node, stage: int) -> None:
+    """Refuse what is neither a tensor, nor made of tensors, nor known for every batch."""
+    if is_plain(value):
+        return
+    if isinstance(value, tuple | list):
+        for element in value:
+            _check_crossing(element, node, stage)
+        return
+    _check_tensor(value, node, stage)
 
 
 class _Restored(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,12 +66,47 @@ class Call(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A graph whose nodes have a stage, and what became of their values when it was rehearsed."""
+    """A graph, what became of its nodes' values when it was rehearsed, and where in it modules begin.
+
+    Args:
+        graph: its nodes know how many operations come before them, as `meta["place"]`.
+        root: what the graph's nodes name.
+        values: of nodes.
+        restore: from the graph's output to the model's.
+        begins: modules that are called, in that order, and the number of operations before each.
+        changes: values that an operation changes in place, and the operation.
+    """
 
     graph: fx.Graph
-    root: nn.Module | dict[str, Any]  # what the graph's nodes name
+    root: nn.Module | dict[str, Any]
     values: dict[fx.Node, Any]
-    restore: Callable[[Any], Any]  # from the graph's output to the model's
+    restore: Callable[[Any], Any]
+    begins: Mapping[str, int]
+    changes: Sequence[tuple[fx.Node, fx.Node]]
+
+    def begun(self, cuts: Sequence[str]) -> list[str]:
+        """Those of the modules that are called, in that order."""
+        return [name for name in self.begins if name in cuts]
+
+    def assign(self, cuts: Sequence[str]) -> None:
+        """Let every node know its stage, as `meta["stage"]`.
+
+        Args:
+            cuts: modules at which stages begin, in the order in which they are called.
+
+        Raises:
+            PlanError: an operation changes in place what came over a cut.
+        """
+        places = [self.begins[cut] for cut in cuts]
+        for node in self.graph.nodes:
+            node.meta["stage"] = bisect_right(places, node.meta["place"])
+        for changed, by in self.changes:
+            made_in, changed_in = changed.meta["stage"], by.meta["stage"]
+            if made_in < changed_in:
+                raise PlanError(
+                    f"stage {changed_in} changes in place ({target_name(by)}) what stage {made_in} has made "
+                    f"({target_name(changed)}): set inplace=False there, or begin the stage one layer later"
+                )
 
 
 class NotTraceable(Exception):  # noqa: N818 - a verdict: there may be another way
@@ -124,29 +160,23 @@ class SymbolTracer(fx.Tracer):
     Beside each symbol goes a value without data, so that what Python asks of a shape is answered.
 
     Args:
-        cuts: names (below `Call`) of the modules at which stages begin.
-        opened: names of further modules to look into.
+        opened: names (below `Call`) of the modules to look into.
     """
 
     proxy_buffer_attributes = True
 
-    def __init__(self, cuts: Sequence[str], *, opened: Iterable[str] = ()) -> None:
+    def __init__(self, opened: Iterable[str]) -> None:
         super().__init__()
         self.trace_asserts = True
-        self._cuts = set(cuts)
         self._opened = {"model", *opened}
-        for cut in cuts:
-            parts = cut.split(".")
-            self._opened.update(".".join(parts[:end]) for end in range(1, len(parts)))
-        self.begun: list[str] = []
-        self.calls: list[tuple[str, int]] = []  # every module that is called, and the number of nodes before it
+        self.begins: dict[str, int] = {}  # every module that is called, and the number of operations before it
         self.values: dict[fx.Node, Any] = {}
         self.last_operation = ""
         self.operations: list[str] = []  # that the graph calls
         self._inputs: tuple[Any, ...] = ()
         self._has_values = True
         self._log: list[str] = []
-        self._watch = Watch()
+        self.watch = Watch()
         self._is_computing = False
         self._num_nodes = 0
 
@@ -182,13 +212,10 @@ class SymbolTracer(fx.Tracer):
         return module_qualified_name not in self._opened
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Notice where a stage begins."""
+        """Notice where a module begins."""
         if self._is_computing:
             return forward(*args, **kwargs)
-        name = self.path_of_module(m)
-        self.calls.append((name, self._num_nodes))
-        if name in self._cuts and name not in self.begun:
-            self.begun.append(name)
+        self.begins.setdefault(self.path_of_module(m), self._num_nodes)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -196,9 +223,9 @@ class SymbolTracer(fx.Tracer):
         return attr_val if self._is_computing else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, kind: str, *arguments: Any, **named: Any) -> fx.Node:
-        """Nodes know their stage."""
+        """Nodes know their place."""
         node = super().create_node(kind, *arguments, **named)
-        node.meta["stage"] = len(self.begun)
+        node.meta["place"] = self._num_nodes
         self._num_nodes += kind not in ("placeholder", "get_attr", "output")
         return node
 
@@ -214,11 +241,9 @@ class SymbolTracer(fx.Tracer):
             self.last_operation = target_name(node)
         if not self._has_values:
             return proxy
-        self._watch.enter(len(self.begun), self.values)
         begin = len(self._log)
         value = self.values[node] = self._computed(node)
         self.operations += self._log[begin:]
-        self._watch.check(node)
         if node.op.startswith("call") and value is not None and is_plain(value):
             self.graph.erase_node(node)
             self._num_nodes -= 1
@@ -232,12 +257,17 @@ class SymbolTracer(fx.Tracer):
         named = fx.map_arg(node.kwargs, self.values.__getitem__)
         self._is_computing = True
         try:
-            if callable(node.target):
-                return node.target(*arguments, **named)
-            if node.op == "call_method":
-                return getattr(arguments[0], node.target)(*arguments[1:], **named)
-            found = operator.attrgetter(str(node.target))(self.root)
-            return found(*arguments, **named) if node.op == "call_module" else found
+            if node.op == "get_attr":
+                return operator.attrgetter(str(node.target))(self.root)
+            with self.watch.during(node, (arguments, named)) as made:
+                if callable(node.target):
+                    value = node.target(*arguments, **named)
+                elif node.op == "call_method":
+                    value = getattr(arguments[0], node.target)(*arguments[1:], **named)
+                else:
+                    value = operator.attrgetter(str(node.target))(self.root)(*arguments, **named)
+                made(value)
+            return value
         finally:
             self._is_computing = False
 
@@ -268,32 +298,46 @@ class _Factories(TorchFunctionMode):
 
 
 def trace_by_symbols(
-    call: Call, inputs: Inputs, cuts: Sequence[str], rehearsal: Rehearsal
-) -> tuple[Trace, list[str], list[str]]:
-    """The trace of a forward, the cuts in the order in which they were reached, and the operations that are called.
+    call: Call, inputs: Inputs, opened: Iterable[str], rehearsal: Rehearsal
+) -> tuple[Trace, list[str]]:
+    """The trace of a forward, and the operations that are called.
+
+    Args:
+        call: the model.
+        inputs: an example.
+        opened: names of modules that are looked into.
+        rehearsal: computes values beside the symbols.
 
     Raises:
         NotTraceable: Python decided by a value.
-        PlanError: an operation changes in place what came over a cut.
     """
-    tracer = SymbolTracer(cuts)
+    tracer = SymbolTracer(opened)
     values = tuple(rehearsal.convert(value) for value in inputs.values)
     try:
         with rehearsal.running() as log:
             graph = tracer.follow(call, values, log)
-    except (PlanError, KeyboardInterrupt):
+    except KeyboardInterrupt:
         raise
     except USER_ERRORS as error:
         raise NotTraceable(first_line(error), operator=tracer.last_operation, line=users_line(error)) from error
-    return Trace(graph, call, tracer.values, lambda output: output), tracer.begun, tracer.operations
+    trace = Trace(graph, call, tracer.values, lambda output: output, tracer.begins, tracer.watch.changes)
+    return trace, tracer.operations
 
 
-def trace_by_export(call: Call, inputs: Inputs, cuts: Sequence[str], rehearsal: Rehearsal) -> tuple[Trace, list[str]]:
+def containing(cuts: Iterable[str]) -> set[str]:
+    """The modules in which these lie."""
+    found: set[str] = set()
+    for cut in cuts:
+        parts = cut.split(".")
+        found.update(".".join(parts[:end]) for end in range(1, len(parts)))
+    return found
+
+
+def trace_by_export(call: Call, inputs: Inputs, rehearsal: Rehearsal) -> Trace:
     """Like `trace_by_symbols`, by `torch.export`: holds for these shapes and for this mode only.
 
     Raises:
         NotTraceable: `torch.distributed.pipelining.pipeline` could not trace it, either.
-        PlanError: an operation changes in place what came over a cut.
     """
     try:
         program = torch.export.export(call, inputs.values)
@@ -302,31 +346,40 @@ def trace_by_export(call: Call, inputs: Inputs, cuts: Sequence[str], rehearsal: 
         raise
     except USER_ERRORS as error:
         raise NotTraceable(first_line(error), operator="", line=users_line(error)) from error
-    begun: list[str] = []
-    attributes: dict[str, Any] = {}
-    for node in module.graph.nodes:
-        if node.op not in ("placeholder", "get_attr", "output"):
-            names = _scopes(node)
-            begun += [cut for cut in cuts if cut not in begun and cut in names]
-        elif node.op == "get_attr":
-            attributes[node.target] = _attribute(call, module, node.target)
-        node.meta["stage"] = len(begun)
     for node in list(module.graph.nodes):
         if node.op == "call_module":  # guards on shapes, which are kept per shape anyway
             module.graph.erase_node(node)
+    begins: dict[str, int] = {}
+    attributes: dict[str, Any] = {}
+    place = 0
+    for node in module.graph.nodes:
+        node.meta["place"] = place
+        if node.op == "get_attr":
+            attributes[node.target] = _attribute(call, module, node.target)
+        elif node.op not in ("placeholder", "output"):
+            for name in _scopes(node):
+                begins.setdefault(name, place)
+            place += 1
     spec = program.call_spec.out_spec
     with rehearsal.running():
-        values = rehearse(module.graph, attributes, [rehearsal.convert(value) for value in inputs.values])
-    return Trace(module.graph, attributes, values, lambda flat: pytree.tree_unflatten(list(flat), spec)), begun
+        values, changes = rehearse(module.graph, attributes, [rehearsal.convert(value) for value in inputs.values])
+    return Trace(
+        module.graph,
+        attributes,
+        values,
+        lambda flat: pytree.tree_unflatten(list(flat), spec),
+        begins,
+        changes,
+    )
 
 
-def _scopes(node: fx.Node) -> set[str]:
-    """Names of the modules within whose forward an operation was called, outer ones included."""
-    names: set[str] = set()
+def _scopes(node: fx.Node) -> list[str]:
+    """Names of the modules within whose forward an operation was called, outer ones first."""
+    names: dict[str, None] = {}
     for path, _kind in node.meta.get("nn_module_stack", {}).values():
         parts = path.removeprefix("L['self'].").split("@")[0].split(".")
-        names.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
-    return names
+        names.update(dict.fromkeys(".".join(parts[:end]) for end in range(1, len(parts) + 1)))
+    return list(names)
 
 
 def _attribute(call: Call, module: nn.Module, target: str) -> Any:

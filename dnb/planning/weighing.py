@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from dnb.errors import USER_ERRORS
 from dnb.planning.rehearsing import Rehearsal, no_autocast
-from dnb.planning.tracing import Inputs
+from dnb.planning.tracing import Call, Inputs
 
 # A processor does so many operations of a matrix product while it writes one element.
 OPERATIONS_PER_ELEMENT = 20
@@ -35,23 +35,32 @@ def weigh(model: nn.Module, inputs: Inputs, points: Sequence[str]) -> list[float
     Returns:
         One weight per piece, one more than there are points; all alike if the model cannot be run without data.
     """
-    counter = _Counter(len(points) + 1)
+    call = Call(model, inputs)
     rehearsal = Rehearsal(model, no_autocast)
-    hooks = [
-        model.get_submodule(name).register_forward_pre_hook(partial(counter.enter, piece))
-        for piece, name in enumerate(points, 1)
-    ]
     try:
-        with rehearsal.running(), counter:
-            model(*[rehearsal.convert(value) for value in inputs.values])
+        return weigh_and_log(call, inputs, points, rehearsal)[0]
     except KeyboardInterrupt:
         raise
     except USER_ERRORS:  # a user's forward may look at values
         return [1.0] * (len(points) + 1)
+
+
+def weigh_and_log(
+    call: Call, inputs: Inputs, points: Sequence[str], rehearsal: Rehearsal
+) -> tuple[list[float], list[str]]:
+    """The weights of a model's pieces, and the operations that it calls; raises what its forward raises."""
+    counter = _Counter(len(points) + 1)
+    hooks = [
+        call.model.get_submodule(name).register_forward_pre_hook(partial(counter.enter, piece))
+        for piece, name in enumerate(points, 1)
+    ]
+    try:
+        with rehearsal.running() as operations, counter:
+            call(*[rehearsal.convert(value) for value in inputs.values])
     finally:
         for hook in hooks:
             hook.remove()
-    return counter.weights
+    return counter.weights, operations
 
 
 def balanced_cuts(
