@@ -18,6 +18,7 @@ from dnb.planning.tensor_plans import tensor_partitions
 from dnb.planning.tracing import Inputs
 from dnb.planning.trying import Trial
 from dnb.pool.engine_pool import EnginePool
+from dnb.progress import long_work
 from dnb.records import Partition
 from dnb.transport.job import Data, Job
 from dnb.transport.returned import read_step
@@ -117,15 +118,16 @@ class Division:
         own_stages = read_stages(job.model, stages)
         batch = fetch_batch(data.train, torch.arange(min(batch_size // num_teams, 8)))
         check_loss_of_parts(job.model, job.loss, batch)
-        partitions, ties = pipelines(
-            job.model,
-            Inputs.of(batch),
-            most_engines=wanted or MOST_ENGINES,
-            num_samples=batch_size // num_teams,
-            micro_batch=micro_batch,
-            schedule=read_schedule(schedule),
-            stages=own_stages,
-        )
+        with long_work(f"finding where {type(job.model).__name__} can be cut"):
+            partitions, ties = pipelines(
+                job.model,
+                Inputs.of(batch),
+                most_engines=wanted or MOST_ENGINES,
+                num_samples=batch_size // num_teams,
+                micro_batch=micro_batch,
+                schedule=read_schedule(schedule),
+                stages=own_stages,
+            )
         if wanted is not None and len(partitions) < wanted:
             raise PlanError(
                 f"{wanted} pipeline stages need as many layers: this model can be divided over {len(partitions)} "

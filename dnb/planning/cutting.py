@@ -11,6 +11,7 @@ from torch import nn
 
 from dnb.errors import USER_ERRORS
 from dnb.planning.rehearsing import PREFIX, Rehearsal, no_autocast
+from dnb.planning.splitting import forbidden_places
 from dnb.planning.tracing import Call, Inputs, NotTraceable, SymbolTracer, Trace, trace_by_symbols
 
 Found = TypeVar("Found")
@@ -28,9 +29,9 @@ def cut_points(model: nn.Module, inputs: Inputs | None = None) -> list[str]:
     if inputs is not None:
         followed = follow(model, inputs, Rehearsal(model, no_autocast))
         if followed is not None:
-            return places_to_cut(model, followed[0].begins)
+            return points_of(model, followed[0])
     begins = _begins_without_values(model)
-    return [] if begins is None else places_to_cut(model, begins)
+    return [] if begins is None else _distinct(model, begins)
 
 
 def follow(model: nn.Module, inputs: Inputs, rehearsal: Rehearsal) -> tuple[Trace, list[str]] | None:
@@ -116,7 +117,20 @@ def _is_container(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) or not type(module).__module__.startswith("torch.nn")
 
 
-def places_to_cut(model: nn.Module, begins: Mapping[str, int]) -> list[str]:
+def points_of(model: nn.Module, trace: Trace) -> list[str]:
+    """The modules of a traced model at which a stage can begin, in the order in which they run.
+
+    Places at which something could not cross the cut are none, unless all are such: then a refusal can say why.
+    """
+    forbidden = forbidden_places(trace)
+    begins = {name: place for name, place in trace.begins.items() if name.startswith(PREFIX)}
+    allowed = {
+        name: place for name, place in begins.items() if not any(first <= place <= last for first, last in forbidden)
+    }
+    return _distinct(model, allowed) or _distinct(model, begins)
+
+
+def _distinct(model: nn.Module, begins: Mapping[str, int]) -> list[str]:
     """One module per place, the outermost; none at the very beginning, and none that works in place."""
     found: list[str] = []
     last = 0

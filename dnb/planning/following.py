@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dnb.errors import USER_ERRORS
-from dnb.planning.cutting import follow, places_to_cut
+from dnb.planning.cutting import follow, points_of
 from dnb.planning.dividing import check_begun, exported, untraceable
 from dnb.planning.rehearsing import PREFIX, Rehearsal, no_autocast
 from dnb.planning.splitting import users_of_parameters
@@ -69,7 +69,7 @@ def follow_once(model: nn.Module, inputs: Inputs) -> Followed:
     call = Call(model, inputs)
     rehearsal = Rehearsal(model, no_autocast)
     found = follow(model, inputs, rehearsal)
-    points = [] if found is None else places_to_cut(model, found[0].begins)
+    points = [] if found is None else points_of(model, found[0])
     try:
         weights, operations = weigh_and_log(call, inputs, points, rehearsal)
     except KeyboardInterrupt:
@@ -79,7 +79,7 @@ def follow_once(model: nn.Module, inputs: Inputs) -> Followed:
     if found is not None and found[1] == operations:
         return Followed(model, found[0], points, weights)
     trace = exported(call, inputs, rehearsal, refusal=_refusal(call, inputs, rehearsal) if found is None else None)
-    points = places_to_cut(model, {name: place for name, place in trace.begins.items() if name.startswith(PREFIX)})
+    points = points_of(model, trace)
     return Followed(model, trace, points, weigh_and_log(call, inputs, points, rehearsal)[0])
 
 
@@ -103,5 +103,5 @@ def _follow_with_data(call: Call, inputs: Inputs, rehearsal: Rehearsal) -> Follo
         )
     if found[1] != operations:
         return Followed(call.model, exported(call, inputs, rehearsal), (), (1.0,))
-    points = places_to_cut(call.model, found[0].begins)
+    points = points_of(call.model, found[0])
     return Followed(call.model, found[0], points, [1.0] * (len(points) + 1))

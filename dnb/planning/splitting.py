@@ -73,6 +73,20 @@ def users_of_parameters(trace: Trace, cuts: Sequence[str]) -> dict[str, set[int]
     return users
 
 
+def forbidden_places(trace: Trace) -> list[tuple[int, int]]:
+    """Where no stage can begin, as (first, last) places: something between them could not cross that cut."""
+    found = [(changed.meta["place"] + 1, by.meta["place"]) for changed, by in trace.changes]
+    end = max((node.meta["place"] for node in trace.graph.nodes), default=0)
+    for node in trace.graph.nodes:
+        if node.op.startswith("call"):
+            try:
+                _check_crossing(trace.values[node], node, 0)
+            except PlanError:
+                uses = [end if user.op == "output" else user.meta["place"] for user in node.users]
+                found.append((node.meta["place"] + 1, max(uses, default=0)))
+    return found
+
+
 def _check_crossing(value: Any, node: fx.Node, stage: int) -> None:
     """Refuse what is neither a tensor, nor made of tensors, nor known for every batch."""
     if is_plain(value):

@@ -154,6 +154,16 @@ class _Symbol(fx.Proxy):
         return iter([symbol[index] for index in range(len(value))])
 
 
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[_Symbol, Any], Any]:
+    """An augmented assignment: fx would make a new value of it, where a tensor is changed."""
+    return lambda symbol, other: symbol.tracer.create_proxy("call_function", function, (symbol, other), {})
+
+
+for _function in (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+                  operator.ipow, operator.iand, operator.ior, operator.ixor):  # fmt: skip
+    setattr(_Symbol, f"__{_function.__name__}__", _in_place(_function))
+
+
 class SymbolTracer(fx.Tracer):
     """Follows a forward down to modules in which no stage begins; those stay whole, so that they know train from eval.
 

@@ -23,6 +23,8 @@ OPERATIONS_PER_ELEMENT = 20
 # Stages whose weights differ by less than this share are alike: then what is sent counts more.
 ALIKE = 0.05
 
+_Choice = tuple[int, int, float, tuple[int, ...]]
+
 
 def weigh(model: nn.Module, inputs: Inputs, points: Sequence[str]) -> list[float]:
     """What each piece of a model weighs, in operations of one forward.
@@ -84,23 +86,25 @@ def balanced_cuts(
         return ceil((sums[end] - sums[begin]) / unit)
 
     # By the end of the last stage: the heaviest one, how deep cuts are, the sum of squares (the evener, the less).
-    best: dict[int, tuple[int, int, float, tuple[int, ...]]] = {
-        end: (heaviness(0, end), 0, sums[end] ** 2, ()) for end in range(1, num_pieces + 1)
-    }
+    best: dict[int, _Choice] = {end: (heaviness(0, end), 0, sums[end] ** 2, ()) for end in range(1, num_pieces + 1)}
     for stage in range(1, num_stages):
-        best = {
-            end: min(
-                (
-                    max(heaviest, heaviness(cut, end)),
+        before, best = best, {}
+        for end in range(stage + 1, num_pieces + 1):
+            chosen: _Choice | None = None
+            for cut in range(end - 1, stage - 1, -1):
+                own = heaviness(cut, end)
+                if chosen is not None and own > chosen[0]:
+                    break  # and earlier cuts make this stage only heavier
+                heaviest, depth, squares, cuts = before[cut]
+                option = (
+                    max(heaviest, own),
                     depth + points[cut - 1].count("."),
                     squares + (sums[end] - sums[cut]) ** 2,
                     (*cuts, cut),
                 )
-                for cut, (heaviest, depth, squares, cuts) in best.items()
-                if stage <= cut < end
-            )
-            for end in range(stage + 1, num_pieces + 1)
-        }
+                chosen = option if chosen is None else min(chosen, option)
+            assert chosen is not None
+            best[end] = chosen
     return tuple(points[cut - 1] for cut in best[num_pieces][3])
 
 

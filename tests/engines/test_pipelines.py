@@ -72,6 +72,46 @@ class Tied(nn.Module):
         return self.head(self.outer(self.middle(self.inner(x))))
 
 
+class Adapted(nn.Module):
+    """A frozen layer with a low-rank update, whose dropout does nothing, as LoRA's is by default."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.base = nn.Linear(in_features, out_features).requires_grad_(requires_grad=False)
+        self.dropout = nn.ModuleDict({"default": nn.Identity()})
+        self.down = nn.Linear(in_features, 4, bias=False)
+        self.up = nn.Linear(4, out_features, bias=False)
+
+    def forward(self, x):
+        inner = self.up(self.down(self.dropout["default"](x)))
+        return self.base(x) + (inner * 2.0 if isinstance(inner, torch.Tensor) else inner)
+
+
+def adapted():
+    torch.manual_seed(6)
+    return nn.Sequential(Adapted(64, 64), nn.GELU(), Adapted(64, 64), nn.GELU(), Adapted(64, 10))
+
+
+class Residual(nn.Module):
+    """A block that adds its input in place, as those of a ResNet do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(64, 64)
+        self.outer = nn.Linear(64, 64)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.outer(self.act(self.inner(x)))
+        y += x
+        return self.act(y)
+
+
+def residual():
+    torch.manual_seed(7)
+    return nn.Sequential(*[Residual() for _ in range(4)], nn.Linear(64, 10))
+
+
 def fit(pool, model, **options):
     return pool.fit(
         model,
@@ -94,7 +134,14 @@ def plain(make, num_steps=NUM_STEPS):
 @pytest.mark.numeric
 @pytest.mark.parametrize(
     ("make", "schedule"),
-    [(deep, "gpipe"), (deep, "zero-bubble"), (Skipping, "1f1b"), (Tied, "1f1b")],
+    [
+        (deep, "gpipe"),
+        (deep, "zero-bubble"),
+        (Skipping, "1f1b"),
+        (Tied, "1f1b"),
+        (adapted, "1f1b"),
+        (residual, "1f1b"),
+    ],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_pipeline_has_the_loss_of_a_plain_loop_and_brings_the_weights_home(pool, make, schedule):
