@@ -661,10 +661,11 @@ class Mend(Message, frozen=True):
 
 
 class GetState(Message, frozen=True):
-    """Parameters and optimizer state, as frames."""
+    """Parameters and the states of optimizer and scheduler, as frames."""
 
     run: str
     optimizer: bool
+    scheduler: bool = False
 
 
 class TakeCheckpoint(Message, frozen=True):

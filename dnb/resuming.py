@@ -14,8 +14,10 @@ from typing import Any
 
 import msgspec
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from dnb.errors import USER_ERRORS, ArgumentError, PlanError, summary_of
+from dnb.homecoming import OrderFollower
 from dnb.hub.checkpoints import Checkpoint, DamagedError, Manifest, find_checkpoint, remove_torn
 from dnb.hub.signing import SecretError, is_signed, read_secret
 from dnb.hub.sources import MENDED_FILE
@@ -174,8 +176,17 @@ def resume(
         resumed=_resumed(checkpoint, damages),
     )
     spec = submit(pool, spec, ship_job, ship_data)
-    own_optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
-    run = Run(spec.name, pool.hub, folder=Path(spec.folder), model=own_model, optimizer=own_optimizer, key=pool.key)
+    own_order = sources["train"].order if "train" in sources else None
+    run = Run(
+        spec.name,
+        pool.hub,
+        folder=Path(spec.folder),
+        model=own_model,
+        optimizer=optimizer if isinstance(optimizer, torch.optim.Optimizer) else None,
+        scheduler=scheduler if isinstance(scheduler, LRScheduler) else None,
+        order=None if own_order is None else OrderFollower(own_order, steps_per_epoch=spec.steps_per_epoch),
+        key=pool.key,
+    )
     run.num_steps, run.steps_per_epoch = spec.num_steps, spec.steps_per_epoch
     run.step = run.first_step = checkpoint.manifest.step
     return pool.follow(run)

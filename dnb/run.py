@@ -17,10 +17,12 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.optim.lr_scheduler import LRScheduler
 
 from dnb import errors
-from dnb.errors import USER_ERRORS, ArgumentError, DnbError, HubError, RunError
+from dnb.errors import USER_ERRORS, ArgumentError, DnbError, HubError, RunError, summary_of
 from dnb.exporting import kind_of, write_csv, write_parquet, write_tensorboard
+from dnb.homecoming import OrderFollower, give_scheduler_home
 from dnb.hub.checkpoints import newest_step
 from dnb.hub.history import (
     NOT_READ,
@@ -189,6 +191,8 @@ class Run:
         folder: of run.json, history and events.
         model: the notebook's own; gets the trained state when the run ends, pauses or stops.
         optimizer: the notebook's own instance, likewise.
+        scheduler: likewise.
+        order: with the notebook's own sampler and generator, which are then where a local loop would have left them.
         key: the cluster's, which signs functions that are mended.
     """
 
@@ -200,6 +204,8 @@ class Run:
         folder: Path,
         model: torch.nn.Module | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        scheduler: LRScheduler | None = None,
+        order: OrderFollower | None = None,
         key: bytes = b"",
     ) -> None:
         self.name = name
@@ -220,6 +226,8 @@ class Run:
         self._hub = hub
         self._model = model
         self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._order = order
         self._status: RunStatus = "starting"
         self._error = ""
         self._remote_traceback = ""
@@ -583,7 +591,7 @@ class Run:
         if self._model is None or self._brought_home == (status, step):
             return
         self._brought_home = (status, step)
-        request = GetState(run=self.name, optimizer=self._optimizer is not None)
+        request = GetState(run=self.name, optimizer=self._optimizer is not None, scheduler=self._scheduler is not None)
         tree, frames = self._require_hub().ask(request, StateTree, timeout_seconds=120.0)
         state = decode_state(tree, frames)
         with torch.no_grad():
@@ -596,6 +604,16 @@ class Run:
                     tensor.copy_(state[kind][name])
         if self._optimizer is not None:
             self._optimizer.load_state_dict(state["optimizer"])
+        if self._scheduler is not None and state["scheduler"] is not None:
+            give_scheduler_home(self._scheduler, state["scheduler"])
+        if self._order is not None:
+            self._follow_order(self._order, step)
+
+    def _follow_order(self, order: OrderFollower, step: int) -> None:
+        try:
+            order.follow(step)
+        except USER_ERRORS as error:  # of a sampler that gave the hub what it does not give here
+            log.warning("the sampler of run %r stays where it was: %s", self.name, summary_of(error))
 
     def _way_back(self) -> str:
         """How to go on with a run whose pool is gone; "" if it may still be there."""

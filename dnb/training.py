@@ -15,10 +15,12 @@ from typing import Any, Literal
 
 import msgspec
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from dnb.automatic import choose_plan
 from dnb.division import Division
 from dnb.errors import USER_ERRORS, ArgumentError, HubError, PlanError, PoolError, SpaceError, is_text
+from dnb.homecoming import OrderFollower
 from dnb.hub.optimizers import check_optimizer
 from dnb.inputs import (
     PRECISIONS,
@@ -442,8 +444,16 @@ def fit(
         loss_over=rehearsed.loss_over,
     )
     spec = submit(pool, spec, partial(ship, job), partial(ship, data))
-    own_optimizer = optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
-    run = Run(spec.name, pool.hub, folder=Path(spec.folder), model=model, optimizer=own_optimizer, key=pool.key)
+    run = Run(
+        spec.name,
+        pool.hub,
+        folder=Path(spec.folder),
+        model=model,
+        optimizer=optimizer if isinstance(optimizer, torch.optim.Optimizer) else None,
+        scheduler=scheduler if isinstance(scheduler, LRScheduler) else None,
+        order=OrderFollower(order, steps_per_epoch=spec.steps_per_epoch),
+        key=pool.key,
+    )
     run.num_steps, run.steps_per_epoch = spec.num_steps, spec.steps_per_epoch
     return pool.follow(run)
 

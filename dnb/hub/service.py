@@ -781,8 +781,8 @@ class Service:
                 self._is_run_memo_old = True
             case Mend(run=name):
                 self._mend(name, frames)
-            case GetState(run=name, optimizer=optimizer):
-                return _read(partial(_state_of, self._named(name), optimizer=optimizer))
+            case GetState(run=name):
+                return _read(partial(_state_of, self._named(name), request))
             case TakeCheckpoint() | GetCheckpoint():
                 return self._serve_checkpoint(request), []
             case Shutdown():
@@ -1187,15 +1187,19 @@ def _verdict(crashes: Sequence[Crash]) -> str:
     return f"the hub died {times} in step {last.step + 1}, and does not go on with it: {last.reason}"
 
 
-def _state_of(run: ActiveRun, *, optimizer: bool) -> tuple[Message, Sequence[Any]]:
+def _state_of(run: ActiveRun, request: GetState) -> tuple[Message, Sequence[Any]]:
+    from dnb.hub.snapshots import state_of
     from dnb.transport.states import encode_state
 
     state: dict[str, Any] = {
         "parameters": dict(run.master.model.named_parameters()),
         "buffers": dict(run.master.model.named_buffers()),
     }
-    if optimizer:
+    if request.optimizer:
         state["optimizer"] = run.master.optimizer.state_dict()
+    if request.scheduler:
+        facts, tensors, _ = state_of(run.master.scheduler, "scheduler", is_strict=False)
+        state["scheduler"] = None if facts is None else {"tree": facts.tree, "tensors": tensors}
     return encode_state(state)
 
 

@@ -93,9 +93,15 @@ def _walk_permutations(order: BatchOrder) -> Iterator[Iterable[torch.Tensor]]:
     while True:
         torch.empty((), dtype=torch.int64).random_(generator=generator)
         indices = torch.randperm(order.num_samples, generator=generator) if order.shuffle else whole
-        yield indices[:last].split(order.batch_size) if last else ()
-        if order.shuffle:
-            torch.randperm(order.num_samples, generator=generator)  # RandomSampler draws once more at its end
+        yield _walk_epoch(indices[:last].split(order.batch_size) if last else (), order, generator)
+
+
+def _walk_epoch(
+    batches: Iterable[torch.Tensor], order: BatchOrder, generator: torch.Generator
+) -> Iterator[torch.Tensor]:
+    yield from batches
+    if order.shuffle:
+        torch.randperm(order.num_samples, generator=generator)  # RandomSampler draws once more at its end
 
 
 def count_batches(order: BatchOrder) -> int:
