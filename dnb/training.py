@@ -40,6 +40,7 @@ from dnb.inputs import (
     read_transport,
 )
 from dnb.limits import Limit
+from dnb.planning.buffers import read_buffer_rules
 from dnb.planning.plans import Plan
 from dnb.planning.sample_order import count_batches
 from dnb.planning.shards import choose_exact_shards, choose_num_shards
@@ -48,6 +49,7 @@ from dnb.pool.found import Found, clear_doubtful, find_pools, reap_dead
 from dnb.pool.starting import adopt_pool, profile_folder, start_pool
 from dnb.progress import long_work
 from dnb.records import ENDED, Done, ParcelRef, PlainJob, PoolFacts, RunSpec, Submit
+from dnb.rehearsal.modes import mode_findings, refuse_sync_batchnorm
 from dnb.rehearsal.rehearsing import rehearse
 from dnb.run import Run
 from dnb.run_folders import RUNS_FOLDER, check_name, check_place, reserved_folder
@@ -280,7 +282,9 @@ def fit(
         after_step: callable(model), run once by the hub after each update, for averages and the clipping of weights.
         loss_over: "samples": the loss of a batch is the mean of the losses of its parts; "batch": it looks at the whole
             batch, so that outputs are gathered first. The rehearsal finds out if left out.
-        buffers: by name, how what engines make of a buffer is put together: "first", "sum" or "mean".
+        buffers: by name, or by a pattern of names, how what engines make of a buffer becomes one: "first" keeps what
+            the engine with the batch's first shard has, "sum" adds up what each part has added, "mean" averages. Left
+            out, running statistics are averaged, and the first of all others kept.
         scheduler_every: "step" or "epoch": when the scheduler is stepped.
         sync_batchnorm: whether BatchNorm takes its statistics from the global batch instead of from each part.
         prove: so many first steps are computed in this process, too, and held against those of the run.
@@ -316,11 +320,11 @@ def fit(
         PlanError: what is asked is not in this release.
     """
     check_model(model)
+    refuse_sync_batchnorm(model)
     refuse_what_is_not_yet(
         val_step=val_step,
         after_step=after_step,
         loss_over=loss_over,
-        buffers=buffers,
         scheduler_every=None if scheduler_every == "step" else scheduler_every,
         sync_batchnorm=sync_batchnorm or None,
         prove=prove,
@@ -332,6 +336,7 @@ def fit(
     most_bytes = read_bytes(memory_limit)
     loss_function = read_loss(loss, step=step)
     check_optimizer_fits(optimizer, model, lr=lr)
+    rules = {} if buffers is None else read_buffer_rules(buffers, model)
     train_source = read_source(train, name="train", seed=seed)
     val_source = None if val is None else read_source(val, name="val", seed=seed)
     check_loss_fits(loss_function, step=step, data=train_source.data)
@@ -439,9 +444,10 @@ def fit(
         choice=choice,
         memory_limit=most_bytes,
         prediction=None if followed is None else followed.prediction,
-        findings=rehearsed.findings,
+        findings=(*rehearsed.findings, *mode_findings(model)),
         probe=rehearsed.probe,
         loss_over=rehearsed.loss_over,
+        buffers=rules,
     )
     spec = submit(pool, spec, partial(ship, job), partial(ship, data))
     run = Run(

@@ -18,6 +18,7 @@ import torch
 from dnb.engine.gradients import Gradients
 from dnb.engine.loader import fetch_batch
 from dnb.engine.memory import EngineMemory, Publisher
+from dnb.engine.modes import Modes
 from dnb.engine.telemetry import Stopwatch
 from dnb.errors import USER_ERRORS, DnbError, kind_of, summary_of, text_of
 from dnb.planning.shards import SAMPLES_AT_LEAST
@@ -98,7 +99,7 @@ class Replica:
             self._buffers.append((*buffer_owner(job.model, name), buffer, name))
         self._slab_buffers: dict[int, dict[str, torch.Tensor]] = {}
         self._most_at_once = spec.micro_batch
-        self._is_training: bool | None = None
+        self._modes = Modes([job.model])
         self._of_this_step: list[tuple[Work, torch.Tensor]] = []
         self._step_metrics = MetricReader()
 
@@ -348,10 +349,7 @@ class Replica:
             )
 
     def _be_training(self, *, mode: bool) -> None:
-        """Switch when it changes, as a loop does around its evaluation; each switch walks the whole model."""
-        if self._is_training is not mode:
-            self._job.model.train(mode)
-            self._is_training = mode
+        self._modes.be_training(mode=mode)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._spec.precision == "float32":

@@ -14,6 +14,7 @@ import torch
 from dnb.engine.loader import fetch_batch
 from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.micro_batches import fetch_micro_batches, shapes_of
+from dnb.engine.modes import Modes
 from dnb.engine.replica import NO_SUMS, Outcome, added, one_kind, part_seed, samples_text
 from dnb.engine.schedules import Trouble, WatchedStage, build_schedule, num_micro_batches_for
 from dnb.engine.stage_memory import StageMemory
@@ -127,7 +128,7 @@ class StageReplica:
         self._trouble = Trouble()
         self._feed = _Feed()
         self._failed_samples = self._feed.indices
-        self._is_training: bool | None = None
+        self._modes = Modes([job.model, *(job.stages or ())])
         self._has_group = False
         self._divider = Divider(
             job.model,
@@ -365,11 +366,7 @@ class StageReplica:
     # What surrounds it --------------------------------------------------------------------------------
 
     def _be_training(self, *, mode: bool) -> None:
-        if self._is_training is not mode:
-            self._job.model.train(mode)
-            for stage in self._job.stages or ():
-                stage.train(mode)
-            self._is_training = mode
+        self._modes.be_training(mode=mode)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._spec.precision == "float32":

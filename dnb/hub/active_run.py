@@ -142,6 +142,7 @@ class ActiveRun:
             self._accounts.restore(former.values(), beginning.ledger)
         self._beginning = beginning
         self.master = beginning.master
+        self.master.buffer_rules = spec.buffers
         self._columns = beginning.columns
         self._first_step = beginning.first_step
         self._folder = beginning.files
@@ -832,6 +833,8 @@ class ActiveRun:
         traces: Mapping[int, Part],
     ) -> None:
         """What is still to be done after a commit, once the engines are at work again."""
+        if news := self.master.take_news():
+            self._note(machine.Note("state", news), step=step)
         put_off = self._chores.append
         put_off(self.master.settle)
         put_off(partial(self._record, kind, step, values, samples, time.time()))

@@ -19,6 +19,7 @@ from dnb.hub.crew import Crew, usable_threads
 from dnb.hub.keeping import Held, Keeper, Update, begin_keeping
 from dnb.hub.optimizers import Stepper, build_optimizer, build_scheduler, check_setting
 from dnb.hub.user_code import UserCodeError, user_code
+from dnb.planning.buffers import default_rule, differing_text
 from dnb.records import SegmentRef, Sums, TransportKind
 from dnb.transport.job import Job
 from dnb.transport.layout import plan_gradients, plan_layout, region_views, slot_views
@@ -152,6 +153,9 @@ class Master:
                 views[name].copy_(tensor.detach())
             tensor.data = views[name]
         self._buffers = buffers
+        self.buffer_rules: Mapping[str, str] = {}  # by name; see `dnb.planning.buffers`
+        self._noticed: set[str] = set()
+        self._differing: list[str] = []  # that are yet to be told
         self._tensors = tensors
         self._trainable = [trainable[slot.name] for slot in self.gradient_layout.slots]
         self._bound: tuple[tuple[int, int], frozenset[int]] | None = None  # whose slab the gradients are views of
@@ -329,6 +333,13 @@ class Master:
                 f"nothing was set, as {failure.kind} was raised {error.place}: {failure.message}"
             ) from error
 
+    def take_news(self) -> str:
+        """What is to be told of the last steps; mostly nothing."""
+        if not self._differing:
+            return ""
+        names, self._differing = self._differing, []
+        return differing_text(names)
+
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over parameters and buffers by name; the optimizer's state may have been replaced too."""
         for name, tensor in self._tensors.items():
@@ -411,24 +422,56 @@ class Master:
     def _mixed_buffers(
         self, keys: Sequence[tuple[int, int]], contributions: Sequence[Contribution]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Running statistics become the slabs' mean, weighted by samples; other buffers the first slab's."""
+        """Those that change: by the rule that was given for each, else by `default_rule`."""
         if not self._buffers:
             return
         weights = dict.fromkeys(keys, 0)
         for contribution in contributions:
             weights[contribution.engine, contribution.slab] += contribution.sums.num_samples
         total = sum(weights.values())
+        counted = [key for key in keys if weights[key] or not total]
         for name, master in self._buffers.items():
-            seen = [self._slabs[key].buffers[name] for key in keys]
+            seen = [self._slabs[key].buffers[name] for key in counted]
             if all(torch.equal(buffer, master) for buffer in seen):
                 continue  # a constant must not drift by rounding
-            if not master.is_floating_point() or len(seen) == 1:
-                yield name, next(b for k, b in zip(keys, seen, strict=True) if weights[k] or not total)
-                continue
-            mixed = torch.zeros_like(master, dtype=torch.float64)
-            for key, buffer in zip(keys, seen, strict=True):
-                mixed += buffer.double() * (weights[key] / total)
-            yield name, mixed
+            rule = self.buffer_rules.get(name) or default_rule(name, master)
+            if rule == "sum":
+                yield name, _summed(master, seen)
+            elif rule == "mean" and len(seen) > 1:
+                yield name, _averaged(seen, [weights[key] / total if total else 1 / len(seen) for key in counted])
+            else:
+                yield name, seen[0]
+                self._notice(name, seen)
+
+    def _notice(self, name: str, seen: Sequence[torch.Tensor]) -> None:
+        """Remember, once, that a buffer for which no rule was given depends on who computed what."""
+        if name in self.buffer_rules or name in self._noticed or all(torch.equal(seen[0], other) for other in seen[1:]):
+            return
+        self._noticed.add(name)
+        self._differing.append(name)
+
+
+def _summed(master: torch.Tensor, seen: Sequence[torch.Tensor]) -> torch.Tensor:
+    """A buffer with what each part has added to it."""
+    wide = _wide(master)
+    total = master.to(wide).clone()
+    for buffer in seen:
+        total += buffer.to(wide) - master.to(wide)
+    return total
+
+
+def _averaged(seen: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
+    mixed = torch.zeros_like(seen[0], dtype=_wide(seen[0]))
+    for buffer, share in zip(seen, shares, strict=True):
+        mixed += buffer.to(mixed.dtype) * share
+    return mixed
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    """The dtype in which buffers are added up."""
+    if tensor.is_complex():
+        return torch.complex128
+    return torch.float64 if tensor.is_floating_point() else tensor.dtype
 
 
 def sum_regions(

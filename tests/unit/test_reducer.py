@@ -631,17 +631,54 @@ class Buffered(nn.Module):
 
 
 def test_running_statistics_become_the_mean_weighted_by_samples(pool_of: MakePool):
-    pool = pool_of(Buffered(mean=torch.zeros(1)))
-    pool.bring(0, {"weight": [0.0]}, num_samples=1, buffers={"mean": [4.0]})
-    pool.bring(1, {"weight": [0.0]}, num_samples=3, buffers={"mean": [8.0]}).commit()
-    assert pool.master.model.mean.item() == 7.0
+    pool = pool_of(Buffered(running_mean=torch.zeros(1)))
+    pool.bring(0, {"weight": [0.0]}, num_samples=1, buffers={"running_mean": [4.0]})
+    pool.bring(1, {"weight": [0.0]}, num_samples=3, buffers={"running_mean": [8.0]}).commit()
+    assert pool.master.model.running_mean.item() == 7.0
 
 
 def test_statistics_of_an_engine_without_samples_do_not_count(pool_of: MakePool):
-    pool = pool_of(Buffered(mean=torch.zeros(1)))
+    pool = pool_of(Buffered(running_mean=torch.zeros(1)))
     pool.bring(0, {"weight": [0.0]}, num_samples=0)
-    pool.bring(1, {"weight": [0.0]}, num_samples=3, buffers={"mean": [8.0]}).commit()
-    assert pool.master.model.mean.item() == 8.0
+    pool.bring(1, {"weight": [0.0]}, num_samples=3, buffers={"running_mean": [8.0]}).commit()
+    assert pool.master.model.running_mean.item() == 8.0
+
+
+def bring_queues(pool: Pool, *, rule: str | None = None) -> Any:
+    """Two engines make 1.5 and 4 of a buffer that was 1, the first with one sample and the second with three."""
+    pool.master.buffer_rules = {} if rule is None else {"queue": rule}
+    pool.bring(1, {"weight": [0.0]}, num_samples=3, buffers={"queue": [4.0]})
+    pool.bring(0, {"weight": [0.0]}, num_samples=1, buffers={"queue": [1.5]}).commit()
+    return pool.master.model.queue.item()
+
+
+@pytest.mark.parametrize(("rule", "value"), [(None, 1.5), ("first", 1.5), ("sum", 4.5), ("mean", 3.375)])
+def test_any_other_buffer_is_that_of_the_first_shard_unless_there_is_a_rule(
+    pool_of: MakePool, rule: str | None, value: float
+):
+    assert bring_queues(pool_of(Buffered(queue=torch.ones(1))), rule=rule) == value
+
+
+def test_a_buffer_of_which_engines_make_different_things_is_told_once(pool_of: MakePool):
+    pool = pool_of(Buffered(queue=torch.ones(1)))
+    bring_queues(pool)
+    told = pool.master.take_news()
+    bring_queues(pool)
+    assert (told.count("'queue'"), pool.master.take_news()) == (2, "")
+
+
+@pytest.mark.parametrize("rule", ["first", "sum", "mean"])
+def test_a_buffer_that_has_a_rule_is_not_told_of(pool_of: MakePool, rule: str):
+    pool = pool_of(Buffered(queue=torch.ones(1)))
+    bring_queues(pool, rule=rule)
+    assert pool.master.take_news() == ""
+
+
+def test_an_integer_counter_is_added_up_if_that_is_its_rule(pool_of: MakePool):
+    pool = pool_of(Buffered(seen=torch.tensor(4)))
+    pool.master.buffer_rules = {"seen": "sum"}
+    pool.bring(0, {"weight": [0.0]}, buffers={"seen": 6}).bring(1, {"weight": [0.0]}, buffers={"seen": 9}).commit()
+    assert pool.master.model.seen.item() == 11
 
 
 def test_a_constant_does_not_drift(pool_of: MakePool):
