@@ -9,6 +9,8 @@ import msgspec
 RunStatus = Literal["starting", "running", "paused", "failed", "stopped", "finished"]
 WorkKind = Literal["step", "evaluation"]
 TransportKind = Literal["memory", "socket"]
+# How losses of parts are put together: a mean over samples, a mean over the weights of targets, or a sum.
+Reduction = Literal["samples", "targets", "sum"]
 EngineState = Literal["ready", "busy", "hung", "spare"]
 WorkerState = Literal["ready", "busy", "spare", "dead", "left"]
 ENDED: frozenset[str] = frozenset({"failed", "stopped", "finished"})
@@ -399,6 +401,7 @@ class RunSpec(Record, frozen=True):
     memory_limit: int | None = None  # bytes by which an engine's memory may grow
     findings: tuple[Finding, ...] = ()  # of the rehearsal; for the run's events
     probe: float | None = None  # the notebook's own loss of the first samples; engines are held against it
+    reduction: Reduction = "samples"
     loss_over: str = "samples"  # "batch": the loss is computed on the gathered outputs of the whole batch
     buffers: dict[str, str] = {}  # by name: "first", "sum" or "mean"
     scheduler_every: str = "step"  # or "epoch"

@@ -446,6 +446,7 @@ def fit(
         prediction=None if followed is None else followed.prediction,
         findings=(*rehearsed.findings, *mode_findings(model)),
         probe=rehearsed.probe,
+        reduction=rehearsed.reduction,
         loss_over=rehearsed.loss_over,
         buffers=rules,
     )

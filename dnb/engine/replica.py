@@ -22,9 +22,10 @@ from dnb.engine.modes import Modes
 from dnb.engine.telemetry import Stopwatch
 from dnb.errors import USER_ERRORS, DnbError, kind_of, summary_of, text_of
 from dnb.planning.shards import SAMPLES_AT_LEAST
-from dnb.records import Diagnose, Diagnosis, Load, RunSpec, Sums, Work
+from dnb.records import Diagnose, Diagnosis, Load, Reduction, RunSpec, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
 from dnb.transport.layout import slot_views
+from dnb.transport.loss_weights import counting_targets, weighed_loss
 from dnb.transport.returned import MetricReader, Metrics, ReturnError, read_loss, read_step, weighed
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class Replica:
         self._slab_buffers: dict[int, dict[str, torch.Tensor]] = {}
         self._most_at_once = spec.micro_batch
         self._modes = Modes([job.model])
+        self._reduction: Reduction = spec.reduction
         self._of_this_step: list[tuple[Work, torch.Tensor]] = []
         self._step_metrics = MetricReader()
 
@@ -143,6 +145,7 @@ class Replica:
     def mend(self, *, step: Callable[..., Any] | None, loss: Callable[..., Any] | None) -> None:
         """Go on with another step function, or another loss; one of them is None."""
         self._job = dataclasses.replace(self._job, step=step, loss=loss)
+        self._reduction = "targets"  # where it is a mean over targets; all else is a mean over samples
         self._step_metrics = MetricReader()
 
     def find_place(self, work: Work, indices: torch.Tensor, error: BaseException) -> str:
@@ -300,16 +303,21 @@ class Replica:
             batch = fetch_batch(source, indices)
         num_samples = len(indices)
         with self._stopwatch.measure("compute"):
-            with self._autocast():
+            with self._autocast(), counting_targets(self._reduction) as weights:
                 loss, metrics = self._apply(batch, num_samples, needs_gradient=needs_gradient)
+            if self._reduction == "targets":
+                loss = weighed_loss(loss, weights)
             is_sum = isinstance(loss, Sum)
             total = loss.total if isinstance(loss, Sum) else loss
-            if batch_samples is not None:
-                scale = 1.0 if is_sum else num_samples / batch_samples
+            adds_up = is_sum or self._reduction == "sum"
+            if batch_samples is not None and total.requires_grad:
+                scale = 1.0 if adds_up else num_samples / batch_samples
                 (total * scale if scale != 1.0 else total).backward()
             value = total.item()
+        # A sum is reported as a mean over samples of what a batch of as many such samples comes to.
+        factor = 1 if is_sum else (batch_samples or self._spec.batch_size) if adds_up else num_samples
         sums = Sums(
-            loss_total=value if is_sum else value * num_samples,
+            loss_total=value * factor,
             loss_weight=loss.weight if isinstance(loss, Sum) else float(num_samples),
             metric_totals={name: total for name, (total, _) in metrics.items()},
             metric_weights={name: weight for name, (_, weight) in metrics.items()},

@@ -26,8 +26,9 @@ from dnb.planning.dividing import Divider
 from dnb.planning.parts import StagePart
 from dnb.planning.shards import SAMPLES_AT_LEAST
 from dnb.planning.tracing import Inputs
-from dnb.records import Action, Diagnose, Diagnosis, Load, Partition, RunSpec, Seat, StageTrace, Sums, Work
+from dnb.records import Action, Diagnose, Diagnosis, Load, Partition, Reduction, RunSpec, Seat, StageTrace, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
+from dnb.transport.loss_weights import counting_targets, nothing_of, weighed_loss
 from dnb.transport.returned import Metrics, read_loss, weighed
 
 __all__ = ["PeerLost", "StageReplica"]
@@ -125,6 +126,7 @@ class StageReplica:
         self._device = device
         self._passes: OrderedDict[Any, _Pass] = OrderedDict()
         self._timeline = Timeline()
+        self._reduction: Reduction = spec.reduction
         self._trouble = Trouble()
         self._feed = _Feed()
         self._failed_samples = self._feed.indices
@@ -191,6 +193,7 @@ class StageReplica:
         if step is not None:
             raise PlanError("a pipeline cannot call a step function, as no engine has the whole model: mend its loss")
         self._job = dataclasses.replace(self._job, loss=loss)
+        self._reduction = "targets"
 
     def find_place(self, work: Work, _indices: torch.Tensor, error: BaseException) -> str:
         """The stage and the samples at which user code raised, for people; nothing is computed again."""
@@ -278,10 +281,12 @@ class StageReplica:
         feed, job = self._feed, self._job
         has_target = not isinstance(batch, Mapping)
         metrics: Metrics = {}
+        counted: Sequence[float] = ()
         value = output
         if has_target:
             assert job.loss is not None
-            value = job.loss(output, batch[-1])
+            with counting_targets(self._reduction) as counted:
+                value = job.loss(output, batch[-1])
             with torch.no_grad():
                 metrics = {
                     name: weighed(metric(output, batch[-1]), feed.micro_samples, name=name)
@@ -293,20 +298,26 @@ class StageReplica:
             by="loss" if has_target else "model",
             device=self._device,
         )
+        if self._reduction == "targets":
+            loss = weighed_loss(loss, counted)
         is_sum = isinstance(loss, Sum)
         total = loss.total if isinstance(loss, Sum) else loss
+        adds_up = is_sum or self._reduction == "sum"
+        if feed.batch_samples is not None and not total.requires_grad:
+            total = total + nothing_of(output)  # every micro-batch goes back through all stages
         number = total.item()
+        factor = 1 if is_sum else (feed.batch_samples or self._spec.batch_size) if adds_up else feed.micro_samples
         feed.are_sums.append(is_sum)
         feed.sums.append(
             Sums(
-                loss_total=number if is_sum else number * feed.micro_samples,
+                loss_total=number * factor,
                 loss_weight=loss.weight if isinstance(loss, Sum) else float(feed.micro_samples),
                 metric_totals={name: total for name, (total, _) in metrics.items()},
                 metric_weights={name: weight for name, (_, weight) in metrics.items()},
                 num_samples=feed.micro_samples,
             )
         )
-        scale = 1.0 if is_sum or feed.batch_samples is None else feed.micro_samples / feed.batch_samples
+        scale = 1.0 if adds_up or feed.batch_samples is None else feed.micro_samples / feed.batch_samples
         scaled = total * scale if scale != 1.0 else total
         # Schedules join the outputs of micro-batches, and detach them, which a view does not allow.
         return torch.stack((scaled if scaled.dim() == 0 else scaled.sum(),))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dnb.records import Finding
+from dnb.records import Finding, Reduction
 from dnb.transport.job import Data, Job
 
 
@@ -17,6 +17,8 @@ class Rehearsed:
         job: with what had to be converted or wrapped.
         data: likewise.
         findings: told as events when the run begins.
+        reduction: how losses of parts are put together: "targets" where a loss is a mean over targets that may weigh
+            differently, and all others are means over samples.
         loss_over: "samples" if the loss of a batch is the mean of the losses of its parts, "batch" if it is computed on
             the gathered outputs of the whole batch.
         probe: loss of the first samples in evaluation mode, which engines are held against; None: it could not be had.
@@ -25,6 +27,7 @@ class Rehearsed:
     job: Job
     data: Data
     findings: tuple[Finding, ...] = ()
+    reduction: Reduction = "targets"
     loss_over: Literal["samples", "batch"] = "samples"
     probe: float | None = None
 

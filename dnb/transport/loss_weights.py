@@ -1,0 +1,151 @@
+"""Means over targets: how losses of parts are put together where targets count differently, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from dnb.records import Reduction
+from dnb.transport.job import Sum
+
+# Autograd's nodes of the negative log likelihood, of which cross_entropy is made, keep the weight that they divide by:
+# that of the classes of all targets that are not ignored.
+_NODES = frozenset({"NllLossBackward0", "NllLoss2DBackward0"})
+_IS_MEAN = 1  # at::Reduction::Mean
+# Between a loss and the means that it is made of lie a few numbers: factors, and terms that are added.
+_MOST_NODES = 64
+_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
+    {
+        torch.nn.functional.cross_entropy,
+        torch.nn.functional.nll_loss,
+        torch._C._nn.cross_entropy_loss,
+        torch._C._nn.nll_loss_nd,
+    }
+)
+
+
+def nodes_of_targets(loss: torch.Tensor) -> list[Any]:
+    """Find the means over targets that a loss is made of, in its autograd graph.
+
+    Args:
+        loss: of one element; nothing is found in one without a graph.
+
+    Returns:
+        Autograd nodes, with `_saved_total_weight` and `_saved_ignore_index`.
+    """
+    root = loss.grad_fn
+    if root is None:
+        return []
+    if root.name() in _NODES:  # nearly always
+        return [root] if root._saved_reduction == _IS_MEAN else []  # type: ignore[attr-defined]
+    found, waiting, seen = [], [root], {root}
+    while waiting and len(seen) < _MOST_NODES:
+        node = waiting.pop()
+        if node.name() in _NODES:
+            if node._saved_reduction == _IS_MEAN:  # type: ignore[attr-defined]
+                found.append(node)
+            continue
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen and _is_number(following):
+                seen.add(following)
+                waiting.append(following)
+    return found
+
+
+def _is_number(node: Any) -> bool:
+    """Whether one number alone comes out of it."""
+    shapes = [each.shape for each in getattr(node, "_input_metadata", ())]
+    return bool(shapes) and all(size == 1 for shape in shapes for size in shape)
+
+
+def weight_of(loss: torch.Tensor) -> float | None:
+    """The weight of all targets that a loss is a mean over; None if it is no such mean, or of several weights."""
+    nodes = nodes_of_targets(loss)
+    if not nodes:
+        return None
+    if len(nodes) == 1:
+        return float(nodes[0]._saved_total_weight)
+    weights = {float(node._saved_total_weight) for node in nodes}
+    return _only(weights)
+
+
+def _only(weights: Collection[float]) -> float | None:
+    return next(iter(weights)) if len(set(weights)) == 1 else None
+
+
+def weighed_loss(loss: torch.Tensor | Sum, weights: Sequence[float] = ()) -> torch.Tensor | Sum:
+    """Make a mean over targets a `Sum`, so that it can be put together with those of other parts.
+
+    Args:
+        loss: as it was returned.
+        weights: as counted while it was computed, if it has no graph.
+
+    Returns:
+        The loss itself, if it is no mean over targets; a `Sum` of no targets has no gradient.
+    """
+    if isinstance(loss, Sum):
+        return loss
+    weight = weight_of(loss) if loss.grad_fn is not None else _only(weights)
+    if weight is None:
+        return loss
+    if weight == 0:  # the mean of no targets is 0/0, and so is its gradient
+        return Sum(torch.zeros_like(loss.detach()), 0.0)
+    return Sum(loss * weight, weight)
+
+
+def nothing_of(output: Any) -> torch.Tensor:
+    """Make a 0 of an output, from which gradients of 0 go back through it."""
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+    return torch.stack([leaf.sum() * 0.0 for leaf in leaves]).sum()
+
+
+@contextmanager
+def counting_targets(reduction: Reduction) -> Iterator[list[float]]:
+    """Note how much the targets weigh in whatever is computed without gradients.
+
+    Args:
+        reduction: of the run; nothing is counted unless it is over targets.
+
+    Yields:
+        A list that fills with the weights of means over targets.
+    """
+    weights: list[float] = []
+    if reduction != "targets" or torch.is_grad_enabled():
+        yield weights
+        return
+    with _Counting(weights):
+        yield weights
+
+
+class _Counting(TorchFunctionMode):
+    """Reads weights from losses of targets, of which a graph is made for the moment."""
+
+    def __init__(self, weights: list[float]) -> None:
+        super().__init__()
+        self._weights = weights
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _FUNCTIONS:
+            return func(*args, **kwargs)
+        with torch.enable_grad():
+            value = func(*map(_with_gradient, args[:1]), *args[1:], **_with_gradients(kwargs))
+        if value.numel() == 1 and value.grad_fn is not None and (weight := weight_of(value)) is not None:
+            self._weights.append(weight)
+        return value.detach()
+
+
+def _with_gradients(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {name: _with_gradient(arg) if name in ("input", "self") else arg for name, arg in kwargs.items()}
+
+
+def _with_gradient(value: Any) -> Any:
+    is_floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.detach().requires_grad_() if is_floating else value
