@@ -164,6 +164,27 @@ class Division:
                 f"and the pool has {num_engines}: %dtrain add {needed - num_engines}, or a smaller mesh"
             )
 
+    def check_loss(self, loss_over: str, *, micro_batch: int | None) -> None:
+        """Refuse a loss over the whole batch where no team has all of its outputs.
+
+        Raises:
+            PlanError: there are several teams, or a team goes through a batch in parts.
+        """
+        if loss_over == "samples":
+            return
+        if self.num_teams > 1:
+            raise PlanError(
+                f"this loss looks at the whole batch, and {self.num_teams} teams have a part of it each: mesh= "
+                "with one team, or strategy='data', which gathers outputs"
+            )
+        if self.partitions[-1].kind == "pipeline":
+            raise PlanError("this loss looks at the whole batch: pipelines are to follow; strategy='data' for now")
+        if micro_batch is not None:
+            raise PlanError(
+                "this loss looks at the whole batch, of which a tensor team has all outputs at once: leave micro_batch "
+                "out, or use strategy='data', which gathers outputs"
+            )
+
 
 def _refuse_what_no_team_can(
     strategy: str, axes: Mapping[str, int], stages: Any, *, batch_size: int, exact: bool, transport: Any

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from dnb.errors import ArgumentError, PlanError, is_text, nearest
 from dnb.planning.retention import read_goal
 from dnb.planning.sample_order import BatchOrder, count_batches, iterate_batches
 from dnb.records import CheckpointPolicy, TransportKind
-from dnb.transport.job import DataSource
+from dnb.transport.job import DataSource, Job
 from dnb.transport.returned import fault_of_name
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -413,3 +413,33 @@ def read_bytes(amount: Any) -> int | None:
     if isinstance(amount, bool) or found is None or found[2] not in _UNITS or float(found[1]) <= 0:
         raise ArgumentError(f"memory_limit={amount!r} is no number of bytes: such as 2GB, 512MB or 2000000000")
     return round(float(found[1]) * _UNITS[found[2]])
+
+
+LOSS_OVERS = ("samples", "batch")
+
+
+def read_loss_over(wish: Any) -> Literal["samples", "batch"] | None:
+    """The wish of the user, if there is one.
+
+    Raises:
+        ArgumentError: it is neither.
+    """
+    if wish is None:
+        return None
+    check_choice(wish, name="loss_over", known=LOSS_OVERS, available=LOSS_OVERS)
+    return "batch" if wish == "batch" else "samples"
+
+
+def check_loss_over(loss_over: Literal["samples", "batch"], job: Job) -> Literal["samples", "batch"]:
+    """Refuse a loss over the whole batch where outputs cannot be told from the loss; else give back what it is over.
+
+    Raises:
+        ArgumentError: a step function or the model itself computes the loss.
+    """
+    if loss_over == "samples" or job.loss is not None:
+        return loss_over
+    whose = "a step function" if job.step is not None else "a model that returns its own loss"
+    raise ArgumentError(
+        f"loss_over='batch' gathers outputs before the loss is computed, and {whose} does both at once: give "
+        "loss=callable(output, target), or return dnb.Sum(total, weight) if it is a mean over other things than samples"
+    )

@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 import msgspec
 
 RunStatus = Literal["starting", "running", "paused", "failed", "stopped", "finished"]
-WorkKind = Literal["step", "evaluation"]
+# "outputs" is the first half of a step whose loss looks at the whole batch: forward alone.
+WorkKind = Literal["step", "evaluation", "outputs"]
 TransportKind = Literal["memory", "socket"]
 # How losses of parts are put together: a mean over samples, a mean over the weights of targets, or a sum.
 Reduction = Literal["samples", "targets", "sum"]
@@ -450,8 +451,26 @@ class LoadFailed(Message, frozen=True):
     team: int | None = None
 
 
+class OutputLeaf(Record, frozen=True):
+    """One tensor of what models gave or are held against, gathered for a loss over the whole batch."""
+
+    dtype: str  # "float32"
+    shape: tuple[int, ...]
+    has_rows: bool  # one for each sample; else it is the same whatever the samples are
+
+
+class OutputPiece(Message, frozen=True):
+    """A part of what stands behind the report of a lease, and is too long for one record. Raw bytes: the part."""
+
+    run: str
+    lease: int
+
+
 class WorkReport(Message, frozen=True):
-    """One engine's account of its part of one step, or of one evaluation."""
+    """One engine's account of its part of one step, or of one evaluation.
+
+    Raw bytes: the rows of `outputs`, one tensor after the other, behind those that came as `OutputPiece`s.
+    """
 
     run: str
     lease: int  # that is answered
@@ -466,6 +485,7 @@ class WorkReport(Message, frozen=True):
     probe: float | None = None
     digests: bytes = b""  # uint32 per slot of the parameter layout, if asked for
     trace: StageTrace | None = None  # of a pipeline's step, if asked for
+    outputs: tuple[OutputLeaf, ...] = ()  # of "outputs": what the model gave, then targets
 
 
 # Kind of the failure of an engine that could not go on because another one of its team was gone.
@@ -509,7 +529,17 @@ class Beat(Message, frozen=True):
 
 
 EngineMessage = (
-    Join | Beat | Fault | Attach | NoSharedMemory | Loaded | LoadFailed | WorkReport | WorkFailed | Diagnosis
+    Join
+    | Beat
+    | Fault
+    | Attach
+    | NoSharedMemory
+    | Loaded
+    | LoadFailed
+    | OutputPiece
+    | WorkReport
+    | WorkFailed
+    | Diagnosis
 )
 
 
@@ -558,8 +588,20 @@ class Shipped(Message, frozen=True):
     run: str
 
 
+class Gathered(Record, frozen=True):
+    """What a step's loss is computed on: outputs and targets of the whole batch, in the order of its shards."""
+
+    leaves: tuple[OutputLeaf, ...]
+    shard_sizes: tuple[int, ...]  # of all shards
+    groups: tuple[tuple[int, ...], ...]  # shards that went through one forward, of those in which this work has a part
+
+
 class Work(Message, frozen=True):
-    """Compute these shards. Raw bytes: int64 sample indices of all of them, in order."""
+    """Compute these shards. Raw bytes: int64 sample indices of all of them, in order.
+
+    Behind them, if there is something gathered: the indices of the whole batch, and the leaves, each from a multiple of
+    `LEAF_ALIGNMENT` on.
+    """
 
     run: str
     lease: int  # unlike any other's of this run; the answer names it
@@ -573,6 +615,11 @@ class Work(Message, frozen=True):
     probe: bool = False  # report the loss of the first samples, to be held against other engines
     check_copy: bool = False  # report digests of the parameters that are not the hub's own memory
     trace: bool = False  # report what was done when
+    gathered: Gathered | None = None  # for a step whose loss looks at the whole batch
+
+
+# So that a tensor can be made of the bytes where they lie.
+LEAF_ALIGNMENT = 64
 
 
 class Diagnose(Message, frozen=True):

@@ -28,6 +28,7 @@ from dnb.inputs import (
     SYNCS,
     check_choice,
     check_loss_fits,
+    check_loss_over,
     check_model,
     check_number,
     check_positive,
@@ -35,6 +36,7 @@ from dnb.inputs import (
     read_bytes,
     read_checkpoint_policy,
     read_loss,
+    read_loss_over,
     read_metrics,
     read_source,
     read_transport,
@@ -48,7 +50,7 @@ from dnb.pool.engine_pool import EnginePool
 from dnb.pool.found import Found, clear_doubtful, find_pools, reap_dead
 from dnb.pool.starting import adopt_pool, profile_folder, start_pool
 from dnb.progress import long_work
-from dnb.records import ENDED, Done, ParcelRef, PlainJob, PoolFacts, RunSpec, Submit
+from dnb.records import ENDED, Done, Finding, ParcelRef, PlainJob, PoolFacts, RunSpec, Submit
 from dnb.rehearsal.modes import mode_findings, refuse_sync_batchnorm
 from dnb.rehearsal.rehearsing import rehearse
 from dnb.run import Run
@@ -324,7 +326,6 @@ def fit(
     refuse_what_is_not_yet(
         val_step=val_step,
         after_step=after_step,
-        loss_over=loss_over,
         scheduler_every=None if scheduler_every == "step" else scheduler_every,
         sync_batchnorm=sync_batchnorm or None,
         prove=prove,
@@ -361,6 +362,7 @@ def fit(
     data = Data(train=train_source.data, val=None if val_source is None else val_source.data)
     rehearsed = rehearse(job, data)
     job, data = rehearsed.job, rehearsed.data
+    loss_over = check_loss_over(read_loss_over(loss_over) or rehearsed.loss_over, job)
     division = None
     if isinstance(strategy, Plan) and strategy.partition is not None:
         division = Division.of_plan(strategy, job, data, batch_size=order.batch_size, exact=exact, transport=transport)
@@ -409,6 +411,7 @@ def fit(
             )
     if division is not None:
         division.check_pool(pool)
+        division.check_loss(loss_over, micro_batch=micro_batch)
     if most_bytes is not None:
         limit = Limit(most_bytes, job, data, batch_size=order.batch_size, precision=precision)
         division = limit.settle(division, followed, num_engines=len(working_engines(pool)), micro_batch=micro_batch)
@@ -444,10 +447,14 @@ def fit(
         choice=choice,
         memory_limit=most_bytes,
         prediction=None if followed is None else followed.prediction,
-        findings=(*rehearsed.findings, *mode_findings(model)),
+        findings=(
+            *rehearsed.findings,
+            *mode_findings(model),
+            *findings_of_loss(loss_over, is_divided=division is not None),
+        ),
         probe=rehearsed.probe,
         reduction=rehearsed.reduction,
-        loss_over=rehearsed.loss_over,
+        loss_over=loss_over,
         buffers=rules,
     )
     spec = submit(pool, spec, partial(ship, job), partial(ship, data))
@@ -463,6 +470,14 @@ def fit(
     )
     run.num_steps, run.steps_per_epoch = spec.num_steps, spec.steps_per_epoch
     return pool.follow(run)
+
+
+def findings_of_loss(loss_over: str, *, is_divided: bool) -> tuple[Finding, ...]:
+    """What the run's events say of a loss that looks at the whole batch."""
+    if loss_over != "batch":
+        return ()
+    how = "it is computed once, on the outputs of all micro-batches" if is_divided else "outputs are gathered"
+    return (Finding(kind="loss", text=f"this loss looks at the whole batch: {how}"),)
 
 
 def refuse_what_is_not_yet(**given: Any) -> None:

@@ -22,7 +22,7 @@ from dnb.engine.modes import Modes
 from dnb.engine.telemetry import Stopwatch
 from dnb.errors import USER_ERRORS, DnbError, kind_of, summary_of, text_of
 from dnb.planning.shards import SAMPLES_AT_LEAST
-from dnb.records import Diagnose, Diagnosis, Load, Reduction, RunSpec, Sums, Work
+from dnb.records import Diagnose, Diagnosis, Load, OutputLeaf, Reduction, RunSpec, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
 from dnb.transport.layout import slot_views
 from dnb.transport.loss_weights import counting_targets, weighed_loss
@@ -49,6 +49,8 @@ class Outcome:
     is_sum: bool  # the gradients are yet to be divided by the weight
     unused: tuple[int, ...] = ()
     note: str = ""
+    leaves: tuple[OutputLeaf, ...] = ()  # of outputs that are gathered
+    tensors: Sequence[torch.Tensor] = ()
 
 
 class Replica:
@@ -63,6 +65,8 @@ class Replica:
         stopwatch: counts data and compute time.
         publisher: sends what is written; None where the hub shares the memory.
     """
+
+    _gathers = False
 
     def __init__(
         self,
@@ -118,12 +122,10 @@ class Replica:
             ReturnError: user code returned what is no loss, or no metric.
         """
         if work.kind == "evaluation":
-            return Outcome((self._evaluate(indices),), is_sum=False)
+            return Outcome((self._evaluate(work, indices),), is_sum=False)
         self._be_training(mode=True)
         try:
-            if self._spec.exact:
-                return self._compute_each_shard(work, indices)
-            return self._compute_together(work, indices)
+            return self._compute_step(work, indices)
         except USER_ERRORS:
             for name in self._named:
                 self._check_parameter(name)  # if one was replaced, that is the cause
@@ -153,7 +155,7 @@ class Replica:
 
         Only forward is computed again, by halves; what does not come up again is said to lie somewhere in the work.
         """
-        if _is_out_of_memory(error) or isinstance(error, ModelChangedError):
+        if is_out_of_memory(error) or isinstance(error, ModelChangedError):
             return ""
         is_step = work.kind == "step"
         source = self._data.train if is_step else self._data.val
@@ -207,8 +209,28 @@ class Replica:
         """Let go of the gradients."""
         self._gradients.close()
 
+    def _compute_step(self, work: Work, indices: torch.Tensor) -> Outcome:
+        if self._spec.exact:
+            return self._compute_each_shard(work, indices)
+        return self._compute_together(work, indices)
+
     def _compute_together(self, work: Work, indices: torch.Tensor) -> Outcome:
         """All shards in one forward, or in as many micro-batches as memory wants."""
+        self._remember(work, indices)
+        note = ""
+        fresh = work.fresh
+        while True:
+            try:
+                sums, is_sum, unused = self._accumulate(work, indices, fresh=fresh)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                note = self._shrink(len(indices), error)
+                fresh = self._redo_earlier(work.slabs)
+            else:
+                return Outcome((sums,), is_sum, unused, note)
+
+    def _remember(self, work: Work, indices: torch.Tensor) -> None:
         if work.fresh:  # in another slab may lie something of the same step
             self._of_this_step = [
                 earlier
@@ -216,18 +238,6 @@ class Replica:
                 if earlier[0].step == work.step and earlier[0].slabs != work.slabs
             ]
         self._of_this_step.append((work, indices))
-        note = ""
-        fresh = work.fresh
-        while True:
-            try:
-                sums, is_sum, unused = self._accumulate(work, indices, fresh=fresh)
-            except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
-                    raise
-                note = self._shrink(len(indices), error)
-                fresh = self._redo_earlier(work.slabs)
-            else:
-                return Outcome((sums,), is_sum, unused, note)
 
     def _accumulate(
         self, work: Work, indices: torch.Tensor, *, fresh: bool, publish: bool = True
@@ -249,7 +259,7 @@ class Replica:
             try:
                 sums, shard_is_sum = self._run_pieces(part, batch_samples=work.batch_samples)
             except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 raise MemoryError(f"shard {shard} with {len(part)} samples does not fit: {text_of(error)}") from error
             left = set(self._end(slab, publish=True))
@@ -259,9 +269,9 @@ class Replica:
             parts.append(sums)
         return Outcome(tuple(parts), one_kind(kinds), tuple(sorted(unused or ())))
 
-    def _begin(self, slab: int, *, fresh: bool) -> None:
+    def _begin(self, slab: int, *, fresh: bool, reads: bool = True) -> None:
         flat = self._memory.slabs[slab]
-        if fresh:
+        if fresh and reads:
             self._read_buffers()
         self._gradients.begin(slab, flat, fresh=fresh)
         if self._publisher is not None:
@@ -277,7 +287,7 @@ class Replica:
         return unused
 
     def _run_pieces(self, indices: torch.Tensor, *, batch_samples: int) -> tuple[Sums, bool]:
-        pieces = [piece for piece in _pieces(indices, self._most_at_once) if len(piece)]
+        pieces = [piece for piece in pieces_of(indices, self._most_at_once) if len(piece)]
         parts = []
         for number, piece in enumerate(pieces, 1):
             if self._publisher is not None:
@@ -343,7 +353,7 @@ class Replica:
                 name: weighed(metric(output, target), num_samples, name=name) for name, metric in job.metrics.items()
             }
 
-    def _evaluate(self, indices: torch.Tensor) -> Sums:
+    def _evaluate(self, work: Work, indices: torch.Tensor) -> Sums:  # noqa: ARG002 - see `dnb.engine.gathering`
         assert self._data.val is not None
         self._read_buffers()
         self._be_training(mode=False)
@@ -351,7 +361,7 @@ class Replica:
             return added(
                 [
                     self._forward(self._data.val, piece, batch_samples=None)[0]
-                    for piece in _pieces(indices, self._most_at_once or self._spec.batch_size)
+                    for piece in pieces_of(indices, self._most_at_once or self._spec.batch_size)
                     if len(piece)
                 ]
             )
@@ -408,6 +418,10 @@ class Replica:
     def _shrink(self, num_samples: int, error: Exception) -> str:
         """Halve the micro-batch; the sentence that says so."""
         before = min(self._most_at_once or num_samples, num_samples)
+        if self._spec.loss_over == "batch" and not self._gathers:
+            raise MemoryError(
+                f"the loss needs {num_samples} samples at once, which do not fit: {text_of(error)}"
+            ) from error
         if before == 1:
             raise MemoryError(f"not even one sample fits: {text_of(error)}") from error
         self._most_at_once = before // 2
@@ -452,7 +466,8 @@ def samples_text(samples: torch.Tensor) -> str:
     return f"samples {shown}{f' and {more} more' if more > 0 else ''}"
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = text_of(error)
@@ -479,7 +494,7 @@ def buffer_owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, st
     return model.get_submodule(path), key
 
 
-def _pieces(indices: torch.Tensor, size: int | None) -> Sequence[torch.Tensor]:
+def pieces_of(indices: torch.Tensor, size: int | None) -> Sequence[torch.Tensor]:
     """Indices in pieces of at most `size`, none of which has one sample, unless that is the size.
 
     A rest of one is given a sample of the piece before it, or, if that has only two, is added to it.

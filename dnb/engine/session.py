@@ -13,6 +13,7 @@ import msgspec
 import torch
 
 from dnb.engine.allocator import ration
+from dnb.engine.gathering import GatheringReplica, bytes_of
 from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.replica import Replica
 from dnb.engine.telemetry import Stopwatch
@@ -23,6 +24,7 @@ from dnb.records import (
     EngineMessage,
     Load,
     Mended,
+    OutputPiece,
     ParcelRef,
     RunSpec,
     Seat,
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
 SHIP_SECONDS = 300.0
 # How long the last pieces of a run that has ended may take to go; its wire is closed soon after.
 OUTBOX_SECONDS = 1.0
+# Behind a report without outputs.
+NO_OUTPUTS = (b"",)
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +103,7 @@ class Session:
             self._outbox.start()
             publisher = Publisher(load.gradient_layout, load.buffer_layout.num_bytes, self._outbox)
         try:
-            self._replica: Replica | StageReplica = _kind_of_replica(load)(
+            self._replica: Replica | StageReplica = _kind_of_replica(load, spec)(
                 spec,
                 unpack(job_bytes, spec.job, memory=parcels[JOB_SLOT]),
                 unpack(data_bytes, spec.data, memory=parcels[DATA_SLOT]),
@@ -127,7 +131,7 @@ class Session:
             case AddSlabs():
                 self._memory.add_slabs(message.slabs)
             case Work():
-                self._work(message, _indices(raw))
+                self._work(message, raw)
             case Diagnose():
                 self._diagnose(message, _indices(raw))
             case Mended():
@@ -135,10 +139,13 @@ class Session:
             case Shipped():
                 pass
 
-    def send(self, record: EngineMessage) -> None:
-        """Send a record, after the pieces that go before it."""
+    def send(self, record: EngineMessage, raw: bytes = b"") -> None:
+        """Send a record, after the pieces that go before it, with raw bytes behind it."""
         if self._outbox is not None:
-            self._outbox.send(record)
+            self._outbox.send(record, raw)
+        elif raw:
+            self._wire.send(record, raw)
+            self._wire.flush_all(timeout_seconds=SHIP_SECONDS)
         else:
             self._wire.send(record)
 
@@ -150,26 +157,34 @@ class Session:
         self._wire.landings = {}
         self._replica.close()
 
-    def _work(self, work: Work, indices: torch.Tensor) -> None:
+    def _work(self, work: Work, raw: memoryview) -> None:
         if work.run != self.run:
             return
+        begin = len(raw) - 8 * sum(work.shard_sizes)
+        indices = _indices(raw[begin:])
+        if work.gathered is not None:
+            assert isinstance(self._replica, GatheringReplica)
+            self._replica.take_gathered(raw[:begin])
         if self._fault is not None:
             self._tell(work, self._fault, None)
             return
         try:
-            report = self._computed(work, indices)
+            report, raws = self._computed(work, indices)
         except USER_ERRORS as error:  # whatever a user's model raises is the user's to read
             self._tell(work, error, indices)
             return
         try:
-            self.send(report)
+            for piece in raws[:-1]:
+                self.send(OutputPiece(run=work.run, lease=work.lease), piece)
+            self.send(report, raws[-1])
         except (TypeError, ValueError, OverflowError) as error:  # what user code returned cannot be encoded
             self._tell(work, error, None)
 
-    def _computed(self, work: Work, indices: torch.Tensor) -> WorkReport:
+    def _computed(self, work: Work, indices: torch.Tensor) -> tuple[WorkReport, Sequence[bytes]]:
         probe = self._replica.probe() if work.probe else None
         digests = self._replica.digests() if work.check_copy else b""  # of what this work begins with
         outcome = self._replica.compute(work, indices)
+        raws = bytes_of(outcome.tensors) if outcome.tensors else NO_OUTPUTS
         return WorkReport(
             run=work.run,
             lease=work.lease,
@@ -184,7 +199,8 @@ class Session:
             probe=probe,
             digests=digests,
             trace=self._trace(work),
-        )
+            outputs=outcome.leaves,
+        ), raws
 
     def _tell(self, work: Work, error: BaseException, indices: torch.Tensor | None) -> None:
         """Say that user code failed, and where, if it did with these samples and that can be found."""
@@ -251,9 +267,9 @@ class Session:
         return parcels
 
 
-def _kind_of_replica(load: Load) -> Callable[..., Replica | StageReplica]:
+def _kind_of_replica(load: Load, spec: RunSpec | None = None) -> Callable[..., Replica | StageReplica]:
     if load.seat is None:
-        return Replica
+        return GatheringReplica if spec is not None and spec.loss_over == "batch" else Replica
     if load.seat.partition.kind == "tensor":
         return _kind_of_tensor_replica(load.seat)
     from dnb.engine.stage import StageReplica  # torch's pipelines take two seconds to import

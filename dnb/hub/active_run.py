@@ -21,6 +21,7 @@ from dnb.hub.agreement import Agreement
 from dnb.hub.beginnings import Beginning
 from dnb.hub.checkpointer import Checkpointer, Place
 from dnb.hub.coordinator import Coordinator
+from dnb.hub.gathering import CannotGather, Gatherer
 from dnb.hub.history import HistoryRow, RunSummary, read_timeline, summarize
 from dnb.hub.meeting import Meeting, open_meeting
 from dnb.hub.memo import RunMemo
@@ -50,6 +51,7 @@ from dnb.records import (
     Mended,
     Message,
     NoSharedMemory,
+    OutputPiece,
     ParcelRef,
     RunEvent,
     RunSpec,
@@ -75,6 +77,7 @@ from dnb.transport.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Flat, Wire
 
 log = logging.getLogger(__name__)
 
+NO_BYTES = memoryview(b"")
 # Of a member of a team that has no part in the loss.
 NO_SUMS = Sums(loss_total=0.0, loss_weight=0.0, metric_totals={}, metric_weights={}, num_samples=0)
 
@@ -165,6 +168,7 @@ class ActiveRun:
             num_val_samples=spec.num_val_samples,
             num_done=beginning.step,
             steps_per_epoch=spec.steps_per_epoch,
+            val_batch=spec.batch_size if spec.loss_over == "batch" else None,
         )
         self._version = 0  # of the parameters
         self._started = beginning.started
@@ -195,6 +199,8 @@ class ActiveRun:
             num_shards=spec.num_shards,
             num_stages=max((partition.num_stages for partition in spec.partitions), default=0),
         )
+        # Where the loss looks at the whole batch; a team has all of it at hand.
+        self._gatherer = Gatherer() if spec.loss_over == "batch" and not spec.partitions else None
         self._coordinator = self._make_coordinator(
             engines=[facts.engine for facts in present],
             returning=[facts.engine for facts in engines if beginning.is_taken_over],
@@ -220,6 +226,7 @@ class ActiveRun:
             traceback=beginning.traceback,
             life=life,
             name_samples=self._batches.name_samples,
+            gathers=self._gatherer is not None,
         )
         if not spec.partitions:
             return make(engines=engines, returning=returning)
@@ -301,7 +308,9 @@ class ActiveRun:
             wire.queue(*self._mended_frames())
         wire.flush()
 
-    def take(self, engine: int, message: EngineMessage) -> None:  # noqa: C901 - the table of messages
+    def take(  # noqa: C901 - the table of messages
+        self, engine: int, message: EngineMessage, raw: memoryview = NO_BYTES
+    ) -> None:
         """Take an engine's message about this run.
 
         Raises:
@@ -328,7 +337,10 @@ class ActiveRun:
             case LoadFailed(failure=failure):
                 self._dispatch(machine.UserCodeFailed(engine, 0, self._kept_whole(failure, 0, f"engine-{engine}")))
             case WorkReport():
-                self._take_report(engine, message)
+                self._take_report(engine, message, raw)
+            case OutputPiece(lease=lease):
+                if self._gatherer is not None:
+                    self._gatherer.add_piece(engine, lease, raw)
             case WorkFailed(lease=0):
                 self._conclude_without(engine)
             case WorkFailed(failure=Failure(kind=kind), lease=lease) if kind == PEER_LOST and self.spec.partitions:
@@ -355,7 +367,7 @@ class ActiveRun:
             whole="",
         )
 
-    def _take_report(self, engine: int, message: WorkReport) -> None:
+    def _take_report(self, engine: int, message: WorkReport, raw: memoryview) -> None:
         num_samples = sum(part.num_samples for part in message.parts)
         done = machine.WorkDone(engine, message.lease, message.kind, message.step, message.shards, num_samples)
         if self._coordinator.expects(done):
@@ -365,6 +377,9 @@ class ActiveRun:
                 num_samples=self._batches.num_samples(message.kind, message.step),
                 is_divided=bool(self.spec.partitions),
             )
+            if message.kind == "outputs" and self._gatherer is not None:
+                sizes, _ = self._batches.samples_of("outputs", message.step, message.shards)
+                self._gatherer.take(engine, message, raw, num_samples=sum(sizes))
             if message.telemetry is not None:
                 self._accounts.add(engine, message.telemetry)
                 self._look_at_memory(engine)
@@ -637,12 +652,14 @@ class ActiveRun:
     def _perform_all(self, actions: Iterable[machine.Action]) -> list[machine.Event]:
         return [follow for action in actions if (follow := self._perform(action)) is not None]
 
-    def _perform(self, action: machine.Action) -> machine.Event | None:
+    def _perform(self, action: machine.Action) -> machine.Event | None:  # noqa: C901 - the table of actions
         match action:
             case machine.LoadEngine(engine):
                 return self._load(engine)
             case machine.Assign():
                 return self._assign(action)
+            case machine.Commit("outputs", step, reports):
+                return self._gather(step, reports)
             case machine.Commit(kind, step, reports):
                 return self._commit(kind, step, reports)
             case machine.Release(engine):
@@ -742,6 +759,11 @@ class ActiveRun:
         if member.transport == "socket" and member.version != self._version:
             wire.queue_pieces(PARAMETERS_SLOT, self.master.parameters_flat, self.master.changing)
             member.version = self._version
+        gathered = None
+        if action.kind == "step" and self._gatherer is not None:
+            gathered = self._gatherer.of(action.shards)
+            raw = self._gatherer.memory + raw
+        is_first = action.kind == ("step" if self._gatherer is None else "outputs")
         wire.queue(
             Work(
                 run=self.spec.id,
@@ -753,14 +775,13 @@ class ActiveRun:
                 slabs=slabs,
                 batch_samples=self._batches.num_samples(action.kind, action.step),
                 fresh=action.fresh,
-                probe=self._wants_probe(action, member),
-                check_copy=not self.spec.partitions
-                and action.kind == "step"
-                and self._agreement.is_digest_due(action.step - 1),
+                probe=is_first and self._wants_probe(action, member),
+                check_copy=not self.spec.partitions and is_first and self._agreement.is_digest_due(action.step - 1),
                 trace=bool(self.spec.partitions)
                 and self.spec.telemetry
                 and action.kind == "step"
                 and self._timelines.wants(action.step, time.monotonic()),
+                gathered=gathered,
             ),
             raw,
         )
@@ -823,6 +844,18 @@ class ActiveRun:
             self._held = reports
         self._put_off(kind, step, values, samples, traces)
         return machine.Committed(kind, step)
+
+    def _gather(self, step: int, reports: tuple[tuple[int, tuple[int, ...]], ...]) -> machine.Event:
+        """Put together what the loss of a step is computed on."""
+        assert self._gatherer is not None
+        for forget in (self._reports, self._slabs_of_report, self._owner_of_report):
+            forget.clear()
+        sizes, indices = self._batches.samples_of("outputs", step, range(self.spec.num_shards))
+        try:
+            self._gatherer.gather(reports, sizes=sizes, indices=indices, exact=self.spec.exact)
+        except CannotGather as verdict:
+            return machine.CommitRefused(step, str(verdict))
+        return machine.Committed("outputs", step)
 
     def _put_off(
         self,
@@ -923,7 +956,8 @@ class ActiveRun:
 
     def _diagnose(self, step: int, verdict: NotFinite, contributions: Sequence[Contribution]) -> machine.Event | None:
         """Let the engine whose gradient it is find shard and parameter; the step is refused when it has."""
-        member = self._members.get(verdict.engine) if not self.spec.partitions else None
+        is_whole = bool(self.spec.partitions) or self._gatherer is not None  # no shard has a loss of its own
+        member = None if is_whole else self._members.get(verdict.engine)
         if member is None or member.wire is None:
             return machine.CommitRefused(step, str(verdict))
         shards = self._shards_behind(verdict, contributions)
@@ -961,7 +995,7 @@ class ActiveRun:
         """Whether the engine has not been held against the others yet; alone it has nobody to differ from."""
         if self.spec.partitions or member.is_probed or len(self._members) < 2:
             return False
-        if action.kind != "step" or action.step > self._first_step + 1:
+        if action.step > self._first_step + 1:
             return False
         member.is_probed = True
         return True

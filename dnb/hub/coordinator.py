@@ -11,8 +11,10 @@ with the events. One coordinator is one run.
 
     any state --optimizer or sampler failed, no engine could load, or none is left--> failed
 
-Within `running`, one *task* is under way: a training step or an evaluation. Its shards are leased to engines, one
-lease to an engine, and it is committed once, when every shard has been reported. Leases bear numbers that never come
+Within `running`, one *task* is under way: a training step or an evaluation. A step whose loss looks at the whole batch
+is two tasks: the first gathers outputs, and the shards of the second go to the engines that have computed these. The
+shards of a task are leased to engines, one lease to an engine, and it is committed once, when every shard has been
+reported. Leases bear numbers that never come
 again, and an answer counts only if its lease is open: that is how late, repeated and foreign messages are harmless.
 
     free --lease--> at work --report, or failure--> free
@@ -112,6 +114,7 @@ class Coordinator:
         traceback: of what is in `error`.
         life: how many coordinators had the run before: no lease has the number of one of theirs.
         name_samples: of some shards of the task under way, for people.
+        gathers: whether outputs are gathered before each step.
     """
 
     def __init__(
@@ -129,6 +132,7 @@ class Coordinator:
         traceback: str = "",
         life: int = 0,
         name_samples: Callable[[WorkKind, int, Sequence[int]], str] = lambda _kind, _step, _shards: "",
+        gathers: bool = False,
     ) -> None:
         self.num_steps = num_steps
         self.num_shards = num_shards
@@ -154,6 +158,8 @@ class Coordinator:
         self._was_asked_for = False  # the last loss
         self._ending: set[int] = set()  # engines that are about to be lost
         self._name_samples = name_samples
+        self._gathers = gathers
+        self._holders: dict[int, set[int]] = {}  # shards whose outputs each engine has computed for the step under way
         self._refill_since: float | None = None  # resumed without engines, as others are to come
         self._load_failures: list[tuple[int, Failure]] = []
         self._told_late: set[int] = set()
@@ -348,9 +354,10 @@ class Coordinator:
         self._task = None
 
     def _pause_to_mend(self, task: Task, text: str, traceback: str = "") -> list[Action]:
-        place = f"step {task.step}" if task.kind == "step" else f"the evaluation after step {task.step}"
+        is_step = task.kind != "evaluation"
+        place = f"step {task.step}" if is_step else f"the evaluation after step {task.step}"
         error = (
-            f"paused at {place}: {text}; nothing of this {task.kind} was applied. "
+            f"paused at {place}: {text}; nothing of this {'step' if is_step else 'evaluation'} was applied. "
             "Mend it and run.resume(step=mended) or run.resume(loss=mended), or run.stop() keeps what was trained"
         )
         return self._pause(error, is_error=True, traceback=traceback)
@@ -584,7 +591,7 @@ class Coordinator:
             return self._end("finished")
         if self._wish == "pause":
             return self._pause(f"paused after step {self.step}, as asked")
-        return self._open("step", self.step + 1)
+        return self._open("outputs" if self._gathers else "step", self.step + 1)
 
     def _owes_evaluation(self) -> bool:
         if self.evaluate_every is None or self.step == self._evaluated:
@@ -602,7 +609,16 @@ class Coordinator:
         if not engines:
             task.has_gaps = True
             return []
+        if kind == "step" and self._gathers:
+            return self._lease_to_holders(task, engines)
         return [self._lease(task, engine, part) for engine, part in self._leases.deal(kind, engines).items()]
+
+    def _lease_to_holders(self, task: Task, engines: Iterable[int]) -> list[Action]:
+        """Shards go where their outputs were computed; those of engines that are gone, or busy, to whoever is free."""
+        holders = {engine: self._holders[engine] for engine in engines if engine in self._holders}
+        leased: list[Action] = [self._lease(task, engine, tuple(sorted(shards))) for engine, shards in holders.items()]
+        task.has_gaps = sum(map(len, holders.values())) < self.num_shards
+        return leased + self._hand_out(task)
 
     def _take(self, event: WorkDone) -> list[Action]:
         lease = self._leases.behind(event)
@@ -623,6 +639,8 @@ class Coordinator:
             actions = self._pause_if_answered(task)
         elif task.num_done == self.num_shards:
             self._committing = True
+            if task.kind == "outputs":
+                self._holders = {engine: task.shards_of(engine) for engine, _ in task.reports}
             actions = [Commit(task.kind, task.step, task.reports)]
         elif task.has_gaps or self._silent:
             actions = self._go_on()
@@ -632,6 +650,8 @@ class Coordinator:
         if not self._committing:
             return []
         self._committing = False
+        if kind == "outputs":
+            return self._open("step", step)
         if kind == "step":
             self.step = step
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from dnb.hub.events import Assign, WorkDone
 from dnb.hub.speeds import Speeds
@@ -43,7 +44,7 @@ class Leases:
         self.by_engine: dict[int, Lease] = {}
         self._count = first
         self._all_shards = tuple(range(num_shards))
-        self._speeds: dict[WorkKind, Speeds] = {"step": Speeds(num_shards), "evaluation": Speeds(num_shards)}
+        self._speeds: dict[WorkKind, Speeds] = {kind: Speeds(num_shards) for kind in get_args(WorkKind)}
         self._equal: tuple[tuple[int, ...], dict[int, tuple[int, ...]]] = (), {}  # engines and their parts
 
     @property

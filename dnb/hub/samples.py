@@ -12,7 +12,7 @@ from dnb.errors import ArgumentError
 from dnb.hub.causes import ranges_text
 from dnb.hub.user_code import UserCodeError
 from dnb.planning.sample_order import BatchOrder, has_sampler, iterate_epochs, name_sampler
-from dnb.planning.shards import shard_bounds
+from dnb.planning.shards import shard_bounds, split_evenly
 from dnb.records import WorkKind
 
 
@@ -29,6 +29,7 @@ class Batches:
         num_val_samples: of an evaluation.
         num_done: steps that need no batch any more, as an earlier run has done them.
         steps_per_epoch: batches of an epoch, as they were counted beforehand; None: nobody did.
+        val_batch: samples of an evaluation that must be in one shard, as their loss is one; None: any may be cut.
     """
 
     def __init__(
@@ -40,7 +41,10 @@ class Batches:
         num_val_samples: int,
         num_done: int = 0,
         steps_per_epoch: int | None = None,
+        val_batch: int | None = None,
     ) -> None:
+        self._val_batch = val_batch
+        self._val_bounds: list[tuple[int, int]] | None = None
         self._draws = _Draws(order, steps_per_epoch=steps_per_epoch)
         self._num_steps = num_steps
         self._num_done = num_done
@@ -55,14 +59,25 @@ class Batches:
     def samples_of(self, kind: WorkKind, step: int, shards: Sequence[int]) -> tuple[tuple[int, ...], bytes]:
         """How many samples each shard has, and the indices of all, one after the other, as bytes."""
         indices = self._indices(kind, step)
-        bounds = self._bounds.get(len(indices))
-        if bounds is None:
-            bounds = self._bounds[len(indices)] = shard_bounds(len(indices), num_shards=self._num_shards)
+        bounds = self._bounds_of(kind, len(indices))
         ends = [bounds[shard] for shard in shards]
         sizes = tuple(last - first for first, last in ends)
         if shards[-1] - shards[0] == len(shards) - 1:  # neighbours
             return sizes, indices[ends[0][0] : ends[-1][1]].tobytes()
         return sizes, b"".join(indices[first:last].tobytes() for first, last in ends)
+
+    def _bounds_of(self, kind: WorkKind, num_samples: int) -> list[tuple[int, int]]:
+        """First and past the last sample of every shard."""
+        if kind == "evaluation" and self._val_batch is not None:
+            if self._val_bounds is None:
+                size = self._val_batch
+                batches = split_evenly(-(-num_samples // size), num_parts=self._num_shards)
+                self._val_bounds = [(min(a * size, num_samples), min(b * size, num_samples)) for a, b in batches]
+            return self._val_bounds
+        bounds = self._bounds.get(num_samples)
+        if bounds is None:
+            bounds = self._bounds[num_samples] = shard_bounds(num_samples, num_shards=self._num_shards)
+        return bounds
 
     def name_samples(self, kind: WorkKind, step: int, shards: Sequence[int]) -> str:
         """The samples of some shards of the task under way, for people."""
@@ -70,7 +85,7 @@ class Batches:
             return ""
         _, raw = self.samples_of(kind, step, shards)
         indices = np.unique(np.frombuffer(raw, dtype=np.int64)).tolist()
-        of = "" if kind == "step" else " of the validation data"
+        of = "" if kind != "evaluation" else " of the validation data"
         return f"sample{'s' * (len(indices) > 1)} {ranges_text(indices)}{of}" if indices else ""
 
     def num_samples(self, kind: WorkKind, step: int) -> int:

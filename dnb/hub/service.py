@@ -130,6 +130,7 @@ log = logging.getLogger(__name__)
 
 # How often lives are looked at; a killed local engine is noticed within this time.
 TICK_SECONDS = 0.1
+NO_BYTES = memoryview(b"")
 # How long engines get to end by themselves when the pool is shut down.
 EXIT_SECONDS = 3.0
 # How long an engine that left its pool may take to end; then it is killed.
@@ -411,12 +412,12 @@ class Service:
         reason = ""
         try:
             messages = line.wire.receive()
-            for packed, _raw in messages:
+            for packed, raw in messages:
                 if line.engine is None:
                     self._attach(line, packed)
                     messages += line.wire.receive()  # what came behind the greeting
                 else:
-                    self._take_message(line.engine, decode_peer(self._decode_engine, packed))
+                    self._take_message(line.engine, decode_peer(self._decode_engine, packed), raw)
         except (WireError, PeerError) as error:  # whoever says this is cut off, and may call again
             log.warning("a wire of engine %s is closed: %s", line.engine, error)
             reason = f"was cut off: {error}"
@@ -475,7 +476,7 @@ class Service:
             return
         self._take_message(engine.facts.engine, message)
 
-    def _take_message(self, number: int, message: EngineMessage) -> None:
+    def _take_message(self, number: int, message: EngineMessage, raw: memoryview = NO_BYTES) -> None:
         engine = self._engines.get(number)
         if engine is None or isinstance(message, Join | Attach | Beat):
             return
@@ -487,7 +488,7 @@ class Service:
             return
         engine.messages_in += 1
         if self._run is not None and self._run.spec.id == message.run:
-            self._run.take(number, message)
+            self._run.take(number, message, raw)
 
     def _join(self, join: Join, identity: bytes) -> None:
         facts, number = join.facts, join.facts.engine
