@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import cloudpickle
 import msgspec
 import numpy as np
 import torch
@@ -61,6 +60,7 @@ from dnb.records import (
 )
 from dnb.transport.channels import HubClient, HubRestartedError
 from dnb.transport.lives import is_alive
+from dnb.transport.own_code import dumps
 from dnb.transport.parcels import explain_unpicklable, sign
 from dnb.transport.states import decode_state
 
@@ -655,7 +655,7 @@ class Run:
     def _mend(self, *, step: Callable[..., Any] | None, loss: Callable[..., Any] | None) -> None:
         functions = {"step": step, "loss": loss}
         try:
-            pickled = cloudpickle.dumps(functions)
+            pickled = dumps(functions)
         except KeyboardInterrupt:
             raise
         except USER_ERRORS as error:

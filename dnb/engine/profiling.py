@@ -28,7 +28,7 @@ from dnb.progress import Report
 from dnb.records import ParcelRef
 from dnb.transport.encoding import encode_record
 from dnb.transport.job import Sum
-from dnb.transport.parcels import unpack
+from dnb.transport.parcels import adopt
 from dnb.transport.returned import read_loss, read_step
 
 # All repetitions of all sizes together; at least this many of each size are done anyway.
@@ -68,7 +68,7 @@ def profile_parcel(pickled: bytes, parcel: bytes, *, sizes: tuple[int, ...] | No
     adopt_path(sys_path)
     trial: Trial | None = None
     try:
-        trial = unpack(bytes(pickled), msgspec.msgpack.decode(parcel, type=ParcelRef))
+        trial, _ = adopt(bytes(pickled), msgspec.msgpack.decode(parcel, type=ParcelRef))
         return encode_record(profile_trial(trial, sizes=sizes))
     except (PlanError, KeyboardInterrupt):
         raise

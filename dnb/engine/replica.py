@@ -26,6 +26,7 @@ from dnb.records import Diagnose, Diagnosis, Load, OutputLeaf, Reduction, RunSpe
 from dnb.transport.job import Data, DataSource, Job, Sum
 from dnb.transport.layout import slot_views
 from dnb.transport.loss_weights import counting_targets, weighed_loss
+from dnb.transport.own_generators import OwnGenerators
 from dnb.transport.returned import MetricReader, Metrics, ReturnError, read_loss, read_step, weighed
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class Replica:
         memory: parameters and slabs.
         stopwatch: counts data and compute time.
         publisher: sends what is written; None where the hub shares the memory.
+        generators: of random numbers, inside job and data.
     """
 
     _gathers = False
@@ -78,8 +80,10 @@ class Replica:
         memory: EngineMemory,
         stopwatch: Stopwatch,
         publisher: Publisher | None = None,
+        generators: OwnGenerators | None = None,
     ) -> None:
         self._spec = spec
+        self._generators = generators or OwnGenerators()
         self._job = job
         self._data = data
         self._memory = memory
@@ -122,6 +126,8 @@ class Replica:
             ReturnError: user code returned what is no loss, or no metric.
         """
         if work.kind == "evaluation":
+            if len(self._generators):
+                self._generators.seed(part_seed(self._spec.seed, work.step, work.shards[0]))
             return Outcome((self._evaluate(work, indices),), is_sum=False)
         self._be_training(mode=True)
         try:
@@ -379,6 +385,8 @@ class Replica:
         seed = part_seed(self._spec.seed, step, shard)
         # torch.manual_seed takes 0.3 ms, as it looks for every kind of accelerator.
         torch.default_generator.manual_seed(seed)
+        if len(self._generators):
+            self._generators.seed(seed)
         if self._spec.exact or also_python:  # what a data set or a model may draw from besides
             random.seed(seed)
             np.random.seed(seed & 0xFFFFFFFF)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-import cloudpickle
 import msgspec
 import torch
 
@@ -36,7 +35,8 @@ from dnb.records import (
     WorkReport,
 )
 from dnb.transport.failures import describe_error
-from dnb.transport.parcels import unpack, verify
+from dnb.transport.own_code import loads
+from dnb.transport.parcels import adopt, verify
 from dnb.transport.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Outbox, Wire
 
 if TYPE_CHECKING:
@@ -103,14 +103,17 @@ class Session:
             self._outbox.start()
             publisher = Publisher(load.gradient_layout, load.buffer_layout.num_bytes, self._outbox)
         try:
+            job, of_job = adopt(job_bytes, spec.job, memory=parcels[JOB_SLOT])
+            data, of_data = adopt(data_bytes, spec.data, memory=parcels[DATA_SLOT])
             self._replica: Replica | StageReplica = _kind_of_replica(load, spec)(
                 spec,
-                unpack(job_bytes, spec.job, memory=parcels[JOB_SLOT]),
-                unpack(data_bytes, spec.data, memory=parcels[DATA_SLOT]),
+                job,
+                data,
                 load,
                 memory=memory,
                 stopwatch=stopwatch,
                 publisher=publisher,
+                generators=of_job + of_data,
             )
         except BaseException:
             if self._outbox is not None:
@@ -243,7 +246,7 @@ class Session:
     def _mend(self, message: Mended, pickled: bytes) -> None:
         verify(self._key, [pickled], message.signature)
         try:
-            self._replica.mend(**cloudpickle.loads(pickled))
+            self._replica.mend(**loads(pickled, adopt=True))
         except USER_ERRORS as error:  # what a user's function needs may be missing here: the next step says so
             self._fault = error
         else:

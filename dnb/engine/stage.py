@@ -29,6 +29,7 @@ from dnb.planning.tracing import Inputs
 from dnb.records import Action, Diagnose, Diagnosis, Load, Partition, Reduction, RunSpec, Seat, StageTrace, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
 from dnb.transport.loss_weights import counting_targets, nothing_of, weighed_loss
+from dnb.transport.own_generators import OwnGenerators
 from dnb.transport.returned import Metrics, read_loss, weighed
 
 __all__ = ["PeerLost", "StageReplica"]
@@ -71,7 +72,7 @@ class _Body(torch.nn.Module):
         """Compute a micro-batch; the last stage gives the part of the loss that backward begins with."""
         replica: StageReplica = self.__dict__["_replica"]
         feed = replica._feed
-        torch.default_generator.manual_seed(part_seed(feed.seed, self._index, self.micro_batch))
+        replica._seed(part_seed(feed.seed, self._index, self.micro_batch))
         values = Inputs.of(feed.batches[self.micro_batch]).values if self._inputs else ()
         own = [values[position] for position in self._inputs]
         with replica._autocast():
@@ -93,6 +94,7 @@ class StageReplica:
         stopwatch: counts data and compute time; what is left of a step is waiting for other stages.
         seat: the place in the team.
         publisher: must be None.
+        generators: of random numbers, inside job and data.
         device: of activations; the group is NCCL's on "cuda", gloo's elsewhere.
 
     Raises:
@@ -111,6 +113,7 @@ class StageReplica:
         stopwatch: Stopwatch,
         seat: Seat,
         publisher: Publisher | None = None,
+        generators: OwnGenerators | None = None,
         device: torch.device = CPU,
     ) -> None:
         _check(spec, job, memory, seat.partition, has_publisher=publisher is not None)
@@ -124,6 +127,7 @@ class StageReplica:
         self._least_samples = min(of_team // seat.partition.num_micro_batches, SAMPLES_AT_LEAST) or 1
         self._rank = seat.rank
         self._device = device
+        self._generators = generators or OwnGenerators()
         self._passes: OrderedDict[Any, _Pass] = OrderedDict()
         self._timeline = Timeline()
         self._reduction: Reduction = spec.reduction
@@ -263,6 +267,7 @@ class StageReplica:
             return feed
         number = num_micro_batches_for(len(indices), self._partition, least=self._least_samples)
         feed.micro_samples = len(indices) // number
+        self._seed(seed)  # engines that read the same samples must read them alike
         feed.batches = self._fetch(source, indices, number)
         current = self._pass_of(source, indices, number, trains=batch_samples is not None)
         marks = (torch.arange(number),) if current.stages[0].is_first else ()
@@ -275,6 +280,11 @@ class StageReplica:
             stage.clear_runtime_states()  # else an evaluation's activations stay until the next one
         feed.batches = ()
         return feed
+
+    def _seed(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+        if len(self._generators):
+            self._generators.seed(seed)
 
     def _loss_of(self, output: Any, batch: Any) -> torch.Tensor:
         """What backward begins with; its value and the metrics are kept for the report."""

@@ -19,6 +19,7 @@ from dnb.errors import PlanError, text_of
 from dnb.records import Diagnose, Diagnosis, Load, RunSpec, Seat, Sums, Work
 from dnb.transport.job import Data, DataSource, Job
 from dnb.transport.layout import slot_views
+from dnb.transport.own_generators import OwnGenerators
 
 __all__ = ["PeerLost", "TensorReplica"]
 
@@ -56,12 +57,13 @@ class TensorReplica(Replica):
         stopwatch: Stopwatch,
         seat: Seat,
         publisher: Publisher | None = None,
+        generators: OwnGenerators | None = None,
     ) -> None:
         if spec.exact:
             raise PlanError("exact=True needs a gradient per shard, and tensor parallelism has one per step")
         if memory.kind != "memory" or publisher is not None:
             raise PlanError("the engines of a team share the hub's memory: they must be on its host")
-        super().__init__(spec, job, data, load, memory=memory, stopwatch=stopwatch)
+        super().__init__(spec, job, data, load, memory=memory, stopwatch=stopwatch, generators=generators)
         self._gradients.close()
         self._rank = seat.rank
         self._samples = torch.empty(0, dtype=torch.int64)

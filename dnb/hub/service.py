@@ -902,13 +902,13 @@ class Service:
         """A new run, or the one of the hub before, which `reason` has ended; it may have failed by that."""
         from dnb.hub.active_run import ActiveRun
         from dnb.hub.beginnings import begin, take_over
-        from dnb.transport.parcels import unpack
+        from dnb.transport.parcels import adopt
 
         sys.path.extend(path for path in spec.sys_path if path not in sys.path)
 
         def make_job() -> Any:
             with user_code("where the run's objects are unpickled"):
-                return unpack(frames[1], spec.job)
+                return adopt(frames[1], spec.job)[0]
 
         if memo is None:
             beginning = begin(spec, make_job(), folders=self._folders)

@@ -8,11 +8,10 @@ from __future__ import annotations
 import hmac
 import io
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import numpy as np
 import torch
 from jupyter_client.session import Session
@@ -20,6 +19,8 @@ from jupyter_client.session import Session
 from dnb.errors import USER_ERRORS, HubError, ShippingError, summary_of
 from dnb.progress import Report, long_work
 from dnb.records import BufferRef, ParcelRef
+from dnb.transport.own_code import CodePickler, read_whole, unpicklable_globals
+from dnb.transport.own_generators import OwnGenerators
 from dnb.transport.segments import Segment, create_segment, open_segment
 
 ALIGNMENT_BYTES = 64
@@ -46,15 +47,16 @@ def _rebuild_tensor(
     return flat.as_strided(shape, stride, offset).requires_grad_(requires_grad)
 
 
-class _Packer(cloudpickle.Pickler):  # type: ignore[misc]
+class _Packer(CodePickler):
     """A pickler that leaves CPU tensors and contiguous arrays out of the pickle."""
 
-    def __init__(self, file: io.BytesIO) -> None:
+    def __init__(self, file: io.BytesIO, *, referenced: Mapping[tuple[str, str], Any] | None = None) -> None:
+        self.file = file
         self.buffers: list[memoryview] = []
         self.arrays: list[int] = []  # those of `buffers` that pickle itself put out of band
         self._storages: dict[int, _StorageRef] = {}
         self._alive: list[Any] = []  # owners of the memory that `buffers` shows
-        super().__init__(file, protocol=5, buffer_callback=self._keep_array)
+        super().__init__(file, referenced=referenced, protocol=5, buffer_callback=self._keep_array)
 
     def _keep_array(self, buffer: pickle.PickleBuffer) -> None:
         self._alive.append(buffer)
@@ -122,9 +124,7 @@ def pack(obj: Any, *, name: str, folders: Sequence[Path]) -> tuple[bytes, Parcel
 
 
 def _pack(obj: Any, *, name: str, folders: Sequence[Path], report: Report) -> tuple[bytes, ParcelRef, Segment | None]:
-    file = io.BytesIO()
-    packer = _Packer(file)
-    packer.dump(obj)
+    packer = _packed(obj)
     refs: list[BufferRef] = []
     offset = 0
     for buffer in packer.buffers:
@@ -145,7 +145,24 @@ def _pack(obj: Any, *, name: str, folders: Sequence[Path], report: Report) -> tu
         arrays=tuple(packer.arrays),
         segment=segment.ref if segment is not None else None,
     )
-    return file.getvalue(), parcel, segment
+    return packer.file.getvalue(), parcel, segment
+
+
+def _packed(obj: Any) -> _Packer:
+    """A pickler that has taken an object; globals of the user's modules that pickle refuses are looked up there."""
+    referenced: dict[tuple[str, str], Any] = {}
+    while True:
+        packer = _Packer(io.BytesIO(), referenced=referenced)
+        try:
+            packer.dump_whole(obj)
+            return packer
+        except KeyboardInterrupt:
+            raise
+        except USER_ERRORS:  # a user's __reduce__ may raise anything
+            new = unpicklable_globals(packer)
+            if not new.keys() - referenced.keys():
+                raise
+            referenced.update(new)
 
 
 def unpack(data: bytes, parcel: ParcelRef, *, memory: memoryview | None = None) -> Any:
@@ -158,12 +175,30 @@ def unpack(data: bytes, parcel: ParcelRef, *, memory: memoryview | None = None) 
         parcel: where its tensors lie.
         memory: what the segment holds, where it cannot be mapped.
     """
+    return _unpack(data, parcel, memory=memory, adopt=False)[0]
+
+
+def adopt(data: bytes, parcel: ParcelRef, *, memory: memoryview | None = None) -> tuple[Any, OwnGenerators]:
+    """Rebuild what `pack` took, in a process that computes for the notebook: its modules become those of the notebook.
+
+    Args:
+        data: as for `unpack`; likewise the others.
+        parcel: see data.
+        memory: see data.
+
+    Returns:
+        The object, and the generators of random numbers in it.
+    """
+    return _unpack(data, parcel, memory=memory, adopt=True)
+
+
+def _unpack(data: bytes, parcel: ParcelRef, *, memory: memoryview | None, adopt: bool) -> tuple[Any, OwnGenerators]:
     if parcel.segment is None:
         buffers: list[memoryview] = []
     else:
         whole = memoryview(open_segment(parcel.segment, private=True).memory) if memory is None else memory
         buffers = [whole[ref.offset_bytes : ref.offset_bytes + ref.num_bytes] for ref in parcel.buffers]
-    return _Unpacker(io.BytesIO(data), buffers=buffers, arrays=parcel.arrays).load()
+    return read_whole(_Unpacker(io.BytesIO(data), buffers=buffers, arrays=parcel.arrays), adopt=adopt)
 
 
 def sign(key: bytes, frames: Sequence[bytes]) -> bytes:
@@ -223,7 +258,7 @@ def _parts(obj: Any) -> list[tuple[str, Any]]:
 
 def _fault(obj: Any) -> str | None:
     try:
-        _Packer(io.BytesIO()).dump(obj)
+        _packed(obj)
     except KeyboardInterrupt:
         raise
     except USER_ERRORS as error:  # a user's __reduce__ may raise anything; it is the answer
