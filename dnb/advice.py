@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from dnb.data_sources import read_source
 from dnb.engine.loader import fetch_batch
 from dnb.engine.profiling import Trial, count_samples
 from dnb.errors import PlanError
-from dnb.inputs import STRATEGIES, check_choice, check_model, check_positive, read_bytes, read_loss, read_source
+from dnb.inputs import STRATEGIES, check_choice, check_model, check_positive, read_bytes, read_loss
 from dnb.planning.partitions import read_mesh
 from dnb.planning.plans import Plan, draw_up
 from dnb.planning.predicting import Question

@@ -11,11 +11,12 @@ import torch
 
 from dnb.engine.loader import fetch_batch
 from dnb.engine.loss_check import check_loss_of_parts
+from dnb.engine.micro_batches import model_inputs
 from dnb.errors import PlanError
+from dnb.planning.calling import arguments_of, plain_batch
 from dnb.planning.partitions import pipelines, read_mesh, read_schedule, read_stages
 from dnb.planning.plans import Plan
 from dnb.planning.tensor_plans import tensor_partitions
-from dnb.planning.tracing import Inputs
 from dnb.planning.trying import Trial
 from dnb.pool.engine_pool import EnginePool
 from dnb.progress import long_work
@@ -117,11 +118,11 @@ class Division:
         wanted = axes.get("pipeline")
         own_stages = read_stages(job.model, stages)
         batch = fetch_batch(data.train, torch.arange(min(batch_size // num_teams, 8)))
-        check_loss_of_parts(job.model, job.loss, batch)
+        check_loss_of_parts(job.model, job.loss, plain_batch(batch))
         with long_work(f"finding where {type(job.model).__name__} can be cut"):
             partitions, ties = pipelines(
                 job.model,
-                Inputs.of(batch),
+                model_inputs(job, batch),
                 most_engines=wanted or MOST_ENGINES,
                 num_samples=batch_size // num_teams,
                 micro_batch=micro_batch,
@@ -143,7 +144,9 @@ class Division:
         """Divide the layers of a model."""
         batch = fetch_batch(data.train, torch.arange(min(batch_size, MOST_TRIED)))
         num_teams, wanted = axes.get("data", 1), axes.get("tensor")
-        step = None if job.step is None else partial(_loss_of_step, job.step)
+        step: Callable[..., Any] | None = None if job.step is None else partial(_loss_of_step, job.step)
+        if job.step is None and job.loss is None:
+            step = _loss_of_model
         partitions = tensor_partitions(job.model, Trial(batch, step=step, loss=job.loss), wanted=wanted, plan=plan)
         return cls(partitions, (), None, num_teams, wanted if num_teams > 1 else None, wanted)
 
@@ -224,6 +227,12 @@ def _refuse_what_no_pipeline_can(job: Job, *, exact: bool, transport: Any) -> No
         )
     if transport not in (None, "memory"):
         raise PlanError("the engines of a pipeline share the hub's memory: leave transport out")
+
+
+def _loss_of_model(model: torch.nn.Module, batch: Any) -> Any:
+    given = arguments_of(model, batch, has_target=False)
+    output = model(*given.positional, **given.keywords)
+    return read_step(output, needs_gradient=torch.is_grad_enabled(), by="model")[0]
 
 
 def _loss_of_step(step: Callable[..., Any], model: torch.nn.Module, batch: Any) -> Any:

@@ -6,61 +6,25 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from torch.utils.data import (
-    DataLoader,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    TensorDataset,
-    default_collate,
-)
 
+from dnb.data_sources import Source, read_source
 from dnb.errors import ArgumentError, PlanError, is_text, nearest
+from dnb.planning.calling import no_target, takes_positional
 from dnb.planning.retention import read_goal
 from dnb.planning.sample_order import BatchOrder, count_batches, iterate_batches
 from dnb.records import CheckpointPolicy, TransportKind
-from dnb.transport.job import DataSource, Job
+from dnb.transport.job import Job
 from dnb.transport.returned import fault_of_name
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 STRATEGIES = ("auto", "data", "hybrid", "pipeline", "tensor")
 SYNCS = ("allreduce", "hub", "local")
 PRECISIONS = ("bfloat16", "float32")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """A data set as the user gave it, read."""
-
-    data: DataSource
-    num_samples: int
-    order: BatchOrder | None  # of a DataLoader
-
-
-def read_source(value: Any, *, name: str, seed: int) -> Source:
-    """Read tensors, a map-style data set or a `DataLoader`.
-
-    Args:
-        value: as the user gave it.
-        name: of the argument, for messages.
-        seed: orders the samples of a loader that shuffles without a generator of its own.
-
-    Raises:
-        ArgumentError: it is none of these, is empty, or its parts differ in length.
-    """
-    if isinstance(value, DataLoader):
-        return _read_loader(value, name=name, seed=seed)
-    if isinstance(value, tuple | list) and value and isinstance(value[0], torch.Tensor | np.ndarray):
-        return _read_tensors(value, name=name)
-    if isinstance(value, torch.Tensor | np.ndarray):
-        return _read_tensors((value,), name=name)
-    return _read_dataset(value, name=name, collate=default_collate)
 
 
 def batches(
@@ -104,90 +68,6 @@ def order_of(source: Source, *, batch_size: Any, shuffle: bool, seed: int) -> Ba
         shuffle=shuffle,
         seed=seed,
     )
-
-
-def _read_tensors(values: Sequence[torch.Tensor | np.ndarray[Any, Any]], *, name: str) -> Source:
-    tensors = tuple(_as_tensor(part, number=number, name=name) for number, part in enumerate(values, 1))
-    lengths = [len(tensor) if tensor.dim() else 0 for tensor in tensors]
-    if len(set(lengths)) > 1:
-        raise ArgumentError(
-            f"the parts of {name} differ in length: {' and '.join(map(str, lengths))} samples; "
-            "every sample needs an input and a target"
-        )
-    _check_not_empty(lengths[0], name=name)
-    return Source(data=DataSource(samples=tensors, collate=None), num_samples=lengths[0], order=None)
-
-
-def _as_tensor(part: Any, *, number: int, name: str) -> torch.Tensor:
-    if isinstance(part, torch.Tensor):
-        return part.detach()
-    if not isinstance(part, np.ndarray):
-        raise ArgumentError(f"part {number} of {name} is a {type(part).__name__}: give tensors or arrays")
-    if not part.flags.writeable or any(stride < 0 for stride in part.strides):
-        part = part.copy()  # torch takes neither
-    try:
-        return torch.from_numpy(part)
-    except TypeError as error:
-        raise ArgumentError(
-            f"part {number} of {name} is an array of {part.dtype}, and torch has no such tensors: give numbers"
-        ) from error
-
-
-def _read_dataset(value: Any, *, name: str, collate: Callable[..., Any]) -> Source:
-    if isinstance(value, IterableDataset):
-        raise ArgumentError(
-            f"{name} is an IterableDataset, whose samples have no index, so that none could be done again when "
-            "an engine dies: give a map-style Dataset (with __len__ and __getitem__)"
-        )
-    if not hasattr(value, "__getitem__") or not hasattr(value, "__len__"):
-        raise ArgumentError(
-            f"{name} is a {type(value).__name__}: give a pair (X, y) of tensors or arrays, a map-style Dataset, "
-            "or a DataLoader"
-        )
-    _check_not_empty(len(value), name=name)
-    if type(value) is TensorDataset and collate is default_collate:
-        return _read_tensors(value.tensors, name=name)
-    return Source(data=DataSource(samples=value, collate=collate), num_samples=len(value), order=None)
-
-
-def _read_loader(loader: DataLoader[Any], *, name: str, seed: int) -> Source:
-    source = _read_dataset(loader.dataset, name=f"{name}'s dataset", collate=loader.collate_fn)
-    common: dict[str, Any] = {
-        "num_samples": source.num_samples,
-        "drop_last": loader.drop_last,
-        "seed": seed,
-    }
-    sampler: Any = loader.sampler
-    is_whole = type(sampler) in (SequentialSampler, RandomSampler) and len(sampler) == source.num_samples
-    is_random = type(sampler) is RandomSampler and not sampler.replacement
-    has_own_generator = is_random and sampler.generator is not None and sampler.generator is not loader.generator
-    if loader.batch_size is None:
-        if loader.batch_sampler is None:
-            raise ArgumentError(f"{name} is a DataLoader without batches (batch_size=None): give it a batch_size")
-        order = BatchOrder(
-            batch_size=_usual_batch_size(loader.batch_sampler, num_samples=source.num_samples),
-            batch_sampler=loader.batch_sampler,
-            generator=loader.generator,
-            **common,
-        )
-    elif is_whole and type(sampler) is SequentialSampler:
-        order = BatchOrder(batch_size=loader.batch_size, shuffle=False, **common)
-    elif is_whole and is_random and not has_own_generator:
-        order = BatchOrder(batch_size=loader.batch_size, shuffle=True, generator=loader.generator, **common)
-    else:
-        order = BatchOrder(batch_size=loader.batch_size, sampler=sampler, generator=loader.generator, **common)
-    return Source(data=source.data, num_samples=source.num_samples, order=order)
-
-
-def _usual_batch_size(batch_sampler: Any, *, num_samples: int) -> int:
-    """What a batch sampler says, else the mean over an epoch."""
-    size = getattr(batch_sampler, "batch_size", None)
-    return size if isinstance(size, int) else max(1, num_samples // max(1, len(batch_sampler)))
-
-
-def _check_not_empty(num_samples: int, *, name: str) -> None:
-    if num_samples == 0:
-        raise ArgumentError(f"{name} has no samples")
 
 
 def check_model(model: Any) -> torch.nn.Module:
@@ -333,27 +213,28 @@ def loss_names() -> list[str]:
     return sorted((losses - three_inputs) | others)
 
 
-def check_loss_fits(loss: Any, *, step: Any, data: DataSource) -> None:
-    """Refuse batches for which nothing says what the loss is."""
+def check_loss_fits(loss: Any, *, step: Any, model: torch.nn.Module, batch: Any, name: str) -> None:
+    """Refuse batches for which nothing says what the loss is.
+
+    Args:
+        loss: as read.
+        step: likewise.
+        model: without both it returns its own loss.
+        batch: as collate_fn made it, of whatever number of samples.
+        name: of the data, for messages.
+
+    Raises:
+        ArgumentError: the batch has no target for the loss, or a target that nothing compares.
+    """
     if step is not None:
         return
-    if data.collate is None:
-        parts = len(data.samples)
-    else:
-        sample = data.samples[0]
-        if isinstance(sample, Mapping):
-            if loss is not None:
-                raise ArgumentError(
-                    "the samples are dictionaries, so the model gets them whole and returns its own loss: "
-                    "leave loss out, or give step=callable(model, batch)"
-                )
-            return
-        parts = len(sample) if isinstance(sample, tuple | list) else 1
-    if loss is None:
-        raise ArgumentError("say what to minimise: loss='cross_entropy' (or another), or step=callable(model, batch)")
-    if parts < 2:
+    if loss is not None:
+        if not isinstance(batch, tuple | list) or len(batch) < 2:
+            raise ArgumentError(no_target(batch, name=f"a batch of {name}"))
+    elif isinstance(batch, tuple | list) and not takes_positional(model, len(batch)):
         raise ArgumentError(
-            "the samples have no target: give pairs (X, y), or step=callable(model, batch) that returns the loss"
+            "say what to minimise: loss='cross_entropy' (or another), or step=callable(model, batch); or let "
+            f"{type(model).__name__}.forward take all {len(batch)} parts of a batch of {name}, and return the loss"
         )
 
 

@@ -13,6 +13,7 @@ import torch
 
 from dnb.division import Division
 from dnb.engine.loader import fetch_batch
+from dnb.engine.micro_batches import model_inputs
 from dnb.errors import PlanError
 from dnb.planning.cutting import cut_points
 from dnb.planning.dividing import Divider
@@ -20,7 +21,6 @@ from dnb.planning.needs import Loss, Need, needs_of, whole_need
 from dnb.planning.plan_words import amount
 from dnb.planning.plans import Plan
 from dnb.planning.rehearsing import no_autocast
-from dnb.planning.tracing import Inputs
 from dnb.planning.weighing import balanced_cuts
 from dnb.records import Partition
 from dnb.transport.job import Data, Job
@@ -78,7 +78,8 @@ class Limit:
         """
         samples = min(math.ceil(self._batch_size / num_engines), micro_batch or self._batch_size)
         batch = self._batch_of(samples)
-        need = whole_need(self._job.model, Inputs.of(batch), loss=self._loss(batch), autocast=self._autocast)
+        inputs = model_inputs(self._job, batch)
+        need = whole_need(self._job.model, inputs, loss=self._loss(batch), autocast=self._autocast)
         if need.num_bytes > self._num_bytes:
             raise PlanError(
                 f"{self._name} does not fit: every engine would need {_in_words(need)} for {samples} of the batch's "
@@ -134,9 +135,9 @@ class Limit:
         needs = self._needs(partition, stages, batch)
         if _largest(needs) <= self._num_bytes or is_settled or stages is not None or partition.num_stages == 1:
             return partition, needs
-        points = cut_points(self._job.model, Inputs.of(batch))
+        points = cut_points(self._job.model, model_inputs(self._job, batch))
         layers = msgspec.structs.replace(partition, num_stages=len(points) + 1, cuts=tuple(points))
-        parts = Divider(self._job.model, layers, autocast=self._autocast).parts(Inputs.of(batch))
+        parts = Divider(self._job.model, layers, autocast=self._autocast).parts(model_inputs(self._job, batch))
         weights = [sum(each.numel() * each.element_size() for each in part.parameters.values()) + 1 for part in parts]
         cuts = balanced_cuts(weights, points, partition.num_stages, alike=EXACTLY)
         moved = msgspec.structs.replace(partition, cuts=cuts)
@@ -144,7 +145,7 @@ class Limit:
         return (moved, others) if _largest(others) < _largest(needs) else (partition, needs)
 
     def _needs(self, partition: Partition, stages: Sequence[torch.nn.Module] | None, batch: Any) -> tuple[Need, ...]:
-        inputs = Inputs.of(batch)
+        inputs = model_inputs(self._job, batch)
         parts = Divider(self._job.model, partition, stages=stages, autocast=self._autocast).parts(inputs)
         return needs_of(
             self._job.model,
@@ -183,7 +184,7 @@ class Limit:
     def _loss(self, batch: Any) -> Loss | None:
         """What is kept for it counts, too; a step function's own is not known."""
         loss = self._job.loss
-        if loss is None or isinstance(batch, dict):
+        if loss is None:
             return None
         return lambda output: loss(output, batch[-1])
 

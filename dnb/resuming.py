@@ -16,12 +16,13 @@ import msgspec
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from dnb.data_sources import Source, read_source
 from dnb.errors import USER_ERRORS, ArgumentError, PlanError, summary_of
 from dnb.homecoming import OrderFollower
 from dnb.hub.checkpoints import Checkpoint, DamagedError, Manifest, find_checkpoint, remove_torn
 from dnb.hub.signing import SecretError, is_signed, read_secret
 from dnb.hub.sources import MENDED_FILE
-from dnb.inputs import Source, check_model, check_positive, read_loss, read_metrics, read_source
+from dnb.inputs import check_model, check_positive, read_loss, read_metrics
 from dnb.kept_specs import OBJECTS, check_kept_spec
 from dnb.planning.sample_order import BatchOrder, count_batches
 from dnb.planning.shards import choose_num_shards

@@ -18,6 +18,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from dnb.automatic import choose_plan
+from dnb.data_sources import Source, first_batch, read_source
 from dnb.division import Division
 from dnb.errors import USER_ERRORS, ArgumentError, HubError, PlanError, PoolError, SpaceError, is_text
 from dnb.homecoming import OrderFollower
@@ -38,7 +39,6 @@ from dnb.inputs import (
     read_loss,
     read_loss_over,
     read_metrics,
-    read_source,
     read_transport,
 )
 from dnb.limits import Limit
@@ -340,7 +340,7 @@ def fit(
     rules = {} if buffers is None else read_buffer_rules(buffers, model)
     train_source = read_source(train, name="train", seed=seed)
     val_source = None if val is None else read_source(val, name="val", seed=seed)
-    check_loss_fits(loss_function, step=step, data=train_source.data)
+    check_batches(loss_function, step=step, model=model, sources={"train": train_source, "val": val_source})
     order = order_of(train_source, batch_size=batch_size, shuffle=shuffle, seed=seed)
     job = Job(
         model=model,
@@ -478,6 +478,13 @@ def findings_of_loss(loss_over: str, *, is_divided: bool) -> tuple[Finding, ...]
         return ()
     how = "it is computed once, on the outputs of all micro-batches" if is_divided else "outputs are gathered"
     return (Finding(kind="loss", text=f"this loss looks at the whole batch: {how}"),)
+
+
+def check_batches(loss: Any, *, step: Any, model: torch.nn.Module, sources: Mapping[str, Source | None]) -> None:
+    """Refuse data whose batches do not go with the loss, as their collate_fn makes them."""
+    for name, source in sources.items():
+        if source is not None:
+            check_loss_fits(loss, step=step, model=model, batch=first_batch(source.data, name=name), name=name)
 
 
 def refuse_what_is_not_yet(**given: Any) -> None:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from dnb.engine.loader import fetch_batch
 from dnb.engine.replica import Outcome, Replica, added, is_out_of_memory, pieces_of
 from dnb.errors import USER_ERRORS
+from dnb.planning.calling import arguments_of
 from dnb.records import LEAF_ALIGNMENT, Gathered, OutputLeaf, Sums, Work
 from dnb.transport.job import DataSource, Sum
 from dnb.transport.returned import Metrics, ReturnError, read_loss, weighed
@@ -157,9 +158,9 @@ class GatheringReplica(Replica):
 
     def _forward_pair(self, source: DataSource, indices: torch.Tensor) -> tuple[Any, Any]:
         with self._stopwatch.measure("data"):
-            *inputs, target = fetch_batch(source, indices)
+            given = arguments_of(self._job.model, fetch_batch(source, indices), has_target=True)
         with self._stopwatch.measure("compute"), self._autocast():
-            return self._job.model(*inputs), target
+            return self._job.model(*given.positional), given.target
 
     def _learn(self) -> _Form:
         """Compute few samples, and one fewer, and see which tensors have a row for each."""

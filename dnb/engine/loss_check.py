@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from dnb.errors import USER_ERRORS, PlanError
-from dnb.planning.tracing import Inputs
+from dnb.planning.calling import arguments_of
 from dnb.transport.job import Sum
 from dnb.transport.returned import read_loss, read_step
 
@@ -56,9 +56,10 @@ def check_loss_of_parts(model: nn.Module, loss: Callable[..., Any] | None, batch
 
 def _loss(model: nn.Module, loss: Callable[..., Any] | None, batch: Any) -> tuple[float, float]:
     """What is summed, and over how much."""
-    output = model(*Inputs.of(batch).values) if not isinstance(batch, Mapping) else model(**batch)
+    given = arguments_of(model, batch, has_target=loss is not None)
+    output = model(*given.positional, **given.keywords)
     if loss is not None:
-        value = read_loss(loss(output, batch[-1]), needs_gradient=False)
+        value = read_loss(loss(output, given.target), needs_gradient=False)
     else:
         value, _ = read_step(output, needs_gradient=False, by="model")
     if isinstance(value, Sum):

@@ -10,7 +10,26 @@ from torch.utils import _pytree as pytree
 
 from dnb.engine.loader import fetch_batch
 from dnb.errors import PlanError
-from dnb.transport.job import DataSource
+from dnb.planning.calling import plain_batch
+from dnb.planning.tracing import Inputs
+from dnb.transport.job import DataSource, Job
+from dnb.transport.returned import own_loss
+
+
+def model_inputs(job: Job, batch: Any) -> Inputs:
+    """What the model gets of a batch where it is divided or weighed, so that tensors must be told from the rest.
+
+    Raises:
+        PlanError: it gets the batch whole, and that is an object of the user's own.
+    """
+    found = Inputs.of(plain_batch(batch), find_loss=own_loss if job.loss is None else None, model=job.model)
+    for value in found.positional:
+        if plain_batch(value) is not value or isinstance(value, dict):
+            raise PlanError(
+                f"the model gets its batch whole, as a {type(batch).__name__}, in which a pipeline cannot see the "
+                "tensors: let forward take its parts by name, or strategy='data'"
+            )
+    return found
 
 
 def fetch_micro_batches(source: DataSource, indices: torch.Tensor, number: int) -> Sequence[Any]:
@@ -25,10 +44,10 @@ def fetch_micro_batches(source: DataSource, indices: torch.Tensor, number: int) 
     Raises:
         PlanError: the parts differ in shape.
     """
-    pieces = _cut(fetch_batch(source, indices), len(indices), number)
+    pieces = _cut(plain_batch(fetch_batch(source, indices)), len(indices), number)
     if pieces is not None:
         return pieces
-    found = [fetch_batch(source, part) for part in indices.split(len(indices) // number)]
+    found = [plain_batch(fetch_batch(source, part)) for part in indices.split(len(indices) // number)]
     if len({shapes_of(piece) for piece in found}) > 1:
         raise PlanError(
             "the micro-batches of one step differ in shape, which a pipeline cannot have: let collate_fn put the "

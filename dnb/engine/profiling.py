@@ -6,8 +6,8 @@ import bisect
 import itertools
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -23,13 +23,14 @@ from dnb.engine.allocator import release_freed_memory
 from dnb.engine.layers import Flow, Layer, entering, find_layers, watch_flow
 from dnb.engine.session import adopt_path
 from dnb.errors import USER_ERRORS, PlanError, summary_of
+from dnb.planning.calling import arguments_of, named_parts, plain_batch, takes_positional, with_parts
 from dnb.planning.profiles import LayerProfile, ParameterShape, Profile, SharedParameter
 from dnb.progress import Report
 from dnb.records import ParcelRef
 from dnb.transport.encoding import encode_record
 from dnb.transport.job import Sum
 from dnb.transport.parcels import adopt
-from dnb.transport.returned import read_loss, read_step
+from dnb.transport.returned import ReturnError, read_loss, read_step
 
 # All repetitions of all sizes together; at least this many of each size are done anyway.
 BUDGET_SECONDS = 2.0
@@ -105,7 +106,8 @@ def profile_trial(
         tries = [partial(_loss_of, trial, part) for part in parts]
         layers = _first_try(trial, tries[0], num_samples=sizes[0])
         flows = [
-            watch_flow(trial.model, layers, attempt, inputs=part) for attempt, part in zip(tries, parts, strict=True)
+            watch_flow(trial.model, layers, attempt, inputs=plain_batch(part))
+            for attempt, part in zip(tries, parts, strict=True)
         ]
         times: list[tuple[list[float], list[float]]] = []
         for attempt in tries:
@@ -146,7 +148,8 @@ def count_samples(batch: Any) -> int:
     Raises:
         PlanError: there is no tensor with samples in it.
     """
-    lengths = [len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+    leaves = tree_leaves(batch if (named := named_parts(batch)) is None else named)
+    lengths = [len(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()]
     if not lengths or not lengths[0]:
         raise PlanError(
             f"the batch is a {type(batch).__name__} without samples: give a tensor, a tuple (inputs, target) of "
@@ -162,22 +165,33 @@ def take_samples(batch: Any, num_samples: int, *, of: int) -> Any:
         has_samples = isinstance(leaf, torch.Tensor) and leaf.dim() and len(leaf) == of
         return leaf[:num_samples] if has_samples else leaf
 
-    return tree_map(take, batch)
+    named = named_parts(batch)
+    return tree_map(take, batch) if named is None else with_parts(batch, tree_map(take, named))
 
 
 def _loss_of(trial: Trial, batch: Any) -> torch.Tensor:
     model = trial.model
     if trial.step is not None:
         return _total_of(read_step(trial.step(model, batch), needs_gradient=True)[0])
-    if isinstance(batch, Mapping):
-        output = model(**batch)
-        loss = getattr(output, "loss", None)
-        return loss if isinstance(loss, torch.Tensor) else _mean_of(output)
+    if trial.loss is None:
+        is_named = named_parts(batch) is not None
+        if is_named or takes_positional(model, len(batch) if isinstance(batch, tuple | list) else 1):
+            given = arguments_of(model, batch, has_target=False)
+            with suppress(*(() if is_named else USER_ERRORS)):  # what is behind the inputs may be a target
+                output = model(*given.positional, **given.keywords)
+                return _own_loss_or_mean(output)
     *inputs, target = batch if isinstance(batch, tuple | list) and len(batch) > 1 else (batch, None)
     output = model(*inputs[0]) if isinstance(inputs[0], tuple | list) else model(*inputs)
     if trial.loss is None:
         return _mean_of(output)
     return _total_of(read_loss(trial.loss(output, target), needs_gradient=True))
+
+
+def _own_loss_or_mean(output: Any) -> torch.Tensor:
+    try:
+        return _total_of(read_step(output, needs_gradient=True, by="model")[0])
+    except ReturnError:
+        return _mean_of(output)
 
 
 def _total_of(loss: torch.Tensor | Sum) -> torch.Tensor:

@@ -21,6 +21,7 @@ from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.modes import Modes
 from dnb.engine.telemetry import Stopwatch
 from dnb.errors import USER_ERRORS, DnbError, kind_of, summary_of, text_of
+from dnb.planning.calling import arguments_of
 from dnb.planning.shards import SAMPLES_AT_LEAST
 from dnb.records import Diagnose, Diagnosis, Load, OutputLeaf, Reduction, RunSpec, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
@@ -346,17 +347,17 @@ class Replica:
         if job.step is not None:
             loss, found = read_step(job.step(model, batch), needs_gradient=needs_gradient)
             return loss, self._step_metrics.read(found, num_samples) if found else {}
-        if isinstance(batch, dict):
-            return read_step(model(**batch), needs_gradient=needs_gradient, by="model")[0], {}
-        *inputs, target = batch
-        output = model(*inputs)
-        assert job.loss is not None
-        loss = read_loss(job.loss(output, target), needs_gradient=needs_gradient)
+        given = arguments_of(model, batch, has_target=job.loss is not None)
+        output = model(*given.positional, **given.keywords)
+        if job.loss is None:
+            loss, compared = read_step(output, needs_gradient=needs_gradient, by="model")[0], batch
+        else:
+            loss, compared = read_loss(job.loss(output, given.target), needs_gradient=needs_gradient), given.target
         if not job.metrics:
             return loss, {}
         with torch.no_grad():
             return loss, {
-                name: weighed(metric(output, target), num_samples, name=name) for name, metric in job.metrics.items()
+                name: weighed(metric(output, compared), num_samples, name=name) for name, metric in job.metrics.items()
             }
 
     def _evaluate(self, work: Work, indices: torch.Tensor) -> Sums:  # noqa: ARG002 - see `dnb.engine.gathering`

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ import torch
 
 from dnb.engine.loader import fetch_batch
 from dnb.engine.memory import EngineMemory, Publisher
-from dnb.engine.micro_batches import fetch_micro_batches, shapes_of
+from dnb.engine.micro_batches import fetch_micro_batches, model_inputs, shapes_of
 from dnb.engine.modes import Modes
 from dnb.engine.replica import NO_SUMS, Outcome, added, one_kind, part_seed, samples_text
 from dnb.engine.schedules import Trouble, WatchedStage, build_schedule, num_micro_batches_for
@@ -22,10 +22,10 @@ from dnb.engine.team_group import PeerLost, close_group, first_line, is_about_pe
 from dnb.engine.telemetry import Stopwatch
 from dnb.engine.timeline import Timeline
 from dnb.errors import PlanError
+from dnb.planning.calling import plain_batch
 from dnb.planning.dividing import Divider
 from dnb.planning.parts import StagePart
 from dnb.planning.shards import SAMPLES_AT_LEAST
-from dnb.planning.tracing import Inputs
 from dnb.records import Action, Diagnose, Diagnosis, Load, Partition, Reduction, RunSpec, Seat, StageTrace, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
 from dnb.transport.loss_weights import counting_targets, nothing_of, weighed_loss
@@ -73,7 +73,7 @@ class _Body(torch.nn.Module):
         replica: StageReplica = self.__dict__["_replica"]
         feed = replica._feed
         replica._seed(part_seed(feed.seed, self._index, self.micro_batch))
-        values = Inputs.of(feed.batches[self.micro_batch]).values if self._inputs else ()
+        values = model_inputs(replica._job, feed.batches[self.micro_batch]).values if self._inputs else ()
         own = [values[position] for position in self._inputs]
         with replica._autocast():
             output = self.part_module(*(received if self._index else ()), *own)
@@ -289,7 +289,7 @@ class StageReplica:
     def _loss_of(self, output: Any, batch: Any) -> torch.Tensor:
         """What backward begins with; its value and the metrics are kept for the report."""
         feed, job = self._feed, self._job
-        has_target = not isinstance(batch, Mapping)
+        has_target = job.loss is not None
         metrics: Metrics = {}
         counted: Sequence[float] = ()
         value = output
@@ -346,9 +346,9 @@ class StageReplica:
         if key not in self._passes:
             example = self._feed.batches[0] if self._feed.batches else None
             if example is None:
-                example = fetch_batch(source, indices[: len(indices) // number])
+                example = plain_batch(fetch_batch(source, indices[: len(indices) // number]))
             known = self._first if trains and shapes_of(example) == self._first[0] else None
-            parts = known[1] if known is not None else self._divider.parts(Inputs.of(example))
+            parts = known[1] if known is not None else self._divider.parts(model_inputs(self._job, example))
             self._passes[key] = self._build(parts, number, trains=trains)
             while len(self._passes) > MOST_SHAPES:
                 self._passes.popitem(last=False)
@@ -359,8 +359,8 @@ class StageReplica:
         """The stages for the first samples, to know who owns what."""
         self._be_training(mode=True)
         size = max(1, min(self._spec.batch_size, self._spec.num_samples) // self._partition.num_micro_batches)
-        example = fetch_batch(self._data.train, torch.arange(size))
-        parts = self._divider.parts(Inputs.of(example))
+        example = plain_batch(fetch_batch(self._data.train, torch.arange(size)))
+        parts = self._divider.parts(model_inputs(self._job, example))
         self._first = shapes_of(example), parts
         mine = [parts[stage] for stage in self.stages]
         self._reads_data = any(part.inputs for part in mine) or mine[-1] is parts[-1]

@@ -6,6 +6,7 @@ import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dnb.errors import USER_ERRORS, PlanError
+from dnb.planning.calling import arguments_of
 from dnb.planning.rehearsing import (
     Rehearsal,
     Watch,
@@ -31,14 +33,28 @@ class Inputs:
 
     positional: tuple[Any, ...]
     keywords: Mapping[str, Any] = field(default_factory=dict)
-    has_loss: bool = False
+    find_loss: Callable[[Any], Any] | None = None  # in the output of a model that computes it
 
     @classmethod
-    def of(cls, batch: Any) -> Inputs:
-        """Of a batch: a dictionary, or inputs with the target behind them."""
-        if isinstance(batch, Mapping):
-            return cls((), dict(batch), has_loss=True)
-        return cls(tuple(batch[:-1]))
+    def of(cls, batch: Any, *, find_loss: Callable[[Any], Any] | None = None, model: nn.Module | None = None) -> Inputs:
+        """Of a batch: what the model gets by name or by position; a target behind it is left out.
+
+        Args:
+            batch: named arguments, inputs with the target behind them, or, for a model that returns its own loss,
+                all that it gets.
+            find_loss: finds the loss in the model's output; None: the model returns none, unless the batch is a
+                dictionary.
+            model: tells whether it takes the batch whole.
+        """
+        if find_loss is None and isinstance(batch, Mapping):
+            find_loss = attrgetter("loss")
+        given = arguments_of(model, batch, has_target=find_loss is None)
+        return cls(given.positional, given.keywords, find_loss)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the model's output bears the loss."""
+        return self.find_loss is not None
 
     @property
     def values(self) -> tuple[Any, ...]:
@@ -55,13 +71,13 @@ class Call(nn.Module):
         self.training = model.training  # and nothing below: a layer may be in another mode on purpose
         self._num_positional = len(inputs.positional)
         self._names = tuple(inputs.keywords)
-        self._has_loss = inputs.has_loss
+        self._find_loss = inputs.find_loss
 
     def forward(self, *values: Any) -> Any:
         """Call the model."""
         named = dict(zip(self._names, values[self._num_positional :], strict=True))
         output = self.model(*values[: self._num_positional], **named)
-        return output.loss if self._has_loss else output
+        return output if self._find_loss is None else self._find_loss(output)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import fx
 
 from dnb.errors import DnbError, clean_text
 from dnb.transport.job import Sum
@@ -30,7 +31,8 @@ NO_METRICS: Mapping[Any, Any] = {}
 _WANTED: dict[Returner, str] = {
     "step": "step must return the loss as a tensor of one number, dnb.Sum(total, weight), or (loss, {'name': number})",
     "loss": "loss must return a tensor of one number, the mean over samples, or dnb.Sum(total, weight)",
-    "model": "a model that is given dictionaries must return the loss as a tensor of one number, in .loss or ['loss']",
+    "model": "a model without loss= and step= must return its own loss, a tensor of one number: bare, in .loss, in "
+    "['loss'], or alone beside its output",
 }
 # Of classes and keys of the user's, in characters.
 _SHOWN = 60
@@ -61,6 +63,15 @@ def read_step(
     if by == "step" and isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
         result, metrics = result
     return read_loss(_loss_in(result, by), needs_gradient=needs_gradient, by=by, device=device), metrics
+
+
+def own_loss(output: Any) -> Any:
+    """The loss in the output of a model that computes it; symbols of a traced forward will do, too.
+
+    Raises:
+        ReturnError: none can be told.
+    """
+    return output if _is_tensor(output) else _loss_in(output, "model")
 
 
 def read_loss(
@@ -230,9 +241,13 @@ def _may_be_loss(value: Any, *, most_dims: int | None) -> bool:
     """Whether an element of a tuple may be the loss: of 0 dimensions, or else of one element."""
     if isinstance(value, Sum):
         return True
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+    if not _is_tensor(value) or not value.is_floating_point():
         return False
-    return value.dim() == 0 if most_dims == 0 else value.numel() == 1
+    return bool(value.dim() == 0 if most_dims == 0 else value.numel() == 1)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor | fx.Proxy)
 
 
 def _way_out(value: Any) -> str:

@@ -1,23 +1,12 @@
 from __future__ import annotations
 
+from collections import UserDict
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-    TensorDataset,
-    WeightedRandomSampler,
-    default_collate,
-)
 
 from dnb.errors import ArgumentError, PlanError
 from dnb.inputs import (
@@ -32,203 +21,15 @@ from dnb.inputs import (
     loss_names,
     read_loss,
     read_metrics,
-    read_source,
     read_transport,
 )
-from dnb.planning.sample_order import count_batches, iterate_batches
-from dnb.transport.job import DataSource
 
 X = torch.arange(20.0).view(10, 2)
 Y = torch.arange(10)
 
 
-class Squares(Dataset):
-    def __init__(self, num_samples: int = 10) -> None:
-        self._num_samples = num_samples
-
-    def __len__(self) -> int:
-        return self._num_samples
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return torch.tensor([float(index)]), index**2
-
-
 def own_loss(model: Any, batch: Any) -> Any:
     return model(batch).mean()
-
-
-class Stream(IterableDataset):
-    def __iter__(self) -> Any:
-        return iter([])
-
-
-def first_epoch(loader: DataLoader) -> list[list[int]]:
-    """The batches of a `read_source`d loader."""
-    order = read_source(loader, name="train", seed=0).order
-    batches = iterate_batches(order)
-    return [next(batches).tolist() for _ in range(count_batches(order))]
-
-
-# data ------------------------------------------------------------------------------------------------
-
-
-def test_a_pair_of_tensors_is_indexed_at_once():
-    source = read_source((X, Y), name="train", seed=0)
-    assert source.data.collate is None
-    assert source.num_samples == 10
-
-
-def test_a_list_of_arrays_is_read_as_tensors():
-    source = read_source([np.ones((10, 2)), np.arange(10)], name="train", seed=0)
-    assert [type(part) for part in source.data.samples] == [torch.Tensor, torch.Tensor]
-
-
-def test_an_array_shares_its_memory():
-    array = np.zeros((4, 2), dtype=np.float32)
-    source = read_source((array, np.arange(4)), name="train", seed=0)
-    array[0, 0] = 3.0
-    assert source.data.samples[0][0, 0] == 3.0
-
-
-def test_a_read_only_array_is_taken():
-    array = np.ones((4, 2), dtype=np.float32)
-    array.flags.writeable = False
-    assert read_source((array, np.arange(4)), name="train", seed=0).num_samples == 4
-
-
-def test_a_reversed_array_is_taken():
-    source = read_source((np.arange(4.0)[::-1], np.arange(4)), name="train", seed=0)
-    assert source.data.samples[0].tolist() == [3.0, 2.0, 1.0, 0.0]
-
-
-def test_an_array_of_text_is_refused():
-    with pytest.raises(ArgumentError, match="train"):
-        read_source((np.ones((2, 2)), np.array(["cat", "dog"])), name="train", seed=0)
-
-
-def test_a_tensor_that_requires_grad_is_detached():
-    source = read_source((X.clone().requires_grad_(True), Y), name="train", seed=0)
-    assert not source.data.samples[0].requires_grad
-
-
-def test_a_single_tensor_is_a_source_of_one_part():
-    assert len(read_source(X, name="train", seed=0).data.samples) == 1
-
-
-def test_a_tensor_data_set_is_read_as_its_tensors():
-    assert read_source(TensorDataset(X, Y), name="train", seed=0).data.collate is None
-
-
-def test_a_subset_is_asked_for_its_samples():
-    source = read_source(Subset(TensorDataset(X, Y), [1, 3]), name="train", seed=0)
-    assert source.num_samples == 2
-    assert source.data.collate is default_collate
-
-
-def test_a_map_style_data_set_is_asked_for_its_samples():
-    source = read_source(Squares(7), name="train", seed=0)
-    assert source.num_samples == 7
-    assert source.order is None
-
-
-def test_parts_of_different_lengths_are_refused_with_the_lengths():
-    with pytest.raises(ArgumentError, match="the parts of train differ in length: 10 and 9 samples"):
-        read_source((X, Y[:9]), name="train", seed=0)
-
-
-@pytest.mark.parametrize(
-    "value", [(X[:0], Y[:0]), Squares(0), [], DataLoader(Squares(0), batch_size=2)], ids=lambda v: type(v).__name__
-)
-def test_data_without_samples_is_refused(value: Any):
-    with pytest.raises(ArgumentError, match=r"val('s dataset)? has no samples"):
-        read_source(value, name="val", seed=0)
-
-
-def test_an_iterable_data_set_is_refused_with_the_way_out():
-    with pytest.raises(ArgumentError, match=r"train is an IterableDataset.*give a map-style Dataset"):
-        read_source(Stream(), name="train", seed=0)
-
-
-def test_a_loader_of_an_iterable_data_set_is_refused():
-    with pytest.raises(ArgumentError, match="train's dataset is an IterableDataset"):
-        read_source(DataLoader(Stream()), name="train", seed=0)
-
-
-@pytest.mark.parametrize(("value", "kind"), [(5, "int"), (None, "NoneType"), (iter([1]), "list_iterator")])
-def test_what_is_no_data_is_refused(value: Any, kind: str):
-    with pytest.raises(ArgumentError, match=rf"train is a {kind}: give a pair \(X, y\) of tensors or arrays"):
-        read_source(value, name="train", seed=0)
-
-
-def test_a_pair_of_a_tensor_and_a_list_is_not_taken_for_a_data_set_of_two_samples():
-    with pytest.raises(ArgumentError, match="train"):
-        read_source((X, list(range(10))), name="train", seed=0)
-
-
-# loaders ---------------------------------------------------------------------------------------------
-
-
-def test_a_loader_gives_its_batch_size_and_collate_function():
-    def collate(rows: list[Any]) -> list[Any]:
-        return rows
-
-    source = read_source(DataLoader(Squares(), batch_size=3, collate_fn=collate), name="train", seed=0)
-    assert source.order.batch_size == 3
-    assert source.data.collate is collate
-
-
-def test_a_loader_that_does_not_shuffle_keeps_its_order():
-    assert first_epoch(DataLoader(Squares(5), batch_size=2)) == [[0, 1], [2, 3], [4]]
-
-
-def test_a_loader_that_drops_its_last_batch_still_does():
-    assert first_epoch(DataLoader(Squares(5), batch_size=2, drop_last=True)) == [[0, 1], [2, 3]]
-
-
-def test_a_loader_that_shuffles_without_a_generator_is_seeded():
-    loader = DataLoader(Squares(), batch_size=4, shuffle=True)
-    seeded = DataLoader(range(10), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(0))
-    assert first_epoch(loader) == [batch.tolist() for batch in seeded]
-
-
-def test_the_generator_of_a_loader_orders_its_samples():
-    loader = DataLoader(Squares(), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(11))
-    same = DataLoader(range(10), batch_size=4, shuffle=True, generator=torch.Generator().manual_seed(11))
-    assert first_epoch(loader) == [batch.tolist() for batch in same]
-
-
-def test_the_generator_of_a_loaders_own_sampler_orders_its_samples():
-    def sampler() -> RandomSampler:
-        return RandomSampler(range(10), generator=torch.Generator().manual_seed(11))
-
-    loader = DataLoader(Squares(), batch_size=4, sampler=sampler())
-    same = DataLoader(range(10), batch_size=4, sampler=sampler())
-    assert first_epoch(loader) == [batch.tolist() for batch in same]
-
-
-@pytest.mark.parametrize("kind", [SequentialSampler, RandomSampler])
-def test_a_sampler_over_fewer_samples_than_the_data_set_draws_only_those(kind: Any):
-    loader = DataLoader(Squares(10), batch_size=2, sampler=kind(range(4)))
-    assert sorted(index for batch in first_epoch(loader) for index in batch) == [0, 1, 2, 3]
-
-
-def test_a_sampler_of_a_loader_is_asked():
-    sampler = WeightedRandomSampler([0.0, 1.0, 0.0], 4)
-    assert first_epoch(DataLoader(Squares(3), batch_size=2, sampler=sampler)) == [[1, 1], [1, 1]]
-
-
-def test_a_batch_sampler_of_a_loader_is_asked():
-    assert first_epoch(DataLoader(Squares(6), batch_sampler=[[5, 0], [1], [2, 3, 4]])) == [[5, 0], [1], [2, 3, 4]]
-
-
-def test_the_batch_size_of_a_batch_sampler_is_known():
-    loader = DataLoader(Squares(), batch_sampler=BatchSampler(SequentialSampler(range(10)), 4, drop_last=False))
-    assert read_source(loader, name="train", seed=0).order.batch_size == 4
-
-
-def test_a_loader_without_batches_is_refused():
-    with pytest.raises(ArgumentError, match=r"train is a DataLoader without batches \(batch_size=None\)"):
-        read_source(DataLoader(Squares(), batch_size=None), name="train", seed=0)
 
 
 # models ------------------------------------------------------------------------------------------------
@@ -241,7 +42,7 @@ def test_a_model_is_returned():
 
 def test_what_is_no_module_is_refused():
     with pytest.raises(ArgumentError, match=r"model is a function, not a torch\.nn\.Module"):
-        check_model(first_epoch)
+        check_model(own_loss)
 
 
 def test_a_model_without_parameters_is_refused():
@@ -384,33 +185,41 @@ def test_every_named_loss_compares_an_output_with_a_target():
     assert failed == []
 
 
-def test_neither_loss_nor_step_is_refused_for_pairs():
-    with pytest.raises(ArgumentError, match="say what to minimise: loss='cross_entropy'"):
-        check_loss_fits(None, step=None, data=DataSource(samples=(X, Y), collate=None))
+def fits(loss: Any, batch: Any, *, model: Any = None, step: Any = None) -> None:
+    check_loss_fits(loss, step=step, model=model or nn.Linear(2, 1), batch=batch, name="train")
 
 
-def test_samples_without_a_target_are_refused():
-    with pytest.raises(ArgumentError, match=r"the samples have no target: give pairs \(X, y\)"):
-        check_loss_fits(nn.functional.mse_loss, step=None, data=DataSource(samples=(X,), collate=None))
+class OwnLoss(nn.Module):
+    def forward(self, x: Any, labels: Any) -> Any:
+        return x.mean(), labels
 
 
-def test_samples_of_a_data_set_without_a_target_are_refused():
-    with pytest.raises(ArgumentError, match="the samples have no target"):
-        check_loss_fits(nn.functional.mse_loss, step=None, data=DataSource(samples=X, collate=default_collate))
+def test_neither_loss_nor_step_is_refused_where_forward_takes_no_target():
+    with pytest.raises(
+        ArgumentError, match=r"say what to minimise: loss='cross_entropy'.*Linear\.forward take all 2 parts"
+    ):
+        fits(None, (X, Y))
 
 
-def test_dictionaries_with_a_loss_are_refused():
-    data = DataSource(samples=[{"x": X[0], "labels": Y[0]}], collate=default_collate)
-    with pytest.raises(ArgumentError, match=r"the samples are dictionaries.*leave loss out"):
-        check_loss_fits(nn.functional.mse_loss, step=None, data=data)
+@pytest.mark.parametrize("batch", [(X, Y), [X, Y], {"x": X, "labels": Y}, X], ids=["tuple", "list", "dict", "tensor"])
+def test_a_model_that_takes_the_whole_batch_may_return_its_own_loss(batch: Any):
+    fits(None, batch, model=OwnLoss())
 
 
-def test_dictionaries_without_a_loss_are_taken():
-    check_loss_fits(None, step=None, data=DataSource(samples=[{"x": X[0]}], collate=default_collate))
+@pytest.mark.parametrize("batch", [(X,), [X], X], ids=["tuple of one", "list of one", "tensor"])
+def test_a_batch_without_a_target_is_refused(batch: Any):
+    with pytest.raises(ArgumentError, match=r"a batch of train is .*no target: give pairs \(X, y\), or \(X, X\)"):
+        fits(nn.functional.mse_loss, batch)
 
 
-def test_a_step_function_says_what_the_loss_is_for_any_samples():
-    check_loss_fits(None, step=own_loss, data=DataSource(samples=(X,), collate=None))
+@pytest.mark.parametrize("batch", [{"x": X}, UserDict(x=X)], ids=["dict", "another mapping"])
+def test_a_batch_with_names_and_a_loss_is_refused(batch: Any):
+    with pytest.raises(ArgumentError, match=r"a batch of train is a \w+ with names.*leave loss out"):
+        fits(nn.functional.mse_loss, batch)
+
+
+def test_a_step_function_says_what_the_loss_is_for_any_batch():
+    fits(None, X, step=own_loss)
 
 
 # metrics ---------------------------------------------------------------------------------------------------

@@ -156,7 +156,9 @@ def test_a_loss_function_is_asked_for_a_mean_and_a_model_for_its_loss():
         read_loss(None, needs_gradient=True)
     with pytest.raises(ReturnError, match=r"^loss must return .*, not a dict"):
         read_loss({"loss": LOSS}, needs_gradient=True)
-    with pytest.raises(ReturnError, match=r"^a model that is given dictionaries must return the loss .* a tuple of 0"):
+    with pytest.raises(
+        ReturnError, match=r"^a model without loss= and step= must return its own loss, .* a tuple of 0"
+    ):
         read_step((), needs_gradient=True, by="model")
 
 
