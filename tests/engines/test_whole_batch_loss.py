@@ -1,11 +1,16 @@
 """Losses that look at the whole batch: the answer of one process, whoever computed the outputs."""
 
+import contextlib
+import os
+import signal
+
 import pytest
 import torch
 from torch import nn
 
+from dnb.errors import ArgumentError
 from tests.engines.pools import wait
-from tests.models import digits, largest_gap, largest_relative_gap, plain_run, twice
+from tests.models import digits, dropout_net, largest_gap, largest_relative_gap, plain_run, twice
 
 pytestmark = [pytest.mark.engines, pytest.mark.numeric]
 
@@ -40,3 +45,116 @@ def test_the_first_50_losses_are_those_of_a_plain_loop(pool_of, transport):
     losses = plain_run(plain, digits(), num_steps=NUM_STEPS, step=step_of(contrastive)).losses
     assert largest_gap(run.history["loss"], losses) <= 1e-10
     assert largest_relative_gap(model, plain) <= 1e-10
+
+
+def test_the_run_says_that_outputs_are_gathered(pool):
+    run = wait(pool.fit(encoder(), digits(), loss=contrastive, loss_over="batch", steps=2))
+    told = [event.text for event in run.events if event.kind == "loss"]
+    assert told == ["this loss looks at the whole batch: outputs are gathered"]
+
+
+class Dying:
+    """A loss, or a layer, that ends its engine the first time that it is computed in a certain step."""
+
+    def __init__(self, inner, *, mark, after):
+        self.inner, self.mark, self.after = inner, mark, after
+        self.count = 0
+
+    def __call__(self, *given):
+        self.count += 1
+        if self.count > self.after:
+            with contextlib.suppress(FileExistsError):
+                self.mark.touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return self.inner(*given)
+
+
+class DyingNet(nn.Module):
+    """Random numbers and running statistics besides."""
+
+    def __init__(self, mark=None, after=0):
+        super().__init__()
+        self.inner = dropout_net()
+        self.act = nn.Tanh() if mark is None else Dying(nn.Tanh(), mark=mark, after=after)
+
+    def forward(self, inputs):
+        return self.act(self.inner(inputs))
+
+
+def exact_run(pool, model, loss):
+    options = {"optimizer": "sgd", "lr": 0.05, "batch_size": 60, "steps": 40, "exact": True, "shards": 4}
+    run = wait(pool.fit(model, digits(600), loss=loss, loss_over="batch", **options))
+    assert run.status == "finished"
+    return run, model
+
+
+@pytest.mark.faults
+def test_an_engine_killed_in_either_half_of_an_exact_step_does_not_change_a_bit(shared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    wanted, plain = exact_run(shared.of(1), DyingNet(), contrastive)
+    torch.manual_seed(0)
+    dying = DyingNet(tmp_path / "forward", after=30)
+    loss = Dying(contrastive, mark=tmp_path / "loss", after=25)
+    run, model = exact_run(shared.of(3), dying, loss)
+    assert [event.kind for event in run.events].count("died") == 2
+    assert run.history["loss"] == wanted.history["loss"]
+    ours, theirs = model.state_dict(), plain.state_dict()
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.faults
+def test_engines_killed_between_the_halves_of_a_step_cost_nothing_of_the_loss(shared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, plain = twice(encoder)
+    pool = shared.of(3)
+    loss = Dying(contrastive, mark=tmp_path / "loss", after=7)
+    run = wait(pool.fit(model, digits(), loss=loss, loss_over="batch", lr=1e-3, steps=NUM_STEPS))
+    losses = plain_run(plain, digits(), num_steps=NUM_STEPS, step=step_of(contrastive)).losses
+    assert [event.kind for event in run.events].count("died") == 1
+    assert largest_gap(run.history["loss"], losses) <= 1e-10
+
+
+def test_each_validation_batch_has_the_loss_of_one_process(pool):
+    model = encoder()
+    run = wait(
+        pool.fit(model, digits(640), val=digits(300), loss=contrastive, loss_over="batch", batch_size=64, epochs=1)
+    )
+    pixels, targets = digits(300)
+    model.eval()
+    with torch.no_grad():
+        parts = [
+            contrastive(model(x), y).item() * len(x) for x, y in zip(pixels.split(64), targets.split(64), strict=True)
+        ]
+    assert run.history["val_loss"][-1] == pytest.approx(sum(parts) / 300, abs=1e-10)
+
+
+def test_a_step_function_whose_loss_is_over_the_batch_is_refused_with_the_way_out(pool):
+    with pytest.raises(ArgumentError, match=r"a step function does both at once: give loss=callable"):
+        pool.fit(encoder(), digits(), step=step_of(contrastive), loss_over="batch")
+
+
+def test_outputs_of_several_megabytes_are_gathered_on_either_transport(pool):
+    """More than a record carries, and than a socket takes at once."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 100_000, dtype=torch.float32)
+    pixels, targets = digits(160)
+    first = pool.engines[0].id
+    run = wait(
+        pool.fit(
+            model,
+            (pixels.float(), targets),
+            loss=spread,
+            loss_over="batch",
+            batch_size=160,
+            steps=2,
+            transport={first: "socket"},
+        )
+    )
+    torch.manual_seed(0)
+    plain = nn.Linear(64, 100_000, dtype=torch.float32)
+    assert run.history["loss"][0] == pytest.approx(spread(plain(pixels.float()), None).item(), rel=1e-5)
+
+
+def spread(output, _target):
+    return output.std()

@@ -75,6 +75,8 @@ class Schedule(RuleBasedStateMachine):
     for good if its engine dies or fails then. So each commit is checked against what really lies in the slabs.
     """
 
+    gathers = False  # whether outputs are gathered before each step; they lie in no slab
+
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
@@ -94,10 +96,16 @@ class Schedule(RuleBasedStateMachine):
         self.committed: list[int] = []
         self.evaluated: list[int] = []
         self.ended: End | None = None
+        self.gathered = 0  # the step whose outputs were gathered last
+        self.holders: dict[int, set[int]] = {}  # of these outputs
         for _ in range(3):
             self._new_engine()
         self.coordinator = Coordinator(
-            num_steps=NUM_STEPS, num_shards=NUM_SHARDS, evaluate_every=EVALUATE_EVERY, engines=list(self.engines)
+            num_steps=NUM_STEPS,
+            num_shards=NUM_SHARDS,
+            evaluate_every=EVALUATE_EVERY,
+            engines=list(self.engines),
+            gathers=self.gathers,
         )
         self._perform(self.coordinator.start())
 
@@ -139,6 +147,11 @@ class Schedule(RuleBasedStateMachine):
         assert action.lease not in self.apart_of
         assert action.shards == tuple(sorted(set(action.shards)))
         assert set(action.shards) <= set(range(NUM_SHARDS))
+        if action.kind == "outputs":
+            self.gathered = 0  # a step that was given up begins anew
+        # As a step begins: whoever gets something has computed it before, or it is all that is left.
+        held = self.holders.get(action.engine)
+        assert held is None or set(action.shards) >= held, f"{action}, but it has computed {held}"
         self.apart_of[action.lease] = action.apart
         if action.apart and not self.has_room:
             return [LeaseDeclined(action.engine, action.lease)]
@@ -147,7 +160,7 @@ class Schedule(RuleBasedStateMachine):
 
     def _end_engine(self, number: int) -> None:
         engine = self.engines.pop(number)
-        if engine.work is not None:
+        if engine.work is not None and engine.work.kind != "outputs":
             self.slabs[number, engine.work.apart] = None
         self.sent += engine.answers  # they may come yet, as a stranger's
         self.silent.discard(number)
@@ -156,6 +169,10 @@ class Schedule(RuleBasedStateMachine):
 
     def _check_slabs(self, commit: Commit) -> None:
         """What lies in the slabs that count is every shard of the task, once, and nobody is writing there."""
+        assert sorted(shard for _, shards in commit.reports for shard in shards) == list(range(NUM_SHARDS))
+        assert (commit.kind, commit.step) == self._due()
+        if commit.kind == "outputs":
+            return
         in_slabs: dict[tuple[int, bool], list[int]] = {}
         for number, shards in commit.reports:
             in_slabs.setdefault((number, self.counted[number, shards]), []).extend(shards)
@@ -165,18 +182,21 @@ class Schedule(RuleBasedStateMachine):
             assert sorted(slab) == sorted(shards)
             work = self.engines[number].work if number in self.engines else None
             assert work is None or work.apart != apart, f"engine {number} is writing"
-        assert sorted(shard for _, shards in commit.reports for shard in shards) == list(range(NUM_SHARDS))
-        assert (commit.kind, commit.step) == self._due()
 
     def _due(self) -> tuple[WorkKind, int]:
         step = len(self.committed)
         owes = step > 0 and (step % EVALUATE_EVERY == 0 or step == NUM_STEPS) and step not in self.evaluated
-        return ("evaluation", step) if owes else ("step", step + 1)
+        if owes:
+            return "evaluation", step
+        return ("outputs" if self.gathers and self.gathered != step + 1 else "step"), step + 1
 
     def _compute(self, number: int) -> None:
         engine = self.engines[number]
         work, engine.work = engine.work, None
         assert work is not None
+        if work.kind == "outputs":
+            engine.answers.append(WorkDone(number, work.lease, work.kind, work.step, work.shards, len(work.shards)))
+            return
         key = number, work.apart
         before = [] if work.fresh else self.slabs[key]
         assert before is not None
@@ -194,9 +214,14 @@ class Schedule(RuleBasedStateMachine):
     def _answer_commit(self) -> None:
         commit, self.commit = self.commit, None
         assert commit is not None
-        if self.ended is None:
+        if self.ended is None and commit.kind != "outputs":
             (self.committed if commit.kind == "step" else self.evaluated).append(commit.step)
+        self.gathered = commit.step if commit.kind == "outputs" else 0
+        self.holders = {number: set() for number, _ in commit.reports} if self.gathered else {}
+        for number, shards in commit.reports if self.gathered else ():
+            self.holders[number].update(shards)
         self._tell(Committed(commit.kind, commit.step))
+        self.holders = {}
 
     def _numbers(self, *, computing: bool = False, answering: bool = False, loading: bool = False) -> list[int]:
         return [
@@ -363,7 +388,8 @@ class Schedule(RuleBasedStateMachine):
     @rule(is_applied=st.booleans())
     def restart_the_hub(self, is_applied: bool) -> None:
         """Leases, answers and silence are forgotten; a commit under way has been made, or it has not."""
-        if self.commit is not None and is_applied:
+        self.gathered = 0
+        if self.commit is not None and is_applied and self.commit.kind != "outputs":
             (self.committed if self.commit.kind == "step" else self.evaluated).append(self.commit.step)
         self.commit = None
         for engine in self.engines.values():
@@ -390,6 +416,7 @@ class Schedule(RuleBasedStateMachine):
             error=old.error,
             traceback=old.traceback,
             life=self.life,
+            gathers=self.gathers,
         )
         self._perform(self.coordinator.start())
 
@@ -437,7 +464,8 @@ class Schedule(RuleBasedStateMachine):
         engine = self.engines[number]
         work, engine.work = engine.work, None
         assert work is not None
-        self.slabs[number, work.apart] = None
+        if work.kind != "outputs":
+            self.slabs[number, work.apart] = None
         engine.answers.append(UserCodeFailed(number, work.step, failure, work.lease))
 
     @precondition(lambda self: self._numbers(answering=True))
@@ -588,11 +616,21 @@ class Schedule(RuleBasedStateMachine):
             self._tell(Tick())
 
 
+class GatheringSchedule(Schedule):
+    """The same of a run whose loss looks at the whole batch."""
+
+    gathers = True
+
+
 TestEveryShardIsCountedOnce = Schedule.TestCase
+TestEveryShardOfAGatheredStepIsCountedOnce = GatheringSchedule.TestCase
 IS_SOAK = os.environ.get("HYPOTHESIS_PROFILE") == "soak"
 NUM_SCHEDULES = settings.get_profile("soak").max_examples if IS_SOAK else 600
 # Explaining a failure traces every line, which takes minutes here.
 PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
 TestEveryShardIsCountedOnce.settings = settings(
     max_examples=NUM_SCHEDULES, stateful_step_count=50, deadline=None, phases=PHASES
+)
+TestEveryShardOfAGatheredStepIsCountedOnce.settings = settings(
+    max_examples=NUM_SCHEDULES // 4, stateful_step_count=50, deadline=None, phases=PHASES
 )
