@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from dnb.engine.loader import fetch_batch
 from dnb.engine.replica import Outcome, Replica, added, is_out_of_memory, pieces_of
-from dnb.errors import USER_ERRORS
+from dnb.errors import USER_ERRORS, PlanError
 from dnb.planning.calling import arguments_of
 from dnb.records import LEAF_ALIGNMENT, Gathered, OutputLeaf, Sums, Work
 from dnb.transport.job import DataSource, Sum
@@ -89,6 +89,22 @@ class GatheringReplica(Replica):
     def take_gathered(self, memory: memoryview) -> None:
         """What was gathered for the step that is to be computed next."""
         self._batch_memory = memory
+
+    def mend(self, *, step: Callable[..., Any] | None, loss: Callable[..., Any] | None) -> None:
+        """Go on with another loss.
+
+        Raises:
+            PlanError: it is a step function.
+        """
+        if step is not None:
+            raise PlanError(
+                "this run gathers outputs before it computes the loss, which a step function does at once: mend its loss"
+            )
+        super().mend(step=step, loss=loss)
+
+    def _seed(self, step: int, shard: int, *, also_python: bool = True) -> None:
+        """Also what data sets draw from: a forward that is computed again must have the same samples."""
+        super()._seed(step, shard, also_python=also_python)
 
     # Outputs ------------------------------------------------------------------------------------------
 
