@@ -98,7 +98,8 @@ class GatheringReplica(Replica):
         """
         if step is not None:
             raise PlanError(
-                "this run gathers outputs before it computes the loss, which a step function does at once: mend its loss"
+                "this run gathers outputs before the loss is computed, and a step function does both at once: mend its "
+                "loss"
             )
         super().mend(step=step, loss=loss)
 
