@@ -367,6 +367,30 @@ class Finding(Record, frozen=True):
     text: str
 
 
+class WarningFilter(Record, frozen=True):
+    """One line of `warnings.filters`."""
+
+    action: str
+    message: str  # regular expression; empty: any
+    category: str  # "module:name"
+    module: str  # regular expression; empty: any
+    line: int  # 0: any
+
+
+class Settings(Record, frozen=True):
+    """Process-wide settings of the notebook, as they were when it started a run."""
+
+    default_dtype: str  # "float32"
+    deterministic: int  # as `torch.set_deterministic_debug_mode` takes it
+    matmul_precision: str
+    flags: dict[str, bool] = {}  # of torch
+    numpy_errors: dict[str, str] = {}
+    recursion_limit: int = 0
+    variables: dict[str, str | None] = {}  # of the environment, that were changed since the notebook's process began
+    folder: str = ""  # in which it works; empty: none that can be named
+    warnings: tuple[WarningFilter, ...] = ()
+
+
 class RunSpec(Record, frozen=True):
     """What a run is, as numbers and names; the objects travel beside it in a parcel."""
 
@@ -407,6 +431,7 @@ class RunSpec(Record, frozen=True):
     buffers: dict[str, str] = {}  # by name: "first", "sum" or "mean"
     scheduler_every: str = "step"  # or "epoch"
     sync_batchnorm: bool = False
+    settings: Settings | None = None  # of the notebook; None: engines keep theirs
 
 
 # Engine to hub -------------------------------------------------------------------------------
