@@ -44,6 +44,7 @@ from dnb.training import (
 )
 from dnb.transport.job import Data, Job
 from dnb.transport.parcels import unpack
+from dnb.transport.process_settings import notebook_settings
 from dnb.transport.segments import Segment, create_segment
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ def resume(
         ArgumentError: no checkpoint there is whole, it is of another model or a newer dnb, pickles would have to be
             read of somebody who is not trusted, or a run is active; nothing was started.
     """
+    settings = notebook_settings()
     pool = pool or current_pool()
     if pool is not None:
         refuse_busy_or_empty(pool)
@@ -174,6 +176,7 @@ def resume(
         job=NOTHING,
         data=NOTHING,
         plain=_plain_now(old.plain, given, job.order),
+        settings=settings,
         resumed=_resumed(checkpoint, damages),
     )
     spec = submit(pool, spec, ship_job, ship_data)

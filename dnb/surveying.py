@@ -24,6 +24,7 @@ from dnb.pool.growing import count_ready, free_bytes
 from dnb.progress import long_work
 from dnb.records import ParcelRef
 from dnb.transport.parcels import explain_unpicklable, pack
+from dnb.transport.process_settings import notebook_settings
 from dnb.transport.segments import Segment
 
 # How long two engines may take to find and answer each other.
@@ -66,12 +67,18 @@ def profile_on(
         PlanError: the model fails on the batch.
         ShippingError: something cannot be sent to an engine.
     """
+    settings = msgspec.msgpack.encode(notebook_settings())
     engines = _engines_at_once(pool)
     pickled, parcel, segment = _pack(trial, pool)
     try:
         calls = {
             engine: pool.client[engine].apply_async(
-                profile_parcel, pickled, msgspec.msgpack.encode(parcel), sizes=sizes, sys_path=sys_path
+                profile_parcel,
+                pickled,
+                msgspec.msgpack.encode(parcel),
+                sizes=sizes,
+                sys_path=sys_path,
+                settings=settings,
             )
             for engine in engines
         }

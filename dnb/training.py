@@ -58,6 +58,7 @@ from dnb.run_folders import RUNS_FOLDER, check_name, check_place, reserved_folde
 from dnb.surveying import working_engines
 from dnb.transport.job import Data, Job
 from dnb.transport.parcels import explain_unpicklable, pack, sign
+from dnb.transport.process_settings import notebook_settings
 from dnb.transport.segments import Segment
 
 log = logging.getLogger(__name__)
@@ -322,6 +323,7 @@ def fit(
         PlanError: what is asked is not in this release.
     """
     check_model(model)
+    settings = notebook_settings()
     refuse_sync_batchnorm(model)
     refuse_what_is_not_yet(
         val_step=val_step,
@@ -453,6 +455,7 @@ def fit(
             *findings_of_loss(loss_over, is_divided=division is not None),
         ),
         probe=rehearsed.probe,
+        settings=settings,
         reduction=rehearsed.reduction,
         loss_over=loss_over,
         buffers=rules,

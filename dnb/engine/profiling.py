@@ -22,14 +22,16 @@ from torch.utils._pytree import tree_leaves, tree_map
 from dnb.engine.allocator import release_freed_memory
 from dnb.engine.layers import Flow, Layer, entering, find_layers, watch_flow
 from dnb.engine.session import adopt_path
+from dnb.engine.worker import has_run
 from dnb.errors import USER_ERRORS, PlanError, summary_of
 from dnb.planning.calling import arguments_of, named_parts, plain_batch, takes_positional, with_parts
 from dnb.planning.profiles import LayerProfile, ParameterShape, Profile, SharedParameter
 from dnb.progress import Report
-from dnb.records import ParcelRef
+from dnb.records import ParcelRef, Settings
 from dnb.transport.encoding import encode_record
 from dnb.transport.job import Sum
 from dnb.transport.parcels import adopt
+from dnb.transport.process_settings import AppliedSettings
 from dnb.transport.returned import ReturnError, read_loss, read_step
 
 # All repetitions of all sizes together; at least this many of each size are done anyway.
@@ -54,7 +56,9 @@ class Trial:
     step: Callable[..., Any] | None = None
 
 
-def profile_parcel(pickled: bytes, parcel: bytes, *, sizes: tuple[int, ...] | None, sys_path: tuple[str, ...]) -> bytes:
+def profile_parcel(
+    pickled: bytes, parcel: bytes, *, sizes: tuple[int, ...] | None, sys_path: tuple[str, ...], settings: bytes
+) -> bytes:
     """Profile in an engine; runs in its main thread by ipyparallel's `apply`.
 
     Args:
@@ -62,12 +66,14 @@ def profile_parcel(pickled: bytes, parcel: bytes, *, sizes: tuple[int, ...] | No
         parcel: an encoded `ParcelRef`: where its tensors lie.
         sizes: samples of the micro-batches, or None.
         sys_path: where the kernel imports from.
+        settings: encoded `Settings` of the kernel; those of a run stay, if the engine has one.
 
     Returns:
         The encoded `Profile`: the kernel unpickles nothing.
     """
     adopt_path(sys_path)
     trial: Trial | None = None
+    applied = AppliedSettings(None if has_run() else msgspec.msgpack.decode(settings, type=Settings))
     try:
         trial, _ = adopt(bytes(pickled), msgspec.msgpack.decode(parcel, type=ParcelRef))
         return encode_record(profile_trial(trial, sizes=sizes))
@@ -76,6 +82,7 @@ def profile_parcel(pickled: bytes, parcel: bytes, *, sizes: tuple[int, ...] | No
     except USER_ERRORS as error:  # also what ipyparallel could not send
         raise PlanError(f"the model could not be measured: {summary_of(error)}") from None
     finally:
+        applied.take_back()
         del trial
         release_freed_memory()
 

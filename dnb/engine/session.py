@@ -37,6 +37,7 @@ from dnb.records import (
 from dnb.transport.failures import describe_error
 from dnb.transport.own_code import loads
 from dnb.transport.parcels import adopt, verify
+from dnb.transport.process_settings import AppliedSettings
 from dnb.transport.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Outbox, Wire
 
 if TYPE_CHECKING:
@@ -91,18 +92,20 @@ class Session:
         self._memory = memory
         self._stopwatch = stopwatch
         adopt_path(spec.sys_path)
+        self._settings = AppliedSettings(spec.settings)
+        self._notes = self._settings.notes  # of this engine, for the run's events; told once
         ration.set(spec.memory_limit, start_bytes=stopwatch.start_rss_bytes)
         self._outbox: Outbox | None = None
         self._fault: BaseException | None = None  # why what was mended cannot be used
         self._early: list[tuple[memoryview, memoryview]] = []  # what came before there was a replica that it is for
         publisher: Publisher | None = None
         parcels: dict[int, memoryview | None] = {JOB_SLOT: None, DATA_SLOT: None}
-        if memory.kind == "socket":
-            parcels = self._receive_parcels(spec)
-            self._outbox = Outbox(wire, timeout_seconds=SHIP_SECONDS)
-            self._outbox.start()
-            publisher = Publisher(load.gradient_layout, load.buffer_layout.num_bytes, self._outbox)
         try:
+            if memory.kind == "socket":
+                parcels = self._receive_parcels(spec)
+                self._outbox = Outbox(wire, timeout_seconds=SHIP_SECONDS)
+                self._outbox.start()
+                publisher = Publisher(load.gradient_layout, load.buffer_layout.num_bytes, self._outbox)
             job, of_job = adopt(job_bytes, spec.job, memory=parcels[JOB_SLOT])
             data, of_data = adopt(data_bytes, spec.data, memory=parcels[DATA_SLOT])
             self._replica: Replica | StageReplica = _kind_of_replica(load, spec)(
@@ -118,6 +121,7 @@ class Session:
         except BaseException:
             if self._outbox is not None:
                 self._outbox.stop()
+            self._settings.take_back()
             raise
         for packed, raw in self._early:
             self.take(packed, raw)
@@ -158,7 +162,10 @@ class Session:
             self._outbox.stop()
             self._outbox.join(OUTBOX_SECONDS)
         self._wire.landings = {}
-        self._replica.close()
+        try:
+            self._replica.close()
+        finally:
+            self._settings.take_back()
 
     def _work(self, work: Work, raw: memoryview) -> None:
         if work.run != self.run:
@@ -198,12 +205,19 @@ class Session:
             is_sum=outcome.is_sum,
             unused=outcome.unused,
             telemetry=self._stopwatch.take() if self._spec.telemetry else None,
-            note=f"engine {self._engine}: {outcome.note}" if outcome.note else "",
+            note=self._note(outcome.note),
             probe=probe,
             digests=digests,
             trace=self._trace(work),
             outputs=outcome.leaves,
         ), raws
+
+    def _note(self, note: str) -> str:
+        """What people should know of this engine since its last report."""
+        notes = [*self._notes, note] if note else self._notes
+        told = "; ".join(notes)
+        self._notes = []
+        return f"engine {self._engine}: {told}" if told else ""
 
     def _tell(self, work: Work, error: BaseException, indices: torch.Tensor | None) -> None:
         """Say that user code failed, and where, if it did with these samples and that can be found."""

@@ -90,6 +90,11 @@ def join_pool(engine: int, *, num_threads: int, connection_file: str, timeout_se
     return facts
 
 
+def has_run() -> bool:
+    """Say whether this process holds a run, whose settings are then its own."""
+    return _worker is not None and _worker.has_session
+
+
 def engine_facts(engine: int, *, num_threads: int) -> EngineFacts:
     """What this process is and has."""
     return EngineFacts(
@@ -144,6 +149,11 @@ class Worker(threading.Thread):
         self._session: Session | None = None
         self._wire: Wire | None = None
         self._decoder = msgspec.msgpack.Decoder(HubMessage)
+
+    @property
+    def has_session(self) -> bool:
+        """Whether a run is loaded."""
+        return self._session is not None
 
     def run(self) -> None:
         """Serve the hub until it says `Exit` or is gone."""

@@ -12,6 +12,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Literal
 
+import msgspec
+
 from dnb.errors import ArgumentError
 from dnb.hub.accounts import Columns
 from dnb.hub.checkpoints import (
@@ -35,6 +37,7 @@ from dnb.hub.tensor_files import TensorBuffer
 from dnb.planning.retention import Retention, read_goal
 from dnb.records import CheckpointPolicy, CheckpointState, RunSpec
 from dnb.transport.failures import describe_error
+from dnb.transport.process_settings import without_variables
 from dnb.transport.segments import megabytes
 
 log = logging.getLogger(__name__)
@@ -342,7 +345,7 @@ class Checkpointer:
             optimizer=optimizer,
             scheduler=scheduler,
             left_out=left_out,
-            spec=self._spec,
+            spec=msgspec.structs.replace(self._spec, settings=without_variables(self._spec.settings)),
             files={},
         )
 

@@ -123,6 +123,7 @@ from dnb.versions import POOL_FORMAT, VERSION, name_dnb, name_this_dnb
 if TYPE_CHECKING:  # torch takes seconds to import: the sockets are bound first, see `main`
     from dnb.hub.active_run import ActiveRun
     from dnb.hub.lost_run import LostRun
+    from dnb.transport.process_settings import AppliedSettings
 
 T = TypeVar("T")
 
@@ -218,6 +219,7 @@ class Service:
         self._is_listening = False
         self._known_helpers: set[Process] = set()
         self._run: ActiveRun | None = None
+        self._settings: AppliedSettings | None = None  # of the notebook, for that run
         self._was_at_work = False
         self._wanted_spares = 0
         self._restart: Literal["never", "always"] = "never"  # kept for the kernel that steers
@@ -903,7 +905,12 @@ class Service:
         from dnb.hub.active_run import ActiveRun
         from dnb.hub.beginnings import begin, take_over
         from dnb.transport.parcels import adopt
+        from dnb.transport.process_settings import AppliedSettings
 
+        if self._settings is not None:  # of the run before
+            self._settings.take_back()
+        # The user's files and warnings are the engines' business.
+        self._settings = AppliedSettings(spec.settings, everything=False)
         sys.path.extend(path for path in spec.sys_path if path not in sys.path)
 
         def make_job() -> Any:

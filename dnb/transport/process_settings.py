@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -49,7 +50,7 @@ def notebook_settings() -> Settings:
         deterministic=torch.get_deterministic_debug_mode(),
         matmul_precision=torch.get_float32_matmul_precision(),
         flags={name: read() for name, (read, _) in _FLAGS.items()},
-        numpy_errors={name: how for name, how in np.geterr().items() if how != "call"},
+        numpy_errors={name: str(how) for name, how in np.geterr().items() if how != "call"},
         recursion_limit=sys.getrecursionlimit(),
         variables=_changed_variables(),
         folder=_own_folder(),
@@ -59,11 +60,7 @@ def notebook_settings() -> Settings:
 
 def without_variables(settings: Settings | None) -> Settings | None:
     """The same for a file: what is in a notebook's environment may be a secret."""
-    return None if settings is None else Settings(**{**_fields(settings), "variables": {}})
-
-
-def _fields(settings: Settings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in settings.__struct_fields__}
+    return None if settings is None else msgspec.structs.replace(settings, variables={})
 
 
 def _own_folder() -> str:
@@ -93,7 +90,8 @@ def _environment_at_start() -> Mapping[str, str]:
 
 def _own_filters() -> tuple[WarningFilter, ...]:
     found = []
-    for action, message, category, module, line in warnings.filters:
+    filters: Iterable[Any] = warnings.filters
+    for action, message, category, module, line in filters:
         patterns = [each if each is None or isinstance(each, str) else each.pattern for each in (message, module)]
         found.append(
             WarningFilter(
@@ -219,7 +217,7 @@ def _category(place: str) -> type[Warning] | None:
 def _set_filters(filters: Iterable[Any]) -> None:
     warnings.resetwarnings()
     for action, message, category, module, line in reversed(list(filters)):
-        patterns = {
+        patterns: dict[str, Any] = {
             key: each if isinstance(each, str) else each.pattern
             for key, each in (("message", message), ("module", module))
             if each is not None
