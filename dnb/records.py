@@ -430,6 +430,7 @@ class RunSpec(Record, frozen=True):
     loss_over: str = "samples"  # "batch": the loss is computed on the gathered outputs of the whole batch
     buffers: dict[str, str] = {}  # by name: "first", "sum" or "mean"
     scheduler_every: str = "step"  # or "epoch"
+    num_sampled: int = 20  # first steps of which some elements of the gradients are kept
     sync_batchnorm: bool = False
     settings: Settings | None = None  # of the notebook; None: engines keep theirs
 
@@ -743,6 +744,12 @@ class GetState(Message, frozen=True):
     scheduler: bool = False
 
 
+class GetGradients(Message, frozen=True):
+    """What was seen of a run's gradients in its first steps. Answered by `GradientRows`."""
+
+    run: str
+
+
 class TakeCheckpoint(Message, frozen=True):
     """Write a checkpoint after the step under way. Answered by CheckpointState, before it is durable."""
 
@@ -811,6 +818,7 @@ Request = (
     | SetOptions
     | Mend
     | GetState
+    | GetGradients
     | TakeCheckpoint
     | GetCheckpoint
     | Shutdown
@@ -831,6 +839,7 @@ Repeatable = (
     | SetOptions
     | Mend
     | GetState
+    | GetGradients
     | TakeCheckpoint
     | GetCheckpoint
     | Shutdown
@@ -915,6 +924,13 @@ class StateTree(Message, frozen=True):
     tensors: tuple[TensorSlot, ...]
 
 
+class GradientRows(Message, frozen=True):
+    """Some elements of all gradients, step by step. Frame: float64; of each step the loss, the norm, the elements."""
+
+    steps: tuple[int, ...]
+    names: tuple[str, ...]  # of the parameters, in the order of their elements
+
+
 class CheckpointState(Message, frozen=True):
     """How a checkpoint stands that was asked for."""
 
@@ -959,4 +975,4 @@ class HubPlace(Record, frozen=True):
     version: str = ""  # of the hub's dnb
 
 
-Reply = Done | Refused | PoolState | Members | RunState | StateTree | CheckpointState
+Reply = Done | Refused | PoolState | Members | RunState | StateTree | CheckpointState | GradientRows

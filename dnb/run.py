@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import logging
 import threading
@@ -32,19 +33,24 @@ from dnb.hub.history import (
     read_timeline,
     read_usage,
 )
-from dnb.inputs import read_loss
+from dnb.inputs import check_positive, read_loss
 from dnb.planning.bubbles import Timeline
+from dnb.planning.gradient_samples import USUAL_STEPS
 from dnb.planning.sample_order import samples_after
 from dnb.planning.utilisation import Utilisation
 from dnb.progress import long_work
+from dnb.proofs import Proof
+from dnb.proving import Gradients, Submission, prove
 from dnb.records import (
     ENDED,
     CheckpointState,
     Control,
     Done,
     GetCheckpoint,
+    GetGradients,
     GetRun,
     GetState,
+    GradientRows,
     Mend,
     Prediction,
     Process,
@@ -242,6 +248,8 @@ class Run:
         self._refreshing = threading.Lock()
         self._wake = threading.Event()
         self._brought_home: tuple[str, int] | None = None
+        self.submission: Submission | None = None  # what it began with, if this kernel called fit
+        self._proof: Proof | None = None
         self._hub_process: Process | None = None
         self._watcher = threading.Thread(target=self._watch, name=f"dnb-run-{name}", daemon=True)
 
@@ -454,6 +462,58 @@ class Run:
             raise kind(state.message)
         self._wake.set()
         return Path(state.path)
+
+    def prove(self, steps: int = USUAL_STEPS) -> Proof:
+        """Compute the run's first steps in this process, too, and show losses and gradients side by side.
+
+        It waits until the run has done them. Of every gradient some elements are compared, of a small one all, and the
+        norm of the whole; those of the first 20 steps are there for every run, of more with `fit(prove=...)`.
+
+        Args:
+            steps: so many first steps.
+
+        Raises:
+            ArgumentError: this kernel did not start the run, or the pool does not hold it any more.
+        """
+        number = check_positive(steps, name="steps")
+        if self._proof is not None and len(self._proof.steps) >= number:
+            return dataclasses.replace(self._proof, steps=self._proof.steps[:number])
+        submission = self.submission
+        if submission is None:
+            raise ArgumentError(
+                f"run {self.name!r} cannot be proved from here, as only the kernel that called fit has what it began "
+                "with: prove it there, or train it anew with fit(prove=20)"
+            )
+        number = min(number, submission.spec.num_steps)
+        with long_work(f"waiting until run {self.name!r} has done {number} steps"):
+            while self.step < number and not self._is_settled():
+                with self._changed:
+                    self._changed.wait(WAIT_SECONDS)
+        try:
+            gradients, notes = self._seen_gradients(number)
+        except HubError as error:
+            raise submission.given_up from error
+        self._proof = prove(submission, gradients, notes=notes)
+        return self._proof
+
+    def _seen_gradients(self, number: int) -> tuple[Gradients, list[str]]:
+        """Of the first steps, and sentences on those that are not there or not comparable."""
+        reply, frames = self._require_hub().ask(GetGradients(run=self.name), GradientRows)
+        rows = np.frombuffer(frames[0], dtype=np.float64).reshape(len(reply.steps), -1)
+        changes = [event for event in self.events if event.kind in ("set", "mended")]
+        last = min([number, *(event.step for event in changes)])
+        notes = []
+        if last < number:
+            first = next(event for event in changes if event.step == last)
+            notes.append(f"only up to step {last}, after which the run was changed ({first.text})")
+        seen = {step: row for step, row in zip(reply.steps, rows, strict=True) if step <= last}
+        if len(seen) < last:
+            notes.append(
+                f"{len(seen)} of these steps were looked at; fit(prove={number}) looks at as many as are asked for"
+            )
+        if not seen:
+            raise ArgumentError(f"no step of run {self.name!r} can be proved: it has done none that was looked at")
+        return Gradients(reply.names, seen), notes
 
     # what can be kept
 

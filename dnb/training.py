@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dnb.automatic import choose_plan
 from dnb.data_sources import Source, first_batch, read_source
 from dnb.division import Division
-from dnb.errors import USER_ERRORS, ArgumentError, HubError, PlanError, PoolError, SpaceError, is_text
+from dnb.errors import USER_ERRORS, ArgumentError, HubError, PlanError, PoolError, SpaceError, is_text, summary_of
 from dnb.homecoming import OrderFollower
 from dnb.hub.optimizers import check_optimizer
 from dnb.inputs import (
@@ -43,6 +43,7 @@ from dnb.inputs import (
 )
 from dnb.limits import Limit
 from dnb.planning.buffers import read_buffer_rules
+from dnb.planning.gradient_samples import USUAL_STEPS
 from dnb.planning.plans import Plan
 from dnb.planning.sample_order import count_batches
 from dnb.planning.shards import choose_exact_shards, choose_num_shards
@@ -50,6 +51,7 @@ from dnb.pool.engine_pool import EnginePool
 from dnb.pool.found import Found, clear_doubtful, find_pools, reap_dead
 from dnb.pool.starting import adopt_pool, profile_folder, start_pool
 from dnb.progress import long_work
+from dnb.proving import Submission
 from dnb.records import ENDED, Done, Finding, ParcelRef, PlainJob, PoolFacts, RunSpec, Submit
 from dnb.rehearsal.modes import mode_findings, refuse_sync_batchnorm
 from dnb.rehearsal.rehearsing import rehearse
@@ -290,7 +292,8 @@ def fit(
             out, running statistics are averaged, and the first of all others kept.
         scheduler_every: "step" or "epoch": when the scheduler is stepped.
         sync_batchnorm: whether BatchNorm takes its statistics from the global batch instead of from each part.
-        prove: so many first steps are computed in this process, too, and held against those of the run.
+        prove: so many first steps are computed in this process, too, before `fit` returns, and held against those of
+            the run; see `Run.prove`.
         strategy: "data": every engine has the whole model and a part of the batch; "pipeline": every engine has a part
             of the model; "tensor": every engine has a part of every large layer; "hybrid": several pipelines, or
             several teams that divide layers; or what `dnb.plan` returned. "auto" is "data" for models of less than
@@ -330,13 +333,13 @@ def fit(
         after_step=after_step,
         scheduler_every=None if scheduler_every == "step" else scheduler_every,
         sync_batchnorm=sync_batchnorm or None,
-        prove=prove,
     )
     if not isinstance(strategy, Plan):
         check_choice(strategy, name="strategy", known=STRATEGIES, available=STRATEGIES)
     check_choice(sync, name="sync", known=SYNCS, available=("hub",))
     check_choice(precision, name="precision", known=PRECISIONS, available=PRECISIONS)
     most_bytes = read_bytes(memory_limit)
+    num_sampled = USUAL_STEPS if prove is None else check_positive(prove, name="prove")
     loss_function = read_loss(loss, step=step)
     check_optimizer_fits(optimizer, model, lr=lr)
     rules = {} if buffers is None else read_buffer_rules(buffers, model)
@@ -458,9 +461,10 @@ def fit(
         settings=settings,
         reduction=rehearsed.reduction,
         loss_over=loss_over,
+        num_sampled=num_sampled,
         buffers=rules,
     )
-    spec = submit(pool, spec, partial(ship, job), partial(ship, data))
+    spec, submission = _submit(pool, spec, job, data)
     run = Run(
         spec.name,
         pool.hub,
@@ -472,7 +476,34 @@ def fit(
         key=pool.key,
     )
     run.num_steps, run.steps_per_epoch = spec.num_steps, spec.steps_per_epoch
-    return pool.follow(run)
+    run.submission = submission
+    return _proved(pool.follow(run), prove)
+
+
+def _submit(pool: Pool, spec: RunSpec, job: Job, data: Data) -> tuple[RunSpec, Submission]:
+    """`submit`, and what is kept to compute the run's first steps again."""
+    shipped: list[bytes] = []
+
+    def ship_job(name: str, pool: Pool, segments: list[Segment]) -> tuple[bytes, ParcelRef]:
+        pickled, ref = ship(job, name, pool, segments)
+        shipped.append(pickled)
+        return pickled, ref
+
+    spec = submit(pool, spec, ship_job, partial(ship, data))
+    return spec, Submission(spec=spec, job=shipped[0], data=data)
+
+
+def _proved(run: Run, steps: int | None) -> Run:
+    """The run, whose first steps were computed here, too, if that was asked for; it goes on whatever comes of it."""
+    if steps is not None:
+        try:
+            proof = run.prove(steps)
+            log.log(logging.INFO if proof.is_same else logging.WARNING, proof.verdict)
+        except KeyboardInterrupt:
+            log.warning("run %r goes on; %%dtrain prove computes its first steps here", run.name)
+        except USER_ERRORS as error:
+            log.warning("run %r goes on, and could not be proved: %s", run.name, summary_of(error))
+    return run
 
 
 def findings_of_loss(loss_over: str, *, is_divided: bool) -> tuple[Finding, ...]:

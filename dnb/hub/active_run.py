@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
+import torch
 
 from dnb.errors import SpaceError
 from dnb.hub import events as machine
@@ -45,6 +46,7 @@ from dnb.records import (
     EngineMessage,
     Failure,
     GetRun,
+    GradientRows,
     Load,
     Loaded,
     LoadFailed,
@@ -171,6 +173,7 @@ class ActiveRun:
             val_batch=spec.batch_size if spec.loss_over == "batch" else None,
         )
         self._version = 0  # of the parameters
+        self._gradients: dict[int, torch.Tensor] = {}  # by step: loss, norm, some elements
         self._started = beginning.started
         self._ended = beginning.started + beginning.elapsed_seconds if beginning.status in ENDED else None
         self._last_word: machine.Note | None = None  # how it has ended; said when its last checkpoint is whole
@@ -611,6 +614,12 @@ class ActiveRun:
         )
         return state, frames
 
+    def gradients(self) -> tuple[GradientRows, list[bytes]]:
+        """What was seen of the gradients in the first steps."""
+        names = tuple(slot.name for slot in self.master.gradient_layout.slots)
+        rows = [row.numpy().tobytes() for row in self._gradients.values()]
+        return GradientRows(steps=tuple(self._gradients), names=names), [b"".join(rows)]
+
     def _workers(self, heartbeats: Mapping[int, float]) -> tuple[WorkerTotals, ...]:
         held: dict[int, tuple[int, ...]] = {}
         for engine, shards in self._held:
@@ -830,7 +839,7 @@ class ActiveRun:
             reason, self._copy_fault = self._copy_fault, ""
             return machine.CommitRefused(step, reason)
         try:
-            values, samples = self._apply(kind, contributions, [engine for engine, _ in reports])
+            values, samples = self._apply(kind, step, contributions, [engine for engine, _ in reports])
         except NotFinite as verdict:
             return self._diagnose(step, verdict, contributions)
         except UserCodeError as error:
@@ -898,14 +907,19 @@ class ActiveRun:
         ]
 
     def _apply(
-        self, kind: WorkKind, contributions: Sequence[Contribution], engines: Iterable[int]
+        self, kind: WorkKind, step: int, contributions: Sequence[Contribution], engines: Iterable[int]
     ) -> tuple[dict[str, float], dict[int, int]]:
         """What the history says, and who brought how many samples to a step."""
         if kind == "evaluation":
             loss, metrics = mean_of([c.sums for c in contributions])
             self._last_commit = time.monotonic()
             return {f"{EVALUATION_PREFIX}{name}": value for name, value in (metrics | {"loss": loss}).items()}, {}
-        result = self.master.commit(contributions, describe=self._describe)
+        is_sampled = step <= self._first_step + self.spec.num_sampled
+        result = self.master.commit(contributions, describe=self._describe, sample=is_sampled)
+        if result.sample is not None:
+            self._gradients[step] = torch.cat(
+                [torch.tensor([result.loss, result.grad_norm], dtype=torch.float64), result.sample]
+            )
         self._version += 1
         self._accounts.count_step(dict.fromkeys(engines, 0) | result.samples)  # of a team one counts the samples
         return result.values, result.samples

@@ -20,6 +20,7 @@ from dnb.hub.keeping import Held, Keeper, Update, begin_keeping
 from dnb.hub.optimizers import Stepper, build_optimizer, build_scheduler, check_setting
 from dnb.hub.user_code import UserCodeError, user_code
 from dnb.planning.buffers import default_rule, differing_text
+from dnb.planning.gradient_samples import positions, take
 from dnb.records import SegmentRef, Sums, TransportKind
 from dnb.transport.job import Job
 from dnb.transport.layout import plan_gradients, plan_layout, region_views, slot_views
@@ -54,6 +55,7 @@ class StepResult:
     samples: dict[int, int]  # that each engine brought
     values: dict[str, float]  # as they go into the history
     grad_norm: float = math.nan  # 2-norm of the gradient of all parameters, before it is clipped
+    sample: torch.Tensor | None = None  # some elements of all gradients, before they are clipped
 
     @property
     def num_samples(self) -> int:
@@ -161,6 +163,7 @@ class Master:
         self._bound: tuple[tuple[int, int], frozenset[int]] | None = None  # whose slab the gradients are views of
         self._slabs: dict[tuple[int, int], HubSlab] = {}
         self._keeper: Keeper | None = None
+        self._sampled: list[torch.Tensor] | None = None  # elements of each gradient
 
     # what the next hub goes on from
 
@@ -258,12 +261,14 @@ class Master:
         contributions: Sequence[Contribution],
         *,
         describe: Callable[[StepResult], dict[str, float]] | None = None,
+        sample: bool = False,
     ) -> StepResult:
         """Add up the slabs in the order of their shards and apply one optimizer step.
 
         Args:
             contributions: of the engines.
             describe: called once before the update; what the history, and so the journal, is to say of the step.
+            sample: whether to keep some elements of the gradients.
 
         Raises:
             NotFinite: a loss or gradient is NaN or infinite; nothing was changed.
@@ -274,13 +279,14 @@ class Master:
             raise _culprit_of(loss, contributions)
         keys = list(dict.fromkeys((c.engine, c.slab) for c in contributions))
         square = self._reduce(keys, contributions)
+        seen = self._sample() if sample else None
         if self._clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._trainable, self._clip_norm)
         lr = float(self.optimizer.param_groups[0]["lr"])
         samples: dict[int, int] = {}
         for part in contributions:
             samples[part.engine] = samples.get(part.engine, 0) + part.sums.num_samples
-        result = StepResult(loss, metrics, lr, samples, {}, math.sqrt(square))
+        result = StepResult(loss, metrics, lr, samples, {}, math.sqrt(square), seen)
         result.values.update({"loss": loss, "lr": lr, **metrics} if describe is None else describe(result))
         self._apply(keys, contributions, result)
         return result
@@ -410,6 +416,11 @@ class Master:
             if self._keeper is not None:
                 self._keeper.forget()
         return square
+
+    def _sample(self) -> torch.Tensor:
+        if self._sampled is None:
+            self._sampled = positions([parameter.numel() for parameter in self._trainable])
+        return take([parameter.grad for parameter in self._trainable], self._sampled)
 
     def _find_culprit(self, keys: Sequence[tuple[int, int]]) -> NotFinite:
         """Whose gradient it was; the first slab holds the sum by now, so it is asked last."""

@@ -65,6 +65,7 @@ from dnb.records import (
     Failure,
     Fault,
     GetCheckpoint,
+    GetGradients,
     GetMembers,
     GetPool,
     GetRun,
@@ -714,7 +715,7 @@ class Service:
 
     def _check_steering(self, identity: bytes, request: Request) -> None:
         """Any number of kernels may look on, one may steer."""
-        if isinstance(request, Hello | GetPool | GetMembers | GetRun | GetState | GetCheckpoint):
+        if isinstance(request, Hello | GetPool | GetMembers | GetRun | GetState | GetGradients | GetCheckpoint):
             return
         caller, owner = self._kernels.get(identity), self._owner
         if owner is None or is_same(caller, owner):
@@ -786,6 +787,8 @@ class Service:
                 self._mend(name, frames)
             case GetState(run=name):
                 return _read(partial(_state_of, self._named(name), request))
+            case GetGradients(run=name):
+                return _read(self._named(name).gradients)
             case TakeCheckpoint() | GetCheckpoint():
                 return self._serve_checkpoint(request), []
             case Shutdown():

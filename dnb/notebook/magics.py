@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from IPython.core.display_functions import display as publish
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
 
 from dnb import resuming, training
@@ -19,7 +20,9 @@ from dnb.notebook.outlet import say
 from dnb.notebook.plan_verb import PlanVerb
 from dnb.notebook.pool_verbs import PoolVerbs
 from dnb.notebook.wording import one_line
+from dnb.planning.gradient_samples import USUAL_STEPS
 from dnb.pool.engine_pool import describe_engines, describe_restarts
+from dnb.proofs import Proof
 from dnb.run import Run
 
 NEXT_AFTER_START = """\
@@ -38,7 +41,7 @@ class DtrainMagics(PoolVerbs, PlanVerb, Magics):
         """%dtrain VERB [ARGUMENTS].
 
         Of the pool: start, status, add, remove, spares, chaos, shutdown. Of the run: plan, fit, wait, pause, resume,
-        stop, set, checkpoint, attach, dashboard, compare, export. Of both: panel.
+        stop, set, prove, checkpoint, attach, dashboard, compare, export. Of both: panel.
 
         As a cell magic, %%dtrain [--on 0,2-3|all] [--local] runs the cell on engines.
         """
@@ -99,7 +102,13 @@ class DtrainMagics(PoolVerbs, PlanVerb, Magics):
         model, train = options.pop("model"), options.pop("train")
         run = training.fit(model, train, **options)
         show(run, display=display)
+        if options.get("prove") is not None:
+            publish(run.prove(options["prove"]))
         return run
+
+    def _do_prove(self, steps: int = USUAL_STEPS) -> Proof:
+        """Of the last run; the table is the cell's value."""
+        return _last_run().prove(steps)
 
     def _do_wait(self, timeout: float | None = None) -> Run:
         run = _last_run()

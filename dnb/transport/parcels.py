@@ -165,6 +165,17 @@ def _packed(obj: Any) -> _Packer:
             referenced.update(new)
 
 
+def copy_of(obj: Any) -> Any:
+    """A copy of an object as an engine would get it, but that its tensors and arrays show the same memory.
+
+    Raises:
+        ShippingError: something in it cannot be pickled.
+    """
+    packer = _packed(obj)
+    unpacker = _Unpacker(io.BytesIO(packer.file.getvalue()), buffers=packer.buffers, arrays=packer.arrays)
+    return read_whole(unpacker, adopt=False)[0]
+
+
 def unpack(data: bytes, parcel: ParcelRef, *, memory: memoryview | None = None) -> Any:
     """Rebuild what `pack` took; tensors are views of the segment, copied only where written.
 

@@ -1,0 +1,69 @@
+"""The steps of a run as a plain loop of one process takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from dnb.engine.loader import fetch_batch
+from dnb.hub.optimizers import build_optimizer, build_scheduler
+from dnb.planning.sample_order import iterate_batches
+from dnb.records import RunSpec
+from dnb.transport.job import DataSource, Job, Sum
+from dnb.transport.returned import read_loss, read_step
+
+
+def plain_steps(job: Job, source: DataSource, spec: RunSpec) -> Iterator[float]:
+    """A plain loop; gives the loss of each step when gradients are there, and nothing is clipped or applied yet."""
+    model = job.model
+    _train(model)
+    optimizer = build_optimizer(job.optimizer, model.parameters(), lr=job.lr)
+    scheduler = build_scheduler(job.scheduler, optimizer)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for number, indices in enumerate(iterate_batches(job.order), 1):
+        optimizer.zero_grad()
+        total, value = _loss(job, fetch_batch(source, indices), spec)
+        total.backward()
+        yield value
+        if spec.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(trained, spec.clip_norm)
+        optimizer.step()
+        if job.after_step is not None:
+            job.after_step(model)
+        is_due = spec.scheduler_every == "step" or number % spec.steps_per_epoch == 0
+        if scheduler is not None and is_due and not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
+
+
+def _train(model: torch.nn.Module) -> None:
+    """Training mode, as at `fit`: a model that is in evaluation mode as a whole is trained, parts of it stay so."""
+    if not any(module.training for module in model.modules()):
+        model.train()
+
+
+def _loss(job: Job, batch: Any, spec: RunSpec) -> tuple[torch.Tensor, float]:
+    """The loss of a whole batch, and its value."""
+    with torch.enable_grad(), _autocast(spec):
+        loss = apply_loss(job, batch)
+    total = loss.total / loss.weight if isinstance(loss, Sum) else loss
+    return total, total.item()
+
+
+def apply_loss(job: Job, batch: Any) -> torch.Tensor | Sum:
+    """What a run's step function, loss or model gives for a batch."""
+    if job.step is not None:
+        return read_step(job.step(job.model, batch), needs_gradient=True)[0]
+    if isinstance(batch, Mapping):
+        return read_step(job.model(**batch), needs_gradient=True, by="model")[0]
+    if job.loss is None:
+        return read_step(job.model(*batch), needs_gradient=True, by="model")[0]
+    *inputs, target = batch
+    return read_loss(job.loss(job.model(*inputs), target), needs_gradient=True)
+
+
+def _autocast(spec: RunSpec) -> Any:
+    return nullcontext() if spec.precision == "float32" else torch.autocast("cpu", dtype=torch.bfloat16)
