@@ -54,6 +54,16 @@ def test_status_names_the_run(shell, capsys):
     assert "<dnb.Run 'told': finished, step 1 of 1" in capsys.readouterr().out
 
 
+def test_prove_gives_the_table_as_the_cells_value(shell, capsys):
+    run(shell, "%dtrain fit model train --loss cross_entropy --steps 3")
+    proof = run(shell, "%dtrain prove 2")
+    assert [step.step for step in proof.steps] == [1, 2]
+    assert proof.is_same
+    capsys.readouterr()
+    run(shell, "%dtrain fit model train --loss cross_entropy --steps 3 --prove 3")
+    assert "the same: 3 steps of run" in capsys.readouterr().out
+
+
 def test_pause_resume_set_and_stop_steer_the_run(shell):
     fitted = run(shell, "%dtrain fit model train --loss cross_entropy --epochs 5000")
     wait_for_step(fitted, 1)

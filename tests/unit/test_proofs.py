@@ -48,7 +48,8 @@ def test_a_number_that_is_none_is_a_difference():
 
 def test_losses_stand_side_by_side_to_the_digit():
     text = Proof("digits", (step(1, [1.0] * 5, [1.0] * 5, losses=(2.30258512, 2.30258509)),)).text
-    assert "2.30258512" in text and "2.30258509" in text
+    assert "2.30258512" in text
+    assert "2.30258509" in text
     assert text.startswith("the same: 1 steps of run 'digits'")
 
 
