@@ -742,6 +742,7 @@ class GetState(Message, frozen=True):
     run: str
     optimizer: bool
     scheduler: bool = False
+    kept: bool = False  # by functions of the user that the hub calls
 
 
 class GetGradients(Message, frozen=True):

@@ -62,6 +62,7 @@ class _Given:
     optimizer: Any
     scheduler: Any
     metrics: Any
+    after_step: Any
 
     @property
     def names(self) -> set[str]:
@@ -80,6 +81,7 @@ def resume(
     optimizer: Any = None,
     scheduler: Any = None,
     metrics: str | Mapping[str, Callable[..., Any]] | None = None,
+    after_step: Callable[..., Any] | None = None,
     epochs: int | None = None,
     steps: int | None = None,
     name: str | None = None,
@@ -106,6 +108,7 @@ def resume(
         optimizer: of the same kind; gets the state that was kept. Likewise `scheduler`.
         scheduler: see optimizer.
         metrics: see loss.
+        after_step: see loss; what the one that was kept had kept itself goes on.
         epochs: passes over the data in all, if more or fewer than were planned.
         steps: optimizer steps in all, instead of epochs.
         name: of the new run; made from the old one's if left out.
@@ -130,6 +133,7 @@ def resume(
         optimizer=optimizer,
         scheduler=scheduler,
         metrics=metrics,
+        after_step=after_step,
     )
     place = _locate(path)
     with long_work(f"verifying the checkpoint in {place}"):
@@ -189,6 +193,7 @@ def resume(
         optimizer=optimizer if isinstance(optimizer, torch.optim.Optimizer) else None,
         scheduler=scheduler if isinstance(scheduler, LRScheduler) else None,
         order=None if own_order is None else OrderFollower(own_order, steps_per_epoch=spec.steps_per_epoch),
+        after_step=after_step,
         key=pool.key,
     )
     run.num_steps, run.steps_per_epoch = spec.num_steps, spec.steps_per_epoch
@@ -389,7 +394,9 @@ def _replaced(kept: Job, given: _Given, order: BatchOrder | None) -> Job:
     if order is not None:
         changes["order"] = order
     changes |= {
-        name: getattr(given, name) for name in ("model", "optimizer", "scheduler") if getattr(given, name) is not None
+        name: getattr(given, name)
+        for name in ("model", "optimizer", "scheduler", "after_step")
+        if getattr(given, name) is not None
     }
     if given.model is not None and given.optimizer is None and isinstance(kept.optimizer, torch.optim.Optimizer):
         _move_optimizer(kept.optimizer, kept.model, given.model)
@@ -419,6 +426,7 @@ def _plain_job(spec: RunSpec, given: _Given) -> Job:
         optimizer=plain.optimizer,
         lr=plain.lr,
         scheduler=None,
+        after_step=given.after_step,
         order=BatchOrder(
             num_samples=spec.num_samples,
             batch_size=spec.batch_size,
@@ -436,7 +444,7 @@ def _plain_now(plain: PlainJob | None, given: _Given, order: BatchOrder) -> Plai
     others = set(plain.others) - given.names
     words: dict[str, Any] = {"loss": given.loss, "optimizer": given.optimizer}
     changes: dict[str, Any] = {}
-    for name in given.names & {"loss", "step", "optimizer", "scheduler", "metrics"}:
+    for name in given.names & {"loss", "step", "optimizer", "scheduler", "metrics", "after_step"}:
         value = getattr(given, name)
         is_word = isinstance(value, str) and name in words
         if name in words:

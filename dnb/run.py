@@ -33,6 +33,7 @@ from dnb.hub.history import (
     read_timeline,
     read_usage,
 )
+from dnb.hub.own_functions import state_of_functions
 from dnb.inputs import check_positive, read_loss
 from dnb.planning.bubbles import Timeline
 from dnb.planning.gradient_samples import USUAL_STEPS
@@ -69,6 +70,7 @@ from dnb.transport.lives import is_alive
 from dnb.transport.own_code import dumps
 from dnb.transport.parcels import explain_unpicklable, sign
 from dnb.transport.states import decode_state
+from dnb.transport.trees import put_together
 
 log = logging.getLogger(__name__)
 
@@ -199,6 +201,7 @@ class Run:
         optimizer: the notebook's own instance, likewise.
         scheduler: likewise.
         order: with the notebook's own sampler and generator, which are then where a local loop would have left them.
+        after_step: the notebook's own; what it keeps comes home, as what hooks of model and optimizer keep.
         key: the cluster's, which signs functions that are mended.
     """
 
@@ -212,6 +215,7 @@ class Run:
         optimizer: torch.optim.Optimizer | None = None,
         scheduler: LRScheduler | None = None,
         order: OrderFollower | None = None,
+        after_step: Callable[..., Any] | None = None,
         key: bytes = b"",
     ) -> None:
         self.name = name
@@ -234,6 +238,7 @@ class Run:
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._order = order
+        self._functions = None if model is None else state_of_functions(model, optimizer, after_step)
         self._status: RunStatus = "starting"
         self._error = ""
         self._remote_traceback = ""
@@ -651,7 +656,12 @@ class Run:
         if self._model is None or self._brought_home == (status, step):
             return
         self._brought_home = (status, step)
-        request = GetState(run=self.name, optimizer=self._optimizer is not None, scheduler=self._scheduler is not None)
+        request = GetState(
+            run=self.name,
+            optimizer=self._optimizer is not None,
+            scheduler=self._scheduler is not None,
+            kept=self._functions is not None and self._functions.are_there,
+        )
         tree, frames = self._require_hub().ask(request, StateTree, timeout_seconds=120.0)
         state = decode_state(tree, frames)
         with torch.no_grad():
@@ -666,6 +676,8 @@ class Run:
             self._optimizer.load_state_dict(state["optimizer"])
         if self._scheduler is not None and state["scheduler"] is not None:
             give_scheduler_home(self._scheduler, state["scheduler"])
+        if self._functions is not None and "kept" in state:
+            self._functions.give(put_together(state["kept"]["tree"], state["kept"]["tensors"]))
         if self._order is not None:
             self._follow_order(self._order, step)
 

@@ -23,6 +23,7 @@ from dnb.division import Division
 from dnb.errors import USER_ERRORS, ArgumentError, HubError, PlanError, PoolError, SpaceError, is_text, summary_of
 from dnb.homecoming import OrderFollower
 from dnb.hub.optimizers import check_optimizer
+from dnb.hub.pacing import check_pace
 from dnb.inputs import (
     PRECISIONS,
     STRATEGIES,
@@ -58,6 +59,7 @@ from dnb.rehearsal.rehearsing import rehearse
 from dnb.run import Run
 from dnb.run_folders import RUNS_FOLDER, check_name, check_place, reserved_folder
 from dnb.surveying import working_engines
+from dnb.transport.hooks import refuse_global_hooks
 from dnb.transport.job import Data, Job
 from dnb.transport.parcels import explain_unpicklable, pack, sign
 from dnb.transport.process_settings import notebook_settings
@@ -284,13 +286,15 @@ def fit(
         precision: "float32", or "bfloat16" for autocast in forward.
         metrics: {"name": callable(output, target) -> mean over samples}, or "accuracy".
         val_step: instead of loss or step where `val` is evaluated: callable(model, batch), returning as `step` does.
-        after_step: callable(model), run once by the hub after each update, for averages and the clipping of weights.
+        after_step: callable(model), run once by the hub after each update, without gradients, for averages and the
+            clipping of weights; what it keeps (modules, tensors, lists, numbers) comes home as the model does.
         loss_over: "samples": the loss of a batch is the mean of the losses of its parts; "batch": it looks at the whole
             batch, so that outputs are gathered first. The rehearsal finds out if left out.
         buffers: by name, or by a pattern of names, how what engines make of a buffer becomes one: "first" keeps what
             the engine with the batch's first shard has, "sum" adds up what each part has added, "mean" averages. Left
             out, running statistics are averaged, and the first of all others kept.
-        scheduler_every: "step" or "epoch": when the scheduler is stepped.
+        scheduler_every: "step" or "epoch": when the scheduler is stepped. With "epoch", ReduceLROnPlateau looks at the
+            loss on `val`; a metric takes its place by name, "val_accuracy".
         sync_batchnorm: whether BatchNorm takes its statistics from the global batch instead of from each part.
         prove: so many first steps are computed in this process, too, before `fit` returns, and held against those of
             the run; see `Run.prove`.
@@ -330,8 +334,6 @@ def fit(
     refuse_sync_batchnorm(model)
     refuse_what_is_not_yet(
         val_step=val_step,
-        after_step=after_step,
-        scheduler_every=None if scheduler_every == "step" else scheduler_every,
         sync_batchnorm=sync_batchnorm or None,
     )
     if not isinstance(strategy, Plan):
@@ -342,6 +344,10 @@ def fit(
     num_sampled = USUAL_STEPS if prove is None else check_positive(prove, name="prove")
     loss_function = read_loss(loss, step=step)
     check_optimizer_fits(optimizer, model, lr=lr)
+    check_pace(scheduler, every=scheduler_every, has_val=val is not None)
+    if after_step is not None and not callable(after_step):
+        raise ArgumentError(f"after_step is a {type(after_step).__name__}: give a callable(model)")
+    refuse_global_hooks()
     rules = {} if buffers is None else read_buffer_rules(buffers, model)
     train_source = read_source(train, name="train", seed=seed)
     val_source = None if val is None else read_source(val, name="val", seed=seed)
@@ -356,6 +362,7 @@ def fit(
         lr=None if lr is None else check_number(lr, name="lr"),
         scheduler=scheduler,
         order=order,
+        after_step=after_step,
     )
     policy = read_checkpoint_policy(
         checkpoint_every,
@@ -462,6 +469,7 @@ def fit(
         reduction=rehearsed.reduction,
         loss_over=loss_over,
         num_sampled=num_sampled,
+        scheduler_every=scheduler_every,
         buffers=rules,
     )
     spec, submission = _submit(pool, spec, job, data)
@@ -473,6 +481,7 @@ def fit(
         optimizer=optimizer if isinstance(optimizer, torch.optim.Optimizer) else None,
         scheduler=scheduler if isinstance(scheduler, LRScheduler) else None,
         order=OrderFollower(order, steps_per_epoch=spec.steps_per_epoch),
+        after_step=after_step,
         key=pool.key,
     )
     run.num_steps, run.steps_per_epoch = spec.num_steps, spec.steps_per_epoch
@@ -630,7 +639,8 @@ def ship(obj: Job | Data, name: str, pool: Pool, segments: list[Segment]) -> tup
 
 def _why_unpicklable(obj: Job | Data) -> Exception | None:
     if isinstance(obj, Job):
-        named = {name: getattr(obj, name) for name in ("model", "loss", "step", "metrics", "optimizer", "scheduler")}
+        names = ("model", "loss", "step", "metrics", "optimizer", "scheduler", "after_step")
+        named = {name: getattr(obj, name) for name in names}
         named["the sampler"] = obj.order
     else:
         named = {"train": obj.train.samples, "train's collate_fn": obj.train.collate}
@@ -681,6 +691,7 @@ def plain_job(*, loss: Any, step: Any, optimizer: Any, scheduler: Any, metrics: 
         "optimizer": not isinstance(optimizer, str),
         "scheduler": scheduler is not None,
         "metrics": isinstance(metrics, Mapping),
+        "after_step": job.after_step is not None,
         "train": not (order.sampler is None and order.batch_sampler is None and order.generator is None),
     }
     return PlainJob(

@@ -35,6 +35,7 @@ from dnb.records import (
     WorkReport,
 )
 from dnb.transport.failures import describe_error
+from dnb.transport.hooks import drop_gradient_hooks
 from dnb.transport.own_code import loads
 from dnb.transport.parcels import adopt, verify
 from dnb.transport.process_settings import AppliedSettings
@@ -107,6 +108,7 @@ class Session:
                 self._outbox.start()
                 publisher = Publisher(load.gradient_layout, load.buffer_layout.num_bytes, self._outbox)
             job, of_job = adopt(job_bytes, spec.job, memory=parcels[JOB_SLOT])
+            drop_gradient_hooks(job.model)
             data, of_data = adopt(data_bytes, spec.data, memory=parcels[DATA_SLOT])
             self._replica: Replica | StageReplica = _kind_of_replica(load, spec)(
                 spec,

@@ -840,13 +840,13 @@ class ActiveRun:
             return machine.CommitRefused(step, reason)
         try:
             values, samples = self._apply(kind, step, contributions, [engine for engine, _ in reports])
+            if kind == "evaluation":
+                self.master.commit_evaluation(step, values)
         except NotFinite as verdict:
             return self._diagnose(step, verdict, contributions)
         except UserCodeError as error:
             self._checkpoints.is_torn = True
             return machine.CommitFailed(step, self._kept_whole(error.failure, step, "hub"))
-        if kind == "evaluation":
-            self.master.commit_evaluation(step, values)
         self._count_commit(step)
         self._accounts.end_task({engine for engine, _ in reports})
         if kind == "step":

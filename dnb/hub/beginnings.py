@@ -87,7 +87,7 @@ def begin(spec: RunSpec, job: Job, *, folders: Sequence[Path]) -> Beginning:
     elapsed_seconds = 0.0
     master: Master | None = None
     try:
-        master = Master(job, folders=folders, prefix=spec.name, clip_norm=spec.clip_norm)
+        master = Master(job, folders=folders, prefix=spec.name, clip_norm=spec.clip_norm, spec=spec)
         if spec.resumed is not None:
             manifest = restore(Path(spec.resumed.folder), master, columns, digest=spec.resumed.digest)
             step, evaluated, elapsed_seconds = manifest.step, manifest.evaluated, manifest.elapsed_seconds
@@ -214,7 +214,7 @@ def _from_journal(spec: RunSpec, memo: RunMemo, job: Job, files: RunFolder, fold
         remove_segments(folders, spec.name, but=())
         return None
     try:
-        master, last = recover_master(job, journal=memo.journal, folders=folders, prefix=spec.name)
+        master, last = recover_master(job, journal=memo.journal, folders=folders, prefix=spec.name, spec=spec)
     except Torn as torn:
         log.warning("run %r goes on from a checkpoint: %s", spec.name, torn)
         return None
@@ -237,7 +237,7 @@ def _from_checkpoint(spec: RunSpec, memo: RunMemo, job: Job, files: RunFolder, f
     """From the newest checkpoint, else from the beginning; the history forgets what is done again."""
     before = files.rows()
     last = max((row.step for row in before), default=0)
-    master = Master(job, folders=folders, prefix=spec.name, clip_norm=memo.clip_norm)
+    master = Master(job, folders=folders, prefix=spec.name, clip_norm=memo.clip_norm, spec=spec)
     columns = Columns()
     step = evaluated = 0
     source, digest = _newest_checkpoint(spec)

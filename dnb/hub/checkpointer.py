@@ -39,6 +39,7 @@ from dnb.records import CheckpointPolicy, CheckpointState, RunSpec
 from dnb.transport.failures import describe_error
 from dnb.transport.process_settings import without_variables
 from dnb.transport.segments import megabytes
+from dnb.transport.trees import take_apart
 
 log = logging.getLogger(__name__)
 
@@ -322,9 +323,10 @@ class Checkpointer:
         own, tied, others = self._tensors
         optimizer, optimizer_tensors, _ = state_of(self._master.optimizer, "optimizer", is_strict=True)
         scheduler, scheduler_tensors, left_out = state_of(self._master.scheduler, "scheduler", is_strict=False)
+        kept, kept_tensors = take_apart(self._master.functions.read(), root="kept")
         history, num_rows = history_of(self._columns)
         buffers[MODEL_FILE].fill(own, tied)
-        buffers[OPTIMIZER_FILE].fill({**optimizer_tensors, **scheduler_tensors, **others}, {})
+        buffers[OPTIMIZER_FILE].fill({**optimizer_tensors, **scheduler_tensors, **kept_tensors, **others}, {})
         buffers[HISTORY_FILE].fill(history, {})
         assert optimizer is not None
         return Manifest(
@@ -347,6 +349,7 @@ class Checkpointer:
             left_out=left_out,
             spec=msgspec.structs.replace(self._spec, settings=without_variables(self._spec.settings)),
             files={},
+            kept=kept or None,
         )
 
     def _measured(self, step: int) -> dict[str, float]:

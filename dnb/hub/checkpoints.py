@@ -114,6 +114,7 @@ class Manifest(Record, frozen=True):
     left_out: tuple[str, ...]  # of the scheduler's state: functions, which the user's code makes anew
     spec: RunSpec
     files: dict[str, FileFacts]
+    kept: Any = None  # tree of what functions of the user's keep, its tensors left out
 
 
 def facts_of(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorFacts, ...]:

@@ -113,6 +113,8 @@ class State(Record, frozen=True):
     groups: bytes  # of the optimizer: options of each
     scheduler: bytes
     moments: bytes  # the optimizer's state; its tensors are named as in their segment
+    kept: SegmentRef | None = None  # what functions of the user's keep, in one of two places
+    kept_place: int = 0
 
 
 class Journal:

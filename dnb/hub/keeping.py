@@ -5,6 +5,9 @@ in shared memory, and the journal says how far the update is. Every other optimi
 compute, parameters and the optimizer's tensors are copied aside, if they have at most `SHADOW_BYTES`. A larger one that
 dies in its update is `Torn`, and its last checkpoint holds; between updates it loses nothing either.
 
+A run whose updates call functions of the user's (`dnb.hub.own_functions`) is rolled back, too; what these keep is
+written with every commit.
+
 The scheduler is stepped anew from its last state, if the hub died before that was written down. So a scheduler, and a
 user's optimizer, must not depend on anything but their state.
 """
@@ -52,6 +55,8 @@ from dnb.hub.moments import (
     unpack_moments,
 )
 from dnb.hub.optimizers import Stepper, has_hooks, has_kernel
+from dnb.hub.own_functions import KeptMemory, OwnFunctions, create_kept_memory, open_kept_memory
+from dnb.hub.pacing import Pace
 from dnb.hub.rolling import Copy, Rolling, bytes_at, undo_bytes
 from dnb.hub.user_code import user_code
 from dnb.records import Layout, SegmentRef
@@ -65,7 +70,7 @@ SHADOW_BYTES = 64 << 20
 # Of a state record, besides what the optimizer's state needs: groups and scheduler may grow.
 _SPARE_STATE_BYTES = 64 << 10
 # As the files of a run's segments are named.
-_KINDS = ("parameters", "optimizer", "undo", "shadow", "journal", "slab")
+_KINDS = ("parameters", "optimizer", "undo", "shadow", "journal", "slab", "kept")
 
 Buffers = Iterable[tuple[str, torch.Tensor]]
 
@@ -76,6 +81,8 @@ class Held:
 
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler | None
+    pace: Pace
+    functions: OwnFunctions
     stepper: Stepper
     crew: Crew
     parameters: Segment
@@ -128,6 +135,8 @@ class Keeper:
         self._moments = None if state is None or state.optimizer is None else open_moments(state.optimizer)
         self._shadow = None if state is None or state.shadow is None else open_segment(state.shadow)
         self._undo = self._open_undo(state)
+        self._kept = None if state is None or state.kept is None else open_kept_memory(state.kept)
+        self._kept_before: KeptMemory | None = None  # which the last commit still names
         self._copies: list[Copy] | None = None
         self._written = state
         self._is_rolled_back = False  # whether the next update may need the shadow copy
@@ -159,6 +168,9 @@ class Keeper:
     def commit(self, update: Update) -> None:
         """Apply an update and commit it."""
         self.settle()
+        if self._kept_before is not None:
+            self._kept_before.segment.unlink()
+            self._kept_before = None
         step = self.step + 1
         if (rolling := self._plan(update)) is not None:
             self._roll_forward(rolling, update, step)
@@ -182,9 +194,11 @@ class Keeper:
             self._write_state()
             self._try(self.journal.republish)
 
-    def evaluate(self, step: int, values: dict[str, float]) -> None:
-        """Commit an evaluation."""
+    def evaluate(self, step: int, values: dict[str, float], *, is_changed: bool = False) -> None:
+        """Commit an evaluation, which may have stepped the scheduler."""
         self.settle()
+        if is_changed and not self._is_off:
+            self._write_state()
         self._try(lambda: self.journal.publish(step=step, kind="evaluation", values=values, samples={}, evaluated=step))
 
     def forget(self) -> None:
@@ -197,6 +211,7 @@ class Keeper:
         found = [self.journal.segment]
         found += [self._undo.segment] if self._undo is not None else []
         found += [self._shadow] if self._shadow is not None else []
+        found += [kept.segment for kept in (self._kept, self._kept_before) if kept is not None]
         return found + ([self._moments.segment] if self._moments is not None else [])
 
     def unlink(self) -> None:
@@ -217,10 +232,12 @@ class Keeper:
         give_state(held.optimizer, unpack_moments(state.moments, self._moments))
         give_groups(held.optimizer, state.groups)
         give_scheduler(held.scheduler, state.scheduler)
+        if self._kept is not None:
+            held.functions.give(self._kept.read(state.kept_place))
         if self._moments is not None:
             self._moments.hold(held.optimizer)
         if journal.last.owes_scheduler:
-            self._step_scheduler()
+            held.pace.take_step(journal.last.step)
             self._write_state()
             journal.republish()
         note = ""
@@ -272,6 +289,8 @@ class Keeper:
         """How to roll forward, if that can be."""
         if not self._is_adam or update.slab is None or self._is_off or has_hooks(self._held.optimizer):
             return None
+        if self._held.functions.are_there:
+            return None  # nobody can say how far one of them had come
         if not self._is_planned:
             self._is_planned = True
             try:
@@ -323,8 +342,8 @@ class Keeper:
         for name in intent.staged:
             self._held.buffers[name].copy_(self._undo.staged[name])
         rolling.run(self.journal, intent.step)
-        self._step_scheduler()
-        owes = self._held.scheduler is not None and not self._has_grown
+        self._held.pace.take_step(intent.step)
+        owes = self._held.pace.is_due(intent.step) and not self._has_grown
         if self._has_grown:
             self._write_state()
         self._try(
@@ -375,7 +394,8 @@ class Keeper:
         for name, value in update.mix():
             held.buffers[name].copy_(value)
         held.stepper.step()
-        self._step_scheduler()
+        held.functions.after_update()
+        held.pace.take_step(step)
         if self._is_off:
             return
         gone = self._adopt()
@@ -447,14 +467,11 @@ class Keeper:
 
     # writing
 
-    def _step_scheduler(self) -> None:
-        if self._held.scheduler is not None:
-            with user_code("in the scheduler"):
-                self._held.scheduler.step()
-
     def _write_state(self) -> None:
         with user_code("in the state of the optimizer or the scheduler"):
             groups, scheduler = pack_groups(self._held.optimizer), pack_scheduler(self._held.scheduler)
+        place = 1 - self.journal.last.place
+        self._write_kept(place)
         state = State(
             parameters=self._held.parameters.ref,
             optimizer=None if self._moments is None else self._moments.segment.ref,
@@ -465,11 +482,30 @@ class Keeper:
             groups=groups,
             scheduler=scheduler,
             moments=self._describe(),
+            kept=None if self._kept is None else self._kept.segment.ref,
+            kept_place=0 if self._kept is None else place,
         )
         if state != self._written:
             self._try(lambda: self.journal.write_state(state))
             self._written = state
         self._has_grown = False
+
+    def _write_kept(self, place: int) -> None:
+        """Put what functions keep beside what the last commit names."""
+        values = self._held.functions.read()
+        if not values or self._is_off:
+            return
+        try:
+            if self._kept is not None and self._kept.write(place, values):
+                return
+            before, name = self._kept, f"{self._held.prefix}-kept"
+            self._kept = create_kept_memory(values, name=name, folders=self._held.folders)
+            self._kept.write(place, values)
+            self._kept_before = self._kept_before or before
+        except (SpaceError, TypeError) as error:
+            if not self.journal.has_begun:
+                raise
+            self._give_up(error)
 
     def _describe(self) -> bytes:
         return b"" if self._moments is None else self._moments.describe(self._held.optimizer)

@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler
 
 from dnb.errors import ArgumentError, nearest
 from dnb.hub.crew import Crew
+from dnb.hub.pacing import check_pace
 from dnb.hub.user_code import user_code
 
 _REASONS = {
@@ -240,21 +241,26 @@ def has_hooks(optimizer: Any) -> bool:
     return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 
-def build_scheduler(scheduler: Any, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
-    """Make the scheduler, which is stepped after every optimizer step.
+def build_scheduler(
+    scheduler: Any, optimizer: torch.optim.Optimizer, *, every: str = "step", has_val: bool = False
+) -> LRScheduler | None:
+    """Make the scheduler.
+
+    Args:
+        scheduler: instance, or callable that makes one.
+        optimizer: of the run.
+        every: when it is stepped, as of `Pace`.
+        has_val: whether there are evaluations.
 
     Raises:
-        ArgumentError: it is none, belongs to another optimizer, or wants a metric.
+        ArgumentError: it is none, belongs to another optimizer, or cannot be stepped so.
     """
     if scheduler is None:
         return None
     built = scheduler if isinstance(scheduler, LRScheduler) else scheduler(optimizer)
     if not isinstance(built, LRScheduler):
         raise ArgumentError(f"scheduler(optimizer) returned a {type(built).__name__}, not an LRScheduler")
-    if isinstance(built, ReduceLROnPlateau):
-        raise ArgumentError(
-            "ReduceLROnPlateau waits for a metric, and a scheduler is stepped with every step: use another"
-        )
+    check_pace(built, every=every, has_val=has_val)
     if built.optimizer is not optimizer:
         raise ArgumentError("the scheduler belongs to another optimizer: give scheduler=callable(optimizer)")
     _track_steps(optimizer)

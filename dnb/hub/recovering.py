@@ -10,12 +10,14 @@ import msgspec
 from dnb.hub.journal import Journal, LastCommit, State, Torn
 from dnb.hub.keeping import Keeper, remove_segments
 from dnb.hub.reducer import Master
-from dnb.records import SegmentRef
+from dnb.records import RunSpec, SegmentRef
 from dnb.transport.job import Job
 from dnb.transport.segments import open_segment
 
 
-def recover_master(job: Job, *, journal: SegmentRef, folders: Sequence[Path], prefix: str) -> tuple[Master, LastCommit]:
+def recover_master(
+    job: Job, *, journal: SegmentRef, folders: Sequence[Path], prefix: str, spec: RunSpec | None = None
+) -> tuple[Master, LastCommit]:
     """Come to the state after the last committed step, and keep the same journal from there on.
 
     The slabs of the hub that died are removed: those who write into them must have been told to stop.
@@ -25,6 +27,7 @@ def recover_master(job: Job, *, journal: SegmentRef, folders: Sequence[Path], pr
         journal: `Master.journal_ref` of the hub that died.
         folders: where segments may lie.
         prefix: of the segments' file names, as it was.
+        spec: of the run, as of `Master`.
 
     Raises:
         Torn: that state cannot be had; nothing of it is left. After any other exception all of it is.
@@ -40,6 +43,7 @@ def recover_master(job: Job, *, journal: SegmentRef, folders: Sequence[Path], pr
             clip_norm=state.clip_norm,
             parameters=state.parameters,
             num_threads=state.num_threads,
+            spec=spec,
         )
         last = _recover(master, found, state)
         remove_segments(folders, prefix, but=master.segments)

@@ -18,10 +18,12 @@ from dnb.errors import ArgumentError, SpaceError
 from dnb.hub.crew import Crew, usable_threads
 from dnb.hub.keeping import Held, Keeper, Update, begin_keeping
 from dnb.hub.optimizers import Stepper, build_optimizer, build_scheduler, check_setting
+from dnb.hub.own_functions import OwnFunctions
+from dnb.hub.pacing import Pace
 from dnb.hub.user_code import UserCodeError, user_code
 from dnb.planning.buffers import default_rule, differing_text
 from dnb.planning.gradient_samples import positions, take
-from dnb.records import SegmentRef, Sums, TransportKind
+from dnb.records import RunSpec, SegmentRef, Sums, TransportKind
 from dnb.transport.job import Job
 from dnb.transport.layout import plan_gradients, plan_layout, region_views, slot_views
 from dnb.transport.segments import Segment, create_segment, open_segment
@@ -105,6 +107,7 @@ class Master:
         clip_norm: largest global norm of the aggregated gradient; None does not clip.
         parameters: where they lie already, with their values; None moves the job's there.
         num_threads: that share the work; None: as many as are of use.
+        spec: of the run: when its scheduler is stepped, and its seed; None: after every step, and 0.
     """
 
     def __init__(
@@ -116,6 +119,7 @@ class Master:
         clip_norm: float | None,
         parameters: SegmentRef | None = None,
         num_threads: int | None = None,
+        spec: RunSpec | None = None,
     ) -> None:
         # One of OpenMP's, and no more: a second one spins for a core that an engine has, and shows in the last bits of
         # norms. What is worth sharing is shared by the crew.
@@ -129,8 +133,12 @@ class Master:
         # First, as user code may raise here, when there is no memory yet to give back.
         with user_code("where the optimizer is made"):
             self.optimizer = build_optimizer(job.optimizer, job.model.parameters(), lr=job.lr)
+        every, has_val = ("step", False) if spec is None else (spec.scheduler_every, spec.num_val_samples > 0)
         with user_code("where the scheduler is made"):
-            self.scheduler = build_scheduler(job.scheduler, self.optimizer)
+            self.scheduler = build_scheduler(job.scheduler, self.optimizer, every=every, has_val=has_val)
+        self._pace = Pace(self.scheduler, every=every, steps_per_epoch=1 if spec is None else spec.steps_per_epoch)
+        self.functions = OwnFunctions(job, self.optimizer, seed=0 if spec is None else spec.seed)
+        self._step = 0  # committed
         self._stepper = Stepper(self.optimizer, self._crew)
         named = dict(job.model.named_parameters())
         buffers = dict(job.model.named_buffers())
@@ -143,7 +151,7 @@ class Master:
         self.changing = _merged(
             (slot.offset_bytes, slot.offset_bytes + views_bytes(tensors[slot.name]))
             for slot in self.parameter_layout.slots
-            if slot.name not in frozen
+            if slot.name not in frozen or self.functions.are_there  # they may write anything
         )
         if parameters is None:
             self._segment = self._create("parameters", self.parameter_layout.num_bytes)
@@ -154,6 +162,7 @@ class Master:
             if parameters is None:
                 views[name].copy_(tensor.detach())
             tensor.data = views[name]
+        self.functions.bind(tensors)
         self._buffers = buffers
         self.buffer_rules: Mapping[str, str] = {}  # by name; see `dnb.planning.buffers`
         self._noticed: set[str] = set()
@@ -161,6 +170,7 @@ class Master:
         self._tensors = tensors
         self._trainable = [trainable[slot.name] for slot in self.gradient_layout.slots]
         self._bound: tuple[tuple[int, int], frozenset[int]] | None = None  # whose slab the gradients are views of
+        self._is_disturbed = False  # a hook has taken a gradient away
         self._slabs: dict[tuple[int, int], HubSlab] = {}
         self._keeper: Keeper | None = None
         self._sampled: list[torch.Tensor] | None = None  # elements of each gradient
@@ -174,6 +184,7 @@ class Master:
             step: that the state as it is now was committed by.
             evaluated: last step after which an evaluation was committed.
         """
+        self._step = step
         try:
             self._keeper = begin_keeping(self.held, clip_norm=self._clip_norm, step=step, evaluated=evaluated)
         except (SpaceError, TypeError) as error:
@@ -185,6 +196,7 @@ class Master:
     def go_on_with(self, keeper: Keeper) -> None:
         """Write on in the journal that this state was recovered from."""
         self._keeper = keeper
+        self._step = keeper.step
         self._stepper.forget()
 
     @property
@@ -203,6 +215,8 @@ class Master:
         return Held(
             optimizer=self.optimizer,
             scheduler=self.scheduler,
+            pace=self._pace,
+            functions=self.functions,
             stepper=self._stepper,
             crew=self._crew,
             parameters=self._segment,
@@ -220,9 +234,14 @@ class Master:
             self._keeper.settle()
 
     def commit_evaluation(self, step: int, values: dict[str, float]) -> None:
-        """An evaluation of the state after a step: nothing changes but that it was done."""
+        """An evaluation of the state after a step: nothing changes but a scheduler that looks for a plateau.
+
+        Raises:
+            UserCodeError: the scheduler has failed.
+        """
+        is_stepped = self._pace.take_evaluation(step, values)
         if self._keeper is not None:
-            self._keeper.evaluate(step, values)
+            self._keeper.evaluate(step, values, is_changed=is_stepped)
 
     # what engines see
 
@@ -278,7 +297,10 @@ class Master:
         if not math.isfinite(loss):
             raise _culprit_of(loss, contributions)
         keys = list(dict.fromkeys((c.engine, c.slab) for c in contributions))
+        self.functions.begin(self._step + 1)
         square = self._reduce(keys, contributions)
+        if self.functions.has_gradient_hooks:
+            square = self._adjust_gradients()
         seen = self._sample() if sample else None
         if self._clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._trainable, self._clip_norm)
@@ -289,7 +311,17 @@ class Master:
         result = StepResult(loss, metrics, lr, samples, {}, math.sqrt(square), seen)
         result.values.update({"loss": loss, "lr": lr, **metrics} if describe is None else describe(result))
         self._apply(keys, contributions, result)
+        self._step += 1
         return result
+
+    def _adjust_gradients(self) -> float:
+        """Let hooks see the gradient of the whole batch; the sum of the squares of what they leave."""
+        self.functions.adjust_gradients()
+        gradients = [parameter.grad for parameter in self._trainable if parameter.grad is not None]
+        assert self._bound is not None
+        # A hook may take one away, as those do that step a parameter themselves; for this step alone.
+        self._is_disturbed = len(gradients) + len(self._bound[1]) < len(self._trainable)
+        return sum(gradient.abs().double().square().sum().item() for gradient in gradients)
 
     def _apply(
         self, keys: Sequence[tuple[int, int]], contributions: Sequence[Contribution], result: StepResult
@@ -306,9 +338,8 @@ class Master:
         for name, value in mix():
             self._buffers[name].copy_(value)
         self._stepper.step()
-        if self.scheduler is not None:
-            with user_code("in the scheduler"):
-                self.scheduler.step()
+        self.functions.after_update()
+        self._pace.take_step(self._step + 1)
 
     def set(self, options: Mapping[str, float | None]) -> None:
         """Change clip_norm, or numbers of every parameter group such as lr and weight_decay.
@@ -408,7 +439,7 @@ class Master:
             if math.isnan(square):
                 raise self._find_culprit(keys)
         unused = frozenset.intersection(*(frozenset(c.unused) for c in contributions))
-        if self._bound != (keys[0], unused):
+        if self._bound != (keys[0], unused) or self._is_disturbed:
             for number, (parameter, gradient) in enumerate(zip(self._trainable, first.gradients, strict=True)):
                 parameter.grad = None if number in unused else gradient
             self._bound = keys[0], unused

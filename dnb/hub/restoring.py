@@ -47,6 +47,7 @@ def restore(folder: Path, master: Master, columns: Columns, *, digest: str = "")
         tensors = checkpoint.read(OPTIMIZER_FILE)
         _restore_optimizer(checkpoint.manifest, master.optimizer, tensors)
         _restore_scheduler(checkpoint.manifest, master.scheduler, tensors)
+        _restore_kept(checkpoint.manifest, master, tensors)
         _restore_history(checkpoint, columns)
     except ArgumentError:
         raise
@@ -174,6 +175,17 @@ def _restore_scheduler(manifest: Manifest, scheduler: Any, tensors: Mapping[str,
             raise ValueError(f"the scheduler's state has {key!r}, which is no number of a {facts.kind}")
     with user_code("in the scheduler's load_state_dict"):
         scheduler.load_state_dict(state)
+
+
+def _restore_kept(manifest: Manifest, master: Master, tensors: Mapping[str, torch.Tensor]) -> None:
+    if manifest.kept is None:
+        return
+    left = master.functions.give(put_together(manifest.kept, tensors))
+    if left:
+        raise ArgumentError(
+            f"after_step is not that of the checkpoint, which keeps {', '.join(sorted(left)[:3])}: give one that keeps "
+            "the same under the same names"
+        )
 
 
 def _check_kind(what: str, kind: str, found: Any) -> None:

@@ -1201,6 +1201,7 @@ def _verdict(crashes: Sequence[Crash]) -> str:
 def _state_of(run: ActiveRun, request: GetState) -> tuple[Message, Sequence[Any]]:
     from dnb.hub.snapshots import state_of
     from dnb.transport.states import encode_state
+    from dnb.transport.trees import take_apart
 
     state: dict[str, Any] = {
         "parameters": dict(run.master.model.named_parameters()),
@@ -1211,6 +1212,9 @@ def _state_of(run: ActiveRun, request: GetState) -> tuple[Message, Sequence[Any]
     if request.scheduler:
         facts, tensors, _ = state_of(run.master.scheduler, "scheduler", is_strict=False)
         state["scheduler"] = None if facts is None else {"tree": facts.tree, "tensors": tensors}
+    if request.kept:
+        tree, tensors = take_apart(run.master.functions.read(), root="kept")
+        state["kept"] = {"tree": tree, "tensors": tensors}
     return encode_state(state)
 
 

@@ -19,11 +19,13 @@ from jupyter_client.session import Session
 from dnb.errors import USER_ERRORS, HubError, ShippingError, summary_of
 from dnb.progress import Report, long_work
 from dnb.records import BufferRef, ParcelRef
+from dnb.transport.hooks import gradient_hooks, has_gradient_hooks, reduce_optimizer, set_gradient_hooks
 from dnb.transport.own_code import CodePickler, read_whole, unpicklable_globals
 from dnb.transport.own_generators import OwnGenerators
 from dnb.transport.segments import Segment, create_segment, open_segment
 
 ALIGNMENT_BYTES = 64
+PROTOCOL = 5
 # Copied between two looks at how far it is: a tenth of a second at worst.
 PIECE_BYTES = 64 << 20
 
@@ -56,7 +58,7 @@ class _Packer(CodePickler):
         self.arrays: list[int] = []  # those of `buffers` that pickle itself put out of band
         self._storages: dict[int, _StorageRef] = {}
         self._alive: list[Any] = []  # owners of the memory that `buffers` shows
-        super().__init__(file, referenced=referenced, protocol=5, buffer_callback=self._keep_array)
+        super().__init__(file, referenced=referenced, protocol=PROTOCOL, buffer_callback=self._keep_array)
 
     def _keep_array(self, buffer: pickle.PickleBuffer) -> None:
         self._alive.append(buffer)
@@ -67,6 +69,20 @@ class _Packer(CodePickler):
         return obj.index if isinstance(obj, _StorageRef) else None
 
     def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, torch.Tensor):
+            if not obj.is_leaf or not has_gradient_hooks(obj):
+                return self._reduce_plain(obj)
+            reduced = self._reduce_plain(obj)
+            reduced = obj.__reduce_ex__(PROTOCOL) if reduced is NotImplemented else reduced
+            if len(reduced) == 2:
+                return (*reduced, gradient_hooks(obj), None, None, set_gradient_hooks)
+            return reduced
+        if isinstance(obj, torch.optim.Optimizer):
+            usual = obj.__reduce_ex__(PROTOCOL)
+            return reduce_optimizer(obj, usual) if isinstance(usual, tuple) else usual
+        return super().reducer_override(obj)
+
+    def _reduce_plain(self, obj: torch.Tensor) -> Any:
         if type(obj) is torch.Tensor and obj.layout is torch.strided and obj.device.type == "cpu" and obj.is_leaf:
             return self._reduce_tensor(obj)
         return super().reducer_override(obj)
@@ -263,7 +279,13 @@ def _parts(obj: Any) -> list[tuple[str, Any]]:
         modules = list(obj.named_children())
         internal = vars(torch.nn.Module())
         own = {key: value for key, value in vars(obj).items() if key not in internal}
-        return [(f".{key}", value) for key, value in [*own.items(), *modules]]
+        hooked = [
+            (f".{name}'s hook", hook)
+            for name, parameter in obj.named_parameters(recurse=False)
+            for hooks in gradient_hooks(parameter)
+            for hook in hooks
+        ]
+        return [(f".{key}", value) for key, value in [*own.items(), *modules]] + hooked
     return [(f".{key}", value) for key, value in getattr(obj, "__dict__", {}).items()]
 
 
