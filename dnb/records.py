@@ -512,6 +512,7 @@ class WorkReport(Message, frozen=True):
     digests: bytes = b""  # uint32 per slot of the parameter layout, if asked for
     trace: StageTrace | None = None  # of a pipeline's step, if asked for
     outputs: tuple[OutputLeaf, ...] = ()  # of "outputs": what the model gave, then targets
+    states: bytes = b""  # `dnb.transport.module_states.LooseStates` that have changed, of the batch's first shard
 
 
 # Kind of the failure of an engine that could not go on because another one of its team was gone.
@@ -642,6 +643,7 @@ class Work(Message, frozen=True):
     check_copy: bool = False  # report digests of the parameters that are not the hub's own memory
     trace: bool = False  # report what was done when
     gathered: Gathered | None = None  # for a step whose loss looks at the whole batch
+    states: bytes = b""  # all `LooseStates`, if they have changed since the last work
 
 
 # So that a tensor can be made of the bytes where they lie.

@@ -67,6 +67,7 @@ from dnb.records import (
 )
 from dnb.transport.channels import HubClient, HubRestartedError
 from dnb.transport.lives import is_alive
+from dnb.transport.module_states import bring_states_home
 from dnb.transport.own_code import dumps
 from dnb.transport.parcels import explain_unpicklable, sign
 from dnb.transport.states import decode_state
@@ -665,13 +666,9 @@ class Run:
         tree, frames = self._require_hub().ask(request, StateTree, timeout_seconds=120.0)
         state = decode_state(tree, frames)
         with torch.no_grad():
-            own: dict[str, dict[str, torch.Tensor]] = {
-                "parameters": dict(self._model.named_parameters()),
-                "buffers": dict(self._model.named_buffers()),
-            }
-            for kind, tensors in own.items():
-                for name, tensor in tensors.items():
-                    tensor.copy_(state[kind][name])
+            for name, parameter in self._model.named_parameters():
+                parameter.copy_(state["parameters"][name])
+            bring_states_home(self._model, state)
         if self._optimizer is not None:
             self._optimizer.load_state_dict(state["optimizer"])
         if self._scheduler is not None and state["scheduler"] is not None:

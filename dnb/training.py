@@ -61,6 +61,7 @@ from dnb.run_folders import RUNS_FOLDER, check_name, check_place, reserved_folde
 from dnb.surveying import working_engines
 from dnb.transport.hooks import refuse_global_hooks
 from dnb.transport.job import Data, Job
+from dnb.transport.module_states import check_extra_states
 from dnb.transport.parcels import explain_unpicklable, pack, sign
 from dnb.transport.process_settings import notebook_settings
 from dnb.transport.segments import Segment
@@ -332,6 +333,7 @@ def fit(
     check_model(model)
     settings = notebook_settings()
     refuse_sync_batchnorm(model)
+    check_extra_states(model)
     refuse_what_is_not_yet(
         val_step=val_step,
         sync_batchnorm=sync_batchnorm or None,

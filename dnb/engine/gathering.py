@@ -151,6 +151,7 @@ class GatheringReplica(Replica):
                     self._kept.append(_Pass(shards, outputs, self._own_buffers()))
                 parts.append([tensor.detach() for tensor in (*outputs, *targets)])
                 sizes.append(len(piece))
+            self._collect_states(work.step, shards, work.batch_samples)
         return self._joined(parts, sizes)
 
     def _forwards(self, work: Work, indices: torch.Tensor) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
@@ -296,6 +297,7 @@ class GatheringReplica(Replica):
                 is_first = whole.first in wanted and bool((positions[places] == whole.edges[whole.first]).any())
                 is_end = is_last and number == len(pieces)
                 self._descend(outputs, positions[places], needed[places], whole, is_first=is_first, is_last=is_end)
+        self._collect_states(step, group, len(whole.indices))
 
     def _backward(self, done: _Pass, wanted: frozenset[int] | set[int], whole: _Whole, *, is_last: bool) -> None:
         """Backward of a forward that was kept."""

@@ -17,12 +17,13 @@ import torch
 
 from dnb.engine.gradients import Gradients
 from dnb.engine.loader import fetch_batch
+from dnb.engine.loose_states import EngineStates
 from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.modes import Modes
 from dnb.engine.telemetry import Stopwatch
 from dnb.errors import USER_ERRORS, DnbError, kind_of, summary_of, text_of
 from dnb.planning.calling import arguments_of
-from dnb.planning.shards import SAMPLES_AT_LEAST
+from dnb.planning.shards import SAMPLES_AT_LEAST, first_filled_shard
 from dnb.records import Diagnose, Diagnosis, Load, OutputLeaf, Reduction, RunSpec, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
 from dnb.transport.layout import slot_views
@@ -51,6 +52,7 @@ class Outcome:
     is_sum: bool  # the gradients are yet to be divided by the weight
     unused: tuple[int, ...] = ()
     note: str = ""
+    states: bytes = b""  # loose ones that have changed
     leaves: tuple[OutputLeaf, ...] = ()  # of outputs that are gathered
     tensors: Sequence[torch.Tensor] = ()
 
@@ -108,6 +110,8 @@ class Replica:
             buffer.data = master[name].clone()
             self._buffers.append((*buffer_owner(job.model, name), buffer, name))
         self._slab_buffers: dict[int, dict[str, torch.Tensor]] = {}
+        self._states = EngineStates(job.model, placed=[name for *_, name in self._buffers], rules=spec.buffers)
+        self._found_states = 0, b""  # step, and what its first shard has made of them
         self._most_at_once = spec.micro_batch
         self._modes = Modes([job.model])
         self._reduction: Reduction = spec.reduction
@@ -126,13 +130,15 @@ class Replica:
             ModelChangedError: user code replaced a parameter.
             ReturnError: user code returned what is no loss, or no metric.
         """
+        if work.states:
+            self._states.adopt(work.states)
         if work.kind == "evaluation":
             if len(self._generators):
                 self._generators.seed(part_seed(self._spec.seed, work.step, work.shards[0]))
             return Outcome((self._evaluate(work, indices),), is_sum=False)
         self._be_training(mode=True)
         try:
-            return self._compute_step(work, indices)
+            return self._with_states(work, self._compute_step(work, indices))
         except USER_ERRORS:
             for name in self._named:
                 self._check_parameter(name)  # if one was replaced, that is the cause
@@ -221,6 +227,20 @@ class Replica:
             return self._compute_each_shard(work, indices)
         return self._compute_together(work, indices)
 
+    def _with_states(self, work: Work, outcome: Outcome) -> Outcome:
+        step, packed = self._found_states
+        if not packed or step != work.step or self._first_shard(work.batch_samples) not in work.shards:
+            return outcome
+        return dataclasses.replace(outcome, states=packed)
+
+    def _first_shard(self, batch_samples: int) -> int:
+        return first_filled_shard(batch_samples, num_shards=self._spec.num_shards)
+
+    def _collect_states(self, step: int, shards: Sequence[int], batch_samples: int) -> None:
+        """After a forward: what it has made of loose states counts if it had the batch's first shard."""
+        if self._first_shard(batch_samples) in shards:
+            self._found_states = step, self._states.collect(self._misfits())
+
     def _compute_together(self, work: Work, indices: torch.Tensor) -> Outcome:
         """All shards in one forward, or in as many micro-batches as memory wants."""
         self._remember(work, indices)
@@ -253,6 +273,7 @@ class Replica:
         self._begin(slab, fresh=fresh)
         self._seed(work.step, work.shards[0])
         sums, is_sum = self._run_pieces(indices, batch_samples=work.batch_samples)
+        self._collect_states(work.step, work.shards, work.batch_samples)
         return sums, is_sum, self._end(slab, publish=publish)
 
     def _compute_each_shard(self, work: Work, indices: torch.Tensor) -> Outcome:
@@ -269,6 +290,7 @@ class Replica:
                 if not is_out_of_memory(error):
                     raise
                 raise MemoryError(f"shard {shard} with {len(part)} samples does not fit: {text_of(error)}") from error
+            self._collect_states(work.step, (shard,), work.batch_samples)
             left = set(self._end(slab, publish=True))
             unused = left if unused is None else unused & left
             if sums.num_samples:
@@ -394,8 +416,17 @@ class Replica:
 
     def _read_buffers(self) -> None:
         for module, key, own, name in self._buffers:
-            own.copy_(self._master[name])
-            module._buffers[key] = own
+            put_back(module, key, own, self._master[name])
+        self._states.begin()
+
+    def _misfits(self) -> dict[str, torch.Tensor | None]:
+        """Buffers that do not fit into their places any more."""
+        found: dict[str, torch.Tensor | None] = {}
+        for module, key, own, name in self._buffers:
+            now = module._buffers.get(key, own)
+            if not fits(now, self._master[name]) or self._states.is_loose(name):
+                found[name] = now
+        return found
 
     def _write_buffers(self, slab: int) -> None:
         if not self._buffers:
@@ -404,10 +435,8 @@ class Replica:
         if views is None:
             views = self._slab_buffers[slab] = slot_views(self._buffer_layout, self._memory.slabs[slab].memory)
         for module, key, own, name in self._buffers:
-            now = module._buffers[key]
-            if now is not None and now is not own:  # replaced by user code
-                own.copy_(now.detach())
-            views[name].copy_(own)
+            now, master = module._buffers.get(key, own), self._master[name]
+            views[name].copy_(now.detach() if now is not None and fits(now, master) else master)
 
     def _check_parameter(self, name: str) -> None:
         """A parameter that got no gradient may have been replaced; then its successor trains in vain."""
@@ -442,6 +471,20 @@ class Replica:
         for number, (work, indices) in enumerate(earlier):
             self._accumulate(work, indices, fresh=number == 0, publish=False)
         return not earlier
+
+
+def fits(buffer: torch.Tensor | None, place: torch.Tensor) -> bool:
+    """Whether a buffer still has the shape and dtype of its place."""
+    return buffer is not None and buffer.shape == place.shape and buffer.dtype == place.dtype
+
+
+def put_back(module: torch.nn.Module, key: str, own: torch.Tensor, master: torch.Tensor) -> None:
+    """Let a module have its own buffer again, as the hub has it."""
+    if own.shape == master.shape:
+        own.copy_(master)
+    else:  # user code has given it other data
+        own.data = master.clone()
+    module._buffers[key] = own
 
 
 def tensor_digest(tensor: torch.Tensor) -> int:

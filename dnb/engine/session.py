@@ -212,6 +212,7 @@ class Session:
             digests=digests,
             trace=self._trace(work),
             outputs=outcome.leaves,
+            states=outcome.states,
         ), raws
 
     def _note(self, note: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dnb.engine.loader import fetch_batch
+from dnb.engine.loose_states import EngineStates
 from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.micro_batches import fetch_micro_batches, model_inputs, shapes_of
 from dnb.engine.modes import Modes
@@ -25,7 +26,7 @@ from dnb.errors import PlanError
 from dnb.planning.calling import plain_batch
 from dnb.planning.dividing import Divider
 from dnb.planning.parts import StagePart
-from dnb.planning.shards import SAMPLES_AT_LEAST
+from dnb.planning.shards import SAMPLES_AT_LEAST, first_filled_shard
 from dnb.records import Action, Diagnose, Diagnosis, Load, Partition, Reduction, RunSpec, Seat, StageTrace, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
 from dnb.transport.loss_weights import counting_targets, nothing_of, weighed_loss
@@ -145,6 +146,8 @@ class StageReplica:
         parts = self._first_parts()
         self._begins = [part.begins for part in parts]
         self._slots = StageMemory(job.model, load, memory, parts, seat)
+        placed = [slot.name for slot in load.buffer_layout.slots]
+        self._states = EngineStates(job.model, placed=placed, rules=spec.buffers)
         open_group(seat, self._device)
         self._has_group = True
 
@@ -168,6 +171,8 @@ class StageReplica:
             PeerLost: another engine of the team failed or died.
         """
         with self._leaving_if_it_fails():
+            if work.states:
+                self._states.adopt(work.states)
             if work.kind == "evaluation":
                 return Outcome((self._evaluate(indices),), is_sum=False)
             return self._step(work, indices)
@@ -241,15 +246,21 @@ class StageReplica:
         self._be_training(mode=True)
         self._timeline.is_counting = work.trace
         self._slots.begin(work.slabs, fresh=work.fresh)
+        if work.fresh:
+            self._states.begin()
         seed = part_seed(self._spec.seed, work.step, work.shards[0])
         feed = self._run(self._data.train, indices, batch_samples=work.batch_samples, seed=seed)
         unused = self._slots.finish()
         self._slots.write_buffers(work.slabs[0])
-        return Outcome((added(feed.sums) if feed.sums else NO_SUMS,), feed.is_sum, unused)
+        sums = added(feed.sums) if feed.sums else NO_SUMS
+        is_first = first_filled_shard(work.batch_samples, num_shards=self._spec.num_shards) in work.shards
+        states = self._states.collect(self._slots.misfits(self._states)) if is_first else b""
+        return Outcome((sums,), feed.is_sum, unused, states=states)
 
     def _evaluate(self, indices: torch.Tensor) -> Sums:
         assert self._data.val is not None
         self._slots.read_buffers()
+        self._states.begin()
         self._be_training(mode=False)
         most = max(1, self._spec.batch_size)
         parts = [

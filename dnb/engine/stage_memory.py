@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from dnb.engine.gradients import Gradients
+from dnb.engine.loose_states import EngineStates
 from dnb.engine.memory import EngineMemory
-from dnb.engine.replica import buffer_owner, tensor_digest
+from dnb.engine.replica import buffer_owner, fits, put_back, tensor_digest
 from dnb.errors import PlanError
 from dnb.planning.parts import StagePart
 from dnb.records import Layout, Load, Region, Seat, TensorSlot
@@ -97,8 +98,17 @@ class StageMemory:
     def read_buffers(self) -> None:
         """Take over what the hub has."""
         for module, key, own, name in self._buffers:
-            own.copy_(self._master[name])
-            module._buffers[key] = own
+            put_back(module, key, own, self._master[name])
+
+    def misfits(self, states: EngineStates) -> dict[str, torch.Tensor | None]:
+        """Buffers that are this engine's to write, and do not fit into their places any more."""
+        found: dict[str, torch.Tensor | None] = {}
+        for module, key, own, name in self._buffers:
+            now = module._buffers.get(key, own)
+            is_loose = not fits(now, self._master[name]) or states.is_loose(name)
+            if is_loose and name in self._written_buffers:
+                found[name] = now
+        return found
 
     def write_buffers(self, slab: int) -> None:
         """Put those that are this engine's to write behind the gradients."""
@@ -107,12 +117,10 @@ class StageMemory:
         views = self._buffer_views.get(slab)
         if views is None:
             views = self._buffer_views[slab] = slot_views(self._buffer_layout, self._memory.slabs[slab].memory)
-        own = {name: (module._buffers[key], tensor) for module, key, tensor, name in self._buffers}
+        own = {name: module._buffers.get(key, tensor) for module, key, tensor, name in self._buffers}
         for name in self._written_buffers:
-            now, tensor = own.get(name, (None, self._master[name]))
-            if now is not None and now is not tensor:  # replaced by user code
-                tensor.copy_(now.detach())
-            views[name].copy_(tensor)
+            now, master = own.get(name), self._master[name]
+            views[name].copy_(now.detach() if now is not None and fits(now, master) else master)
 
     def digests(self) -> bytes:
         """As of `Replica.digests`, for the parameters that are bound here."""

@@ -101,6 +101,7 @@ class TensorReplica(Replica):
         """
         with self._leaving_if_it_fails():
             outcome = super().compute(work, indices)
+        # States are the same on all engines: the first one tells of them.
         return outcome if self._rank == 0 else Outcome((NO_SUMS,), outcome.is_sum, outcome.unused)
 
     def diagnose(self, request: Diagnose, indices: torch.Tensor) -> Diagnosis:

@@ -26,7 +26,7 @@ from dnb.hub.gathering import CannotGather, Gatherer
 from dnb.hub.history import HistoryRow, RunSummary, read_timeline, summarize
 from dnb.hub.meeting import Meeting, open_meeting
 from dnb.hub.memo import RunMemo
-from dnb.hub.peers import Rules, check_message, check_parts
+from dnb.hub.peers import PeerError, Rules, check_message, check_parts
 from dnb.hub.reducer import Contribution, NotFinite, StepResult, mean_of
 from dnb.hub.restoring import rows_of
 from dnb.hub.samples import Batches
@@ -73,6 +73,7 @@ from dnb.records import (
 )
 from dnb.transport.failures import TRACEBACK_LENGTH, clean_text
 from dnb.transport.lives import this_process
+from dnb.transport.module_states import LooseStates
 from dnb.transport.returned import EVALUATION_PREFIX, STEP_COLUMNS
 from dnb.transport.segments import open_segment
 from dnb.transport.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Flat, Wire
@@ -181,6 +182,7 @@ class ActiveRun:
         self._is_lateness_told = False
         self._last_commit = time.monotonic()
         self._reports: dict[tuple[int, tuple[int, ...]], WorkReport] = {}
+        self._states_of_report: dict[tuple[int, tuple[int, ...]], LooseStates] = {}
         self._slabs_of_report: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
         self._owner_of_report: dict[tuple[int, tuple[int, ...]], int] = {}  # whose slabs these are
         self._chores: deque[Callable[[], None]] = deque()  # what may wait until the engines are at work again
@@ -301,7 +303,7 @@ class ActiveRun:
         if member is None or not self.is_active:
             wire.close()
             return
-        member.wire, member.version = wire, self._version
+        member.wire, member.version, member.states_version = wire, self._version, 0
         slabs = self.master.slabs_of(self._coordinator.owner_of(engine))
         wire.queue(AddSlabs(run=self.spec.id, slabs=tuple(slab.ref for slab in slabs)))
         if member.transport == "socket":
@@ -380,6 +382,8 @@ class ActiveRun:
                 num_samples=self._batches.num_samples(message.kind, message.step),
                 is_divided=bool(self.spec.partitions),
             )
+            if message.states:
+                self._states_of_report[engine, message.shards] = self._read_states(message.states)
             if message.kind == "outputs" and self._gatherer is not None:
                 sizes, _ = self._batches.samples_of("outputs", message.step, message.shards)
                 self._gatherer.take(engine, message, raw, num_samples=sum(sizes))
@@ -391,6 +395,24 @@ class ActiveRun:
                 self._note(machine.Note("memory", message.note, engine))
             self._check(engine, message)
         self._dispatch(done)
+
+    def _read_states(self, packed: bytes) -> LooseStates:
+        try:
+            states = LooseStates.unpack(packed)
+            self.master.states.check(states)
+        except ValueError as error:
+            raise PeerError(clean_text(str(error), length=TRACEBACK_LENGTH)) from error
+        return states
+
+    def _states_of(self, reports: Iterable[tuple[int, tuple[int, ...]]]) -> LooseStates | None:
+        """What the first shard of a step has made of loose states; in a pipeline each engine has some of them."""
+        found = [self._states_of_report[report] for report in reports if report in self._states_of_report]
+        if not found:
+            return None
+        merged = LooseStates()
+        for states in reversed(found):  # of the first engine that has one
+            merged.update(states)
+        return merged
 
     def _look_at_memory(self, engine: int) -> None:
         """Tell once of each engine that it needs more than was allowed; nothing is ended for it."""
@@ -768,6 +790,9 @@ class ActiveRun:
         if member.transport == "socket" and member.version != self._version:
             wire.queue_pieces(PARAMETERS_SLOT, self.master.parameters_flat, self.master.changing)
             member.version = self._version
+        states = b""
+        if member.states_version != self.master.states.version:
+            states, member.states_version = self.master.states.packed, self.master.states.version
         gathered = None
         if action.kind == "step" and self._gatherer is not None:
             gathered = self._gatherer.of(action.shards)
@@ -791,6 +816,7 @@ class ActiveRun:
                 and action.kind == "step"
                 and self._timelines.wants(action.step, time.monotonic()),
                 gathered=gathered,
+                states=states,
             ),
             raw,
         )
@@ -820,11 +846,13 @@ class ActiveRun:
         self.do_chores()
         contributions = [c for report in reports for c in self._contributions(*report)]
         traces = self._traces_of(reports)
+        states = self._states_of(reports)
         self._last_shards = {}
         for engine, shards in reports:
             key = self._owner_of_report[engine, shards], self._slabs_of_report[engine, shards][0]
             self._last_shards[key] = self._last_shards.get(key, ()) + shards
         self._reports.clear()
+        self._states_of_report.clear()
         self._slabs_of_report.clear()
         self._owner_of_report.clear()
         if self._fault is not None:
@@ -839,7 +867,7 @@ class ActiveRun:
             reason, self._copy_fault = self._copy_fault, ""
             return machine.CommitRefused(step, reason)
         try:
-            values, samples = self._apply(kind, step, contributions, [engine for engine, _ in reports])
+            values, samples = self._apply(kind, step, contributions, [engine for engine, _ in reports], states)
             if kind == "evaluation":
                 self.master.commit_evaluation(step, values)
         except NotFinite as verdict:
@@ -907,7 +935,12 @@ class ActiveRun:
         ]
 
     def _apply(
-        self, kind: WorkKind, step: int, contributions: Sequence[Contribution], engines: Iterable[int]
+        self,
+        kind: WorkKind,
+        step: int,
+        contributions: Sequence[Contribution],
+        engines: Iterable[int],
+        states: LooseStates | None,
     ) -> tuple[dict[str, float], dict[int, int]]:
         """What the history says, and who brought how many samples to a step."""
         if kind == "evaluation":
@@ -915,7 +948,7 @@ class ActiveRun:
             self._last_commit = time.monotonic()
             return {f"{EVALUATION_PREFIX}{name}": value for name, value in (metrics | {"loss": loss}).items()}, {}
         is_sampled = step <= self._first_step + self.spec.num_sampled
-        result = self.master.commit(contributions, describe=self._describe, sample=is_sampled)
+        result = self.master.commit(contributions, describe=self._describe, sample=is_sampled, states=states)
         if result.sample is not None:
             self._gradients[step] = torch.cat(
                 [torch.tensor([result.loss, result.grad_norm], dtype=torch.float64), result.sample]
@@ -1115,6 +1148,7 @@ class _Member:
     num_filled: int = 0  # slabs of an exact step
     is_probed: bool = False
     has_loaded: bool = False
+    states_version: int = 0  # of the loose states that it has
 
 
 @dataclass(frozen=True, slots=True)

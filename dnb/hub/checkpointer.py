@@ -31,7 +31,7 @@ from dnb.hub.checkpoints import (
 )
 from dnb.hub.reducer import Master
 from dnb.hub.signing import Signer
-from dnb.hub.snapshots import history_of, in_json, named_tensors, state_of, versions
+from dnb.hub.snapshots import extra_file_of, extra_of, history_of, in_json, named_tensors, state_of, versions
 from dnb.hub.sources import Sources
 from dnb.hub.tensor_files import TensorBuffer
 from dnb.planning.retention import Retention, read_goal
@@ -74,6 +74,7 @@ class _Job:
     tickets: tuple[int, ...]
     is_of_policy: bool
     needed_bytes: int
+    extra: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,6 +270,7 @@ class Checkpointer:
         buffers = self._buffers if self._buffers and self._thread is None else {name: TensorBuffer() for name in _FILES}
         try:
             manifest = self._copy(place, buffers)
+            extra = extra_file_of(self._master)
         except BaseException as error:  # noqa: BLE001 - state_dict of a user's optimizer may raise anything
             failure = describe_error(error)
             self._fail(tickets, place.step, "checkpoint", f"{failure.kind}: {failure.message}", error)
@@ -279,7 +281,7 @@ class Checkpointer:
         if self._waiting is not None:  # a better one takes its place, and fulfils its wishes
             tickets += self._waiting.tickets
         needed = sum(buffer.num_bytes for buffer in buffers.values()) + self._sources.pending_bytes
-        job = _Job(target, manifest, buffers, tickets, is_of_policy, needed + MARGIN_BYTES)
+        job = _Job(target, manifest, buffers, tickets, is_of_policy, needed + MARGIN_BYTES, extra)
         if self._thread is None:
             self._write(job)
         else:
@@ -320,13 +322,16 @@ class Checkpointer:
         self._settle(tickets, CheckpointState(ticket=0, state="durable", path=str(target), step=step))
 
     def _copy(self, place: Place, buffers: dict[str, TensorBuffer]) -> Manifest:
-        own, tied, others = self._tensors
+        states = self._master.states
+        own, tied, others = named_tensors(self._master) if states.version else self._tensors
+        extra, extra_tensors = extra_of(self._master)
         optimizer, optimizer_tensors, _ = state_of(self._master.optimizer, "optimizer", is_strict=True)
         scheduler, scheduler_tensors, left_out = state_of(self._master.scheduler, "scheduler", is_strict=False)
         kept, kept_tensors = take_apart(self._master.functions.read(), root="kept")
         history, num_rows = history_of(self._columns)
         buffers[MODEL_FILE].fill(own, tied)
-        buffers[OPTIMIZER_FILE].fill({**optimizer_tensors, **scheduler_tensors, **kept_tensors, **others}, {})
+        in_optimizer = {**optimizer_tensors, **scheduler_tensors, **kept_tensors, **others, **extra_tensors}
+        buffers[OPTIMIZER_FILE].fill(in_optimizer, {})
         buffers[HISTORY_FILE].fill(history, {})
         assert optimizer is not None
         return Manifest(
@@ -350,6 +355,10 @@ class Checkpointer:
             spec=msgspec.structs.replace(self._spec, settings=without_variables(self._spec.settings)),
             files={},
             kept=kept or None,
+            extra=extra,
+            loose=tuple(states.now.buffers),
+            empty=tuple(name for name, value in states.now.buffers.items() if value is None),
+            transient=tuple(sorted(states.now.transient)),
         )
 
     def _measured(self, step: int) -> dict[str, float]:
@@ -380,6 +389,7 @@ class Checkpointer:
                 add_sources=lambda folder: self._sources.add_to(folder, self._disk),
                 disk=self._disk,
                 sign=self._signer.sign,
+                extra=job.extra,
             )
         except BaseException as error:  # noqa: BLE001 - whatever it is, the run goes on, and says what it was
             self._outcomes.put(_Outcome(job, error))

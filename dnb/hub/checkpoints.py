@@ -4,6 +4,7 @@
         model.safetensors      parameters and buffers by their names in state_dict, tied ones once
         optimizer.safetensors  tensors of optimizer and scheduler, and buffers that no state_dict has
         history.safetensors    what was measured until then, float64
+        extra_state.pt         what get_extra_state of modules gave, by its names in state_dict, for torch.load
         checkpoint.json        everything else, with a digest of every file and of itself
         checkpoint.sig         that this user's hub wrote checkpoint.json: see `dnb.hub.signing`
         job.*, data.*          the user's objects as `fit` sent them: hard links to <run>/checkpoints/sources
@@ -48,6 +49,7 @@ FORMAT = 1
 MANIFEST_FILE = "checkpoint.json"
 SIGNATURE_FILE = "checkpoint.sig"
 MODEL_FILE = "model.safetensors"
+EXTRA_FILE = "extra_state.pt"
 OPTIMIZER_FILE = "optimizer.safetensors"
 HISTORY_FILE = "history.safetensors"
 TENSOR_FILES = (MODEL_FILE, OPTIMIZER_FILE, HISTORY_FILE)
@@ -115,6 +117,10 @@ class Manifest(Record, frozen=True):
     spec: RunSpec
     files: dict[str, FileFacts]
     kept: Any = None  # tree of what functions of the user's keep, its tensors left out
+    extra: Any = None  # states that modules give by get_extra_state, as `StateFacts.tree`; None: there are none
+    loose: tuple[str, ...] = ()  # buffers that were added by forward, or have got another shape
+    empty: tuple[str, ...] = ()  # those among them that hold nothing
+    transient: tuple[str, ...] = ()  # those that no state_dict has
 
 
 def facts_of(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorFacts, ...]:
@@ -203,6 +209,7 @@ def write_checkpoint(
     add_sources: Callable[[Path], dict[str, FileFacts]],
     disk: Disk,
     sign: Callable[[bytes], bytes] = lambda _: b"",
+    extra: bytes = b"",
 ) -> int:
     """Make a checkpoint durable; if anything fails, nothing of it is left, and what was there before still is.
 
@@ -213,6 +220,7 @@ def write_checkpoint(
         add_sources: puts the user's objects into a folder.
         disk: where it is written.
         sign: makes the signature of checkpoint.json; an empty one is left out.
+        extra: likewise, extra_state.pt.
 
     Returns:
         Bytes of the tensor files.
@@ -223,6 +231,8 @@ def write_checkpoint(
     with aside(target, disk) as folder:
         files = {name: write_file(folder / name, buffer.pieces(), disk) for name, buffer in buffers.items()}
         num_bytes = sum(facts.num_bytes for facts in files.values())
+        if extra:
+            files[EXTRA_FILE] = write_file(folder / EXTRA_FILE, [memoryview(extra)], disk)
         files |= add_sources(folder)
         sealed = seal(msgspec.structs.replace(manifest, files=files))
         signature = sign(sealed)
@@ -399,6 +409,8 @@ class Checkpoint:
             ("buffer", self.manifest.buffers, buffers),
         ):
             for facts in theirs:
+                if facts.name in self.manifest.loose:
+                    continue
                 tensor = ours.get(facts.name)
                 if tensor is None:
                     return f"{kind} {facts.name!r} of shape {facts.shape} is in the checkpoint and not in the model"
@@ -409,7 +421,7 @@ class Checkpoint:
                     )
             known = {facts.name for facts in theirs}
             for name, tensor in ours.items():
-                if name not in known:
+                if name not in known and name not in self.manifest.loose:
                     return f"{kind} {name!r} of shape {tuple(tensor.shape)} is in the model and not in the checkpoint"
         return ""
 

@@ -70,7 +70,7 @@ SHADOW_BYTES = 64 << 20
 # Of a state record, besides what the optimizer's state needs: groups and scheduler may grow.
 _SPARE_STATE_BYTES = 64 << 10
 # As the files of a run's segments are named.
-_KINDS = ("parameters", "optimizer", "undo", "shadow", "journal", "slab", "kept")
+_KINDS = ("parameters", "optimizer", "undo", "shadow", "journal", "slab", "kept", "states")
 
 Buffers = Iterable[tuple[str, torch.Tensor]]
 
@@ -420,7 +420,7 @@ class Keeper:
         except (SpaceError, TypeError) as error:
             if not self.journal.has_begun:
                 raise
-            self._give_up(error)
+            self.give_up(error)
             return None
         self._held.stepper.forget()
         self.forget()
@@ -505,7 +505,7 @@ class Keeper:
         except (SpaceError, TypeError) as error:
             if not self.journal.has_begun:
                 raise
-            self._give_up(error)
+            self.give_up(error)
 
     def _describe(self) -> bytes:
         return b"" if self._moments is None else self._moments.describe(self._held.optimizer)
@@ -542,9 +542,10 @@ class Keeper:
         try:
             write()
         except JournalFull as error:
-            self._give_up(error)
+            self.give_up(error)
 
-    def _give_up(self, error: Exception) -> None:
+    def give_up(self, error: Exception) -> None:
+        """Write nothing more down: if this hub dies, its run goes on from its last checkpoint."""
         log.warning("the run goes on without a journal: %s", error)
         self._is_off = True
         self.journal.give_up()

@@ -16,6 +16,7 @@ import torch
 
 from dnb.errors import ArgumentError, SpaceError
 from dnb.hub.crew import Crew, usable_threads
+from dnb.hub.hub_states import HubStates
 from dnb.hub.keeping import Held, Keeper, Update, begin_keeping
 from dnb.hub.optimizers import Stepper, build_optimizer, build_scheduler, check_setting
 from dnb.hub.own_functions import OwnFunctions
@@ -26,6 +27,7 @@ from dnb.planning.gradient_samples import positions, take
 from dnb.records import RunSpec, SegmentRef, Sums, TransportKind
 from dnb.transport.job import Job
 from dnb.transport.layout import plan_gradients, plan_layout, region_views, slot_views
+from dnb.transport.module_states import LooseStates
 from dnb.transport.segments import Segment, create_segment, open_segment
 from dnb.transport.wires import Flat
 
@@ -165,6 +167,7 @@ class Master:
         self.functions.bind(tensors)
         self._buffers = buffers
         self.buffer_rules: Mapping[str, str] = {}  # by name; see `dnb.planning.buffers`
+        self.states = HubStates(job.model, folders=folders, prefix=prefix)
         self._noticed: set[str] = set()
         self._differing: list[str] = []  # that are yet to be told
         self._tensors = tensors
@@ -187,6 +190,7 @@ class Master:
         self._step = step
         try:
             self._keeper = begin_keeping(self.held, clip_norm=self._clip_norm, step=step, evaluated=evaluated)
+            self.states.keep(step=step)
         except (SpaceError, TypeError) as error:
             self.notes.append(f"if the hub dies, the run goes on from its last checkpoint: {error}")
         except UserCodeError as error:
@@ -197,6 +201,7 @@ class Master:
         """Write on in the journal that this state was recovered from."""
         self._keeper = keeper
         self._step = keeper.step
+        self.states.recover(step=keeper.step)
         self._stepper.forget()
 
     @property
@@ -207,7 +212,8 @@ class Master:
     @property
     def segments(self) -> list[Segment]:
         """What outlives the process, but for slabs."""
-        return [self._segment, *([] if self._keeper is None else self._keeper.segments)]
+        kept = [] if self._keeper is None else self._keeper.segments
+        return [self._segment, *kept, *self.states.segments]
 
     @property
     def held(self) -> Held:
@@ -281,6 +287,7 @@ class Master:
         *,
         describe: Callable[[StepResult], dict[str, float]] | None = None,
         sample: bool = False,
+        states: LooseStates | None = None,
     ) -> StepResult:
         """Add up the slabs in the order of their shards and apply one optimizer step.
 
@@ -288,6 +295,7 @@ class Master:
             contributions: of the engines.
             describe: called once before the update; what the history, and so the journal, is to say of the step.
             sample: whether to keep some elements of the gradients.
+            states: loose ones that have changed.
 
         Raises:
             NotFinite: a loss or gradient is NaN or infinite; nothing was changed.
@@ -310,6 +318,8 @@ class Master:
             samples[part.engine] = samples.get(part.engine, 0) + part.sums.num_samples
         result = StepResult(loss, metrics, lr, samples, {}, math.sqrt(square), seen)
         result.values.update({"loss": loss, "lr": lr, **metrics} if describe is None else describe(result))
+        if states is not None:
+            self._take_states(states)
         self._apply(keys, contributions, result)
         self._step += 1
         return result
@@ -322,6 +332,14 @@ class Master:
         # A hook may take one away, as those do that step a parameter themselves; for this step alone.
         self._is_disturbed = len(gradients) + len(self._bound[1]) < len(self._trainable)
         return sum(gradient.abs().double().square().sum().item() for gradient in gradients)
+
+    def _take_states(self, states: LooseStates) -> None:
+        """Before the step counts, as they are written down with its number."""
+        try:
+            self.states.take(states, step=0 if self._keeper is None else self._keeper.step + 1)
+        except SpaceError as error:
+            if self._keeper is not None:
+                self._keeper.give_up(error)
 
     def _apply(
         self, keys: Sequence[tuple[int, int]], contributions: Sequence[Contribution], result: StepResult
@@ -380,7 +398,8 @@ class Master:
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over parameters and buffers by name; the optimizer's state may have been replaced too."""
         for name, tensor in self._tensors.items():
-            tensor.data.copy_(tensors[name])
+            if not self.states.is_loose(name):
+                tensor.data.copy_(tensors[name])
         self._stepper.forget()
 
     def digests(self) -> tuple[int, bytes]:
@@ -473,6 +492,8 @@ class Master:
         total = sum(weights.values())
         counted = [key for key in keys if weights[key] or not total]
         for name, master in self._buffers.items():
+            if self.states.is_loose(name):
+                continue
             seen = [self._slabs[key].buffers[name] for key in counted]
             if all(torch.equal(buffer, master) for buffer in seen):
                 continue  # a constant must not drift by rounding

@@ -16,6 +16,7 @@ from dnb.hub.history import HistoryRow
 from dnb.hub.reducer import Master
 from dnb.hub.user_code import UserCodeError, user_code
 from dnb.transport.failures import describe_error
+from dnb.transport.module_states import LooseStates
 from dnb.transport.trees import put_together
 
 _OTHERS = "model."  # buffers that no state_dict has lie beside the optimizer's state
@@ -107,15 +108,25 @@ def _restore_model(checkpoint: Checkpoint, master: Master) -> None:
     if difference:
         raise ArgumentError(f"{checkpoint.folder} is of another model: {difference}")
     found = checkpoint.read(MODEL_FILE)
-    beside = {
-        name.removeprefix(_OTHERS): tensor
-        for name, tensor in checkpoint.read(OPTIMIZER_FILE).items()
-        if name.startswith(_OTHERS)
-    }
+    kept = checkpoint.read(OPTIMIZER_FILE)
+    beside = {name.removeprefix(_OTHERS): tensor for name, tensor in kept.items() if name.startswith(_OTHERS)}
     tensors = {**found, **beside}
+    states = _loose_states(checkpoint.manifest, tensors, kept)
+    master.states.check(states)
     for name, own in (parameters | buffers).items():
-        _check_alike(name, tensors[name], own.shape, dtype=own.dtype)  # else it would be broadcast, or converted
+        if name not in states.buffers:
+            _check_alike(name, tensors[name], own.shape, dtype=own.dtype)  # else it would be broadcast, or converted
+    if states:
+        master.states.restore(states)
     master.restore(tensors)
+
+
+def _loose_states(
+    manifest: Manifest, tensors: Mapping[str, torch.Tensor], kept: Mapping[str, torch.Tensor]
+) -> LooseStates:
+    buffers = {name: None if name in manifest.empty else tensors[name] for name in manifest.loose}
+    extra = {} if manifest.extra is None else put_together(manifest.extra, kept)
+    return LooseStates(extra=extra, buffers=buffers, transient=set(manifest.transient))
 
 
 def _check_alike(name: str, tensor: torch.Tensor, shape: Sequence[int], *, dtype: torch.dtype | None = None) -> None:

@@ -1206,6 +1206,7 @@ def _state_of(run: ActiveRun, request: GetState) -> tuple[Message, Sequence[Any]
     state: dict[str, Any] = {
         "parameters": dict(run.master.model.named_parameters()),
         "buffers": dict(run.master.model.named_buffers()),
+        "loose": run.master.states.as_tensor(),
     }
     if request.optimizer:
         state["optimizer"] = run.master.optimizer.state_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import platform
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import torch
 from dnb.hub.accounts import Columns
 from dnb.hub.checkpoints import StateFacts
 from dnb.hub.reducer import Master
+from dnb.transport.states import pack_state, unpack_state
 from dnb.transport.trees import take_apart
 
 Tensors = dict[str, torch.Tensor]
@@ -28,7 +30,7 @@ def named_tensors(master: Master) -> tuple[Tensors, dict[str, str], Tensors]:
     named: Tensors = {**dict(master.model.named_parameters()), **dict(master.model.named_buffers())}
     for name, tensor in master.model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, torch.Tensor):
-            continue  # a module's extra state, which engines do not change
+            continue  # a module's extra state
         if id(tensor) in first:
             tied[name] = first[id(tensor)]
         else:
@@ -36,6 +38,22 @@ def named_tensors(master: Master) -> tuple[Tensors, dict[str, str], Tensors]:
             own[name] = tensor
     others = {f"model.{name}": tensor for name, tensor in named.items() if own.get(name) is not tensor}
     return own, tied, others
+
+
+def extra_of(master: Master) -> tuple[Any, Tensors]:
+    """The extra states of modules without their tensors, and these; None if there are none."""
+    extra = master.states.now.extra
+    return take_apart(extra, root="extra") if extra else (None, {})
+
+
+def extra_file_of(master: Master) -> bytes:
+    """The same as `torch.load` reads it with weights_only; empty if there are none."""
+    extra = master.states.now.extra
+    if not extra:
+        return b""
+    file = io.BytesIO()
+    torch.save(unpack_state(pack_state(extra)), file)  # plain containers, whatever they were
+    return file.getvalue()
 
 
 def state_of(owner: Any, root: str, *, is_strict: bool) -> tuple[StateFacts | None, Tensors, tuple[str, ...]]:

@@ -44,9 +44,14 @@ def shard_bounds(num_samples: int, *, num_shards: int) -> list[tuple[int, int]]:
     Returns:
         `num_shards` pairs (first, past the last).
     """
-    num_filled = min(num_shards, max(num_samples // SAMPLES_AT_LEAST, 1))
+    num_filled = _num_filled(num_samples, num_shards)
     cuts = [filled * num_samples // num_filled for filled in range(num_filled + 1)]
     return list(pairwise(cuts[index * num_filled // num_shards] for index in range(num_shards + 1)))
+
+
+def first_filled_shard(num_samples: int, *, num_shards: int) -> int:
+    """The first shard of a batch that is not empty."""
+    return -(-num_shards // _num_filled(num_samples, num_shards)) - 1
 
 
 def split_evenly(number: int, *, num_parts: int) -> list[tuple[int, int]]:
@@ -98,3 +103,7 @@ def deal_by_speed(
         for (engine, count), end in zip(counts.items(), ends, strict=True)
         if count
     }
+
+
+def _num_filled(num_samples: int, num_shards: int) -> int:
+    return min(num_shards, max(num_samples // SAMPLES_AT_LEAST, 1))

@@ -11,6 +11,7 @@ import torch
 
 from dnb.records import StateTree, TensorSlot
 from dnb.transport.layout import dtype_name, dtype_named
+from dnb.transport.trees import put_together, take_apart
 
 # An inner dictionary is tagged, so that it is not taken for a tensor;
 # an optimizer's state is keyed by integers: such dictionaries become lists of pairs.
@@ -84,6 +85,28 @@ def decode_state(tree: StateTree, frames: Sequence[bytes]) -> Any:
         return {walk(key): walk(child) for key, child in inner}
 
     return walk(msgspec.msgpack.decode(tree.tree))
+
+
+def pack_state(state: Any) -> bytes:
+    """A nested state in one piece; it may hold bytes and sets, too.
+
+    Raises:
+        TypeError: it holds something that `take_apart` does not know; says what and where.
+    """
+    plain, named = take_apart(state, root="state")
+    tree, frames = encode_state({"tree": plain, "tensors": named})
+    return msgspec.msgpack.encode((tree.tree, tree.tensors, frames))
+
+
+def unpack_state(packed: bytes | memoryview) -> Any:
+    """The reverse of `pack_state`.
+
+    Raises:
+        Exception: it is none; decoding raises more than its own errors.
+    """
+    tree, tensors, frames = msgspec.msgpack.decode(packed, type=tuple[bytes, tuple[TensorSlot, ...], list[bytes]])
+    state = decode_state(StateTree(tree=tree, tensors=tensors), frames)
+    return put_together(state["tree"], state["tensors"])
 
 
 def _tensor(slot: TensorSlot, frame: bytes) -> torch.Tensor:

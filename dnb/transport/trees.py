@@ -57,6 +57,8 @@ def _walk(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
         value = value.item()
     if value is None or isinstance(value, bool | str):
         return value
+    if isinstance(value, bytes):
+        return {TAG: "bytes", "of": value.hex()}
     if isinstance(value, int):
         return value if -_LARGEST <= value < _LARGEST else {TAG: "int", "of": str(int(value))}
     if isinstance(value, float):
@@ -93,4 +95,5 @@ _MAKERS: dict[str, Callable[[Any], Any]] = {
     "set": set,
     "int": int,
     "float": float,
+    "bytes": bytes.fromhex,
 }
