@@ -179,6 +179,8 @@ def resume(
         sys_path=tuple(dict.fromkeys([*own_path(), *(old.sys_path if pickles else ())])),
         job=NOTHING,
         data=NOTHING,
+        findings=(),
+        probe=None,  # the notebook's was of the parameters with which the first run began
         plain=_plain_now(old.plain, given, job.order),
         settings=settings,
         resumed=_resumed(checkpoint, damages),

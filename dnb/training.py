@@ -56,6 +56,7 @@ from dnb.proving import Submission
 from dnb.records import ENDED, Done, Finding, ParcelRef, PlainJob, PoolFacts, RunSpec, Submit
 from dnb.rehearsal.modes import mode_findings, refuse_sync_batchnorm
 from dnb.rehearsal.rehearsing import rehearse
+from dnb.rehearsal.trial import Options
 from dnb.run import Run
 from dnb.run_folders import RUNS_FOLDER, check_name, check_place, reserved_folder
 from dnb.surveying import working_engines
@@ -374,7 +375,7 @@ def fit(
         has_val=val is not None,
     )
     data = Data(train=train_source.data, val=None if val_source is None else val_source.data)
-    rehearsed = rehearse(job, data)
+    rehearsed = rehearse(job, data, Options(seed=seed, precision=precision, loss_over=loss_over))
     job, data = rehearsed.job, rehearsed.data
     loss_over = check_loss_over(read_loss_over(loss_over) or rehearsed.loss_over, job)
     division = None

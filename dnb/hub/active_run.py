@@ -189,7 +189,9 @@ class ActiveRun:
         self._verdict: _Verdict | None = None
         self._mended = beginning.mended
         self._last_shards: dict[tuple[int, int], tuple[int, ...]] = {}  # by engine and slab
-        self._agreement = Agreement(self.master.parameter_layout, num_steps=spec.num_steps, precision=spec.precision)
+        self._agreement = Agreement(
+            self.master.parameter_layout, num_steps=spec.num_steps, precision=spec.precision, probe=spec.probe
+        )
         self._copy_fault = ""
         self._fault: Failure | None = None  # of user code, in a chore
         self._disagreement = ""
@@ -1039,8 +1041,10 @@ class ActiveRun:
     # one model for all
 
     def _wants_probe(self, action: machine.Assign, member: _Member) -> bool:
-        """Whether the engine has not been held against the others yet; alone it has nobody to differ from."""
-        if self.spec.partitions or member.is_probed or len(self._members) < 2:
+        """Whether the engine has not been held against the notebook or others yet, if there are any."""
+        if self.spec.partitions or member.is_probed:
+            return False
+        if len(self._members) < 2 and self.spec.probe is None:
             return False
         if action.step > self._first_step + 1:
             return False

@@ -1,4 +1,4 @@
-"""Whether all engines have the same model: one loss for the same samples, one hash for the same parameters."""
+"""Agreement of notebook and engines: one loss for the same samples, one hash for the same parameters."""
 
 from __future__ import annotations
 
@@ -16,25 +16,27 @@ DIGEST_SMALL_BYTES = 1 << 20
 # Other processors round otherwise, in half precision more so.
 PROBE_TOLERANCE = 1e-4
 HALF_PROBE_TOLERANCE = 1e-2
+NOTEBOOK = "in the notebook"
 HALVES = frozenset({"bfloat16", "float16"})
 
 
 class Agreement:
-    """Remembers what was found on the first engine and in the hub, and holds the others against it.
+    """Remembers what was found in the notebook or on the first engine, and in the hub, and holds the others against it.
 
     Args:
         layout: of the parameters, in the order of the digests.
         num_steps: of the run; the last one is always hashed.
         precision: of the forward.
+        probe: the loss that the notebook has found for the first samples; None: it has not.
     """
 
-    def __init__(self, layout: Layout, *, num_steps: int, precision: str) -> None:
+    def __init__(self, layout: Layout, *, num_steps: int, precision: str, probe: float | None = None) -> None:
         is_half = precision in HALVES or any(slot.dtype in HALVES for slot in layout.slots)
         self._tolerance = HALF_PROBE_TOLERANCE if is_half else PROBE_TOLERANCE
         self._names = [slot.name for slot in layout.slots]
         self._num_steps = num_steps
         self._every = DIGEST_SMALL_EVERY if layout.num_bytes < DIGEST_SMALL_BYTES else DIGEST_EVERY
-        self._probe: tuple[int, float] | None = None
+        self._probe: tuple[str, float] | None = None if probe is None else (NOTEBOOK, probe)
         self._digest_step = 0
         self._digests: NDArray[np.uint32] = np.empty(0, dtype=np.uint32)
 
@@ -65,17 +67,18 @@ class Agreement:
         return f"engine {engine}'s copy of {name!r}{more} is not the hub's after step {step}"
 
     def fault_of_probe(self, engine: int, loss: float) -> str:
-        """What is wrong if an engine finds this loss for the first samples; "" if it is that of the others."""
+        """What is wrong if an engine finds this loss for the first samples; "" if it is that of notebook and others."""
         if self._probe is None:
-            self._probe = (engine, loss)
+            self._probe = (f"on engine {engine}", loss)
             return ""
         other, expected = self._probe
         if math.isclose(loss, expected, rel_tol=self._tolerance, abs_tol=self._tolerance):
             return ""
         if math.isnan(loss) and math.isnan(expected):
             return ""
+        found = [f"{expected:.6g} {other}", f"{loss:.6g} on engine {engine}"]
+        both = " and ".join(reversed(found) if other == NOTEBOOK else found)
         return (
-            f"engines disagree: for the same samples the loss is {expected:.6g} on engine {other} and {loss:.6g} on "
-            f"engine {engine}. Forward and data must not depend on the process, its host, a file that differs, or "
-            "random numbers that torch does not draw; nothing was trained"
+            f"engines disagree: for the same samples the loss is {both}. Code, forward and data must not depend on the "
+            "process, its host, a file that differs, or random numbers that torch does not draw; nothing was trained"
         )

@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from dnb.errors import USER_ERRORS, summary_of
+from dnb.progress import long_work
 from dnb.records import Finding, Reduction
+from dnb.rehearsal.trial import Options, Trial
 from dnb.transport.job import Data, Job
+
+log = logging.getLogger(__name__)
+
+# Takes a trial, may change what of it says so, and tells what it finds.
+#
+# Raises:
+#     ArgumentError: the run cannot be right.
+Check = Callable[[Trial], Sequence[Finding]]
+
+# In the order in which they are made.
+CHECKS: tuple[Check, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,14 +48,34 @@ class Rehearsed:
     probe: float | None = None
 
 
-def rehearse(job: Job, data: Data) -> Rehearsed:
+def rehearse(job: Job, data: Data, options: Options | None = None) -> Rehearsed:
     """Compute a few samples of a run here, and leave everything of the user's as it was.
 
     Args:
         job: as read from the arguments.
         data: likewise.
+        options: of the run.
 
     Raises:
         ArgumentError: the run cannot be right; nothing was started.
     """
-    return Rehearsed(job=job, data=data)
+    with long_work("rehearsing a few samples"):
+        try:
+            trial = Trial.of(job, data, options or Options())
+        except KeyboardInterrupt:
+            raise
+        except USER_ERRORS as error:  # what cannot be copied cannot be shipped, which says more
+            log.info("nothing was rehearsed: %s", summary_of(error))
+            return Rehearsed(job=job, data=data)
+        try:
+            findings = [finding for check in CHECKS for finding in check(trial)]
+            return Rehearsed(
+                job=trial.given,
+                data=trial.given_data,
+                findings=tuple(findings),
+                reduction=trial.reduction,
+                loss_over=trial.loss_over,
+                probe=trial.probe(),
+            )
+        finally:
+            trial.release()

@@ -164,11 +164,11 @@ def _pack(obj: Any, *, name: str, folders: Sequence[Path], report: Report) -> tu
     return packer.file.getvalue(), parcel, segment
 
 
-def _packed(obj: Any) -> _Packer:
+def _packed(obj: Any, *, begin: Callable[..., _Packer] | None = None) -> _Packer:
     """A pickler that has taken an object; globals of the user's modules that pickle refuses are looked up there."""
     referenced: dict[tuple[str, str], Any] = {}
     while True:
-        packer = _Packer(io.BytesIO(), referenced=referenced)
+        packer = (begin or _Packer)(io.BytesIO(), referenced=referenced)
         try:
             packer.dump_whole(obj)
             return packer

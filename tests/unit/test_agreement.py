@@ -86,3 +86,10 @@ def test_one_loss_that_is_no_number_does_not():
     judge = agreement()
     judge.fault_of_probe(0, 2.3)
     assert "nan on engine 1" in judge.fault_of_probe(1, math.nan)
+
+
+def test_an_engine_that_differs_from_the_notebook_is_told_with_both_losses():
+    layout = plan_layout([("only", torch.zeros(3))])
+    judge = Agreement(layout, num_steps=10, precision="float32", probe=1.5)
+    assert judge.fault_of_probe(0, 1.50001) == ""
+    assert "for the same samples the loss is 2.5 on engine 1 and 1.5 in the notebook" in judge.fault_of_probe(1, 2.5)

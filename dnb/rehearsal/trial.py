@@ -1,0 +1,269 @@
+"""A few samples of a run, computed on copies of what the user gave."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from dnb.engine.loader import fetch_batch
+from dnb.engine.modes import Modes
+from dnb.engine.replica import PROBE_SAMPLES, part_seed
+from dnb.errors import USER_ERRORS
+from dnb.records import Reduction
+from dnb.rehearsal.undisturbed import undisturbed
+from dnb.rehearsal.watching import WriteWatch
+from dnb.transport.copies import copy_together, shallow_copy
+from dnb.transport.job import Data, DataSource, Job, Sum
+from dnb.transport.own_generators import OwnGenerators
+from dnb.transport.returned import read_loss, read_step
+
+# So many show how the loss of the whole is made of those of parts; of a large model each takes its time.
+MOST_SAMPLES = 8
+LEAST_SAMPLES = 4
+SMALL_MODEL = 1_000_000  # parameters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What else of a run matters to its rehearsal.
+
+    Args:
+        seed: of the run.
+        precision: likewise.
+        loss_over: what the user says of the loss, if he does.
+    """
+
+    seed: int = 0
+    precision: str = "float32"
+    loss_over: str | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Computed:
+    """What came of one forward, and of backward, as far as they came.
+
+    Args:
+        output: what the model returned; None where a step function called it.
+        target: what the loss compared it with; None where the model or a step function has the loss.
+        returned: by loss, step function, or the model that has its own loss.
+        loss: read from that.
+        error: what was raised.
+        phase: in which it was raised: "forward" is the model's or the step function's.
+        written: parameters that were written, and by which operation.
+        accumulated: parameters whose gradient came before backward was to begin.
+        warnings: texts of those that were given.
+    """
+
+    output: Any = None
+    target: Any = None
+    returned: Any = None
+    loss: torch.Tensor | Sum | None = None
+    error: BaseException | None = None
+    phase: Literal["data", "forward", "loss", "backward", ""] = ""
+    written: Mapping[str, str] = field(default_factory=dict)
+    accumulated: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class Trial:
+    """The first samples of a run, and copies of its objects, which checks may compute with.
+
+    Args:
+        given: the job as the user gave it: only to be read; `job` is the copy.
+        given_data: likewise.
+        job: copied as an engine gets it; its model may be changed, as nothing of it comes home.
+        data: likewise.
+        options: of the run.
+        indices: of the samples.
+        modes: switches the copy between training and evaluation.
+        generators: of random numbers, in the copies.
+        is_whole: whether data were copied as a whole: those that would have taken long were not.
+        batch: of these, as collate_fn made it; None if it could not be had.
+        computed: by the model, in training mode, on the batch, with backward.
+        loss_over: what a check has found of the loss; see `Rehearsed`.
+        reduction: likewise.
+    """
+
+    given: Job
+    given_data: Data
+    job: Job
+    data: Data
+    options: Options
+    indices: torch.Tensor
+    modes: Modes
+    generators: OwnGenerators
+    is_whole: bool
+    batch: Any = None
+    computed: Computed = field(default_factory=Computed)
+    loss_over: Literal["samples", "batch"] = "samples"
+    reduction: Reduction = "targets"
+
+    @classmethod
+    def of(cls, job: Job, data: Data, options: Options) -> Trial:
+        """Copy a run's objects, fetch its first samples, and compute them.
+
+        Raises:
+            Exception: what cannot be copied.
+        """
+        num_samples = job.order.num_samples
+        copies = copy_together(_without_optimizer(job), data)
+        copied_job, copied_data = copies.small, copies.large if copies.is_whole else _shallow(data)
+        trial = cls(
+            given=job,
+            given_data=data,
+            job=copied_job,
+            data=copied_data,
+            options=options,
+            indices=torch.arange(min(_samples_for(job.model), num_samples)),
+            generators=copies.generators,
+            is_whole=copies.is_whole,
+            modes=Modes([copied_job.model, *(copied_job.stages or ())]),
+        )
+        trial.fetch()
+        if trial.computed.error is None:
+            trial.compute()
+        return trial
+
+    def fetch(self) -> None:
+        """Have the batch of the first samples."""
+        with undisturbed():
+            self.seed()
+            try:
+                self.batch = fetch_batch(self.data.train, self.indices)
+            except KeyboardInterrupt:
+                raise
+            except USER_ERRORS as error:
+                self.computed = Computed(error=error, phase="data")
+
+    def compute(self) -> Computed:
+        """Run forward, loss and backward as a step does."""
+        with undisturbed() as told:
+            self.seed()
+            self.modes.be_training(mode=True)
+            self.computed = _compute(self.job, self.batch, self.autocast())
+        self.computed.warnings = tuple(str(each.message) for each in told)
+        return self.computed
+
+    def probe(self) -> float | None:
+        """The loss in evaluation mode, as engines compute it to be held against each other; None if there is none."""
+        if self.computed.phase == "data" or not self.is_whole:
+            return None  # their own random numbers would be others
+        with undisturbed():
+            self.modes.be_training(mode=False)
+            self.seed()
+            try:
+                batch = fetch_batch(self.data.train, self.indices[:PROBE_SAMPLES])
+                with torch.no_grad(), self.autocast():
+                    loss = _loss(self.job, batch, Computed(), needs_gradient=False)
+                if isinstance(loss, Sum):
+                    return loss.total.item() / loss.weight if loss.weight else None
+                return loss.item()
+            except KeyboardInterrupt:
+                raise
+            except USER_ERRORS:
+                return None
+
+    def release(self) -> None:
+        """Let the copies go; a file that a data set has opened is closed without a warning."""
+        with undisturbed():
+            self.batch = None
+            self.computed = Computed()
+            self.data, self.job = self.given_data, self.given
+
+    def seed(self) -> None:
+        """Draw the numbers that an engine draws for its probe."""
+        seed = part_seed(self.options.seed, 0, 0)
+        torch.default_generator.manual_seed(seed)
+        self.generators.seed(seed)
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Around forward, as on engines."""
+        if self.options.precision == "float32":
+            return nullcontext()
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def _samples_for(model: torch.nn.Module) -> int:
+    num_elements = sum(parameter.numel() for parameter in model.parameters())
+    return MOST_SAMPLES if num_elements <= SMALL_MODEL else LEAST_SAMPLES
+
+
+def _shallow(data: Data) -> Data:
+    def copied(source: DataSource) -> DataSource:
+        is_tuple = isinstance(source.samples, tuple)
+        return replace(source, samples=source.samples if is_tuple else shallow_copy(source.samples))
+
+    return replace(data, train=copied(data.train), val=None if data.val is None else copied(data.val))
+
+
+def _without_optimizer(job: Job) -> Job:
+    return Job(
+        model=job.model,
+        loss=job.loss,
+        step=job.step,
+        metrics=job.metrics,
+        optimizer=None,
+        lr=None,
+        scheduler=None,
+        order=None,
+        stages=job.stages,
+        val_step=job.val_step,
+    )
+
+
+def _compute(job: Job, batch: Any, autocast: AbstractContextManager[Any]) -> Computed:
+    computed = Computed(phase="forward")
+    named = dict(job.model.named_parameters())
+    accumulated: list[str] = []
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: accumulated.append(name))
+        for name, parameter in named.items()
+        if parameter.requires_grad and parameter.is_leaf
+    ]
+    watch = WriteWatch(named)
+    try:
+        with watch:
+            with autocast, torch.enable_grad():
+                loss = computed.loss = _loss(job, batch, computed, needs_gradient=True)
+            computed.accumulated = tuple(dict.fromkeys(accumulated))
+            computed.phase = "backward"
+            total = loss.total if isinstance(loss, Sum) else loss
+            total.backward()
+        computed.phase = ""
+    except KeyboardInterrupt:
+        raise
+    except USER_ERRORS as error:
+        computed.error = error
+        if computed.phase != "backward":
+            computed.accumulated = tuple(dict.fromkeys(accumulated))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    computed.written = watch.written
+    return computed
+
+
+def _loss(job: Job, batch: Any, computed: Computed, *, needs_gradient: bool) -> torch.Tensor | Sum:
+    """Loss of a batch; what it was computed from is noted on the way."""
+    model = job.model
+    if job.step is not None:
+        computed.returned = job.step(model, batch)
+        return read_step(computed.returned, needs_gradient=needs_gradient)[0]
+    if isinstance(batch, dict):
+        computed.output = computed.returned = model(**batch)
+        return read_step(computed.returned, needs_gradient=needs_gradient, by="model")[0]
+    *inputs, computed.target = batch
+    computed.output = model(*inputs)
+    computed.phase = "loss"
+    assert job.loss is not None
+    computed.returned = job.loss(computed.output, computed.target)
+    return read_loss(computed.returned, needs_gradient=needs_gradient)

@@ -1,0 +1,189 @@
+"""A rehearsal computes a few samples on copies, and leaves what the user gave as it was."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from dnb.planning.sample_order import BatchOrder
+from dnb.rehearsal.rehearsing import Rehearsed, rehearse
+from dnb.rehearsal.trial import Options, Trial
+from dnb.transport.copies import copy_together
+from dnb.transport.job import Data, DataSource, Job
+
+X, Y = torch.randn(32, 6), torch.randint(0, 3, (32,))
+
+
+def job_of(model: nn.Module, *, step: Callable[..., Any] | None = None, loss: Any = None, num_samples: int = 32) -> Job:
+    return Job(
+        model=model,
+        loss=None if step is not None else loss or nn.functional.cross_entropy,
+        step=step,
+        metrics={},
+        optimizer="adamw",
+        lr=None,
+        scheduler=None,
+        order=BatchOrder(num_samples=num_samples, batch_size=8),
+    )
+
+
+def pair(x: Any = X, y: Any = Y) -> Data:
+    return Data(train=DataSource(samples=(x, y), collate=None), val=None)
+
+
+def trial_of(model: nn.Module, data: Data | None = None, **options: Any) -> Trial:
+    return Trial.of(job_of(model, **options), data or pair(), Options())
+
+
+def rehearsed(model: nn.Module, data: Data | None = None, **options: Any) -> Rehearsed:
+    return rehearse(job_of(model, **options), data or pair())
+
+
+def test_a_trial_has_batch_output_target_and_loss_of_the_first_samples():
+    model = nn.Linear(6, 3)
+    trial = trial_of(model)
+    assert trial.indices.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert trial.batch[0].equal(X[:8])
+    assert trial.computed.target.equal(Y[:8])
+    assert trial.computed.loss.item() == pytest.approx(nn.functional.cross_entropy(model(X[:8]), Y[:8]).item())
+    assert trial.computed.error is None
+    assert trial.computed.phase == ""
+
+
+def test_the_user_s_model_has_no_gradients_afterwards_and_is_in_its_own_mode():
+    model = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rehearsed(model)
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module.training for module in model.modules())
+
+
+def test_random_numbers_go_on_as_if_nothing_had_been_rehearsed():
+    model = nn.Sequential(nn.Linear(6, 3), nn.Dropout())
+    state = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    rehearsed(model)
+    assert torch.get_rng_state().equal(state[0])
+    assert random.getstate() == state[1]
+    assert np.random.get_state()[1].tolist() == state[2]
+
+
+class Opens(Dataset):
+    """Opens its file at the first sample."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.file, self.asked = path, None, []
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> Any:
+        self.file = self.file or open(self.path, "rb")  # noqa: SIM115
+        self.asked.append(index)
+        return X[index], Y[index]
+
+
+def test_a_file_that_a_data_set_opens_lazily_is_not_open_afterwards(tmp_path):
+    (tmp_path / "samples").write_bytes(b"0")
+    samples = Opens(str(tmp_path / "samples"))
+    found = rehearsed(
+        nn.Linear(6, 3), Data(train=DataSource(samples=samples, collate=torch.utils.data.default_collate), val=None)
+    )
+    assert found.probe is not None
+    assert samples.file is None
+    assert samples.asked == []
+
+
+def test_a_step_function_that_counts_its_calls_has_counted_none():
+    calls = [0]
+
+    def step(model: nn.Module, batch: Any) -> torch.Tensor:
+        calls[0] += 1
+        step.calls += 1
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    step.calls = 0
+    assert rehearsed(nn.Linear(6, 3), step=step).probe is not None
+    assert calls == [0]
+    assert step.calls == 0
+
+
+def test_prints_and_warnings_of_a_rehearsal_do_not_show(capsys):
+    def step(model: nn.Module, batch: Any) -> torch.Tensor:
+        import warnings
+
+        print("step")  # noqa: T201
+        warnings.warn("of step", stacklevel=1)
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    trial = trial_of(nn.Linear(6, 3), step=step)
+    assert trial.computed.warnings == ("of step",)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_class_that_is_sent_by_value_is_not_changed_in_the_notebook():
+    class Net(nn.Linear):
+        calls = 0
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            type(self).calls += 1
+            return super().forward(inputs)
+
+    forward = Net.forward
+    trial = trial_of(Net(6, 3))
+    assert type(trial.job.model).calls == 1
+    assert type(trial.job.model) is not Net
+    assert Net.calls == 0
+    assert Net.forward is forward
+
+
+def test_what_step_and_model_share_is_shared_by_their_copies():
+    model = nn.Linear(6, 3)
+    copies = copy_together((model, [model]), X)
+    (copied, (again,)), data = copies.small, copies.large
+    assert again is copied
+    assert copied is not model
+    assert data.equal(X)
+    assert data.data_ptr() != X.data_ptr()
+
+
+def test_a_list_of_many_samples_is_not_copied_to_look_at_eight():
+    samples = [(torch.zeros(1), 0)] * 3 + [(torch.zeros(1), number) for number in range(6_000)]
+    copies = copy_together(nn.Linear(1, 1), samples)
+    assert copies.large is samples
+    assert not copies.is_whole
+
+
+def test_parameters_that_are_written_through_data_are_seen():
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+            self.seen = nn.Parameter(torch.zeros(1), requires_grad=False)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            self.seen.data += 1
+            return self.layer(inputs)
+
+    assert list(trial_of(Counts()).computed.written) == ["seen"]
+
+
+def test_a_gradient_that_comes_before_backward_is_seen():
+    def step(model: nn.Module, batch: Any) -> torch.Tensor:
+        loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+        loss.backward(retain_graph=True)
+        return loss
+
+    assert sorted(trial_of(nn.Linear(6, 3), step=step).computed.accumulated) == ["bias", "weight"]
+
+
+def test_what_user_code_raises_is_told_with_the_phase_in_which_it_did():
+    trial = trial_of(nn.Linear(5, 3))
+    assert isinstance(trial.computed.error, RuntimeError)
+    assert trial.computed.phase == "forward"
+    assert trial.probe() is None
