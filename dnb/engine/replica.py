@@ -33,7 +33,7 @@ from dnb.transport.returned import MetricReader, Metrics, ReturnError, read_loss
 
 log = logging.getLogger(__name__)
 
-PROBE_SAMPLES = 4
+PROBE_SAMPLES = 8
 MOST_SAMPLES_SHOWN = 8
 
 # Of a member of a team that has no part in the loss.

@@ -159,7 +159,7 @@ class Trial:
             self.modes.be_training(mode=False)
             self.seed()
             try:
-                batch = fetch_batch(self.data.train, self.indices[:PROBE_SAMPLES])
+                batch = fetch_batch(self.data.train, torch.arange(min(PROBE_SAMPLES, self.given.order.num_samples)))
                 with torch.no_grad(), self.autocast():
                     loss = _loss(self.job, batch, Computed(), needs_gradient=False)
                 if isinstance(loss, Sum):
