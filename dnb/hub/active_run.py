@@ -26,6 +26,7 @@ from dnb.hub.gathering import CannotGather, Gatherer
 from dnb.hub.history import HistoryRow, RunSummary, read_timeline, summarize
 from dnb.hub.meeting import Meeting, open_meeting
 from dnb.hub.memo import RunMemo
+from dnb.hub.pacing import DecayWatch
 from dnb.hub.peers import PeerError, Rules, check_message, check_parts
 from dnb.hub.reducer import Contribution, NotFinite, StepResult, mean_of
 from dnb.hub.restoring import rows_of
@@ -193,6 +194,7 @@ class ActiveRun:
             self.master.parameter_layout, num_steps=spec.num_steps, precision=spec.precision, probe=spec.probe
         )
         self._copy_fault = ""
+        self._decay = self._watch_decay()
         self._fault: Failure | None = None  # of user code, in a chore
         self._disagreement = ""
         self._over_limit: set[int] = set()
@@ -245,6 +247,13 @@ class ActiveRun:
             returning=returning,
             first=FIRST_TEAM * (life + 1),
         )
+
+    def _watch_decay(self) -> DecayWatch | None:
+        spec = self.spec
+        if self.master.scheduler is None or spec.scheduler_every != "step":
+            return None
+        largest = max(self._columns.by_step.get("lr", ()), default=0.0)
+        return DecayWatch(steps_per_epoch=spec.steps_per_epoch, num_steps=spec.num_steps, largest=largest)
 
     @property
     def is_active(self) -> bool:
@@ -976,6 +985,8 @@ class ActiveRun:
         else:
             self._columns.add_evaluation(step, values)
         self._folder.append_row(HistoryRow(kind=kind, step=step, time=when, values=values, samples=samples))
+        if kind == "step" and self._decay is not None and (text := self._decay.look(step, values["lr"])):
+            self._note(machine.Note("state", text))
 
     def _tell_of_disk(self, news: Iterable[str]) -> None:
         for text in news:

@@ -11,6 +11,8 @@ from dnb.hub.user_code import user_code
 
 PACES = ("step", "epoch")
 VALUE_PREFIX = "val_"
+# A share of the largest learning rate with which nothing is learned any more.
+NOTHING = 1e-3
 
 
 class Pace:
@@ -48,6 +50,35 @@ class Pace:
                 raise ArgumentError(f"scheduler_every={self._value!r} is not measured: there is {', '.join(values)}")
             self.scheduler.step(values[self._value])
         return True
+
+
+class DecayWatch:
+    """Notices a learning rate that decays to nothing within the first epoch, as one does that is meant to decay once.
+
+    Args:
+        steps_per_epoch: batches of an epoch.
+        num_steps: of the run; a rate that ends at nothing in its second half is meant to.
+        largest: rate so far.
+    """
+
+    def __init__(self, *, steps_per_epoch: int, num_steps: int, largest: float = 0.0) -> None:
+        self._steps_per_epoch = steps_per_epoch
+        self._last = min(steps_per_epoch, num_steps // 2)
+        self._largest = largest
+
+    def look(self, step: int, lr: float) -> str:
+        """A sentence, once, if the rate of this step is next to nothing; else empty."""
+        if step > self._last:
+            return ""
+        self._largest = max(self._largest, lr)
+        if lr >= self._largest * NOTHING:
+            return ""
+        self._last = 0
+        return (
+            f"the learning rate has fallen from {self._largest:.3g} to {lr:.3g} within {step} of the "
+            f"{self._steps_per_epoch} steps of the first epoch, as the scheduler is stepped with every step: "
+            "scheduler_every='epoch' steps it once an epoch"
+        )
 
 
 def check_pace(scheduler: object, *, every: object, has_val: bool) -> None:

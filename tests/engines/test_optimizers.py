@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, TensorDataset
 
 from dnb import training
 from dnb.errors import ArgumentError, RunError
@@ -170,6 +171,62 @@ def test_a_scheduler_gives_the_rates_and_losses_of_one_process(pool, name, form)
     seen = plain_run(plain, digits(), num_steps=12, optimizer=plain_optimizer, scheduler=make(plain_optimizer))
     assert run.history["lr"] == pytest.approx(seen.rates, rel=1e-12)
     assert largest_gap(run.history["loss"], seen.losses) < 1e-10
+
+
+EPOCHS = {
+    "step": (partial(lr_scheduler.StepLR, step_size=1, gamma=0.7), "epoch"),
+    "plateau": (partial(lr_scheduler.ReduceLROnPlateau, patience=0, threshold=0.5), "epoch"),
+    "best": (partial(lr_scheduler.ReduceLROnPlateau, patience=0, mode="max", threshold=0.5), "val_accuracy"),
+}
+
+
+@pytest.mark.parametrize("name", EPOCHS)
+def test_a_scheduler_of_epochs_gives_the_rates_of_one_process_also_by_a_value_of_the_evaluation(pool, name):
+    make, every = EPOCHS[name]
+    data, val = digits(256), digits(100)
+    model, plain = twice(mlp)
+    optimizer, plain_optimizer = (torch.optim.SGD(m.parameters(), lr=0.5) for m in (model, plain))
+    run = wait(
+        fit(
+            pool,
+            model,
+            data,
+            optimizer=optimizer,
+            scheduler=make(optimizer),
+            scheduler_every=every,
+            val=val,
+            metrics="accuracy",
+            epochs=4,
+        )
+    )
+    scheduler, rates, losses = make(plain_optimizer), [], []
+    loader = DataLoader(TensorDataset(*data), 64, shuffle=True, generator=torch.Generator().manual_seed(0))
+    for _ in range(4):
+        for batch in loader:
+            rates.append(plain_optimizer.param_groups[0]["lr"])
+            plain_optimizer.zero_grad()
+            loss = cross_entropy_step(plain, batch)
+            loss.backward()
+            plain_optimizer.step()
+            losses.append(loss.item())
+        with torch.no_grad():
+            value = cross_entropy_step(plain, val).item()
+            if every == "val_accuracy":
+                value = (plain(val[0]).argmax(dim=1) == val[1]).double().mean().item()
+        scheduler.step(*([] if name == "step" else [value]))
+    assert len(set(rates)) > 1
+    assert run.history["lr"] == pytest.approx(rates, rel=1e-12)
+    assert largest_gap(run.history["loss"], losses) < 1e-10
+
+
+def test_a_rate_that_is_meant_for_epochs_and_decays_with_every_step_is_an_event(pool):
+    model = mlp()
+    optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
+    scheduler = lr_scheduler.StepLR(optimizer, 1, gamma=0.7)
+    run = wait(fit(pool, model, digits(256), optimizer=optimizer, scheduler=scheduler, batch_size=8, epochs=2))
+    told = [event.text for event in run.events if event.kind == "state"]
+    assert len(told) == 1
+    assert "scheduler_every='epoch' steps it once an epoch" in told[0]
 
 
 @pytest.mark.numeric
