@@ -106,9 +106,10 @@ class DtrainMagics(PoolVerbs, PlanVerb, Magics):
             publish(run.prove(options["prove"]))
         return run
 
-    def _do_prove(self, steps: int = USUAL_STEPS) -> Proof:
+    def _do_prove(self, line: str) -> Proof:
         """Of the last run; the table is the cell's value."""
-        return _last_run().prove(steps)
+        function = _prove_steps if line.strip() and not line.lstrip().startswith("-") else _prove
+        return _last_run().prove(**bind(function, line, names=self._names(), verb="prove"))
 
     def _do_wait(self, timeout: float | None = None) -> Run:
         run = _last_run()
@@ -229,6 +230,14 @@ def _mended(step: Any = None, loss: Any = None) -> None:
 
 def _compare_flags(x: str = "step") -> None:
     """`%dtrain compare RUN RUN ... [--x step|samples|time]`."""
+
+
+def _prove(steps: int = USUAL_STEPS) -> None:
+    """`%dtrain prove [--steps 20]`."""
+
+
+def _prove_steps(steps: int) -> None:
+    """`%dtrain prove 20`."""
 
 
 def _checkpoint() -> None:

@@ -59,6 +59,7 @@ def test_prove_gives_the_table_as_the_cells_value(shell, capsys):
     proof = run(shell, "%dtrain prove 2")
     assert [step.step for step in proof.steps] == [1, 2]
     assert proof.is_same
+    assert len(run(shell, "%dtrain prove").steps) == 3
     capsys.readouterr()
     run(shell, "%dtrain fit model train --loss cross_entropy --steps 3 --prove 3")
     assert "the same: 3 steps of run" in capsys.readouterr().out
