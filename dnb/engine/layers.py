@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -35,12 +36,25 @@ class Layer:
         return type(self.module).__name__
 
 
+class Begin(NamedTuple):
+    """When a layer began: by the clock, and by the number of the next node of autograd's graph."""
+
+    seconds: float
+    node: int
+
+
+def begin_now() -> Begin:
+    """A layer begins now."""
+    return Begin(time.perf_counter(), torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
+
+
 @dataclass(slots=True)
 class _Call:
     """A module as it was called, and the modules that it called in turn."""
 
     name: str
     module: nn.Module
+    begin: Begin
     calls: list[_Call] = field(default_factory=list)
 
 
@@ -56,7 +70,12 @@ class Flow:
 
 
 def find_layers(model: nn.Module, forward: Forward) -> list[Layer]:
-    """The chain of modules that a forward runs one after the other.
+    """The chain of modules that a forward runs one after the other; see `find_beginnings`."""
+    return [layer for layer, _ in find_beginnings(model, forward)]
+
+
+def find_beginnings(model: nn.Module, forward: Forward) -> list[tuple[Layer, Begin]]:
+    """The chain of modules that a forward runs one after the other, and when each began.
 
     It looks into the model, into sequences within it, and into modules that hold much of it and are not one of several
     of their kind (those are a chain themselves). A module that is called more than once is no beginning of a layer.
@@ -67,17 +86,17 @@ def find_layers(model: nn.Module, forward: Forward) -> list[Layer]:
         num_calls[id(call.module)] = num_calls.get(id(call.module), 0) + 1
     chain = list(_chain(root, whole=_parameter_bytes(model)))
     once = [call for number, call in enumerate(chain) if number == 0 or num_calls[id(call.module)] == 1]
-    return [Layer(call.name, call.module) for call in once]
+    return [(Layer(call.name, call.module), call.begin) for call in once]
 
 
 def _watch_calls(model: nn.Module, forward: Forward) -> _Call:
     names = {id(module): name for name, module in model.named_modules()}
-    root = _Call("", model)
+    root = _Call("", model, begin_now())
     stack = [root]
 
     def enter(module: nn.Module, _: Any) -> None:
         if module is not model:
-            call = _Call(names[id(module)], module)
+            call = _Call(names[id(module)], module, begin_now())
             stack[-1].calls.append(call)
             stack.append(call)
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dnb.engine.allocator import release_freed_memory
-from dnb.engine.layers import Flow, Layer, entering, find_layers, watch_flow
+from dnb.engine.layers import Flow, Layer, entering, find_beginnings, watch_flow
 from dnb.engine.session import adopt_path
 from dnb.engine.worker import has_run
 from dnb.errors import USER_ERRORS, PlanError, summary_of
@@ -38,6 +38,9 @@ from dnb.transport.returned import ReturnError, read_loss, read_step
 BUDGET_SECONDS = 2.0
 LEAST_REPETITIONS = 3  # besides the first
 MOST_REPETITIONS = 15
+# A pass through a large model takes seconds, which swing little: such sizes are not measured, but for the smallest,
+# once, and what is known of it counts by samples.
+DEAR_SECONDS = 0.5
 # What takes longer is not slowed by being watched.
 UNDISTURBED_SECONDS = 0.03
 # Sizes to measure, as shares of the batch: a layer's time has a part that does not depend on the samples.
@@ -111,13 +114,16 @@ def profile_trial(
     with _as_before(trial.model), _threads(num_threads):
         parts = [take_samples(trial.batch, size, of=samples) for size in sizes]
         tries = [partial(_loss_of, trial, part) for part in parts]
-        layers = _first_try(trial, tries[0], num_samples=sizes[0])
+        layers, first = _first_try(trial, tries[0], num_samples=sizes[0])
+        sizes = _affordable(sizes, seconds=sum(first[0]) + sum(first[1]))
+        is_dear = len(sizes) == 1 and sum(first[0]) + sum(first[1]) > DEAR_SECONDS
+        tries, parts = tries[: len(sizes)], parts[: len(sizes)]
         flows = [
             watch_flow(trial.model, layers, attempt, inputs=plain_batch(part))
             for attempt, part in zip(tries, parts, strict=True)
         ]
-        times: list[tuple[list[float], list[float]]] = []
-        for attempt in tries:
+        times: list[tuple[list[float], list[float]]] = [first] if is_dear else []
+        for attempt in tries if not is_dear else ():
             if report is not None:
                 report(f"{len(times)} of {len(sizes)} sizes of batch are timed, {len(layers)} layers each")
             times.append(_time_layers(layers, attempt, budget_seconds=BUDGET_SECONDS / len(sizes)))
@@ -213,16 +219,34 @@ def _mean_of(output: Any) -> torch.Tensor:
     return torch.stack([value.float().mean() for value in values]).sum()
 
 
-def _first_try(trial: Trial, attempt: Callable[[], torch.Tensor], *, num_samples: int) -> list[Layer]:
-    """Find the layers, and make sure that forward and backward work."""
+def _affordable(sizes: tuple[int, ...], *, seconds: float) -> tuple[int, ...]:
+    """The sizes of which one pass takes no more than is well spent, the smallest in any case.
+
+    Args:
+        sizes: samples, ascending.
+        seconds: that one pass of the smallest took.
+    """
+    return (sizes[0], *(size for size in sizes[1:] if seconds * size / sizes[0] <= DEAR_SECONDS))
+
+
+def _first_try(
+    trial: Trial, attempt: Callable[[], torch.Tensor], *, num_samples: int
+) -> tuple[list[Layer], tuple[list[float], list[float]]]:
+    """Find the layers, make sure that forward and backward work, and time them once."""
+    losses: list[torch.Tensor] = []
     try:
-        layers = find_layers(trial.model, attempt)
-        attempt().backward()
+        found = find_beginnings(trial.model, lambda: losses.append(attempt()))
+        end, began = time.perf_counter(), [begin for _, begin in found]
+        moments = [begin.seconds for begin in began] + [end]
+        backward = [0.0] * len(found)
+        _time_nodes(losses[0], [0, *(begin.node for begin in began[1:])], backward)
+        losses[0].backward()
     except (PlanError, KeyboardInterrupt):
         raise
     except USER_ERRORS as error:
         raise PlanError(f"the model fails on {num_samples} samples of the batch: {summary_of(error)}") from error
-    return layers
+    forward = [later - earlier for earlier, later in itertools.pairwise(moments)]
+    return [layer for layer, _ in found], (forward, backward)
 
 
 # time

@@ -108,7 +108,9 @@ class Site(Record, frozen=True):
 
 
 def mean_profile(profiles: Sequence[Profile]) -> Profile:
-    """What engines that measured the same at the same time saw on average."""
+    """What engines that measured the same at the same time saw on average, of the sizes that all of them measured."""
+    number = min(len(profile.sizes) for profile in profiles)
+    profiles = [_first_sizes(profile, number) for profile in profiles]
     first = profiles[0]
     layers = zip(*(profile.layers for profile in profiles), strict=True)
     return msgspec.structs.replace(
@@ -122,6 +124,25 @@ def mean_profile(profiles: Sequence[Profile]) -> Profile:
             for same in layers
         ),
         measuring_seconds=max(profile.measuring_seconds for profile in profiles),
+    )
+
+
+def _first_sizes(profile: Profile, number: int) -> Profile:
+    """A profile of the smallest sizes only."""
+    return msgspec.structs.replace(
+        profile,
+        sizes=profile.sizes[:number],
+        layers=tuple(
+            msgspec.structs.replace(
+                layer,
+                forward_seconds=layer.forward_seconds[:number],
+                backward_seconds=layer.backward_seconds[:number],
+                kept_bytes=layer.kept_bytes[:number],
+                cut_bytes=layer.cut_bytes[:number],
+                cut_gradient_bytes=layer.cut_gradient_bytes[:number],
+            )
+            for layer in profile.layers
+        ),
     )
 
 

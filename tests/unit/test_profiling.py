@@ -8,9 +8,11 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.models import CausalTransformer, token_loss
+from dnb.engine import profiling
 from dnb.engine.layers import find_layers
 from dnb.engine.profiling import Trial, choose_sizes, count_samples, profile_trial, take_samples
 from dnb.errors import PlanError
+from dnb.planning.profiles import mean_profile
 from dnb.transport.job import Sum
 
 
@@ -299,3 +301,40 @@ def test_every_tensor_with_samples_is_cut():
 def test_a_batch_that_does_not_fit_the_model_is_refused(model, batch, message):
     with pytest.raises(PlanError, match=message):
         profile_trial(Trial(model=model, batch=batch), num_threads=1)
+
+
+# what is dear
+
+
+class Counted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = mlp(4, 8, 3)
+        self.num_forwards = 0
+
+    def forward(self, x):
+        self.num_forwards += 1
+        return self.layers(x)
+
+
+def test_a_model_that_takes_long_is_measured_once_with_the_fewest_samples(monkeypatch):
+    monkeypatch.setattr(profiling, "DEAR_SECONDS", 0.0)
+    model = Counted()
+    made = profile(model, rows(4), sizes=(2, 8), loss=functional.cross_entropy)
+    assert made.sizes == (2,)
+    assert model.num_forwards == 2  # one is timed, one shows what is kept
+    assert all(len(layer.forward_seconds) == len(layer.kept_bytes) == 1 for layer in made.layers)
+    assert all(layer.forward_seconds[0] > 0 for layer in made.layers)
+    assert made.layers[0].backward_seconds[0] > 0
+
+
+def test_of_engines_that_measured_other_sizes_those_count_that_all_of_them_did():
+    model = mlp(4, 8, 3)
+    two = profile(model, rows(4), sizes=(2, 8), loss=functional.cross_entropy)
+    one = profile(model, rows(4), sizes=(2,), loss=functional.cross_entropy)
+    mean = mean_profile([two, one])
+    assert mean.sizes == (2,)
+    pairs = zip(two.layers, one.layers, strict=True)
+    assert [layer.forward_seconds for layer in mean.layers] == [
+        (pytest.approx((a.forward_seconds[0] + b.forward_seconds[0]) / 2),) for a, b in pairs
+    ]
