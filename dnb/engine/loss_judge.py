@@ -1,0 +1,368 @@
+"""How the losses of the parts of a batch are put together: found by computing a few samples, whole and in parts."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from dnb.errors import USER_ERRORS
+from dnb.records import Reduction
+from dnb.transport.job import Sum
+from dnb.transport.loss_weights import nodes_of_targets, weight_of
+from dnb.transport.returned import read_loss
+
+Kind = Reduction | Literal["batch"]
+
+# Relative; the smallest that the rounding of a sum of some samples stays below.
+_TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5}
+_COARSE = 2e-2
+# Of outputs with more elements only what was computed is looked at, and the same with targets that are ignored.
+_MANY_ELEMENTS = 1 << 21
+# Values by which targets say that they do not count, if the loss does not tell its own.
+_MARKS = (-100, -1, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How the losses of parts are put together.
+
+    Args:
+        kind: "batch" if the loss looks at all samples of a batch at once; None if nothing could be computed.
+        num_samples: that were looked at.
+        whole: loss of all of them.
+        parts: mean of the losses of their parts, by samples.
+    """
+
+    kind: Kind | None
+    num_samples: int = 0
+    whole: float = math.nan
+    parts: float = math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class _Value:
+    number: float
+    weight: float | None  # of the user's own `Sum`, or of the targets that it is a mean over
+    is_sum: bool = False
+
+
+@dataclass(slots=True)
+class _Evidence:
+    """Kinds that are still possible."""
+
+    kinds: set[Kind]
+    has_seen: bool = False
+    shown: tuple[float, float] | None = None  # whole and parts, where it is no mean over samples
+
+
+def judge_loss(loss: Callable[..., Any], output: Any, target: Any, *, num_samples: int) -> Verdict:
+    """Compute a loss of some samples, and of parts of them; also with other outputs and targets that do not count.
+
+    Args:
+        loss: callable(output, target); what it draws at random is as if it drew always the same.
+        output: of a model, with the samples on the first axis of what depends on them.
+        target: likewise.
+        num_samples: there; of one alone nothing can be seen.
+    """
+
+    def compute(pair: tuple[Any, Any]) -> Any:
+        with torch.enable_grad():
+            return loss(_with_gradient(pair[0]), pair[1])
+
+    return judge(compute, (output, target), num_samples=num_samples, vary=_other_outputs)
+
+
+def judge(
+    compute: Callable[[Any], Any],
+    batch: Any,
+    *,
+    num_samples: int,
+    vary: Callable[[Any, int], Iterator[Any]] | None = None,
+    take: Callable[[Any, int, int], Any] | None = None,
+) -> Verdict:
+    """Compute the loss of a batch and of parts of it.
+
+    Args:
+        compute: loss of a batch, with its graph.
+        batch: with the samples on the first axis.
+        num_samples: there.
+        vary: makes other batches of it, beside those in which targets do not count.
+        take: samples of a batch, from one to another; along the first axis if left out.
+    """
+    evidence = _Evidence({"samples", "targets", "sum"})
+    cuts = _cuts(num_samples)
+    if not cuts:
+        return Verdict(None)
+    with _same_chance():
+        return _judged(_Measure(compute), batch, cuts, evidence, num_samples=num_samples, vary=vary, take=take)
+
+
+def _judged(
+    measure: _Measure,
+    batch: Any,
+    cuts: Sequence[Sequence[tuple[int, int]]],
+    evidence: _Evidence,
+    *,
+    num_samples: int,
+    vary: Callable[[Any, int], Iterator[Any]] | None,
+    take: Callable[[Any, int, int], Any] | None,
+) -> Verdict:
+    whole = measure(batch)
+    if whole is None:
+        return Verdict(None)
+    take = take or (lambda batch, begin, end: _taken(batch, begin, end, num_samples))
+    num_elements = sum(leaf.numel() for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor))
+    tolerance = _tolerance(batch)
+    variants: list[Iterator[Any]] = [iter([batch]), _without_some_targets(batch, num_samples, measure.ignored)]
+    if vary is not None and num_elements <= _MANY_ELEMENTS:
+        variants.append(vary(batch, num_samples))
+    for each in chain.from_iterable(variants):
+        _look(measure, each, cuts, take, evidence, tolerance)
+        if not evidence.kinds:
+            break
+        cuts = cuts[:1]  # of what was computed all are looked at
+    kind = next((kind for kind in ("targets", "samples", "sum") if kind in evidence.kinds), "batch")
+    if not evidence.has_seen:
+        return Verdict(None, num_samples)
+    return Verdict(kind, num_samples, *(evidence.shown or (whole.number, whole.number)))  # type: ignore[arg-type]
+
+
+class _Measure:
+    """Computes losses, with the same random numbers every time."""
+
+    def __init__(self, compute: Callable[[Any], Any]) -> None:
+        self._compute = compute
+        self._is_random: bool | None = None
+        self.ignored: set[int] = set()  # marks of targets that do not count, as the loss itself says
+
+    def __call__(self, batch: Any) -> _Value | None:
+        """The loss of a batch; None if it cannot be computed, or is not finite while some targets count."""
+        try:
+            if self._is_random is None:
+                before = _states()
+                value = self._compute(batch)
+                self._is_random = _states() != before
+            if self._is_random:
+                with _same_chance(), _WithoutChance():
+                    value = self._compute(batch)
+            else:
+                value = self._compute(batch)
+            loss = read_loss(value, needs_gradient=False)
+        except KeyboardInterrupt:
+            raise
+        except USER_ERRORS:  # what cannot be computed says nothing of how it is put together
+            return None
+        if isinstance(loss, Sum):
+            return _Value(loss.total.item(), loss.weight, is_sum=True)
+        self.ignored |= {_signed(node._saved_ignore_index) for node in nodes_of_targets(loss)}
+        weight = weight_of(loss)
+        return _Value(0.0 if weight == 0 else loss.item(), weight)
+
+
+def _look(
+    measure: _Measure,
+    batch: Any,
+    cuts: Sequence[Sequence[tuple[int, int]]],
+    take: Callable[[Any, int, int], Any],
+    evidence: _Evidence,
+    tolerance: float,
+) -> None:
+    """Strike out the kinds by which the parts do not come to the whole."""
+    whole = measure(batch)
+    if whole is None or not math.isfinite(whole.number):
+        return
+    for cut in cuts:
+        sizes = [end - begin for begin, end in cut]
+        found = [measure(take(batch, begin, end)) for begin, end in cut]
+        parts = [part for part in found if part is not None]
+        largest = max(abs(value.number) for value in [whole, *parts])
+        if len(parts) < len(cut) or largest < 1e-12:
+            continue
+        evidence.has_seen = True
+        for kind in list(evidence.kinds):
+            together = _together(kind, whole, parts, sizes)
+            if together is None or not abs(together - _alone(whole)) <= tolerance * largest:
+                evidence.kinds.discard(kind)
+                if kind == "samples":
+                    evidence.shown = _alone(whole), math.nan if together is None else together
+
+
+def _together(kind: Kind, whole: _Value, parts: Sequence[_Value], sizes: Sequence[int]) -> float | None:
+    """The loss of parts, put together; None if they do not say what that takes."""
+    values = [whole, *parts]
+    if any(value.is_sum for value in values):
+        weights = [part.weight or 0.0 for part in parts]
+        if kind == "sum" or not all(value.is_sum for value in values) or not sum(weights):
+            return None
+        return sum(part.number for part in parts) / sum(weights)
+    if kind == "sum":
+        return sum(part.number for part in parts)
+    if kind == "samples":
+        if any(part.weight == 0 for part in parts):
+            return None  # 0/0
+        return sum(part.number * size for part, size in zip(parts, sizes, strict=True)) / sum(sizes)
+    if any(value.weight is None for value in values):
+        return None
+    total = sum(part.weight or 0.0 for part in parts)
+    return sum(part.number * (part.weight or 0.0) for part in parts) / total if total else None
+
+
+def _alone(value: _Value) -> float:
+    if not value.is_sum:
+        return value.number
+    return value.number / value.weight if value.weight else math.nan
+
+
+# Batches --------------------------------------------------------------------------------------------
+
+
+def _cuts(num_samples: int) -> list[list[tuple[int, int]]]:
+    """Uneven partitions; no part has one sample if it can be helped, as none has on engines."""
+    if num_samples < 2:
+        return []
+    starts = {2: [(1,)], 3: [(1,)], 4: [(2,)], 5: [(2,)]}.get(num_samples, [(2,), (3,), (2, num_samples // 2)])
+    cuts = []
+    for inner in starts:
+        edges = sorted({0, *inner, num_samples})
+        cuts.append(list(pairwise(edges)))
+    return cuts
+
+
+def _taken(batch: Any, begin: int, end: int, num_samples: int) -> Any:
+    """Samples of everything that has as many, be it a tensor or a list."""
+    return pytree.tree_map(
+        lambda leaf: leaf[begin:end] if _has_samples(leaf, num_samples) else leaf,
+        batch,
+        is_leaf=lambda node: isinstance(node, list) and _has_samples(node, num_samples),
+    )
+
+
+def _has_samples(leaf: Any, num_samples: int) -> bool:
+    if isinstance(leaf, torch.Tensor | np.ndarray):
+        return leaf.ndim > 0 and len(leaf) == num_samples
+    return isinstance(leaf, list) and len(leaf) == num_samples and not any(_has_samples(e, num_samples) for e in leaf)
+
+
+def _tolerance(batch: Any) -> float:
+    dtypes = {leaf.dtype for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)}
+    floating = [dtype for dtype in dtypes if dtype.is_floating_point]
+    return max((_TOLERANCES.get(dtype, _COARSE) for dtype in floating), default=_TOLERANCES[torch.float32])
+
+
+def _other_outputs(pair: tuple[Any, Any], num_samples: int) -> Iterator[tuple[Any, Any]]:
+    """Outputs that are mixed among the samples, so that they stay what the loss takes, and outputs at random."""
+    output, target = pair
+    generator = torch.Generator().manual_seed(0)
+
+    def mixed(leaf: Any) -> Any:
+        if not _is_floating(leaf, num_samples):
+            return leaf
+        shares = torch.rand(num_samples, generator=generator).to(leaf).reshape(-1, *[1] * (leaf.dim() - 1))
+        return leaf.detach() * shares + leaf.detach().roll(1, 0) * (1 - shares)
+
+    def drawn(leaf: Any) -> Any:
+        if not _is_floating(leaf, num_samples):
+            return leaf
+        return torch.randn(leaf.shape, generator=generator).to(leaf)
+
+    def drawn_as_shares(leaf: Any) -> Any:
+        if not _is_floating(leaf, num_samples):
+            return leaf
+        return torch.rand(leaf.shape, generator=generator).to(leaf) * 0.9 + 0.05
+
+    for change in (mixed, drawn, drawn_as_shares):
+        yield pytree.tree_map(change, output), target
+
+
+def _without_some_targets(batch: Any, num_samples: int, ignored: set[int]) -> Iterator[Any]:
+    """Batches in which targets do not count: all of one sample, and half of another, by each mark in each tensor."""
+    leaves, spec = pytree.tree_flatten(batch)
+    for index, leaf in enumerate(leaves):
+        if not isinstance(leaf, torch.Tensor) or not _has_samples(leaf, num_samples) or leaf.is_complex():
+            continue
+        marks: Sequence[float] = _MARKS
+        if leaf.is_floating_point():
+            marks = (0.0, math.nan) if isinstance(batch, tuple) and index == len(leaves) - 1 else (0.0,)
+        elif leaf.dtype == torch.bool:
+            marks = (False,)
+        for mark in dict.fromkeys([*marks, *(ignored if leaf.dtype == torch.int64 else ())]):
+            if leaf.dtype == torch.uint8 and mark < 0:
+                continue
+            marked = leaf.detach().clone()
+            marked[1] = mark
+            if marked.dim() > 1:
+                marked[-1].reshape(-1)[: marked[-1].numel() // 2] = mark
+            yield pytree.tree_unflatten([*leaves[:index], marked, *leaves[index + 1 :]], spec)
+
+
+def _is_floating(leaf: Any, num_samples: int) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and _has_samples(leaf, num_samples)
+
+
+def _with_gradient(output: Any) -> Any:
+    return pytree.tree_map(
+        lambda leaf: (
+            leaf.detach().requires_grad_() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
+        ),
+        output,
+    )
+
+
+def _signed(index: int) -> int:
+    return index - (1 << 64) if index >= 1 << 63 else index
+
+
+# Chance ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _same_chance() -> Iterator[None]:
+    """Let random numbers be the same every time, and the user's own be as they were afterwards."""
+    states = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+def _states() -> tuple[Any, ...]:
+    """What random numbers come next."""
+    kind, keys, *rest = np.random.get_state()
+    return random.getstate(), kind, bytes(keys), rest, bytes(torch.default_generator.get_state().numpy())  # type: ignore[arg-type]
+
+
+class _WithoutChance(TorchFunctionMode):
+    """Lets torch's random numbers be the same for every sample, so that parts have those of the whole."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        before = torch.default_generator.get_state()
+        result = func(*args, **(kwargs or {}))
+        if not torch.equal(before, torch.default_generator.get_state()):
+            for leaf in pytree.tree_leaves(result):
+                if isinstance(leaf, torch.Tensor):
+                    _make_even(func, leaf.detach())
+        return result
+
+
+def _make_even(func: Callable[..., Any], drawn: torch.Tensor) -> None:
+    if func is torch.randperm:
+        drawn.copy_(torch.arange(len(drawn)))
+    else:
+        drawn.fill_(0.5 if drawn.is_floating_point() else 0)
