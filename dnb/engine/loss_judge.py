@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from dnb.errors import USER_ERRORS
 from dnb.records import Reduction
 from dnb.transport.job import Sum
-from dnb.transport.loss_weights import nodes_of_targets, weight_of
+from dnb.transport.loss_weights import ignored_by, nodes_of_targets, weight_of
 from dnb.transport.returned import read_loss
 
 Kind = Reduction | Literal["batch"]
@@ -61,6 +61,7 @@ class _Evidence:
     """Kinds that are still possible."""
 
     kinds: set[Kind]
+    tolerance: float
     has_seen: bool = False
     shown: tuple[float, float] | None = None  # whole and parts, where it is no mean over samples
 
@@ -77,7 +78,7 @@ def judge_loss(loss: Callable[..., Any], output: Any, target: Any, *, num_sample
 
     def compute(pair: tuple[Any, Any]) -> Any:
         with torch.enable_grad():
-            return loss(_with_gradient(pair[0]), pair[1])
+            return loss(with_gradient(pair[0]), pair[1])
 
     return judge(compute, (output, target), num_samples=num_samples, vary=_other_outputs)
 
@@ -88,53 +89,40 @@ def judge(
     *,
     num_samples: int,
     vary: Callable[[Any, int], Iterator[Any]] | None = None,
-    take: Callable[[Any, int, int], Any] | None = None,
 ) -> Verdict:
     """Compute the loss of a batch and of parts of it.
 
     Args:
         compute: loss of a batch, with its graph.
-        batch: with the samples on the first axis.
-        num_samples: there.
-        vary: makes other batches of it, beside those in which targets do not count.
-        take: samples of a batch, from one to another; along the first axis if left out.
+        batch: with the samples on the first axis of what depends on them.
+        num_samples: there; of one alone nothing can be seen.
+        vary: makes other batches of it, beside those in which targets do not count, if losses are cheap to compute.
     """
-    evidence = _Evidence({"samples", "targets", "sum"})
     cuts = _cuts(num_samples)
     if not cuts:
         return Verdict(None)
     with _same_chance():
-        return _judged(_Measure(compute), batch, cuts, evidence, num_samples=num_samples, vary=vary, take=take)
-
-
-def _judged(
-    measure: _Measure,
-    batch: Any,
-    cuts: Sequence[Sequence[tuple[int, int]]],
-    evidence: _Evidence,
-    *,
-    num_samples: int,
-    vary: Callable[[Any, int], Iterator[Any]] | None,
-    take: Callable[[Any, int, int], Any] | None,
-) -> Verdict:
-    whole = measure(batch)
-    if whole is None:
-        return Verdict(None)
-    take = take or (lambda batch, begin, end: _taken(batch, begin, end, num_samples))
-    num_elements = sum(leaf.numel() for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor))
-    tolerance = _tolerance(batch)
-    variants: list[Iterator[Any]] = [iter([batch]), _without_some_targets(batch, num_samples, measure.ignored)]
-    if vary is not None and num_elements <= _MANY_ELEMENTS:
-        variants.append(vary(batch, num_samples))
-    for each in chain.from_iterable(variants):
-        _look(measure, each, cuts, take, evidence, tolerance)
-        if not evidence.kinds:
-            break
-        cuts = cuts[:1]  # of what was computed all are looked at
-    kind = next((kind for kind in ("targets", "samples", "sum") if kind in evidence.kinds), "batch")
+        measure = _Measure(compute)
+        whole = measure.first(batch)
+        if whole is None:
+            return Verdict(None, num_samples)
+        is_dear = vary is None or _num_elements(batch) > _MANY_ELEMENTS
+        evidence = _Evidence({"samples", "targets", "sum"}, tolerance=_tolerance(batch))
+        marks = list(measure.ignored) if is_dear and measure.ignored else [*_MARKS, *measure.ignored]
+        variants = [iter([batch]), _without_some_targets(batch, num_samples, marks)]
+        if vary is not None and not is_dear:
+            variants.append(vary(batch, num_samples))
+        for number, each in enumerate(chain.from_iterable(variants)):
+            # Of what was computed, and is cheap, all cuts are looked at.
+            seen = whole if number == 0 else measure(each)
+            _look(measure, each, seen, cuts[: 1 if number or is_dear else None], num_samples, evidence)
+            if not evidence.kinds:
+                break
     if not evidence.has_seen:
         return Verdict(None, num_samples)
-    return Verdict(kind, num_samples, *(evidence.shown or (whole.number, whole.number)))  # type: ignore[arg-type]
+    kind = next((kind for kind in ("targets", "samples", "sum") if kind in evidence.kinds), "batch")
+    alone = _alone(whole)
+    return Verdict(kind, num_samples, *(evidence.shown or (alone, alone)))  # type: ignore[arg-type]
 
 
 class _Measure:
@@ -142,18 +130,24 @@ class _Measure:
 
     def __init__(self, compute: Callable[[Any], Any]) -> None:
         self._compute = compute
-        self._is_random: bool | None = None
+        self._is_random = False
         self.ignored: set[int] = set()  # marks of targets that do not count, as the loss itself says
 
-    def __call__(self, batch: Any) -> _Value | None:
-        """The loss of a batch; None if it cannot be computed, or is not finite while some targets count."""
+    def first(self, batch: Any) -> _Value | None:
+        """The loss of a batch; None if it cannot be computed, or comes out otherwise every time."""
+        before = _states()
+        value = self(batch)
+        if value is None or (_states() == before and _is_same(value, self(batch))):
+            return value
+        self._is_random = True
+        value = self(batch)
+        return value if value is not None and _is_same(value, self(batch, seed=1)) else None
+
+    def __call__(self, batch: Any, *, seed: int = 0) -> _Value | None:
+        """The loss of a batch; None if it cannot be computed."""
         try:
-            if self._is_random is None:
-                before = _states()
-                value = self._compute(batch)
-                self._is_random = _states() != before
             if self._is_random:
-                with _same_chance(), _WithoutChance():
+                with _same_chance(seed), _WithoutChance():
                     value = self._compute(batch)
             else:
                 value = self._compute(batch)
@@ -164,26 +158,29 @@ class _Measure:
             return None
         if isinstance(loss, Sum):
             return _Value(loss.total.item(), loss.weight, is_sum=True)
-        self.ignored |= {_signed(node._saved_ignore_index) for node in nodes_of_targets(loss)}
+        self.ignored |= {ignored_by(node) for node in nodes_of_targets(loss)}
         weight = weight_of(loss)
         return _Value(0.0 if weight == 0 else loss.item(), weight)
+
+
+def _is_same(value: _Value, other: _Value | None) -> bool:
+    return other is not None and (value == other or math.isnan(value.number))
 
 
 def _look(
     measure: _Measure,
     batch: Any,
+    whole: _Value | None,
     cuts: Sequence[Sequence[tuple[int, int]]],
-    take: Callable[[Any, int, int], Any],
+    num_samples: int,
     evidence: _Evidence,
-    tolerance: float,
 ) -> None:
     """Strike out the kinds by which the parts do not come to the whole."""
-    whole = measure(batch)
     if whole is None or not math.isfinite(whole.number):
         return
     for cut in cuts:
         sizes = [end - begin for begin, end in cut]
-        found = [measure(take(batch, begin, end)) for begin, end in cut]
+        found = [measure(_taken(batch, begin, end, num_samples)) for begin, end in cut]
         parts = [part for part in found if part is not None]
         largest = max(abs(value.number) for value in [whole, *parts])
         if len(parts) < len(cut) or largest < 1e-12:
@@ -191,7 +188,7 @@ def _look(
         evidence.has_seen = True
         for kind in list(evidence.kinds):
             together = _together(kind, whole, parts, sizes)
-            if together is None or not abs(together - _alone(whole)) <= tolerance * largest:
+            if together is None or not abs(together - _alone(whole)) <= evidence.tolerance * largest:
                 evidence.kinds.discard(kind)
                 if kind == "samples":
                     evidence.shown = _alone(whole), math.nan if together is None else together
@@ -253,6 +250,10 @@ def _has_samples(leaf: Any, num_samples: int) -> bool:
     return isinstance(leaf, list) and len(leaf) == num_samples and not any(_has_samples(e, num_samples) for e in leaf)
 
 
+def _num_elements(batch: Any) -> int:
+    return sum(leaf.numel() for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor))
+
+
 def _tolerance(batch: Any) -> float:
     dtypes = {leaf.dtype for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor)}
     floating = [dtype for dtype in dtypes if dtype.is_floating_point]
@@ -284,18 +285,18 @@ def _other_outputs(pair: tuple[Any, Any], num_samples: int) -> Iterator[tuple[An
         yield pytree.tree_map(change, output), target
 
 
-def _without_some_targets(batch: Any, num_samples: int, ignored: set[int]) -> Iterator[Any]:
+def _without_some_targets(batch: Any, num_samples: int, marks_of_classes: Sequence[int]) -> Iterator[Any]:
     """Batches in which targets do not count: all of one sample, and half of another, by each mark in each tensor."""
     leaves, spec = pytree.tree_flatten(batch)
     for index, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor) or not _has_samples(leaf, num_samples) or leaf.is_complex():
             continue
-        marks: Sequence[float] = _MARKS
+        marks: Sequence[float] = marks_of_classes
         if leaf.is_floating_point():
             marks = (0.0, math.nan) if isinstance(batch, tuple) and index == len(leaves) - 1 else (0.0,)
         elif leaf.dtype == torch.bool:
             marks = (False,)
-        for mark in dict.fromkeys([*marks, *(ignored if leaf.dtype == torch.int64 else ())]):
+        for mark in dict.fromkeys(marks):
             if leaf.dtype == torch.uint8 and mark < 0:
                 continue
             marked = leaf.detach().clone()
@@ -309,7 +310,8 @@ def _is_floating(leaf: Any, num_samples: int) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and _has_samples(leaf, num_samples)
 
 
-def _with_gradient(output: Any) -> Any:
+def with_gradient(output: Any) -> Any:
+    """Let the graph of what follows begin at an output."""
     return pytree.tree_map(
         lambda leaf: (
             leaf.detach().requires_grad_() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
@@ -318,21 +320,17 @@ def _with_gradient(output: Any) -> Any:
     )
 
 
-def _signed(index: int) -> int:
-    return index - (1 << 64) if index >= 1 << 63 else index
-
-
 # Chance ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def _same_chance() -> Iterator[None]:
+def _same_chance(seed: int = 0) -> Iterator[None]:
     """Let random numbers be the same every time, and the user's own be as they were afterwards."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        random.seed(0)
-        np.random.seed(0)
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
         try:
             yield
         finally:
@@ -352,9 +350,12 @@ class _WithoutChance(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
         before = torch.default_generator.get_state()
-        result = func(*args, **(kwargs or {}))
-        if not torch.equal(before, torch.default_generator.get_state()):
+        result = func(*args, **kwargs)
+        if isinstance(kwargs.get("generator"), torch.Generator) or not torch.equal(
+            before, torch.default_generator.get_state()
+        ):
             for leaf in pytree.tree_leaves(result):
                 if isinstance(leaf, torch.Tensor):
                     _make_even(func, leaf.detach())

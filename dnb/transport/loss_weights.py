@@ -57,6 +57,12 @@ def nodes_of_targets(loss: torch.Tensor) -> list[Any]:
     return found
 
 
+def ignored_by(node: Any) -> int:
+    """The target that does not count, of a node of `nodes_of_targets`."""
+    index: int = node._saved_ignore_index  # a size_t, though it was given as -100
+    return index - (1 << 64) if index >= 1 << 63 else index
+
+
 def _is_number(node: Any) -> bool:
     """Whether one number alone comes out of it."""
     shapes = [each.shape for each in getattr(node, "_input_metadata", ())]
