@@ -184,11 +184,9 @@ def read_loss(loss: Any, *, step: Any) -> Callable[..., Any] | None:
         raise ArgumentError("give loss or step, not both: a step function returns its own loss")
     if step is not None and not callable(step):
         raise ArgumentError(f"step is a {type(step).__name__}: give a callable(model, batch) that returns the loss")
-    reduction = getattr(loss, "reduction", "mean")
-    if reduction != "mean":
+    if getattr(loss, "reduction", "mean") == "none":
         raise ArgumentError(
-            f"loss has reduction={reduction!r}, and parts of a batch could not be put together: use "
-            "reduction='mean', or step=callable(model, batch) that returns dnb.Sum(total, weight)"
+            "loss has reduction='none', which leaves a number for each sample: use reduction='mean', or 'sum'"
         )
     if loss is None or callable(loss):
         return loss  # type: ignore[no-any-return]

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # as everybody calls it
 from torch import nn
 
+from dnb.engine.loss_judge import judge_loss
 from dnb.planning.sample_order import BatchOrder
-from dnb.transport.job import Data, DataSource, Job
+from dnb.rehearsal.losses import all_count_the_same
+from dnb.transport.job import Data, DataSource, Job, Sum
 from tests.unit.test_replica import Engines
 
 pytestmark = [pytest.mark.numeric, pytest.mark.float64]
@@ -166,3 +168,150 @@ def test_an_evaluation_is_the_mean_over_all_targets_too(engines_of, name):
     sums = [part for outcome in parts for part in outcome.parts]
     mean = sum(part.loss_total for part in sums) / sum(part.loss_weight for part in sums)
     assert mean == pytest.approx(expected, abs=1e-12)
+
+
+def pairs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs and targets of three numbers."""
+    return torch.randn(NUM_SAMPLES, 3, generator=generator()), torch.rand(NUM_SAMPLES, 3, generator=generator())
+
+
+def numbers() -> nn.Module:
+    return nn.Linear(3, 3)
+
+
+def shares() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.Sigmoid())
+
+
+def log_shares() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.LogSoftmax(1))
+
+
+def signs(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 2, (NUM_SAMPLES, *shape), generator=generator()).to(torch.get_default_dtype()) * 2 - 1
+
+
+TORCH_LOSSES: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor], type[nn.Module]]] = {
+    "l1": (numbers, lambda: pairs()[1], nn.L1Loss),
+    "mse": (numbers, lambda: pairs()[1], nn.MSELoss),
+    "huber": (numbers, lambda: pairs()[1], nn.HuberLoss),
+    "smooth l1": (numbers, lambda: pairs()[1], nn.SmoothL1Loss),
+    "soft margin": (numbers, lambda: signs(3), nn.SoftMarginLoss),
+    "hinge embedding": (numbers, lambda: signs(3), nn.HingeEmbeddingLoss),
+    "multi label soft margin": (numbers, lambda: (signs(3) + 1) / 2, nn.MultiLabelSoftMarginLoss),
+    "multi label margin": (numbers, lambda: torch.tensor([[0, 2, -1]] * 5 + [[1, -1, 0]] * 5), nn.MultiLabelMarginLoss),
+    "multi margin": (scores, classes, nn.MultiMarginLoss),
+    "poisson": (numbers, lambda: pairs()[1].round(), nn.PoissonNLLLoss),
+    "bce": (shares, lambda: (signs(3) + 1) / 2, nn.BCELoss),
+    "bce with logits": (numbers, lambda: (signs(3) + 1) / 2, nn.BCEWithLogitsLoss),
+    "kl": (log_shares, lambda: pairs()[1].softmax(1), nn.KLDivLoss),
+    "cross entropy": (scores, lambda: classes(ignored=IGNORED), nn.CrossEntropyLoss),
+    "cross entropy of shares": (
+        scores,
+        lambda: torch.rand(NUM_SAMPLES, CLASSES, generator=generator()).softmax(1),
+        nn.CrossEntropyLoss,
+    ),
+    "nll": (log_shares, lambda: classes(ignored=IGNORED).clamp(max=2), nn.NLLLoss),
+}
+WAYS = [(name, way) for name in TORCH_LOSSES for way in ("mean", "sum")] + [("kl", "batchmean")]
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")  # kl_div's own advice
+@pytest.mark.parametrize(("name", "way"), WAYS)
+def test_every_loss_of_torch_is_that_of_one_process_by_what_is_found_of_it(engines_of, name, way):
+    make, make_target, kind = TORCH_LOSSES[name]
+    torch.manual_seed(0)
+    model, target, loss = make(), make_target(), kind(reduction=way)
+    expected, after = one_process(copy.deepcopy(model), target, loss)
+    found = judge_loss(loss, model(inputs()), target, num_samples=NUM_SAMPLES).kind
+    assert found == ("sum" if way == "sum" else "targets" if name in ("cross entropy", "nll") else "samples")
+    engines = engines_of(model, target, loss=loss, reduction=found)
+    assert_same_step(engines, deal=((1, 2), (0, 3)), loss=expected, after=after)
+
+
+# Losses of the whole batch --------------------------------------------------------------------------
+
+
+def root_of_mean(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.mse_loss(output, target).sqrt()
+
+
+def in_batch_negatives(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    rows = F.normalize(output, dim=1)
+    return F.cross_entropy(rows @ F.normalize(target, dim=1).T / 0.1, torch.arange(len(rows)))
+
+
+def dice(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    share = output.sigmoid()
+    return 1 - 2 * (share * target).sum() / (share.sum() + target.sum())
+
+
+def ranking(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.relu(1 - (output[:, None] - output[None]) * (target[:, None] - target[None]).sign()).mean()
+
+
+def masked(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    counts = ~target.isnan()
+    return (output - target.nan_to_num()).square()[counts].mean()
+
+
+def two_terms(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(output, target) + 0.1 * output.square().mean()
+
+
+@pytest.mark.parametrize("loss", [root_of_mean, in_batch_negatives, dice, ranking, masked])
+def test_a_loss_that_looks_at_several_samples_at_once_is_one_of_the_batch(loss):
+    assert judge_loss(loss, *pairs(), num_samples=NUM_SAMPLES).kind == "batch"
+
+
+def test_so_is_a_mean_over_targets_beside_a_mean_over_samples():
+    assert judge_loss(two_terms, scores()(inputs()), classes(), num_samples=NUM_SAMPLES).kind == "batch"
+
+
+def test_outputs_that_are_all_alike_hide_nothing():
+    output, target = torch.zeros(NUM_SAMPLES, 3), pairs()[1]
+    assert judge_loss(in_batch_negatives, output, target, num_samples=NUM_SAMPLES).kind == "batch"
+
+
+def test_targets_of_which_none_is_ignored_among_the_first_samples_are_weighed_all_the_same():
+    found = judge_loss(F.cross_entropy, scores()(inputs()), classes(), num_samples=NUM_SAMPLES)
+    assert found.kind == "targets"
+
+
+def test_what_a_loss_draws_at_random_does_not_count_as_a_difference():
+    def noisy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(output + torch.randn_like(output), target)
+
+    assert judge_loss(noisy, *pairs(), num_samples=NUM_SAMPLES).kind == "samples"
+
+
+def test_a_loss_that_is_another_every_time_is_left_to_the_run():
+    calls = iter(range(1_000))
+
+    def counting(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(output, target) * next(calls)
+
+    assert judge_loss(counting, *pairs(), num_samples=NUM_SAMPLES).kind is None
+
+
+def test_a_sum_that_weighs_itself_may_be_judged_too():
+    def padded(output: torch.Tensor, target: torch.Tensor) -> Sum:
+        return Sum(F.cross_entropy(output, target, reduction="sum"), float((target != IGNORED).sum()))
+
+    output, target = scores()(inputs()), classes(ignored=IGNORED)
+    assert judge_loss(padded, output, target, num_samples=NUM_SAMPLES).kind == "targets"
+
+
+def test_judging_leaves_random_numbers_as_they_were():
+    before = torch.random.get_rng_state()
+    judge_loss(root_of_mean, *pairs(), num_samples=NUM_SAMPLES)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("ignored", "is_sure"), [(None, True), (IGNORED, False)], ids=["none", "some"])
+def test_targets_in_memory_that_all_count_need_no_weights(ignored, is_sure):
+    target = classes(ignored=ignored)
+    source = DataSource(samples=(inputs(), target), collate=None)
+    output = scores()(inputs())
+    assert all_count_the_same(F.cross_entropy, output, target, Data(train=source, val=None)) is is_sure
+    assert not all_count_the_same(nn.CrossEntropyLoss(weight=weights()), output, target, Data(train=source, val=None))

@@ -131,8 +131,8 @@ def test_a_loss_module_and_a_partial_are_losses():
     assert offered_losses(criterion=nn.MSELoss(), smooth=smooth) == ["--loss criterion", "--loss smooth"]
 
 
-def test_a_loss_that_sums_is_not_offered_as_read_loss_refuses_it():
-    assert offered_losses(criterion=nn.MSELoss(reduction="sum")) == []
+def test_a_loss_of_each_sample_is_not_offered_as_read_loss_refuses_it():
+    assert offered_losses(criterion=nn.MSELoss(reduction="none")) == []
 
 
 def test_models_and_classes_are_no_losses_although_they_can_be_called():
