@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from dnb.engine.loader import fetch_batch
-from dnb.engine.loss_check import check_loss_of_parts
 from dnb.engine.micro_batches import model_inputs
 from dnb.errors import PlanError
-from dnb.planning.calling import arguments_of, plain_batch
+from dnb.planning.calling import arguments_of
 from dnb.planning.partitions import pipelines, read_mesh, read_schedule, read_stages
 from dnb.planning.plans import Plan
 from dnb.planning.tensor_plans import tensor_partitions
@@ -118,7 +117,6 @@ class Division:
         wanted = axes.get("pipeline")
         own_stages = read_stages(job.model, stages)
         batch = fetch_batch(data.train, torch.arange(min(batch_size // num_teams, 8)))
-        check_loss_of_parts(job.model, job.loss, plain_batch(batch))
         with long_work(f"finding where {type(job.model).__name__} can be cut"):
             partitions, ties = pipelines(
                 job.model,

@@ -22,6 +22,7 @@ from dnb.transport.loss_weights import ignored_by, nodes_of_targets, weight_of
 from dnb.transport.returned import read_loss
 
 Kind = Reduction | Literal["batch"]
+Take = Callable[[Any, int, int], Any]  # samples of a batch, from one to another
 
 # Relative; the smallest that the rounding of a sum of some samples stays below.
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-5}
@@ -89,6 +90,7 @@ def judge(
     *,
     num_samples: int,
     vary: Callable[[Any, int], Iterator[Any]] | None = None,
+    fetch: Callable[[int, int], Any] | None = None,
 ) -> Verdict:
     """Compute the loss of a batch and of parts of it.
 
@@ -97,6 +99,7 @@ def judge(
         batch: with the samples on the first axis of what depends on them.
         num_samples: there; of one alone nothing can be seen.
         vary: makes other batches of it, beside those in which targets do not count, if losses are cheap to compute.
+        fetch: samples, from one to another, as a batch of their own, if it is nothing that can be cut.
     """
     cuts = _cuts(num_samples)
     if not cuts:
@@ -108,6 +111,7 @@ def judge(
             return Verdict(None, num_samples)
         is_dear = vary is None or _num_elements(batch) > _MANY_ELEMENTS
         evidence = _Evidence({"samples", "targets", "sum"}, tolerance=_tolerance(batch))
+        take = _taker(batch, num_samples, fetch)
         marks = list(measure.ignored) if is_dear and measure.ignored else [*_MARKS, *measure.ignored]
         variants = [iter([batch]), _without_some_targets(batch, num_samples, marks)]
         if vary is not None and not is_dear:
@@ -115,7 +119,7 @@ def judge(
         for number, each in enumerate(chain.from_iterable(variants)):
             # Of what was computed, and is cheap, all cuts are looked at.
             seen = whole if number == 0 else measure(each)
-            _look(measure, each, seen, cuts[: 1 if number or is_dear else None], num_samples, evidence)
+            _look(measure, each, seen, cuts[: 1 if number or is_dear else None], take, evidence)
             if not evidence.kinds:
                 break
     if not evidence.has_seen:
@@ -172,7 +176,7 @@ def _look(
     batch: Any,
     whole: _Value | None,
     cuts: Sequence[Sequence[tuple[int, int]]],
-    num_samples: int,
+    take: Take,
     evidence: _Evidence,
 ) -> None:
     """Strike out the kinds by which the parts do not come to the whole."""
@@ -180,7 +184,7 @@ def _look(
         return
     for cut in cuts:
         sizes = [end - begin for begin, end in cut]
-        found = [measure(_taken(batch, begin, end, num_samples)) for begin, end in cut]
+        found = [measure(take(batch, begin, end)) for begin, end in cut]
         parts = [part for part in found if part is not None]
         largest = max(abs(value.number) for value in [whole, *parts])
         if len(parts) < len(cut) or largest < 1e-12:
@@ -235,13 +239,19 @@ def _cuts(num_samples: int) -> list[list[tuple[int, int]]]:
     return cuts
 
 
-def _taken(batch: Any, begin: int, end: int, num_samples: int) -> Any:
-    """Samples of everything that has as many, be it a tensor or a list."""
-    return pytree.tree_map(
-        lambda leaf: leaf[begin:end] if _has_samples(leaf, num_samples) else leaf,
-        batch,
-        is_leaf=lambda node: isinstance(node, list) and _has_samples(node, num_samples),
-    )
+def _taker(batch: Any, num_samples: int, fetch: Callable[[int, int], Any] | None) -> Take:
+    """Take samples of everything that has as many, be it a tensor or a list; or else fetch them."""
+
+    def is_list(node: Any) -> bool:
+        return isinstance(node, list) and _has_samples(node, num_samples)
+
+    def take(batch: Any, begin: int, end: int) -> Any:
+        return pytree.tree_map(
+            lambda leaf: leaf[begin:end] if _has_samples(leaf, num_samples) else leaf, batch, is_leaf=is_list
+        )
+
+    can_be_cut = any(_has_samples(leaf, num_samples) for leaf in pytree.tree_leaves(batch, is_leaf=is_list))
+    return take if can_be_cut or fetch is None else lambda _, begin, end: fetch(begin, end)
 
 
 def _has_samples(leaf: Any, num_samples: int) -> bool:

@@ -205,7 +205,8 @@ class Replica:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
-        return sums.loss_total / sums.loss_weight if sums.loss_weight else None
+        weight = self._spec.batch_size if self._reduction == "sum" else sums.loss_weight
+        return sums.loss_total / weight if weight else None
 
     def digests(self) -> bytes:
         """CRC-32 of every tensor as the model holds it, as uint32; 0 for those that are the hub's own memory."""

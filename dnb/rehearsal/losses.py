@@ -2,79 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import torch
 
 from dnb.engine.loss_judge import Verdict, judge, judge_loss, with_gradient
 from dnb.errors import ArgumentError
 from dnb.records import Finding, Reduction
-from dnb.transport.job import Data, Job
+from dnb.rehearsal.trial import Trial
+from dnb.rehearsal.undisturbed import undisturbed
+from dnb.transport.job import Data
 from dnb.transport.loss_weights import ignored_by, nodes_of_targets
-from dnb.transport.returned import read_step
 
 
-@dataclass(frozen=True, slots=True)
-class LossFound:
-    """A run's loss as it was judged."""
-
-    reduction: Reduction
-    loss_over: Literal["samples", "batch"]
-    findings: tuple[Finding, ...] = ()
-
-
-def find_loss(job: Job, data: Data, batch: Any, *, output: Any, wish: str | None, num_samples: int) -> LossFound:
-    """Judge the loss of a run.
-
-    Args:
-        job: copied; its model may be changed, and is left in evaluation mode.
-        data: as it is trained on.
-        batch: first samples.
-        output: of the model for the batch, if the loss is a function of it.
-        wish: of the user: "samples" or "batch".
-        num_samples: of the batch.
+def check_loss(trial: Trial) -> list[Finding]:
+    """Judge the loss of a run, and let it be put together as it must.
 
     Raises:
         ArgumentError: a step function's loss, or the model's own, cannot be put together.
     """
-    if wish == "samples":
-        return LossFound("samples", "samples")
-    if wish == "batch":
-        return LossFound("samples", "batch")
-    job.model.eval()
-    if job.loss is not None:
-        verdict = judge_loss(job.loss, output, batch[-1], num_samples=num_samples)
-        if verdict.kind == "targets" and all_count_the_same(job.loss, output, batch[-1], data):
-            return LossFound("samples", "samples")
-    else:
-        verdict = judge(_own_loss(job), batch, num_samples=num_samples)
-        if verdict.kind == "batch":
-            raise ArgumentError(_refusal(verdict, of_step=job.step is not None))
-    if verdict.kind == "sum":
-        text = "this loss is a sum over the samples of a batch: those of its parts are added up"
-        return LossFound("sum", "samples", (Finding(kind="loss", text=text),))
+    job, wish = trial.job, trial.options.loss_over
+    if wish is not None:
+        trial.reduction = "samples"
+        return []
+    trial.reduction = declared_reduction(job.loss)
+    if trial.computed.loss is None:  # it will be told with engine, step and samples
+        return []
+    verdict = _verdict_on(trial)
+    if verdict.kind == "batch" and job.loss is None:
+        raise ArgumentError(_refusal(verdict, of_step=job.step is not None))
     if verdict.kind == "batch":
-        return LossFound("samples", "batch")
-    return LossFound(verdict.kind or "targets", "samples")
+        trial.reduction, trial.loss_over = "samples", "batch"
+    elif verdict.kind is not None:
+        trial.reduction = verdict.kind
+    if trial.reduction == "sum":
+        text = "this loss is a sum over the samples of a batch: those of its parts are added up"
+        return [Finding(kind="loss", text=text)]
+    return []
 
 
-def _own_loss(job: Job) -> Callable[[Any], Any]:
-    """The loss of a batch where a step function or the model itself computes it."""
+def _verdict_on(trial: Trial) -> Verdict:
+    job, num_samples = trial.job, len(trial.indices)
+    with undisturbed():
+        trial.modes.be_training(mode=False)
+        if job.loss is None:
+            return judge(trial.loss_of, trial.batch, num_samples=num_samples, fetch=trial.fetched)
+        output, target = trial.computed.output, trial.computed.target
+        with trial.autocast():
+            verdict = judge_loss(job.loss, output, target, num_samples=num_samples)
+            if verdict.kind == "targets" and all_count_the_same(job.loss, output, target, trial.given_data):
+                return replace(verdict, kind="samples")
+    return verdict
 
-    def compute(batch: Any) -> Any:
-        with torch.enable_grad():
-            if job.step is not None:
-                return read_step(job.step(job.model, batch), needs_gradient=False)[0]
-            returned = job.model(**batch) if isinstance(batch, Mapping) else job.model(*_arguments(batch))
-            return read_step(returned, needs_gradient=False, by="model")[0]
 
-    return compute
-
-
-def _arguments(batch: Any) -> Any:
-    return batch if isinstance(batch, tuple | list) else (batch,)
+def declared_reduction(loss: Any) -> Reduction:
+    """How losses of parts are put together as far as a loss says so itself."""
+    owner = getattr(loss, "__self__", loss)  # of a bound method
+    stated = getattr(owner, "reduction", None) or getattr(loss, "keywords", {}).get("reduction")
+    return "sum" if stated == "sum" else "targets"
 
 
 def _refusal(verdict: Verdict, *, of_step: bool) -> str:

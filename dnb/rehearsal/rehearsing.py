@@ -10,6 +10,7 @@ from typing import Literal
 from dnb.errors import USER_ERRORS, summary_of
 from dnb.progress import long_work
 from dnb.records import Finding, Reduction
+from dnb.rehearsal.losses import check_loss, declared_reduction
 from dnb.rehearsal.trial import Options, Trial
 from dnb.transport.job import Data, Job
 
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 Check = Callable[[Trial], Sequence[Finding]]
 
 # In the order in which they are made.
-CHECKS: tuple[Check, ...] = ()
+CHECKS: tuple[Check, ...] = (check_loss,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,7 @@ def rehearse(job: Job, data: Data, options: Options | None = None) -> Rehearsed:
             raise
         except USER_ERRORS as error:  # what cannot be copied cannot be shipped, which says more
             log.info("nothing was rehearsed: %s", summary_of(error))
-            return Rehearsed(job=job, data=data)
+            return Rehearsed(job=job, data=data, reduction=declared_reduction(job.loss))
         try:
             findings = [finding for check in CHECKS for finding in check(trial)]
             return Rehearsed(

@@ -15,6 +15,7 @@ from dnb.engine.loader import fetch_batch
 from dnb.engine.modes import Modes
 from dnb.engine.replica import PROBE_SAMPLES, part_seed
 from dnb.errors import USER_ERRORS
+from dnb.planning.calling import arguments_of
 from dnb.records import Reduction
 from dnb.rehearsal.undisturbed import undisturbed
 from dnb.rehearsal.watching import WriteWatch
@@ -170,6 +171,15 @@ class Trial:
             except USER_ERRORS:
                 return None
 
+    def fetched(self, begin: int, end: int) -> Any:
+        """The batch of some of the samples, by their places among these."""
+        return fetch_batch(self.data.train, self.indices[begin:end])
+
+    def loss_of(self, batch: Any) -> torch.Tensor | Sum:
+        """The loss of some samples, by step function, loss or model, with its graph."""
+        with torch.enable_grad(), self.autocast():
+            return _loss(self.job, batch, Computed(), needs_gradient=False)
+
     def release(self) -> None:
         """Let the copies go; a file that a data set has opened is closed without a warning."""
         with undisturbed():
@@ -258,12 +268,12 @@ def _loss(job: Job, batch: Any, computed: Computed, *, needs_gradient: bool) -> 
     if job.step is not None:
         computed.returned = job.step(model, batch)
         return read_step(computed.returned, needs_gradient=needs_gradient)[0]
-    if isinstance(batch, dict):
-        computed.output = computed.returned = model(**batch)
+    given = arguments_of(model, batch, has_target=job.loss is not None)
+    computed.target = given.target
+    computed.output = model(*given.positional, **given.keywords)
+    if job.loss is None:
+        computed.returned = computed.output
         return read_step(computed.returned, needs_gradient=needs_gradient, by="model")[0]
-    *inputs, computed.target = batch
-    computed.output = model(*inputs)
     computed.phase = "loss"
-    assert job.loss is not None
     computed.returned = job.loss(computed.output, computed.target)
     return read_loss(computed.returned, needs_gradient=needs_gradient)
