@@ -540,6 +540,14 @@ class Diagnosis(Message, frozen=True):
     kind: str  # "NaN" | "inf"
 
 
+class Printed(Message, frozen=True):
+    """What user code has printed on an engine, and what else people should know of it there."""
+
+    run: str
+    lines: tuple[str, ...]
+    kind: str = "output"  # of the run's event
+
+
 class Fault(Message, frozen=True):
     """An engine ends of an error that is no user's: its last word."""
 
@@ -559,6 +567,7 @@ EngineMessage = (
     Join
     | Beat
     | Fault
+    | Printed
     | Attach
     | NoSharedMemory
     | Loaded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
+import sys
 import threading
 import time
 from array import array
@@ -224,6 +225,7 @@ class Run:
         self.folder = folder
         self.history = History()
         self.events: list[RunEvent] = []
+        self._num_shown = 0  # of them, whose output was printed
         self.num_steps = 0
         self.steps_per_epoch = 0
         self.step = 0
@@ -383,13 +385,27 @@ class Run:
                 with self._changed:
                     self._changed.wait(WAIT_SECONDS)
                 self._call(self._hooks)
+                self._show_output()
         except KeyboardInterrupt:
             log.warning("run %r goes on; %%dtrain stop ends it, %%dtrain wait waits again", self.name)
             return self
         self._call(self._hooks)
+        self._show_output()
         if self._is_settled() and self._error:
             raise RunError(f"run {self.name!r}: {self._error}", remote_traceback=self._remote_traceback)
         return self
+
+    @property
+    def output(self) -> list[str]:
+        """The lines that user code has printed on engines, each with its engine; `wait` prints them, too."""
+        return [line for event in self.events for line in _printed(event)]
+
+    def _show_output(self) -> None:
+        """Print what engines have printed, in the cell that waits for them."""
+        new = self.events[self._num_shown :]
+        self._num_shown += len(new)
+        for line in (line for event in new for line in _printed(event)):
+            sys.stdout.write(f"{line}\n")
 
     def pause(self) -> None:
         """Stand still after the step under way."""
@@ -772,6 +788,12 @@ def way_back(folder: Path) -> str:
         f"its last checkpoint is of step {step}: dnb.resume({str(place)!r}), or %dtrain resume "
         f"{folder.name if is_known else place}, goes on from there in a new pool"
     )
+
+
+def _printed(event: RunEvent) -> list[str]:
+    if event.kind != "output":
+        return []
+    return [f"engine {event.engine}: {line}" for line in event.text.split("\n")]
 
 
 def _worker(now: WorkerTotals, past: WorkerTotals | None) -> Worker:

@@ -14,6 +14,7 @@ import torch
 from dnb.engine.allocator import ration
 from dnb.engine.gathering import GatheringReplica, bytes_of
 from dnb.engine.memory import EngineMemory, Publisher
+from dnb.engine.output import CapturedOutput
 from dnb.engine.replica import Replica
 from dnb.engine.telemetry import Stopwatch
 from dnb.errors import USER_ERRORS, summary_of
@@ -25,6 +26,7 @@ from dnb.records import (
     Mended,
     OutputPiece,
     ParcelRef,
+    Printed,
     RunSpec,
     Seat,
     Shipped,
@@ -94,7 +96,7 @@ class Session:
         self._stopwatch = stopwatch
         adopt_path(spec.sys_path)
         self._settings = AppliedSettings(spec.settings)
-        self._notes = self._settings.notes  # of this engine, for the run's events; told once
+        self._output = CapturedOutput()
         ration.set(spec.memory_limit, start_bytes=stopwatch.start_rss_bytes)
         self._outbox: Outbox | None = None
         self._fault: BaseException | None = None  # why what was mended cannot be used
@@ -123,7 +125,7 @@ class Session:
         except BaseException:
             if self._outbox is not None:
                 self._outbox.stop()
-            self._settings.take_back()
+            self._let_process_go()
             raise
         for packed, raw in self._early:
             self.take(packed, raw)
@@ -167,7 +169,12 @@ class Session:
         try:
             self._replica.close()
         finally:
-            self._settings.take_back()
+            self._let_process_go()
+
+    def _let_process_go(self) -> None:
+        """Let the process be as it was before the run."""
+        self._output.close()
+        self._settings.take_back()
 
     def _work(self, work: Work, raw: memoryview) -> None:
         if work.run != self.run:
@@ -183,8 +190,10 @@ class Session:
         try:
             report, raws = self._computed(work, indices)
         except USER_ERRORS as error:  # whatever a user's model raises is the user's to read
+            self._tell_output()
             self._tell(work, error, indices)
             return
+        self._tell_output()
         try:
             for piece in raws[:-1]:
                 self.send(OutputPiece(run=work.run, lease=work.lease), piece)
@@ -207,7 +216,7 @@ class Session:
             is_sum=outcome.is_sum,
             unused=outcome.unused,
             telemetry=self._stopwatch.take() if self._spec.telemetry else None,
-            note=self._note(outcome.note),
+            note=f"engine {self._engine}: {outcome.note}" if outcome.note else "",
             probe=probe,
             digests=digests,
             trace=self._trace(work),
@@ -215,12 +224,13 @@ class Session:
             states=outcome.states,
         ), raws
 
-    def _note(self, note: str) -> str:
-        """What people should know of this engine since its last report."""
-        notes = [*self._notes, note] if note else self._notes
-        told = "; ".join(notes)
-        self._notes = []
-        return f"engine {self._engine}: {told}" if told else ""
+    def _tell_output(self) -> None:
+        """Send what user code has printed, and what of the notebook's settings could not be had here."""
+        if self._settings.notes:
+            self.send(Printed(run=self.run, lines=tuple(self._settings.notes), kind="data"))
+            self._settings.notes = []
+        if lines := self._output.take():
+            self.send(Printed(run=self.run, lines=lines))
 
     def _tell(self, work: Work, error: BaseException, indices: torch.Tensor | None) -> None:
         """Say that user code failed, and where, if it did with these samples and that can be found."""
@@ -230,6 +240,7 @@ class Session:
                 place = self._replica.find_place(work, indices, error)
             except USER_ERRORS as second:  # what failed once may fail otherwise when it is looked at
                 log.warning("where it failed was not found: %s", summary_of(second))
+            self._output.take()  # what is computed once more is printed once more
         self.send(
             WorkFailed(
                 run=work.run,

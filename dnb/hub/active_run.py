@@ -56,6 +56,7 @@ from dnb.records import (
     NoSharedMemory,
     OutputPiece,
     ParcelRef,
+    Printed,
     RunEvent,
     RunSpec,
     RunState,
@@ -85,6 +86,8 @@ NO_BYTES = memoryview(b"")
 # Of a member of a team that has no part in the loss.
 NO_SUMS = Sums(loss_total=0.0, loss_weight=0.0, metric_totals={}, metric_weights={}, num_samples=0)
 
+# Of all engines together; each is told when it prints more than its own part of that.
+MOST_OUTPUT_LINES = 2000
 # After this time people are told what the end of a run waits for.
 LATE_SECONDS = 2.0
 
@@ -198,6 +201,7 @@ class ActiveRun:
         self._fault: Failure | None = None  # of user code, in a chore
         self._disagreement = ""
         self._over_limit: set[int] = set()
+        self._num_lines = 0  # that engines have told
         self._events = beginning.events
         self._timelines = Timelines(read_timeline(self._folder.path) if beginning.is_taken_over else None)
         self._meter = UsageMeter(self._folder.usage() if beginning.is_taken_over else (), begin_seconds=self._seconds)
@@ -357,6 +361,8 @@ class ActiveRun:
             case OutputPiece(lease=lease):
                 if self._gatherer is not None:
                     self._gatherer.add_piece(engine, lease, raw)
+            case Printed(lines=lines, kind=kind):
+                self._tell_output(engine, lines, kind=kind)
             case WorkFailed(lease=0):
                 self._conclude_without(engine)
             case WorkFailed(failure=Failure(kind=kind), lease=lease) if kind == PEER_LOST and self.spec.partitions:
@@ -424,6 +430,12 @@ class ActiveRun:
         for states in reversed(found):  # of the first engine that has one
             merged.update(states)
         return merged
+
+    def _tell_output(self, engine: int, lines: Sequence[str], *, kind: str) -> None:
+        """Keep what user code has printed as an event, up to a number of lines for the whole run."""
+        self._num_lines += len(lines)
+        if lines and self._num_lines - len(lines) < MOST_OUTPUT_LINES:
+            self._note(machine.Note(kind, "\n".join(lines), engine))
 
     def _look_at_memory(self, engine: int) -> None:
         """Tell once of each engine that it needs more than was allowed; nothing is ended for it."""

@@ -25,6 +25,7 @@ from dnb.records import (
     KeepSpares,
     LoadFailed,
     NoSharedMemory,
+    Printed,
     Process,
     Request,
     SetOptions,
@@ -49,6 +50,9 @@ MOST_COUNT = (1 << 63) - 1
 MOST_SPARES = 4096
 # How long chaos may stop an engine, and how slow it may make one.
 MOST_STOP_SECONDS, MOST_SLOWNESS = 86_400.0, 1e6
+# Lines that an engine tells at once, and the kinds of events that they may become.
+MOST_LINES = 1000
+TOLD_KINDS = frozenset({"output", "data"})
 # Letters of what names something: a host, a device, a version, a parameter.
 NAME_LENGTH = 1000
 
@@ -156,6 +160,11 @@ def check_message(message: EngineMessage, rules: Rules) -> EngineMessage:
                 parameter=clean_text(message.parameter, length=NAME_LENGTH),
                 kind=clean_text(message.kind, length=NAME_LENGTH),
             )
+        case Printed(lines=lines, kind=kind):
+            _require(len(lines) <= MOST_LINES, f"{len(lines)} lines at once")
+            _require(kind in TOLD_KINDS, "an engine tells of output, or of its files")
+            cut = tuple(clean_text(line, length=MESSAGE_LENGTH) for line in lines)
+            return msgspec.structs.replace(message, lines=cut)
         case NoSharedMemory(reason=reason):
             return msgspec.structs.replace(message, reason=clean_text(reason, length=MESSAGE_LENGTH))
         case _:

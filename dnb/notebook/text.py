@@ -115,6 +115,7 @@ def _engines_in_words(run: RunView) -> list[str]:
 
 
 def _events_in_words(events: Sequence[EventView]) -> list[str]:
+    events = [event for event in events if event.kind != "output"]  # those who wait have read it
     told = [f"step {event.step:,}: {one_line(event.text) or one_line(event.kind)}" for event in events[-MAX_EVENTS:]]
     more = len(events) - len(told)
     return [f"last {counted(len(told), 'event')} of {more + len(told):,}:", *told] if more else told

@@ -222,3 +222,18 @@ def test_a_model_that_pickle_refuses_trains_and_comes_home(pool, make, transport
     for own, other in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(own, other, atol=1e-9)
     plain.load_state_dict(model.state_dict())
+
+
+def talking_step(model, batch):
+    sys.stdout.write(f"hello from {len(batch[0])}\n")
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("transport", ["memory", "socket"])
+def test_what_user_code_prints_on_engines_is_shown_by_who_waits(pool, capsys, transport):
+    run = pool.fit(nn.Linear(6, 3), data(), step=talking_step, batch_size=32, steps=3, shards=2, transport=transport)
+    run.wait(60)
+    shown = capsys.readouterr().out.splitlines()
+    assert [line for line in shown if line.startswith("engine")] == run.output
+    assert run.output.count(f"engine {pool.engines[0].id}: hello from 16") >= 3
+    assert {event.kind for event in run.events if "hello" in event.text} == {"output"}
