@@ -17,6 +17,7 @@ from dnb.engine.replica import PROBE_SAMPLES, part_seed
 from dnb.errors import USER_ERRORS
 from dnb.planning.calling import arguments_of
 from dnb.records import Reduction
+from dnb.rehearsal.attributes import Attributes
 from dnb.rehearsal.undisturbed import undisturbed
 from dnb.rehearsal.watching import WriteWatch
 from dnb.transport.copies import copy_together, shallow_copy
@@ -86,8 +87,10 @@ class Trial:
         modes: switches the copy between training and evaluation.
         generators: of random numbers, in the copies.
         is_whole: whether data were copied as a whole: those that would have taken long were not.
+        is_shared: whether some tensors are the user's own memory, as there are many: nothing may write parameters.
         batch: of these, as collate_fn made it; None if it could not be had.
         computed: by the model, in training mode, on the batch, with backward.
+        changed: attributes and the like that the first forward changed.
         loss_over: what a check has found of the loss; see `Rehearsed`.
         reduction: likewise.
     """
@@ -101,8 +104,10 @@ class Trial:
     modes: Modes
     generators: OwnGenerators
     is_whole: bool
+    is_shared: bool
     batch: Any = None
     computed: Computed = field(default_factory=Computed)
+    changed: tuple[str, ...] = ()
     loss_over: Literal["samples", "batch"] = "samples"
     reduction: Reduction = "targets"
 
@@ -125,11 +130,16 @@ class Trial:
             indices=torch.arange(min(_samples_for(job.model), num_samples)),
             generators=copies.generators,
             is_whole=copies.is_whole,
+            is_shared=copies.shared > 0,
             modes=Modes([copied_job.model, *(copied_job.stages or ())]),
         )
+        if copies.shared:
+            _own_buffers(copied_job.model)
         trial.fetch()
         if trial.computed.error is None:
+            attributes = Attributes(copied_job.model, copied_job.step)
             trial.compute()
+            trial.changed = attributes.changed()
         return trial
 
     def fetch(self) -> None:
@@ -148,7 +158,7 @@ class Trial:
         with undisturbed() as told:
             self.seed()
             self.modes.be_training(mode=True)
-            self.computed = _compute(self.job, self.batch, self.autocast())
+            self.computed = _compute(self.job, self.batch, self.autocast(), is_shared=self.is_shared)
         self.computed.warnings = tuple(str(each.message) for each in told)
         return self.computed
 
@@ -207,6 +217,13 @@ def _samples_for(model: torch.nn.Module) -> int:
     return MOST_SAMPLES if num_elements <= SMALL_MODEL else LEAST_SAMPLES
 
 
+def _own_buffers(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.clone()
+
+
 def _shallow(data: Data) -> Data:
     def copied(source: DataSource) -> DataSource:
         is_tuple = isinstance(source.samples, tuple)
@@ -230,7 +247,7 @@ def _without_optimizer(job: Job) -> Job:
     )
 
 
-def _compute(job: Job, batch: Any, autocast: AbstractContextManager[Any]) -> Computed:
+def _compute(job: Job, batch: Any, autocast: AbstractContextManager[Any], *, is_shared: bool) -> Computed:
     computed = Computed(phase="forward")
     named = dict(job.model.named_parameters())
     accumulated: list[str] = []
@@ -239,7 +256,9 @@ def _compute(job: Job, batch: Any, autocast: AbstractContextManager[Any]) -> Com
         for name, parameter in named.items()
         if parameter.requires_grad and parameter.is_leaf
     ]
-    watch = WriteWatch(named)
+    watch = WriteWatch(named, shared=frozenset(named) if is_shared else frozenset())
+    for parameter in named.values():
+        parameter.grad = None
     try:
         with watch:
             with autocast, torch.enable_grad():
