@@ -158,7 +158,11 @@ class Trial:
         with undisturbed() as told:
             self.seed()
             self.modes.be_training(mode=True)
+            before = _buffers_of(self.job.model)
             self.computed = _compute(self.job, self.batch, self.autocast(), is_shared=self.is_shared)
+            for module, key, buffer, value in before:  # engines are probed with those of the beginning
+                buffer.data = value
+                module._buffers[key] = buffer
         self.computed.warnings = tuple(str(each.message) for each in told)
         return self.computed
 
@@ -210,6 +214,16 @@ class Trial:
         if self.options.precision == "float32":
             return nullcontext()
         return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def _buffers_of(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.Tensor, torch.Tensor]]:
+    """Every buffer, where it is, and a copy of its value."""
+    return [
+        (module, key, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None
+    ]
 
 
 def _samples_for(model: torch.nn.Module) -> int:

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from dnb.engine.replica import PROBE_SAMPLES
+from dnb.errors import ArgumentError
 from dnb.planning.sample_order import BatchOrder
 from dnb.rehearsal.rehearsing import Rehearsed, rehearse
 from dnb.rehearsal.trial import Options, Trial
 from dnb.transport.copies import copy_together
-from dnb.transport.job import Data, DataSource, Job
+from dnb.transport.job import Data, DataSource, Job, Sum
 
 X, Y = torch.randn(32, 6), torch.randint(0, 3, (32,))
 
@@ -187,3 +189,81 @@ def test_what_user_code_raises_is_told_with_the_phase_in_which_it_did():
     assert isinstance(trial.computed.error, RuntimeError)
     assert trial.computed.phase == "forward"
     assert trial.probe() is None
+
+
+def test_the_probe_is_computed_with_the_buffers_that_the_model_came_with():
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    probe = rehearsed(model).probe
+    model.eval()
+    assert probe == pytest.approx(nn.functional.cross_entropy(model(X[:PROBE_SAMPLES]), Y[:PROBE_SAMPLES]).item())
+
+
+def refusal_of(step: Callable[..., Any]) -> str:
+    with pytest.raises(ArgumentError) as refused:
+        rehearsed(nn.Linear(6, 3), step=step)
+    return str(refused.value)
+
+
+def test_a_step_whose_loss_is_no_mean_over_samples_is_refused_with_the_recipe():
+    def step(model: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1]).sqrt()
+
+    told = refusal_of(step)
+    assert told.startswith("step's loss is no mean over samples: of 8 of them it is ")
+    assert "return dnb.Sum(total, weight)" in told
+    assert "loss=callable(output, target)" in told
+
+
+def test_a_step_that_masks_its_targets_by_itself_is_refused_though_no_target_of_the_first_is_masked():
+    def step(model: nn.Module, batch: Any) -> torch.Tensor:
+        counts = batch[1] != -100
+        losses = nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        return (losses * counts).sum() / counts.sum()
+
+    assert "mean of their parts" in refusal_of(step)
+
+
+def cross_entropy(model: nn.Module, batch: Any) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def noisy(model: nn.Module, batch: Any) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(batch[0] + torch.randn_like(batch[0])), batch[1])
+
+
+def variational(model: nn.Module, batch: Any) -> torch.Tensor:
+    output = model(batch[0])
+    drawn = output + torch.randn_like(output)
+    return nn.functional.mse_loss(drawn, batch[0][:, :3], reduction="sum") + output.square().sum()
+
+
+def own_sum(model: nn.Module, batch: Any) -> Sum:
+    total = nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+    return Sum(total, float((batch[1] != -100).sum()))
+
+
+@pytest.mark.parametrize(
+    ("step", "reduction"),
+    [(cross_entropy, "targets"), (noisy, "targets"), (variational, "sum"), (own_sum, "targets")],
+    ids=["a_mean", "with_noise", "a_sum_over_the_batch", "a_sum_with_its_weight"],
+)
+def test_a_step_is_put_together_by_what_its_loss_is(step, reduction):
+    found = rehearsed(nn.Linear(6, 3), step=step)
+    assert (found.reduction, found.loss_over) == (reduction, "samples")
+
+
+def test_a_loss_over_the_whole_batch_has_its_outputs_gathered():
+    found = rehearsed(nn.Linear(6, 3), loss=lambda output, target: nn.functional.cross_entropy(output, target).sqrt())
+    assert (found.reduction, found.loss_over) == ("samples", "batch")
+
+
+def test_targets_in_memory_that_all_count_are_not_weighed():
+    assert rehearsed(nn.Linear(6, 3)).reduction == "samples"
+
+
+def test_what_the_user_says_of_a_loss_counts():
+    def step(model: nn.Module, batch: Any) -> torch.Tensor:
+        return cross_entropy(model, batch).sqrt()
+
+    found = rehearse(job_of(nn.Linear(6, 3), step=step), pair(), Options(loss_over="samples"))
+    assert (found.reduction, found.loss_over) == ("samples", "samples")
