@@ -10,6 +10,7 @@ from typing import Literal
 from dnb.errors import USER_ERRORS, summary_of
 from dnb.progress import long_work
 from dnb.records import Finding, Reduction
+from dnb.rehearsal.fitting import fit_data
 from dnb.rehearsal.losses import check_loss, declared_reduction
 from dnb.rehearsal.side_effects import refuse_own_loop, refuse_written_parameters, tell_changed_attributes
 from dnb.rehearsal.trial import Options, Trial
@@ -24,7 +25,13 @@ log = logging.getLogger(__name__)
 Check = Callable[[Trial], Sequence[Finding]]
 
 # In the order in which they are made.
-CHECKS: tuple[Check, ...] = (refuse_own_loop, refuse_written_parameters, tell_changed_attributes, check_loss)
+CHECKS: tuple[Check, ...] = (
+    refuse_own_loop,
+    refuse_written_parameters,
+    fit_data,
+    tell_changed_attributes,
+    check_loss,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
