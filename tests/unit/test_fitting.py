@@ -73,7 +73,6 @@ words = nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), nn.Linear(36, 3))
         (nn.Linear(36, 3), pair(X[:, None].expand(-1, 6, -1).clone()), None, r"X\.reshape\(len\(X\), -1\)"),
         (nn.Linear(5, 3), pair(X), None, r"train's X of float32 and shape \(N, 6\) and y of .*in_features=6"),
         (nn.Conv2d(3, 4, 3), pair(torch.ones(32, 1, 8, 8)), None, r"in_channels=1, or samples of shape \(3, \.\.\.\)"),
-        (nn.Linear(6, 3), pair(X, Y + 3), None, r"y has classes from \d to \d, and the output is for classes 0 to 2"),
         (
             nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.Linear(5, 3)),
             pair(X),
@@ -101,6 +100,12 @@ def test_a_step_function_that_compares_every_output_with_every_target_is_refused
         ArgumentError, match="step compares tensors of different shapes, every output with every target"
     ):
         rehearsed(nn.Linear(6, 1), pair(X, torch.randn(32)), step=step)
+
+
+def test_classes_that_there_are_not_are_left_to_the_run_which_names_the_samples():
+    trial = trial_of(nn.Linear(6, 3), pair(X, Y + 3))
+    assert isinstance(trial.computed.error, IndexError)
+    assert rehearsed(nn.Linear(6, 3), pair(X, Y + 3)).findings == ()
 
 
 def test_classes_beside_one_column_of_outputs_are_no_matter_of_shapes():
