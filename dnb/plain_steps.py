@@ -33,9 +33,13 @@ def plain_steps(job: Job, source: DataSource, spec: RunSpec) -> Iterator[float]:
             torch.nn.utils.clip_grad_norm_(trained, spec.clip_norm)
         optimizer.step()
         if job.after_step is not None:
-            job.after_step(model)
-        is_due = spec.scheduler_every == "step" or number % spec.steps_per_epoch == 0
-        if scheduler is not None and is_due and not isinstance(scheduler, ReduceLROnPlateau):
+            with torch.no_grad():
+                job.after_step(model)
+        is_epoch_over = number % spec.steps_per_epoch == 0
+        if isinstance(scheduler, ReduceLROnPlateau):
+            if is_epoch_over:
+                return  # it looks at an evaluation, which is not done here
+        elif scheduler is not None and (spec.scheduler_every == "step" or is_epoch_over):
             scheduler.step()
 
 

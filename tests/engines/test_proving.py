@@ -72,6 +72,32 @@ def test_a_pipeline_and_a_data_set_are_proved_likewise(pool):
     assert run.prove(STEPS).is_same
 
 
+def halve(gradient):
+    return gradient / 2
+
+
+def clamp_last_layer(model):
+    for parameter in list(model.parameters())[-2:]:
+        parameter.clamp_(-0.05, 0.05)
+
+
+def test_hooks_functions_after_a_step_and_schedulers_are_those_of_one_process(pool):
+    model = mlp()
+    next(model.parameters()).register_hook(halve)
+    run = wait(
+        fit(
+            pool,
+            model,
+            after_step=clamp_last_layer,
+            optimizer="sgd",
+            lr=0.1,
+            scheduler=lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5),
+        )
+    )
+    proof = run.prove(STEPS)
+    assert proof.is_same, proof.text
+
+
 def root_mean_square(output, target):
     return functional.mse_loss(output, functional.one_hot(target, 10).to(output.dtype)).sqrt()
 
