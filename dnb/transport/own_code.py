@@ -54,7 +54,9 @@ class Place(NamedTuple):
 
 def own_place(module: types.ModuleType | None) -> Place | None:
     """Where a module of the user's own lies; None if it is part of Python, of an installed package, or of dnb."""
-    name, file = getattr(module, "__name__", None), getattr(module, "__file__", None)
+    if not isinstance(module, types.ModuleType):
+        return None
+    name, file = vars(module).get("__name__"), vars(module).get("__file__")
     if not isinstance(name, str) or not isinstance(file, str) or name in ("__main__", "__mp_main__"):
         return None
     if not file.endswith(SOURCE_SUFFIXES) or _is_installed(file):
@@ -62,19 +64,35 @@ def own_place(module: types.ModuleType | None) -> Place | None:
     return Place(name, os.path.abspath(file), _digest_of(file))
 
 
+def own_names() -> list[str]:
+    """The names of all modules of the user's own that are imported; there are thousands of others."""
+    return [name for name, module in list(sys.modules.items()) if _is_own(name, module)]
+
+
+_own_by_module: dict[str, tuple[int, bool]] = {}
+
+
+def _is_own(name: str, module: Any) -> bool:
+    known = _own_by_module.get(name)
+    if known is None or known[0] != id(module):
+        known = _own_by_module[name] = id(module), own_place(module) is not None
+    return known[1]
+
+
 @functools.lru_cache(maxsize=4096)
 def _is_installed(file: str) -> bool:
-    path = os.path.realpath(file)
-    if any(path.startswith(folder) for folder in _installed_folders()):
+    folders = _installed_folders()
+    if file.startswith(folders):
         return True
-    return any(part in ("site-packages", "dist-packages") for part in Path(path).parts)
+    path = os.path.realpath(file)
+    return path.startswith(folders) or any(part in ("site-packages", "dist-packages") for part in Path(path).parts)
 
 
 @functools.lru_cache(maxsize=1)
 def _installed_folders() -> tuple[str, ...]:
     known = [sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")]
     known.append(str(Path(__file__).parents[1]))
-    return tuple({os.path.realpath(path) + os.sep for path in known if path})
+    return tuple({form(path) + os.sep for path in known if path for form in (os.path.realpath, os.path.abspath)})
 
 
 def _digest_of(file: str) -> str:
@@ -139,7 +157,7 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
 
     def dump_whole(self, obj: Any) -> None:
         """Pickle an object, and behind it the generators in it, and what functions in it look up in own modules."""
-        with _registered(self._own_names()):
+        with _registered(own_names()):
             self.dump(obj)
             while found := self._not_sent():
                 self.dump(found)
@@ -214,9 +232,6 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
         if name not in self._places:
             self._places[name] = own_place(sys.modules.get(name))
         return self._places[name]
-
-    def _own_names(self) -> list[str]:
-        return [name for name in list(sys.modules) if self._place_of(name) is not None]
 
     def _not_sent(self) -> dict[str, dict[str, Any]]:
         """By module, what functions look up in it and has not gone yet."""
