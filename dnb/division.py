@@ -11,7 +11,8 @@ import torch
 
 from dnb.engine.loader import fetch_batch
 from dnb.engine.micro_batches import model_inputs
-from dnb.errors import PlanError
+from dnb.engine.sync_norm import has_own_forward, normalizing_layers
+from dnb.errors import ArgumentError, PlanError
 from dnb.planning.calling import arguments_of
 from dnb.planning.partitions import pipelines, read_mesh, read_schedule, read_stages
 from dnb.planning.plans import Plan
@@ -25,6 +26,7 @@ from dnb.transport.returned import read_step
 
 # Engines of a pipeline that may come later are planned for, too; more than a host of today holds.
 MOST_ENGINES = 16
+MOST_SYNCED = 64
 # Samples with which a division of layers is tried out.
 MOST_TRIED = 2
 
@@ -148,6 +150,46 @@ class Division:
         partitions = tensor_partitions(job.model, Trial(batch, step=step, loss=job.loss), wanted=wanted, plan=plan)
         return cls(partitions, (), None, num_teams, wanted if num_teams > 1 else None, wanted)
 
+    @classmethod
+    def synced(
+        cls, model: torch.nn.Module, *, wants_all: bool, strategy: str | Plan, exact: bool, transport: Any
+    ) -> tuple[Division | None, str | Plan]:
+        """Let all engines share every batch, if layers take statistics of the whole of it; and the strategy then.
+
+        Args:
+            model: with its layers.
+            wants_all: whether every BatchNorm is to be such a layer.
+            strategy: of the run.
+            exact: likewise.
+            transport: likewise.
+
+        Raises:
+            ArgumentError: the model has no BatchNorm.
+            PlanError: it cannot be done so.
+        """
+        layers = normalizing_layers(model, all_of_them=wants_all)
+        if not layers:
+            if wants_all:
+                raise ArgumentError("sync_batchnorm=True, and the model has no BatchNorm: leave it out")
+            return None, strategy
+        own = next(((name, type(layer).__name__) for name, layer in layers if has_own_forward(layer)), None)
+        if own is not None:
+            raise PlanError(
+                f"{own[0]!r} is a {own[1]}, whose forward is its own: statistics of the whole batch are taken for "
+                "nn.BatchNorm1d, 2d, 3d and nn.SyncBatchNorm"
+            )
+        what = "sync_batchnorm=True" if wants_all else f"{layers[0][0]!r} is a SyncBatchNorm, which"
+        if strategy not in ("auto", "data"):
+            raise PlanError(f"{what} shares every batch among all engines, not the model: strategy='data'")
+        if exact:
+            raise PlanError(
+                f"{what} takes statistics over all engines, and exact=True computes each shard by itself: leave one out"
+            )
+        if transport not in (None, "memory"):
+            raise PlanError(f"{what} needs engines that share the hub's memory: leave transport out")
+        partitions = tuple(Partition(kind="synced", num_engines=number) for number in range(1, MOST_SYNCED + 1))
+        return cls(partitions, (), None, 1, None, None), "data"
+
     def check_pool(self, pool: EnginePool) -> None:
         """Refuse a pool that has too few engines.
 
@@ -177,6 +219,11 @@ class Division:
             raise PlanError(
                 f"this loss looks at the whole batch, and {self.num_teams} teams have a part of it each: mesh= "
                 "with one team, or strategy='data', which gathers outputs"
+            )
+        if self.partitions[-1].kind == "synced":
+            raise PlanError(
+                "this loss looks at the whole batch, whose outputs are not gathered where BatchNorm takes statistics "
+                "of all engines: use plain BatchNorm, or loss_over='samples'"
             )
         if self.partitions[-1].kind == "pipeline":
             raise PlanError("this loss looks at the whole batch: pipelines are to follow; strategy='data' for now")

@@ -337,7 +337,8 @@ TensorStyle = Literal["colwise", "colwise_rep", "rowwise", "rowwise_rep"]
 class Partition(Record, frozen=True):
     """How a model is divided over the engines of a team that computes together."""
 
-    kind: Literal["pipeline", "tensor"]
+    # "synced": the model is whole on all engines, and the batch is shared by those that wait for each other in forward.
+    kind: Literal["pipeline", "tensor", "synced"]
     num_engines: int  # of the team
     num_stages: int = 1  # of a pipeline; a multiple of its engines: stage s is on engine s % num_engines of the team
     # Names of the modules at which stages 1, 2, ... begin; empty: the user's own `Job.stages`.

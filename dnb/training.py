@@ -54,7 +54,7 @@ from dnb.pool.starting import adopt_pool, profile_folder, start_pool
 from dnb.progress import long_work
 from dnb.proving import Submission
 from dnb.records import ENDED, Done, Finding, ParcelRef, PlainJob, PoolFacts, RunSpec, Submit
-from dnb.rehearsal.modes import mode_findings, refuse_sync_batchnorm
+from dnb.rehearsal.modes import mode_findings
 from dnb.rehearsal.rehearsing import rehearse
 from dnb.rehearsal.trial import Options
 from dnb.run import Run
@@ -297,7 +297,8 @@ def fit(
             out, running statistics are averaged, and the first of all others kept.
         scheduler_every: "step" or "epoch": when the scheduler is stepped. With "epoch", ReduceLROnPlateau looks at the
             loss on `val`; a metric takes its place by name, "val_accuracy".
-        sync_batchnorm: whether BatchNorm takes its statistics from the global batch instead of from each part.
+        sync_batchnorm: whether every BatchNorm takes the statistics of the global batch instead of those of each part,
+            as nn.SyncBatchNorm does anyway.
         prove: so many first steps are computed in this process, too, before `fit` returns, and held against those of
             the run; see `Run.prove`.
         strategy: "data": every engine has the whole model and a part of the batch; "pipeline": every engine has a part
@@ -333,11 +334,9 @@ def fit(
     """
     check_model(model)
     settings = notebook_settings()
-    refuse_sync_batchnorm(model)
     check_extra_states(model)
     refuse_what_is_not_yet(
         val_step=val_step,
-        sync_batchnorm=sync_batchnorm or None,
     )
     if not isinstance(strategy, Plan):
         check_choice(strategy, name="strategy", known=STRATEGIES, available=STRATEGIES)
@@ -378,7 +377,9 @@ def fit(
     rehearsed = rehearse(job, data, Options(seed=seed, precision=precision, loss_over=loss_over))
     job, data = rehearsed.job, rehearsed.data
     loss_over = check_loss_over(read_loss_over(loss_over) or rehearsed.loss_over, job)
-    division = None
+    division, strategy = Division.synced(
+        model, wants_all=bool(sync_batchnorm), strategy=strategy, exact=exact, transport=transport
+    )
     if isinstance(strategy, Plan) and strategy.partition is not None:
         division = Division.of_plan(strategy, job, data, batch_size=order.batch_size, exact=exact, transport=transport)
     elif strategy in ("pipeline", "tensor", "hybrid"):
@@ -474,6 +475,7 @@ def fit(
         num_sampled=num_sampled,
         scheduler_every=scheduler_every,
         buffers=rules,
+        sync_batchnorm=bool(sync_batchnorm),
     )
     spec, submission = _submit(pool, spec, job, data)
     run = Run(

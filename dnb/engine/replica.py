@@ -316,8 +316,12 @@ class Replica:
             self._publisher.finish()
         return unused
 
+    def _pieces(self, indices: torch.Tensor) -> Sequence[torch.Tensor]:
+        """What goes through forward at once in a step."""
+        return pieces_of(indices, self._most_at_once)
+
     def _run_pieces(self, indices: torch.Tensor, *, batch_samples: int) -> tuple[Sums, bool]:
-        pieces = [piece for piece in pieces_of(indices, self._most_at_once) if len(piece)]
+        pieces = [piece for piece in self._pieces(indices) if len(piece)]
         parts = []
         for number, piece in enumerate(pieces, 1):
             if self._publisher is not None:

@@ -301,7 +301,7 @@ class Session:
 def _kind_of_replica(load: Load, spec: RunSpec | None = None) -> Callable[..., Replica | StageReplica]:
     if load.seat is None:
         return GatheringReplica if spec is not None and spec.loss_over == "batch" else Replica
-    if load.seat.partition.kind == "tensor":
+    if load.seat.partition.kind in ("tensor", "synced"):
         return _kind_of_tensor_replica(load.seat)
     from dnb.engine.stage import StageReplica  # torch's pipelines take two seconds to import
 
@@ -311,6 +311,10 @@ def _kind_of_replica(load: Load, spec: RunSpec | None = None) -> Callable[..., R
 def _kind_of_tensor_replica(seat: Seat) -> Callable[..., Replica]:
     if seat.partition.num_engines == 1:
         return Replica  # nothing is divided
+    if seat.partition.kind == "synced":
+        from dnb.engine.sync_replica import SyncReplica
+
+        return partial(SyncReplica, seat=seat)
     from dnb.engine.tensor_parallel import TensorReplica  # DTensor takes a second to import
 
     return partial(TensorReplica, seat=seat)

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from dnb.engine.memory import EngineMemory, Publisher
-from dnb.engine.replica import NO_SUMS, Outcome, Replica, samples_text
-from dnb.engine.team_group import PeerLost, close_group, first_line, is_about_peers, open_group
+from dnb.engine.replica import NO_SUMS, Outcome
+from dnb.engine.team_group import PeerLost
+from dnb.engine.team_replica import TeamReplica
 from dnb.engine.telemetry import Stopwatch
 from dnb.engine.tensor_layers import TeamGradients, divide
 from dnb.engine.tensor_noise import OwnNoise
-from dnb.errors import PlanError, text_of
-from dnb.records import Diagnose, Diagnosis, Load, RunSpec, Seat, Sums, Work
-from dnb.transport.job import Data, DataSource, Job
+from dnb.records import Diagnose, Diagnosis, Load, RunSpec, Seat, Work
+from dnb.transport.job import Data, Job
 from dnb.transport.layout import slot_views
 from dnb.transport.own_generators import OwnGenerators
 
 __all__ = ["PeerLost", "TensorReplica"]
 
 
-class TensorReplica(Replica):
+class TensorReplica(TeamReplica):
     """Computes the whole batch with one part of every divided layer; all engines of the team are given the same work.
 
     What is not divided is computed by all engines, from the same random numbers. Between a layer that is divided by
@@ -59,17 +57,20 @@ class TensorReplica(Replica):
         publisher: Publisher | None = None,
         generators: OwnGenerators | None = None,
     ) -> None:
-        if spec.exact:
-            raise PlanError("exact=True needs a gradient per shard, and tensor parallelism has one per step")
-        if memory.kind != "memory" or publisher is not None:
-            raise PlanError("the engines of a team share the hub's memory: they must be on its host")
-        super().__init__(spec, job, data, load, memory=memory, stopwatch=stopwatch, generators=generators)
+        self._entrance: Any = None
+        super().__init__(
+            spec,
+            job,
+            data,
+            load,
+            memory=memory,
+            stopwatch=stopwatch,
+            seat=seat,
+            publisher=publisher,
+            generators=generators,
+        )
         self._gradients.close()
-        self._rank = seat.rank
-        self._samples = torch.empty(0, dtype=torch.int64)
         self._had_fast_path = torch.backends.mha.get_fastpath_enabled()
-        open_group(seat, torch.device("cpu"))
-        self._has_group = True
         # Torch's fused encoder layer reads weights past their layers, as if they were whole.
         torch.backends.mha.set_fastpath_enabled(False)
         group = dist.group.WORLD
@@ -120,34 +121,14 @@ class TensorReplica(Replica):
         shard_or_none, (name, kind) = fault or (None, ("", ""))
         return Diagnosis(run=request.run, step=request.step, shard=shard_or_none, parameter=name, kind=kind)
 
-    def find_place(self, work: Work, indices: torch.Tensor, error: BaseException) -> str:  # noqa: ARG002
-        """The samples at which user code raised, for people; nothing is computed again, as the others are gone."""
-        first, last = work.shards[0], work.shards[-1]
-        shards = f"one of shards {first} to {last}" if last != first else f"shard {first}"
-        return f"{shards}, {samples_text(self._samples)}"
-
-    def probe(self) -> float | None:
-        """Nothing: no engine of a team has a loss of its own."""
-        return None
-
     def close(self) -> None:
         """Leave the group, and let go of the gradients."""
-        self._leave(None)
-        self._gradients.close()
+        super().close()
         torch.backends.mha.set_fastpath_enabled(self._had_fast_path)
 
-    def _forward(
-        self,
-        source: DataSource,
-        indices: torch.Tensor,
-        *,
-        batch_samples: int | None,
-        needs_gradient: bool = False,
-    ) -> tuple[Sums, bool]:
-        self._samples = indices
-        result = super()._forward(source, indices, batch_samples=batch_samples, needs_gradient=needs_gradient)
-        self._entrance.forget()
-        return result
+    def _forget(self) -> None:
+        if self._entrance is not None:
+            self._entrance.forget()
 
     def _seed(self, step: int, shard: int, *, also_python: bool = False) -> None:
         self._noise.forget()
@@ -160,30 +141,3 @@ class TensorReplica(Replica):
     def _check_parameter(self, name: str) -> None:
         if name not in self._divided:
             super()._check_parameter(name)
-
-    def _shrink(self, num_samples: int, error: Exception) -> str:
-        """The others cannot be told to halve their batch, too."""
-        raise MemoryError(
-            f"{min(self._most_at_once or num_samples, num_samples)} samples at once do not fit: "
-            f"give micro_batch=, which all engines of a team keep to ({text_of(error)})"
-        ) from error
-
-    @contextmanager
-    def _leaving_if_it_fails(self) -> Iterator[None]:
-        """Around work: what raises is told apart, after this engine has left its group."""
-        if not self._has_group:
-            raise PeerLost("this engine has left its team after an error, and has not joined another")
-        try:
-            yield
-        except BaseException as error:
-            self._leave(error)
-            if is_about_peers(error):
-                raise PeerLost(f"another engine of the team is gone: {first_line(error)}") from None
-            raise
-
-    def _leave(self, error: BaseException | None) -> None:
-        """Leave the group, so that the other engines of the team are freed."""
-        self._entrance.forget()
-        if self._has_group:
-            self._has_group = False
-            close_group(error)

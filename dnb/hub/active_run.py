@@ -736,7 +736,7 @@ class ActiveRun:
         owner = self._coordinator.owner_of(engine)
         try:
             if not master.slabs_of(owner):
-                master.add_slabs(owner, 2 if self.spec.ties else 1, kind=member.transport)
+                master.add_slabs(owner, self._num_slabs(engine), kind=member.transport)
         except SpaceError as error:
             return machine.EngineLost(engine, f"cannot take part: {error}")
         record = Load(
@@ -751,6 +751,20 @@ class ActiveRun:
         )
         self._send(engine, record, self._frames)
         return None
+
+    def _num_slabs(self, engine: int) -> int:
+        """As many as engines may write at once."""
+        seat = self._coordinator.seat_of(engine)
+        if seat is not None and seat[2].kind == "synced":
+            return seat[2].num_engines
+        return 2 if self.spec.ties else 1
+
+    def _usual_slabs(self, engine: int) -> tuple[int, ...]:
+        """Where an engine writes what it is given first."""
+        seat = self._coordinator.seat_of(engine)
+        if seat is not None and seat[2].kind == "synced":
+            return (seat[1],)
+        return (0, 1) if self.spec.ties else (0,)
 
     def _seat(self, engine: int) -> Seat | None:
         seat = self._coordinator.seat_of(engine)
@@ -802,7 +816,7 @@ class ActiveRun:
             return machine.CommitFailed(action.step, self._kept_whole(error.failure, action.step, "hub"))
         if action.kind == "step":
             self._chores.append(self._prepare)
-        slabs: tuple[int, ...] = (0, 1) if self.spec.ties else (0,)
+        slabs = self._usual_slabs(action.engine)
         if (self.spec.exact or action.apart) and action.kind == "step":
             try:
                 slabs = self._slabs_for(action, member)

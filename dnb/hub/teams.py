@@ -277,6 +277,9 @@ class Teams:
 
     def _plan_of(self, team: Team) -> Note:
         size = len(team.members)
+        if team.partition.kind == "synced":
+            part = f"each has 1/{size} of every batch" if size > 1 else "it has every batch"
+            return Note("planned", f"{self._names[team.number]}: {part}; BatchNorm takes statistics of the whole batch")
         if team.partition.kind == "tensor":
             num_layers = len(team.partition.styles)
             part = f"each has 1/{size} of {num_layers} layers" if num_layers else "it has the whole model"
@@ -509,5 +512,5 @@ class Teams:
 
 def _name(team: Team) -> str:
     engines = ", ".join(map(str, team.members))
-    kind = "tensor team" if team.partition.kind == "tensor" else team.partition.kind
+    kind = {"tensor": "tensor team", "synced": "team", "pipeline": "pipeline"}[team.partition.kind]
     return f"the {kind} of engines {engines}" if len(team.members) > 1 else f"engine {engines}"

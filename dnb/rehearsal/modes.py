@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from dnb.errors import PlanError
 from dnb.records import Finding
 
 _SHOWN_NAMES = 3
@@ -23,17 +22,3 @@ def mode_findings(model: torch.nn.Module) -> tuple[Finding, ...]:
     more = f" and {len(still) - _SHOWN_NAMES} more" if len(still) > _SHOWN_NAMES else ""
     verb = "stays" if len(still) == 1 else "stay"
     return (Finding(kind="state", text=f"{shown}{more} {verb} in evaluation mode, as set before the run"),)
-
-
-def refuse_sync_batchnorm(model: torch.nn.Module) -> None:
-    """Refuse layers that would have to exchange statistics.
-
-    Raises:
-        PlanError: there is one.
-    """
-    found = next((name for name, each in model.named_modules() if isinstance(each, torch.nn.SyncBatchNorm)), None)
-    if found is not None:
-        raise PlanError(
-            f"{found!r} is a SyncBatchNorm, whose statistics of the global batch engines do not exchange in this "
-            "release: use nn.BatchNorm1d, 2d or 3d, which takes those of each engine's part"
-        )

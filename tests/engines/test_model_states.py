@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import dnb
-from dnb.errors import ArgumentError, PlanError, RunError
+from dnb.errors import ArgumentError, RunError
 from tests.engines.pools import wait, wait_until
 from tests.models import digits, largest_gap, plain_losses, twice
 
@@ -203,12 +203,6 @@ def test_an_extra_state_that_cannot_travel_is_refused(pool):
     model = Counting()
     model.count = object()
     with pytest.raises(ArgumentError, match="the extra state of 'the model' cannot be kept"):
-        train(pool, model)
-
-
-def test_a_sync_batch_norm_is_refused(pool):
-    model = nn.Sequential(nn.Linear(64, 10), nn.SyncBatchNorm(10))
-    with pytest.raises(PlanError, match="'1' is a SyncBatchNorm, whose statistics of the global batch"):
         train(pool, model)
 
 
