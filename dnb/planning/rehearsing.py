@@ -67,6 +67,7 @@ class Rehearsal:
         # Without data, too, a tensor of one element, such as BatchNorm's count, changes: torch takes it for a constant.
         changed = [b for b in self._model.buffers() if self._fake is None or b.numel() <= 1]
         kept = [buffer.clone() for buffer in changed]
+        attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in self._model.modules()]
         try:
             with torch.random.fork_rng(devices=[]), torch.enable_grad(), self._autocast():
                 if self._fake is None:
@@ -81,6 +82,9 @@ class Rehearsal:
             with torch.no_grad():
                 for buffer, before in zip(changed, kept, strict=True):
                     buffer.copy_(before)
+            for module, values, buffers in attributes:  # what forward assigns would be a tensor without data
+                _put_back(vars(module), values)
+                _put_back(module._buffers, buffers)
 
     def _without_data(self, fake: FakeTensorMode) -> AbstractContextManager[Any]:
         """The model's own tensors without data: torch remembers what an operation makes of those, and of no others."""
@@ -88,6 +92,12 @@ class Rehearsal:
             self._model.named_parameters(remove_duplicate=False), self._model.named_buffers(remove_duplicate=False)
         )
         return _reparametrize_module(self._model, {name: fake.from_tensor(tensor) for name, tensor in named})
+
+
+def _put_back(now: dict[str, Any], before: Mapping[str, Any]) -> None:
+    if now.keys() != before.keys() or any(now[key] is not value for key, value in before.items()):
+        now.clear()
+        now.update(before)
 
 
 class _OperationLog(TorchDispatchMode):

@@ -215,7 +215,6 @@ def test_a_buffer_that_gets_another_shape_cannot_be_added_up(pool):
 
 @pytest.mark.parametrize("make", [Counting, Positions])
 def test_states_come_home_from_a_pipeline(pool, make):
-    """Whole layers: what a stage runs in parts is followed once, and its Python not run again."""
     torch.manual_seed(0)
     if make is Counting:
         model, data = nn.Sequential(Counting(), nn.Tanh(), nn.Linear(10, 10)), digits(64)
@@ -227,6 +226,6 @@ def test_states_come_home_from_a_pipeline(pool, make):
     plain_losses(plain, data, num_steps=4, batch_size=16)
     assert run.status == "finished"
     if make is Counting:
-        assert model[0].count > 0
+        assert model[0].count == 4 * 8  # micro-batches
     else:
         assert torch.equal(model[0].table, plain[0].table)
