@@ -26,10 +26,24 @@ class EngineMemory:
         self._slab_bytes = load.buffer_layout.num_bytes
         self.slabs: list[Flat] = []
         self.parameters: mmap.mmap
+        self._ref = load.parameters
+        self._hub_parameters: mmap.mmap | None = None
         if self.kind == "memory":
-            self.parameters = open_segment(load.parameters).memory
+            # Copy on write: what user code writes into a parameter stays here, and is noticed.
+            self.parameters = open_segment(load.parameters, private=True).memory
         else:
             self.parameters = mmap.mmap(-1, max(load.parameters.num_bytes, 1))
+
+    def hub_parameters(self) -> mmap.mmap:
+        """The hub's own memory, to be compared with; only where it is shared."""
+        if self._hub_parameters is None:
+            self._hub_parameters = open_segment(self._ref).memory
+        return self._hub_parameters
+
+    def forget_writes(self) -> None:
+        """Let parameters be as the hub has them, where its memory is shared."""
+        if self.kind == "memory":
+            self.parameters.madvise(mmap.MADV_DONTNEED)
 
     def add_slabs(self, refs: Sequence[SegmentRef]) -> None:
         """Map slabs, or make this engine's own."""

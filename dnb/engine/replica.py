@@ -21,6 +21,7 @@ from dnb.engine.loose_states import EngineStates
 from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.modes import Modes
 from dnb.engine.telemetry import Stopwatch
+from dnb.engine.write_guard import ParameterWrittenError, WriteGuard
 from dnb.errors import USER_ERRORS, DnbError, kind_of, summary_of, text_of
 from dnb.planning.calling import arguments_of
 from dnb.planning.shards import SAMPLES_AT_LEAST, first_filled_shard
@@ -98,6 +99,7 @@ class Replica:
         for name, parameter in self._named.items():
             parameter.data = master[name]
         self._master = master
+        self._guard = WriteGuard(self._named, memory)
         trained = [self._named[slot.name] for slot in load.gradient_layout.slots]
         self._names = [slot.name for slot in load.gradient_layout.slots]
         self._gradients = Gradients(
@@ -128,6 +130,7 @@ class Replica:
         Raises:
             MemoryError: not even a single sample fits.
             ModelChangedError: user code replaced a parameter.
+            ParameterWrittenError: user code wrote a parameter.
             ReturnError: user code returned what is no loss, or no metric.
         """
         if work.states:
@@ -135,10 +138,14 @@ class Replica:
         if work.kind == "evaluation":
             if len(self._generators):
                 self._generators.seed(part_seed(self._spec.seed, work.step, work.shards[0]))
-            return Outcome((self._evaluate(work, indices),), is_sum=False)
+            evaluated = Outcome((self._evaluate(work, indices),), is_sum=False)
+            self._guard.check(work.step)
+            return evaluated
         self._be_training(mode=True)
         try:
-            return self._with_states(work, self._compute_step(work, indices))
+            outcome = self._with_states(work, self._compute_step(work, indices))
+            self._guard.check(work.step)
+            return outcome
         except USER_ERRORS:
             for name in self._named:
                 self._check_parameter(name)  # if one was replaced, that is the cause
@@ -168,7 +175,7 @@ class Replica:
 
         Only forward is computed again, by halves; what does not come up again is said to lie somewhere in the work.
         """
-        if is_out_of_memory(error) or isinstance(error, ModelChangedError):
+        if is_out_of_memory(error) or isinstance(error, ModelChangedError | ParameterWrittenError):
             return ""
         is_step = work.kind == "step"
         source = self._data.train if is_step else self._data.val

@@ -251,6 +251,7 @@ class StageReplica:
         seed = part_seed(self._spec.seed, work.step, work.shards[0])
         feed = self._run(self._data.train, indices, batch_samples=work.batch_samples, seed=seed)
         unused = self._slots.finish()
+        self._slots.check_written(work.step)
         self._slots.write_buffers(work.slabs[0])
         sums = added(feed.sums) if feed.sums else NO_SUMS
         is_first = first_filled_shard(work.batch_samples, num_shards=self._spec.num_shards) in work.shards

@@ -11,6 +11,7 @@ from dnb.engine.gradients import Gradients
 from dnb.engine.loose_states import EngineStates
 from dnb.engine.memory import EngineMemory
 from dnb.engine.replica import buffer_owner, fits, put_back, tensor_digest
+from dnb.engine.write_guard import WriteGuard
 from dnb.errors import PlanError
 from dnb.planning.parts import StagePart
 from dnb.records import Layout, Load, Region, Seat, TensorSlot
@@ -65,6 +66,11 @@ class StageMemory:
                 if name not in known:
                     buffer.data = self._master[name].clone()
                     self._buffers.append((*buffer_owner(self._model, name), buffer, name))
+        self._guard = WriteGuard(self._bound, self._memory)
+
+    def check_written(self, step: int) -> None:
+        """Raise if user code has written a parameter that is bound here."""
+        self._guard.check(step)
 
     def begin(self, slabs: Sequence[int], *, fresh: bool) -> None:
         """From now on backward writes into these slabs.
@@ -141,6 +147,7 @@ class StageMemory:
             gradients.close()
         for parameter in self._bound.values():
             parameter.data = torch.empty(0, dtype=parameter.dtype)
+        vars(self).pop("_guard", None)
         self._gradients, self._bound, self._master, self._buffer_views = {}, {}, {}, {}
         vars(self).pop("_memory", None)
 

@@ -368,6 +368,7 @@ class ActiveRun:
             case WorkFailed(failure=Failure(kind=kind), lease=lease) if kind == PEER_LOST and self.spec.partitions:
                 self._dispatch(machine.PeerLost(engine, lease))
             case WorkFailed(step=step, failure=failure, lease=lease):
+                member.is_written |= failure.kind == "ParameterWrittenError"
                 failure = self._kept_whole(failure, step, f"engine-{engine}")
                 self._dispatch(machine.UserCodeFailed(engine, step, failure, lease))
             case Diagnosis(step=step):
@@ -824,9 +825,11 @@ class ActiveRun:
                 if action.apart:
                     return machine.LeaseDeclined(action.engine, action.lease)
                 return machine.EngineLost(action.engine, f"cannot take {len(action.shards)} shards: {error}")
-        if member.transport == "socket" and member.version != self._version:
-            wire.queue_pieces(PARAMETERS_SLOT, self.master.parameters_flat, self.master.changing)
-            member.version = self._version
+        if member.transport == "socket" and (member.version != self._version or member.is_written):
+            whole = [(0, self.master.parameter_layout.num_bytes)]
+            ranges = whole if member.is_written else self.master.changing
+            wire.queue_pieces(PARAMETERS_SLOT, self.master.parameters_flat, ranges)
+            member.version, member.is_written = self._version, False
         states = b""
         if member.states_version != self.master.states.version:
             states, member.states_version = self.master.states.packed, self.master.states.version
@@ -1189,6 +1192,7 @@ class _Member:
     num_filled: int = 0  # slabs of an exact step
     is_probed: bool = False
     has_loaded: bool = False
+    is_written: bool = False  # user code has written into its own copy of the parameters
     states_version: int = 0  # of the loose states that it has
 
 
