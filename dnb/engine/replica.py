@@ -100,6 +100,8 @@ class Replica:
             parameter.data = master[name]
         self._master = master
         self._guard = WriteGuard(self._named, memory)
+        trainable = {slot.name for slot in load.gradient_layout.slots}
+        self._frozen = [(name, each) for name, each in self._named.items() if name not in trainable]
         trained = [self._named[slot.name] for slot in load.gradient_layout.slots]
         self._names = [slot.name for slot in load.gradient_layout.slots]
         self._gradients = Gradients(
@@ -139,16 +141,17 @@ class Replica:
             if len(self._generators):
                 self._generators.seed(part_seed(self._spec.seed, work.step, work.shards[0]))
             evaluated = Outcome((self._evaluate(work, indices),), is_sum=False)
-            self._guard.check(work.step)
+            self._guard.check(work.step, thoroughly=work.check_copy)
             return evaluated
         self._be_training(mode=True)
         try:
             outcome = self._with_states(work, self._compute_step(work, indices))
-            self._guard.check(work.step)
+            self._guard.check(work.step, thoroughly=work.check_copy)
             return outcome
         except USER_ERRORS:
             for name in self._named:
                 self._check_parameter(name)  # if one was replaced, that is the cause
+            self._guard.check(work.step)  # or written
             raise
 
     def diagnose(self, request: Diagnose, indices: torch.Tensor) -> Diagnosis:
@@ -316,6 +319,9 @@ class Replica:
 
     def _end(self, slab: int, *, publish: bool) -> tuple[int, ...]:
         unused = self._gradients.finish()
+        for name, parameter in self._frozen:
+            if parameter.grad is not None:
+                refuse_thawed(name, parameter)
         self._write_buffers(slab)
         for index in unused:
             self._check_parameter(self._names[index])
@@ -497,6 +503,20 @@ def put_back(module: torch.nn.Module, key: str, own: torch.Tensor, master: torch
     else:  # user code has given it other data
         own.data = master.clone()
     module._buffers[key] = own
+
+
+def refuse_thawed(name: str, parameter: torch.nn.Parameter) -> None:
+    """Refuse a gradient that has no place, as its parameter was frozen when the run began.
+
+    Raises:
+        ModelChangedError: says so.
+    """
+    parameter.grad = None
+    raise ModelChangedError(
+        f"parameter {name!r} was frozen when the run began and has been thawed since, so that its gradient has no "
+        "place: let it be trainable at fit, and freeze it in forward or step until it is to train, as freezing counts "
+        "in mid-run; or run.stop(), thaw it, and fit again"
+    )
 
 
 def tensor_digest(tensor: torch.Tensor) -> int:

@@ -203,7 +203,6 @@ class Session:
 
     def _computed(self, work: Work, indices: torch.Tensor) -> tuple[WorkReport, Sequence[bytes]]:
         probe = self._replica.probe() if work.probe else None
-        digests = self._replica.digests() if work.check_copy else b""  # of what this work begins with
         outcome = self._replica.compute(work, indices)
         raws = bytes_of(outcome.tensors) if outcome.tensors else NO_OUTPUTS
         return WorkReport(
@@ -218,7 +217,7 @@ class Session:
             telemetry=self._stopwatch.take() if self._spec.telemetry else None,
             note=f"engine {self._engine}: {outcome.note}" if outcome.note else "",
             probe=probe,
-            digests=digests,
+            digests=self._replica.digests() if work.check_copy else b"",  # of what this work has begun with
             trace=self._trace(work),
             outputs=outcome.leaves,
             states=outcome.states,

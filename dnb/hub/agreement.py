@@ -64,7 +64,10 @@ class Agreement:
             return ""
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
         name = self._names[int(differing[0])]
-        return f"engine {engine}'s copy of {name!r}{more} is not the hub's after step {step}"
+        return (
+            f"engine {engine}'s copy of {name!r}{more} is not the hub's after step {step}: if forward or step "
+            "writes it, after_step=callable(model) is the place for that"
+        )
 
     def fault_of_probe(self, engine: int, loss: float) -> str:
         """What is wrong if an engine finds this loss for the first samples; "" if it is that of notebook and others."""

@@ -45,7 +45,8 @@ def test_what_is_read_from_the_hub_s_memory_is_not_compared():
 def test_a_copy_that_differs_is_named_by_engine_tensor_and_step():
     judge = agreement()
     judge.keep(10, packed(7, 8))
-    assert judge.fault_of_copy(1, 10, packed(7, 9)) == "engine 1's copy of 'second' is not the hub's after step 10"
+    told = judge.fault_of_copy(1, 10, packed(7, 9))
+    assert told.startswith("engine 1's copy of 'second' is not the hub's after step 10: if forward or step writes it")
 
 
 def test_copies_that_differ_are_counted():
