@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import msgspec
 import torch
 
 from dnb.engine.loader import fetch_batch
@@ -207,14 +208,14 @@ class Division:
                 f"and the pool has {num_engines}: %dtrain add {needed - num_engines}, or a smaller mesh"
             )
 
-    def check_loss(self, loss_over: str, *, micro_batch: int | None) -> None:
-        """Refuse a loss over the whole batch where no team has all of its outputs.
+    def for_loss(self, loss_over: str, *, micro_batch: int | None) -> Division:
+        """Let pipelines compute all forwards first, if the loss looks at the whole batch; else nothing changes.
 
         Raises:
             PlanError: there are several teams, or a team goes through a batch in parts.
         """
         if loss_over == "samples":
-            return
+            return self
         if self.num_teams > 1:
             raise PlanError(
                 f"this loss looks at the whole batch, and {self.num_teams} teams have a part of it each: mesh= "
@@ -226,12 +227,14 @@ class Division:
                 "of all engines: use plain BatchNorm, or loss_over='samples'"
             )
         if self.partitions[-1].kind == "pipeline":
-            raise PlanError("this loss looks at the whole batch: pipelines are to follow; strategy='data' for now")
+            partitions = tuple(msgspec.structs.replace(each, schedule="gpipe") for each in self.partitions)
+            return replace(self, partitions=partitions)
         if micro_batch is not None:
             raise PlanError(
                 "this loss looks at the whole batch, of which a tensor team has all outputs at once: leave micro_batch "
                 "out, or use strategy='data', which gathers outputs"
             )
+        return self
 
 
 def _refuse_what_no_team_can(

@@ -409,7 +409,7 @@ def fit(
     refuse_busy_or_empty(pool)
     followed = strategy if isinstance(strategy, Plan) else None
     choice = ""
-    if strategy == "auto":
+    if strategy == "auto" and loss_over == "samples":
         followed, choice = choose_plan(
             job,
             data,
@@ -427,7 +427,7 @@ def fit(
             )
     if division is not None:
         division.check_pool(pool)
-        division.check_loss(loss_over, micro_batch=micro_batch)
+        division = division.for_loss(loss_over, micro_batch=micro_batch)
     if most_bytes is not None:
         limit = Limit(most_bytes, job, data, batch_size=order.batch_size, precision=precision)
         division = limit.settle(division, followed, num_engines=len(working_engines(pool)), micro_batch=micro_batch)

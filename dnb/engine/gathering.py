@@ -170,7 +170,7 @@ class GatheringReplica(Replica):
         form = self._form
         leaves, spec = pytree.tree_flatten((output, target))
         if form is None or spec != form.spec:
-            form = self._form = _form_of(output, target, has_rows=None)
+            form = self._form = form_of(output, target, has_rows=None)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         return tensors[: form.num_outputs], tensors[form.num_outputs :]
 
@@ -195,8 +195,8 @@ class GatheringReplica(Replica):
                     break
         if len(found) < 2:
             output, target = found[0] if found else self._forward_pair(self._data.train, torch.arange(most))
-            return _form_of(output, target, has_rows=None)
-        forms = [_form_of(*pair, has_rows=None) for pair in found]
+            return form_of(output, target, has_rows=None)
+        forms = [form_of(*pair, has_rows=None) for pair in found]
         tensors = [[t for t in pytree.tree_leaves(pair) if isinstance(t, torch.Tensor)] for pair in found]
         if forms[0].spec != forms[1].spec or len(tensors[0]) != len(tensors[1]):
             raise ReturnError(
@@ -322,7 +322,7 @@ class GatheringReplica(Replica):
         for number, output in enumerate(outputs):
             gradient = whole.gradients[number]
             if not leaves[number].has_rows:
-                _check_constant(output, whole.outputs[number])
+                check_constant(output, whole.outputs[number])
             if gradient is None or not output.requires_grad or not (leaves[number].has_rows or is_first):
                 continue
             if leaves[number].has_rows:
@@ -355,7 +355,7 @@ class GatheringReplica(Replica):
             tensors.append(tensor)
         roots = [t.requires_grad_() if t.is_floating_point() or t.is_complex() else t for t in tensors]
         used = [*(root.clone() for root in roots[: form.num_outputs]), *(t.detach() for t in roots[form.num_outputs :])]
-        output, target = _tree_of(form, used)
+        output, target = tree_of(form, used)
         with self._stopwatch.measure("compute"):
             self._seed(work.step, self._spec.num_shards)
             loss, metrics = self._loss_and_metrics(output, target, work.batch_samples, needs_gradient=True)
@@ -413,9 +413,9 @@ class GatheringReplica(Replica):
         if len(pairs) == 1:
             output, target = pairs[0]
         else:
-            forms = [_form_of(*pair, has_rows=None) for pair in pairs]
+            forms = [form_of(*pair, has_rows=None) for pair in pairs]
             tensors = [[t for t in pytree.tree_leaves(pair) if isinstance(t, torch.Tensor)] for pair in pairs]
-            output, target = _tree_of(forms[0], self._joined(tensors, [len(piece) for piece in pieces]))
+            output, target = tree_of(forms[0], self._joined(tensors, [len(piece) for piece in pieces]))
         loss, metrics = self._loss_and_metrics(output, target, len(indices), needs_gradient=False)
         return Sums(
             loss_total=loss.item() * len(indices),
@@ -441,7 +441,7 @@ class GatheringReplica(Replica):
             module._buffers[key] = buffer
 
 
-def _form_of(output: Any, target: Any, *, has_rows: tuple[bool, ...] | None) -> _Form:
+def form_of(output: Any, target: Any, *, has_rows: tuple[bool, ...] | None) -> _Form:
     """Find the tensors in what is to be gathered.
 
     Raises:
@@ -460,7 +460,7 @@ def _form_of(output: Any, target: Any, *, has_rows: tuple[bool, ...] | None) -> 
     return _Form(spec, plain, is_tensor, num_outputs, has_rows)
 
 
-def _tree_of(form: _Form, tensors: Sequence[torch.Tensor]) -> tuple[Any, Any]:
+def tree_of(form: _Form, tensors: Sequence[torch.Tensor]) -> tuple[Any, Any]:
     """Output and target of these tensors."""
     rest = iter(tensors)
     leaves = [next(rest) if is_one else plain for plain, is_one in zip(form.plain, form.is_tensor, strict=True)]
@@ -487,7 +487,7 @@ def _has_rows(more: torch.Tensor, fewer: torch.Tensor, num_samples: int) -> bool
     )
 
 
-def _check_constant(own: torch.Tensor, gathered: torch.Tensor) -> None:
+def check_constant(own: torch.Tensor, gathered: torch.Tensor) -> None:
     """Refuse a tensor without rows that is another one on another engine.
 
     Raises:

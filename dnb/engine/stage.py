@@ -22,6 +22,7 @@ from dnb.engine.stage_memory import StageMemory
 from dnb.engine.team_group import PeerLost, close_group, first_line, is_about_peers, open_group, release
 from dnb.engine.telemetry import Stopwatch
 from dnb.engine.timeline import Timeline
+from dnb.engine.whole_loss import WholeLoss
 from dnb.errors import PlanError
 from dnb.planning.calling import plain_batch
 from dnb.planning.dividing import Divider
@@ -51,6 +52,7 @@ class _Feed:
     seed: int = 0
     sums: list[Sums] = field(default_factory=list)
     are_sums: list[bool] = field(default_factory=list)  # of `sums`
+    whole: WholeLoss | None = None  # on the last stage, where the loss looks at the whole batch
 
     @property
     def is_sum(self) -> bool:
@@ -288,6 +290,8 @@ class StageReplica:
         with nullcontext() if batch_samples is not None else torch.no_grad():
             current.schedule.step(*marks, target=targets)
         self._timeline.end()
+        if feed.whole is not None:
+            self._count_whole(feed.whole, feed)
         for stage in current.stages:
             stage.clear_runtime_states()  # else an evaluation's activations stay until the next one
         feed.batches = ()
@@ -301,6 +305,10 @@ class StageReplica:
     def _loss_of(self, output: Any, batch: Any) -> torch.Tensor:
         """What backward begins with; its value and the metrics are kept for the report."""
         feed, job = self._feed, self._job
+        if self._spec.loss_over == "batch":
+            if feed.whole is None:
+                feed.whole = WholeLoss(self._whole_loss, micro_samples=feed.micro_samples)
+            return feed.whole.add(output, batch[-1])
         has_target = job.loss is not None
         metrics: Metrics = {}
         counted: Sequence[float] = ()
@@ -343,6 +351,36 @@ class StageReplica:
         scaled = total * scale if scale != 1.0 else total
         # Schedules join the outputs of micro-batches, and detach them, which a view does not allow.
         return torch.stack((scaled if scaled.dim() == 0 else scaled.sum(),))
+
+    def _whole_loss(self, output: Any, target: Any, num_samples: int) -> tuple[torch.Tensor, Metrics]:
+        """Loss and metrics of all micro-batches together."""
+        feed, job = self._feed, self._job
+        assert job.loss is not None
+        torch.default_generator.manual_seed(part_seed(feed.seed, self._partition.num_stages, 0))
+        with self._autocast():
+            loss = read_loss(
+                job.loss(output, target), needs_gradient=feed.batch_samples is not None, device=self._device
+            )
+        with torch.no_grad():
+            metrics = {
+                name: weighed(metric(output, target), num_samples, name=name) for name, metric in job.metrics.items()
+            }
+        return loss.total / loss.weight if isinstance(loss, Sum) else loss, metrics
+
+    def _count_whole(self, whole: WholeLoss, feed: _Feed) -> None:
+        """Report the loss of a whole batch; of an evaluation it is computed only now."""
+        if feed.batch_samples is None:
+            whole.settle(needs_gradient=False)
+        feed.are_sums.append(False)
+        feed.sums.append(
+            Sums(
+                loss_total=whole.loss * whole.num_samples,
+                loss_weight=float(whole.num_samples),
+                metric_totals={name: total for name, (total, _) in whole.metrics.items()},
+                metric_weights={name: weight for name, (_, weight) in whole.metrics.items()},
+                num_samples=whole.num_samples,
+            )
+        )
 
     # Stages per shape -------------------------------------------------------------------------------
 

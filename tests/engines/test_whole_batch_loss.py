@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dnb.errors import ArgumentError
+from dnb.errors import ArgumentError, PlanError
 from tests.engines.pools import wait
 from tests.models import digits, dropout_net, largest_gap, largest_relative_gap, plain_run, twice
 
@@ -158,3 +158,42 @@ def test_outputs_of_several_megabytes_are_gathered_on_either_transport(pool):
 
 def spread(output, _target):
     return output.std()
+
+
+# pipelines
+
+
+def test_a_pipeline_computes_the_loss_once_all_micro_batches_are_through(pool):
+    model, plain = twice(encoder)
+    run = wait(
+        pool.fit(
+            model,
+            digits(640),
+            val=digits(128),
+            loss=contrastive,
+            loss_over="batch",
+            strategy="pipeline",
+            lr=1e-3,
+            steps=20,
+        )
+    )
+    losses = plain_run(plain, digits(640), num_steps=20, step=step_of(contrastive)).losses
+    assert largest_gap(run.history["loss"], losses) <= 1e-10
+    assert largest_relative_gap(model, plain) <= 1e-10
+    pixels, targets = digits(128)
+    with torch.no_grad():
+        parts = [contrastive(plain(x), y).item() for x, y in zip(pixels.split(64), targets.split(64), strict=True)]
+    assert run.history["val_loss"][-1] == pytest.approx(sum(parts) / 2, abs=1e-10)
+
+
+def test_several_pipelines_cannot_have_a_loss_over_the_whole_batch(shared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PlanError, match=r"2 teams have a part of it each: mesh= with one team, or strategy='data'"):
+        shared.of(4).fit(
+            encoder(),
+            digits(),
+            loss=contrastive,
+            loss_over="batch",
+            strategy="hybrid",
+            mesh={"data": 2, "pipeline": 2},
+        )
