@@ -102,7 +102,7 @@ class WholeLoss:
 
 
 class _Start(torch.autograd.Function):
-    """The beginning of a micro-batch's backward: zero in forward, the gradient of the whole batch's loss in backward."""
+    """The beginning of a micro-batch's backward, which gives the gradient of the loss of the whole batch."""
 
     @staticmethod
     def forward(ctx: Any, whole: WholeLoss, number: int, *_outputs: torch.Tensor) -> torch.Tensor:
