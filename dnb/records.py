@@ -390,6 +390,7 @@ class Settings(Record, frozen=True):
     variables: dict[str, str | None] = {}  # of the environment, that were changed since the notebook's process began
     folder: str = ""  # in which it works; empty: none that can be named
     warnings: tuple[WarningFilter, ...] = ()
+    packages: dict[str, tuple[str, str]] = {}  # version and file of each that is imported
 
 
 class RunSpec(Record, frozen=True):

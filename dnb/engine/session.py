@@ -40,7 +40,7 @@ from dnb.transport.failures import describe_error
 from dnb.transport.hooks import drop_gradient_hooks
 from dnb.transport.own_code import loads
 from dnb.transport.parcels import adopt, verify
-from dnb.transport.process_settings import AppliedSettings
+from dnb.transport.process_settings import AppliedSettings, differing_packages
 from dnb.transport.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Outbox, Wire
 
 if TYPE_CHECKING:
@@ -112,6 +112,9 @@ class Session:
             job, of_job = adopt(job_bytes, spec.job, memory=parcels[JOB_SLOT])
             drop_gradient_hooks(job.model)
             data, of_data = adopt(data_bytes, spec.data, memory=parcels[DATA_SLOT])
+            # Now that whatever model and data need is imported.
+            if spec.settings is not None and (told := differing_packages(spec.settings.packages)):
+                self._settings.notes.append(told)
             self._replica: Replica | StageReplica = _kind_of_replica(load, spec)(
                 spec,
                 job,

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sys
+import types
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 # Variables that say how a process is started, or that the pool itself decides on.
 NOT_SENT = ("DNB_", "IPP_", "JPY_", "KMP_", "MKL_", "OMP_", "OPENBLAS_", "PYTEST_", "VECLIB_")
+# Packages that are named where they differ.
+MOST_PACKAGES = 5
 _at_import = dict(os.environ)
 _ever_changed: set[str] = set()
 
@@ -55,12 +58,43 @@ def notebook_settings() -> Settings:
         variables=_changed_variables(),
         folder=_own_folder(),
         warnings=_own_filters(),
+        packages=imported_packages(),
+    )
+
+
+def imported_packages() -> dict[str, tuple[str, str]]:
+    """Version and file of every package that is imported here and says its version."""
+    found = {}
+    for name, module in list(sys.modules.items()):
+        if "." in name or name in ("__main__", "dnb") or not isinstance(module, types.ModuleType):
+            continue
+        version, file = vars(module).get("__version__"), vars(module).get("__file__")
+        if isinstance(version, str) and isinstance(file, str) and is_text(version + file):
+            found[name] = str(version), str(file)  # torch's version is no plain text
+    return found
+
+
+def differing_packages(packages: Mapping[str, tuple[str, str]]) -> str:
+    """Say which packages are here in another version, or from another file that both processes see; "" if none is."""
+    told = []
+    for name, (version, file) in imported_packages().items():
+        theirs, their_file = packages.get(name, (version, file))
+        if version != theirs:
+            told.append(f"{name} {version} (the notebook has {theirs})")
+        elif file != their_file and os.path.exists(their_file):
+            told.append(f"{name} from {file} (the notebook's is {their_file})")
+    if not told:
+        return ""
+    more = f" and {len(told) - MOST_PACKAGES} more" if len(told) > MOST_PACKAGES else ""
+    return (
+        f"packages differ from the notebook's: {', '.join(told[:MOST_PACKAGES])}{more}; engines that are started anew "
+        "(%dtrain shutdown, %dtrain start) import what is installed now"
     )
 
 
 def without_variables(settings: Settings | None) -> Settings | None:
     """The same for a file: what is in a notebook's environment may be a secret."""
-    return None if settings is None else msgspec.structs.replace(settings, variables={})
+    return None if settings is None else msgspec.structs.replace(settings, variables={}, packages={})
 
 
 def _own_folder() -> str:

@@ -9,7 +9,13 @@ import torch
 
 from dnb.errors import ArgumentError
 from dnb.records import Settings
-from dnb.transport.process_settings import AppliedSettings, notebook_settings, without_variables
+from dnb.transport.process_settings import (
+    AppliedSettings,
+    differing_packages,
+    imported_packages,
+    notebook_settings,
+    without_variables,
+)
 
 
 @pytest.fixture
@@ -126,3 +132,17 @@ def test_a_notebook_without_gradients_is_told(switch):
 def test_fit_under_autocast_is_told_what_to_give():
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ArgumentError, match="precision='bfloat16'"):
         notebook_settings()
+
+
+def test_packages_of_another_version_or_file_are_named(tmp_path):
+    there = imported_packages()
+    assert there["torch"] == (str(torch.__version__), torch.__file__)
+    assert differing_packages(there) == ""
+    assert differing_packages({}) == ""
+    there["numpy"] = "0.1", np.__file__
+    (tmp_path / "msgspec.py").touch()
+    there["msgspec"] = msgspec.__version__, str(tmp_path / "msgspec.py")
+    told = differing_packages(there)
+    assert f"numpy {np.__version__} (the notebook has 0.1)" in told
+    assert f"msgspec from {msgspec.__file__} (the notebook's is {tmp_path}/msgspec.py)" in told
+    assert told.endswith("engines that are started anew (%dtrain shutdown, %dtrain start) import what is installed now")
