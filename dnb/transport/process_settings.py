@@ -81,7 +81,7 @@ def differing_packages(packages: Mapping[str, tuple[str, str]]) -> str:
         theirs, their_file = packages.get(name, (version, file))
         if version != theirs:
             told.append(f"{name} {version} (the notebook has {theirs})")
-        elif file != their_file and os.path.exists(their_file):
+        elif file != their_file and os.path.exists(their_file) and not _is_same_file(file, their_file):
             told.append(f"{name} from {file} (the notebook's is {their_file})")
     if not told:
         return ""
@@ -90,6 +90,13 @@ def differing_packages(packages: Mapping[str, tuple[str, str]]) -> str:
         f"packages differ from the notebook's: {', '.join(told[:MOST_PACKAGES])}{more}; engines that are started anew "
         "(%dtrain shutdown, %dtrain start) import what is installed now"
     )
+
+
+def _is_same_file(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # one is gone, as behind an installation
+        return False
 
 
 def without_variables(settings: Settings | None) -> Settings | None:

@@ -141,8 +141,11 @@ def test_packages_of_another_version_or_file_are_named(tmp_path):
     assert differing_packages({}) == ""
     there["numpy"] = "0.1", np.__file__
     (tmp_path / "msgspec.py").touch()
+    (tmp_path / "link").symlink_to(torch.__file__)
+    there["torch"] = str(torch.__version__), str(tmp_path / "link")
     there["msgspec"] = msgspec.__version__, str(tmp_path / "msgspec.py")
     told = differing_packages(there)
     assert f"numpy {np.__version__} (the notebook has 0.1)" in told
     assert f"msgspec from {msgspec.__file__} (the notebook's is {tmp_path}/msgspec.py)" in told
+    assert "torch" not in told
     assert told.endswith("engines that are started anew (%dtrain shutdown, %dtrain start) import what is installed now")
