@@ -378,6 +378,13 @@ class WarningFilter(Record, frozen=True):
     line: int  # 0: any
 
 
+class Package(Record, frozen=True):
+    """A package as a process has imported it."""
+
+    version: str
+    file: str
+
+
 class Settings(Record, frozen=True):
     """Process-wide settings of the notebook, as they were when it started a run."""
 
@@ -390,7 +397,7 @@ class Settings(Record, frozen=True):
     variables: dict[str, str | None] = {}  # of the environment, that were changed since the notebook's process began
     folder: str = ""  # in which it works; empty: none that can be named
     warnings: tuple[WarningFilter, ...] = ()
-    packages: dict[str, tuple[str, str]] = {}  # version and file of each that is imported
+    packages: dict[str, Package] = {}  # that are imported
 
 
 class RunSpec(Record, frozen=True):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from dnb.errors import ArgumentError, is_text
-from dnb.records import Settings, WarningFilter
+from dnb.records import Package, Settings, WarningFilter
 
 log = logging.getLogger(__name__)
 
@@ -62,27 +62,27 @@ def notebook_settings() -> Settings:
     )
 
 
-def imported_packages() -> dict[str, tuple[str, str]]:
-    """Version and file of every package that is imported here and says its version."""
+def imported_packages() -> dict[str, Package]:
+    """Every package that is imported here and says its version."""
     found = {}
     for name, module in list(sys.modules.items()):
         if "." in name or name in ("__main__", "dnb") or not isinstance(module, types.ModuleType):
             continue
         version, file = vars(module).get("__version__"), vars(module).get("__file__")
         if isinstance(version, str) and isinstance(file, str) and is_text(version + file):
-            found[name] = str(version), str(file)  # torch's version is no plain text
+            found[name] = Package(version=str(version), file=str(file))  # torch's version is no plain text
     return found
 
 
-def differing_packages(packages: Mapping[str, tuple[str, str]]) -> str:
+def differing_packages(packages: Mapping[str, Package]) -> str:
     """Say which packages are here in another version, or from another file that both processes see; "" if none is."""
     told = []
-    for name, (version, file) in imported_packages().items():
-        theirs, their_file = packages.get(name, (version, file))
-        if version != theirs:
-            told.append(f"{name} {version} (the notebook has {theirs})")
-        elif file != their_file and os.path.exists(their_file) and not _is_same_file(file, their_file):
-            told.append(f"{name} from {file} (the notebook's is {their_file})")
+    for name, own in imported_packages().items():
+        other = packages.get(name, own)
+        if own.version != other.version:
+            told.append(f"{name} {own.version} (the notebook has {other.version})")
+        elif own.file != other.file and os.path.exists(other.file) and not _is_same_file(own.file, other.file):
+            told.append(f"{name} from {own.file} (the notebook's is {other.file})")
     if not told:
         return ""
     more = f" and {len(told) - MOST_PACKAGES} more" if len(told) > MOST_PACKAGES else ""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dnb.errors import ArgumentError
-from dnb.records import Settings
+from dnb.records import Package, Settings
 from dnb.transport.process_settings import (
     AppliedSettings,
     differing_packages,
@@ -136,14 +136,14 @@ def test_fit_under_autocast_is_told_what_to_give():
 
 def test_packages_of_another_version_or_file_are_named(tmp_path):
     there = imported_packages()
-    assert there["torch"] == (str(torch.__version__), torch.__file__)
+    assert there["torch"] == Package(version=str(torch.__version__), file=torch.__file__)
     assert differing_packages(there) == ""
     assert differing_packages({}) == ""
-    there["numpy"] = "0.1", np.__file__
+    there["numpy"] = Package(version="0.1", file=np.__file__)
     (tmp_path / "msgspec.py").touch()
     (tmp_path / "link").symlink_to(torch.__file__)
-    there["torch"] = str(torch.__version__), str(tmp_path / "link")
-    there["msgspec"] = msgspec.__version__, str(tmp_path / "msgspec.py")
+    there["torch"] = Package(version=str(torch.__version__), file=str(tmp_path / "link"))
+    there["msgspec"] = Package(version=msgspec.__version__, file=str(tmp_path / "msgspec.py"))
     told = differing_packages(there)
     assert f"numpy {np.__version__} (the notebook has 0.1)" in told
     assert f"msgspec from {msgspec.__file__} (the notebook's is {tmp_path}/msgspec.py)" in told
