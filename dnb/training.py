@@ -56,10 +56,12 @@ from dnb.proving import Submission
 from dnb.records import ENDED, Done, Finding, ParcelRef, PlainJob, PoolFacts, RunSpec, Submit
 from dnb.rehearsal.modes import mode_findings
 from dnb.rehearsal.rehearsing import rehearse
-from dnb.rehearsal.trial import Options
+from dnb.rehearsal.trial import Options, copied_to_read
+from dnb.rehearsal.undisturbed import undisturbed
 from dnb.run import Run
 from dnb.run_folders import RUNS_FOLDER, check_name, check_place, reserved_folder
 from dnb.surveying import working_engines
+from dnb.transport.copies import close_files
 from dnb.transport.hooks import refuse_global_hooks
 from dnb.transport.job import Data, Job
 from dnb.transport.module_states import check_extra_states
@@ -532,7 +534,11 @@ def check_batches(loss: Any, *, step: Any, model: torch.nn.Module, sources: Mapp
     """Refuse data whose batches do not go with the loss, as their collate_fn makes them."""
     for name, source in sources.items():
         if source is not None:
-            check_loss_fits(loss, step=step, model=model, batch=first_batch(source.data, name=name), name=name)
+            with undisturbed():
+                copied = copied_to_read(source.data)
+                batch = first_batch(copied, name=name)
+                close_files(copied.samples, source.data.samples)
+            check_loss_fits(loss, step=step, model=model, batch=batch, name=name)
 
 
 def refuse_what_is_not_yet(**given: Any) -> None:

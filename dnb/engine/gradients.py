@@ -99,6 +99,15 @@ class Gradients:
                 parameter.grad = view
         self._versions = [self._views[index]._version for index in self._small]
 
+    def versions(self) -> list[int]:
+        """Numbers of which some are others after each backward, also after one that user code has run."""
+        own = [view._version for view in self._views]
+        for index in self._small if self._views else ():
+            gradient = self._parameters[index].grad
+            if gradient is not None and gradient is not self._views[index]:
+                own.append(index)
+        return own
+
     def bring_home(self) -> None:
         """After a backward: what user code put elsewhere, as `zero_grad` does, is added to the slab."""
         for direct in self._direct:

@@ -30,7 +30,7 @@ from dnb.transport.job import Data, DataSource, Job, Sum
 from dnb.transport.layout import slot_views
 from dnb.transport.loss_weights import counting_targets, weighed_loss
 from dnb.transport.own_generators import OwnGenerators
-from dnb.transport.returned import MetricReader, Metrics, ReturnError, read_loss, read_step, weighed
+from dnb.transport.returned import OWN_LOOP, MetricReader, Metrics, ReturnError, read_loss, read_step, weighed
 
 log = logging.getLogger(__name__)
 
@@ -385,7 +385,11 @@ class Replica:
     def _apply(self, batch: Any, num_samples: int, *, needs_gradient: bool) -> tuple[torch.Tensor | Sum, Metrics]:
         model, job = self._job.model, self._job
         if job.step is not None:
-            loss, found = read_step(job.step(model, batch), needs_gradient=needs_gradient)
+            before = self._gradients.versions()
+            returned = job.step(model, batch)
+            if self._gradients.versions() != before:
+                raise ReturnError(f"step {OWN_LOOP}")
+            loss, found = read_step(returned, needs_gradient=needs_gradient)
             return loss, self._step_metrics.read(found, num_samples) if found else {}
         given = arguments_of(model, batch, has_target=job.loss is not None)
         output = model(*given.positional, **given.keywords)

@@ -61,11 +61,11 @@ class Attributes:
 def _kept_by(function: Any) -> Iterator[tuple[str, Any]]:
     """What a function has in cells, in globals that it names, and as attributes."""
     if isinstance(function, types.MethodType):
-        yield from vars(function.__self__).items() if hasattr(function.__self__, "__dict__") else ()
+        yield from list(getattr(function.__self__, "__dict__", {}).items())
         function = function.__func__
     if not isinstance(function, types.FunctionType):
         if not isinstance(function, torch.nn.Module):
-            yield from getattr(function, "__dict__", {}).items()
+            yield from list(getattr(function, "__dict__", {}).items())
         return
     code = function.__code__
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
@@ -76,7 +76,7 @@ def _kept_by(function: Any) -> Iterator[tuple[str, Any]]:
     for name in code.co_names:
         if name in function.__globals__:
             yield name, function.__globals__[name]
-    yield from vars(function).items()
+    yield from list(vars(function).items())
 
 
 def _is_state(value: Any) -> bool:

@@ -83,6 +83,7 @@ def _convert(trial: Trial) -> list[Finding]:
         train=_source_as_float32(trial.given_data.train),
         val=_optional_as_float32(trial.given_data.val),
     )
+    trial.probed = None if trial.changed else trial.probe()
     verb = "is" if len(doubles) == 1 else "are"
     text = f"train's {' and '.join(doubles)} {verb} float64 and the model's parameters float32: taken as float32"
     return [Finding(kind="data", text=text)]

@@ -84,7 +84,7 @@ def rehearse(job: Job, data: Data, options: Options | None = None) -> Rehearsed:
                 findings=tuple(findings),
                 reduction=trial.reduction,
                 loss_over=trial.loss_over,
-                probe=trial.probe(),
+                probe=trial.probed,
             )
         finally:
             trial.release()

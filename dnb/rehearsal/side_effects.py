@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dnb.errors import ArgumentError
 from dnb.records import Finding
 from dnb.rehearsal.trial import Trial
+from dnb.transport.returned import OWN_LOOP
 
 MOST_SHOWN = 3
 
@@ -21,12 +22,7 @@ def refuse_own_loop(trial: Trial) -> Sequence[Finding]:
     if not names:
         return ()
     who = "step" if trial.job.step is not None else "the model's forward or the loss"
-    wrote = " and its optimizer wrote into the parameters" if trial.computed.written else ""
-    raise ArgumentError(
-        f"{who} calls backward() itself{wrote}, so that {_listed(names)} had a gradient when it returned: it returns "
-        "the loss, and dnb runs backward and the optimizer's step; leave out backward(), zero_grad() and "
-        "optimizer.step(), and give optimizer= to fit"
-    )
+    raise ArgumentError(f"{who} {OWN_LOOP}, and give optimizer= to fit ({_listed(names)} had a gradient already)")
 
 
 def refuse_written_parameters(trial: Trial) -> Sequence[Finding]:

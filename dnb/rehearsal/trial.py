@@ -20,7 +20,7 @@ from dnb.records import Reduction
 from dnb.rehearsal.attributes import Attributes
 from dnb.rehearsal.undisturbed import undisturbed
 from dnb.rehearsal.watching import WriteWatch
-from dnb.transport.copies import copy_together, shallow_copy
+from dnb.transport.copies import close_files, copy_together, shallow_copy
 from dnb.transport.job import Data, DataSource, Job, Sum
 from dnb.transport.own_generators import OwnGenerators
 from dnb.transport.returned import read_loss, read_step
@@ -90,6 +90,8 @@ class Trial:
         is_shared: whether some tensors are the user's own memory, as there are many: nothing may write parameters.
         batch: of these, as collate_fn made it; None if it could not be had.
         computed: by the model, in training mode, on the batch, with backward.
+        probed: loss of the samples that engines are probed with.
+        written: parameters that the last probe wrote, and by which operation.
         changed: attributes and the like that the first forward changed.
         loss_over: what a check has found of the loss; see `Rehearsed`.
         reduction: likewise.
@@ -108,6 +110,8 @@ class Trial:
     batch: Any = None
     computed: Computed = field(default_factory=Computed)
     changed: tuple[str, ...] = ()
+    probed: float | None = None
+    written: Mapping[str, str] = field(default_factory=dict)
     loss_over: Literal["samples", "batch"] = "samples"
     reduction: Reduction = "targets"
 
@@ -138,7 +142,10 @@ class Trial:
         trial.fetch()
         if trial.computed.error is None:
             attributes = Attributes(copied_job.model, copied_job.step)
+            trial.probed = trial.probe()  # before anything has changed what forward depends on
+            early = trial.written
             trial.compute()
+            trial.computed.written = {**early, **trial.computed.written}
             trial.changed = attributes.changed()
         return trial
 
@@ -170,12 +177,13 @@ class Trial:
         """The loss in evaluation mode, as engines compute it to be held against each other; None if there is none."""
         if self.computed.phase == "data" or not self.is_whole:
             return None  # their own random numbers would be others
+        watch = _watch(self.job.model, is_shared=self.is_shared)
         with undisturbed():
             self.modes.be_training(mode=False)
             self.seed()
             try:
                 batch = fetch_batch(self.data.train, torch.arange(min(PROBE_SAMPLES, self.given.order.num_samples)))
-                with torch.no_grad(), self.autocast():
+                with watch, torch.no_grad(), self.autocast():
                     loss = _loss(self.job, batch, Computed(), needs_gradient=False)
                 if isinstance(loss, Sum):
                     return loss.total.item() / loss.weight if loss.weight else None
@@ -184,6 +192,8 @@ class Trial:
                 raise
             except USER_ERRORS:
                 return None
+            finally:
+                self.written = watch.written
 
     def fetched(self, begin: int, end: int) -> Any:
         """The batch of some of the samples, by their places among these."""
@@ -199,6 +209,7 @@ class Trial:
         with undisturbed():
             self.batch = None
             self.computed = Computed()
+            close_files(self.data.train.samples, self.given_data.train.samples)
             self.data, self.job = self.given_data, self.given
 
     def seed(self) -> None:
@@ -238,12 +249,26 @@ def _own_buffers(model: torch.nn.Module) -> None:
                 module._buffers[name] = buffer.clone()
 
 
-def _shallow(data: Data) -> Data:
-    def copied(source: DataSource) -> DataSource:
-        is_tuple = isinstance(source.samples, tuple)
-        return replace(source, samples=source.samples if is_tuple else shallow_copy(source.samples))
+def copied_to_read(source: DataSource) -> DataSource:
+    """A data set that may open files, count and draw as it likes when it is asked for samples."""
+    if source.collate is None:
+        return source
+    try:
+        copies = copy_together(None, source)
+    except KeyboardInterrupt:
+        raise
+    except USER_ERRORS:  # it cannot be sent either, which is told when it is
+        return _shallow_source(source)
+    return copies.large if copies.is_whole else _shallow_source(source)
 
-    return replace(data, train=copied(data.train), val=None if data.val is None else copied(data.val))
+
+def _shallow_source(source: DataSource) -> DataSource:
+    is_tuple = isinstance(source.samples, tuple)
+    return replace(source, samples=source.samples if is_tuple else shallow_copy(source.samples))
+
+
+def _shallow(data: Data) -> Data:
+    return replace(data, train=_shallow_source(data.train), val=None if data.val is None else _shallow_source(data.val))
 
 
 def _without_optimizer(job: Job) -> Job:
@@ -261,6 +286,11 @@ def _without_optimizer(job: Job) -> Job:
     )
 
 
+def _watch(model: torch.nn.Module, *, is_shared: bool) -> WriteWatch:
+    named = dict(model.named_parameters())
+    return WriteWatch(named, shared=frozenset(named) if is_shared else frozenset())
+
+
 def _compute(job: Job, batch: Any, autocast: AbstractContextManager[Any], *, is_shared: bool) -> Computed:
     computed = Computed(phase="forward")
     named = dict(job.model.named_parameters())
@@ -270,7 +300,7 @@ def _compute(job: Job, batch: Any, autocast: AbstractContextManager[Any], *, is_
         for name, parameter in named.items()
         if parameter.requires_grad and parameter.is_leaf
     ]
-    watch = WriteWatch(named, shared=frozenset(named) if is_shared else frozenset())
+    watch = _watch(job.model, is_shared=is_shared)
     for parameter in named.values():
         parameter.grad = None
     try:

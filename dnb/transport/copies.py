@@ -73,6 +73,14 @@ def shallow_copy(obj: Any) -> Any:
     return copied
 
 
+def close_files(copied: Any, original: Any) -> None:
+    """Close the files that a copy has opened, and the original has not."""
+    own = getattr(original, "__dict__", {})
+    for name, value in list(getattr(copied, "__dict__", {}).items()):
+        if isinstance(value, io.IOBase) and value is not own.get(name):
+            value.close()
+
+
 class _TooLargeError(DnbError):
     """There is more to be copied than is worth it."""
 

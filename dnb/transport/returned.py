@@ -34,6 +34,11 @@ _WANTED: dict[Returner, str] = {
     "model": "a model without loss= and step= must return its own loss, a tensor of one number: bare, in .loss, in "
     "['loss'], or alone beside its output",
 }
+# Said of a step function that does what a training loop does around it.
+OWN_LOOP = (
+    "calls backward() itself: it returns the loss, and dnb runs backward and the optimizer's step; leave out "
+    "backward(), zero_grad() and optimizer.step()"
+)
 # Of classes and keys of the user's, in characters.
 _SHOWN = 60
 
