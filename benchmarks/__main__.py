@@ -28,6 +28,7 @@ GROUPS = {
     "pipelines": "a model divided over engines, against torchrun and bare torch.distributed.pipelining",
     "stages": "a pipeline whose stages are killed",
     "predictions": "what plans predict, against what runs take",
+    "dividing": "what it costs the notebook to begin a run on a divided model",
     "planning": "cuts that dnb.plan chooses, against every cut there is",
     "earlier": "the training step, against that of an earlier commit: --against COMMIT",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,7 +10,9 @@ import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from dnb.engine.loader import fetch_batch
+from dnb.engine.modes import Modes
 from dnb.hub.optimizers import build_optimizer, build_scheduler
+from dnb.planning.calling import arguments_of
 from dnb.planning.sample_order import iterate_batches
 from dnb.records import RunSpec
 from dnb.transport.job import DataSource, Job, Sum
@@ -20,7 +22,7 @@ from dnb.transport.returned import read_loss, read_step
 def plain_steps(job: Job, source: DataSource, spec: RunSpec) -> Iterator[float]:
     """A plain loop; gives the loss of each step when gradients are there, and nothing is clipped or applied yet."""
     model = job.model
-    _train(model)
+    Modes([model]).be_training(mode=True)
     optimizer = build_optimizer(job.optimizer, model.parameters(), lr=job.lr)
     scheduler = build_scheduler(job.scheduler, optimizer)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -43,12 +45,6 @@ def plain_steps(job: Job, source: DataSource, spec: RunSpec) -> Iterator[float]:
             scheduler.step()
 
 
-def _train(model: torch.nn.Module) -> None:
-    """Training mode, as at `fit`: a model that is in evaluation mode as a whole is trained, parts of it stay so."""
-    if not any(module.training for module in model.modules()):
-        model.train()
-
-
 def _loss(job: Job, batch: Any, spec: RunSpec) -> tuple[torch.Tensor, float]:
     """The loss of a whole batch, and its value."""
     with torch.enable_grad(), _autocast(spec):
@@ -61,12 +57,11 @@ def apply_loss(job: Job, batch: Any) -> torch.Tensor | Sum:
     """What a run's step function, loss or model gives for a batch."""
     if job.step is not None:
         return read_step(job.step(job.model, batch), needs_gradient=True)[0]
-    if isinstance(batch, Mapping):
-        return read_step(job.model(**batch), needs_gradient=True, by="model")[0]
+    given = arguments_of(job.model, batch, has_target=job.loss is not None)
+    output = job.model(*given.positional, **given.keywords)
     if job.loss is None:
-        return read_step(job.model(*batch), needs_gradient=True, by="model")[0]
-    *inputs, target = batch
-    return read_loss(job.loss(job.model(*inputs), target), needs_gradient=True)
+        return read_step(output, needs_gradient=True, by="model")[0]
+    return read_loss(job.loss(output, given.target), needs_gradient=True)
 
 
 def _autocast(spec: RunSpec) -> Any:
