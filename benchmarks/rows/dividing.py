@@ -43,7 +43,8 @@ class Residual(nn.Module):
         """Add the input."""
         y = self.second_norm(self.second(self.act(self.first_norm(self.first(x)))))
         y += self.beside(x)
-        return self.act(y)
+        result: torch.Tensor = self.act(y)
+        return result
 
 
 def resnet() -> nn.Module:
