@@ -10,7 +10,7 @@ import torch
 from dnb.engine.gradients import Gradients
 from dnb.engine.loose_states import EngineStates
 from dnb.engine.memory import EngineMemory
-from dnb.engine.replica import buffer_owner, fits, put_back, tensor_digest
+from dnb.engine.replica import buffer_owner, fits, put_back, refuse_thawed, tensor_digest
 from dnb.engine.write_guard import WriteGuard
 from dnb.errors import PlanError
 from dnb.planning.parts import StagePart
@@ -69,8 +69,11 @@ class StageMemory:
         self._guard = WriteGuard(self._bound, self._memory)
 
     def check_written(self, step: int) -> None:
-        """Raise if user code has written a parameter that is bound here."""
+        """Raise if user code has written or thawed a parameter that is bound here."""
         self._guard.check(step)
+        for name, parameter in self._bound.items():
+            if name not in self._indices and parameter.grad is not None:
+                refuse_thawed(name, parameter)
 
     def begin(self, slabs: Sequence[int], *, fresh: bool) -> None:
         """From now on backward writes into these slabs.
