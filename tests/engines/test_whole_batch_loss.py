@@ -11,6 +11,7 @@ from torch import nn
 from dnb.errors import ArgumentError, PlanError
 from tests.engines.pools import wait
 from tests.models import digits, dropout_net, largest_gap, largest_relative_gap, plain_run, twice
+from tests.unit.test_gathering import LOSSES
 
 pytestmark = [pytest.mark.engines, pytest.mark.numeric]
 
@@ -45,6 +46,26 @@ def test_the_first_50_losses_are_those_of_a_plain_loop(pool_of, transport):
     losses = plain_run(plain, digits(), num_steps=NUM_STEPS, step=step_of(contrastive)).losses
     assert largest_gap(run.history["loss"], losses) <= 1e-10
     assert largest_relative_gap(model, plain) <= 1e-10
+
+
+@pytest.fixture
+def three(shared, tmp_path, monkeypatch):
+    """Three engines."""
+    monkeypatch.chdir(tmp_path)
+    yield shared.of(3)
+    shared.calm()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_many_kinds_are_those_of_a_plain_loop_on_three_engines_of_both_transports(three, name):
+    make, loss = LOSSES[name]
+    generator = torch.Generator().manual_seed(1)
+    data = torch.randn(300, 6, generator=generator), torch.randint(0, 4, (300,), generator=generator)
+    model, plain = twice(make)
+    transport = {three.engines[0].id: "socket"}
+    run = wait(three.fit(model, data, loss=loss, loss_over="batch", lr=1e-3, steps=NUM_STEPS, transport=transport))
+    losses = plain_run(plain, data, num_steps=NUM_STEPS, step=step_of(loss)).losses
+    assert largest_gap(run.history["loss"], losses) <= 1e-10
 
 
 def test_the_run_says_that_outputs_are_gathered(pool):
