@@ -208,6 +208,18 @@ class Division:
                 f"and the pool has {num_engines}: %dtrain add {needed - num_engines}, or a smaller mesh"
             )
 
+    def check_metrics(self, whole_metrics: Sequence[str]) -> None:
+        """Refuse metrics of outputs that a team does not gather.
+
+        Raises:
+            PlanError: there is one.
+        """
+        if whole_metrics:
+            raise PlanError(
+                f"metric {whole_metrics[0]!r} is no mean over samples, and teams of engines gather no outputs for it: "
+                "use strategy='data', or leave it out"
+            )
+
     def for_loss(self, loss_over: str, *, micro_batch: int | None) -> Division:
         """Let pipelines compute all forwards first, if the loss looks at the whole batch; else nothing changes.
 

@@ -20,6 +20,7 @@ from dnb.planning.sample_order import BatchOrder, count_batches, iterate_batches
 from dnb.records import CheckpointPolicy, TransportKind
 from dnb.transport.job import Job
 from dnb.transport.returned import fault_of_name
+from dnb.transport.stateful_metrics import StatefulMetric
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 STRATEGIES = ("auto", "data", "hybrid", "pipeline", "tensor")
@@ -253,7 +254,12 @@ def read_metrics(metrics: Any) -> dict[str, Callable[..., Any]]:
         metrics = dict.fromkeys(metrics, accuracy)
     for name, metric in metrics.items():
         _check_metric(name, metric)
-    return dict(metrics)
+    return {name: StatefulMetric(metric) if _has_state(metric) else metric for name, metric in metrics.items()}
+
+
+def _has_state(metric: Any) -> bool:
+    """Tell whether a metric is one of torchmetrics' kind."""
+    return all(callable(getattr(metric, name, None)) for name in ("update", "compute"))
 
 
 def _check_metric(name: Any, metric: Any) -> None:
@@ -261,12 +267,7 @@ def _check_metric(name: Any, metric: Any) -> None:
         raise ArgumentError(f"{name!r} cannot be the name of a metric: give a word")
     if fault := fault_of_name(name):
         raise ArgumentError(fault)
-    if hasattr(metric, "update") and hasattr(metric, "compute"):
-        raise ArgumentError(
-            f"metric {name!r} keeps a state of its own, which cannot be merged over engines in this release: "
-            "give a callable(output, target) that returns a mean over samples"
-        )
-    if not callable(metric):
+    if not callable(metric) and not _has_state(metric):
         raise ArgumentError(f"metric {name!r} is a {type(metric).__name__}: give a callable(output, target)")
 
 

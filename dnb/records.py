@@ -436,6 +436,7 @@ class RunSpec(Record, frozen=True):
     findings: tuple[Finding, ...] = ()  # of the rehearsal; for the run's events
     probe: float | None = None  # the notebook's own loss of the first samples; engines are held against it
     reduction: Reduction = "samples"
+    whole_metrics: tuple[str, ...] = ()  # that are no means over samples: computed of whole batches, and of all of val
     loss_over: str = "samples"  # "batch": the loss is computed on the gathered outputs of the whole batch
     buffers: dict[str, str] = {}  # by name: "first", "sum" or "mean"
     scheduler_every: str = "step"  # or "epoch"

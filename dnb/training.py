@@ -379,6 +379,7 @@ def fit(
     rehearsed = rehearse(job, data, Options(seed=seed, precision=precision, loss_over=loss_over))
     job, data = rehearsed.job, rehearsed.data
     loss_over = check_loss_over(read_loss_over(loss_over) or rehearsed.loss_over, job)
+    gathers = bool(rehearsed.whole_metrics) or loss_over == "batch"
     division, strategy = Division.synced(
         model, wants_all=bool(sync_batchnorm), strategy=strategy, exact=exact, transport=transport
     )
@@ -430,6 +431,7 @@ def fit(
     if division is not None:
         division.check_pool(pool)
         division = division.for_loss(loss_over, micro_batch=micro_batch)
+        division.check_metrics(rehearsed.whole_metrics)
     if most_bytes is not None:
         limit = Limit(most_bytes, job, data, batch_size=order.batch_size, precision=precision)
         division = limit.settle(division, followed, num_engines=len(working_engines(pool)), micro_batch=micro_batch)
@@ -472,8 +474,9 @@ def fit(
         ),
         probe=rehearsed.probe,
         settings=settings,
-        reduction=rehearsed.reduction,
-        loss_over=loss_over,
+        reduction="samples" if gathers else rehearsed.reduction,
+        whole_metrics=rehearsed.whole_metrics,
+        loss_over="batch" if gathers else loss_over,
         num_sampled=num_sampled,
         scheduler_every=scheduler_every,
         buffers=rules,

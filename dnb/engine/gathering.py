@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -365,20 +365,31 @@ class GatheringReplica(Replica):
         edges = tuple(accumulate(gathered.shard_sizes, initial=0))
         return _Whole(gathered, indices, edges, roots, loss.item(), gradients, metrics)
 
+    @property
+    def _metrics_of_parts(self) -> dict[str, Any]:
+        """Metrics that are means over samples."""
+        return {name: each for name, each in self._job.metrics.items() if name not in self._spec.whole_metrics}
+
     def _loss_and_metrics(
-        self, output: Any, target: Any, num_samples: int, *, needs_gradient: bool
+        self,
+        output: Any,
+        target: Any,
+        num_samples: int,
+        *,
+        needs_gradient: bool,
+        among: Mapping[str, Any] | None = None,
     ) -> tuple[torch.Tensor, Metrics]:
         job = self._job
         assert job.loss is not None
         with self._autocast():
             loss = read_loss(job.loss(output, target), needs_gradient=needs_gradient)
         value = loss.total / loss.weight if isinstance(loss, Sum) else loss
-        if not job.metrics:
+        wanted = job.metrics if among is None else among
+        if not wanted:
             return value, {}
         with torch.no_grad():
-            metrics = {
-                name: weighed(metric(output, target), num_samples, name=name) for name, metric in job.metrics.items()
-            }
+            used = pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, output)
+            metrics = {name: weighed(metric(used, target), num_samples, name=name) for name, metric in wanted.items()}
         return value, metrics
 
     def _sums_of(self, shards: Sequence[int], whole: _Whole) -> Sums:
@@ -400,29 +411,60 @@ class GatheringReplica(Replica):
         assert self._data.val is not None
         self._read_buffers()
         self._be_training(mode=False)
+        size = self._spec.batch_size
         parts: list[Sums] = []
+        seen: list[tuple[Any, Any]] = []  # outputs and targets that metrics want to see together
+        sizes: list[int] = []
         with torch.no_grad():
-            for shard in indices.split(work.shard_sizes):
-                parts += [self._evaluate_batch(batch) for batch in shard.split(self._spec.batch_size) if len(batch)]
+            for batch in (
+                batch for part in indices.split(work.shard_sizes) for batch in part.split(size) if len(batch)
+            ):
+                pair = self._evaluated(batch)
+                parts.append(self._sums_of_batch(pair, len(batch)))
+                if self._spec.whole_metrics:
+                    seen.append(pair)
+                    sizes.append(len(batch))
+            if seen:
+                parts.append(self._sums_of_all(seen, sizes))
         return added(parts)
 
-    def _evaluate_batch(self, indices: torch.Tensor) -> Sums:
+    def _evaluated(self, indices: torch.Tensor) -> tuple[Any, Any]:
+        """Output and target of a batch."""
         assert self._data.val is not None
         pieces = pieces_of(indices, self._most_at_once)
-        pairs = [self._forward_pair(self._data.val, piece) for piece in pieces]
+        return self._joined_pair(
+            [self._forward_pair(self._data.val, piece) for piece in pieces], list(map(len, pieces))
+        )
+
+    def _joined_pair(self, pairs: Sequence[tuple[Any, Any]], sizes: Sequence[int]) -> tuple[Any, Any]:
+        """Outputs and targets of several pieces as those of one."""
         if len(pairs) == 1:
-            output, target = pairs[0]
-        else:
-            forms = [form_of(*pair, has_rows=None) for pair in pairs]
-            tensors = [[t for t in pytree.tree_leaves(pair) if isinstance(t, torch.Tensor)] for pair in pairs]
-            output, target = tree_of(forms[0], self._joined(tensors, [len(piece) for piece in pieces]))
-        loss, metrics = self._loss_and_metrics(output, target, len(indices), needs_gradient=False)
+            return pairs[0]
+        forms = [form_of(*pair, has_rows=None) for pair in pairs]
+        tensors = [[t for t in pytree.tree_leaves(pair) if isinstance(t, torch.Tensor)] for pair in pairs]
+        return tree_of(forms[0], self._joined(tensors, sizes))
+
+    def _sums_of_batch(self, pair: tuple[Any, Any], num_samples: int) -> Sums:
+        loss, metrics = self._loss_and_metrics(*pair, num_samples, needs_gradient=False, among=self._metrics_of_parts)
         return Sums(
-            loss_total=loss.item() * len(indices),
-            loss_weight=float(len(indices)),
+            loss_total=loss.item() * num_samples,
+            loss_weight=float(num_samples),
             metric_totals={name: total for name, (total, _) in metrics.items()},
             metric_weights={name: weight for name, (_, weight) in metrics.items()},
-            num_samples=len(indices),
+            num_samples=num_samples,
+        )
+
+    def _sums_of_all(self, pairs: Sequence[tuple[Any, Any]], sizes: Sequence[int]) -> Sums:
+        """Metrics of all that was evaluated, which are no means of those of batches."""
+        output, target = self._joined_pair(pairs, sizes)
+        wanted = {name: self._job.metrics[name] for name in self._spec.whole_metrics if name in self._job.metrics}
+        found = {name: weighed(metric(output, target), sum(sizes), name=name) for name, metric in wanted.items()}
+        return Sums(
+            loss_total=0.0,
+            loss_weight=0.0,
+            metric_totals={name: total for name, (total, _) in found.items()},
+            metric_weights={name: weight for name, (_, weight) in found.items()},
+            num_samples=0,
         )
 
     # Buffers ------------------------------------------------------------------------------------------

@@ -175,7 +175,7 @@ class ActiveRun:
             num_val_samples=spec.num_val_samples,
             num_done=beginning.step,
             steps_per_epoch=spec.steps_per_epoch,
-            val_batch=spec.batch_size if spec.loss_over == "batch" else None,
+            val_batch=_val_batch(spec),
         )
         self._version = 0  # of the parameters
         self._gradients: dict[int, torch.Tensor] = {}  # by step: loss, norm, some elements
@@ -1203,6 +1203,13 @@ class _Verdict:
     engine: int
     step: int
     text: str
+
+
+def _val_batch(spec: RunSpec) -> int | None:
+    """Samples of an evaluation that one engine must have together."""
+    if spec.whole_metrics:
+        return max(spec.num_val_samples, 1)
+    return spec.batch_size if spec.loss_over == "batch" else None
 
 
 def _mixed_kinds(contributions: Iterable[Contribution]) -> str:

@@ -12,6 +12,7 @@ from dnb.progress import long_work
 from dnb.records import Finding, Reduction
 from dnb.rehearsal.fitting import fit_data
 from dnb.rehearsal.losses import check_loss, declared_reduction
+from dnb.rehearsal.metrics import check_metrics
 from dnb.rehearsal.side_effects import refuse_own_loop, refuse_written_parameters, tell_changed_attributes
 from dnb.rehearsal.trial import Options, Trial
 from dnb.transport.job import Data, Job
@@ -31,6 +32,7 @@ CHECKS: tuple[Check, ...] = (
     fit_data,
     tell_changed_attributes,
     check_loss,
+    check_metrics,
 )
 
 
@@ -44,6 +46,7 @@ class Rehearsed:
         findings: told as events when the run begins.
         reduction: how losses of parts are put together: "targets" where a loss is a mean over targets that may weigh
             differently, and all others are means over samples.
+        whole_metrics: names of metrics that are no means over samples.
         loss_over: "samples" if the loss of a batch is the mean of the losses of its parts, "batch" if it is computed on
             the gathered outputs of the whole batch.
         probe: loss of the first samples in evaluation mode, which engines are held against; None: it could not be had.
@@ -53,6 +56,7 @@ class Rehearsed:
     data: Data
     findings: tuple[Finding, ...] = ()
     reduction: Reduction = "targets"
+    whole_metrics: tuple[str, ...] = ()
     loss_over: Literal["samples", "batch"] = "samples"
     probe: float | None = None
 
@@ -83,6 +87,7 @@ def rehearse(job: Job, data: Data, options: Options | None = None) -> Rehearsed:
                 data=trial.given_data,
                 findings=tuple(findings),
                 reduction=trial.reduction,
+                whole_metrics=trial.whole_metrics,
                 loss_over=trial.loss_over,
                 probe=trial.probed,
             )

@@ -95,6 +95,7 @@ class Trial:
         changed: attributes and the like that the first forward changed.
         loss_over: what a check has found of the loss; see `Rehearsed`.
         reduction: likewise.
+        whole_metrics: likewise.
     """
 
     given: Job
@@ -114,6 +115,7 @@ class Trial:
     written: Mapping[str, str] = field(default_factory=dict)
     loss_over: Literal["samples", "batch"] = "samples"
     reduction: Reduction = "targets"
+    whole_metrics: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, job: Job, data: Data, options: Options) -> Trial:

@@ -249,18 +249,19 @@ def test_a_metric_that_cannot_be_called_is_refused():
         read_metrics({"f1": 0.5})
 
 
-def test_a_metric_with_a_state_of_its_own_is_refused():
+def test_a_metric_with_a_state_of_its_own_begins_anew_every_time():
     class Meter:
-        def update(self, output: Any, target: Any) -> None: ...
+        seen = 0
+
+        def update(self, output: Any, target: Any) -> None:
+            self.seen += len(output)
 
         def compute(self) -> float:
-            return 0.0
+            return float(self.seen)
 
-        def __call__(self, output: Any, target: Any) -> float:
-            return 0.0
-
-    with pytest.raises(ArgumentError, match="metric 'f1' keeps a state of its own"):
-        read_metrics({"f1": Meter()})
+    meter = Meter()
+    metric = read_metrics({"seen": meter})["seen"]
+    assert [metric(torch.zeros(3), None), metric(torch.zeros(2), None), meter.seen] == [3.0, 2.0, 0]
 
 
 def test_accuracy_is_the_share_of_samples_whose_largest_output_is_the_target():
