@@ -237,3 +237,11 @@ def test_what_user_code_prints_on_engines_is_shown_by_who_waits(pool, capsys, tr
     assert [line for line in shown if line.startswith("engine")] == run.output
     assert run.output.count(f"engine {pool.engines[0].id}: hello from 16") >= 3
     assert {event.kind for event in run.events if "hello" in event.text} == {"output"}
+
+
+def test_an_optimizer_of_an_edited_module_is_in_the_hub_as_it_is_now(pool, usernet):
+    source = "import torch\nRATE = {}\ndef make(parameters):\n    return torch.optim.SGD(parameters, RATE)"
+    for rate in (0.1, 0.5):
+        make = usernet("user_optimizer", source.format(rate)).make
+        run = pool.fit(nn.Linear(6, 3), data(), loss="cross_entropy", optimizer=make, steps=2)
+        assert run.wait(60).history["lr"] == [rate, rate]
