@@ -24,7 +24,7 @@ def plain_steps(job: Job, source: DataSource, spec: RunSpec) -> Iterator[float]:
     model = job.model
     Modes([model]).be_training(mode=True)
     optimizer = build_optimizer(job.optimizer, model.parameters(), lr=job.lr)
-    scheduler = build_scheduler(job.scheduler, optimizer)
+    scheduler = build_scheduler(job.scheduler, optimizer, every=spec.scheduler_every, has_val=spec.num_val_samples > 0)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for number, indices in enumerate(iterate_batches(job.order), 1):
         optimizer.zero_grad()
