@@ -18,7 +18,6 @@ from torch.utils.data import (
     default_collate,
 )
 
-from dnb.engine.loader import fetch_batch
 from dnb.errors import USER_ERRORS, ArgumentError, summary_of
 from dnb.planning.sample_order import BatchOrder
 from dnb.transport.job import DataSource
@@ -254,21 +253,6 @@ def _length_of(value: Any, *, name: str) -> int:
     except USER_ERRORS as error:
         raise ArgumentError(
             f"{name} does not say how many samples it has ({summary_of(error)}): {WHAT_TO_GIVE}"
-        ) from error
-
-
-def first_batch(data: DataSource, *, name: str) -> Any:
-    """The batch of the first sample, as its collate_fn makes it.
-
-    Raises:
-        ArgumentError: the data set has none; with what it said.
-    """
-    try:
-        return fetch_batch(data, torch.arange(1))
-    except USER_ERRORS as error:
-        raise ArgumentError(
-            f"{name}, a {type(data.samples).__name__}, gives no batch of its sample 0 ({summary_of(error)}): "
-            f"{WHAT_TO_GIVE}"
         ) from error
 
 

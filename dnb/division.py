@@ -280,6 +280,8 @@ def _refuse_what_no_pipeline_can(job: Job, *, exact: bool, transport: Any) -> No
         raise PlanError(
             "a pipeline cannot call a step function, as no engine has the whole model: give loss= instead of step="
         )
+    if job.val_step is not None:
+        raise PlanError("a pipeline cannot call val_step, as no engine has the whole model: leave it out")
     if exact:
         raise PlanError(
             "exact=True needs a gradient per shard, and a pipeline has one per step: its bits depend on the number of "

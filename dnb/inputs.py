@@ -55,6 +55,40 @@ def batches(
     return islice(iterate_batches(order), num_batches)
 
 
+def count_val_samples(source: Source | None) -> int:
+    """Samples of an evaluation, as the order of a validation loader says; 0 without validation data.
+
+    Raises:
+        ArgumentError: an evaluation would have none.
+    """
+    if source is None:
+        return 0
+    order = source.order
+    if order is None:
+        return source.num_samples
+    num_batches = count_batches(order)
+    if order.sampler is not None:
+        sampler: Any = order.sampler
+        num_drawn = len(sampler)  # or else batches could not have been counted
+    else:
+        num_drawn = source.num_samples if order.batch_sampler is None else num_batches * order.batch_size
+    return min(num_drawn, num_batches * order.batch_size)
+
+
+def check_val_step(val_step: Any, *, has_val: bool) -> None:
+    """Refuse an evaluation by what cannot be called, or of nothing.
+
+    Raises:
+        ArgumentError: it is so.
+    """
+    if val_step is None:
+        return
+    if not callable(val_step):
+        raise ArgumentError(f"val_step is a {type(val_step).__name__}: give a callable(model, batch), as step is")
+    if not has_val:
+        raise ArgumentError("val_step is called with the batches of val, and there is none: give val")
+
+
 def order_of(source: Source, *, batch_size: Any, shuffle: bool, seed: int) -> BatchOrder:
     """How global batches are drawn from a data set; a `DataLoader` brings its own order.
 

@@ -11,7 +11,7 @@ from dnb.inputs import PRECISIONS, check_choice, check_number, check_positive, r
 from dnb.records import PlainJob, RunSpec
 
 # Arguments of `fit` that may be objects, which only pickle can keep: see `PlainJob.others`.
-OBJECTS = ("loss", "step", "optimizer", "scheduler", "metrics", "after_step", "train")
+OBJECTS = ("loss", "step", "optimizer", "scheduler", "metrics", "after_step", "val_step", "train", "val")
 LARGEST_SEED = 1 << 63
 
 

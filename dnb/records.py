@@ -439,6 +439,7 @@ class RunSpec(Record, frozen=True):
     whole_metrics: tuple[str, ...] = ()  # that are no means over samples: computed of whole batches, and of all of val
     loss_over: str = "samples"  # "batch": the loss is computed on the gathered outputs of the whole batch
     buffers: dict[str, str] = {}  # by name: "first", "sum" or "mean"
+    val_batch_size: int | None = None  # of batches that evaluations compute whole; None: any may be cut
     scheduler_every: str = "step"  # or "epoch"
     num_sampled: int = 20  # first steps of which some elements of the gradients are kept
     sync_batchnorm: bool = False

@@ -22,7 +22,7 @@ from dnb.homecoming import OrderFollower
 from dnb.hub.checkpoints import Checkpoint, DamagedError, Manifest, find_checkpoint, remove_torn
 from dnb.hub.signing import SecretError, is_signed, read_secret
 from dnb.hub.sources import MENDED_FILE
-from dnb.inputs import check_model, check_positive, read_loss, read_metrics
+from dnb.inputs import check_model, check_positive, count_val_samples, read_loss, read_metrics
 from dnb.kept_specs import OBJECTS, check_kept_spec
 from dnb.planning.sample_order import BatchOrder, count_batches
 from dnb.planning.shards import choose_num_shards
@@ -63,6 +63,7 @@ class _Given:
     scheduler: Any
     metrics: Any
     after_step: Any
+    val_step: Any
 
     @property
     def names(self) -> set[str]:
@@ -82,6 +83,7 @@ def resume(
     scheduler: Any = None,
     metrics: str | Mapping[str, Callable[..., Any]] | None = None,
     after_step: Callable[..., Any] | None = None,
+    val_step: Callable[..., Any] | None = None,
     epochs: int | None = None,
     steps: int | None = None,
     name: str | None = None,
@@ -109,6 +111,7 @@ def resume(
         scheduler: see optimizer.
         metrics: see loss.
         after_step: see loss; what the one that was kept had kept itself goes on.
+        val_step: see loss.
         epochs: passes over the data in all, if more or fewer than were planned.
         steps: optimizer steps in all, instead of epochs.
         name: of the new run; made from the old one's if left out.
@@ -134,6 +137,7 @@ def resume(
         scheduler=scheduler,
         metrics=metrics,
         after_step=after_step,
+        val_step=val_step,
     )
     place = _locate(path)
     with long_work(f"verifying the checkpoint in {place}"):
@@ -171,7 +175,7 @@ def resume(
         name=wish,
         folder="",
         num_steps=num_steps,
-        num_val_samples=sources["val"].num_samples if "val" in sources else old.num_val_samples,
+        num_val_samples=count_val_samples(sources["val"]) if "val" in sources else old.num_val_samples,
         num_shards=_num_shards(old, pool),
         linger_seconds=pool.linger_seconds,
         notes=(),
@@ -181,7 +185,7 @@ def resume(
         data=NOTHING,
         findings=(),
         probe=None,  # the notebook's was of the parameters with which the first run began
-        plain=_plain_now(old.plain, given, job.order),
+        plain=_plain_now(old.plain, given, job),
         settings=settings,
         resumed=_resumed(checkpoint, damages),
     )
@@ -254,12 +258,13 @@ def _needed_pickles(manifest: Manifest, given: _Given) -> list[str]:
     needed: list[str] = []
     if _needs("job", manifest, given):
         plain = manifest.spec.plain
-        others = set(OBJECTS) if plain is None else set(plain.others)
+        others = set(OBJECTS) - {"val_step", "val"} if plain is None else set(plain.others)
         needed += ["model"] if given.model is None else []
         needed += [name for name in OBJECTS if name in others - given.names]
     if _needs("data", manifest, given):
         needed += ["train"] if given.train is None and "train" not in needed else []
-        needed += ["val"] if given.val is None and manifest.spec.num_val_samples > 0 else []
+        has_val = manifest.spec.num_val_samples > 0
+        needed += ["val"] if given.val is None and has_val and "val" not in needed else []
     if _has_mended(manifest, given) and not {"loss", "step"} & set(needed):
         needed.append("loss")  # or step: they were mended in mid-run
     return needed
@@ -381,9 +386,12 @@ def _job_of(checkpoint: Checkpoint, given: _Given, sources: dict[str, Source]) -
             )
     else:
         kept = _unpickle(checkpoint, "job", manifest.spec.job)
-        if order is None and not given.names - {"train", "val"}:
+        keeps_val = "val" not in sources or sources["val"].order is kept.val_order is None
+        if order is None and keeps_val and not given.names - {"train", "val"}:
             return kept, partial(_ship_kept, checkpoint, "job", manifest.spec.job)
     job = _replaced(kept, given, order)
+    if "val" in sources:
+        job = replace(job, val_order=sources["val"].order)
     return job, partial(ship, job)
 
 
@@ -397,7 +405,7 @@ def _replaced(kept: Job, given: _Given, order: BatchOrder | None) -> Job:
         changes["order"] = order
     changes |= {
         name: getattr(given, name)
-        for name in ("model", "optimizer", "scheduler", "after_step")
+        for name in ("model", "optimizer", "scheduler", "after_step", "val_step")
         if getattr(given, name) is not None
     }
     if given.model is not None and given.optimizer is None and isinstance(kept.optimizer, torch.optim.Optimizer):
@@ -429,6 +437,7 @@ def _plain_job(spec: RunSpec, given: _Given) -> Job:
         lr=plain.lr,
         scheduler=None,
         after_step=given.after_step,
+        val_step=given.val_step,
         order=BatchOrder(
             num_samples=spec.num_samples,
             batch_size=spec.batch_size,
@@ -439,14 +448,14 @@ def _plain_job(spec: RunSpec, given: _Given) -> Job:
     )
 
 
-def _plain_now(plain: PlainJob | None, given: _Given, order: BatchOrder) -> PlainJob | None:
+def _plain_now(plain: PlainJob | None, given: _Given, job: Job) -> PlainJob | None:
     """What of the new job is words and numbers."""
     if plain is None:
         return None
-    others = set(plain.others) - given.names
+    others, order = set(plain.others) - given.names, job.order
     words: dict[str, Any] = {"loss": given.loss, "optimizer": given.optimizer}
     changes: dict[str, Any] = {}
-    for name in given.names & {"loss", "step", "optimizer", "scheduler", "metrics", "after_step"}:
+    for name in given.names & {"loss", "step", "optimizer", "scheduler", "metrics", "after_step", "val_step"}:
         value = getattr(given, name)
         is_word = isinstance(value, str) and name in words
         if name in words:
@@ -457,6 +466,8 @@ def _plain_now(plain: PlainJob | None, given: _Given, order: BatchOrder) -> Plai
             others.add(name)
     if not (order.sampler is None and order.batch_sampler is None and order.generator is None):
         others.add("train")
+    if job.val_order is not None:
+        others.add("val")
     changes |= {"shuffle": order.shuffle, "drop_last": order.drop_last, "others": tuple(sorted(others))}
     return msgspec.structs.replace(plain, **changes)
 

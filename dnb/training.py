@@ -18,7 +18,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from dnb.automatic import choose_plan
-from dnb.data_sources import Source, first_batch, read_source
+from dnb.data_sources import read_source
 from dnb.division import Division
 from dnb.errors import USER_ERRORS, ArgumentError, HubError, PlanError, PoolError, SpaceError, is_text, summary_of
 from dnb.homecoming import OrderFollower
@@ -29,11 +29,12 @@ from dnb.inputs import (
     STRATEGIES,
     SYNCS,
     check_choice,
-    check_loss_fits,
     check_loss_over,
     check_model,
     check_number,
     check_positive,
+    check_val_step,
+    count_val_samples,
     order_of,
     read_bytes,
     read_checkpoint_policy,
@@ -56,12 +57,10 @@ from dnb.proving import Submission
 from dnb.records import ENDED, Done, Finding, ParcelRef, PlainJob, PoolFacts, RunSpec, Submit
 from dnb.rehearsal.modes import mode_findings
 from dnb.rehearsal.rehearsing import rehearse
-from dnb.rehearsal.trial import Options, copied_to_read
-from dnb.rehearsal.undisturbed import undisturbed
+from dnb.rehearsal.trial import Options
 from dnb.run import Run
 from dnb.run_folders import RUNS_FOLDER, check_name, check_place, reserved_folder
 from dnb.surveying import working_engines
-from dnb.transport.copies import close_files
 from dnb.transport.hooks import refuse_global_hooks
 from dnb.transport.job import Data, Job
 from dnb.transport.module_states import check_extra_states
@@ -337,9 +336,6 @@ def fit(
     check_model(model)
     settings = notebook_settings()
     check_extra_states(model)
-    refuse_what_is_not_yet(
-        val_step=val_step,
-    )
     if not isinstance(strategy, Plan):
         check_choice(strategy, name="strategy", known=STRATEGIES, available=STRATEGIES)
     check_choice(sync, name="sync", known=SYNCS, available=("hub",))
@@ -355,7 +351,7 @@ def fit(
     rules = {} if buffers is None else read_buffer_rules(buffers, model)
     train_source = read_source(train, name="train", seed=seed)
     val_source = None if val is None else read_source(val, name="val", seed=seed)
-    check_batches(loss_function, step=step, model=model, sources={"train": train_source, "val": val_source})
+    check_val_step(val_step, has_val=val is not None)
     order = order_of(train_source, batch_size=batch_size, shuffle=shuffle, seed=seed)
     job = Job(
         model=model,
@@ -367,12 +363,14 @@ def fit(
         scheduler=scheduler,
         order=order,
         after_step=after_step,
+        val_step=val_step,
+        val_order=None if val_source is None else val_source.order,
     )
     policy = read_checkpoint_policy(
         checkpoint_every,
         keep=checkpoint_keep,
         best=checkpoint_best,
-        metrics=None if step is not None else list(job.metrics),
+        metrics=None if step is not None or val_step is not None else list(job.metrics),
         has_val=val is not None,
     )
     data = Data(train=train_source.data, val=None if val_source is None else val_source.data)
@@ -440,7 +438,7 @@ def fit(
         name=wish,
         folder="",
         num_samples=train_source.num_samples,
-        num_val_samples=0 if val_source is None else val_source.num_samples,
+        num_val_samples=count_val_samples(val_source),
         num_steps=num_steps if steps is None else check_positive(steps, name="steps"),
         steps_per_epoch=steps_per_epoch,
         batch_size=order.batch_size,
@@ -479,6 +477,7 @@ def fit(
         loss_over="batch" if gathers else loss_over,
         num_sampled=num_sampled,
         scheduler_every=scheduler_every,
+        val_batch_size=val_batch_size(job, batch_size=order.batch_size, loss_over=loss_over),
         buffers=rules,
         sync_batchnorm=bool(sync_batchnorm),
     )
@@ -533,22 +532,19 @@ def findings_of_loss(loss_over: str, *, is_divided: bool) -> tuple[Finding, ...]
     return (Finding(kind="loss", text=f"this loss looks at the whole batch: {how}"),)
 
 
-def check_batches(loss: Any, *, step: Any, model: torch.nn.Module, sources: Mapping[str, Source | None]) -> None:
-    """Refuse data whose batches do not go with the loss, as their collate_fn makes them."""
-    for name, source in sources.items():
-        if source is not None:
-            with undisturbed():
-                copied = copied_to_read(source.data)
-                batch = first_batch(copied, name=name)
-                close_files(copied.samples, source.data.samples)
-            check_loss_fits(loss, step=step, model=model, batch=batch, name=name)
-
-
-def refuse_what_is_not_yet(**given: Any) -> None:
-    """Refuse arguments that are announced, and not in this release."""
-    found = next((name for name, value in given.items() if value is not None), None)
-    if found is not None:
-        raise PlanError(f"{found}= is not in this release yet: leave it out")
+def val_batch_size(job: Job, *, batch_size: int, loss_over: str) -> int | None:
+    """Samples of the batches that evaluations compute whole; None: they may be cut anywhere."""
+    if job.val_step is None and loss_over != "batch":
+        return None
+    if job.val_order is None:
+        return batch_size
+    batch_sampler = job.val_order.batch_sampler
+    if batch_sampler is not None and not isinstance(getattr(batch_sampler, "batch_size", None), int):
+        raise ArgumentError(
+            f"batches of val's batch sampler {type(batch_sampler).__name__} may differ in size, and each has a loss of "
+            "its own here: give val a DataLoader with a batch_size"
+        )
+    return int(job.val_order.batch_size)
 
 
 def attach(
@@ -653,9 +649,10 @@ def ship(obj: Job | Data, name: str, pool: Pool, segments: list[Segment]) -> tup
 
 def _why_unpicklable(obj: Job | Data) -> Exception | None:
     if isinstance(obj, Job):
-        names = ("model", "loss", "step", "metrics", "optimizer", "scheduler", "after_step")
+        names = ("model", "loss", "step", "metrics", "optimizer", "scheduler", "after_step", "val_step")
         named = {name: getattr(obj, name) for name in names}
         named["the sampler"] = obj.order
+        named["the sampler of val"] = obj.val_order
     else:
         named = {"train": obj.train.samples, "train's collate_fn": obj.train.collate}
         if obj.val is not None:
@@ -706,6 +703,8 @@ def plain_job(*, loss: Any, step: Any, optimizer: Any, scheduler: Any, metrics: 
         "scheduler": scheduler is not None,
         "metrics": isinstance(metrics, Mapping),
         "after_step": job.after_step is not None,
+        "val_step": job.val_step is not None,
+        "val": job.val_order is not None,
         "train": not (order.sampler is None and order.batch_sampler is None and order.generator is None),
     }
     return PlainJob(

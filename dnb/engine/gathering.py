@@ -409,9 +409,11 @@ class GatheringReplica(Replica):
     def _evaluate(self, work: Work, indices: torch.Tensor) -> Sums:
         """Whole batches, as the hub deals these: each has a loss of its own."""
         assert self._data.val is not None
+        if self._job.val_step is not None:
+            return super()._evaluate(work, indices)
+        size = self._spec.val_batch_size or self._spec.batch_size
         self._read_buffers()
         self._be_training(mode=False)
-        size = self._spec.batch_size
         parts: list[Sums] = []
         seen: list[tuple[Any, Any]] = []  # outputs and targets that metrics want to see together
         sizes: list[int] = []

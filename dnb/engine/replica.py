@@ -121,6 +121,7 @@ class Replica:
         self._reduction: Reduction = spec.reduction
         self._of_this_step: list[tuple[Work, torch.Tensor]] = []
         self._step_metrics = MetricReader()
+        self._evaluates_gradients = False
 
     def compute(self, work: Work, indices: torch.Tensor) -> Outcome:
         """Do what is asked; for a step, the gradients are then in the slabs.
@@ -187,7 +188,7 @@ class Replica:
         def fails(part: torch.Tensor) -> bool:
             try:
                 self._seed(work.step, work.shards[0])
-                with torch.set_grad_enabled(is_step):
+                with torch.set_grad_enabled(is_step or self._evaluates_gradients):
                     self._forward(source, part, batch_samples=None, needs_gradient=is_step)
             except USER_ERRORS as again:  # whatever a user's model raises
                 return kind_of(again) == kind_of(error)  # a class may be made where it is raised
@@ -360,13 +361,16 @@ class Replica:
             batch = fetch_batch(source, indices)
         num_samples = len(indices)
         with self._stopwatch.measure("compute"):
-            with self._autocast(), counting_targets(self._reduction) as weights:
-                loss, metrics = self._apply(batch, num_samples, needs_gradient=needs_gradient)
-            if self._reduction == "targets":
+            step, reduction = self._job.step, self._reduction
+            if self._job.val_step is not None and source is self._data.val:
+                step, reduction = self._job.val_step, "targets"
+            with self._autocast(), counting_targets(reduction) as weights:
+                loss, metrics = self._apply(step, batch, num_samples, needs_gradient=needs_gradient)
+            if reduction == "targets":
                 loss = weighed_loss(loss, weights)
             is_sum = isinstance(loss, Sum)
             total = loss.total if isinstance(loss, Sum) else loss
-            adds_up = is_sum or self._reduction == "sum"
+            adds_up = is_sum or reduction == "sum"
             if batch_samples is not None and total.requires_grad:
                 scale = 1.0 if adds_up else num_samples / batch_samples
                 (total * scale if scale != 1.0 else total).backward()
@@ -382,11 +386,13 @@ class Replica:
         )
         return sums, is_sum
 
-    def _apply(self, batch: Any, num_samples: int, *, needs_gradient: bool) -> tuple[torch.Tensor | Sum, Metrics]:
+    def _apply(
+        self, step: Callable[..., Any] | None, batch: Any, num_samples: int, *, needs_gradient: bool
+    ) -> tuple[torch.Tensor | Sum, Metrics]:
         model, job = self._job.model, self._job
-        if job.step is not None:
+        if step is not None:
             before = self._gradients.versions()
-            returned = job.step(model, batch)
+            returned = step(model, batch)
             if self._gradients.versions() != before:
                 raise ReturnError(f"step {OWN_LOOP}")
             loss, found = read_step(returned, needs_gradient=needs_gradient)
@@ -408,14 +414,21 @@ class Replica:
         assert self._data.val is not None
         self._read_buffers()
         self._be_training(mode=False)
-        with torch.no_grad():
-            return added(
-                [
-                    self._forward(self._data.val, piece, batch_samples=None)[0]
-                    for piece in pieces_of(indices, self._most_at_once or self._spec.batch_size)
-                    if len(piece)
-                ]
-            )
+        size = self._most_at_once or self._spec.batch_size
+        if self._job.val_step is not None and self._spec.val_batch_size is not None:
+            size = self._spec.val_batch_size  # whole batches, as the hub deals them
+        return added([self._evaluate_piece(self._data.val, piece) for piece in pieces_of(indices, size) if len(piece)])
+
+    def _evaluate_piece(self, source: DataSource, indices: torch.Tensor) -> Sums:
+        """Loss and metrics without gradients, unless they are made of gradients, as a penalty on them is."""
+        try:
+            with torch.set_grad_enabled(self._evaluates_gradients):
+                return self._forward(source, indices, batch_samples=None)[0]
+        except RuntimeError as error:
+            if self._evaluates_gradients or "does not require grad" not in text_of(error):
+                raise
+        self._evaluates_gradients = True
+        return self._evaluate_piece(source, indices)
 
     def _be_training(self, *, mode: bool) -> None:
         self._modes.be_training(mode=mode)

@@ -498,6 +498,8 @@ def _check(spec: RunSpec, job: Job, memory: EngineMemory, partition: Partition, 
         raise PlanError(
             "a pipeline cannot call a step function, as no engine has the whole model: give loss= instead of step="
         )
+    if job.val_step is not None:
+        raise PlanError("a pipeline cannot call val_step, as no engine has the whole model: leave it out")
     if spec.exact:
         raise PlanError("exact=True needs a gradient per shard, and a pipeline has one per step: leave it out")
     if memory.kind != "memory" or has_publisher:

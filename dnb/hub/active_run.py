@@ -176,6 +176,7 @@ class ActiveRun:
             num_done=beginning.step,
             steps_per_epoch=spec.steps_per_epoch,
             val_batch=_val_batch(spec),
+            val_order=beginning.val_order,
         )
         self._version = 0  # of the parameters
         self._gradients: dict[int, torch.Tensor] = {}  # by step: loss, norm, some elements
@@ -1213,7 +1214,7 @@ def _val_batch(spec: RunSpec) -> int | None:
 
 
 def _mixed_kinds(contributions: Iterable[Contribution]) -> str:
-    """Why the parts of a step cannot be added up; empty if they can."""
+    return spec.val_batch_size or (spec.batch_size if spec.loss_over == "batch" else None)
     found = {c.is_sum: c.engine for c in contributions if c.sums.num_samples}
     if len(found) < 2:
         return ""

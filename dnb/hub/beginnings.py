@@ -45,6 +45,7 @@ class Beginning:
 
     master: Master
     order: BatchOrder
+    val_order: BatchOrder | None = None
     columns: Columns
     files: RunFolder
     first_step: int = 0  # committed by the run that this one continues
@@ -104,6 +105,7 @@ def begin(spec: RunSpec, job: Job, *, folders: Sequence[Path]) -> Beginning:
     return Beginning(
         master=master,
         order=job.order,
+        val_order=job.val_order,
         columns=columns,
         files=files,
         first_step=step,
@@ -164,6 +166,7 @@ def _take_over(
     return Beginning(
         master=found.master,
         order=found.order,
+        val_order=found.val_order,
         columns=found.columns,
         files=files,
         first_step=0 if spec.resumed is None else spec.resumed.step,
@@ -201,6 +204,7 @@ class _Found:
 
     master: Master
     order: BatchOrder
+    val_order: BatchOrder | None
     rows: list[HistoryRow]
     columns: Columns
     step: int
@@ -230,7 +234,7 @@ def _from_journal(spec: RunSpec, memo: RunMemo, job: Job, files: RunFolder, fold
     num_lost = last.step - sum(row.kind == "step" for row in rows)
     if num_lost > 0:
         note += f"; {num_lost} steps are missing in its history, as the disk had not taken them"
-    return _Found(master, job.order, rows, columns, last.step, last.evaluated, note)
+    return _Found(master, job.order, job.val_order, rows, columns, last.step, last.evaluated, note)
 
 
 def _from_checkpoint(spec: RunSpec, memo: RunMemo, job: Job, files: RunFolder, folders: Sequence[Path]) -> _Found:
@@ -254,7 +258,7 @@ def _from_checkpoint(spec: RunSpec, memo: RunMemo, job: Job, files: RunFolder, f
     note = f"the hub died and was started again: the run goes on after step {step}"
     if step < last:
         note += f", from {source or 'the beginning'}; steps {step + 1} to {last} are done again"
-    return _Found(master, job.order, rows, columns, step, evaluated, note)
+    return _Found(master, job.order, job.val_order, rows, columns, step, evaluated, note)
 
 
 def _summary_of(files: RunFolder, spec: RunSpec) -> RunSummary:

@@ -30,6 +30,7 @@ class Batches:
         num_done: steps that need no batch any more, as an earlier run has done them.
         steps_per_epoch: batches of an epoch, as they were counted beforehand; None: nobody did.
         val_batch: samples of an evaluation that must be in one shard, as their loss is one; None: any may be cut.
+        val_order: draws the samples of each evaluation; None: all, in order.
     """
 
     def __init__(
@@ -42,9 +43,11 @@ class Batches:
         num_done: int = 0,
         steps_per_epoch: int | None = None,
         val_batch: int | None = None,
+        val_order: BatchOrder | None = None,
     ) -> None:
         self._val_batch = val_batch
-        self._val_bounds: list[tuple[int, int]] | None = None
+        self._val_bounds: dict[int, list[tuple[int, int]]] = {}
+        self._val_draws = None if val_order is None else _Evaluations(val_order, steps_per_epoch=steps_per_epoch or 1)
         self._draws = _Draws(order, steps_per_epoch=steps_per_epoch)
         self._num_steps = num_steps
         self._num_done = num_done
@@ -69,11 +72,13 @@ class Batches:
     def _bounds_of(self, kind: WorkKind, num_samples: int) -> list[tuple[int, int]]:
         """First and past the last sample of every shard."""
         if kind == "evaluation" and self._val_batch is not None:
-            if self._val_bounds is None:
+            if num_samples not in self._val_bounds:
                 size = self._val_batch
                 batches = split_evenly(-(-num_samples // size), num_parts=self._num_shards)
-                self._val_bounds = [(min(a * size, num_samples), min(b * size, num_samples)) for a, b in batches]
-            return self._val_bounds
+                self._val_bounds = {
+                    num_samples: [(min(a * size, num_samples), min(b * size, num_samples)) for a, b in batches]
+                }
+            return self._val_bounds[num_samples]
         bounds = self._bounds.get(num_samples)
         if bounds is None:
             bounds = self._bounds[num_samples] = shard_bounds(num_samples, num_shards=self._num_shards)
@@ -111,7 +116,7 @@ class Batches:
 
     def _indices(self, kind: WorkKind, step: int) -> NDArray[np.int64]:
         if kind == "evaluation":
-            return self._val_indices
+            return self._val_indices if self._val_draws is None else self._val_draws.after(step)
         if step != self._batch_step:
             self._batch, self._batch_step = self._next(), step
         return self._batch
@@ -128,6 +133,42 @@ class Batches:
         while self._draws.count < self._num_done:
             self._draws.next()
         return self._draws.next().numpy()
+
+
+class _Evaluations:
+    """Draws the samples of each evaluation, an epoch of the validation loader's own order.
+
+    They depend on the number of the evaluation alone, so that a hub that takes a run over draws the same.
+
+    Args:
+        order: of the validation loader.
+        steps_per_epoch: steps between two evaluations.
+    """
+
+    def __init__(self, order: BatchOrder, *, steps_per_epoch: int) -> None:
+        self._order = order
+        self._steps_per_epoch = steps_per_epoch
+        self._epochs = iterate_epochs(order)
+        self._number = 0  # of the evaluation that was drawn last
+        self._indices: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+
+    def after(self, step: int) -> NDArray[np.int64]:
+        """The indices of the evaluation after this step.
+
+        Raises:
+            UserCodeError: the user's sampler raised, or yielded nothing.
+        """
+        number = -(-step // self._steps_per_epoch)
+        try:
+            while self._number < number:
+                self._indices = np.concatenate([np.empty(0, np.int64), *(each.numpy() for each in next(self._epochs))])
+                self._number += 1
+        except BaseException as error:  # a user's sampler may raise anything, SystemExit included
+            raise UserCodeError("in the sampler of val", error) from error
+        if not len(self._indices):
+            empty = ArgumentError(f"{name_sampler(self._order)} yielded no batch")
+            raise UserCodeError("in the sampler of val", empty)
+        return self._indices
 
 
 class _Draws:

@@ -10,6 +10,7 @@ from typing import Literal
 from dnb.errors import USER_ERRORS, summary_of
 from dnb.progress import long_work
 from dnb.records import Finding, Reduction
+from dnb.rehearsal.batches import check_batches
 from dnb.rehearsal.fitting import fit_data
 from dnb.rehearsal.losses import check_loss, declared_reduction
 from dnb.rehearsal.metrics import check_metrics
@@ -27,6 +28,7 @@ Check = Callable[[Trial], Sequence[Finding]]
 
 # In the order in which they are made.
 CHECKS: tuple[Check, ...] = (
+    check_batches,
     refuse_own_loop,
     refuse_written_parameters,
     fit_data,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -41,6 +41,12 @@ class Job:
     )
     val_step: Callable[..., Any] | None = None  # instead of loss or step in evaluations
     after_step: Callable[..., Any] | None = None  # callable(model), run by the hub after each update
+    val_order: Any = None  # of the samples of an evaluation, if val is a DataLoader
+
+    def __setstate__(self, state: Any) -> None:
+        """Read a pickle, also one of a release in which a job had fewer fields."""
+        for place, each in enumerate(fields(self)):
+            object.__setattr__(self, each.name, state[place] if place < len(state) else each.default)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

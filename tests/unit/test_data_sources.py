@@ -22,7 +22,8 @@ from torch.utils.data import (
     default_collate,
 )
 
-from dnb.data_sources import first_batch, read_source
+from dnb.data_sources import read_source
+from dnb.engine.loader import fetch_batch
 from dnb.errors import ArgumentError
 from dnb.planning.sample_order import count_batches, iterate_batches
 
@@ -277,7 +278,7 @@ def test_a_list_of_words_is_refused():
 def test_a_list_of_tensors_has_one_sample_per_tensor():
     source = read_source([torch.full((4,), float(k)) for k in range(6)], name="train", seed=0)
     assert source.num_samples == 6
-    assert first_batch(source.data, name="train").shape == (1, 4)
+    assert fetch_batch(source.data, torch.arange(1)).shape == (1, 4)
 
 
 def test_a_list_of_three_arrays_that_differ_is_refused_as_no_samples():
@@ -295,22 +296,6 @@ def test_a_mapping_of_columns_or_splits_is_refused_by_its_keys(value: Any):
 
 def test_words_are_no_samples():
     refused("digits", r"train is a str: give a pair \(X, y\)")
-
-
-class Keyed(Dataset):
-    def __len__(self) -> int:
-        return 3
-
-    def __getitem__(self, index: Any) -> Any:
-        raise KeyError(index)
-
-
-def test_a_data_set_that_gives_no_sample_is_told_by_name():
-    source = read_source(Keyed(), name="val", seed=0)
-    with pytest.raises(
-        ArgumentError, match=r"val, a Keyed, gives no batch of its sample 0 \(KeyError: 0\): give a pair"
-    ):
-        first_batch(source.data, name="val")
 
 
 # loaders ---------------------------------------------------------------------------------------------

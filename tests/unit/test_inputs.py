@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, TensorDataset
 
+from dnb.data_sources import read_source
 from dnb.errors import ArgumentError, PlanError
 from dnb.inputs import (
     STRATEGIES,
@@ -18,11 +20,14 @@ from dnb.inputs import (
     check_model,
     check_number,
     check_positive,
+    check_val_step,
+    count_val_samples,
     loss_names,
     read_loss,
     read_metrics,
     read_transport,
 )
+from dnb.transport.job import Job
 
 X = torch.arange(20.0).view(10, 2)
 Y = torch.arange(10)
@@ -267,3 +272,50 @@ def test_a_metric_with_a_state_of_its_own_begins_anew_every_time():
 def test_accuracy_is_the_share_of_samples_whose_largest_output_is_the_target():
     output = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.6, 0.4]])
     assert accuracy(output, torch.tensor([0, 1, 1, 0])).item() == 0.75
+
+
+# evaluations
+
+
+@pytest.mark.parametrize(
+    ("loader", "expected"),
+    [
+        (TensorDataset(X, Y), 10),
+        (DataLoader(TensorDataset(X, Y), batch_size=4), 10),
+        (DataLoader(TensorDataset(X, Y), batch_size=4, drop_last=True), 8),
+        (DataLoader(TensorDataset(X, Y), batch_size=4, sampler=SubsetRandomSampler(range(3))), 3),
+        (DataLoader(TensorDataset(X, Y), batch_sampler=BatchSampler(range(6), 3, drop_last=False)), 6),
+    ],
+    ids=["data set", "loader", "drop_last", "sampler", "batch sampler"],
+)
+def test_an_evaluation_has_as_many_samples_as_a_loader_draws(loader: Any, expected: int):
+    assert count_val_samples(read_source(loader, name="val", seed=0)) == expected
+
+
+def test_an_evaluation_without_a_batch_is_refused():
+    loader = DataLoader(TensorDataset(X, Y), batch_size=20, drop_last=True)
+    with pytest.raises(ArgumentError, match="no batch in an epoch of 10 samples"):
+        count_val_samples(read_source(loader, name="val", seed=0))
+
+
+def test_a_val_step_that_cannot_be_called_is_refused():
+    with pytest.raises(ArgumentError, match=r"val_step is a int: give a callable\(model, batch\)"):
+        check_val_step(3, has_val=True)
+
+
+def test_a_job_of_an_older_release_is_read():
+    job = Job(
+        model=nn.Linear(2, 1),
+        loss=None,
+        step=own_loss,
+        metrics={},
+        optimizer="sgd",
+        lr=None,
+        scheduler=None,
+        order=None,
+    )
+    state = job.__getstate__()[:8]  # without the fields that came later
+    made = Job.__new__(Job)
+    made.__setstate__(state)
+    assert made.step is own_loss
+    assert (made.stages, made.val_step, made.val_order) == (None, None, None)

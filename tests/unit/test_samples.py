@@ -260,3 +260,46 @@ def test_a_sampler_that_has_no_batch_is_refused_by_its_name():
 def test_the_traceback_of_a_fault_is_that_of_the_sampler():
     error = fault_of(batches_of(order_of([RuntimeError("here")], length=2)), 1).error
     assert traceback.extract_tb(error.__traceback__)[-1].name == "__iter__"
+
+
+# evaluations
+
+
+def evaluations_of(order: BatchOrder, **options: Any) -> Batches:
+    train = BatchOrder(num_samples=10, batch_size=5)
+    return Batches(train, num_steps=10, num_shards=2, num_val_samples=4, steps_per_epoch=2, val_order=order, **options)
+
+
+def drawn(batches: Batches, step: int) -> list[int]:
+    sizes, raw = batches.samples_of("evaluation", step, [0, 1])
+    assert sum(sizes) == batches.num_samples("evaluation", step)
+    return np.frombuffer(raw, dtype=np.int64).tolist()
+
+
+def test_an_evaluation_has_what_the_sampler_of_val_draws():
+    assert drawn(evaluations_of(order_of([7, 3, 9])), 2) == [7, 3, 9]
+
+
+def test_a_hub_that_takes_over_draws_the_same_evaluations():
+    order = BatchOrder(num_samples=20, batch_size=4, shuffle=True, seed=5, drop_last=True)
+    first = evaluations_of(order)
+    every = [drawn(first, step) for step in (2, 4, 6)]
+    assert drawn(evaluations_of(order), 6) == every[2]
+    assert every[1] != every[2]
+
+
+def test_an_evaluation_that_is_done_again_has_the_same_samples():
+    batches = evaluations_of(BatchOrder(num_samples=20, batch_size=4, shuffle=True, seed=5))
+    assert drawn(batches, 2) == drawn(batches, 2)
+
+
+def test_batches_of_an_evaluation_may_be_kept_whole():
+    batches = evaluations_of(order_of(list(range(9)), batch_size=4), val_batch=4)
+    assert batches.samples_of("evaluation", 2, [0, 1])[0] in ((4, 5), (8, 1))
+
+
+@pytest.mark.parametrize("items", [[ValueError("no more")], []], ids=["raises", "yields nothing"])
+def test_a_fault_of_val_s_sampler_is_the_user_s(items: list[Any]):
+    with pytest.raises(UserCodeError) as caught:
+        drawn(evaluations_of(order_of(items, length=3)), 2)
+    assert caught.value.place == "in the sampler of val"

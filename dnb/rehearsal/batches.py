@@ -1,0 +1,49 @@
+"""Batches as collate_fn makes them: they must go with the loss, or with what the model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from dnb.data_sources import WHAT_TO_GIVE
+from dnb.engine.loader import fetch_batch
+from dnb.errors import USER_ERRORS, ArgumentError, summary_of
+from dnb.inputs import check_loss_fits
+from dnb.records import Finding
+from dnb.rehearsal.trial import Trial
+from dnb.rehearsal.undisturbed import undisturbed
+from dnb.transport.job import DataSource
+
+
+def check_batches(trial: Trial) -> Sequence[Finding]:
+    """Refuse data that give no batch, or batches for which nothing says what the loss is.
+
+    Raises:
+        ArgumentError: names the data, and what to give instead.
+    """
+    job = trial.given
+    if trial.computed.phase == "data" and trial.computed.error is not None:
+        raise _no_batch(trial.data.train, trial.computed.error, name="train") from trial.computed.error
+    check_loss_fits(job.loss, step=job.step, model=job.model, batch=trial.batch, name="train")
+    if trial.data.val is not None:
+        batch = _first_batch(trial, trial.data.val)
+        check_loss_fits(job.loss, step=job.val_step or job.step, model=job.model, batch=batch, name="val")
+    return ()
+
+
+def _first_batch(trial: Trial, source: DataSource) -> Any:
+    with undisturbed():
+        trial.seed()
+        try:
+            return fetch_batch(source, torch.arange(1))
+        except KeyboardInterrupt:
+            raise
+        except USER_ERRORS as error:
+            raise _no_batch(source, error, name="val") from error
+
+
+def _no_batch(source: DataSource, error: BaseException, *, name: str) -> ArgumentError:
+    kind = type(source.samples).__name__
+    return ArgumentError(f"{name}, a {kind}, gives no batch of its first samples ({summary_of(error)}): {WHAT_TO_GIVE}")
