@@ -92,6 +92,7 @@ def judge(
     num_samples: int,
     vary: Callable[[Any, int], Iterator[Any]] | None = None,
     fetch: Callable[[int, int], Any] | None = None,
+    leaves_out: bool = True,
 ) -> Verdict:
     """Compute the loss of a batch and of parts of it.
 
@@ -101,6 +102,7 @@ def judge(
         num_samples: there; of one alone nothing can be seen.
         vary: makes other batches of it, beside those in which targets do not count, if losses are cheap to compute.
         fetch: samples, from one to another, as a batch of their own, if it is nothing that can be cut.
+        leaves_out: whether targets may come that do not count, though none of the batch is so.
     """
     cuts = _cuts(num_samples)
     if not cuts:
@@ -114,7 +116,9 @@ def judge(
         evidence = _Evidence({"samples", "targets", "sum"}, tolerance=_tolerance(batch))
         take = _taker(batch, num_samples, fetch)
         marks = list(measure.ignored) if is_dear and measure.ignored else [*_MARKS, *measure.ignored]
-        variants = [iter([batch]), _without_some_targets(batch, num_samples, marks)]
+        variants = [iter([batch])]
+        if leaves_out:
+            variants.append(_without_some_targets(batch, num_samples, marks))
         if vary is not None and not is_dear:
             variants.append(vary(batch, num_samples))
         for number, each in enumerate(chain.from_iterable(variants)):

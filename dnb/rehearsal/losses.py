@@ -48,13 +48,32 @@ def _verdict_on(trial: Trial) -> Verdict:
     with undisturbed():
         trial.modes.be_training(mode=False)
         if job.loss is None:
-            return judge(trial.loss_of, trial.batch, num_samples=num_samples, fetch=trial.fetched)
+            verdict = judge(trial.loss_of, trial.batch, num_samples=num_samples, fetch=trial.fetched)
+            if verdict.kind == "batch" and not _may_leave_out(trial):
+                # A sum of two losses is a mean over samples as long as every target counts, and here every one does.
+                options: dict[str, Any] = {"num_samples": num_samples, "fetch": trial.fetched, "leaves_out": False}
+                return judge(trial.loss_of, trial.batch, **options)
+            return verdict
         output, target = trial.computed.output, trial.computed.target
         with trial.autocast():
             verdict = judge_loss(job.loss, output, target, num_samples=num_samples)
             if verdict.kind == "targets" and all_count_the_same(job.loss, output, target, trial.given_data):
                 return replace(verdict, kind="samples")
     return verdict
+
+
+def _may_leave_out(trial: Trial) -> bool:
+    """Tell whether targets may come that do not count; of what lies in memory it can be seen."""
+    data = trial.given_data
+    sources = [source for source in (data.train, data.val) if source is not None]
+    if any(source.collate is not None for source in sources):
+        return True
+    loss = trial.loss_of(trial.batch)
+    nodes = nodes_of_targets(loss) if isinstance(loss, torch.Tensor) else []
+    if not nodes or any(node._saved_weight is not None for node in nodes):
+        return True
+    classes = [part for source in sources for part in source.samples if not part.is_floating_point()]
+    return any(bool((part == ignored_by(node)).any()) for part in classes for node in nodes)
 
 
 def declared_reduction(loss: Any) -> Reduction:

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, default_collate
 
 from dnb.errors import ArgumentError
 from dnb.planning.sample_order import BatchOrder
-from dnb.rehearsal.rehearsing import rehearse
+from dnb.rehearsal.rehearsing import Rehearsed, rehearse
 from dnb.transport.job import Data, DataSource, Job
 
 X, Y = torch.randn(32, 6), torch.randint(0, 3, (32,))
@@ -27,6 +27,20 @@ def rehearsed(train: DataSource, val: DataSource | None = None, *, loss: Any = n
         order=BatchOrder(num_samples=3, batch_size=2),
     )
     rehearse(job, Data(train=train, val=val))
+
+
+def rehearsed_step(step: Any, targets: torch.Tensor) -> Rehearsed:
+    job = Job(
+        model=nn.Linear(6, 3),
+        loss=None,
+        step=step,
+        metrics={},
+        optimizer="sgd",
+        lr=None,
+        scheduler=None,
+        order=BatchOrder(num_samples=32, batch_size=8),
+    )
+    return rehearse(job, Data(train=DataSource(samples=(X, targets), collate=None), val=None))
 
 
 class Keyed(Dataset):
@@ -76,3 +90,17 @@ def test_a_data_set_is_not_asked_itself():
     with pytest.raises(ArgumentError):
         rehearsed(DataSource(samples=rehearsed_set, collate=default_collate))
     assert rehearsed_set.num_asked == 0
+
+
+def penalized(model: nn.Module, batch: Any) -> torch.Tensor:
+    """A mean over targets beside a mean over samples."""
+    return nn.functional.cross_entropy(model(batch[0]), batch[1]) + model(batch[0]).square().mean()
+
+
+def test_a_sum_of_two_means_is_one_if_every_target_counts():
+    assert rehearsed_step(penalized, Y).loss_over == "samples"
+
+
+def test_a_sum_of_two_means_is_refused_if_some_targets_do_not_count():
+    with pytest.raises(ArgumentError, match="step's loss is no mean over samples"):
+        rehearsed_step(penalized, torch.cat([Y[:-1], torch.tensor([-100])]))
