@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, Literal, get_args
 
@@ -146,10 +146,26 @@ def check_positive(value: Any, *, name: str) -> int:
 
 
 def check_number(value: Any, *, name: str) -> float:
-    """Refuse all but finite numbers above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
+    """Refuse all but finite numbers above 0, of Python, NumPy or torch."""
+    is_array = isinstance(value, torch.Tensor | np.ndarray | np.generic)
+    number = value.item() if is_array and value.ndim == 0 else value
+    if isinstance(number, bool) or not isinstance(number, int | float) or not (0 < number < math.inf):
         raise ArgumentError(f"{name} must be a positive number, not {value!r}")
-    return float(value)
+    return float(number)
+
+
+def check_seed(seed: Any) -> int:
+    """Refuse all but integers that torch takes for a seed."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not -(1 << 63) <= seed < 1 << 64:
+        raise ArgumentError(f"seed must be an integer of 64 bits, such as 0, not {seed!r}")
+    return int(seed)
+
+
+def check_flags(**flags: Any) -> None:
+    """Refuse what is neither true nor false: a word such as 'no' would count as true."""
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_) and not (isinstance(value, int) and value in (0, 1)):
+            raise ArgumentError(f"{name} must be True or False, not {value!r}")
 
 
 def check_choice(value: Any, *, name: str, known: Sequence[str], available: Sequence[str]) -> str:
@@ -281,6 +297,10 @@ def read_metrics(metrics: Any) -> dict[str, Callable[..., Any]]:
         return {}
     if isinstance(metrics, str):
         metrics = [metrics]
+    if callable(metrics) or not isinstance(metrics, Iterable):
+        raise ArgumentError(
+            f"metrics is a {type(metrics).__name__}: give 'accuracy', or {{'name': callable(output, target)}}"
+        )
     if not isinstance(metrics, Mapping):
         unknown = [name for name in metrics if name != "accuracy"]
         if unknown:

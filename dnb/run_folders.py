@@ -35,6 +35,12 @@ def check_name(name: Any) -> str | None:
             f"a run's name has at most {MOST_LETTERS} letters, as files bear it, and this one has {len(name)}: "
             f"name={name[:20] + '...'!r}"
         )
+    lost = "".join(dict.fromkeys(letter for letter in name if letter.isalnum() and not letter.isascii()))
+    if lost:
+        raise ArgumentError(
+            f"name={name[:40]!r} has letters that its folder and shared memory cannot bear ({lost[:10]}): use a to z, "
+            "0 to 9, dots, dashes and underscores"
+        )
     return name
 
 

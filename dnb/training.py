@@ -29,10 +29,12 @@ from dnb.inputs import (
     STRATEGIES,
     SYNCS,
     check_choice,
+    check_flags,
     check_loss_over,
     check_model,
     check_number,
     check_positive,
+    check_seed,
     check_val_step,
     count_val_samples,
     order_of,
@@ -334,6 +336,8 @@ def fit(
         PlanError: what is asked is not in this release.
     """
     check_model(model)
+    seed = check_seed(seed)
+    check_flags(shuffle=shuffle, exact=exact, telemetry=telemetry, sync_batchnorm=sync_batchnorm)
     settings = notebook_settings()
     check_extra_states(model)
     if not isinstance(strategy, Plan):

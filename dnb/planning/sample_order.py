@@ -120,8 +120,11 @@ def count_batches(order: BatchOrder) -> int:
             f"many {'batches' if order.batch_sampler is not None else 'samples'} it yields"
         ) from error
     if num_batches == 0:
-        who = f"{name_sampler(order)} has" if has_sampler(order) else "there are"
-        raise ArgumentError(f"{who} no batch in an epoch of {order.num_samples} samples: nothing would be trained")
+        who = f"{name_sampler(order)} has" if has_sampler(order) else "there is"
+        why = ""
+        if order.drop_last and order.num_samples < order.batch_size:
+            why = f", as drop_last=True drops what is less than batch_size={order.batch_size}"
+        raise ArgumentError(f"{who} no batch in an epoch of {order.num_samples} samples{why}: nothing would be trained")
     return num_batches
 
 

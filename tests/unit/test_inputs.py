@@ -16,10 +16,12 @@ from dnb.inputs import (
     accuracy,
     check_batch_size,
     check_choice,
+    check_flags,
     check_loss_fits,
     check_model,
     check_number,
     check_positive,
+    check_seed,
     check_val_step,
     count_val_samples,
     loss_names,
@@ -98,8 +100,36 @@ def test_a_number_that_is_not_positive_and_finite_is_refused(value: Any):
         check_number(value, name="lr")
 
 
-def test_a_positive_number_is_taken():
-    assert check_number(1, name="lr") == 1.0
+@pytest.mark.parametrize("value", [1, np.float32(1), np.int64(1), np.array(1.0), torch.tensor(1.0)], ids=repr)
+def test_a_positive_number_is_taken_whosever_it_is(value: Any):
+    assert check_number(value, name="lr") == 1.0
+
+
+@pytest.mark.parametrize("seed", [0, np.int64(0), -5, 2**64 - 1])
+def test_an_integer_is_a_seed(seed: Any):
+    assert check_seed(seed) == seed
+
+
+@pytest.mark.parametrize("seed", [None, 1.0, "0", True, 2**64], ids=repr)
+def test_what_torch_takes_for_no_seed_is_refused(seed: Any):
+    with pytest.raises(ArgumentError, match="seed must be an integer of 64 bits, such as 0, not"):
+        check_seed(seed)
+
+
+@pytest.mark.parametrize("value", ["no", None, 2, "False"], ids=repr)
+def test_what_is_neither_true_nor_false_is_refused(value: Any):
+    with pytest.raises(ArgumentError, match=f"shuffle must be True or False, not {value!r}"):
+        check_flags(exact=True, shuffle=value)
+
+
+def test_true_false_one_and_nought_are_flags():
+    check_flags(exact=True, shuffle=np.bool_(False), telemetry=1)
+
+
+@pytest.mark.parametrize("metrics", [5, accuracy], ids=["a number", "a function"])
+def test_metrics_without_a_name_are_refused(metrics: Any):
+    with pytest.raises(ArgumentError, match=r"metrics is a \w+: give 'accuracy', or \{'name'"):
+        read_metrics(metrics)
 
 
 # words --------------------------------------------------------------------------------------------------
@@ -294,7 +324,10 @@ def test_an_evaluation_has_as_many_samples_as_a_loader_draws(loader: Any, expect
 
 def test_an_evaluation_without_a_batch_is_refused():
     loader = DataLoader(TensorDataset(X, Y), batch_size=20, drop_last=True)
-    with pytest.raises(ArgumentError, match="no batch in an epoch of 10 samples"):
+    with pytest.raises(
+        ArgumentError,
+        match="no batch in an epoch of 10 samples, as drop_last=True drops what is less than batch_size=20",
+    ):
         count_val_samples(read_source(loader, name="val", seed=0))
 
 

@@ -213,3 +213,9 @@ def test_a_run_is_found_by_its_path_and_by_its_name(here):
 def test_a_name_that_no_file_can_have_is_no_folder(name):
     assert not is_folder(Path(name))
     assert find_folder(name) == RUNS_FOLDER / name
+
+
+@pytest.mark.parametrize("name", ["модель", "modèle-2", "模型"])
+def test_a_name_whose_letters_would_be_lost_is_refused(name: str):
+    with pytest.raises(ArgumentError, match=r"has letters that its folder and shared memory cannot bear.*use a to z"):
+        check_name(name)
