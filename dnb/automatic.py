@@ -79,6 +79,7 @@ def _may_be_divided(job: Job, pool: EnginePool, *, exact: bool, transport: objec
         and all(engine.host == here for engine in engines)
         and job.step is None
         and job.val_step is None
+        and not (job.metrics and job.loss is None)
         and not exact
         and transport in (None, "memory")
     )

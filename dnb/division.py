@@ -280,6 +280,11 @@ def _refuse_what_no_pipeline_can(job: Job, *, exact: bool, transport: Any) -> No
         raise PlanError(
             "a pipeline cannot call a step function, as no engine has the whole model: give loss= instead of step="
         )
+    if job.metrics and job.loss is None:
+        raise PlanError(
+            "a pipeline has only the loss of a model that returns its own, so that metrics cannot be computed: give "
+            "loss=, or leave metrics out, or strategy='data'"
+        )
     if job.val_step is not None:
         raise PlanError("a pipeline cannot call val_step, as no engine has the whole model: leave it out")
     if exact:

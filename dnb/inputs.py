@@ -14,12 +14,12 @@ import torch
 
 from dnb.data_sources import Source, read_source
 from dnb.errors import ArgumentError, PlanError, is_text, nearest
-from dnb.planning.calling import no_target, takes_positional
+from dnb.planning.calling import named_parts, no_target, takes_positional
 from dnb.planning.retention import read_goal
 from dnb.planning.sample_order import BatchOrder, count_batches, iterate_batches
 from dnb.records import CheckpointPolicy, TransportKind
 from dnb.transport.job import Job
-from dnb.transport.returned import fault_of_name
+from dnb.transport.returned import ReturnError, fault_of_name
 from dnb.transport.stateful_metrics import StatefulMetric
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -73,6 +73,19 @@ def count_val_samples(source: Source | None) -> int:
     else:
         num_drawn = source.num_samples if order.batch_sampler is None else num_batches * order.batch_size
     return min(num_drawn, num_batches * order.batch_size)
+
+
+def check_metrics_are_computed(metrics: Any, *, step: Any) -> None:
+    """Refuse metrics beside a step function, which alone knows the output.
+
+    Raises:
+        ArgumentError: there are both.
+    """
+    if metrics and step is not None:
+        raise ArgumentError(
+            "metrics are computed from output and target, which only the step function has: let step return them "
+            "beside the loss, as (loss, {'accuracy': value}), and leave metrics out"
+        )
 
 
 def check_val_step(val_step: Any, *, has_val: bool) -> None:
@@ -325,14 +338,52 @@ def _check_metric(name: Any, metric: Any) -> None:
         raise ArgumentError(f"metric {name!r} is a {type(metric).__name__}: give a callable(output, target)")
 
 
-def accuracy(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def accuracy(output: Any, target: Any) -> torch.Tensor:
     """Share of samples whose largest output is the target class.
 
     Args:
-        output: shape (batch, classes, ...).
-        target: class indices, shape (batch, ...).
+        output: shape (batch, classes, ...); of a model that returns its own loss, what has one row of classes per
+            sample, as .logits, ["logits"] or alone beside the loss.
+        target: class indices, shape (batch, ...); of a model that returns its own loss, the batch, which has them as
+            "labels", "label", "targets", "target" or "y", or as its last element.
+
+    Raises:
+        ReturnError: it cannot be told which these are.
     """
-    return (output.argmax(dim=1) == target).float().mean()
+    if isinstance(output, torch.Tensor) and output.dim() > 1 and isinstance(target, torch.Tensor):
+        return (output.argmax(dim=1) == target).float().mean()
+    logits, labels = _logits_of(output), _labels_of(target)
+    if logits is None or labels is None or logits.shape[:1] != labels.shape:
+        raise ReturnError(
+            "accuracy cannot be told, as it is not clear which of what the model returns has a row of classes for each "
+            "sample, and what of the batch are their classes: give metrics={'accuracy': callable(output, batch)} that "
+            "returns a mean over samples"
+        )
+    return (logits.argmax(dim=1) == labels).float().mean()
+
+
+def _logits_of(output: Any) -> torch.Tensor | None:
+    """The one row of classes per sample in a model's output."""
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    elif hasattr(output, "logits"):
+        output = output.logits
+    elif isinstance(output, tuple | list):
+        found = [each for each in output if isinstance(each, torch.Tensor) and each.dim() > 0 and each.numel() > 1]
+        output = found[0] if len(found) == 1 else None
+    is_one = isinstance(output, torch.Tensor) and output.dim() == 2 and output.is_floating_point()
+    return output if is_one else None
+
+
+def _labels_of(batch: Any) -> torch.Tensor | None:
+    """The classes in a batch."""
+    named = named_parts(batch)
+    if named is not None:
+        batch = next((named[name] for name in ("labels", "label", "targets", "target", "y") if name in named), None)
+    elif isinstance(batch, tuple | list):
+        batch = batch[-1] if len(batch) > 1 else None
+    is_one = isinstance(batch, torch.Tensor) and batch.dim() == 1 and not batch.is_floating_point()
+    return batch if is_one else None
 
 
 def read_bytes(amount: Any) -> int | None:

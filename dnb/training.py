@@ -31,6 +31,7 @@ from dnb.inputs import (
     check_choice,
     check_flags,
     check_loss_over,
+    check_metrics_are_computed,
     check_model,
     check_number,
     check_positive,
@@ -356,6 +357,7 @@ def fit(
     train_source = read_source(train, name="train", seed=seed)
     val_source = None if val is None else read_source(val, name="val", seed=seed)
     check_val_step(val_step, has_val=val is not None)
+    check_metrics_are_computed(metrics, step=step)
     order = order_of(train_source, batch_size=batch_size, shuffle=shuffle, seed=seed)
     job = Job(
         model=model,

@@ -1210,11 +1210,11 @@ def _val_batch(spec: RunSpec) -> int | None:
     """Samples of an evaluation that one engine must have together."""
     if spec.whole_metrics:
         return max(spec.num_val_samples, 1)
-    return spec.batch_size if spec.loss_over == "batch" else None
+    return spec.val_batch_size or (spec.batch_size if spec.loss_over == "batch" else None)
 
 
 def _mixed_kinds(contributions: Iterable[Contribution]) -> str:
-    return spec.val_batch_size or (spec.batch_size if spec.loss_over == "batch" else None)
+    """Why the parts of a step cannot be added up; empty if they can."""
     found = {c.is_sum: c.engine for c in contributions if c.sums.num_samples}
     if len(found) < 2:
         return ""

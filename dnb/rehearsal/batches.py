@@ -10,11 +10,12 @@ import torch
 from dnb.data_sources import WHAT_TO_GIVE
 from dnb.engine.loader import fetch_batch
 from dnb.errors import USER_ERRORS, ArgumentError, summary_of
-from dnb.inputs import check_loss_fits
+from dnb.inputs import accuracy, check_loss_fits
 from dnb.records import Finding
 from dnb.rehearsal.trial import Trial
 from dnb.rehearsal.undisturbed import undisturbed
 from dnb.transport.job import DataSource
+from dnb.transport.returned import ReturnError
 
 
 def check_batches(trial: Trial) -> Sequence[Finding]:
@@ -30,7 +31,21 @@ def check_batches(trial: Trial) -> Sequence[Finding]:
     if trial.data.val is not None:
         batch = _first_batch(trial, trial.data.val)
         check_loss_fits(job.loss, step=job.val_step or job.step, model=job.model, batch=batch, name="val")
+    _check_accuracy(trial)
     return ()
+
+
+def _check_accuracy(trial: Trial) -> None:
+    """Refuse the word "accuracy" where a model has its own loss, and it cannot be told what is compared."""
+    job, computed = trial.job, trial.computed
+    if job.loss is not None or job.step is not None or computed.error is not None:
+        return
+    for metric in job.metrics.values():
+        if getattr(metric, "__name__", "") == accuracy.__name__ and metric.__module__ == accuracy.__module__:
+            try:
+                accuracy(computed.output, trial.batch)
+            except ReturnError as error:
+                raise ArgumentError(str(error)) from None
 
 
 def _first_batch(trial: Trial, source: DataSource) -> Any:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import UserDict
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from dnb.inputs import (
     check_choice,
     check_flags,
     check_loss_fits,
+    check_metrics_are_computed,
     check_model,
     check_number,
     check_positive,
@@ -30,6 +32,7 @@ from dnb.inputs import (
     read_transport,
 )
 from dnb.transport.job import Job
+from dnb.transport.returned import ReturnError
 
 X = torch.arange(20.0).view(10, 2)
 Y = torch.arange(10)
@@ -352,3 +355,36 @@ def test_a_job_of_an_older_release_is_read():
     made.__setstate__(state)
     assert made.step is own_loss
     assert (made.stages, made.val_step, made.val_order) == (None, None, None)
+
+
+LOGITS = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3], [0.6, 0.4]])
+LABELS = torch.tensor([0, 1, 1, 0])
+
+
+@pytest.mark.parametrize("output", [{"logits": LOGITS}, (LOGITS, LOGITS.sum()), SimpleNamespace(logits=LOGITS)])
+@pytest.mark.parametrize("batch", [{"x": X, "labels": LABELS}, UserDict(y=LABELS), (X, LABELS)])
+def test_accuracy_finds_logits_and_labels_of_a_model_with_its_own_loss(output: Any, batch: Any):
+    assert accuracy(output, batch).item() == 0.75
+
+
+@pytest.mark.parametrize(
+    ("output", "batch"),
+    [
+        (LOGITS.sum(), {"labels": LABELS}),
+        ((LOGITS, LOGITS), {"labels": LABELS}),
+        ({"logits": LOGITS}, {"x": X}),
+        ({"logits": LOGITS}, {"labels": LABELS.float()}),
+        ({"logits": LOGITS.expand(3, 4, 2)}, {"labels": LABELS}),
+    ],
+    ids=["a loss alone", "two of them", "no labels", "labels that are no classes", "a row for each token"],
+)
+def test_accuracy_is_not_guessed(output: Any, batch: Any):
+    with pytest.raises(ReturnError, match="accuracy cannot be told"):
+        accuracy(output, batch)
+
+
+def test_metrics_beside_a_step_function_are_refused():
+    with pytest.raises(
+        ArgumentError, match=r"let step return them beside the loss, as \(loss, \{'accuracy': value\}\)"
+    ):
+        check_metrics_are_computed("accuracy", step=own_loss)
