@@ -384,7 +384,5 @@ def test_accuracy_is_not_guessed(output: Any, batch: Any):
 
 
 def test_metrics_beside_a_step_function_are_refused():
-    with pytest.raises(
-        ArgumentError, match=r"let step return them beside the loss, as \(loss, \{'accuracy': value\}\)"
-    ):
+    with pytest.raises(ArgumentError, match=r"let step return them beside the loss, as"):
         check_metrics_are_computed("accuracy", step=own_loss)
