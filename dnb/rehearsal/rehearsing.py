@@ -10,7 +10,7 @@ from typing import Literal
 from dnb.errors import USER_ERRORS, summary_of
 from dnb.progress import long_work
 from dnb.records import Finding, Reduction
-from dnb.rehearsal.batches import check_batches
+from dnb.rehearsal.batch_forms import check_batches
 from dnb.rehearsal.fitting import fit_data
 from dnb.rehearsal.losses import check_loss, declared_reduction
 from dnb.rehearsal.metrics import check_metrics
