@@ -14,6 +14,7 @@ from dnb.inputs import accuracy, check_loss_fits
 from dnb.records import Finding
 from dnb.rehearsal.trial import Trial
 from dnb.rehearsal.undisturbed import undisturbed
+from dnb.transport.copies import close_files
 from dnb.transport.job import DataSource
 from dnb.transport.returned import ReturnError
 
@@ -30,6 +31,9 @@ def check_batches(trial: Trial) -> Sequence[Finding]:
     check_loss_fits(job.loss, step=job.step, model=job.model, batch=trial.batch, name="train")
     if trial.data.val is not None:
         batch = _first_batch(trial, trial.data.val)
+        assert trial.given_data.val is not None
+        with undisturbed():
+            close_files(trial.data.val.samples, trial.given_data.val.samples)
         check_loss_fits(job.loss, step=job.val_step or job.step, model=job.model, batch=batch, name="val")
     _check_accuracy(trial)
     return ()
