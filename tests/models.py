@@ -51,17 +51,6 @@ def smooth_mlp() -> nn.Module:
 
 
 @contextmanager
-def torch_s_own_dtype() -> Iterator[None]:
-    """As in hub and engines, where an optimizer's own scalars are float32 though the parameters are float64."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextmanager
 def one_thread() -> Iterator[None]:
     """As the hub has, and an engine of an exact run; on a busy machine, a second one would mostly be waited for."""
     before = torch.get_num_threads()
@@ -72,7 +61,6 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@torch_s_own_dtype()
 @one_thread()
 def plain_losses(
     model: nn.Module,
@@ -155,7 +143,6 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float = 1e-3) -> torch.optim.O
     return torch.optim.AdamW(parameters, lr=lr, fused=True)
 
 
-@torch_s_own_dtype()
 @one_thread()
 def plain_run(
     model: nn.Module,

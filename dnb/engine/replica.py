@@ -170,8 +170,9 @@ class Replica:
 
     def mend(self, *, step: Callable[..., Any] | None, loss: Callable[..., Any] | None) -> None:
         """Go on with another step function, or another loss; one of them is None."""
+        if step is not None or loss is not self._job.loss:  # else what is known of it stays so, to the bit
+            self._reduction = "targets"  # where it is a mean over targets; all else is a mean over samples
         self._job = dataclasses.replace(self._job, step=step, loss=loss)
-        self._reduction = "targets"  # where it is a mean over targets; all else is a mean over samples
         self._step_metrics = MetricReader()
 
     def find_place(self, work: Work, indices: torch.Tensor, error: BaseException) -> str:

@@ -183,6 +183,10 @@ class TeamGradients:
         for part in self._parts:
             part.begin(self._views[slab][part.name], fresh=fresh)
 
+    def versions(self) -> list[int]:
+        """Numbers of which some are others after each backward, also after one that user code has run."""
+        return [*self._gradients.versions(), *(part.view._version for part in self._parts)]
+
     def bring_home(self) -> None:
         """After a backward: what user code put elsewhere is added to the slab."""
         self._gradients.bring_home()

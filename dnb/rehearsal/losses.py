@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dnb.engine.loss_judge import Verdict, judge, judge_loss, with_gradient
-from dnb.errors import ArgumentError
+from dnb.errors import USER_ERRORS, ArgumentError
 from dnb.records import Finding, Reduction
 from dnb.rehearsal.trial import Trial
 from dnb.rehearsal.undisturbed import undisturbed
@@ -106,8 +106,11 @@ def all_count_the_same(loss: Callable[..., Any], output: Any, target: Any, data:
     sources = [source for source in (data.train, data.val) if source is not None]
     if not isinstance(target, torch.Tensor) or any(source.collate is not None for source in sources):
         return False
-    with torch.enable_grad():
-        value = loss(with_gradient(output), target)
+    try:
+        with torch.enable_grad():
+            value = loss(with_gradient(output), target)
+    except USER_ERRORS:  # one more call than it stands: its own step will tell
+        return False
     nodes = nodes_of_targets(value) if isinstance(value, torch.Tensor) else []
     if not nodes or any(node._saved_weight is not None or not _is(node._saved_target, target) for node in nodes):
         return False

@@ -157,14 +157,13 @@ def _walk_step(model, batch, *, step):
             buffer.copy_(begin[name])
         torch.default_generator.manual_seed(part_seed(0, step, shard))
         if last > first:
-            loss = plain_step(model, [part[first:last] for part in batch])
-            shard_gradients = torch.autograd.grad(loss * ((last - first) / num_samples), parameters)
-            torch._foreach_add_(gradients, shard_gradients)
-            total += loss.item() * (last - first)
+            loss = plain_step(model, [part[first:last] for part in batch]) * (last - first)  # so many targets count
+            torch._foreach_add_(gradients, torch.autograd.grad(loss, parameters))
+            total += loss.item()
         seen.append({name: buffer.clone() for name, buffer in buffers.items()})
         sizes.append(last - first)
     for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad = gradient
+        parameter.grad = gradient.div_(num_samples)
     for name, buffer in buffers.items():
         buffer.copy_(_mixed([values[name] for values in seen], sizes))
     return total / num_samples

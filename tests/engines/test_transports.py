@@ -130,7 +130,7 @@ def hide_shared_memory():
     """As in a container of its own: the hub's memory files are not there."""
     from dnb.engine import memory
 
-    def missing(ref):
+    def missing(ref, **_):
         raise FileNotFoundError(2, "No such file or directory", ref.path)
 
     memory.kept = memory.open_segment
