@@ -29,6 +29,7 @@ GROUPS = {
     "stages": "a pipeline whose stages are killed",
     "predictions": "what plans predict, against what runs take",
     "dividing": "what it costs the notebook to begin a run on a divided model",
+    "rehearsal": "CPU time of the samples that fit computes in the notebook's process",
     "planning": "cuts that dnb.plan chooses, against every cut there is",
     "earlier": "the training step, against that of an earlier commit: --against COMMIT",
 }

@@ -435,6 +435,7 @@ class RunSpec(Record, frozen=True):
     memory_limit: int | None = None  # bytes by which an engine's memory may grow
     findings: tuple[Finding, ...] = ()  # of the rehearsal; for the run's events
     probe: float | None = None  # the notebook's own loss of the first samples; engines are held against it
+    probe_samples: int = 8  # so many samples are the first ones
     reduction: Reduction = "samples"
     whole_metrics: tuple[str, ...] = ()  # that are no means over samples: computed of whole batches, and of all of val
     loss_over: str = "samples"  # "batch": the loss is computed on the gathered outputs of the whole batch

@@ -477,6 +477,7 @@ def fit(
             *findings_of_loss(loss_over, is_divided=division is not None),
         ),
         probe=rehearsed.probe,
+        probe_samples=rehearsed.probe_samples,
         settings=settings,
         reduction="samples" if gathers else rehearsed.reduction,
         whole_metrics=rehearsed.whole_metrics,

@@ -34,7 +34,6 @@ from dnb.transport.returned import OWN_LOOP, MetricReader, Metrics, ReturnError,
 
 log = logging.getLogger(__name__)
 
-PROBE_SAMPLES = 8
 MOST_SAMPLES_SHOWN = 8
 
 # Of a member of a team that has no part in the loss.
@@ -203,7 +202,7 @@ class Replica:
 
     def probe(self) -> float | None:
         """The loss of the first samples, to be held against other engines; None if it cannot be had by itself."""
-        indices = torch.arange(min(PROBE_SAMPLES, self._spec.num_samples))
+        indices = torch.arange(min(self._spec.probe_samples, self._spec.num_samples))
         self._read_buffers()
         self._be_training(mode=False)
         states = random.getstate(), np.random.get_state()

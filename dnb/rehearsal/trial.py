@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -13,7 +15,7 @@ import torch
 
 from dnb.engine.loader import fetch_batch
 from dnb.engine.modes import Modes
-from dnb.engine.replica import PROBE_SAMPLES, part_seed
+from dnb.engine.replica import part_seed
 from dnb.errors import USER_ERRORS
 from dnb.planning.calling import arguments_of
 from dnb.records import Reduction
@@ -29,6 +31,12 @@ from dnb.transport.returned import read_loss, read_step
 MOST_SAMPLES = 8
 LEAST_SAMPLES = 4
 SMALL_MODEL = 1_000_000  # parameters
+# Engines are held against the notebook by so many; of a large model, whose forwards are dear, by so many.
+PROBE_SAMPLES = 8
+PROBE_SAMPLES_OF_LARGE = 2
+# A model whose probe takes longer is tried with the fewest samples that have parts.
+SLOW_SECONDS = 1.0
+FEWEST_SAMPLES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +104,8 @@ class Trial:
         loss_over: what a check has found of the loss; see `Rehearsed`.
         reduction: likewise.
         whole_metrics: likewise.
+        fingerprint: of everything that findings come from, except for values that training changes; None: unknown.
+        probe_shapes: shapes and dtypes of the batch that was last probed.
     """
 
     given: Job
@@ -116,6 +126,8 @@ class Trial:
     loss_over: Literal["samples", "batch"] = "samples"
     reduction: Reduction = "targets"
     whole_metrics: tuple[str, ...] = ()
+    fingerprint: bytes | None = None
+    probe_shapes: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, job: Job, data: Data, options: Options) -> Trial:
@@ -124,8 +136,19 @@ class Trial:
         Raises:
             Exception: what cannot be copied.
         """
+        trial = cls.copied(job, data, options)
+        trial.run()
+        return trial
+
+    @classmethod
+    def copied(cls, job: Job, data: Data, options: Options) -> Trial:
+        """Copy a run's objects, and compute nothing yet.
+
+        Raises:
+            Exception: what cannot be copied.
+        """
         num_samples = job.order.num_samples
-        copies = copy_together(_without_optimizer(job), data)
+        copies = copy_together(_without_optimizer(job), data, free=_free_tensors(job, data))
         copied_job, copied_data = copies.small, copies.large if copies.is_whole else _shallow(data)
         trial = cls(
             given=job,
@@ -138,18 +161,31 @@ class Trial:
             is_whole=copies.is_whole,
             is_shared=copies.shared > 0,
             modes=Modes([copied_job.model, *(copied_job.stages or ())]),
+            fingerprint=None if copies.fingerprint is None else copies.fingerprint + _digest_of_first(data),
         )
         if copies.shared:
             _own_buffers(copied_job.model)
-        trial.fetch()
-        if trial.computed.error is None:
-            attributes = Attributes(copied_job.model, copied_job.step)
-            trial.probed = trial.probe()  # before anything has changed what forward depends on
-            early = trial.written
-            trial.compute()
-            trial.computed.written = {**early, **trial.computed.written}
-            trial.changed = attributes.changed()
         return trial
+
+    def run(self) -> None:
+        """Fetch the first samples, and compute them."""
+        self.fetch()
+        if self.computed.error is None:
+            attributes = Attributes(self.job.model, self.job.step)
+            began = time.perf_counter()
+            self.probed = self.probe()  # before anything has changed what forward depends on
+            if time.perf_counter() - began > SLOW_SECONDS and len(self.indices) > FEWEST_SAMPLES:
+                self.indices = self.indices[:FEWEST_SAMPLES]
+                self.fetch()
+            early = self.written
+            self.compute()
+            self.computed.written = {**early, **self.computed.written}
+            self.changed = attributes.changed()
+
+    @property
+    def probe_samples(self) -> int:
+        """Number of samples by which engines are held against the notebook."""
+        return PROBE_SAMPLES if _is_small(self.given.model) else PROBE_SAMPLES_OF_LARGE
 
     def fetch(self) -> None:
         """Have the batch of the first samples."""
@@ -184,7 +220,9 @@ class Trial:
             self.modes.be_training(mode=False)
             self.seed()
             try:
-                batch = fetch_batch(self.data.train, torch.arange(min(PROBE_SAMPLES, self.given.order.num_samples)))
+                indices = torch.arange(min(self.probe_samples, self.given.order.num_samples))
+                batch = fetch_batch(self.data.train, indices)
+                self.probe_shapes = _shapes_of(batch)
                 with watch, torch.no_grad(), self.autocast():
                     loss = _loss(self.job, batch, Computed(), needs_gradient=False)
                 if isinstance(loss, Sum):
@@ -229,6 +267,24 @@ class Trial:
         return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
+def _digest_of_first(data: Data) -> bytes:
+    """Of the first samples, by which a run is tried, as far as they are free otherwise."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in _floats_of(data.train):
+        digest.update(part[:MOST_SAMPLES].detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
+
+
+def _floats_of(source: DataSource | None) -> list[torch.Tensor]:
+    if source is None or source.collate is not None:
+        return []
+    return [part for part in source.samples if part.is_floating_point() and _is_plain(part)]
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.device.type == "cpu"
+
+
 def _buffers_of(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.Tensor, torch.Tensor]]:
     """Every buffer, where it is, and a copy of its value."""
     return [
@@ -240,8 +296,25 @@ def _buffers_of(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torc
 
 
 def _samples_for(model: torch.nn.Module) -> int:
-    num_elements = sum(parameter.numel() for parameter in model.parameters())
-    return MOST_SAMPLES if num_elements <= SMALL_MODEL else LEAST_SAMPLES
+    return MOST_SAMPLES if _is_small(model) else LEAST_SAMPLES
+
+
+def _is_small(model: torch.nn.Module) -> bool:
+    return sum(parameter.numel() for parameter in model.parameters()) <= SMALL_MODEL
+
+
+def _shapes_of(batch: Any) -> tuple[Any, ...]:
+    leaves, spec = torch.utils._pytree.tree_flatten(batch)
+    return str(spec), *((type(leaf), getattr(leaf, "shape", None), getattr(leaf, "dtype", None)) for leaf in leaves)
+
+
+def _free_tensors(job: Job, data: Data) -> Iterator[torch.Tensor]:
+    """Those whose values do not count: what training changes, and inputs; classes may be marked as ignored anywhere."""
+    yield from filter(_is_plain, job.model.parameters())
+    for module in job.model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._NormBase):
+            yield from module.buffers(recurse=False)
+    yield from (*_floats_of(data.train), *_floats_of(data.val))
 
 
 def _own_buffers(model: torch.nn.Module) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from dnb.errors import DnbError
 from dnb.transport.own_code import read_whole
@@ -21,6 +23,8 @@ MOST_COPIED_BYTES = 256 << 20
 # copied to look at eight.
 MOST_PICKLED_BYTES = 4 << 20
 MOST_BUFFERS = 5_000
+# Of tensors and arrays whose values count in a fingerprint: ten milliseconds' worth.
+MOST_HASHED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +37,7 @@ class Copies:
         generators: of random numbers, in both.
         is_whole: whether all of the second one was copied.
         shared: bytes of tensors and arrays that were not copied.
+        fingerprint: the same for the same objects in the same state, their code included; None: it would take long.
     """
 
     small: Any
@@ -40,24 +45,34 @@ class Copies:
     generators: OwnGenerators
     is_whole: bool
     shared: int
+    fingerprint: bytes | None = None
 
 
-def copy_together(small: Any, large: Any) -> Copies:
+def copy_together(small: Any, large: Any, *, free: Iterable[torch.Tensor] = ()) -> Copies:
     """Copy two objects that may share parts, as one parcel would bring them to an engine.
 
     Args:
         small: copied whole, except for tensors beyond the first 256 MB, which are shared and only to be read.
         large: likewise, unless it has so many parts that this takes long: then it is a shallow copy, so that an
             attribute that is set anew is set on the copy.
+        free: tensors whose values do not count in the fingerprint.
 
     Raises:
         Exception: whatever pickling or unpickling raises.
     """
     try:
-        (first, second), generators, shared = _through_pickle((small, large), _BoundedPacker)
-        return Copies(small=first, large=second, generators=generators, is_whole=True, shared=shared)
+        packer = _packed((small, large), begin=_BoundedPacker)
+        (first, second), generators, shared = _unpacked(packer)
+        return Copies(
+            small=first,
+            large=second,
+            generators=generators,
+            is_whole=True,
+            shared=shared,
+            fingerprint=_fingerprint(packer, {each.untyped_storage().data_ptr() for each in free}),
+        )
     except _TooLargeError:
-        first, generators, shared = _through_pickle(small, _CopyPacker)
+        first, generators, shared = _unpacked(_packed(small, begin=_CopyPacker))
         return Copies(small=first, large=large, generators=generators, is_whole=False, shared=shared)
 
 
@@ -106,8 +121,23 @@ class _BoundedPacker(_CopyPacker):
         return super().reducer_override(obj)
 
 
-def _through_pickle(obj: Any, begin: Callable[..., _Packer]) -> tuple[Any, OwnGenerators, int]:
-    packer = _packed(obj, begin=begin)
+def _fingerprint(packer: _Packer, free: Collection[int]) -> bytes | None:
+    """A digest of a pickle, and of the tensors and arrays beside it, except for those at some addresses."""
+    digest = hashlib.blake2b(packer.file.getvalue(), digest_size=16)
+    left = MOST_HASHED_BYTES
+    for buffer in packer.buffers:
+        digest.update(buffer.nbytes.to_bytes(8, "little"))
+        octets = np.frombuffer(buffer.cast("B"), dtype=np.uint8) if buffer.nbytes else None
+        if octets is None or octets.ctypes.data in free:
+            continue
+        left -= buffer.nbytes
+        if left < 0:
+            return None
+        digest.update(octets.data)
+    return digest.digest()
+
+
+def _unpacked(packer: _Packer) -> tuple[Any, OwnGenerators, int]:
     buffers, shared = _own(packer.buffers)
     file = io.BytesIO(packer.file.getvalue())
     copied, generators = read_whole(_Unpacker(file, buffers=buffers, arrays=packer.arrays), adopt=False)

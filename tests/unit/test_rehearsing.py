@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from dnb.engine.replica import PROBE_SAMPLES
 from dnb.errors import ArgumentError
 from dnb.planning.sample_order import BatchOrder
+from dnb.rehearsal import rehearsing
+from dnb.rehearsal import trial as trials
 from dnb.rehearsal.rehearsing import Rehearsed, rehearse
-from dnb.rehearsal.trial import Options, Trial
+from dnb.rehearsal.trial import PROBE_SAMPLES, Options, Trial
 from dnb.transport.copies import copy_together
 from dnb.transport.job import Data, DataSource, Job, Sum
 
@@ -267,3 +268,114 @@ def test_what_the_user_says_of_a_loss_counts():
 
     found = rehearse(job_of(nn.Linear(6, 3), step=step), pair(), Options(loss_over="samples"))
     assert (found.reduction, found.loss_over) == ("samples", "samples")
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[Trial]:
+    """Trials that were computed, and not only recalled."""
+    monkeypatch.setattr(rehearsing, "_known", {})
+    found: list[Trial] = []
+    run = Trial.run
+
+    def noted(trial: Trial) -> None:
+        found.append(trial)
+        run(trial)
+
+    monkeypatch.setattr(Trial, "run", noted)
+    return found
+
+
+def test_the_same_objects_are_rehearsed_once_and_only_the_probe_is_computed_anew(runs: list[Trial]):
+    model, data = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3)), pair()
+    first = rehearsed(model, data)
+    with torch.no_grad():  # as training does
+        model[0].weight.mul_(2)
+        model[1].running_mean.add_(1)
+        model[1].num_batches_tracked.add_(7)
+    job = job_of(model)
+    second = rehearse(job, data)
+    assert len(runs) == 1
+    assert second.job is job
+    assert second.data is data
+    assert second.probe == pytest.approx(nn.functional.cross_entropy(model.eval()(X[:8]), Y[:8]).item())
+    assert (second.findings, second.reduction, second.loss_over) == (first.findings, first.reduction, first.loss_over)
+
+
+def _clamp(module: nn.Module, inputs: Any) -> None:
+    module.weight.data.clamp_(-1, 1)
+
+
+def _double(_module: nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return 2 * output
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda given: given.update(model=given["model"].eval()),
+        lambda given: given["model"].register_forward_hook(_double),
+        lambda given: given["model"].append(nn.ReLU()),
+        lambda given: given["model"].register_buffer("scale", torch.ones(1)),
+        lambda given: given["loss"].weight.mul_(torch.tensor([1.0, 2.0, 3.0])),
+        lambda given: given["y"].__setitem__(20, -100),
+        lambda given: given["x"].__setitem__(3, 0.0),
+        lambda given: given.update(loss=nn.CrossEntropyLoss(reduction="sum")),
+        lambda given: given.update(x=given["x"][:, :5], model=nn.Sequential(nn.Linear(5, 3))),
+        lambda given: given.update(options=Options(loss_over="batch")),
+        lambda given: given.update(options=Options(precision="bfloat16")),
+    ],
+    ids=[
+        "mode",
+        "hook",
+        "layer",
+        "buffer",
+        "weight",
+        "ignored",
+        "sample",
+        "reduction",
+        "shape",
+        "loss_over",
+        "precision",
+    ],
+)
+def test_what_has_changed_is_rehearsed_anew(runs: list[Trial], change: Callable[[dict[str, Any]], Any]):
+    given: dict[str, Any] = {
+        "model": nn.Sequential(nn.Linear(6, 3)),
+        "loss": nn.CrossEntropyLoss(weight=torch.ones(3)),
+        "x": X.clone(),
+        "y": Y.clone(),
+        "options": Options(),
+    }
+    for turn in range(2):
+        if turn:
+            change(given)
+        job = job_of(given["model"], loss=given["loss"])
+        rehearse(job, pair(given["x"], given["y"]), given["options"])
+    assert len(runs) == 2
+
+
+def test_a_hook_that_writes_parameters_is_refused_though_the_model_was_rehearsed_without_it(runs: list[Trial]):
+    model = nn.Linear(6, 3)
+    rehearsed(model)
+    model.register_forward_pre_hook(_clamp)
+    with pytest.raises(ArgumentError, match="writes parameter 'weight'"):
+        rehearsed(model)
+
+
+def test_what_was_converted_is_converted_every_time(runs: list[Trial]):
+    data = pair(X.double())
+    assert [rehearsed(nn.Linear(6, 3), data).data.train.samples[0].dtype for _ in range(2)] == [torch.float32] * 2
+
+
+def test_a_large_model_is_probed_with_two_samples():
+    model = nn.Sequential(nn.Linear(6, 1500), nn.Linear(1500, 700), nn.Linear(700, 3))
+    found = rehearsed(model)
+    assert found.probe_samples == 2
+    assert found.probe == pytest.approx(nn.functional.cross_entropy(model(X[:2]), Y[:2]).item())
+
+
+def test_a_slow_model_is_tried_with_two_samples(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(trials, "SLOW_SECONDS", 0.0)
+    trial = trial_of(nn.Linear(6, 3))
+    assert trial.batch[0].equal(X[:2])
+    assert rehearsed(nn.Linear(6, 3), loss=lambda output, target: output.std() + 0 * target.sum()).loss_over == "batch"
