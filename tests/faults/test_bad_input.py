@@ -572,7 +572,7 @@ def test_a_loss_that_is_no_mean_and_a_metric_that_is_no_number_are_told(pool):
 
 
 def sum_on_one_engine(model, batch):
-    loss = nn.functional.cross_entropy(model(batch[0]), batch[1])
+    loss = model(batch[0]).square().mean()
     return dnb.Sum(loss * len(batch[0]), len(batch[0])) if os.environ.get("DNB_TEST_SUM") else loss
 
 
