@@ -437,6 +437,7 @@ class RunSpec(Record, frozen=True):
     probe: float | None = None  # the notebook's own loss of the first samples; engines are held against it
     probe_samples: int = 8  # so many samples are the first ones
     reduction: Reduction = "samples"
+    is_loss_new: bool = False  # given to a run that is resumed, so that no rehearsal has looked at it: engines do
     whole_metrics: tuple[str, ...] = ()  # that are no means over samples: computed of whole batches, and of all of val
     loss_over: str = "samples"  # "batch": the loss is computed on the gathered outputs of the whole batch
     buffers: dict[str, str] = {}  # by name: "first", "sum" or "mean"

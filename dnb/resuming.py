@@ -71,6 +71,11 @@ class _Given:
         return found | {"loss", "step"} if found & {"loss", "step"} else found  # one takes the other's place
 
 
+def _plain_loss(spec: RunSpec) -> str | None:
+    """The name of a kept run's loss, if it was given by one."""
+    return None if spec.plain is None else spec.plain.loss
+
+
 def resume(
     path: str | Path,
     *,
@@ -184,6 +189,7 @@ def resume(
         job=NOTHING,
         data=NOTHING,
         findings=(),
+        is_loss_new=given.loss is not None and not (isinstance(given.loss, str) and _plain_loss(old) == given.loss),
         probe=None,  # the notebook's was of the parameters with which the first run began
         plain=_plain_now(old.plain, given, job),
         settings=settings,

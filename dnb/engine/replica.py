@@ -20,6 +20,7 @@ from dnb.engine.loader import fetch_batch
 from dnb.engine.loose_states import EngineStates
 from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.modes import Modes
+from dnb.engine.new_loss import judge_new_loss
 from dnb.engine.telemetry import Stopwatch
 from dnb.engine.write_guard import ParameterWrittenError, WriteGuard
 from dnb.errors import USER_ERRORS, DnbError, kind_of, summary_of, text_of
@@ -118,6 +119,7 @@ class Replica:
         self._most_at_once = spec.micro_batch
         self._modes = Modes([job.model])
         self._reduction: Reduction = spec.reduction
+        self._is_loss_new = spec.is_loss_new
         self._of_this_step: list[tuple[Work, torch.Tensor]] = []
         self._step_metrics = MetricReader()
         self._evaluates_gradients = False
@@ -171,6 +173,7 @@ class Replica:
         """Go on with another step function, or another loss; one of them is None."""
         if step is not None or loss is not self._job.loss:  # else what is known of it stays so, to the bit
             self._reduction = "targets"  # where it is a mean over targets; all else is a mean over samples
+            self._is_loss_new = loss is not None
         self._job = dataclasses.replace(self._job, step=step, loss=loss)
         self._step_metrics = MetricReader()
 
@@ -402,6 +405,8 @@ class Replica:
         if job.loss is None:
             loss, compared = read_step(output, needs_gradient=needs_gradient, by="model")[0], batch
         else:
+            if self._is_loss_new and needs_gradient and self._spec.loss_over == "samples":
+                self._judge_loss(job.loss, output, given.target, num_samples)
             loss, compared = read_loss(job.loss(output, given.target), needs_gradient=needs_gradient), given.target
         if not job.metrics:
             return loss, {}
@@ -409,6 +414,11 @@ class Replica:
             return loss, {
                 name: weighed(metric(output, compared), num_samples, name=name) for name, metric in job.metrics.items()
             }
+
+    def _judge_loss(self, loss: Callable[..., Any], output: Any, target: Any, num_samples: int) -> None:
+        found = judge_new_loss(loss, output, target, num_samples=num_samples, spec=self._spec)
+        if found is not None:
+            self._reduction, self._is_loss_new = found, False
 
     def _evaluate(self, work: Work, indices: torch.Tensor) -> Sums:  # noqa: ARG002 - see `dnb.engine.gathering`
         assert self._data.val is not None

@@ -16,6 +16,7 @@ from dnb.engine.loose_states import EngineStates
 from dnb.engine.memory import EngineMemory, Publisher
 from dnb.engine.micro_batches import fetch_micro_batches, model_inputs, shapes_of
 from dnb.engine.modes import Modes
+from dnb.engine.new_loss import judge_new_loss
 from dnb.engine.replica import NO_SUMS, Outcome, added, one_kind, part_seed, samples_text
 from dnb.engine.schedules import Trouble, WatchedStage, build_schedule, num_micro_batches_for
 from dnb.engine.stage_memory import StageMemory
@@ -134,6 +135,7 @@ class StageReplica:
         self._passes: OrderedDict[Any, _Pass] = OrderedDict()
         self._timeline = Timeline()
         self._reduction: Reduction = spec.reduction
+        self._is_loss_new = spec.is_loss_new
         self._trouble = Trouble()
         self._feed = _Feed()
         self._failed_samples = self._feed.indices
@@ -204,7 +206,7 @@ class StageReplica:
         if step is not None:
             raise PlanError("a pipeline cannot call a step function, as no engine has the whole model: mend its loss")
         self._job = dataclasses.replace(self._job, loss=loss)
-        self._reduction = "targets"
+        self._reduction, self._is_loss_new = "targets", loss is not None
 
     def find_place(self, work: Work, _indices: torch.Tensor, error: BaseException) -> str:
         """The stage and the samples at which user code raised, for people; nothing is computed again."""
@@ -315,6 +317,10 @@ class StageReplica:
         value = output
         if has_target:
             assert job.loss is not None
+            if self._is_loss_new and feed.batch_samples is not None:
+                found = judge_new_loss(job.loss, output, batch[-1], num_samples=feed.micro_samples, spec=self._spec)
+                if found is not None:
+                    self._reduction, self._is_loss_new = found, False
             with counting_targets(self._reduction) as counted:
                 value = job.loss(output, batch[-1])
             with torch.no_grad():

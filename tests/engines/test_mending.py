@@ -7,7 +7,7 @@ from torch import nn
 import dnb
 from dnb.errors import ArgumentError, RunError, ShippingError
 from tests.engines.pools import let_join, start_engine, wait, wait_until
-from tests.models import cross_entropy_step, digits, largest_gap, mlp
+from tests.models import cross_entropy_step, digits, largest_gap, mlp, plain_run
 
 pytestmark = pytest.mark.engines
 
@@ -128,6 +128,41 @@ def test_functions_that_are_given_to_resume_come_before_those_that_were_mended(p
     path = wait(run).checkpoint()
     with pytest.raises(RunError, match="a pixel of 77"):
         wait(dnb.resume(path, model=mlp(), train=marked_digits(), step=picky_step, epochs=2, pool=pool))
+
+
+def contrast(output, target):
+    logits = output @ output.T
+    return nn.functional.cross_entropy(logits, torch.arange(len(logits)))
+
+
+def summed(output, target):
+    return nn.functional.cross_entropy(output, target, reduction="sum")
+
+
+def not_yet(output, target):
+    raise ValueError("not yet")
+
+
+@pytest.mark.parametrize("strategy", ["data", "pipeline"])
+def test_a_mended_loss_that_is_no_mean_over_samples_is_refused_and_another_goes_on(pool, strategy):
+    run = pool.fit(mlp(), digits(256), loss=not_yet, lr=1e-3, shuffle=False, steps=4, strategy=strategy)
+    with pytest.raises(RunError, match="not yet"):
+        wait(run)
+    run.resume(loss=contrast)
+    with pytest.raises(
+        RunError, match=r"step 1: ReturnError: this loss looks at the whole batch, and this run gathers"
+    ):
+        wait(run)
+    run.resume(loss=summed)
+    with pytest.raises(RunError, match=r"step 1: ReturnError: this loss is a sum over samples, and the run has begun"):
+        wait(run)
+    weighted = nn.CrossEntropyLoss(weight=torch.arange(1.0, 11.0))
+    run.resume(loss=weighted)
+    wait(run)
+    plain = plain_run(
+        mlp(), digits(256), num_steps=4, shuffle=False, step=lambda model, batch: weighted(model(batch[0]), batch[1])
+    )
+    assert largest_gap(run.history["loss"], plain.losses) < 1e-10
 
 
 def test_functions_are_replaced_only_while_a_run_is_paused(pool):
