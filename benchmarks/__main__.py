@@ -14,6 +14,7 @@ GROUPS = {
     "reduce": "mean of a gradient, against gloo",
     "step": "the whole training step, against DDP over gloo",
     "exact": "exact=True, against the default mode and DDP",
+    "gathered": "a loss over the whole batch, against DDP over gloo with an all-gather by hand",
     "socket": 'transport="socket", against DDP over gloo',
     "memory": "bytes per parameter of the whole tree, against DDP",
     "stage_memory": "peak memory of an engine with one of two stages, against one process",

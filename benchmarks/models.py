@@ -115,6 +115,13 @@ def first_output(output: torch.Tensor, _target: torch.Tensor) -> torch.Tensor:
     return output.mean()
 
 
+def info_nce(output: torch.Tensor, _target: torch.Tensor) -> torch.Tensor:
+    """Contrast each sample of a batch with all others; the n-th last belongs to the n-th (van den Oord et al., 2018)."""
+    rows = functional.normalize(output, dim=1)
+    logits = (rows @ rows.t() / 0.1).fill_diagonal_(-1e9)
+    return functional.cross_entropy(logits, torch.arange(len(rows)).flip(0))
+
+
 def vectors(width: int, *, num_rows: int = NUM_SAMPLES) -> tuple[torch.Tensor, torch.Tensor]:
     """Random rows and one of ten classes for each."""
     generator = torch.Generator().manual_seed(1)
@@ -179,6 +186,15 @@ CASES = {
             loss=token_loss,
             batch_per_engine=16,
             probe_steps=3,
+        ),
+        Case(
+            name="contrast",
+            text="InfoNCE over the whole batch on the CNN, 64 images of 28 x 28 per engine",
+            build=cnn,
+            data=images,
+            loss=info_nce,
+            batch_per_engine=64,
+            probe_steps=10,
         ),
         Case(
             name="cnn",

@@ -11,7 +11,7 @@ import torch.distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.models import CASES, LEARNING_RATE, Case
-from benchmarks.rivals.messages import Line, Progress, Train, Trained
+from benchmarks.rivals.messages import FIRST_LOSSES, Line, Progress, Train, Trained
 from benchmarks.rivals.rank import serve
 
 
@@ -26,18 +26,32 @@ def train(request: Train, line: Line) -> Trained:
     )
     optimizer = _optimizer(case, model)
     ends: list[float] = []
+    losses: list[float] = []
     first_step_wall = 0.0
     for indices in islice(_batches(case, num_samples=len(inputs)), request.steps):
         optimizer.zero_grad(set_to_none=request.variant != "bucket_view_zeroed")
-        loss = case.loss(model(inputs[indices]), targets[indices])
-        loss.backward()
+        output, target = model(inputs[indices]), targets[indices]
+        if request.gathers:
+            loss = case.loss(_gathered(output, rank), _gathered(target, rank))
+            (loss * torch.distributed.get_world_size()).backward()  # the mean over ranks is of parts of one gradient
+        else:
+            loss = case.loss(output, target)
+            loss.backward()
         optimizer.step()
-        loss.item()  # a training says how it goes
+        losses.append(loss.item())  # a training says how it goes
         ends.append(time.monotonic())
         first_step_wall = first_step_wall or time.time()
         if rank == 0 and len(ends) == request.progress_at:
             line.send(Progress())
-    return Trained(ends=ends, first_step_wall=first_step_wall)
+    return Trained(ends=ends, first_step_wall=first_step_wall, first_losses=losses[:FIRST_LOSSES])
+
+
+def _gathered(own: torch.Tensor, rank: int) -> torch.Tensor:
+    """Those of all ranks; only the own ones have a graph, as usual by hand."""
+    parts = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, own.detach().contiguous())
+    parts[rank] = own
+    return torch.cat(parts)
 
 
 def _batches(case: Case, *, num_samples: int) -> Iterator[torch.Tensor]:

@@ -15,6 +15,10 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Base of what is sent alone."""
 
 
+# Losses that a rival tells, so that it can be seen that it trains the same.
+FIRST_LOSSES = 3
+
+
 class Train(Message, frozen=True):
     """Train a case for so many steps, from its initial weights."""
 
@@ -22,6 +26,7 @@ class Train(Message, frozen=True):
     steps: int
     variant: Variant = "bucket_view"
     progress_at: int | None = None  # step after which rank 0 says so, while it goes on
+    gathers: bool = False  # outputs of all ranks before the loss is computed
 
 
 class TrainPipeline(Message, frozen=True):
@@ -57,6 +62,7 @@ class Trained(Message, frozen=True):
 
     ends: list[float]
     first_step_wall: float  # seconds since the epoch
+    first_losses: list[float] = []
 
 
 class Reduced(Message, frozen=True):

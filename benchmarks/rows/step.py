@@ -97,14 +97,14 @@ def train_ours(side: Side, case: Case, *, steps: int, **options: Any) -> float:
     return statistics.fmean(after_warm_up(side.train(case, steps=steps, **options).step_seconds))
 
 
-def ddp_seconds(gang: Gang, case: Case, *, steps: int, variant: Variant) -> float:
+def ddp_seconds(gang: Gang, case: Case, *, steps: int, variant: Variant, gathers: bool = False) -> float:
     """Mean step time of one turn of DDP, after its warm-up."""
-    return statistics.fmean(ddp_window(gang, case, steps=steps, variant=variant))
+    return statistics.fmean(ddp_window(gang, case, steps=steps, variant=variant, gathers=gathers))
 
 
-def ddp_window(gang: Gang, case: Case, *, steps: int, variant: Variant) -> list[float]:
+def ddp_window(gang: Gang, case: Case, *, steps: int, variant: Variant, gathers: bool = False) -> list[float]:
     """Rank 0's step times of one turn, after its warm-up."""
-    first = gang.turn(Train(case=case.name, steps=steps, variant=variant))[0]
+    first = gang.turn(Train(case=case.name, steps=steps, variant=variant, gathers=gathers))[0]
     assert isinstance(first, Trained)
     differences = [later - earlier for earlier, later in pairwise(first.ends)]
     return after_warm_up([0.0, *differences])
