@@ -116,7 +116,7 @@ def first_output(output: torch.Tensor, _target: torch.Tensor) -> torch.Tensor:
 
 
 def info_nce(output: torch.Tensor, _target: torch.Tensor) -> torch.Tensor:
-    """Contrast each sample of a batch with all others; the n-th last belongs to the n-th (van den Oord et al., 2018)."""
+    """Contrast each sample of a batch with all others; the n-th last belongs to the n-th (van den Oord, 2018)."""
     rows = functional.normalize(output, dim=1)
     logits = (rows @ rows.t() / 0.1).fill_diagonal_(-1e9)
     return functional.cross_entropy(logits, torch.arange(len(rows)).flip(0))
