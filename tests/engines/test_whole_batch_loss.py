@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dnb.errors import ArgumentError, PlanError
-from tests.engines.pools import wait
+from tests.engines.pools import go_on_and_stop, wait, wait_until
 from tests.models import digits, dropout_net, largest_gap, largest_relative_gap, plain_run, twice
 from tests.unit.test_gathering import LOSSES
 
@@ -121,6 +121,24 @@ def test_an_engine_killed_in_either_half_of_an_exact_step_does_not_change_a_bit(
     assert [event.kind for event in run.events].count("died") == 2
     assert run.history["loss"] == wanted.history["loss"]
     ours, theirs = model.state_dict(), plain.state_dict()
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.faults
+def test_a_hub_that_is_killed_in_an_exact_run_does_not_change_a_bit(shared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pool, runs = shared.of(2), []
+    for num_steps in (1_000_000, None):
+        torch.manual_seed(0)
+        run = pool.fit(DyingNet(), digits(600), loss=contrastive, lr=1e-3, exact=True, steps=num_steps or runs[0].step)
+        if num_steps is not None:
+            wait_until(run, lambda run: run.step >= 20, what="step 20")
+            os.kill(pool.facts.hub.pid, signal.SIGKILL)
+            go_on_and_stop(run, after="recovered")
+        runs.append(wait(run))
+    killed, quiet = runs
+    assert killed.history["loss"] == quiet.history["loss"]
+    ours, theirs = killed.model.state_dict(), quiet.model.state_dict()
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
