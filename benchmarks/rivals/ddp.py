@@ -32,7 +32,7 @@ def train(request: Train, line: Line) -> Trained:
         optimizer.zero_grad(set_to_none=request.variant != "bucket_view_zeroed")
         output, target = model(inputs[indices]), targets[indices]
         if request.gathers:
-            loss = case.loss(_gathered(output, rank), _gathered(target, rank))
+            loss = case.loss(_gathered(output, rank), target)  # which contrastive losses do not look at
             (loss * torch.distributed.get_world_size()).backward()  # the mean over ranks is of parts of one gradient
         else:
             loss = case.loss(output, target)

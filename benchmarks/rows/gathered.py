@@ -31,7 +31,7 @@ def rows(settings: Settings) -> Iterator[Row]:
         steps = settings.steps_for(rival(steps=WARM_STEPS + case.probe_steps))
         steps += warm_steps(steps)
         sides = {
-            "gathered": partial(train_ours, side, case, steps=steps),
+            "gathered": partial(train_ours, side, case, steps=steps, loss_over="batch"),
             "DDP": partial(rival, steps=steps),
             "samples": partial(train_ours, side, CASES["cnn"], steps=steps),
         }

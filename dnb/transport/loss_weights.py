@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from dnb.records import Reduction
 from dnb.transport.job import Sum
+from dnb.transport.returned import ReturnError
 
 # Autograd's nodes of the negative log likelihood, of which cross_entropy is made, keep the weight that they divide by:
 # that of the classes of all targets that are not ignored.
@@ -99,9 +100,59 @@ def weighed_loss(loss: torch.Tensor | Sum, weights: Sequence[float] = ()) -> tor
     weight = weight_of(loss) if loss.grad_fn is not None else _only(weights)
     if weight is None:
         return loss
+    if loss.grad_fn is not None and loss.grad_fn.name() not in _NODES:
+        _refuse_other_terms(loss, weight)
     if weight == 0:  # the mean of no targets is 0/0, and so is its gradient
         return Sum(torch.zeros_like(loss.detach()), 0.0)
     return Sum(loss * weight, weight)
+
+
+def _refuse_other_terms(loss: torch.Tensor, weight: float) -> None:
+    """Refuse a sum of a mean over targets and of a mean over samples, where targets do not count alike.
+
+    Raises:
+        ReturnError: there is no weight by which both could be put together.
+    """
+    nodes = nodes_of_targets(loss)
+    if all(node._saved_total_weight == node._saved_target.numel() for node in nodes):
+        return
+    assert loss.grad_fn is not None
+    waiting, seen = [loss.grad_fn], {loss.grad_fn}
+    while waiting:
+        node = waiting.pop()
+        if node.name() in _NODES or _is_of_parameters(node) or _is_smoothing(node):
+            continue
+        following = [each for each, _ in node.next_functions if each is not None]
+        if not all(_is_number(each) for each in following):
+            raise ReturnError(
+                f"the loss adds a mean over targets, of which {weight:g} count here, to another term, and parts of a "
+                "batch cannot be put together: return dnb.Sum(total, weight), or (loss of targets alone, metrics)"
+            )
+        waiting += [each for each in following if each not in seen]
+        seen.update(following)
+
+
+def _is_of_parameters(node: Any) -> bool:
+    """Tell whether a number is a norm of a parameter, or the like: the same for every part of a batch."""
+    if node.name().startswith(("Sum", "Mean", "LinalgVectorNorm", "Norm")):
+        node = _only_following(node)
+        while node is not None and node.name().startswith(("Pow", "Abs")):
+            node = _only_following(node)
+    return node is not None and node.name().endswith("AccumulateGrad")
+
+
+def _is_smoothing(node: Any) -> bool:
+    """Tell whether a number is cross_entropy's own second term, of smoothed labels: a mean over the same targets."""
+    for name in ("Div", "Sum", "MaskedFill", "Neg"):
+        if node is None or not node.name().startswith(name):
+            return False
+        node = _only_following(node)
+    return True
+
+
+def _only_following(node: Any) -> Any | None:
+    following = [each for each, _ in node.next_functions if each is not None]
+    return following[0] if len(following) == 1 else None
 
 
 def nothing_of(output: Any) -> torch.Tensor:

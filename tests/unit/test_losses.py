@@ -17,6 +17,8 @@ from dnb.engine.loss_judge import judge_loss
 from dnb.planning.sample_order import BatchOrder
 from dnb.rehearsal.losses import all_count_the_same
 from dnb.transport.job import Data, DataSource, Job, Sum
+from dnb.transport.loss_weights import weighed_loss
+from dnb.transport.returned import ReturnError
 from tests.unit.test_replica import Engines
 
 pytestmark = [pytest.mark.numeric, pytest.mark.float64]
@@ -315,3 +317,31 @@ def test_targets_in_memory_that_all_count_need_no_weights(ignored, is_sure):
     output = scores()(inputs())
     assert all_count_the_same(F.cross_entropy, output, target, Data(train=source, val=None)) is is_sure
     assert not all_count_the_same(nn.CrossEntropyLoss(weight=weights()), output, target, Data(train=source, val=None))
+
+
+def unlike(output, target):
+    return F.cross_entropy(output, target) + 0.1 * output.square().mean()
+
+
+def test_a_mean_over_targets_that_do_not_all_count_is_not_added_to_a_mean_over_samples():
+    output = nn.Linear(3, 4)(torch.randn(6, 3))
+    target = torch.tensor([0, 1, 2, 3, 0, 1])
+    assert weighed_loss(unlike(output, target)).weight == 6
+    target[:2] = -100
+    with pytest.raises(ReturnError, match=r"over targets, of which 4 count here, to another term, .* dnb\.Sum"):
+        weighed_loss(unlike(output, target))
+
+
+@pytest.mark.parametrize(
+    "other", [lambda w: 0.1 * w.square().sum(), lambda w: w.norm(), lambda w: (w.abs().mean() + w.pow(2).sum()) / 2]
+)
+def test_a_norm_of_parameters_is_the_same_for_every_part_and_may_be_added(other):
+    weight = torch.randn(3, 4).requires_grad_()
+    inputs, target = torch.randn(6, 3), torch.tensor([0, -100, 2, 3, -100, 1])
+
+    def loss(part):
+        return F.cross_entropy(inputs[part] @ weight, target[part]) + other(weight)
+
+    parts = [weighed_loss(loss(part)) for part in (slice(0, 2), slice(2, 6))]
+    together = sum(part.total for part in parts) / sum(part.weight for part in parts)
+    assert together.item() == pytest.approx(loss(slice(0, 6)).item(), rel=1e-6)
