@@ -305,11 +305,14 @@ class SlowToOpen(Dataset):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.notebook = os.getpid()
         os.mkfifo(folder / "reached")
         os.mkfifo(folder / "answer")
 
-    def __setstate__(self, state: dict[str, Path]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__ |= state
+        if os.getpid() == self.notebook:  # the rehearsal's copy
+            return
         try:
             (self.folder / "opened").touch(exist_ok=False)
         except FileExistsError:
