@@ -41,6 +41,8 @@ MOST_REPETITIONS = 15
 # A pass through a large model takes seconds, which swing little: such sizes are not measured, but for the smallest,
 # once, and what is known of it counts by samples.
 DEAR_SECONDS = 0.5
+# A pass of the smallest size that takes less is mostly what does not depend on the samples.
+CHEAP_SECONDS = 0.1
 # What takes longer is not slowed by being watched.
 UNDISTURBED_SECONDS = 0.03
 # Sizes to measure, as shares of the batch: a layer's time has a part that does not depend on the samples.
@@ -115,8 +117,10 @@ def profile_trial(
         parts = [take_samples(trial.batch, size, of=samples) for size in sizes]
         tries = [partial(_loss_of, trial, part) for part in parts]
         layers, first = _first_try(trial, tries[0], num_samples=sizes[0])
-        sizes = _affordable(sizes, seconds=sum(first[0]) + sum(first[1]))
-        is_dear = len(sizes) == 1 and sum(first[0]) + sum(first[1]) > DEAR_SECONDS
+        if len(_affordable(sizes, seconds=_total(first))) < len(sizes):  # it may only have been the first
+            layers, first = min((layers, first), _first_try(trial, tries[0], num_samples=sizes[0]), key=_total_of_try)
+        sizes = _affordable(sizes, seconds=_total(first))
+        is_dear = len(sizes) == 1 and _total(first) > DEAR_SECONDS
         tries, parts = tries[: len(sizes)], parts[: len(sizes)]
         flows = [
             watch_flow(trial.model, layers, attempt, inputs=plain_batch(part))
@@ -219,6 +223,15 @@ def _mean_of(output: Any) -> torch.Tensor:
     return torch.stack([value.float().mean() for value in values]).sum()
 
 
+def _total(seconds: tuple[list[float], list[float]]) -> float:
+    """Of forward and backward together."""
+    return sum(seconds[0]) + sum(seconds[1])
+
+
+def _total_of_try(tried: tuple[list[Layer], tuple[list[float], list[float]]]) -> float:
+    return _total(tried[1])
+
+
 def _affordable(sizes: tuple[int, ...], *, seconds: float) -> tuple[int, ...]:
     """The sizes of which one pass takes no more than is well spent, the smallest in any case.
 
@@ -226,6 +239,8 @@ def _affordable(sizes: tuple[int, ...], *, seconds: float) -> tuple[int, ...]:
         sizes: samples, ascending.
         seconds: that one pass of the smallest took.
     """
+    if seconds <= CHEAP_SECONDS:
+        return sizes
     return (sizes[0], *(size for size in sizes[1:] if seconds * size / sizes[0] <= DEAR_SECONDS))
 
 

@@ -66,7 +66,16 @@ def own_place(module: types.ModuleType | None) -> Place | None:
 
 def own_names() -> list[str]:
     """The names of all modules of the user's own that are imported; there are thousands of others."""
-    return [name for name, module in list(sys.modules.items()) if _is_own(name, module)]
+    return [name for name, module in _modules_now() if _is_own(name, module)]
+
+
+def _modules_now() -> list[tuple[str, Any]]:
+    """All modules by name, as they are at one moment: other threads import meanwhile."""
+    while True:
+        try:
+            return list(sys.modules.items())
+        except RuntimeError:  # the dictionary has changed its size
+            continue
 
 
 _own_by_module: dict[str, tuple[int, bool]] = {}

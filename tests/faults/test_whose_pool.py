@@ -98,6 +98,9 @@ def their_folder(nothing_is_left, tmp_path_factory):
         set_apart(patch, folder)
         kernel = Kernel(TRAIN, folder=folder)
         kernel.wait_until_ready()
+        run = training.attach()
+        wait_until(run, lambda run: run.step > 3, what="it trains")  # what tests clear, engines have opened by now
+        training.shutdown()  # which only closes what looked on
     yield folder
     with pytest.MonkeyPatch.context() as patch:
         set_apart(patch, folder)
