@@ -77,7 +77,7 @@ def prove(submission: Submission, gradients: Gradients, *, notes: Sequence[str] 
         notes: for people.
 
     Raises:
-        ArgumentError: the pool has given up how the run began.
+        ArgumentError: the pool has given up how the run began, or nothing of it could be computed again.
     """
     job = submission.open()
     names = list(gradients.names)
@@ -103,6 +103,13 @@ def prove(submission: Submission, gradients: Gradients, *, notes: Sequence[str] 
                 report(f"{step} of {last}")
             if step >= last:
                 break
+        if not found:
+            raise ArgumentError(
+                f"no step of run {submission.spec.name!r} can be proved: none of those that were looked at can be "
+                "computed here, as its scheduler waits for an evaluation before them"
+            )
+        if found[-1].step < last:
+            notes = (*notes, f"only up to step {found[-1].step}, after which the scheduler waits for an evaluation")
         if not all(step.is_same for step in found):
             suspects = suspects_of(job, source, submission.spec, first=next(s for s in found if not s.is_same))
     return Proof(submission.spec.name, tuple(found), tuple(suspects), tuple(notes))

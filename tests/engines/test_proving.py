@@ -144,3 +144,19 @@ def test_a_run_that_another_has_followed_cannot_be_proved_any_more(pool):
     wait(fit(pool, mlp()))
     with pytest.raises(ArgumentError, match="prove a run before the next fit"):
         first.prove(STEPS)
+
+
+def test_a_proof_says_where_a_scheduler_waits_for_an_evaluation(pool):
+    run = pool.fit(
+        mlp(),
+        digits(128),
+        val=digits(64),
+        loss="cross_entropy",
+        scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau,
+        scheduler_every="epoch",
+        steps=STEPS,
+    )
+    proof = wait(run).prove(STEPS)
+    assert [step.step for step in proof.steps] == [1, 2]
+    assert proof.is_same, proof.text
+    assert "only up to step 2, after which the scheduler waits for an evaluation" in proof.text
