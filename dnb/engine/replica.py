@@ -417,8 +417,8 @@ class Replica:
 
     def _judge_loss(self, loss: Callable[..., Any], output: Any, target: Any, num_samples: int) -> None:
         found = judge_new_loss(loss, output, target, num_samples=num_samples, spec=self._spec)
-        if found is not None:
-            self._reduction, self._is_loss_new = found, False
+        if found is not None or num_samples > SAMPLES_AT_LEAST:  # else more samples may tell
+            self._reduction, self._is_loss_new = found or self._reduction, False
 
     def _evaluate(self, work: Work, indices: torch.Tensor) -> Sums:  # noqa: ARG002 - see `dnb.engine.gathering`
         assert self._data.val is not None
