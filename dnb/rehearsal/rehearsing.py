@@ -99,7 +99,10 @@ def rehearse(job: Job, data: Data, options: Options | None = None) -> Rehearsed:
             raise
         except USER_ERRORS as error:  # what cannot be copied cannot be shipped, which says more
             log.info("nothing was rehearsed: %s", summary_of(error))
-            return Rehearsed(job=job, data=data, reduction=declared_reduction(job.loss))
+            told = Finding(
+                kind="rehearsal", text=f"nothing was rehearsed, so that no loss was judged: {summary_of(error)}"
+            )
+            return Rehearsed(job=job, data=data, findings=(told,), reduction=declared_reduction(job.loss))
         try:
             if recalled is not None:
                 return recalled
