@@ -17,11 +17,10 @@ import psutil
 import pytest
 import zmq
 
-from dnb import records
 from dnb.engine.worker import engine_facts
 from dnb.pool.engine_pool import all_processes
 from dnb.pool.starting import profile_folder
-from dnb.records import Address, Beat, HubMessage, Join, Load, Message, WorkReport
+from dnb.records import Address, Attach, Beat, GetMembers, HubMessage, Join, Load, Message, WorkReport
 from dnb.transport.channels import connect_dealer, encode
 from dnb.transport.lives import this_process
 from dnb.transport.wires import connect_wire
@@ -331,7 +330,7 @@ def is_served(dealer, role: str) -> bool:
     """Whether the hub has read all that was sent: it answers what was asked last."""
     if role == "engine":
         return True  # it is answered nothing; the run's next steps show that the hub goes on
-    dealer.send_multipart([b"last", *encode(records.GetMembers())])
+    dealer.send_multipart([b"last", *encode(GetMembers())])
     while dealer.poll(30_000):
         number, *_ = dealer.recv_multipart()
         if number == b"last":
@@ -345,7 +344,7 @@ def test_what_engines_say_of_others_or_of_no_run_has_no_effect(quiet_pool, run):
         for number in range(NUM_FRAMES // 3):
             dealer.send_multipart(encode(Beat(engine=(0, 1, 77, -1, 2**40)[number % 5], process=me)))
             dealer.send_multipart(encode(report("none", number)))
-            dealer.send_multipart(encode(records.Attach(engine=0, proof="")))
+            dealer.send_multipart(encode(Attach(engine=0, proof="")))
 
 
 def report(name: str, number: int, chance: random.Random | None = None) -> WorkReport:
