@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dnb.advice import plan
     from dnb.errors import DnbError as DnbError
     from dnb.errors import RunError
-    from dnb.inputs import batches
+    from dnb.input_data import batches
     from dnb.notebook.display import show
     from dnb.planning.plans import Plan
     from dnb.pool.engine_pool import Engine
@@ -52,7 +52,7 @@ _HOMES = {
     "RunError": "dnb.errors",
     "Sum": "dnb.transport.job",
     "attach": "dnb.training",
-    "batches": "dnb.inputs",
+    "batches": "dnb.input_data",
     "fit": "dnb.training",
     "plan": "dnb.advice",
     "resume": "dnb.resuming",

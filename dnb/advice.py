@@ -14,7 +14,8 @@ from dnb.data_sources import read_source
 from dnb.engine.loader import fetch_batch
 from dnb.engine.profiling import Trial, count_samples
 from dnb.errors import PlanError
-from dnb.inputs import STRATEGIES, check_choice, check_model, check_positive, read_bytes, read_loss
+from dnb.input_checks import STRATEGIES, check_choice, check_model, check_positive, read_bytes
+from dnb.input_losses import read_loss
 from dnb.planning.partitions import read_mesh
 from dnb.planning.plans import Plan, draw_up
 from dnb.planning.predicting import Question

@@ -7,7 +7,7 @@ from pathlib import Path
 from dnb.errors import ArgumentError, DnbError
 from dnb.hub.checkpoints import LARGEST_NUMBER
 from dnb.hub.optimizers import check_optimizer
-from dnb.inputs import PRECISIONS, check_choice, check_number, check_positive, read_checkpoint_policy
+from dnb.input_checks import PRECISIONS, check_choice, check_number, check_positive, read_checkpoint_policy
 from dnb.records import PlainJob, RunSpec
 
 # Arguments of `fit` that may be objects, which only pickle can keep: see `PlainJob.others`.

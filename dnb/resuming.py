@@ -22,7 +22,9 @@ from dnb.homecoming import OrderFollower
 from dnb.hub.checkpoints import Checkpoint, DamagedError, Manifest, find_checkpoint, remove_torn
 from dnb.hub.signing import SecretError, is_signed, read_secret
 from dnb.hub.sources import MENDED_FILE
-from dnb.inputs import check_model, check_positive, count_val_samples, read_loss, read_metrics
+from dnb.input_checks import check_model, check_positive
+from dnb.input_data import count_val_samples
+from dnb.input_losses import read_loss, read_metrics
 from dnb.kept_specs import OBJECTS, check_kept_spec
 from dnb.planning.sample_order import BatchOrder, count_batches
 from dnb.planning.shards import choose_num_shards

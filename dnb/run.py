@@ -35,7 +35,8 @@ from dnb.hub.history import (
     read_usage,
 )
 from dnb.hub.own_functions import state_of_functions
-from dnb.inputs import check_positive, read_loss
+from dnb.input_checks import check_positive
+from dnb.input_losses import read_loss
 from dnb.planning.bubbles import Timeline
 from dnb.planning.gradient_samples import USUAL_STEPS
 from dnb.planning.sample_order import samples_after

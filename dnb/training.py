@@ -24,27 +24,28 @@ from dnb.errors import USER_ERRORS, ArgumentError, HubError, PlanError, PoolErro
 from dnb.homecoming import OrderFollower
 from dnb.hub.optimizers import check_optimizer
 from dnb.hub.pacing import check_pace
-from dnb.inputs import (
+from dnb.input_checks import (
     PRECISIONS,
     STRATEGIES,
     SYNCS,
     check_choice,
     check_flags,
-    check_loss_over,
-    check_metrics_are_computed,
     check_model,
     check_number,
     check_positive,
     check_seed,
-    check_val_step,
-    count_val_samples,
-    order_of,
     read_bytes,
     read_checkpoint_policy,
+    read_transport,
+)
+from dnb.input_data import count_val_samples, order_of
+from dnb.input_losses import (
+    check_loss_over,
+    check_metrics_are_computed,
+    check_val_step,
     read_loss,
     read_loss_over,
     read_metrics,
-    read_transport,
 )
 from dnb.limits import Limit
 from dnb.planning.buffers import read_buffer_rules

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from dnb.errors import USER_ERRORS, summary_of
 from dnb.hub.optimizers import check_optimizer, optimizer_classes
-from dnb.inputs import STRATEGIES, check_model, loss_names, read_loss, read_metrics
+from dnb.input_checks import STRATEGIES, check_model
+from dnb.input_losses import loss_names, read_loss, read_metrics
 from dnb.notebook.panel_line import literal
 from dnb.notebook.text import one_line
 from dnb.planning.plans import Plan

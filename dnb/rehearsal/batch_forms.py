@@ -10,7 +10,7 @@ import torch
 from dnb.data_sources import WHAT_TO_GIVE
 from dnb.engine.loader import fetch_batch
 from dnb.errors import USER_ERRORS, ArgumentError, summary_of
-from dnb.inputs import accuracy, check_loss_fits
+from dnb.input_losses import accuracy, check_loss_fits
 from dnb.records import Finding
 from dnb.rehearsal.trial import Trial
 from dnb.rehearsal.undisturbed import undisturbed

@@ -107,11 +107,18 @@ class _Packer(CodePickler):
         return _rebuild_tensor, (ref, tensor.dtype, *place, tensor.requires_grad)
 
 
+# Modules of earlier versions, named by pickles in checkpoints, and where what they held lives now.
+_MOVED = {"dnb.inputs": "dnb.input_losses"}
+
+
 class _Unpacker(pickle.Unpickler):
     def __init__(self, file: io.BytesIO, *, buffers: Sequence[memoryview], arrays: Sequence[int]) -> None:
         self._buffers = buffers
         self._storages: dict[int, torch.Tensor] = {}
         super().__init__(file, buffers=[buffers[index] for index in arrays])
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        return super().find_class(_MOVED.get(module_name, module_name), global_name)
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
         if pid not in self._storages:

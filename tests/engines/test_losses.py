@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 import dnb
 from dnb.errors import ArgumentError
+from dnb.input_losses import accuracy
 from tests.engines.pools import wait
 from tests.models import adamw, digits, largest_gap, mlp, plain_run, twice
 
@@ -124,7 +125,7 @@ class FScore:
 
 def test_metrics_that_are_no_means_over_samples_are_those_of_all_of_them(pool):
     model, plain = twice(mlp)
-    metrics = {"f1": f_score, "own_f1": FScore(), "accuracy": dnb.inputs.accuracy}
+    metrics = {"f1": f_score, "own_f1": FScore(), "accuracy": accuracy}
     run = wait(pool.fit(model, digits(), val=digits(600), loss="cross_entropy", metrics=metrics, epochs=2))
     plain_losses = plain_run(plain, digits(), num_steps=len(run.history["loss"])).losses
     assert largest_gap(run.history["loss"], plain_losses) <= 1e-10

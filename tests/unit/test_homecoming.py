@@ -5,8 +5,9 @@ import torch
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, RandomSampler, Sampler, TensorDataset, WeightedRandomSampler
 
+from dnb.data_sources import read_source
 from dnb.homecoming import OrderFollower, give_scheduler_home
-from dnb.inputs import order_of, read_source
+from dnb.input_data import order_of
 from dnb.planning.sample_order import count_batches
 from dnb.transport.trees import take_apart
 

@@ -12,24 +12,25 @@ from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, Tens
 
 from dnb.data_sources import read_source
 from dnb.errors import ArgumentError, PlanError
-from dnb.inputs import (
+from dnb.input_checks import (
     STRATEGIES,
-    accuracy,
-    check_batch_size,
     check_choice,
     check_flags,
-    check_loss_fits,
-    check_metrics_are_computed,
     check_model,
     check_number,
     check_positive,
     check_seed,
+    read_transport,
+)
+from dnb.input_data import check_batch_size, count_val_samples
+from dnb.input_losses import (
+    accuracy,
+    check_loss_fits,
+    check_metrics_are_computed,
     check_val_step,
-    count_val_samples,
     loss_names,
     read_loss,
     read_metrics,
-    read_transport,
 )
 from dnb.transport.job import Job
 from dnb.transport.returned import ReturnError

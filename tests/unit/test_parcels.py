@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from dnb.errors import HubError, ShippingError, SpaceError
+from dnb.input_losses import accuracy
 from dnb.planning.sample_order import BatchOrder
 from dnb.records import ParcelRef
 from dnb.transport.parcels import explain_unpicklable, pack, sign, unpack, verify
@@ -338,3 +339,10 @@ def test_what_cannot_be_sent_is_a_shipping_error():
 
 def test_nothing_is_explained_about_what_can_be_sent():
     assert explain_unpicklable(nn.Linear(2, 2), name="model") is None
+
+
+# earlier versions ------------------------------------------------------------------------------------
+
+
+def test_a_function_that_has_moved_is_found_under_the_name_of_before():
+    assert unpack(b"cdnb.inputs\naccuracy\n.", NOTHING) is accuracy

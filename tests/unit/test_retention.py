@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dnb.errors import ArgumentError
-from dnb.inputs import read_checkpoint_policy
+from dnb.input_checks import read_checkpoint_policy
 from dnb.planning.retention import Goal, Retention, read_goal
 from dnb.records import CheckpointPolicy
 

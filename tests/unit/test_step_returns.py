@@ -13,7 +13,7 @@ import torch
 
 from dnb.errors import ArgumentError
 from dnb.hub.accounts import Columns
-from dnb.inputs import accuracy, read_metrics
+from dnb.input_losses import accuracy, read_metrics
 from dnb.transport.job import Sum
 from dnb.transport.returned import (
     MOST_NAMES,

@@ -9,7 +9,7 @@ from torch import nn
 from dnb.engine.loss_judge import judge
 from dnb.engine.profiling import Trial, profile_trial
 from dnb.errors import ArgumentError, PlanError, is_text, summary_of
-from dnb.inputs import check_model
+from dnb.input_checks import check_model
 from dnb.notebook.panel_choices import metrics
 from dnb.planning.cutting import cut_points
 from dnb.planning.tracing import Inputs
