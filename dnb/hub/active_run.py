@@ -18,9 +18,9 @@ import torch
 from dnb.errors import SpaceError
 from dnb.hub import events as machine
 from dnb.hub.accounts import Accounts, account_of
-from dnb.hub.agreement import Agreement
 from dnb.hub.beginnings import Beginning
 from dnb.hub.checkpointer import Checkpointer, Place
+from dnb.hub.consistency import ConsistencyChecks
 from dnb.hub.coordinator import Coordinator
 from dnb.hub.gathering import CannotGather, Gatherer
 from dnb.hub.history import HistoryRow, RunSummary, read_timeline, summarize
@@ -194,13 +194,11 @@ class ActiveRun:
         self._verdict: _Verdict | None = None
         self._mended = beginning.mended
         self._last_shards: dict[tuple[int, int], tuple[int, ...]] = {}  # by engine and slab
-        self._agreement = Agreement(
+        self._checks = ConsistencyChecks(
             self.master.parameter_layout, num_steps=spec.num_steps, precision=spec.precision, probe=spec.probe
         )
-        self._copy_fault = ""
         self._decay = self._watch_decay()
         self._fault: Failure | None = None  # of user code, in a chore
-        self._disagreement = ""
         self._over_limit: set[int] = set()
         self._num_lines = 0  # that engines have told
         self._events = beginning.events
@@ -412,7 +410,10 @@ class ActiveRun:
             self._reports[engine, message.shards] = message
             if message.note:
                 self._note(machine.Note("memory", message.note, engine))
-            self._check(engine, message)
+            if message.digests:
+                self.do_chores()  # the hub's own hashes may be among them
+            if self._checks.check(engine, message):
+                self._members[engine].version = -1  # it gets all of them anew
         self._dispatch(done)
 
     def _read_states(self, packed: bytes) -> LooseStates:
@@ -851,7 +852,7 @@ class ActiveRun:
                 batch_samples=self._batches.num_samples(action.kind, action.step),
                 fresh=action.fresh,
                 probe=is_first and self._wants_probe(action, member),
-                check_copy=not self.spec.partitions and is_first and self._agreement.is_digest_due(action.step - 1),
+                check_copy=not self.spec.partitions and is_first and self._checks.is_digest_due(action.step - 1),
                 trace=bool(self.spec.partitions)
                 and self.spec.telemetry
                 and action.kind == "step"
@@ -898,14 +899,13 @@ class ActiveRun:
         self._owner_of_report.clear()
         if self._fault is not None:
             return machine.CommitFailed(step, self._fault)
-        if self._disagreement:
-            failure = Failure(kind="PlanError", message=self._disagreement, traceback="")
+        if self._checks.disagreement:
+            failure = Failure(kind="PlanError", message=self._checks.disagreement, traceback="")
             return machine.CommitFailed(step, failure)
         mixed = _mixed_kinds(contributions)
         if mixed:
             return machine.CommitRefused(step, mixed)
-        if self._copy_fault:
-            reason, self._copy_fault = self._copy_fault, ""
+        if reason := self._checks.take_copy_fault():
             return machine.CommitRefused(step, reason)
         try:
             values, samples = self._apply(kind, step, contributions, [engine for engine, _ in reports], states)
@@ -952,7 +952,7 @@ class ActiveRun:
         put_off(partial(self._keep_timeline, step, traces))
         if self._meter.is_due(self._seconds):
             put_off(self._keep_usage)
-        if kind == "step" and self._agreement.is_digest_due(step):
+        if kind == "step" and self._checks.is_digest_due(step):
             put_off(partial(self._take_digest, step))
         if self._checkpoints.is_due(kind, step, values, owes_evaluation=self._owes_evaluation(kind, step)):
             put_off(self._checkpoints.take)  # until the next commit nothing changes what it copies
@@ -1092,20 +1092,9 @@ class ActiveRun:
         member.is_probed = True
         return True
 
-    def _check(self, engine: int, report: WorkReport) -> None:
-        """Hold what an engine says of its model against the hub and the other engines."""
-        if report.probe is not None:
-            self._disagreement = self._disagreement or self._agreement.fault_of_probe(engine, report.probe)
-        if report.digests:
-            self.do_chores()  # the hub's own hashes may be among them
-            fault = self._agreement.fault_of_copy(engine, report.step - 1, report.digests)
-            if fault:
-                self._copy_fault = fault
-                self._members[engine].version = -1  # it gets all of them anew
-
     def _take_digest(self, step: int) -> None:
         whole, each = self.master.digests()
-        self._agreement.keep(step, each)
+        self._checks.keep(step, each)
         values = {"digest": float(whole)}
         self._columns.add_evaluation(step, values)
         self._folder.append_row(HistoryRow(kind="evaluation", step=step, time=time.time(), values=values))

@@ -1,4 +1,4 @@
-"""Agreement of notebook and engines: one loss for the same samples, one hash for the same parameters."""
+"""Checks that notebook and engines agree: one loss for the same samples, one hash for the same parameters."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from dnb.records import Layout
+from dnb.records import Layout, WorkReport
 
 # Hashing costs what reading does: a large model is looked at every so many steps, a small one more often.
 DIGEST_EVERY = 100
@@ -20,8 +20,8 @@ NOTEBOOK = "in the notebook"
 HALVES = frozenset({"bfloat16", "float16"})
 
 
-class Agreement:
-    """Remembers what was found in the notebook or on the first engine, and in the hub, and holds the others against it.
+class ConsistencyChecks:
+    """Memory of what was found in the notebook or on the first engine, and in the hub, against which others are held.
 
     Args:
         layout: of the parameters, in the order of the digests.
@@ -39,6 +39,8 @@ class Agreement:
         self._probe: tuple[str, float] | None = None if probe is None else (NOTEBOOK, probe)
         self._digest_step = 0
         self._digests: NDArray[np.uint32] = np.empty(0, dtype=np.uint32)
+        self._copy_fault = ""
+        self.disagreement = ""  # engines have found other losses for the same samples, in words
 
     def is_digest_due(self, step: int) -> bool:
         """Whether the parameters are hashed after this step."""
@@ -47,6 +49,19 @@ class Agreement:
     def keep(self, step: int, digests: bytes) -> None:
         """The hub's hashes after a step, uint32 for each tensor."""
         self._digest_step, self._digests = step, np.frombuffer(digests, dtype=np.uint32)
+
+    def check(self, engine: int, report: WorkReport) -> bool:
+        """Hold a report against the hub and the other engines; return whether the engine's own copies differ."""
+        if report.probe is not None:
+            self.disagreement = self.disagreement or self.fault_of_probe(engine, report.probe)
+        fault = self.fault_of_copy(engine, report.step - 1, report.digests) if report.digests else ""
+        self._copy_fault = fault or self._copy_fault
+        return bool(fault)
+
+    def take_copy_fault(self) -> str:
+        """Return, once, in which copies an engine differs from the hub; "" if none does."""
+        fault, self._copy_fault = self._copy_fault, ""
+        return fault
 
     def fault_of_copy(self, engine: int, step: int, digests: bytes) -> str:
         """What is wrong with an engine's own copies, as they were after a step; "" if nothing is.

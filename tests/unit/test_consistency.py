@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from dnb.hub.agreement import Agreement
+from dnb.hub.consistency import ConsistencyChecks
 from dnb.transport.layout import plan_layout
 
 
 def agreement(*, dtype=torch.float32, precision="float32", num_steps=25):
     layout = plan_layout([("first", torch.zeros(3, dtype=dtype)), ("second", torch.zeros(2, dtype=dtype))])
-    return Agreement(layout, num_steps=num_steps, precision=precision)
+    return ConsistencyChecks(layout, num_steps=num_steps, precision=precision)
 
 
 def packed(*digests):
@@ -26,7 +26,7 @@ def test_a_small_model_is_hashed_after_each_10th_step_and_the_last():
 
 def test_a_large_model_is_hashed_after_each_100th_step():
     layout = plan_layout([("only", torch.empty(1 << 20, device="meta"))])
-    judge = Agreement(layout, num_steps=250, precision="float32")
+    judge = ConsistencyChecks(layout, num_steps=250, precision="float32")
     assert [step for step in range(251) if judge.is_digest_due(step)] == [100, 200, 250]
 
 
@@ -91,6 +91,6 @@ def test_one_loss_that_is_no_number_does_not():
 
 def test_an_engine_that_differs_from_the_notebook_is_told_with_both_losses():
     layout = plan_layout([("only", torch.zeros(3))])
-    judge = Agreement(layout, num_steps=10, precision="float32", probe=1.5)
+    judge = ConsistencyChecks(layout, num_steps=10, precision="float32", probe=1.5)
     assert judge.fault_of_probe(0, 1.50001) == ""
     assert "for the same samples the loss is 2.5 on engine 1 and 1.5 in the notebook" in judge.fault_of_probe(1, 2.5)
