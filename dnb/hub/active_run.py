@@ -28,6 +28,7 @@ from dnb.hub.meeting import Meeting, open_meeting
 from dnb.hub.memo import RunMemo
 from dnb.hub.pacing import DecayWatch
 from dnb.hub.peers import PeerError, Rules, check_message, check_parts
+from dnb.hub.pending_reports import Key, PendingReports, describe_mixed_sums
 from dnb.hub.reducer import Contribution, NotFinite, StepResult, mean_of
 from dnb.hub.restoring import rows_of
 from dnb.hub.samples import Batches
@@ -63,7 +64,7 @@ from dnb.records import (
     RunStatus,
     Seat,
     Shipped,
-    Sums,
+    StageTrace,
     TransportKind,
     Unload,
     WireOffer,
@@ -83,8 +84,6 @@ from dnb.transport.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Flat, Wire
 log = logging.getLogger(__name__)
 
 NO_BYTES = memoryview(b"")
-# Of a member of a team that has no part in the loss.
-NO_SUMS = Sums(loss_total=0.0, loss_weight=0.0, metric_totals={}, metric_weights={}, num_samples=0)
 
 # Of all engines together; each is told when it prints more than its own part of that.
 MOST_OUTPUT_LINES = 2000
@@ -186,14 +185,10 @@ class ActiveRun:
         self.is_over = beginning.status in ENDED and not beginning.is_ending  # ended, and that was said
         self._is_lateness_told = False
         self._last_commit = time.monotonic()
-        self._reports: dict[tuple[int, tuple[int, ...]], WorkReport] = {}
-        self._states_of_report: dict[tuple[int, tuple[int, ...]], LooseStates] = {}
-        self._slabs_of_report: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
-        self._owner_of_report: dict[tuple[int, tuple[int, ...]], int] = {}  # whose slabs these are
+        self._pending = PendingReports(is_divided=bool(spec.partitions))
         self._chores: deque[Callable[[], None]] = deque()  # what may wait until the engines are at work again
         self._verdict: _Verdict | None = None
         self._mended = beginning.mended
-        self._last_shards: dict[tuple[int, int], tuple[int, ...]] = {}  # by engine and slab
         self._checks = ConsistencyChecks(
             self.master.parameter_layout, num_steps=spec.num_steps, precision=spec.precision, probe=spec.probe
         )
@@ -204,7 +199,7 @@ class ActiveRun:
         self._events = beginning.events
         self._timelines = Timelines(read_timeline(self._folder.path) if beginning.is_taken_over else None)
         self._meter = UsageMeter(self._folder.usage() if beginning.is_taken_over else (), begin_seconds=self._seconds)
-        self._held: tuple[tuple[int, tuple[int, ...]], ...] = ()  # engines and shards of the last step
+        self._held: tuple[Key, ...] = ()  # engines and shards of the last step
         self._rules = Rules(
             num_gradients=len(self.master.gradient_layout.slots),
             num_parameters=len(self.master.parameter_layout.slots),
@@ -395,19 +390,18 @@ class ActiveRun:
         if self._coordinator.expects(done):
             check_parts(
                 message,
-                num_slabs=len(self._slabs_of_report[engine, message.shards]),
+                num_slabs=self._pending.num_slabs(engine, message.shards),
                 num_samples=self._batches.num_samples(message.kind, message.step),
                 is_divided=bool(self.spec.partitions),
             )
-            if message.states:
-                self._states_of_report[engine, message.shards] = self._read_states(message.states)
+            states = self._read_states(message.states) if message.states else None
             if message.kind == "outputs" and self._gatherer is not None:
                 sizes, _ = self._batches.samples_of("outputs", message.step, message.shards)
                 self._gatherer.take(engine, message, raw, num_samples=sum(sizes))
             if message.telemetry is not None:
                 self._accounts.add(engine, message.telemetry)
                 self._look_at_memory(engine)
-            self._reports[engine, message.shards] = message
+            self._pending.add(engine, message, states)
             if message.note:
                 self._note(machine.Note("memory", message.note, engine))
             if message.digests:
@@ -423,16 +417,6 @@ class ActiveRun:
         except ValueError as error:
             raise PeerError(clean_text(str(error), length=TRACEBACK_LENGTH)) from error
         return states
-
-    def _states_of(self, reports: Iterable[tuple[int, tuple[int, ...]]]) -> LooseStates | None:
-        """What the first shard of a step has made of loose states; in a pipeline each engine has some of them."""
-        found = [self._states_of_report[report] for report in reports if report in self._states_of_report]
-        if not found:
-            return None
-        merged = LooseStates()
-        for states in reversed(found):  # of the first engine that has one
-            merged.update(states)
-        return merged
 
     def _tell_output(self, engine: int, lines: Sequence[str], *, kind: str) -> None:
         """Keep what user code has printed as an event, up to a number of lines for the whole run."""
@@ -863,8 +847,8 @@ class ActiveRun:
             raw,
         )
         wire.flush()
-        self._slabs_of_report[action.engine, action.shards] = slabs
-        self._owner_of_report[action.engine, action.shards] = self._coordinator.owner_of(action.engine)
+        owner = self._coordinator.owner_of(action.engine)
+        self._pending.expect(action.engine, action.shards, owner=owner, slabs=slabs)
         return None
 
     def _slabs_for(self, action: machine.Assign, member: _Member) -> tuple[int, ...]:
@@ -882,33 +866,22 @@ class ActiveRun:
                 self._open_landings(action.engine, member.wire)
         return tuple(range(first, last))
 
-    def _commit(
-        self, kind: WorkKind, step: int, reports: tuple[tuple[int, tuple[int, ...]], ...]
-    ) -> machine.Event | None:
+    def _commit(self, kind: WorkKind, step: int, reports: tuple[Key, ...]) -> machine.Event | None:
         self.do_chores()
-        contributions = [c for report in reports for c in self._contributions(*report)]
-        traces = self._traces_of(reports)
-        states = self._states_of(reports)
-        self._last_shards = {}
-        for engine, shards in reports:
-            key = self._owner_of_report[engine, shards], self._slabs_of_report[engine, shards][0]
-            self._last_shards[key] = self._last_shards.get(key, ()) + shards
-        self._reports.clear()
-        self._states_of_report.clear()
-        self._slabs_of_report.clear()
-        self._owner_of_report.clear()
+        taken = self._pending.take(reports)
+        contributions = taken.contributions
+        traces = self._placed(taken.traces)
         if self._fault is not None:
             return machine.CommitFailed(step, self._fault)
         if self._checks.disagreement:
             failure = Failure(kind="PlanError", message=self._checks.disagreement, traceback="")
             return machine.CommitFailed(step, failure)
-        mixed = _mixed_kinds(contributions)
-        if mixed:
+        if mixed := describe_mixed_sums(contributions):
             return machine.CommitRefused(step, mixed)
         if reason := self._checks.take_copy_fault():
             return machine.CommitRefused(step, reason)
         try:
-            values, samples = self._apply(kind, step, contributions, [engine for engine, _ in reports], states)
+            values, samples = self._apply(kind, step, contributions, [engine for engine, _ in reports], taken.states)
             if kind == "evaluation":
                 self.master.commit_evaluation(step, values)
         except NotFinite as verdict:
@@ -923,11 +896,10 @@ class ActiveRun:
         self._put_off(kind, step, values, samples, traces)
         return machine.Committed(kind, step)
 
-    def _gather(self, step: int, reports: tuple[tuple[int, tuple[int, ...]], ...]) -> machine.Event:
+    def _gather(self, step: int, reports: tuple[Key, ...]) -> machine.Event:
         """Put together what the loss of a step is computed on."""
         assert self._gatherer is not None
-        for forget in (self._reports, self._slabs_of_report, self._owner_of_report):
-            forget.clear()
+        self._pending.go_on_with_step()
         sizes, indices = self._batches.samples_of("outputs", step, range(self.spec.num_shards))
         try:
             self._gatherer.gather(reports, sizes=sizes, indices=indices, exact=self.spec.exact)
@@ -959,21 +931,6 @@ class ActiveRun:
         if self._departed:
             put_off(partial(self._drop_slabs, frozenset(self._departed)))
             self._departed.clear()
-
-    def _contributions(self, engine: int, shards: tuple[int, ...]) -> list[Contribution]:
-        report = self._reports[engine, shards]
-        slabs = self._slabs_of_report[engine, shards]
-        engine = self._owner_of_report[engine, shards]
-        if self.spec.partitions:
-            return [
-                Contribution(engine, slab, shards[0], sums, report.is_sum, report.unused)
-                for slab, sums in zip(slabs, (report.parts[0], NO_SUMS), strict=False)
-            ]
-        firsts = shards if len(report.parts) == len(slabs) == len(shards) else shards[:1]
-        return [
-            Contribution(engine, slab, shard, sums, report.is_sum, report.unused)
-            for slab, shard, sums in zip(slabs, firsts, report.parts, strict=True)
-        ]
 
     def _apply(
         self,
@@ -1023,15 +980,15 @@ class ActiveRun:
             log.warning(text)
             self._note(machine.Note("disk", text))
 
-    def _traces_of(self, reports: Iterable[tuple[int, tuple[int, ...]]]) -> dict[int, Part]:
-        """What all engines did in a step, and in which seats; empty unless every one of them says it."""
-        found: dict[int, Part] = {}
-        for engine, shards in reports:
-            trace, seat = self._reports[engine, shards].trace, self._coordinator.seat_of(engine)
-            if trace is None or seat is None:
+    def _placed(self, traces: Mapping[int, StageTrace]) -> dict[int, Part]:
+        """What all engines did in a step, and in which seats; empty if one of them has none."""
+        placed: dict[int, Part] = {}
+        for engine, trace in traces.items():
+            seat = self._coordinator.seat_of(engine)
+            if seat is None:
                 return {}
-            found[engine] = Part(trace, *seat, self._accounts.grown_bytes(engine))
-        return found
+            placed[engine] = Part(trace, *seat, self._accounts.grown_bytes(engine))
+        return placed
 
     def _keep_timeline(self, step: int, parts: Mapping[int, Part]) -> None:
         if parts:
@@ -1068,7 +1025,7 @@ class ActiveRun:
         """The shards whose gradients are in the slab."""
         if self.spec.exact:
             return tuple(c.shard for c in contributions if (c.engine, c.slab) == (verdict.engine, verdict.slab))
-        return self._last_shards.get((verdict.engine, verdict.slab), ())
+        return self._pending.shards_in(verdict.engine, verdict.slab)
 
     def _conclude(self, diagnosis: Diagnosis | None) -> None:
         verdict, self._verdict = self._verdict, None
@@ -1200,17 +1157,6 @@ def _val_batch(spec: RunSpec) -> int | None:
     if spec.whole_metrics:
         return max(spec.num_val_samples, 1)
     return spec.val_batch_size or (spec.batch_size if spec.loss_over == "batch" else None)
-
-
-def _mixed_kinds(contributions: Iterable[Contribution]) -> str:
-    """Why the parts of a step cannot be added up; empty if they can."""
-    found = {c.is_sum: c.engine for c in contributions if c.sums.num_samples}
-    if len(found) < 2:
-        return ""
-    return (
-        f"step must return dnb.Sum(total, weight) for all samples of a step, or for none: it did on engine "
-        f"{found[True]}, and not on engine {found[False]}"
-    )
 
 
 def _remove_parcel(parcel: ParcelRef) -> None:
