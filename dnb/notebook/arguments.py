@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import builtins
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,50 +80,69 @@ def _parses(text: str) -> bool:
     return True
 
 
+def flags_of(
+    function: Callable[..., Any], *, left_out: Collection[str] = (), more: Mapping[str, str] | None = None
+) -> dict[str, inspect.Parameter]:
+    """Return the flags that a function has: its parameters, by name.
+
+    Args:
+        function: parameters without a default come first on the line, by position.
+        left_out: parameters that are not flags.
+        more: annotations of further flags, by name; their default is None.
+    """
+    own = inspect.signature(function).parameters.values()
+    kind = inspect.Parameter.KEYWORD_ONLY
+    further = [inspect.Parameter(name, kind, default=None, annotation=word) for name, word in (more or {}).items()]
+    named = (parameter for parameter in (*own, *further) if parameter.kind is not inspect.Parameter.VAR_KEYWORD)
+    return {parameter.name: parameter for parameter in named if parameter.name not in left_out}
+
+
 def bind(
-    function: Callable[..., Any],
+    flags: Mapping[str, inspect.Parameter],
     line: str,
     *,
     names: Mapping[str, Any],
     verb: str,
-    left_out: frozenset[str] = frozenset(),
+    operand: str = "",
+    rest: str = "",
 ) -> dict[str, Any]:
-    """The keyword arguments that a line stands for.
+    """Return the keyword arguments that a line stands for.
 
     Args:
-        function: every parameter is a flag of its name; those without a default come first, by position.
+        flags: by name; those without a default come first, by position.
         line: such as "model train --batch-size 256 --no-shuffle".
         names: the notebook's variables.
         verb: for messages.
-        left_out: parameters that are not flags.
+        operand: a flag with a default that may be given by position, too.
+        rest: under this name go the texts of all words by position, if there is a name.
 
     Raises:
         ArgumentError: an unknown or repeated flag, a missing value, a name that is not defined.
     """
-    known = {
-        parameter.name: parameter
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.name not in left_out
-    }
-    required = [name for name, parameter in known.items() if parameter.default is parameter.empty]
+    required = [name for name, parameter in flags.items() if parameter.default is parameter.empty]
+    by_position = [*required, operand] if operand else required
     bound: dict[str, Any] = {}
-    waiting = list(required)
+    texts: list[str] = []
     words = split_line(line)
     while words:
         word = words.pop(0)
+        waiting = [name for name in by_position if name not in bound]
         if _is_flag(word):
-            name, value = _flag(word.text, words, known, names=names, verb=verb)
+            name, value = _flag(word.text, words, flags, names=names, verb=verb)
+        elif rest:
+            texts.append(word.text)
+            continue
         elif waiting:
-            name, value = waiting[0], _by_position(word, known[waiting[0]], names)
+            name, value = waiting[0], _by_position(word, flags[waiting[0]], names)
         else:
             raise ArgumentError(f"%dtrain {verb}: {word.text!r} is one argument too many")
         if name in bound:
             raise ArgumentError(f"%dtrain {verb}: {name} is given twice")
         bound[name] = value
-        waiting = [name for name in required if name not in bound]
-    if waiting:
-        raise ArgumentError(f"%dtrain {verb} needs {' and '.join(required)}: {waiting[0]} is missing")
-    return bound
+    missing = [name for name in required if name not in bound]
+    if missing:
+        raise ArgumentError(f"%dtrain {verb} needs {' and '.join(required)}: {missing[0]} is missing")
+    return {**bound, rest: texts} if rest else bound
 
 
 def parse_settings(line: str, *, names: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dnb.errors import ArgumentError
-from dnb.notebook.arguments import Word, bind, parse_settings, split_line
+from dnb.notebook.arguments import Word, bind, flags_of, parse_settings, split_line
 
 
 def fit(
@@ -41,7 +41,7 @@ NAMES = {
 
 
 def fitted(line: str) -> dict[str, Any]:
-    return bind(fit, f"net data.train {line}", names=NAMES, verb="fit", left_out=frozenset({"pool"}))
+    return bind(flags_of(fit, left_out={"pool"}), f"net data.train {line}", names=NAMES, verb="fit")
 
 
 def value(line: str) -> Any:
@@ -87,7 +87,7 @@ def test_what_is_not_closed_is_named(line: str, missing: str):
 
 
 def test_words_without_a_flag_are_variables_by_position():
-    assert bind(fit, "net digits", names=NAMES, verb="fit") == {"model": "the net", "train": "a variable"}
+    assert bind(flags_of(fit), "net digits", names=NAMES, verb="fit") == {"model": "the net", "train": "a variable"}
 
 
 def test_a_dotted_name_is_an_attribute_of_a_variable():
@@ -95,16 +95,19 @@ def test_a_dotted_name_is_an_attribute_of_a_variable():
 
 
 def test_an_expression_in_braces_may_stand_by_position():
-    assert bind(fit, "{net + '!'} digits", names=NAMES, verb="fit")["model"] == "the net!"
+    assert bind(flags_of(fit), "{net + '!'} digits", names=NAMES, verb="fit")["model"] == "the net!"
 
 
 def test_positions_may_be_given_by_their_names():
-    assert bind(fit, "--train digits net", names=NAMES, verb="fit") == {"model": "the net", "train": "a variable"}
+    assert bind(flags_of(fit), "--train digits net", names=NAMES, verb="fit") == {
+        "model": "the net",
+        "train": "a variable",
+    }
 
 
 def test_a_missing_position_is_named():
     with pytest.raises(ArgumentError, match="%dtrain fit needs model and train: train is missing"):
-        bind(fit, "net --lr 0.1", names=NAMES, verb="fit")
+        bind(flags_of(fit), "net --lr 0.1", names=NAMES, verb="fit")
 
 
 def test_one_word_too_many_is_named():
@@ -114,17 +117,42 @@ def test_one_word_too_many_is_named():
 
 def test_an_unknown_variable_is_refused_with_the_nearest():
     with pytest.raises(ArgumentError, match=r"no variable 'digit' in this notebook: did you mean 'digits'\?"):
-        bind(fit, "net digit", names=NAMES, verb="fit")
+        bind(flags_of(fit), "net digit", names=NAMES, verb="fit")
 
 
 def test_an_unknown_variable_like_no_other_is_to_be_defined():
     with pytest.raises(ArgumentError, match="no variable 'zzzz' in this notebook: define it in a cell first"):
-        bind(fit, "net zzzz", names=NAMES, verb="fit")
+        bind(flags_of(fit), "net zzzz", names=NAMES, verb="fit")
 
 
 def test_an_attribute_that_there_is_not_is_refused():
     with pytest.raises(ArgumentError, match=r"\{data.tset\} cannot be evaluated: AttributeError"):
-        bind(fit, "net data.tset", names=NAMES, verb="fit")
+        bind(flags_of(fit), "net data.tset", names=NAMES, verb="fit")
+
+
+def test_a_word_by_position_may_stand_for_a_flag_with_a_default():
+    assert bind(flags_of(start), "2 --launcher local", names={}, verb="start", operand="n") == {
+        "n": 2,
+        "launcher": "local",
+    }
+
+
+def test_a_flag_that_stood_by_position_is_not_given_again():
+    with pytest.raises(ArgumentError, match="%dtrain start: n is given twice"):
+        bind(flags_of(start), "2 -n 3", names={}, verb="start", operand="n")
+
+
+def test_all_words_by_position_may_be_taken_as_they_are():
+    assert bind(flags_of(start), "1 3-4 -n 2 {net}", names={}, verb="start", rest="words") == {
+        "n": 2,
+        "words": ["1", "3-4", "net"],
+    }
+
+
+def test_a_verb_may_have_flags_beyond_those_of_its_function():
+    flags = flags_of(start, more={"dry_run": "int | None"})
+    assert list(flags) == ["n", "profile", "launcher", "dry_run"]
+    assert bind(flags, "--dry-run 64", names={}, verb="start") == {"dry_run": 64}
 
 
 # values --------------------------------------------------------------------------------------------------------
@@ -179,7 +207,7 @@ def test_a_switch_needs_no_value(line: str, wanted: bool):
 
 
 def test_a_switch_does_not_take_the_word_behind_it():
-    assert bind(fit, "--exact net digits", names=NAMES, verb="fit") == {
+    assert bind(flags_of(fit), "--exact net digits", names=NAMES, verb="fit") == {
         "exact": True,
         "model": "the net",
         "train": "a variable",
@@ -187,16 +215,16 @@ def test_a_switch_does_not_take_the_word_behind_it():
 
 
 def test_a_single_letter_has_one_dash():
-    assert bind(start, "-n 2", names=NAMES, verb="start") == {"n": 2}
+    assert bind(flags_of(start), "-n 2", names=NAMES, verb="start") == {"n": 2}
 
 
 def test_nothing_is_bound_that_was_not_given():
-    assert bind(start, "", names=NAMES, verb="start") == {}
+    assert bind(flags_of(start), "", names=NAMES, verb="start") == {}
 
 
 def test_a_variable_does_not_hide_a_word_where_only_words_are_wanted():
     names = {"local": "a variable"}
-    assert bind(start, "--launcher local", names=names, verb="start") == {"launcher": "local"}
+    assert bind(flags_of(start), "--launcher local", names=names, verb="start") == {"launcher": "local"}
 
 
 def test_an_expression_that_raises_is_refused_with_its_error():
@@ -237,7 +265,7 @@ def test_a_flag_without_its_value_is_refused(line: str):
 
 def test_another_flag_is_not_taken_for_the_value():
     with pytest.raises(ArgumentError, match="%dtrain start: --profile needs a value"):
-        bind(start, "--profile -n 2", names=NAMES, verb="start")
+        bind(flags_of(start), "--profile -n 2", names=NAMES, verb="start")
 
 
 @pytest.mark.parametrize("line", ["--lr 1 --lr 2", "--no-shuffle --shuffle", "--model net"])

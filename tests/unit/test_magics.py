@@ -8,6 +8,7 @@ import pytest
 from dnb.errors import ArgumentError, PoolError
 from dnb.hub.history import HistoryRow, RunFolder, summarize
 from dnb.notebook.magics import DtrainMagics
+from dnb.notebook.verbs import VERBS
 from dnb.run import Run
 from tests.unit.kept_runs import SPEC
 
@@ -82,3 +83,56 @@ def test_the_dashboard_takes_its_display_as_a_flag(here, capsys):
 def test_the_dashboard_alone_is_that_of_the_last_run(here):
     with pytest.raises(PoolError, match="no pool is running"):
         dtrain("dashboard")
+
+
+VERBS_TODAY = [
+    "start", "status", "shutdown", "add", "remove", "spares", "chaos", "plan", "fit", "wait", "pause", "resume", "stop",
+    "set", "prove", "checkpoint", "attach", "dashboard", "compare", "export", "panel",
+]  # fmt: skip
+
+
+def test_the_table_holds_every_verb_that_the_magic_names():
+    assert sorted(VERBS) == sorted(VERBS_TODAY)
+    named = DtrainMagics.dtrain.__doc__ or ""
+    assert [verb for verb in VERBS if verb not in named] == []
+
+
+@pytest.mark.parametrize("entry", VERBS.values(), ids=VERBS)
+def test_every_verb_of_the_table_has_one_sentence(entry):
+    assert entry.sentence.endswith(".")
+    assert entry.sentence.count(". ") == 0
+
+
+def test_flags_of_a_verb_are_those_of_its_function_and_its_own():
+    assert list(VERBS["spares"].flags) == ["n", "timeout_seconds"]
+    assert list(VERBS["fit"].flags)[:3] == ["model", "train", "val"]
+    assert list(VERBS["fit"].flags)[-1] == "display"
+    assert "pool" not in VERBS["fit"].flags
+    assert list(VERBS["plan"].flags)[-1] == "dry_run"
+
+
+def test_a_paused_run_has_flags_of_its_own_to_resume():
+    assert list(VERBS["resume"].alone.flags) == ["step", "loss"]
+    with pytest.raises(ArgumentError, match="%dtrain resume has no flag '--lr'"):
+        dtrain("resume --lr 1e-3")
+
+
+def test_an_unknown_verb_is_refused_with_the_nearest():
+    with pytest.raises(ArgumentError, match="%dtrain has no verb 'fti': did you mean 'fit'"):
+        dtrain("fti model train")
+
+
+@pytest.mark.parametrize("line", ["add 2", "remove 1 --force", "spares 1", "chaos kill 1", "pause", "prove 5", "stop"])
+def test_verbs_of_a_pool_need_one(here, line):
+    with pytest.raises(PoolError, match="no pool is running: %dtrain start -n 2"):
+        dtrain(line)
+
+
+def test_a_cell_on_engines_needs_a_pool(here):
+    with pytest.raises(PoolError, match="no pool is running"):
+        DtrainMagics(SimpleNamespace(user_ns={})).dtrain("--on 0", "print(1)")
+
+
+def test_a_cell_on_engines_has_its_own_flags(here):
+    with pytest.raises(ArgumentError, match=r"%dtrain \(cell\) has no flag '--cell'"):
+        DtrainMagics(SimpleNamespace(user_ns={})).dtrain("--cell 1", "print(1)")

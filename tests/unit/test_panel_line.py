@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dnb import advice, training
-from dnb.notebook.arguments import bind, parse_settings
+from dnb.notebook.arguments import bind, flags_of, parse_settings
 from dnb.notebook.panel_line import (
     FitForm,
     add_line,
@@ -25,7 +25,7 @@ NAMES = {"model": "the model", "train": [range(1000), range(1000)], "val": "val 
 def bound(form: FitForm) -> dict:
     verb, _, rest = fit_line(form).partition(" ")
     assert verb == "fit"
-    return bind(training.fit, rest, names=NAMES, verb="fit", left_out=frozenset({"pool"}))
+    return bind(flags_of(training.fit, left_out={"pool"}), rest, names=NAMES, verb="fit")
 
 
 def fit(**fields) -> dict:
@@ -94,7 +94,7 @@ def test_a_word_that_a_variable_hides_is_quoted():
 @given(st.text())
 def test_a_quoted_text_is_itself(text):
     line = f"model train --name {quoted(text)}"
-    assert bind(training.fit, line, names=NAMES, verb="fit")["name"] == text
+    assert bind(flags_of(training.fit), line, names=NAMES, verb="fit")["name"] == text
 
 
 def test_a_plan_takes_the_first_samples_of_a_pair():
@@ -107,7 +107,7 @@ def test_the_plan_line_binds():
     batch = batch_of("train", num_parts=2, num_samples=1000, batch_size="8")
     form = FitForm(model="model", train="train", batch_size="8", strategy="--strategy pipeline")
     rest = plan_line(form, batch=batch).removeprefix("plan ")
-    assert bind(advice.plan, rest, names=NAMES, verb="plan", left_out=frozenset({"pool"})) == {
+    assert bind(flags_of(advice.plan, left_out={"pool"}), rest, names=NAMES, verb="plan") == {
         "model": "the model", "batch": (range(8), range(8)), "batch_size": 8, "strategy": "pipeline",
     }  # fmt: skip
 
