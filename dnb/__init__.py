@@ -6,7 +6,10 @@ import importlib
 import sys
 from contextlib import AbstractContextManager
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from dnb.run_pages import write_pages_by
 
 if TYPE_CHECKING:
     from dnb.advice import plan
@@ -64,7 +67,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dnb' has no attribute {name!r}")
-    _show_progress()
+    _open_notebook()
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
@@ -74,12 +77,16 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _show_progress() -> None:
-    """In a kernel, let long work be seen in the cell that waits for it."""
+def _open_notebook() -> None:
+    """Let a kernel's cells show long work, and any shell of IPython draw plans and timelines."""
     if "ipykernel" in sys.modules:
         from dnb.progress import watch_all
 
         watch_all(_watch)
+    if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()) is not None:
+        from dnb.notebook.drawers import register_drawers
+
+        register_drawers(shell.display_formatter)
 
 
 def _watch(what: str) -> AbstractContextManager[Any]:
@@ -92,5 +99,14 @@ def load_ipython_extension(ipython: Any) -> None:
     """Register `%dtrain` and `%%dtrain`; called by `%load_ext dnb`."""
     from dnb.notebook.magics import DtrainMagics
 
-    _show_progress()
+    _open_notebook()
     ipython.register_magics(DtrainMagics)
+
+
+def _write_page(run: Any, path: str | Path) -> Path:
+    from dnb.notebook.report import write_report  # not before somebody wants a page
+
+    return write_report(run, path)
+
+
+write_pages_by(_write_page)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import logging
 import sys
 import threading
@@ -67,6 +66,7 @@ from dnb.records import (
     WorkerState,
     WorkerTotals,
 )
+from dnb.run_pages import write_page
 from dnb.transport.channels import HubClient, HubRestartedError
 from dnb.transport.lives import is_alive
 from dnb.transport.module_states import bring_states_home
@@ -572,9 +572,7 @@ class Run:
         Raises:
             ArgumentError: the file cannot be written.
         """
-        # the floor that draws is above this one, and opened only by who looks
-        written: Path = importlib.import_module("dnb.notebook.report").write_report(self, path)
-        return written
+        return write_page(self, path)
 
     def add_listener(self, callback: Listener) -> None:
         """Call back from the watching thread when something changed, and once more at the end."""

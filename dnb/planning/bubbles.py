@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Sequence
 from statistics import mean
-from typing import Any, overload
+from typing import overload
 
 from dnb.records import Action, EngineTimeline, StageTraffic, StepTimeline
 
@@ -128,11 +127,6 @@ class Timeline(Sequence[EngineTimeline]):
         """Bytes that each stage of a pipeline gave to its neighbours in the step; of several pipelines, the first."""
         found = [each for engine in self._engines if engine.team == 0 for each in engine.traffic]
         return tuple(sorted(found, key=lambda each: each.stage))
-
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        """What a notebook shows; the floor that draws is above this one, and opened only by who looks."""
-        drawn: dict[str, Any] = importlib.import_module("dnb.notebook.timeline_drawing").bundle(self)
-        return drawn
 
     def __repr__(self) -> str:
         if self.record is None:

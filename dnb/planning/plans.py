@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from typing import Any, Self
@@ -161,11 +160,6 @@ class Plan(Record, frozen=True):
                     f"this plan is for another model: {_difference(own, other)}; "
                     "make one for this model with dnb.plan(model, batch)"
                 )
-
-    def _repr_mimebundle_(self, **_: Any) -> dict[str, Any]:
-        """What a notebook shows; the floor that draws is above this one, and opened only by who looks."""
-        drawn: dict[str, Any] = importlib.import_module("dnb.notebook.plan_drawing").bundle(self)
-        return drawn
 
     def __str__(self) -> str:
         return describe(self)

@@ -3,8 +3,10 @@ import base64
 import msgspec
 import numpy as np
 import pytest
+from IPython.core.formatters import DisplayFormatter
 
 from dnb.notebook import figures, gantt, snapshot
+from dnb.notebook.drawers import register_drawers
 from dnb.notebook.text import progress_line, summary, worker_line
 from dnb.planning.bubbles import Timeline
 from dnb.records import Action, Prediction
@@ -142,15 +144,22 @@ def png_height(image: str) -> int:
     return int.from_bytes(base64.b64decode(image)[20:24], "big")
 
 
-def test_a_timeline_draws_itself_in_a_cell():
-    bundle = Timeline(gpipe_of_two(num_micro_batches=4, seconds=0.001))._repr_mimebundle_()
+def shown(timeline: Timeline) -> dict:
+    """As the value of a cell."""
+    formatter = DisplayFormatter()
+    register_drawers(formatter)
+    return formatter.format(timeline)[0]
+
+
+def test_a_timeline_is_drawn_in_a_cell():
+    bundle = shown(Timeline(gpipe_of_two(num_micro_batches=4, seconds=0.001)))
     drawn = bundle["application/vnd.plotly.v1+json"]
     assert [trace["name"] for trace in drawn["data"]] == [kind[0] for kind in gantt.KINDS]
     assert bundle["text/plain"].startswith("step 12: 10 ms until the last gradient, bubble 20%")
 
 
 def test_an_empty_timeline_says_so_in_a_cell():
-    assert Timeline(None)._repr_mimebundle_()["text/plain"].startswith("no timeline")
+    assert shown(Timeline(None))["text/plain"].startswith("no timeline")
 
 
 def test_the_live_figure_takes_the_timeline_in_when_it_comes():

@@ -5,7 +5,9 @@ import xml.etree.ElementTree as ElementTree
 
 import msgspec
 import pytest
+from IPython.core.formatters import DisplayFormatter
 
+from dnb.notebook.drawers import register_drawers
 from dnb.notebook.plan_drawing import MOST_ROWS, bundle, draw
 from dnb.planning.plan_words import amount, milliseconds
 from tests.unit.planned import layer, profile
@@ -72,4 +74,6 @@ def test_many_stages_are_not_drawn_one_by_one():
 
 
 def test_a_notebook_is_shown_the_drawing(made):
-    assert made._repr_mimebundle_() == bundle(made)
+    formatter = DisplayFormatter()
+    register_drawers(formatter)
+    assert formatter.format(made) == (bundle(made), {})
