@@ -13,48 +13,42 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 import psutil
 import zmq
 
-from dnb.errors import ArgumentError, DnbError, HubError, PoolError, RunError
+from dnb.errors import DnbError, HubError, RunError
 from dnb.hub.causes import describe_exit, is_crash
 from dnb.hub.chaos import Mischief
-from dnb.hub.crashes import Caution, Crash, Recorder, caution_after, restarts_of
+from dnb.hub.crashes import Crash, Recorder, restarts_of
 from dnb.hub.events import EngineLost
 from dnb.hub.exits import ExitReader
 from dnb.hub.hearts import SILENT_SECONDS, Hearts
 from dnb.hub.log_limits import look_at_logs
 from dnb.hub.memo import (
-    ACCOUNTS_FILE,
-    LOST_FILE,
     POOL_FILE,
-    RUN_FILE,
-    AccountsMemo,
     PoolMemo,
-    RunMemo,
     read_memo,
-    remove_memo,
     write_memo,
 )
 from dnb.hub.peers import PeerError, check_engine, check_process, check_request, decode_peer, shortened
 from dnb.hub.pool_files import remove_pool_files, write_pool_file
 from dnb.hub.roster import Standing, becomes_spare, check_known, check_retirement, choose_successor, lacks_workers
-from dnb.hub.user_code import UserCodeError, user_code
+from dnb.hub.run_opening import PoolLinks, RunOpener
+from dnb.hub.run_slot import RunSlot, read
+from dnb.hub.steering import Steering
 from dnb.hub.wiring import Line, Wiring
 from dnb.records import (
     Attach,
     Beat,
     Chaos,
-    CheckpointState,
     Control,
     Done,
     EngineFacts,
@@ -62,7 +56,6 @@ from dnb.records import (
     EngineState,
     EngineStatus,
     Exit,
-    Failure,
     Fault,
     GetCheckpoint,
     GetGradients,
@@ -86,7 +79,6 @@ from dnb.records import (
     Rejoin,
     Request,
     Retire,
-    RunSpec,
     SetOptions,
     Shutdown,
     Submit,
@@ -104,7 +96,7 @@ from dnb.transport.channels import (
     start_authenticator,
 )
 from dnb.transport.doors import Doorkeeper
-from dnb.transport.failures import TRACEBACK_LENGTH, clean_text, describe_error
+from dnb.transport.failures import TRACEBACK_LENGTH, clean_text
 from dnb.transport.lives import (
     Activity,
     activity_of,
@@ -112,19 +104,16 @@ from dnb.transport.lives import (
     end_processes,
     is_alive,
     is_here,
-    is_same,
     look_at,
     signal_process,
     this_process,
 )
 from dnb.transport.segments import named_folders, remove_folders
 from dnb.transport.wires import WireError
-from dnb.versions import POOL_FORMAT, VERSION, name_dnb, name_this_dnb
+from dnb.versions import POOL_FORMAT, VERSION, name_dnb
 
 if TYPE_CHECKING:  # torch takes seconds to import: the sockets are bound first, see `main`
-    from dnb.hub.active_run import ActiveRun
-    from dnb.hub.lost_run import LostRun
-    from dnb.transport.process_settings import AppliedSettings
+    pass
 
 T = TypeVar("T")
 
@@ -209,21 +198,14 @@ class Service:
         )
         self._doorkeeper.start()
         self._process = this_process()
-        self._owner = config.owner
-        self._orphaned: float | None = None  # since when nobody steers a pool whose run does not advance
+        self._steering = Steering(config.owner)
         self._engines: dict[int, _Engine] = {}
-        self._kernels: dict[bytes, Process] = {}  # by the identity of their sockets
-        self._kernel_versions: dict[bytes, str] = {}  # likewise, for errors
         self._hearts = Hearts(look=self._look_at_work)
         self._wiring = Wiring(config.host)
         self._poller = zmq.Poller()
         self._is_listening = False
         self._known_helpers: set[Process] = set()
-        self._run: ActiveRun | None = None
-        self._settings: AppliedSettings | None = None  # of the notebook, for that run
-        self._was_at_work = False
         self._wanted_spares = 0
-        self._restart: Literal["never", "always"] = "never"  # kept for the kernel that steers
         self._dead: set[int] = set()
         self._exits = exits or ExitReader(None)
         self._killed: set[Process] = set()  # on purpose
@@ -231,7 +213,7 @@ class Service:
         self._num_owed = 0  # engines that a run's work has ended, and that nobody has replaced yet
         self._leavers: dict[Process, float] = {}  # told to end; when they are killed
         self._is_file_old = False  # the pool's record on disk
-        self._is_memo_old = self._is_run_memo_old = False  # what the next hub will find
+        self._is_memo_old = False  # what the next hub will find
         self._write_again = self._keep_again = 0.0  # when disk and memory are tried again, on the monotonic clock
         self._disk_fault = ""  # that was logged
         self._mischief = Mischief(self._send_to_engine)
@@ -244,7 +226,20 @@ class Service:
         self._spares: frozenset[int] = frozenset()  # spares among them
         self._leaving: frozenset[int] = frozenset()  # those of them who were asked to leave
         self._asked: dict[int, float] = {}  # engines to join again, and when they may be asked once more
-        self._lost_run: LostRun | None = None  # that hubs have died of
+        self._slot = RunSlot(folders=self._folders, recorder=recorder)
+        self._opener = RunOpener(
+            key=config.key,
+            folders=self._folders,
+            links=PoolLinks(
+                send=self._send_to_engine,
+                offer_wire=self._wiring.offer,
+                release=self._release,
+                condemn=self._condemn,
+                replace=self._replace,
+                count_commit=recorder.count_commit,
+            ),
+            life=life,
+        )
         if life:
             self._take_over(crashes)
 
@@ -260,15 +255,15 @@ class Service:
         self._listen(True)
         next_tick = 0.0
         while not self._ending:
-            has_chores = self._run is not None and self._run.has_chores
+            has_chores = self._slot.held.has_chores
             ready = dict(poller.poll(0 if has_chores else round(TICK_SECONDS * 1000)))
             self._serve_wires(ready)
             if self._engine_socket in ready:
                 self._drain(self._engine_socket, self._take_from_engine)
             if self._client_socket in ready:
                 self._drain(self._client_socket, self._answer)
-            if has_chores and not ready and self._run is not None:
-                self._run.do_chores()
+            if has_chores and not ready:
+                self._slot.held.do_chores()
             if time.monotonic() >= next_tick:
                 self._tick()
                 next_tick = time.monotonic() + TICK_SECONDS
@@ -281,84 +276,32 @@ class Service:
     def _take_over(self, crashes: Sequence[Crash]) -> None:
         memo = read_memo(self._folders, POOL_FILE, PoolMemo)
         if memo is not None:
-            self._owner = memo.owner
-            self._kernels = {bytes.fromhex(name): kernel for name, kernel in memo.kernels.items()}
-            self._kernel_versions = {bytes.fromhex(name): told for name, told in memo.kernel_versions.items()}
+            self._steering.restore(memo)
             self._returning = {facts.engine: facts for facts in memo.engines}
             self._spares = frozenset(memo.spares)
             self._leaving = frozenset(memo.leaving)
             self._wanted_spares = memo.wanted_spares
-            self._restart = memo.restart
             self._dead = set(memo.dead)
             self._num_owed = memo.num_owed
             self._mischief.num_killed = memo.num_killed
             self._mischief.stopped = dict(memo.stopped)
             self._known_helpers = set(memo.helpers)
         self._is_file_old = True
-        run = read_memo(self._folders, RUN_FILE, RunMemo)
-        if run is not None:
-            self._take_over_run(run, crashes)
-        else:
-            from dnb.hub.lost_run import LostRun
-
-            self._lost_run = read_memo(self._folders, LOST_FILE, LostRun)
-
-    def _take_over_run(self, memo: RunMemo, crashes: Sequence[Crash]) -> None:
-        """Go on with the run, unless hubs have died of it: then it has failed.
-
-        An exception ends this hub, too, and the next one tries again: in the end that makes it cautious.
-        """
-        try:
-            spec = self._verified_spec(memo.frames)
-        except (DnbError, ValueError, msgspec.MsgspecError):
-            log.exception("what is left of the run is of no use")
-            self._forget_run_memos()
-            return
-        self._recorder.hold(spec.id, step=crashes[-1].step if crashes else 0)
-        caution = caution_after(crashes)
-        if caution is Caution.NONE:
-            self._resume_run(memo, spec, reason=crashes[-1].reason if crashes else "")
-            return
-        error, told = _verdict(crashes), crashes[-1].traceback
-        if caution is Caution.FAIL:
-            try:
-                self._resume_run(memo, spec, failure=Failure(kind="HubError", message=error, traceback=told))
-                return
-            except Exception:  # whatever it is: without the run, the pool can still be used
-                log.exception("the run cannot be taken over")
-        from dnb.hub.lost_run import lose
-
-        self._run = None
-        self._lost_run = lose(spec, error=error, remote_traceback=told, folders=self._folders)
-        self._forget_run_memos()
-        write_memo(self._folders, LOST_FILE, self._lost_run)
-
-    def _resume_run(self, memo: RunMemo, spec: RunSpec, *, reason: str = "", failure: Failure | None = None) -> None:
-        self._run = self._open_run(memo.frames, spec, memo, reason=reason, failure=failure)
-        self._is_memo_old = self._is_run_memo_old = True  # its journal may be another one
-        self._recorder.hold(spec.id, step=self._run.step)
-        self._note_work()
-        self._run.start()
-
-    def _forget_run_memos(self) -> None:
-        for name in (RUN_FILE, ACCOUNTS_FILE, LOST_FILE):
-            remove_memo(self._folders, name)
+        self._slot.take_over(self._opener, crashes, engines=list(self._returning.values()))
 
     def _write_memos(self) -> None:
-        if self._is_memo_old:
-            self._is_memo_old = not write_memo(self._folders, POOL_FILE, self._memo)
-            if self._run is not None:
-                write_memo(self._folders, ACCOUNTS_FILE, AccountsMemo(departed=self._run.departed))
-        if self._is_run_memo_old and self._run is not None:
-            self._is_run_memo_old = not write_memo(self._folders, RUN_FILE, self._run.memo)
+        if self._is_memo_old or self._steering.changed:
+            self._is_memo_old = self._steering.changed = not write_memo(self._folders, POOL_FILE, self._memo)
+            self._slot.write_accounts()
+        self._slot.write_memo()
 
     @property
     def _memo(self) -> PoolMemo:
         engines = [*self._returning.values(), *(engine.facts for engine in self._engines.values())]
         return PoolMemo(
-            owner=self._owner,
-            kernels={name.hex(): kernel for name, kernel in self._kernels.items()},
-            kernel_versions={name.hex(): told for name, told in self._kernel_versions.items()},
+            owner=self._steering.owner,
+            kernels={name.hex(): kernel for name, kernel in self._steering.kernels.items()},
+            kernel_versions={name.hex(): version for name, version in self._steering.versions.items()},
             engines=tuple(engines),
             spares=(
                 *(self._spares & self._returning.keys()),
@@ -369,7 +312,7 @@ class Service:
                 *(number for number, engine in self._engines.items() if engine.is_retiring),
             ),
             wanted_spares=self._wanted_spares,
-            restart=self._restart,
+            restart=self._steering.restart,
             dead=tuple(self._dead),
             num_killed=self._mischief.num_killed,
             stopped=tuple(self._mischief.stopped.items()),
@@ -434,15 +377,13 @@ class Service:
             if old is not line and old.engine == engine:
                 self._poller.unregister(place)
                 self._wiring.drop(place)
-        if self._run is not None:
-            self._run.attach(engine, line.wire)
+        self._slot.held.attach(engine, line.wire)
 
     def _drop_line(self, place: int, line: Line, *, reason: str = "") -> None:
         """A connection that closes is how a death is seen first."""
         self._poller.unregister(place)
         self._wiring.drop(place)
-        is_at_work = self._run is not None and self._run.is_active
-        if line.engine in self._engines and not line.is_retired and is_at_work:
+        if line.engine in self._engines and not line.is_retired and self._slot.held.is_active:
             self._lose(line.engine, reason)
 
     def _watch_writers(self) -> None:
@@ -490,8 +431,8 @@ class Service:
             self._lose(number, reason)
             return
         engine.messages_in += 1
-        if self._run is not None and self._run.spec.id == message.run:
-            self._run.take(number, message, raw)
+        if message.run == self._slot.run_id:
+            self._slot.held.take(number, message, raw)
 
     def _join(self, join: Join, identity: bytes) -> None:
         facts, number = join.facts, join.facts.engine
@@ -501,7 +442,7 @@ class Service:
         known = self._engines.get(number)
         if known is not None and known.facts.process == facts.process and known.num_wires == join.num_wires:
             return  # it asked by itself, and was asked to
-        if known is not None and self._run is not None and self._run.is_active:
+        if known is not None and self._slot.held.is_active:
             # Its wire was closed before it had said whose it is, so that nobody has missed it: it is to be loaded anew.
             self._lose(number, "has lost its wire")
         others = [engine for other, engine in self._engines.items() if other != number]
@@ -515,10 +456,10 @@ class Service:
         self._hearts.begin(number, time.monotonic())
         self._send_to_engine(number, Welcome())
         self._is_file_old = self._is_memo_old = True
-        if self._run is not None and self._run.is_active:
+        if self._slot.held.is_active:
             if is_spare:
-                self._run.rest_engine(number)
-            self._run.add_engine(facts)
+                self._slot.held.rest_engine(number)
+            self._slot.held.add_engine(facts)
         if is_back and number in self._leaving:
             self._let_leave([number])
 
@@ -526,9 +467,8 @@ class Service:
         """An engine is gone; whoever is gone with it, and not noticed yet, gets nothing of what it had."""
         others = [(n, e.facts.process) for n, e in self._engines.items() if n != engine]
         gone_too = self._exits.ending(others) if engine in self._engines else []
-        if self._run is not None:
-            for number in gone_too:
-                self._run.expect_loss(number)
+        for number in gone_too:
+            self._slot.held.expect_loss(number)
         for number in (engine, *gone_too):
             self._lose_one(number, reason if number == engine else "")
 
@@ -541,8 +481,7 @@ class Service:
             self._dead.add(engine)
             if not lost.is_spare and not lost.is_retiring:
                 self._wake_spare()  # first: so it has its part of the lost shards
-        if self._run is not None:
-            self._run.lose_engine(self._loss(engine, lost, reason))
+        self._slot.held.lose_engine(self._loss(engine, lost, reason))
 
     def _loss(self, engine: int, lost: _Engine | None, reason: str) -> EngineLost:
         """What is known of an engine's end."""
@@ -565,34 +504,30 @@ class Service:
         self._dead.add(number)
         if number not in self._spares and not self._wake_spare():
             self._spares = frozenset(sorted(self._spares)[1:])  # one who is still to come does not rest
-        if self._run is not None:
-            self._run.lose_engine(EngineLost(number, "died"))
+        self._slot.held.lose_engine(EngineLost(number, "died"))
 
     # those who leave, and spares
 
     def _retire(self, request: Retire) -> None:
-        run = self._run if self._run is not None and self._run.is_active else None
-        name = None if run is None else run.spec.name
         coming = {
             number: _Coming(is_spare=number in self._spares, is_retiring=number in self._leaving)
             for number in self._returning
         }
         known: dict[int, Standing] = {**coming, **self._engines}
-        leaving = check_retirement(request.engines, known, active_run=name, force=request.force)
+        leaving = check_retirement(request.engines, known, active_run=self._slot.active_name, force=request.force)
         self._leaving |= coming.keys() & set(leaving)  # as soon as they are back
         self._is_memo_old = True
         self._let_leave(number for number in leaving if number in self._engines)
 
     def _let_leave(self, leaving: Iterable[int]) -> None:
         leaving = list(leaving)
-        run = self._run if self._run is not None and self._run.is_active else None
         for number in leaving:
             self._engines[number].is_retiring = self._is_memo_old = True
         if lacks_workers(self._engines):
             self._wake_spare()
         for number in leaving:
-            if run is not None:
-                run.retire_engine(number)
+            if self._slot.held.is_active:
+                self._slot.held.retire_engine(number)
             else:
                 self._release(number)
 
@@ -620,7 +555,7 @@ class Service:
         self._is_memo_old = True
 
     def _watch_leavers(self) -> None:
-        if self._run is None or not self._run.is_active:
+        if not self._slot.held.is_active:
             for number in [number for number, engine in self._engines.items() if engine.is_retiring]:
                 self._release(number)  # the run that they were to bring something to has ended
         for process, deadline in list(self._leavers.items()):
@@ -635,8 +570,7 @@ class Service:
         if number is None:
             return False
         self._engines[number].is_spare = False
-        if self._run is not None:
-            self._run.wake_engine(number)
+        self._slot.held.wake_engine(number)
         return True
 
     def _harm(self, request: Chaos) -> None:
@@ -645,8 +579,7 @@ class Service:
         if request.verb == "kill":
             self._killed.add(self._engines[request.engine].facts.process)
         self._is_memo_old = True
-        if self._run is not None:
-            self._run.tell("chaos", told, request.engine)
+        self._slot.held.tell("chaos", told, request.engine)
 
     def _members(self) -> Members:
         staying = {number: engine for number, engine in sorted(self._engines.items()) if not engine.is_retiring}
@@ -660,7 +593,7 @@ class Service:
             wanted_spares=self._wanted_spares,
             num_died=len(self._dead),
             num_killed=self._mischief.num_killed,
-            restart=self._restart,
+            restart=self._steering.restart,
             last_restart=self._restarts[-1].reason if self._restarts else "",
             num_owed=self._num_owed,
             num_threads=self._num_threads,
@@ -687,7 +620,7 @@ class Service:
         try:
             request = self._read_request(identity, header)
             check_request(request)
-            self._check_steering(identity, request)
+            self._steering.check(identity, request)
             reply, out = self._serve_request(identity, request, frames)
             self._write_memos()  # what was answered stays done, whatever becomes of this hub
         except (DnbError, PeerError, msgspec.MsgspecError) as error:
@@ -709,42 +642,13 @@ class Service:
         try:
             request: Request = decode_peer(self._decode_request, header)
         except PeerError as error:
-            kernel = self._kernel_versions.get(identity, "a kernel of another version")
+            kernel = self._steering.name_version(identity)
             raise refuse_unreadable(header, error.__cause__ or error, kernel=kernel) from error
         return request
 
-    def _check_steering(self, identity: bytes, request: Request) -> None:
-        """Any number of kernels may look on, one may steer."""
-        if isinstance(request, Hello | GetPool | GetMembers | GetRun | GetState | GetGradients | GetCheckpoint):
-            return
-        caller, owner = self._kernels.get(identity), self._owner
-        if owner is None or is_same(caller, owner):
-            return
-        if is_alive(owner):
-            raise ArgumentError(
-                f"the kernel with pid {owner.pid} on {owner.host} steers this pool, this one only watches: "
-                "dnb.attach(steer=True) or %dtrain attach --steer takes over"
-            )
-        self._is_memo_old = True
-        self._owner = caller or owner  # who looked on until now has its hand on the wheel
-
     def _greet(self, identity: bytes, hello: Hello) -> None:
-        kernel = name_dnb(hello.version, hello.format)
-        if hello.format != POOL_FORMAT:
-            raise PoolError(
-                f"the pool's hub is {name_this_dnb()}, and this kernel {kernel}: attach with the hub's version of dnb, "
-                "or end the pool with it and %dtrain start one of this version"
-            )
-        self._kernel_versions[identity] = f"this kernel, {kernel}"
-        owner = self._owner
-        self._kernels[identity] = hello.owner
-        self._is_memo_old = True
-        if hello.wish == "watch":
+        if not self._steering.greet(identity, hello):
             return
-        if hello.wish == "steer" and owner is not None and not is_same(owner, hello.owner) and is_alive(owner):
-            raise ArgumentError(f"the kernel with pid {owner.pid} on {owner.host} steers this pool")
-        self._owner = hello.owner
-        self._orphaned = None
         try:
             self._write_pool_file()
         except OSError as error:
@@ -757,7 +661,7 @@ class Service:
             case Hello():
                 self._greet(identity, request)
             case GetPool():
-                return _read(self._pool_state), []
+                return read(self._pool_state), []
             case GetMembers():
                 return self._members(), []
             case Retire():
@@ -766,181 +670,51 @@ class Service:
                 self._wanted_spares = number
                 self._is_memo_old = True
             case KeepRestart(policy=policy):
-                self._restart = policy
-                self._is_memo_old = True
+                self._steering.keep_restart(policy)
             case Chaos():
                 self._harm(request)
             case KillHub():
                 self._is_doomed = True
-                if self._run is not None:
-                    self._run.tell("chaos", "the hub is killed on purpose")
+                self._slot.held.tell("chaos", "the hub is killed on purpose")
             case Submit():
                 self._submit(frames)
             case GetRun():
-                return self._run_state(request)
+                heartbeats = self._hearts.ages(time.monotonic())
+                return self._slot.state(request, heartbeats=heartbeats, num_owed=self._num_owed)
             case Control(run=name, verb=verb):
-                self._control(name, verb)
+                self._slot.control(name, verb)
             case SetOptions(run=name, options=options):
-                self._active(name, "set").set(options)
-                self._is_run_memo_old = True
+                self._slot.set_options(name, options)
             case Mend(run=name):
-                self._mend(name, frames)
-            case GetState(run=name):
-                return _read(partial(_state_of, self._named(name), request))
+                self._slot.replace_functions(name, *self._opener.verify_functions(frames))
+            case GetState():
+                return self._slot.tensors(request)
             case GetGradients(run=name):
-                return _read(self._named(name).gradients)
+                return self._slot.gradients(name)
             case TakeCheckpoint() | GetCheckpoint():
-                return self._serve_checkpoint(request), []
+                return self._slot.serve_checkpoint(request), []
             case Shutdown():
                 self.end("asked to")
         return Done(), []
 
-    def _serve_checkpoint(self, request: TakeCheckpoint | GetCheckpoint) -> CheckpointState:
-        run = self._named(request.run)
-        if isinstance(request, GetCheckpoint):
-            return run.checkpoint_state(request.ticket)
-        return run.take_checkpoint(None if request.path is None else Path(request.path))
-
-    def _run_state(self, request: GetRun) -> tuple[Message, Sequence[Any]]:
-        if self._lost_run is not None and self._lost_run.spec.name == request.run:
-            return _read(partial(self._lost_run.state, request))
-        run = self._named(request.run)
-        run.catch_up()
-        heartbeats = self._hearts.ages(time.monotonic())
-        return _read(partial(run.state, request, heartbeats=heartbeats, num_owed=self._num_owed))
-
-    def _named(self, name: str) -> ActiveRun:
-        if self._lost_run is not None and self._lost_run.spec.name == name:
-            raise HubError(f"run {name!r} is {self._lost_run.status}: {self._lost_run.error}")
-        if self._run is None or self._run.spec.name != name:
-            raise HubError(f"the hub does not hold a run {name!r}: %dtrain status says which it holds")
-        return self._run
-
-    def _active(self, name: str, verb: str) -> ActiveRun:
-        run = self._named(name)
-        if not run.is_active:
-            raise ArgumentError(f"run {name!r} is {_standing(run)}: there is nothing to {verb}")
-        return run
-
-    def _mend(self, name: str, frames: Sequence[bytes]) -> None:
-        from dnb.transport.parcels import verify
-
-        if len(frames) != 2:
-            raise HubError(f"what is mended comes in 2 frames, not {len(frames)}")
-        pickled, signature = frames
-        verify(self._config.key.encode(), [pickled], signature)
-        run = self._active(name, "mend")
-        if run.status != "paused":
-            raise ArgumentError(f"run {name!r} is {run.status}, not paused: pause it before it gets other functions")
-        run.mend(pickled, signature)
-        self._is_run_memo_old = True
-
-    def _control(self, name: str, verb: Literal["pause", "resume", "stop"]) -> None:
-        run = self._named(name)
-        if verb == "pause" and _standing(run) != "running":
-            raise ArgumentError(f"run {name!r} is {_standing(run)}, not running: there is nothing to pause")
-        if verb == "resume" and run.status != "paused":
-            raise ArgumentError(f"run {name!r} is {_standing(run)}, not paused: there is nothing to resume")
-        run.ask(verb)
-
     def _submit(self, frames: Sequence[bytes]) -> None:
         if len(frames) != 4:
             raise HubError(f"a run comes in 4 frames, not {len(frames)}")
-        spec = self._verified_spec(frames)
-        if spec.id in (held.spec.id for held in (self._run, self._lost_run) if held is not None):
-            return  # the hub before has taken it, and died before it said so
-        if self._run is not None:
-            if not self._run.is_over:
-                raise ArgumentError(_still_active(self._run))
-            self._run.close()
-            self._run = None
-        self._lost_run = None
-        self._forget_run_memos()
-        self._run = self._open_new_run(frames, spec)
+        slot, spec = self._slot, self._opener.verified_spec(frames)
+        if slot.has(spec.id):
+            return
+        slot.clear()
+        run = self._opener.open(frames, spec, engines=[engine.facts for engine in self._engines.values()])
+        slot.hold(run, step=0)
         for number, engine in self._engines.items():
             if engine.is_spare:
-                self._run.rest_engine(number)
-        self._is_run_memo_old = True
-        self._recorder.hold(spec.id, step=0)
-        self._note_work()
+                run.rest_engine(number)
         self._write_pool_file()
-        self._run.start()
+        run.start()
         for number in sorted(self._hearts.silent):
-            self._tell_silent(number, "is silent")
+            run.silence_engine(number, "is silent")
         for number in sorted(self._hearts.busy):
-            self._tell_busy(number)
-
-    def _open_new_run(self, frames: Sequence[bytes], spec: RunSpec) -> ActiveRun:
-        """Unpickle it and make its master copy: whatever the user's code raises, the pool has no run then.
-
-        Raises:
-            RunError: with what was raised, and its traceback.
-        """
-        try:
-            return self._open_run(frames, spec)
-        except OSError as error:
-            raise HubError(str(error)) from error
-        except UserCodeError as error:
-            if isinstance(error.error, DnbError):
-                raise error.error from error
-            failure = error.failure
-            raise RunError(
-                f"{failure.kind}: {failure.message} ({failure.place})", remote_traceback=failure.traceback
-            ) from error
-
-    def _verified_spec(self, frames: Sequence[bytes]) -> RunSpec:
-        from dnb.transport.parcels import verify
-
-        spec_bytes, job_bytes, data_bytes, signature = frames
-        verify(self._config.key.encode(), [spec_bytes, job_bytes, data_bytes], signature)
-        return msgspec.msgpack.decode(spec_bytes, type=RunSpec)
-
-    def _open_run(
-        self,
-        frames: Sequence[bytes],
-        spec: RunSpec,
-        memo: RunMemo | None = None,
-        *,
-        reason: str = "",
-        failure: Failure | None = None,
-    ) -> ActiveRun:
-        """A new run, or the one of the hub before, which `reason` has ended; it may have failed by that."""
-        from dnb.hub.active_run import ActiveRun
-        from dnb.hub.beginnings import begin, take_over
-        from dnb.transport.parcels import adopt
-        from dnb.transport.process_settings import AppliedSettings
-
-        if self._settings is not None:  # of the run before
-            self._settings.take_back()
-        # The user's files and warnings are the engines' business.
-        self._settings = AppliedSettings(spec.settings, everything=False)
-        sys.path.extend(path for path in spec.sys_path if path not in sys.path)
-
-        def make_job() -> Any:
-            with user_code("where the run's objects are unpickled"):
-                return adopt(frames[1], spec.job)[0]
-
-        if memo is None:
-            beginning = begin(spec, make_job(), folders=self._folders)
-        else:
-            spec = msgspec.structs.replace(spec, clip_norm=memo.clip_norm)
-            beginning = take_over(spec, memo, make_job, folders=self._folders, reason=reason, failure=failure)
-        engines = self._returning.values() if memo else [engine.facts for engine in self._engines.values()]
-        accounts = read_memo(self._folders, ACCOUNTS_FILE, AccountsMemo) if memo else None
-        return ActiveRun(
-            spec,
-            frames,
-            beginning,
-            engines=engines,
-            send=self._send_to_engine,
-            offer_wire=self._wiring.offer,
-            release=self._release,
-            condemn=self._condemn,
-            replace=self._replace,
-            life=self._life,
-            departed=() if accounts is None else accounts.departed,
-            count_commit=self._recorder.count_commit,
-        )
+            run.miss_engine(number)
 
     # lives
 
@@ -952,26 +726,15 @@ class Service:
         for place in self._wiring.silent():
             self._drop_line(place, self._wiring.lines[place])
         self._look_at_engines()
-        if self._run is not None:
-            self._run.tick()
-        self._note_work()
+        self._slot.held.tick()
+        self._slot.note_work()
         if self._is_doomed:
             os.kill(os.getpid(), signal.SIGKILL)
         self._mischief.look()
         self._watch_leavers()
         self._write_what_is_old()
-        self._watch_owner()
+        self.end(self._steering.find_end(self._slot.held))
         look_at_logs()
-
-    def _note_work(self) -> None:
-        """Let whoever asks why this hub has ended know what it was about."""
-        run = self._run
-        is_at_work = run is not None and run.status in ("starting", "running")
-        if is_at_work != self._was_at_work:
-            self._was_at_work = is_at_work
-            self._recorder.set_at_work(is_at_work)
-        if run is not None and run.has_advanced:
-            self._recorder.be_of_use()
 
     def _look_at_engines(self) -> None:
         busy = self._hearts.busy
@@ -996,12 +759,10 @@ class Service:
         return None if known is None else activity_of(known.facts.process)
 
     def _tell_silent(self, engine: int, reason: str, *, is_asleep: bool = False) -> None:
-        if self._run is not None:
-            self._run.silence_engine(engine, reason, is_asleep=is_asleep)
+        self._slot.held.silence_engine(engine, reason, is_asleep=is_asleep)
 
     def _tell_busy(self, engine: int) -> None:
-        if self._run is not None:
-            self._run.miss_engine(engine)
+        self._slot.held.miss_engine(engine)
 
     def _hear(self, beat: Beat) -> None:
         engine = self._engines.get(beat.engine)
@@ -1016,8 +777,8 @@ class Service:
         # The last beat before a signal may come after the tick that saw the engine stopped.
         if beat.engine in self._hearts.silent and look_at(beat.process) == "stopped":
             return
-        if self._hearts.beat(beat.engine, time.monotonic()) and self._run is not None:
-            self._run.hear_engine(beat.engine)
+        if self._hearts.beat(beat.engine, time.monotonic()):
+            self._slot.held.hear_engine(beat.engine)
 
     def _ask_back(self, beat: Beat) -> None:
         """An engine beats that this hub does not know: it belonged to the one before, or its greeting was lost."""
@@ -1030,19 +791,8 @@ class Service:
             return
         del self._asked[beat.engine]
 
-    def _watch_owner(self) -> None:
-        """The pool ends with its kernel, unless a run is advancing, or was and may still be asked for."""
-        if self._owner is None or is_alive(self._owner):
-            return
-        if self._run is None or (self._orphaned is None and self._run.is_over):
-            self.end("its kernel is gone")
-        elif self._run.status in ("starting", "running") or self._orphaned is None:
-            self._orphaned = time.monotonic()
-        elif time.monotonic() - self._orphaned > self._run.spec.linger_seconds:
-            self.end("its kernel is gone, and nobody attached")
-
     def _statuses(self) -> tuple[EngineStatus, ...]:
-        busy = self._run.working if self._run is not None else frozenset()
+        busy = self._slot.held.working
         sent = self._wiring.num_records_out()
         return tuple(
             _status(
@@ -1055,9 +805,6 @@ class Service:
         )
 
     def _facts(self, *, look: bool = True) -> PoolFacts:
-        run, lost = self._run, self._lost_run
-        name = run.spec.name if run is not None else lost.spec.name if lost is not None else None
-        status = run.status if run is not None else lost.status if lost is not None else None
         return PoolFacts(
             cluster_id=self._config.cluster_id,
             guardian=self._guardian,
@@ -1065,9 +812,9 @@ class Service:
             controller=self._config.controller,
             helpers=self._helpers(look=look),
             engines=tuple(engine.facts for engine in self._engines.values()),
-            owner=self._owner,
-            run=name,
-            run_status=status,
+            owner=self._steering.owner,
+            run=self._slot.name,
+            run_status=self._slot.status,
             returning=tuple(self._returning.values()),
             restarts=self._restarts,
             folders=tuple(map(str, self._folders)),
@@ -1095,16 +842,15 @@ class Service:
         now = time.monotonic()
         if self._is_file_old and now >= self._write_again:
             self._write_pool_file()
-        elif (self._is_memo_old or self._is_run_memo_old) and now >= self._keep_again:
+        elif (self._is_memo_old or self._steering.changed or self._slot.changed) and now >= self._keep_again:
             self._keep_again = now + WRITE_AGAIN_SECONDS
             self._write_memos()
 
     def _write_pool_file(self) -> None:
         # Looking for children goes over all processes of the host, 13 ms were seen: no step waits for that. The nanny
         # of an engine that has just joined ends with its engine.
-        is_training = self._run is not None and self._run.is_active
         try:
-            write_pool_file(Path(self._config.security_dir), self._facts(look=not is_training))
+            write_pool_file(Path(self._config.security_dir), self._facts(look=not self._slot.held.is_active))
         except OSError as error:
             # Only other kernels read it: nothing that this one does waits for it.
             self._is_file_old, self._write_again = True, time.monotonic() + WRITE_AGAIN_SECONDS
@@ -1126,12 +872,12 @@ class Service:
         engines = [engine.facts.process for engine in self._engines.values()]
         engines += [facts.process for facts in self._returning.values()]
         steps: tuple[Callable[[], object], ...] = (
-            self._stop_run,
+            self._slot.stop,
             lambda: helpers.extend(self._helpers()),  # while those live whose children they are
             self._mischief.close,
             self._dismiss_engines,
             partial(end_processes, engines, patience_seconds=EXIT_SECONDS),
-            self._close_run,
+            lambda: self._slot.held.close(),
             self._wiring.close,
             self._authenticator.stop,
             self._doorkeeper.stop,
@@ -1151,17 +897,9 @@ class Service:
             except Exception:  # the pool ends all the same, and leaves nothing
                 log.exception("something went wrong while the pool ended")
 
-    def _stop_run(self) -> None:
-        if self._run is not None and self._run.is_active:
-            self._run.ask("stop")
-
     def _dismiss_engines(self) -> None:
         for number in list(self._engines):
             self._send_to_engine(number, Exit())
-
-    def _close_run(self) -> None:
-        if self._run is not None:
-            self._run.close()
 
 
 def _refusal(error: Exception) -> Refused:
@@ -1171,63 +909,6 @@ def _refusal(error: Exception) -> Refused:
         error=kind,
         message=clean_text(message, length=TRACEBACK_LENGTH),
         traceback=clean_text(getattr(error, "remote_traceback", ""), length=TRACEBACK_LENGTH),
-    )
-
-
-def _read(look: Callable[[], T]) -> T:
-    """Look at something without changing it: what goes wrong then ends nothing, the user's own code included.
-
-    Raises:
-        RunError: with what went wrong.
-    """
-    try:
-        return look()
-    except DnbError:
-        raise
-    except BaseException as error:
-        log.exception("a question cannot be answered")
-        failure = describe_error(error)
-        raise RunError(f"{failure.kind}: {failure.message}", remote_traceback=failure.traceback) from error
-
-
-def _verdict(crashes: Sequence[Crash]) -> str:
-    """Why a run has failed, for people."""
-    last = crashes[-1]
-    number = sum((crash.cause, crash.step) == (last.cause, last.step) for crash in crashes)
-    times = f"{number} times" if number > 1 else "again and again"
-    return f"the hub died {times} in step {last.step + 1}, and does not go on with it: {last.reason}"
-
-
-def _state_of(run: ActiveRun, request: GetState) -> tuple[Message, Sequence[Any]]:
-    from dnb.hub.snapshots import state_of
-    from dnb.transport.states import encode_state
-    from dnb.transport.trees import take_apart
-
-    state: dict[str, Any] = {
-        "parameters": dict(run.master.model.named_parameters()),
-        "buffers": dict(run.master.model.named_buffers()),
-        "loose": run.master.states.as_tensor(),
-    }
-    if request.optimizer:
-        state["optimizer"] = run.master.optimizer.state_dict()
-    if request.scheduler:
-        facts, tensors, _ = state_of(run.master.scheduler, "scheduler", is_strict=False)
-        state["scheduler"] = None if facts is None else {"tree": facts.tree, "tensors": tensors}
-    if request.kept:
-        tree, tensors = take_apart(run.master.functions.read(), root="kept")
-        state["kept"] = {"tree": tree, "tensors": tensors}
-    return encode_state(state)
-
-
-def _standing(run: ActiveRun) -> str:
-    """How a run stands, for people."""
-    return run.status if run.is_active or run.is_over else "writing its last checkpoint"
-
-
-def _still_active(run: ActiveRun) -> str:
-    return (
-        f"run {run.spec.name!r} is {_standing(run)}: wait for it with %dtrain wait, or end it with %dtrain stop, "
-        "before the next fit"
     )
 
 

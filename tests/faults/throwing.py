@@ -58,7 +58,7 @@ def throw_around(owner: Any, name: str, *, key: int | None = None, label: str = 
 
 def arm_everything() -> None:
     """Wrap whatever the hub's loop does."""
-    from dnb.hub import active_run, coordinator, journal, keeping, reducer, rolling, service, wiring
+    from dnb.hub import active_run, coordinator, journal, keeping, reducer, rolling, run_slot, service, wiring
 
     throw_around(service.Service, "_tick", label="tick")
     throw_around(wiring.Wiring, "accept", label="accept")
@@ -68,7 +68,7 @@ def arm_everything() -> None:
     throw_around(service.Service, "_hear", label="beat")
     throw_around(service.Service, "_take_message", key=2, label="engine")
     throw_around(service.Service, "_serve_request", key=2, label="request")
-    throw_around(service.Service, "_take_over_run", label="take_over")
+    throw_around(run_slot.RunSlot, "_take_over_run", label="take_over")
     throw_around(service.Service, "_write_pool_file", label="pool_file")
     throw_around(service.Service, "_write_memos", label="memos")
     for name in ("start", "_assign", "_commit", "_prepare", "_record", "_take_digest", "do_chores", "_note", "tick"):
