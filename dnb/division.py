@@ -209,15 +209,23 @@ class Division:
             )
 
     def check_metrics(self, whole_metrics: Sequence[str]) -> None:
-        """Refuse metrics of outputs that a team does not gather.
+        """Refuse metrics of all samples at once where no engine has all outputs.
 
         Raises:
             PlanError: there is one.
         """
-        if whole_metrics:
+        if not whole_metrics:
+            return
+        why = f"metric {whole_metrics[0]!r} is computed of all samples at once, and"
+        if self.num_teams > 1:
             raise PlanError(
-                f"metric {whole_metrics[0]!r} is no mean over samples, and teams of engines gather no outputs for it: "
-                "use strategy='data', or leave it out"
+                f"{why} {self.num_teams} teams have a part of each batch: use mesh= with one team, strategy='data', or "
+                "leave it out"
+            )
+        if self.partitions[-1].kind == "synced":
+            raise PlanError(
+                f"{why} outputs are not gathered where BatchNorm takes statistics of all engines: use plain BatchNorm, "
+                "or leave it out"
             )
 
     def for_loss(self, loss_over: str, *, micro_batch: int | None) -> Division:

@@ -12,7 +12,7 @@ from dnb.input_checks import check_choice
 from dnb.planning.calling import named_parts, no_target, takes_positional
 from dnb.transport.job import Job
 from dnb.transport.returned import ReturnError, fault_of_name
-from dnb.transport.stateful_metrics import StatefulMetric
+from dnb.transport.stateful_metrics import StatefulMetric, has_state, is_collection, spread
 
 LOSS_OVERS = ("samples", "batch")
 
@@ -130,6 +130,8 @@ def read_metrics(metrics: Any) -> dict[str, Callable[..., Any]]:
         return {}
     if isinstance(metrics, str):
         metrics = [metrics]
+    if is_collection(metrics):
+        metrics = dict(metrics.items())
     if callable(metrics) or not isinstance(metrics, Iterable):
         raise ArgumentError(
             f"metrics is a {type(metrics).__name__}: give 'accuracy', or {{'name': callable(output, target)}}"
@@ -139,9 +141,21 @@ def read_metrics(metrics: Any) -> dict[str, Callable[..., Any]]:
         if unknown:
             raise ArgumentError(f"no metric {unknown[0]!r}: give 'accuracy', or {{'name': callable(output, target)}}")
         metrics = dict.fromkeys(metrics, accuracy)
-    for name, metric in metrics.items():
+    named = list(spread(metrics))
+    for name, metric in named:
         _check_metric(name, metric)
-    return {name: StatefulMetric(metric) if _has_state(metric) else metric for name, metric in metrics.items()}
+    names = [name for name, _ in named]
+    for name in names:
+        if names.count(name) > 1:
+            raise ArgumentError(
+                f"{name!r} would be the name of two metrics, one of them in a collection: choose another"
+            )
+    return {name: StatefulMetric(metric) if has_state(metric) else metric for name, metric in named}
+
+
+def are_objects(metrics: Any) -> bool:
+    """Tell whether metrics are functions and objects, not the words that stand for some."""
+    return isinstance(metrics, Mapping) or is_collection(metrics)
 
 
 def check_metrics_are_computed(metrics: Any, *, step: Any) -> None:
@@ -157,17 +171,12 @@ def check_metrics_are_computed(metrics: Any, *, step: Any) -> None:
         )
 
 
-def _has_state(metric: Any) -> bool:
-    """Tell whether a metric is one of torchmetrics' kind."""
-    return all(callable(getattr(metric, name, None)) for name in ("update", "compute"))
-
-
 def _check_metric(name: Any, metric: Any) -> None:
     if not isinstance(name, str):
         raise ArgumentError(f"{name!r} cannot be the name of a metric: give a word")
     if fault := fault_of_name(name):
         raise ArgumentError(fault)
-    if not callable(metric) and not _has_state(metric):
+    if not callable(metric) and not has_state(metric):
         raise ArgumentError(f"metric {name!r} is a {type(metric).__name__}: give a callable(output, target)")
 
 

@@ -17,6 +17,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from dnb.data_sources import Source, read_source
+from dnb.division import Division
 from dnb.errors import USER_ERRORS, ArgumentError, PlanError, summary_of
 from dnb.homecoming import OrderFollower
 from dnb.hub.checkpoints import Checkpoint, DamagedError, Manifest, find_checkpoint, remove_torn
@@ -24,12 +25,13 @@ from dnb.hub.signing import SecretError, is_signed, read_secret
 from dnb.hub.sources import MENDED_FILE
 from dnb.input_checks import check_model, check_positive
 from dnb.input_data import count_val_samples
-from dnb.input_losses import read_loss, read_metrics
+from dnb.input_losses import accuracy, are_objects, check_metrics_are_computed, read_loss, read_metrics
 from dnb.kept_specs import OBJECTS, check_kept_spec
 from dnb.planning.sample_order import BatchOrder, count_batches
 from dnb.planning.shards import choose_num_shards
 from dnb.progress import long_work
 from dnb.records import ParcelRef, PlainJob, ResumeFrom, RunSpec
+from dnb.rehearsal.metrics import whole_metrics_of
 from dnb.run import Run
 from dnb.run_folders import RUNS_FOLDER, check_name, check_place, clean_name, is_folder
 from dnb.training import (
@@ -191,6 +193,7 @@ def resume(
         job=NOTHING,
         data=NOTHING,
         findings=(),
+        **_metrics_now(checkpoint.manifest, given, job),
         is_loss_new=given.loss is not None and not (isinstance(given.loss, str) and _plain_loss(old) == given.loss),
         probe=None,  # the notebook's was of the parameters with which the first run began
         plain=_plain_now(old.plain, given, job),
@@ -468,7 +471,7 @@ def _plain_now(plain: PlainJob | None, given: _Given, job: Job) -> PlainJob | No
         is_word = isinstance(value, str) and name in words
         if name in words:
             changes[name] = value if is_word else None
-        if name == "metrics" and not isinstance(value, Mapping):
+        if name == "metrics" and not are_objects(value):
             changes["metrics"] = tuple(read_metrics(value))
         elif value is not None and not is_word:
             others.add(name)
@@ -478,6 +481,27 @@ def _plain_now(plain: PlainJob | None, given: _Given, job: Job) -> PlainJob | No
         others.add("val")
     changes |= {"shuffle": order.shuffle, "drop_last": order.drop_last, "others": tuple(sorted(others))}
     return msgspec.structs.replace(plain, **changes)
+
+
+def _metrics_now(manifest: Manifest, given: _Given, job: Job) -> dict[str, Any]:
+    """What the spec of the new run says of its metrics: those that no rehearsal has looked at are computed whole.
+
+    Raises:
+        ArgumentError: outputs are not known, as the model returns its own loss.
+        PlanError: no engine has all outputs.
+    """
+    old = manifest.spec
+    if given.metrics is None:
+        return {}
+    check_metrics_are_computed(given.metrics, step=job.step)
+    are_means = {name.removeprefix("val_") for name in manifest.metrics} - set(old.whole_metrics)
+    unknown = [name for name, metric in job.metrics.items() if metric is not accuracy and name not in are_means]
+    names = whole_metrics_of(job, unknown)
+    if old.partitions:
+        Division(old.partitions, old.ties, None, old.num_shards, old.team_size, None).check_metrics(names)
+    elif names:
+        return {"whole_metrics": names, "loss_over": "batch", "reduction": "samples"}
+    return {"whole_metrics": names}
 
 
 def _data_of(checkpoint: Checkpoint, given: _Given, sources: dict[str, Source]) -> Ship:

@@ -40,6 +40,7 @@ from dnb.input_checks import (
 )
 from dnb.input_data import count_val_samples, order_of
 from dnb.input_losses import (
+    are_objects,
     check_loss_over,
     check_metrics_are_computed,
     check_val_step,
@@ -59,6 +60,7 @@ from dnb.pool.starting import adopt_pool, profile_folder, start_pool
 from dnb.progress import long_work
 from dnb.proving import Submission
 from dnb.records import ENDED, Done, Finding, ParcelRef, PlainJob, PoolFacts, RunSpec, Submit
+from dnb.rehearsal.metrics import called, whole_metrics_of
 from dnb.rehearsal.modes import mode_findings
 from dnb.rehearsal.rehearsing import rehearse
 from dnb.rehearsal.trial import Options
@@ -291,7 +293,8 @@ def fit(
         micro_batch: most samples that go through forward at once.
         clip_norm: largest global norm of the gradient.
         precision: "float32", or "bfloat16" for autocast in forward.
-        metrics: {"name": callable(output, target) -> mean over samples}, or "accuracy".
+        metrics: {"name": callable(output, target)}, or "accuracy". One that is no mean over samples, or keeps a state
+            as those of torchmetrics do, is computed of all samples at once.
         val_step: instead of loss or step where `val` is evaluated: callable(model, batch), returning as `step` does.
         after_step: callable(model), run once by the hub after each update, without gradients, for averages and the
             clipping of weights; what it keeps (modules, tensors, lists, numbers) comes home as the model does.
@@ -383,8 +386,9 @@ def fit(
     data = Data(train=train_source.data, val=None if val_source is None else val_source.data)
     rehearsed = rehearse(job, data, Options(seed=seed, precision=precision, loss_over=loss_over))
     job, data = rehearsed.job, rehearsed.data
-    loss_over = check_loss_over(read_loss_over(loss_over) or rehearsed.loss_over, job)
-    gathers = bool(rehearsed.whole_metrics) or loss_over == "batch"
+    wished_over = read_loss_over(loss_over)
+    loss_over = check_loss_over(wished_over or rehearsed.loss_over, job)
+    whole_metrics = whole_metrics_of(job, rehearsed.whole_metrics)
     division, strategy = Division.synced(
         model, wants_all=bool(sync_batchnorm), strategy=strategy, exact=exact, transport=transport
     )
@@ -436,7 +440,8 @@ def fit(
     if division is not None:
         division.check_pool(pool)
         division = division.for_loss(loss_over, micro_batch=micro_batch)
-        division.check_metrics(rehearsed.whole_metrics)
+        division.check_metrics(whole_metrics)
+    gathers = loss_over == "batch" or (division is None and gathers_for(whole_metrics, wished=wished_over))
     if most_bytes is not None:
         limit = Limit(most_bytes, job, data, batch_size=order.batch_size, precision=precision)
         division = limit.settle(division, followed, num_engines=len(working_engines(pool)), micro_batch=micro_batch)
@@ -476,12 +481,13 @@ def fit(
             *rehearsed.findings,
             *mode_findings(model),
             *findings_of_loss(loss_over, is_divided=division is not None),
+            *findings_of_metrics(whole_metrics, is_divided=division is not None, has_val=val is not None),
         ),
         probe=rehearsed.probe,
         probe_samples=rehearsed.probe_samples,
         settings=settings,
         reduction="samples" if gathers else rehearsed.reduction,
-        whole_metrics=rehearsed.whole_metrics,
+        whole_metrics=whole_metrics,
         loss_over="batch" if gathers else loss_over,
         num_sampled=num_sampled,
         scheduler_every=scheduler_every,
@@ -538,6 +544,30 @@ def findings_of_loss(loss_over: str, *, is_divided: bool) -> tuple[Finding, ...]
         return ()
     how = "it is computed once, on the outputs of all micro-batches" if is_divided else "outputs are gathered"
     return (Finding(kind="loss", text=f"this loss looks at the whole batch: {how}"),)
+
+
+def gathers_for(metrics: Sequence[str], *, wished: str | None) -> bool:
+    """Tell whether outputs are gathered for metrics alone.
+
+    Raises:
+        ArgumentError: the user wants no gathering.
+    """
+    if metrics and wished == "samples":
+        raise ArgumentError(
+            f"{called(metrics)} computed of all samples at once, and loss_over='samples' gathers no outputs: leave "
+            "loss_over or the metric out"
+        )
+    return bool(metrics)
+
+
+def findings_of_metrics(names: Sequence[str], *, is_divided: bool, has_val: bool) -> tuple[Finding, ...]:
+    """What the run's events say of metrics that are computed of all samples at once."""
+    if not names:
+        return ()
+    how = [] if is_divided else ["outputs are gathered"]
+    how += ["one engine evaluates all validation data"] if has_val and not is_divided else []
+    text = f"{called(names)} computed of all samples at once"
+    return (Finding(kind="metrics", text=f"{text}: {', and '.join(how)}" if how else text),)
 
 
 def val_batch_size(job: Job, *, batch_size: int, loss_over: str) -> int | None:
@@ -709,7 +739,7 @@ def plain_job(*, loss: Any, step: Any, optimizer: Any, scheduler: Any, metrics: 
         "step": step is not None,
         "optimizer": not isinstance(optimizer, str),
         "scheduler": scheduler is not None,
-        "metrics": isinstance(metrics, Mapping),
+        "metrics": are_objects(metrics),
         "after_step": job.after_step is not None,
         "val_step": job.val_step is not None,
         "val": job.val_order is not None,
@@ -719,7 +749,7 @@ def plain_job(*, loss: Any, step: Any, optimizer: Any, scheduler: Any, metrics: 
         loss=loss if isinstance(loss, str) else None,
         optimizer=optimizer if isinstance(optimizer, str) else None,
         lr=job.lr,
-        metrics=() if isinstance(metrics, Mapping) else tuple(job.metrics),
+        metrics=() if are_objects(metrics) else tuple(job.metrics),
         shuffle=order.shuffle,
         drop_last=order.drop_last,
         others=tuple(name for name, found in is_object.items() if found),

@@ -411,9 +411,14 @@ class Replica:
         if not job.metrics:
             return loss, {}
         with torch.no_grad():
-            return loss, {
-                name: weighed(metric(output, compared), num_samples, name=name) for name, metric in job.metrics.items()
-            }
+            return loss, self._measure(output, compared, num_samples)
+
+    def _measure(self, output: Any, compared: Any, num_samples: int) -> Metrics:
+        """The metrics of one micro-batch."""
+        return {
+            name: weighed(metric(output, compared), num_samples, name=name)
+            for name, metric in self._job.metrics.items()
+        }
 
     def _judge_loss(self, loss: Callable[..., Any], output: Any, target: Any, num_samples: int) -> None:
         found = judge_new_loss(loss, output, target, num_samples=num_samples, spec=self._spec)

@@ -24,6 +24,7 @@ from dnb.engine.team_group import PeerLost, close_group, first_line, is_about_pe
 from dnb.engine.telemetry import Stopwatch
 from dnb.engine.timeline import Timeline
 from dnb.engine.whole_loss import WholeLoss
+from dnb.engine.whole_metrics import WholeMetrics
 from dnb.errors import PlanError
 from dnb.planning.calling import plain_batch
 from dnb.planning.dividing import Divider
@@ -137,6 +138,7 @@ class StageReplica:
         self._reduction: Reduction = spec.reduction
         self._is_loss_new = spec.is_loss_new
         self._trouble = Trouble()
+        self._whole_metrics = WholeMetrics(job.metrics, spec.whole_metrics)
         self._feed = _Feed()
         self._failed_samples = self._feed.indices
         self._modes = Modes([job.model, *(job.stages or ())])
@@ -248,6 +250,7 @@ class StageReplica:
 
     def _step(self, work: Work, indices: torch.Tensor) -> Outcome:
         self._be_training(mode=True)
+        self._whole_metrics.begin()
         self._timeline.is_counting = work.trace
         self._slots.begin(work.slabs, fresh=work.fresh)
         if work.fresh:
@@ -257,7 +260,7 @@ class StageReplica:
         unused = self._slots.finish()
         self._slots.check_written(work.step)
         self._slots.write_buffers(work.slabs[0])
-        sums = added(feed.sums) if feed.sums else NO_SUMS
+        sums = added([*feed.sums, *self._whole_metrics.take()]) if feed.sums else NO_SUMS
         is_first = first_filled_shard(work.batch_samples, num_shards=self._spec.num_shards) in work.shards
         states = self._states.collect(self._slots.misfits(self._states)) if is_first else b""
         return Outcome((sums,), feed.is_sum, unused, states=states)
@@ -266,6 +269,7 @@ class StageReplica:
         assert self._data.val is not None
         self._slots.read_buffers()
         self._states.begin()
+        self._whole_metrics.begin()
         self._be_training(mode=False)
         most = max(1, self._spec.batch_size)
         parts = [
@@ -274,7 +278,7 @@ class StageReplica:
             if len(piece)
             for sums in self._run(self._data.val, piece, batch_samples=None, seed=self._spec.seed).sums
         ]
-        return added(parts) if parts else NO_SUMS
+        return added([*parts, *self._whole_metrics.take()]) if parts else NO_SUMS
 
     def _run(self, source: DataSource, indices: torch.Tensor, *, batch_samples: int | None, seed: int) -> _Feed:
         """One pass of all micro-batches."""
@@ -310,6 +314,7 @@ class StageReplica:
         if self._spec.loss_over == "batch":
             if feed.whole is None:
                 feed.whole = WholeLoss(self._whole_loss, micro_samples=feed.micro_samples)
+            self._whole_metrics.add(output, batch[-1], feed.micro_samples)
             return feed.whole.add(output, batch[-1])
         has_target = job.loss is not None
         metrics: Metrics = {}
@@ -323,10 +328,11 @@ class StageReplica:
                     self._reduction, self._is_loss_new = found, False
             with counting_targets(self._reduction) as counted:
                 value = job.loss(output, batch[-1])
+            self._whole_metrics.add(output, batch[-1], feed.micro_samples)
             with torch.no_grad():
                 metrics = {
                     name: weighed(metric(output, batch[-1]), feed.micro_samples, name=name)
-                    for name, metric in job.metrics.items()
+                    for name, metric in self._whole_metrics.of_parts.items()
                 }
         loss = read_loss(
             value,
@@ -369,7 +375,8 @@ class StageReplica:
             )
         with torch.no_grad():
             metrics = {
-                name: weighed(metric(output, target), num_samples, name=name) for name, metric in job.metrics.items()
+                name: weighed(metric(output, target), num_samples, name=name)
+                for name, metric in self._whole_metrics.of_parts.items()
             }
         return loss.total / loss.weight if isinstance(loss, Sum) else loss, metrics
 

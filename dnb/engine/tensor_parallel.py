@@ -8,16 +8,18 @@ import torch
 import torch.distributed as dist
 
 from dnb.engine.memory import EngineMemory, Publisher
-from dnb.engine.replica import NO_SUMS, Outcome
+from dnb.engine.replica import NO_SUMS, Outcome, added
 from dnb.engine.team_group import PeerLost
 from dnb.engine.team_replica import TeamReplica
 from dnb.engine.telemetry import Stopwatch
 from dnb.engine.tensor_layers import TeamGradients, divide
 from dnb.engine.tensor_noise import OwnNoise
-from dnb.records import Diagnose, Diagnosis, Load, RunSpec, Seat, Work
+from dnb.engine.whole_metrics import WholeMetrics
+from dnb.records import Diagnose, Diagnosis, Load, RunSpec, Seat, Sums, Work
 from dnb.transport.job import Data, Job
 from dnb.transport.layout import slot_views
 from dnb.transport.own_generators import OwnGenerators
+from dnb.transport.returned import Metrics, weighed
 
 __all__ = ["PeerLost", "TensorReplica"]
 
@@ -69,6 +71,7 @@ class TensorReplica(TeamReplica):
             publisher=publisher,
             generators=generators,
         )
+        self._whole_metrics = WholeMetrics(job.metrics, spec.whole_metrics)
         self._gradients.close()
         self._had_fast_path = torch.backends.mha.get_fastpath_enabled()
         # Torch's fused encoder layer reads weights past their layers, as if they were whole.
@@ -125,6 +128,25 @@ class TensorReplica(TeamReplica):
         """Leave the group, and let go of the gradients."""
         super().close()
         torch.backends.mha.set_fastpath_enabled(self._had_fast_path)
+
+    def _run_pieces(self, indices: torch.Tensor, *, batch_samples: int) -> tuple[Sums, bool]:
+        self._whole_metrics.begin()
+        sums, is_sum = super()._run_pieces(indices, batch_samples=batch_samples)
+        return added([sums, *self._whole_metrics.take()]), is_sum
+
+    def _evaluate(self, work: Work, indices: torch.Tensor) -> Sums:
+        self._whole_metrics.begin()
+        return added([super()._evaluate(work, indices), *self._whole_metrics.take()])
+
+    def _measure(self, output: Any, compared: Any, num_samples: int) -> Metrics:
+        """Metrics of one micro-batch, by the engine that reports them."""
+        if self._rank != 0:
+            return {}
+        self._whole_metrics.add(output, compared, num_samples)
+        return {
+            name: weighed(metric(output, compared), num_samples, name=name)
+            for name, metric in self._whole_metrics.of_parts.items()
+        }
 
     def _forget(self) -> None:
         if self._entrance is not None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from dnb.errors import USER_ERRORS, summary_of
 from dnb.hub.optimizers import check_optimizer, optimizer_classes
 from dnb.input_checks import STRATEGIES, check_model
-from dnb.input_losses import loss_names, read_loss, read_metrics
+from dnb.input_losses import are_objects, loss_names, read_loss, read_metrics
 from dnb.notebook.panel_line import literal
 from dnb.notebook.text import one_line
 from dnb.planning.plans import Plan
@@ -132,7 +132,7 @@ def metrics(own: Mapping[str, Any], *, names: Mapping[str, Any]) -> list[Choice]
     found = [
         Choice(f"{name} ({len(value)} metrics)", f"--metrics {name}")
         for name, value in own.items()
-        if isinstance(value, Mapping) and value and _passes(read_metrics, value)
+        if are_objects(value) and value and _passes(read_metrics, value)
     ]
     return [Choice("none", ""), Choice("accuracy", f"--metrics {literal('accuracy', names=names)}"), *found]
 

@@ -1,49 +1,80 @@
-"""Metrics that are no means over samples: found on the samples of a rehearsal, and never averaged."""
+"""Metrics that are computed of all samples at once: found on the samples of a rehearsal, and never averaged."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 
 from dnb.engine.loss_judge import judge, other_outputs
-from dnb.errors import ArgumentError
+from dnb.errors import USER_ERRORS, ArgumentError
 from dnb.planning.calling import arguments_of
 from dnb.records import Finding
 from dnb.rehearsal.trial import Trial
 from dnb.rehearsal.undisturbed import undisturbed
-from dnb.transport.job import Sum
-from dnb.transport.returned import number_of
+from dnb.transport.job import Job, Sum
+from dnb.transport.returned import number_of, weighed
+from dnb.transport.stateful_metrics import StatefulMetric
 
 
 def check_metrics(trial: Trial) -> list[Finding]:
-    """Find the metrics of a run that look at all samples at once, and let them be computed so.
+    """Find the metrics of a run that look at all samples at once, so that they are computed so.
 
     Raises:
-        ArgumentError: outputs are not gathered, as the model returns its own loss or the user wants no gathering.
+        ReturnError: one that keeps a state gives no number.
     """
     if trial.computed.loss is None or trial.job.step is not None:
         return []
     with undisturbed():
         trial.modes.be_training(mode=False)
-        names = tuple(name for name, metric in trial.job.metrics.items() if not _is_mean(trial, name, metric))
-    if not names:
-        return []
-    shown = ", ".join(map(repr, names))
-    are = f"metric {shown} is no mean" if len(names) == 1 else f"metrics {shown} are no means"
-    if trial.job.loss is None:
-        raise ArgumentError(
-            f"{are} over samples, and where a model returns its own loss no outputs are gathered: give "
-            "loss=callable(output, target), or leave the metric out and compute it behind the run"
+        for name, metric in trial.job.metrics.items():
+            if isinstance(metric, StatefulMetric) and trial.job.loss is not None:
+                _check_number(trial, name, metric)
+        trial.whole_metrics = tuple(
+            name
+            for name, metric in trial.job.metrics.items()
+            if not isinstance(metric, StatefulMetric) and not _is_mean(trial, name, metric)
         )
-    if trial.options.loss_over == "samples":
+    return []
+
+
+def whole_metrics_of(job: Job, found: Collection[str]) -> tuple[str, ...]:
+    """Name the metrics that are computed of all samples at once: those that keep a state are, whatever they compute.
+
+    Args:
+        job: of the run.
+        found: in the rehearsal to be no means over samples.
+
+    Raises:
+        ArgumentError: outputs are not known, as the model returns its own loss.
+    """
+    if job.step is not None:
+        return ()
+    names = tuple(name for name, metric in job.metrics.items() if name in found or isinstance(metric, StatefulMetric))
+    if names and job.loss is None:
         raise ArgumentError(
-            f"{are} over samples, and loss_over='samples' gathers no outputs: leave loss_over or the metric out"
+            f"{called(names)} computed of all samples at once, and where a model returns its own loss no outputs are "
+            "gathered: give loss=callable(output, target), or leave the metric out and compute it behind the run"
         )
-    trial.whole_metrics = names
-    text = f"{are} over samples: outputs are gathered, and one engine evaluates all validation data at once"
-    return [Finding(kind="metrics", text=text)]
+    return names
+
+
+def called(names: Sequence[str]) -> str:
+    """The beginning of a sentence about metrics."""
+    return f"metric{'s' * (len(names) > 1)} {', '.join(map(repr, names))} {'are' if len(names) > 1 else 'is'}"
+
+
+def _check_number(trial: Trial, name: str, metric: Callable[..., Any]) -> None:
+    """Refuse before the run what its first step would refuse."""
+    try:
+        with torch.no_grad():
+            value = metric(torch.utils._pytree.tree_map(_detached, trial.computed.output), trial.computed.target)
+    except KeyboardInterrupt:
+        raise
+    except USER_ERRORS:  # of a few samples some cannot be computed
+        return
+    weighed(value, 1, name=name)
 
 
 def _is_mean(trial: Trial, name: str, metric: Callable[..., Any]) -> bool:

@@ -137,6 +137,6 @@ def test_metrics_that_are_no_means_over_samples_are_those_of_all_of_them(pool):
     batch = next(dnb.batches(digits()))
     assert run.history["f1"][0] == pytest.approx(f_score(mlp()(digits()[0][batch]), digits()[1][batch]).item())
     assert [e.text for e in run.events if e.kind == "metrics"] == [
-        "metrics 'f1', 'own_f1' are no means over samples: outputs are gathered, and one engine evaluates all "
-        "validation data at once"
+        "metrics 'f1', 'own_f1' are computed of all samples at once: outputs are gathered, and one engine evaluates "
+        "all validation data"
     ]
