@@ -26,6 +26,7 @@ from dnb.hub.gathering import CannotGather, Gatherer
 from dnb.hub.history import HistoryRow, RunSummary, read_timeline, summarize
 from dnb.hub.meeting import Meeting, open_meeting
 from dnb.hub.memo import RunMemo
+from dnb.hub.note_words import text_of
 from dnb.hub.pacing import DecayWatch
 from dnb.hub.peers import PeerError, Rules, check_message, check_parts
 from dnb.hub.pending_reports import Key, PendingReports, describe_mixed_sums
@@ -1062,7 +1063,7 @@ class ActiveRun:
             return
         event = RunEvent(
             kind=note.kind,
-            text=clean_text(note.text, length=TRACEBACK_LENGTH),
+            text=clean_text(text_of(note), length=TRACEBACK_LENGTH),
             step=self._coordinator.step if step is None else step,
             time=time.time(),
             engine=note.engine,

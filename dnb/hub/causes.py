@@ -10,14 +10,16 @@ from dnb.records import Failure
 
 # More would not be read.
 NUM_SHOWN = 3
+_NOBODY: Mapping[int, str] = {}
 MOST_RANGES = 12
 
 
-def describe_causes(failures: Iterable[tuple[int, Failure]]) -> tuple[str, str]:
-    """What failed and where, and one traceback per cause.
+def describe_causes(failures: Iterable[tuple[int, Failure]], names: Mapping[int, str] = _NOBODY) -> tuple[str, str]:
+    """Say what failed and where, and give one traceback per cause.
 
     Args:
         failures: with the engine of each.
+        names: of teams among them, by their numbers.
     """
     engines: dict[tuple[str, str], dict[int, str]] = {}  # per cause, and where in each one's work
     tracebacks: dict[tuple[str, str], str] = {}
@@ -25,19 +27,19 @@ def describe_causes(failures: Iterable[tuple[int, Failure]]) -> tuple[str, str]:
         cause = failure.kind, failure.message
         engines.setdefault(cause, {}).setdefault(engine, failure.place)
         tracebacks.setdefault(cause, failure.traceback)
-    texts = [f"{kind}: {message} ({_name_places(engines[kind, message])})" for kind, message in engines]
+    texts = [f"{kind}: {message} ({_name_places(engines[kind, message], names)})" for kind, message in engines]
     if len(texts) > NUM_SHOWN:
         texts[NUM_SHOWN:] = [f"and {len(texts) - NUM_SHOWN} other causes"]
     if len(tracebacks) == 1:
         return texts[0], next(iter(tracebacks.values()))
-    parts = [f"On {name_engines(list(engines[cause]))}:\n{text}" for cause, text in tracebacks.items()]
+    parts = [f"On {name_engines(list(engines[cause]), names)}:\n{text}" for cause, text in tracebacks.items()]
     return "; ".join(texts), "\n".join(parts[:NUM_SHOWN])
 
 
-def _name_places(places: Mapping[int, str]) -> str:
+def _name_places(places: Mapping[int, str], names: Mapping[int, str]) -> str:
     if not any(places.values()):
-        return name_engines(list(places))
-    named = [f"engine {engine}: {place}" if place else f"engine {engine}" for engine, place in places.items()]
+        return name_engines(list(places), names)
+    named = [name_engines([engine], names) + (f": {place}" if place else "") for engine, place in places.items()]
     more = [f"and {len(named) - NUM_SHOWN} more engines"] if len(named) > NUM_SHOWN else []
     return "; ".join(named[:NUM_SHOWN] + more)
 
@@ -97,6 +99,8 @@ def ranges_text(numbers: Sequence[int]) -> str:
     return ", ".join(shown) + (f" and {left} more" if left else "")
 
 
-def name_engines(engines: Sequence[int]) -> str:
-    """For a sentence."""
-    return f"engine{'s' * (len(engines) > 1)} {', '.join(map(str, engines))}"
+def name_engines(engines: Sequence[int], names: Mapping[int, str] = _NOBODY) -> str:
+    """Name engines in a sentence; numbers of teams by the teams' names."""
+    plain = [engine for engine in engines if engine not in names]
+    told = [f"engine{'s' * (len(plain) > 1)} {', '.join(map(str, plain))}"] if plain else []
+    return " and ".join([*told, *(names[engine] for engine in engines if engine in names)])

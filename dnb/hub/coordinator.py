@@ -47,9 +47,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Literal
 
-from dnb.hub.causes import describe_causes, describe_deaths, name_engines
+from dnb.hub.causes import describe_deaths
 from dnb.hub.events import (
     Action,
     Asked,
@@ -71,6 +72,7 @@ from dnb.hub.events import (
     LoadEngine,
     Note,
     PeerLost,
+    Reason,
     Release,
     Replace,
     RestEngine,
@@ -81,6 +83,7 @@ from dnb.hub.events import (
     WorkDone,
 )
 from dnb.hub.leases import Lease, Leases
+from dnb.hub.note_words import text_of, traceback_of
 from dnb.hub.tasks import Death, Task
 from dnb.records import ENDED, Failure, Partition, RunStatus, WorkKind
 
@@ -138,8 +141,7 @@ class Coordinator:
         self.num_shards = num_shards
         self.evaluate_every = evaluate_every
         self.status: RunStatus = status
-        self.error = error
-        self.traceback = traceback  # of what is in `error`
+        self.trouble = Note(status, error, traceback=traceback) if error else None  # why it is paused or has failed
         self.step = step  # committed
         self._evaluated = evaluated  # the last step after which an evaluation was committed
         self._loading: set[int] = set(engines)
@@ -154,7 +156,7 @@ class Coordinator:
         self._task: Task | None = None
         self._wish: Literal["pause", "stop"] | None = None
         self._committing = False
-        self._last_loss = ""
+        self._last_loss: Note | None = None
         self._was_asked_for = False  # the last loss
         self._ending: set[int] = set()  # engines that are about to be lost
         self._name_samples = name_samples
@@ -217,8 +219,7 @@ class Coordinator:
             case CommitRefused(step, reason):
                 return self._refuse(step, reason)
             case CommitFailed(step, failure):
-                place = f" ({failure.place})" if failure.place else ""
-                return self._end("failed", f"step {step}: {failure.kind}: {failure.message}{place}", failure.traceback)
+                return self._end("failed", Note("failed", reason="commit failed", step=step, failures=((0, failure),)))
             case Asked(verb):
                 return self._ask(verb)
             case PeerLost():
@@ -267,8 +268,9 @@ class Coordinator:
         self._loading.discard(engine)
         self._ready.add(engine)
         self._refill_since = None
-        kind, more = ("spare", ", and rests") if engine in self._resting else ("joined", "")
-        actions: list[Action] = [Note(kind, f"engine {engine} has model and data{more}", engine)]
+        is_spare = engine in self._resting
+        loaded = Note("spare", reason="loaded as a spare") if is_spare else Note("joined", reason="loaded")
+        actions: list[Action] = [replace(loaded, engine=engine)]
         if self.status == "starting":
             return actions + self._begin_if_loaded()
         if self._task is not None and not self._committing:
@@ -286,12 +288,9 @@ class Coordinator:
             return []
         self.status = "running"
         return [
-            *(Note("hung", f"engine {engine} is silent: the run begins without it", engine) for engine in sorted(mute)),
-            *(
-                Note("busy", f"engine {e} still loads, or is in another call: the run begins without it", e)
-                for e in sorted(stuck)
-            ),
-            Note("running", f"{len(workers)} engines, {self.num_shards} shards"),
+            *(Note("hung", engine=engine, reason="silent at the start") for engine in sorted(mute)),
+            *(Note("busy", engine=engine, reason="busy at the start") for engine in sorted(stuck)),
+            Note("running", reason="begins", count=len(workers), num_shards=self.num_shards),
             *self._next_task(),
         ]
 
@@ -305,15 +304,15 @@ class Coordinator:
 
     def _lose(self, event: EngineLost) -> list[Action]:
         engine = event.engine
-        loss = f"engine {engine if event.member is None else event.member} {event.reason}"
         self._ending.discard(engine)
         if event.is_slab_lost and self._task is not None and not self._committing:
             self._task.tear(engine)
         is_known = engine in self._loading or engine in self._ready
         if not is_known and engine not in self._returning:
             return []
-        self._last_loss, self._was_asked_for = loss, False
-        note = Note("died", loss, engine)
+        note = Note("died", event.reason, engine, "found")
+        self._was_asked_for = False
+        self._last_loss = note if event.member is None else replace(note, engine=event.member)
         if not is_known:
             self._returning.discard(engine)
             return [note, *self._end_or_go_on()]
@@ -340,12 +339,12 @@ class Coordinator:
         task = self._task
         assert task is not None
         self._give_up()
-        replace = Replace(len(task.deaths))
+        replacements = Replace(len(task.deaths))
         if self._wish == "stop":
-            return [replace, *self._end("stopped")]
+            return [replacements, *self._end("stopped")]
         shards = sorted(frozenset.intersection(*(death.shards for death in deaths)))
         told = describe_deaths(deaths, self._name_samples(task.kind, task.step, shards))
-        return [*self._pause_to_mend(task, told), replace, *self._release_free()]
+        return [*self._pause_to_mend(task, detail=told), replacements, *self._release_free()]
 
     def _give_up(self) -> None:
         """No answer to the task under way will count."""
@@ -353,14 +352,12 @@ class Coordinator:
             lease.is_open = False
         self._task = None
 
-    def _pause_to_mend(self, task: Task, text: str, traceback: str = "") -> list[Action]:
-        is_step = task.kind != "evaluation"
-        place = f"step {task.step}" if is_step else f"the evaluation after step {task.step}"
-        error = (
-            f"paused at {place}: {text}; nothing of this {'step' if is_step else 'evaluation'} was applied. "
-            "Mend it and run.resume(step=mended) or run.resume(loss=mended), or run.stop() keeps what was trained"
-        )
-        return self._pause(error, is_error=True, traceback=traceback)
+    def _pause_to_mend(
+        self, task: Task, *, detail: str = "", failures: Sequence[tuple[int, Failure]] = ()
+    ) -> list[Action]:
+        reason: Reason = "evaluation failed" if task.kind == "evaluation" else "step failed"
+        note = Note("paused", detail, reason=reason, step=task.step, failures=tuple(failures))
+        return self._pause(note, is_error=True)
 
     def _forget(self, engine: int) -> int:
         """An engine is gone; how many shards are to be redone for that."""
@@ -405,8 +402,8 @@ class Coordinator:
         for engine in sorted(self._retiring):
             lease = self._leases.by_engine.get(engine)
             if engine in self._retiring and (lease is None or not lease.is_open or engine in self._silent):
-                self._last_loss, self._was_asked_for = f"engine {engine} left, as asked", True
-                actions += [Note("left", self._last_loss, engine), Release(engine), *self._drop(engine)]
+                self._last_loss, self._was_asked_for = Note("left", engine=engine, reason="left, as asked"), True
+                actions += [self._last_loss, Release(engine), *self._drop(engine)]
         return actions
 
     def _wake(self, engine: int) -> list[Action]:
@@ -415,7 +412,7 @@ class Coordinator:
         self._resting.discard(engine)
         if engine not in self._ready:
             return []  # it works as soon as it has loaded
-        note = Note("joined", f"engine {engine}, a spare until now, takes part", engine)
+        note = Note("joined", engine=engine, reason="woken")
         return [note, *self._begin_if_loaded(), *self._go_on()]
 
     def _silence(self, engine: int, reason: str, *, is_asleep: bool) -> list[Action]:
@@ -430,7 +427,7 @@ class Coordinator:
         actions: list[Action] = []
         if not is_asleep or self._is_told("hung", engine):
             self._told_silent.add(engine)
-            actions.append(Note("hung", f"engine {engine} {reason}", engine))
+            actions.append(Note("hung", reason, engine, "found"))
         return [*actions, *self._release_free(), *self._go_on()]
 
     def _miss(self, engine: int) -> list[Action]:
@@ -442,8 +439,7 @@ class Coordinator:
         if lease is None or self._num_told["busy", engine]:
             return []
         self._num_told["busy", engine] += 1
-        text = f"engine {engine} is at work in a call that lets no other thread run, not even its heartbeat"
-        return [Note("busy", text, engine)]
+        return [Note("busy", engine=engine, reason="in a call")]
 
     def _hear(self, engine: int) -> list[Action]:
         self._busy.pop(engine, None)
@@ -451,7 +447,7 @@ class Coordinator:
             return []
         is_told = engine in self._told_silent
         self._told_silent.discard(engine)
-        note = [Note("recovered", f"engine {engine} is heard again", engine)] if is_told else []
+        note = [Note("recovered", engine=engine, reason="heard")] if is_told else []
         return [*note, *self._go_on()]
 
     def _is_told(self, kind: str, engine: int) -> bool:
@@ -552,9 +548,9 @@ class Coordinator:
         if late.engine not in self._told_late:
             self._told_late.add(late.engine)
             if self._is_told("late", late.engine):
-                why = "wait for it" if late.engine in self._silent else "are late"
-                text = f"{len(shards)} shards of engine {late.engine} {why}: engine {engine} computes them too"
-                actions.append(Note("reassigned", text, late.engine))
+                why: Reason = "silent" if late.engine in self._silent else "late"
+                note = Note("reassigned", engine=late.engine, reason=why, count=len(shards), other=engine)
+                actions.append(note)
         return actions
 
     def _take_from_silent(self, task: Task, leases: Iterable[Lease]) -> list[Action]:
@@ -590,7 +586,7 @@ class Coordinator:
         if self.step == self.num_steps:
             return self._end("finished")
         if self._wish == "pause":
-            return self._pause(f"paused after step {self.step}, as asked")
+            return self._pause(Note("paused", reason="paused, as asked", step=self.step))
         return self._open("outputs" if self._gathers else "step", self.step + 1)
 
     def _owes_evaluation(self) -> bool:
@@ -665,20 +661,15 @@ class Coordinator:
         self._task = None
         if self._wish == "stop":
             return self._end("stopped")
-        return self._pause(
-            f"paused at step {step}: {reason}; nothing of this step was applied. "
-            "run.set(lr=...) and run.resume() try it again, run.stop() keeps what was trained",
-            is_error=True,
-        )
+        return self._pause(Note("paused", reason, reason="refused", step=step), is_error=True)
 
     # the user's wishes
 
-    def _pause(self, text: str, *, is_error: bool = False, traceback: str = "") -> list[Action]:
+    def _pause(self, note: Note, *, is_error: bool = False) -> list[Action]:
         self._wish = None
         self.status = "paused"
-        self.error = text if is_error else ""
-        self.traceback = traceback
-        return [Note("paused", text)]
+        self.trouble = note if is_error else None
+        return [note]
 
     def _ask(self, verb: Literal["pause", "resume", "stop"]) -> list[Action]:
         if verb == "stop" and (self.status != "running" or not (self._committing or self._can_advance())):
@@ -695,10 +686,10 @@ class Coordinator:
             return []
         self._wish = None
         self.status = "running"
-        self.error = self.traceback = ""
+        self.trouble = None
         if not self._has_engines and not self._was_asked_for:
             self._refill_since = self._leases.now
-        return [Note("resumed", f"resumed after step {self.step}"), *self._next_task()]
+        return [Note("resumed", reason="resumed", step=self.step), *self._next_task()]
 
     # failures and ends
 
@@ -718,8 +709,8 @@ class Coordinator:
         """An engine could not load the run; it fails only if nobody could."""
         self._load_failures.append((engine, failure))
         self._was_asked_for = False
-        self._last_loss = f"engine {engine} could not load the run: {failure.kind}: {failure.message}"
-        return [Note("left", self._last_loss, engine), *self._drop(engine)]
+        self._last_loss = Note("left", engine=engine, reason="could not load", failures=((engine, failure),))
+        return [self._last_loss, *self._drop(engine)]
 
     def _pause_if_answered(self, task: Task) -> list[Action]:
         """User code has failed: pause, unless somebody may still say that it failed there too."""
@@ -728,8 +719,7 @@ class Coordinator:
         self._give_up()
         if self._wish == "stop":
             return self._end("stopped")
-        text, traceback = describe_causes(task.failures)
-        return self._pause_to_mend(task, text, traceback) + self._release_free()
+        return self._pause_to_mend(task, failures=task.failures) + self._release_free()
 
     def _is_awaited(self, lease: Lease, task: Task) -> bool:
         if lease.engine in self._silent or self._leases.is_late(lease):
@@ -742,37 +732,44 @@ class Coordinator:
             return []
         if self._refill_since is not None:
             self._refill_since = self._task = None
-            text = f"paused after step {self.step}: no engine has come within {REFILL_SECONDS:g} s"
-            return self._pause(f"{text}. %dtrain add, then %dtrain resume")
+            return self._pause(Note("paused", f"{REFILL_SECONDS:g} s", reason="nobody came", step=self.step))
         if self._was_asked_for:
             self._task = None
-            text = f"paused after step {self.step}: the last engine left. %dtrain add, then %dtrain resume"
-            return self._pause(text)
+            return self._pause(Note("paused", reason="the last one left", step=self.step))
         if self.status == "starting" and self._load_failures:
-            failures = [failure for _, failure in self._load_failures]
-            if len({(failure.kind, failure.message) for failure in failures}) == 1:
-                engines = name_engines(sorted({engine for engine, _ in self._load_failures}))
-                error = f"loading on {engines}: {failures[0].kind}: {failures[0].message}"
-                return self._end("failed", error, failures[0].traceback)
-            text, traceback = describe_causes(self._load_failures)
-            return self._end("failed", f"loading: {text}", traceback)
-        return self._end("failed", f"no engine is left at step {self.step}: {self._last_loss}")
+            note = Note("failed", reason="nobody could load", failures=tuple(self._load_failures))
+            return self._end("failed", note)
+        return self._end("failed", Note("failed", reason="nobody is left", step=self.step, cause=self._last_loss))
 
-    def _end(self, status: RunStatus, error: str = "", traceback: str = "") -> list[Action]:
+    def _end(self, status: RunStatus, trouble: Note | None = None) -> list[Action]:
         self.status = status
-        self.error = error
-        self.traceback = traceback
+        self.trouble = trouble
         self._task = None
         self._leases.by_engine.clear()
         released = [Release(engine) for engine in sorted(self._retiring)]
         self._retiring.clear()
-        return [Note(status, self.last_word), End(status, error, traceback), *released]
+        return [self.last_note, End(status, self.error, self.traceback), *released]
+
+    @property
+    def last_note(self) -> Note:
+        """The note of how the run has ended."""
+        return self.trouble or Note(self.status, reason="ended", step=self.step, count=self.num_steps)
 
     @property
     def last_word(self) -> str:
-        """How the run has ended, for people."""
-        return self.error or f"{self.status} after step {self.step} of {self.num_steps}"
+        """The same in words."""
+        return text_of(self.last_note)
+
+    @property
+    def error(self) -> str:
+        """The reason why it is paused or has failed, in words; empty if it is neither, or the user's wish."""
+        return "" if self.trouble is None else text_of(self.trouble)
+
+    @property
+    def traceback(self) -> str:
+        """The traceback of what is in `error`."""
+        return "" if self.trouble is None else traceback_of(self.trouble)
 
 
 def _reassigned(engine: int, num_shards: int) -> Note:
-    return Note("reassigned", f"{num_shards} shards of engine {engine} go to others", engine)
+    return Note("reassigned", engine=engine, reason="lost", count=num_shards)

@@ -216,13 +216,53 @@ class Commit:
     reports: tuple[tuple[int, tuple[int, ...]], ...]  # (engine, shards) of those that count, in order
 
 
+# Why a note is written: `dnb.hub.note_words` has a sentence for each.
+Reason = Literal[
+    "told",  # in the note's own words
+    "loaded",
+    "loaded as a spare",
+    "woken",
+    "silent at the start",
+    "busy at the start",
+    "begins",
+    "found",
+    "held up its team",
+    "in a call",
+    "heard",
+    "left, as asked",
+    "could not load",
+    "lost",
+    "late",
+    "silent",
+    "paused, as asked",
+    "nobody came",
+    "the last one left",
+    "refused",
+    "step failed",
+    "evaluation failed",
+    "resumed",
+    "commit failed",
+    "nobody could load",
+    "nobody is left",
+    "ended",
+]
+
+
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Write an event into the run's history."""
+    """Write an event into the run's history: its facts, which `dnb.hub.note_words` puts into words."""
 
     kind: str
-    text: str
-    engine: int | None = None
+    detail: str = ""  # in the words of whoever found it
+    engine: int | None = None  # or the team
+    reason: Reason = "told"
+    step: int = 0
+    count: int = 0  # of shards, engines or steps
+    num_shards: int = 0  # of a batch
+    other: int | None = None  # the engine that computes what another one holds
+    failures: tuple[tuple[int, Failure], ...] = ()  # of user code, with the engine of each
+    cause: Note | None = None
+    traceback: str = ""  # if there are no failures that have one
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ team is busy if a member is. An answer counts if it comes from a member of a tea
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -51,6 +50,7 @@ from dnb.hub.events import (
     WakeEngine,
     WorkDone,
 )
+from dnb.hub.note_words import text_of, traceback_of
 from dnb.records import ENDED, Partition, RunStatus
 
 # Teams are numbered from here, so that no engine has the number of one.
@@ -136,17 +136,19 @@ class Teams:
     @property
     def error(self) -> str:
         """Why it is paused or has failed, for people."""
-        return self._named(self._inner.error)
+        trouble = self._inner.trouble
+        return "" if trouble is None else text_of(trouble, self._names)
 
     @property
     def last_word(self) -> str:
         """How the run has ended, for people."""
-        return self._named(self._inner.last_word)
+        return text_of(self._inner.last_note, self._names)
 
     @property
     def traceback(self) -> str:
         """Of what is in `error`."""
-        return self._inner.traceback
+        trouble = self._inner.trouble
+        return "" if trouble is None else traceback_of(trouble, self._names)
 
     @property
     def evaluated(self) -> int:
@@ -353,12 +355,11 @@ class Teams:
         self._retiring.discard(engine)
         if not known:
             return []
-        loss = f"engine {engine} {event.reason}"
-        died = Note("died", loss, engine)
+        died = Note("died", event.reason, engine, "found")
         team = self._team_of.get(engine)
         if team is None:
             return [died, *self._grow()]
-        return [died, *self._replace(team, loss, dead=event)]
+        return [died, *self._replace(team, event.reason, dead=event)]
 
     def _silence(self, engine: int, reason: str, *, is_asleep: bool) -> list[Action]:
         """The others of its team are stuck until it ends."""
@@ -375,8 +376,8 @@ class Teams:
         self._busy.add(engine)
         if team is None:
             return []
-        text = f"engine {engine} is at work in a call that lets no other thread run, not even its heartbeat"
-        note = [] if engine in self._told_busy or team.loading else [Note("busy", text, engine)]
+        is_told = engine in self._told_busy or bool(team.loading)
+        note = [] if is_told else [Note("busy", engine=engine, reason="in a call")]
         self._told_busy.update([engine] if note else [])
         return [*note, *(a for a in self._tell(EngineBusy(team.number)) if not isinstance(a, Note))]
 
@@ -401,8 +402,7 @@ class Teams:
             patience = ASLEEP_SECONDS if team is not None and engine in team.loading else patience
             if team is not None and self._now - since > patience:
                 del self._silent[engine]
-                text = f"engine {engine} {reason}: it is killed, as the others of its team wait for it"
-                actions += [Note("hung", text, engine), Condemn(engine)]
+                actions += [Note("hung", reason, engine, "held up its team"), Condemn(engine)]
         return actions
 
     def _suspect(self, engine: int, lease: int | None) -> list[Action]:
@@ -459,7 +459,7 @@ class Teams:
         self._free -= set(leaving)
         actions: list[Action] = []
         for engine in leaving:
-            actions += [Note("left", f"engine {engine} left, as asked", engine), Release(engine)]
+            actions += [Note("left", engine=engine, reason="left, as asked"), Release(engine)]
         return actions
 
     def _rest(self, engine: int) -> list[Action]:
@@ -491,23 +491,20 @@ class Teams:
                 return [replace(action, reports=tuple(everybody))]
             case Release():
                 return []  # engines are released, not teams
-            case Note(kind, text, number):
-                return self._note(kind, text, number)
-            case End():
+            case Note():
+                return self._note(action)
+            case End(status):
                 # Else engines that still wait for each other would never hear of the next run.
-                return [*map(Disband, self._teams), action]
+                return [*map(Disband, self._teams), End(status, self.error, self.traceback)]
             case _:
                 return [action]
 
-    def _note(self, kind: str, text: str, number: int | None) -> list[Action]:
-        if number is not None and number >= FIRST_TEAM:
-            if kind in ("died", "left"):
-                return []  # it was told of the engine
-            number = None
-        return [Note(kind, self._named(text), number)]
-
-    def _named(self, text: str) -> str:
-        return re.sub(r"engine (\d{7,})", lambda found: self._names.get(int(found[1]), found[0]), text)
+    def _note(self, note: Note) -> list[Action]:
+        """Say it of the team by its name, and not at all if it was told of the engine."""
+        is_of_team = note.engine in self._names
+        if is_of_team and note.kind in ("died", "left"):
+            return []
+        return [Note(note.kind, text_of(note, self._names), None if is_of_team else note.engine)]
 
 
 def _name(team: Team) -> str:

@@ -6,7 +6,6 @@ import pytest
 from msgspec.structs import replace
 
 from dnb.hub.causes import describe_causes
-from dnb.hub.coordinator import Coordinator
 from dnb.hub.events import (
     Action,
     Asked,
@@ -34,7 +33,9 @@ from dnb.hub.events import (
     UserCodeFailed,
     WorkDone,
 )
+from dnb.hub.note_words import text_of
 from dnb.records import Failure, WorkKind
+from tests.unit.worded import WordedCoordinator as Coordinator
 
 INDEX_ERROR = Failure(kind="IndexError", message="Target 12 is out of bounds.", traceback="Traceback: line 7")
 
@@ -49,7 +50,7 @@ def work(actions: Iterable[Action]) -> list[Action]:
 
 
 def notes(actions: Iterable[Action]) -> list[str]:
-    return [action.text for action in actions if isinstance(action, Note)]
+    return [text_of(action) for action in actions if isinstance(action, Note)]
 
 
 def loaded(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dnb.hub.coordinator import Coordinator
 from dnb.hub.events import (
     Asked,
     Assign,
@@ -18,6 +17,7 @@ from dnb.hub.events import (
     WakeEngine,
     WorkDone,
 )
+from tests.unit.worded import WordedCoordinator as Coordinator
 
 LEFT_1 = [Note("left", "engine 1 left, as asked", 1), Release(1)]
 

@@ -8,6 +8,7 @@ import pytest
 
 from dnb.hub import events as e
 from dnb.hub.coordinator import Coordinator
+from dnb.hub.note_words import text_of
 from dnb.hub.teams import ASLEEP_SECONDS, GRACE_SECONDS, SILENT_SECONDS, Teams
 from dnb.records import Failure, Partition
 
@@ -68,7 +69,7 @@ class World:
         return self.tell(e.EngineLost(engine, "died"))
 
     def told(self, kind):
-        return [note.text for note in self.notes if note.kind == kind]
+        return [text_of(note) for note in self.notes if note.kind == kind]
 
     def _perform(self, actions):
         for action in actions:
