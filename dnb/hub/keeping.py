@@ -411,6 +411,8 @@ class Keeper:
         optimizer, before = self._held.optimizer, self._moments
         try:
             if before is not None and before.hold(optimizer):
+                if before.has_moved:  # else it would go on with those that were the optimizer's own
+                    self._held.stepper.forget()
                 return None
             found = tensors_of(optimizer)
             if before is None and not found:

@@ -43,6 +43,7 @@ class Moments:
         self._seen: list[Any] = []
         self._base = self.flat.ctypes.data
         self._described: bytes | None = None
+        self.has_moved = False  # whether the last `hold` has given the optimizer other tensors
 
     def find(self, index: int, key: str) -> torch.Tensor:
         """The place of one parameter's tensor; zeros until it is used."""
@@ -54,6 +55,7 @@ class Moments:
         Raises:
             TypeError: its state holds what cannot be written down.
         """
+        self.has_moved = False
         if self._described is not None and self._is_unchanged(optimizer):
             return True
         tree, tensors = take_apart(_states(optimizer), root=_ROOT)
@@ -64,6 +66,7 @@ class Moments:
             for name in moved:
                 self.views[name].copy_(tensors[name])
             give_state(optimizer, put_together(tree, self.views))
+            self.has_moved = True
         self._seen = _values(optimizer)
         self._described = msgspec.msgpack.encode(tree)
         return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -149,6 +150,25 @@ def test_an_evaluation_is_committed(masters: Make, tmp_path: Path):
     master.commit_evaluation(1, {"val_loss": 0.25})
     last = recover(master, tmp_path)[1]
     assert (last.step, last.evaluated, last.kind, last.values) == (1, 1, "evaluation", {"val_loss": 0.25})
+
+
+def test_moments_are_written_down_as_they_are_when_a_function_is_called_after_each_update(tmp_path: Path):
+    plain = job_of().model
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.1, fused=True)
+    job = dataclasses.replace(job_of(), after_step=lambda _: None)
+    master = Master(job, folders=[tmp_path], prefix="run", clip_norm=None)
+    master.keep_journal(step=0, evaluated=0)
+    for _ in range(4):
+        commit(master)
+        for parameter in plain.parameters():
+            parameter.grad = torch.full_like(parameter, 0.5)
+        optimizer.step()
+    found, _ = recover(master, tmp_path)
+    expected = optimizer.state_dict()["state"]
+    state = found.optimizer.state_dict()["state"]
+    found.drop_slabs()
+    found.close()
+    assert all(torch.equal(state[n][key], expected[n][key]) for n in (0, 1) for key in ("exp_avg", "step"))
 
 
 def test_a_run_that_goes_on_from_a_checkpoint_begins_there(tmp_path: Path):
