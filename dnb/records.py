@@ -526,6 +526,7 @@ class WorkReport(Message, frozen=True):
     trace: StageTrace | None = None  # of a pipeline's step, if asked for
     outputs: tuple[OutputLeaf, ...] = ()  # of "outputs": what the model gave, then targets
     states: bytes = b""  # `dnb.transport.module_states.LooseStates` that have changed, of the batch's first shard
+    thawed: tuple[str, ...] = ()  # parameters without a slot that got a gradient, as user code lets them train by now
 
 
 # Kind of the failure of an engine that could not go on because another one of its team was gone.
@@ -631,6 +632,14 @@ class AddSlabs(Message, frozen=True):
     slabs: tuple[SegmentRef, ...]  # over a socket only their number counts: the engine makes its own
 
 
+class Thaw(Message, frozen=True):
+    """Let parameters train that were frozen: slabs are laid out anew, and all that were added before are gone."""
+
+    run: str
+    gradient_layout: Layout
+    buffer_layout: Layout
+
+
 class Shipped(Message, frozen=True):
     """All pieces that an engine without shared memory needs to load a run have been sent."""
 
@@ -707,7 +716,7 @@ class Exit(Message, frozen=True):
 
 
 HubMessage = Welcome | Rejoin | Load | Unload | Slow | Exit
-WireMessage = AddSlabs | Shipped | Work | Diagnose | Mended
+WireMessage = AddSlabs | Thaw | Shipped | Work | Diagnose | Mended
 
 
 # Client to hub -------------------------------------------------------------------------------

@@ -523,7 +523,7 @@ class Run:
         """Of the first steps, and sentences on those that are not there or not comparable."""
         reply, frames = self._require_hub().ask(GetGradients(run=self.name), GradientRows)
         rows = np.frombuffer(frames[0], dtype=np.float64).reshape(len(reply.steps), -1)
-        changes = [event for event in self.events if event.kind in ("set", "mended")]
+        changes = [event for event in self.events if event.kind in ("set", "mended", "thawed")]
         last = min([number, *(event.step for event in changes)])
         notes = []
         if last < number:
@@ -683,6 +683,7 @@ class Run:
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
                 parameter.copy_(state["parameters"][name])
+                parameter.requires_grad_(state["trains"].get(name, parameter.requires_grad))
             bring_states_home(self._model, state)
         if self._optimizer is not None:
             self._optimizer.load_state_dict(state["optimizer"])

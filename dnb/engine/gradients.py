@@ -69,14 +69,9 @@ class Gradients:
         self._slabs: dict[int, _SlabViews] = {}
         self._views: list[torch.Tensor] = []
         self._versions: list[int] = []
-        self._handles = [
-            direct.parameter.register_post_accumulate_grad_hook(self._hook_of(direct)) for direct in self._direct
-        ]
+        self._handles = [_registered(direct.parameter, self._hook_of(direct)) for direct in self._direct]
         if is_written is not None:
-            self._handles += [
-                self._parameters[index].register_post_accumulate_grad_hook(self._notifier(index))
-                for index in self._small
-            ]
+            self._handles += [_registered(self._parameters[index], self._notifier(index)) for index in self._small]
 
     def begin(self, slab: int, flat: Flat, *, fresh: bool) -> None:
         """From now on backward writes into this slab; a fresh one starts from zero."""
@@ -174,6 +169,17 @@ class Gradients:
             is_written(index)
 
         return hook
+
+
+def _registered(
+    parameter: torch.nn.Parameter, hook: Callable[[torch.Tensor], None]
+) -> torch.utils.hooks.RemovableHandle:
+    """Call a hook for a parameter's gradients, also for one that user code has frozen for now."""
+    is_trained = parameter.requires_grad
+    parameter.requires_grad_(True)
+    handle: torch.utils.hooks.RemovableHandle = parameter.register_post_accumulate_grad_hook(hook)
+    parameter.requires_grad_(is_trained)
+    return handle
 
 
 class _SlabViews:

@@ -45,6 +45,11 @@ class EngineMemory:
         if self.kind == "memory":
             self.parameters.madvise(mmap.MADV_DONTNEED)
 
+    def lay_out_anew(self, slab_bytes: int) -> None:
+        """Let go of all slabs, as those that follow are of another size."""
+        self.slabs.clear()
+        self._slab_bytes = slab_bytes
+
     def add_slabs(self, refs: Sequence[SegmentRef]) -> None:
         """Map slabs, or make this engine's own."""
         for ref in refs:

@@ -26,7 +26,8 @@ from dnb.engine.write_guard import ParameterWrittenError, WriteGuard
 from dnb.errors import USER_ERRORS, DnbError, kind_of, summary_of, text_of
 from dnb.planning.calling import arguments_of
 from dnb.planning.shards import SAMPLES_AT_LEAST, first_filled_shard
-from dnb.records import Diagnose, Diagnosis, Load, OutputLeaf, Reduction, RunSpec, Sums, Work
+from dnb.planning.thawing import thawed_text
+from dnb.records import Diagnose, Diagnosis, Layout, Load, OutputLeaf, Reduction, RunSpec, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
 from dnb.transport.layout import slot_views
 from dnb.transport.loss_weights import counting_targets, weighed_loss
@@ -56,6 +57,7 @@ class Outcome:
     states: bytes = b""  # loose ones that have changed
     leaves: tuple[OutputLeaf, ...] = ()  # of outputs that are gathered
     tensors: Sequence[torch.Tensor] = ()
+    thawed: tuple[str, ...] = ()  # parameters without a slot that got a gradient
 
 
 class Replica:
@@ -92,37 +94,57 @@ class Replica:
         self._data = data
         self._memory = memory
         self._stopwatch = stopwatch
-        self._publisher = publisher
-        self._buffer_layout = load.buffer_layout
         master = slot_views(load.parameter_layout, memory.parameters)
         self._named = dict(job.model.named_parameters())
         for name, parameter in self._named.items():
             parameter.data = master[name]
         self._master = master
         self._guard = WriteGuard(self._named, memory)
-        trainable = {slot.name for slot in load.gradient_layout.slots}
-        self._frozen = [(name, each) for name, each in self._named.items() if name not in trainable]
-        trained = [self._named[slot.name] for slot in load.gradient_layout.slots]
-        self._names = [slot.name for slot in load.gradient_layout.slots]
-        self._gradients = Gradients(
-            trained,
-            load.gradient_layout,
-            is_written=None if publisher is None else publisher.gradient_is_written,
-        )
+        self._thawed: dict[str, None] = {}  # names, in the order in which they were found
+        self._slab_buffers: dict[int, dict[str, torch.Tensor]] = {}
+        self._of_this_step: list[tuple[Work, torch.Tensor]] = []
+        self._names: list[str] = []
+        self._bind_slabs(load.gradient_layout, load.buffer_layout, publisher)
         self._buffers: list[tuple[torch.nn.Module, str, torch.Tensor, str]] = []
         for name, buffer in job.model.named_buffers():
             buffer.data = master[name].clone()
             self._buffers.append((*buffer_owner(job.model, name), buffer, name))
-        self._slab_buffers: dict[int, dict[str, torch.Tensor]] = {}
         self._states = EngineStates(job.model, placed=[name for *_, name in self._buffers], rules=spec.buffers)
         self._found_states = 0, b""  # step, and what its first shard has made of them
         self._most_at_once = spec.micro_batch
         self._modes = Modes([job.model])
         self._reduction: Reduction = spec.reduction
         self._is_loss_new = spec.is_loss_new
-        self._of_this_step: list[tuple[Work, torch.Tensor]] = []
         self._step_metrics = MetricReader()
         self._evaluates_gradients = False
+
+    def _bind_slabs(self, gradients: Layout, buffers: Layout, publisher: Publisher | None) -> None:
+        """Let gradients of these parameters be born in slabs; those among them that were frozen train from now on."""
+        self._publisher = publisher
+        self._buffer_layout = buffers
+        before, self._names = set(self._names), [slot.name for slot in gradients.slots]
+        placed = set(self._names)
+        for name in placed - before:
+            self._named[name].requires_grad_(True)
+        self._frozen = [(name, each) for name, each in self._named.items() if name not in placed]
+        self._gradients = Gradients(
+            [self._named[name] for name in self._names],
+            gradients,
+            is_written=None if publisher is None else publisher.gradient_is_written,
+        )
+
+    def thaw(self, gradients: Layout, buffers: Layout, publisher: Publisher | None) -> None:
+        """Go on with slabs of another layout, in which parameters have a place that were frozen until now.
+
+        Args:
+            gradients: their layout.
+            buffers: their layout in the same slabs.
+            publisher: of such slabs.
+        """
+        self._gradients.close()
+        self._slab_buffers.clear()
+        self._of_this_step.clear()
+        self._bind_slabs(gradients, buffers, publisher)
 
     def compute(self, work: Work, indices: torch.Tensor) -> Outcome:
         """Do what is asked; for a step, the gradients are then in the slabs.
@@ -146,10 +168,11 @@ class Replica:
             self._guard.check(work.step, thoroughly=work.check_copy)
             return evaluated
         self._be_training(mode=True)
+        self._thawed.clear()
         try:
             outcome = self._with_states(work, self._compute_step(work, indices))
             self._guard.check(work.step, thoroughly=work.check_copy)
-            return outcome
+            return dataclasses.replace(outcome, thawed=tuple(self._thawed)) if self._thawed else outcome
         except USER_ERRORS:
             for name in self._named:
                 self._check_parameter(name)  # if one was replaced, that is the cause
@@ -325,13 +348,20 @@ class Replica:
         unused = self._gradients.finish()
         for name, parameter in self._frozen:
             if parameter.grad is not None:
-                refuse_thawed(name, parameter)
+                self._find_thawed(name, parameter)
         self._write_buffers(slab)
         for index in unused:
             self._check_parameter(self._names[index])
         if self._publisher is not None and publish:
             self._publisher.finish()
         return unused
+
+    def _find_thawed(self, name: str, parameter: torch.nn.Parameter) -> None:
+        """Remember a gradient that has no place; the hub makes one, and has the step computed again."""
+        if self._spec.partitions:
+            refuse_thawed(name, parameter)
+        parameter.grad = None
+        self._thawed[name] = None
 
     def _pieces(self, indices: torch.Tensor) -> Sequence[torch.Tensor]:
         """What goes through forward at once in a step."""
@@ -538,17 +568,13 @@ def put_back(module: torch.nn.Module, key: str, own: torch.Tensor, master: torch
 
 
 def refuse_thawed(name: str, parameter: torch.nn.Parameter) -> None:
-    """Refuse a gradient that has no place, as its parameter was frozen when the run began.
+    """Refuse a gradient that has no place where engines compute together, as its parameter was frozen at the beginning.
 
     Raises:
         ModelChangedError: says so.
     """
     parameter.grad = None
-    raise ModelChangedError(
-        f"parameter {name!r} was frozen when the run began and has been thawed since, so that its gradient has no "
-        "place: let it be trainable at fit, and freeze it in forward or step until it is to train, as freezing counts "
-        "in mid-run; or run.stop(), thaw it, and fit again"
-    )
+    raise ModelChangedError(thawed_text(name))
 
 
 def tensor_digest(tensor: torch.Tensor) -> int:

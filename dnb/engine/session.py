@@ -31,6 +31,7 @@ from dnb.records import (
     Seat,
     Shipped,
     StageTrace,
+    Thaw,
     WireMessage,
     Work,
     WorkFailed,
@@ -101,14 +102,13 @@ class Session:
         self._outbox: Outbox | None = None
         self._fault: BaseException | None = None  # why what was mended cannot be used
         self._early: list[tuple[memoryview, memoryview]] = []  # what came before there was a replica that it is for
-        publisher: Publisher | None = None
+        self._layouts = load.gradient_layout, load.buffer_layout
         parcels: dict[int, memoryview | None] = {JOB_SLOT: None, DATA_SLOT: None}
         try:
             if memory.kind == "socket":
                 parcels = self._receive_parcels(spec)
                 self._outbox = Outbox(wire, timeout_seconds=SHIP_SECONDS)
                 self._outbox.start()
-                publisher = Publisher(load.gradient_layout, load.buffer_layout.num_bytes, self._outbox)
             job, of_job = adopt(job_bytes, spec.job, memory=parcels[JOB_SLOT])
             drop_gradient_hooks(job.model)
             data, of_data = adopt(data_bytes, spec.data, memory=parcels[DATA_SLOT])
@@ -119,10 +119,10 @@ class Session:
                 spec,
                 job,
                 data,
-                load,
+                msgspec.structs.replace(load, gradient_layout=self._layouts[0], buffer_layout=self._layouts[1]),
                 memory=memory,
                 stopwatch=stopwatch,
-                publisher=publisher,
+                publisher=self._make_publisher(),
                 generators=of_job + of_data,
             )
         except BaseException:
@@ -144,6 +144,10 @@ class Session:
         match message:
             case AddSlabs():
                 self._memory.add_slabs(message.slabs)
+            case Thaw():
+                self._lay_out_anew(message)
+                assert isinstance(self._replica, Replica)  # the hub tells nobody else
+                self._replica.thaw(*self._layouts, self._make_publisher())
             case Work():
                 self._work(message, raw)
             case Diagnose():
@@ -224,6 +228,7 @@ class Session:
             trace=self._trace(work),
             outputs=outcome.leaves,
             states=outcome.states,
+            thawed=outcome.thawed,
         ), raws
 
     def _tell_output(self) -> None:
@@ -282,6 +287,14 @@ class Session:
         else:
             self._fault = None
 
+    def _lay_out_anew(self, message: Thaw) -> None:
+        self._layouts = message.gradient_layout, message.buffer_layout
+        self._memory.lay_out_anew(message.buffer_layout.num_bytes)
+
+    def _make_publisher(self) -> Publisher | None:
+        gradients, buffers = self._layouts
+        return None if self._outbox is None else Publisher(gradients, buffers.num_bytes, self._outbox)
+
     def _receive_parcels(self, spec: RunSpec) -> dict[int, memoryview | None]:
         parcels = {JOB_SLOT: _landing(spec.job), DATA_SLOT: _landing(spec.data)}
         self._wire.landings = {PARAMETERS_SLOT: memoryview(self._memory.parameters)}
@@ -292,6 +305,8 @@ class Session:
                 message = _decode(packed)
                 if isinstance(message, AddSlabs):
                     self.take(packed, raw)
+                elif isinstance(message, Thaw):  # the run has changed since this engine was asked to load it
+                    self._lay_out_anew(message)
                 elif not isinstance(message, Shipped):
                     self._early.append((packed, raw))
                 shipped = shipped or isinstance(message, Shipped)

@@ -7,7 +7,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +38,7 @@ from dnb.hub.timelines import Part, Timelines
 from dnb.hub.usage import UsageMeter
 from dnb.hub.user_code import UserCodeError
 from dnb.planning.plan_words import amount
+from dnb.planning.thawing import thawed_text
 from dnb.records import (
     ENDED,
     PEER_LOST,
@@ -50,6 +51,7 @@ from dnb.records import (
     Failure,
     GetRun,
     GradientRows,
+    Layout,
     Load,
     Loaded,
     LoadFailed,
@@ -66,6 +68,7 @@ from dnb.records import (
     Seat,
     Shipped,
     StageTrace,
+    Thaw,
     TransportKind,
     Unload,
     WireOffer,
@@ -180,6 +183,7 @@ class ActiveRun:
         )
         self._version = 0  # of the parameters
         self._gradients: dict[int, torch.Tensor] = {}  # by step: loss, norm, some elements
+        self._sampled_layout = self.master.gradient_layout  # of these elements
         self._started = beginning.started
         self._ended = beginning.started + beginning.elapsed_seconds if beginning.status in ENDED else None
         self._last_word: machine.Note | None = None  # how it has ended; said when its last checkpoint is whole
@@ -314,6 +318,8 @@ class ActiveRun:
             wire.close()
             return
         member.wire, member.version, member.states_version = wire, self._version, 0
+        if member.gradient_layout is not self.master.gradient_layout:  # it was to load the run before
+            wire.queue(self._thaw_record())
         slabs = self.master.slabs_of(self._coordinator.owner_of(engine))
         wire.queue(AddSlabs(run=self.spec.id, slabs=tuple(slab.ref for slab in slabs)))
         if member.transport == "socket":
@@ -395,6 +401,8 @@ class ActiveRun:
                 num_samples=self._batches.num_samples(message.kind, message.step),
                 is_divided=bool(self.spec.partitions),
             )
+            if message.thawed:
+                self._check_thawed(message.thawed)
             states = self._read_states(message.states) if message.states else None
             if message.kind == "outputs" and self._gatherer is not None:
                 sizes, _ = self._batches.samples_of("outputs", message.step, message.shards)
@@ -418,6 +426,14 @@ class ActiveRun:
         except ValueError as error:
             raise PeerError(clean_text(str(error), length=TRACEBACK_LENGTH)) from error
         return states
+
+    def _check_thawed(self, names: Sequence[str]) -> None:
+        if self.spec.partitions:
+            raise PeerError("an engine of a team tells of thawed parameters")
+        try:
+            self.master.freezing.check(names)
+        except ValueError as error:
+            raise PeerError(clean_text(str(error), length=TRACEBACK_LENGTH)) from error
 
     def _tell_output(self, engine: int, lines: Sequence[str], *, kind: str) -> None:
         """Keep what user code has printed as an event, up to a number of lines for the whole run."""
@@ -649,7 +665,7 @@ class ActiveRun:
 
     def gradients(self) -> tuple[GradientRows, list[bytes]]:
         """What was seen of the gradients in the first steps."""
-        names = tuple(slot.name for slot in self.master.gradient_layout.slots)
+        names = tuple(slot.name for slot in self._sampled_layout.slots)
         rows = [row.numpy().tobytes() for row in self._gradients.values()]
         return GradientRows(steps=tuple(self._gradients), names=names), [b"".join(rows)]
 
@@ -727,6 +743,7 @@ class ActiveRun:
                 master.add_slabs(owner, self._num_slabs(engine), kind=member.transport)
         except SpaceError as error:
             return machine.EngineLost(engine, f"cannot take part: {error}")
+        member.gradient_layout = master.gradient_layout
         record = Load(
             run=self.spec.id,
             transport=member.transport,
@@ -872,15 +889,8 @@ class ActiveRun:
         taken = self._pending.take(reports)
         contributions = taken.contributions
         traces = self._placed(taken.traces)
-        if self._fault is not None:
-            return machine.CommitFailed(step, self._fault)
-        if self._checks.disagreement:
-            failure = Failure(kind="PlanError", message=self._checks.disagreement, traceback="")
-            return machine.CommitFailed(step, failure)
-        if mixed := describe_mixed_sums(contributions):
-            return machine.CommitRefused(step, mixed)
-        if reason := self._checks.take_copy_fault():
-            return machine.CommitRefused(step, reason)
+        if (obstacle := self._obstacle(step, contributions, taken.thawed)) is not None:
+            return obstacle
         try:
             values, samples = self._apply(kind, step, contributions, [engine for engine, _ in reports], taken.states)
             if kind == "evaluation":
@@ -894,8 +904,63 @@ class ActiveRun:
         self._accounts.end_task({engine for engine, _ in reports})
         if kind == "step":
             self._held = reports
+            if names := self.master.thawed_here:
+                self._fault = self._thaw(names, step + 1)
         self._put_off(kind, step, values, samples, traces)
         return machine.Committed(kind, step)
+
+    def _obstacle(
+        self, step: int, contributions: Sequence[Contribution], thawed: Iterable[str]
+    ) -> machine.Event | None:
+        """Why what engines have brought is not applied; mostly nothing."""
+        if self._fault is not None:
+            return machine.CommitFailed(step, self._fault)
+        if self._checks.disagreement:
+            failure = Failure(kind="PlanError", message=self._checks.disagreement, traceback="")
+            return machine.CommitFailed(step, failure)
+        if mixed := describe_mixed_sums(contributions):
+            return machine.CommitRefused(step, mixed)
+        if reason := self._checks.take_copy_fault():
+            return machine.CommitRefused(step, reason)
+        if thawed:
+            fault = self._thaw(thawed, step)
+            return machine.CommitDeferred(step) if fault is None else machine.CommitFailed(step, fault)
+        return None
+
+    def _thaw(self, names: Iterable[str], step: int) -> Failure | None:
+        """Give parameters that user code has thawed a place in all slabs; why a step cannot be computed with them."""
+        names = sorted(names)
+        if self.spec.partitions:
+            return Failure(kind="ModelChangedError", message=thawed_text(names[0]), traceback="")
+        numbers = {engine: len(self.master.slabs_of(engine)) for engine in self._members}
+        self.master.thaw(names)
+        self._rules = replace(self._rules, num_gradients=len(self.master.gradient_layout.slots))
+        shown = f"{names[0]!r}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+        text = f"parameter {shown} was thawed: trained from step {step} on"
+        self._note(machine.Note("thawed", text), step=step - 1)
+        try:
+            for engine, member in self._members.items():
+                self.master.add_slabs(engine, numbers[engine], kind=member.transport)
+                self._tell_of_thaw(engine, member)
+        except SpaceError as error:
+            return Failure(kind="SpaceError", message=str(error), traceback="")
+        return None
+
+    def _tell_of_thaw(self, engine: int, member: _Member) -> None:
+        member.num_filled = 0
+        if member.wire is None:
+            return  # it is told when it connects
+        member.gradient_layout = self.master.gradient_layout
+        refs = tuple(slab.ref for slab in self.master.slabs_of(engine))
+        member.wire.queue(self._thaw_record())
+        member.wire.queue(AddSlabs(run=self.spec.id, slabs=refs))
+        if member.transport == "socket":
+            self._open_landings(engine, member.wire)
+        member.wire.flush()
+
+    def _thaw_record(self) -> Thaw:
+        master = self.master
+        return Thaw(run=self.spec.id, gradient_layout=master.gradient_layout, buffer_layout=master.buffer_layout)
 
     def _gather(self, step: int, reports: tuple[Key, ...]) -> machine.Event:
         """Put together what the loss of a step is computed on."""
@@ -947,6 +1012,7 @@ class ActiveRun:
             self._last_commit = time.monotonic()
             return {f"{EVALUATION_PREFIX}{name}": value for name, value in (metrics | {"loss": loss}).items()}, {}
         is_sampled = step <= self._first_step + self.spec.num_sampled
+        is_sampled = is_sampled and self.master.gradient_layout is self._sampled_layout
         result = self.master.commit(contributions, describe=self._describe, sample=is_sampled, states=states)
         if result.sample is not None:
             self._gradients[step] = torch.cat(
@@ -1142,6 +1208,7 @@ class _Member:
     has_loaded: bool = False
     is_written: bool = False  # user code has written into its own copy of the parameters
     states_version: int = 0  # of the loose states that it has
+    gradient_layout: Layout | None = None  # of which it was told
 
 
 @dataclass(frozen=True, slots=True)

@@ -359,6 +359,7 @@ class Checkpointer:
             loose=tuple(states.now.buffers),
             empty=tuple(name for name, value in states.now.buffers.items() if value is None),
             transient=tuple(sorted(states.now.transient)),
+            toggled=self._master.freezing.toggled,
         )
 
     def _measured(self, step: int) -> dict[str, float]:

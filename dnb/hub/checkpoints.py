@@ -121,6 +121,7 @@ class Manifest(Record, frozen=True):
     loose: tuple[str, ...] = ()  # buffers that were added by forward, or have got another shape
     empty: tuple[str, ...] = ()  # those among them that hold nothing
     transient: tuple[str, ...] = ()  # those that no state_dict has
+    toggled: tuple[str, ...] = ()  # parameters that user code has thawed or frozen since the run began
 
 
 def facts_of(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorFacts, ...]:

@@ -56,6 +56,7 @@ from dnb.hub.events import (
     Asked,
     Assign,
     Commit,
+    CommitDeferred,
     CommitFailed,
     CommitRefused,
     Committed,
@@ -218,6 +219,8 @@ class Coordinator:
                 return self._fail_on_engine(event)
             case CommitRefused(step, reason):
                 return self._refuse(step, reason)
+            case CommitDeferred():
+                return self._compute_again()
             case CommitFailed(step, failure):
                 return self._end("failed", Note("failed", reason="commit failed", step=step, failures=((0, failure),)))
             case Asked(verb):
@@ -652,6 +655,12 @@ class Coordinator:
             self.step = step
         else:
             self._evaluated = step
+        return self._next_task()
+
+    def _compute_again(self) -> list[Action]:
+        if not self._committing:
+            return []
+        self._committing = False
         return self._next_task()
 
     def _refuse(self, step: int, reason: str) -> list[Action]:

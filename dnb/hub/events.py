@@ -142,6 +142,13 @@ class CommitRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class CommitDeferred:
+    """The step is to be computed once more: the memory that its result lies in has changed."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class CommitFailed:
     """User code in the hub raised in a step: the optimizer or scheduler, or the sampler before there was anything."""
 
@@ -178,6 +185,7 @@ Event = (
     | PeerLost
     | Committed
     | CommitRefused
+    | CommitDeferred
     | CommitFailed
     | Asked
     | Tick
@@ -209,7 +217,7 @@ class Assign:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Reduce and apply a task, then answer with `Committed`, `CommitRefused` or `CommitFailed`."""
+    """Reduce and apply a task, then answer with `Committed`, or another event whose name begins with "Commit"."""
 
     kind: WorkKind
     step: int

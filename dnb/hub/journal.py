@@ -115,6 +115,7 @@ class State(Record, frozen=True):
     moments: bytes  # the optimizer's state; its tensors are named as in their segment
     kept: SegmentRef | None = None  # what functions of the user's keep, in one of two places
     kept_place: int = 0
+    toggled: tuple[str, ...] = ()  # parameters that user code has thawed or frozen, see `dnb.hub.freezing`
 
 
 class Journal:

@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dnb.errors import SpaceError
 from dnb.hub.crew import Crew
+from dnb.hub.freezing import Freezing
 from dnb.hub.journal import (
     DIRTY,
     SHADOW,
@@ -88,6 +89,7 @@ class Held:
     parameters: Segment
     changing: Sequence[tuple[int, int]]  # bytes of the parameters' segment
     trainable: Sequence[torch.nn.Parameter]  # in the order of a slab
+    freezing: Freezing
     gradient_layout: Layout
     buffers: dict[str, torch.Tensor]
     folders: Sequence[Path]
@@ -129,6 +131,7 @@ class Keeper:
         self.journal = journal
         self._held = held
         self._clip_norm = clip_norm
+        self._toggled = held.freezing.toggled
         self._is_adam = has_kernel(held.optimizer)
         self._rolling: Rolling | None = None
         self._is_planned = False
@@ -162,6 +165,35 @@ class Keeper:
         self._adopt()
         self._write_state()
         self.journal.publish(step=step, evaluated=evaluated, values={}, samples={})
+
+    def go_on_with(self, held: Held) -> None:
+        """Go on when other parameters train: they get places for their state, and the journal names them.
+
+        Args:
+            held: the master copy as it is now; its optimizer is the same.
+        """
+        self._held, self._toggled, self._copies = held, held.freezing.toggled, None
+        self.forget()
+        if self._is_off:
+            return
+        before = [each.segment for each in (self._moments, self._undo) if each is not None]
+        self.journal.mark(SHADOW, 0)
+        try:
+            if self._is_adam:
+                self._moments = self._create_moments(adam_tensors(held.optimizer))
+                self._moments.hold(held.optimizer)
+                self._undo = self._open_undo(None)
+        except (SpaceError, TypeError) as error:
+            self.give_up(error)
+            return
+        if (outgrown := self._adopt()) is not None:
+            before.append(outgrown.segment)
+        self._write_state()
+        self._try(self.journal.republish)
+        kept = {segment.path for segment in self.segments}
+        for segment in before:
+            if segment.path not in kept:
+                segment.unlink()
 
     # a step
 
@@ -398,6 +430,8 @@ class Keeper:
         held.pace.take_step(step)
         if self._is_off:
             return
+        if held.functions.are_there:
+            self._toggled = held.freezing.toggled
         gone = self._adopt()
         if self._is_off:
             return
@@ -486,6 +520,7 @@ class Keeper:
             moments=self._describe(),
             kept=None if self._kept is None else self._kept.segment.ref,
             kept_place=0 if self._kept is None else place,
+            toggled=self._toggled,
         )
         if state != self._written:
             self._try(lambda: self.journal.write_state(state))
@@ -524,11 +559,10 @@ class Keeper:
         area_bytes, num_areas = undo_bytes(tensors, held.crew.num_threads)
         counts_bytes = ALIGNMENT_BYTES * max(len(tensors), 1)
         staging = plan_layout(held.buffers.items(), start_bytes=area_bytes * num_areas + counts_bytes)
-        if state is None or state.undo is None:
-            num_bytes = max(staging.num_bytes, area_bytes * num_areas + counts_bytes)
+        num_bytes = max(staging.num_bytes, area_bytes * num_areas + counts_bytes)
+        segment = None if state is None or state.undo is None else open_segment(state.undo)
+        if segment is None or len(segment.memory) < num_bytes:  # a function of the user's has thawed a parameter
             segment = create_segment(f"{held.prefix}-undo", num_bytes, folders=held.folders)
-        else:
-            segment = open_segment(state.undo)
         memory = np.frombuffer(segment.memory, dtype=np.uint8)
         begin = area_bytes * num_areas
         return _Undo(

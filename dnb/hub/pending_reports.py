@@ -31,6 +31,7 @@ class TaskReports:
     contributions: list[Contribution]
     states: LooseStates | None
     traces: dict[int, StageTrace]  # by engine; empty unless every one of them has one
+    thawed: frozenset[str]  # names of parameters that have no place in the slabs, and got a gradient
 
 
 class PendingReports:
@@ -66,6 +67,7 @@ class PendingReports:
             contributions=[contribution for key in keys for contribution in self._contributions(*key)],
             states=self._merged_states(keys),
             traces=self._traces(keys),
+            thawed=frozenset(name for key in keys for name in self._report(key).thawed),
         )
         self._shards = {}
         for engine, shards in keys:
@@ -84,10 +86,14 @@ class PendingReports:
         """Return the shards of the last task whose gradients are in a slab."""
         return self._shards.get((owner, slab), ())
 
-    def _contributions(self, engine: int, shards: tuple[int, ...]) -> list[Contribution]:
-        pending = self._pending[engine, shards]
-        report, slabs, owner = pending.report, pending.slabs, pending.owner
+    def _report(self, key: Key) -> WorkReport:
+        report = self._pending[key].report
         assert report is not None
+        return report
+
+    def _contributions(self, engine: int, shards: tuple[int, ...]) -> list[Contribution]:
+        pending, report = self._pending[engine, shards], self._report((engine, shards))
+        slabs, owner = pending.slabs, pending.owner
         if self._is_divided:
             return [
                 Contribution(owner, slab, shards[0], sums, report.is_sum, report.unused)

@@ -45,6 +45,7 @@ def recover_master(
             num_threads=state.num_threads,
             spec=spec,
         )
+        master.toggle(state.toggled)
         last = _recover(master, found, state)
         remove_segments(folders, prefix, but=master.segments)
     except (OSError, ValueError, KeyError, msgspec.MsgspecError) as error:

@@ -6,7 +6,7 @@ import cmath
 import math
 import mmap
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 
 from dnb.errors import ArgumentError, SpaceError
 from dnb.hub.crew import Crew, usable_threads
+from dnb.hub.freezing import Freezing
 from dnb.hub.hub_states import HubStates
 from dnb.hub.keeping import Held, Keeper, Update, begin_keeping
 from dnb.hub.optimizers import Stepper, build_optimizer, build_scheduler, check_setting
@@ -148,13 +149,11 @@ class Master:
         frozen = {name: p for name, p in named.items() if not p.requires_grad}
         tensors = {**trainable, **buffers, **frozen}
         self.parameter_layout = plan_layout(tensors.items())
-        self.gradient_layout = plan_gradients(trainable.items())
-        self.buffer_layout = plan_layout(buffers.items(), start_bytes=self.gradient_layout.num_bytes)
-        self.changing = _merged(
-            (slot.offset_bytes, slot.offset_bytes + views_bytes(tensors[slot.name]))
-            for slot in self.parameter_layout.slots
-            if slot.name not in frozen or self.functions.are_there  # they may write anything
-        )
+        self._parameters = named
+        self._tensors = tensors
+        self._buffers = buffers
+        self.freezing = Freezing(named)
+        self._lay_out()
         if parameters is None:
             self._segment = self._create("parameters", self.parameter_layout.num_bytes)
         else:
@@ -165,18 +164,59 @@ class Master:
                 views[name].copy_(tensor.detach())
             tensor.data = views[name]
         self.functions.bind(tensors)
-        self._buffers = buffers
         self.buffer_rules: Mapping[str, str] = {}  # by name; see `dnb.planning.buffers`
         self.states = HubStates(job.model, folders=folders, prefix=prefix)
         self._noticed: set[str] = set()
         self._differing: list[str] = []  # that are yet to be told
-        self._tensors = tensors
-        self._trainable = [trainable[slot.name] for slot in self.gradient_layout.slots]
         self._bound: tuple[tuple[int, int], frozenset[int]] | None = None  # whose slab the gradients are views of
         self._is_disturbed = False  # a hook has taken a gradient away
         self._slabs: dict[tuple[int, int], HubSlab] = {}
         self._keeper: Keeper | None = None
+
+    def _lay_out(self) -> None:
+        """Plan slabs, in which gradients lie before buffers, and tell which bytes of the parameters change."""
+        placed = self.freezing.placed
+        trained = {name: parameter for name, parameter in self._parameters.items() if name in placed}
+        self.gradient_layout = plan_gradients(trained.items())
+        self.buffer_layout = plan_layout(self._buffers.items(), start_bytes=self.gradient_layout.num_bytes)
+        self.changing = _merged(
+            (slot.offset_bytes, slot.offset_bytes + views_bytes(self._tensors[slot.name]))
+            for slot in self.parameter_layout.slots
+            # Functions of the user's may write anything.
+            if slot.name in trained or slot.name in self._buffers or self.functions.are_there
+        )
+        self._trainable = [trained[slot.name] for slot in self.gradient_layout.slots]
         self._sampled: list[torch.Tensor] | None = None  # elements of each gradient
+
+    # which parameters train
+
+    @property
+    def thawed_here(self) -> tuple[str, ...]:
+        """Parameters that functions of the user's have thawed in the hub, and that are to get a place by `thaw`."""
+        return self.freezing.unplaced if self.functions.are_there else ()
+
+    def thaw(self, names: Iterable[str]) -> None:
+        """Let parameters train that were frozen, from the next step on; all slabs are given up."""
+        self.settle()
+        self.drop_slabs()
+        self.freezing.thaw(names)
+        self._lay_out()
+        self._stepper.forget()
+        if self._keeper is not None:
+            self._keeper.go_on_with(self.held)
+
+    def toggle(self, names: Iterable[str]) -> None:
+        """Let parameters be frozen, or not, as in an earlier life of the run; before slabs are added.
+
+        Args:
+            names: as `Freezing.toggled` gave them.
+
+        Raises:
+            ValueError: there is no such parameter.
+        """
+        if names:
+            self.freezing.toggle(names)
+            self._lay_out()
 
     # what the next hub goes on from
 
@@ -228,6 +268,7 @@ class Master:
             parameters=self._segment,
             changing=self.changing,
             trainable=self._trainable,
+            freezing=self.freezing,
             gradient_layout=self.gradient_layout,
             buffers=self._buffers,
             folders=self._folders,
@@ -327,11 +368,15 @@ class Master:
     def _adjust_gradients(self) -> float:
         """Let hooks see the gradient of the whole batch; the sum of the squares of what they leave."""
         self.functions.adjust_gradients()
-        gradients = [parameter.grad for parameter in self._trainable if parameter.grad is not None]
+        gradients = self._gradients
         assert self._bound is not None
         # A hook may take one away, as those do that step a parameter themselves; for this step alone.
         self._is_disturbed = len(gradients) + len(self._bound[1]) < len(self._trainable)
-        return sum(gradient.abs().double().square().sum().item() for gradient in gradients)
+        return _square_of(gradients)
+
+    @property
+    def _gradients(self) -> list[torch.Tensor]:
+        return [parameter.grad for parameter in self._trainable if parameter.grad is not None]
 
     def _take_states(self, states: LooseStates) -> None:
         """Before the step counts, as they are written down with its number."""
@@ -458,6 +503,10 @@ class Master:
             if math.isnan(square):
                 raise self._find_culprit(keys)
         unused = frozenset.intersection(*(frozenset(c.unused) for c in contributions))
+        frozen: set[int] = set()
+        if self.functions.are_there:  # which may freeze what engines go on computing gradients of
+            frozen = {number for number, parameter in enumerate(self._trainable) if not parameter.requires_grad}
+            unused |= frozen
         if self._bound != (keys[0], unused) or self._is_disturbed:
             for number, (parameter, gradient) in enumerate(zip(self._trainable, first.gradients, strict=True)):
                 parameter.grad = None if number in unused else gradient
@@ -465,7 +514,7 @@ class Master:
             self._stepper.forget()
             if self._keeper is not None:
                 self._keeper.forget()
-        return square
+        return _square_of(self._gradients) if frozen else square
 
     def _sample(self) -> torch.Tensor:
         if self._sampled is None:
@@ -597,6 +646,11 @@ def views_bytes(tensor: torch.Tensor) -> int:
 def _mean_metric(name: str, sums: Sequence[Sums]) -> float:
     weight = sum(part.metric_weights.get(name, 0.0) for part in sums)
     return sum(part.metric_totals.get(name, 0.0) for part in sums) / weight if weight else math.nan
+
+
+def _square_of(gradients: Sequence[torch.Tensor]) -> float:
+    """The sum of the squares of all elements."""
+    return sum(gradient.abs().double().square().sum().item() for gradient in gradients)
 
 
 def _culprit_of(loss: float, contributions: Sequence[Contribution]) -> NotFinite:

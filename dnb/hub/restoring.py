@@ -45,6 +45,7 @@ def restore(folder: Path, master: Master, columns: Columns, *, digest: str = "")
         if digest not in ("", checkpoint.manifest.digest):
             raise ArgumentError(f"{folder} was replaced while the run was handed to the hub: resume once more")
         _restore_model(checkpoint, master)
+        master.toggle(checkpoint.manifest.toggled)
         tensors = checkpoint.read(OPTIMIZER_FILE)
         _restore_optimizer(checkpoint.manifest, master.optimizer, tensors)
         _restore_scheduler(checkpoint.manifest, master.scheduler, tensors)

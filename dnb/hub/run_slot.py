@@ -382,6 +382,7 @@ def _tensors_of(run: ActiveRun, request: GetState) -> tuple[Message, Sequence[An
         "parameters": dict(run.master.model.named_parameters()),
         "buffers": dict(run.master.model.named_buffers()),
         "loose": run.master.states.as_tensor(),
+        "trains": run.master.freezing.now,
     }
     if request.optimizer:
         state["optimizer"] = run.master.optimizer.state_dict()

@@ -24,6 +24,7 @@ from dnb.hub.events import (
     Action,
     Assign,
     Commit,
+    CommitDeferred,
     CommitFailed,
     CommitRefused,
     Committed,
@@ -226,7 +227,7 @@ class Teams:
                 return self._hear(engine)
             case LeaseDeclined() | EngineEnding():
                 return []
-            case Committed() | CommitRefused() | CommitFailed():
+            case Committed() | CommitRefused() | CommitDeferred() | CommitFailed():
                 return self._tell(event) + self._grow_if_it_pays()
             case _:
                 return self._tell(event)

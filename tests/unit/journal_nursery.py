@@ -16,7 +16,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ class Case:
     unused: Callable[[int, str], bool] | None = None
     kind: str = "memory"
     shadow_bytes: int = keeping.SHADOW_BYTES
+    thaws: dict[int, tuple[str, ...]] = field(default_factory=dict)  # parameters, by the step that trains them first
 
 
 def rare(step: int, name: str) -> bool:
@@ -122,6 +123,10 @@ CASES = {
         unused=rare,
     ),
     "user's optimizer": Case(Wandering, scheduler=lambda each: torch.optim.lr_scheduler.StepLR(each, 2)),
+    "thawed": Case("adamw", Switching, unused=rare, num_threads=2, thaws={2: ("frozen.weight",), 3: ("frozen.bias",)}),
+    "thawed momentum": Case(
+        lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9), Switching, thaws={2: ("frozen.weight",)}
+    ),
     "no room for a copy": Case(lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9), shadow_bytes=0),
 }
 
@@ -168,6 +173,8 @@ class Hub:
         return last
 
     def commit(self, step: int) -> dict[str, float]:
+        if thawed := set(self.case.thaws.get(step, ())) - self.master.freezing.placed:
+            self.master.thaw(thawed)
         generator = torch.Generator().manual_seed(step)
         contributions = []
         names = [slot.name for slot in self.master.gradient_layout.slots]

@@ -11,6 +11,7 @@ from dnb.hub.events import (
     Asked,
     Assign,
     Commit,
+    CommitDeferred,
     CommitFailed,
     CommitRefused,
     Committed,
@@ -627,6 +628,20 @@ def test_a_refused_step_ends_the_run_if_a_stop_was_asked_for():
     coordinator.handle(Asked("stop"))
     report(coordinator, *of_kind(actions, Assign))
     assert work(coordinator.handle(CommitRefused(1, "the loss is nan"))) == [End("stopped")]
+
+
+def test_a_step_whose_memory_has_changed_is_computed_again_from_zeroed_slabs():
+    coordinator, actions = loaded(0)
+    report(coordinator, *of_kind(actions, Assign))
+    assert work(coordinator.handle(CommitDeferred(1))) == [Assign(0, "step", 1, (0, 1, 2, 3), fresh=True, lease=2)]
+    assert (coordinator.status, coordinator.step) == ("running", 0)
+
+
+def test_a_step_that_is_to_be_computed_again_is_not_if_a_stop_was_asked_for():
+    coordinator, actions = loaded(0)
+    coordinator.handle(Asked("stop"))
+    report(coordinator, *of_kind(actions, Assign))
+    assert work(coordinator.handle(CommitDeferred(1))) == [End("stopped")]
 
 
 def test_user_code_that_fails_on_a_lost_engine_changes_nothing():

@@ -20,6 +20,7 @@ from dnb.hub.events import (
     Asked,
     Assign,
     Commit,
+    CommitDeferred,
     CommitRefused,
     Committed,
     End,
@@ -497,11 +498,11 @@ class Schedule(RuleBasedStateMachine):
             assert self.coordinator.working == before or self.engines[number].answers
 
     @precondition(lambda self: self.commit is not None)
-    @rule(is_refused=st.sampled_from([False, False, False, True]))
-    def answer_commit(self, is_refused: bool) -> None:
-        if is_refused and self.commit is not None and self.commit.kind == "step":
+    @rule(verdict=st.sampled_from(["committed", "committed", "committed", "refused", "deferred"]))
+    def answer_commit(self, verdict: str) -> None:
+        if verdict != "committed" and self.commit is not None and self.commit.kind == "step":
             step, self.commit = self.commit.step, None
-            self._tell(CommitRefused(step, "the loss is nan"))
+            self._tell(CommitRefused(step, "the loss is nan") if verdict == "refused" else CommitDeferred(step))
         else:
             self._answer_commit()
 

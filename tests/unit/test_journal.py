@@ -24,7 +24,7 @@ from tests.unit.journal_nursery import CASES
 
 ROOT = Path(__file__).parents[2]
 FORWARD = [name for name, case in CASES.items() if isinstance(case.optimizer, str)] + ["groups"]
-SMALL_BACK = ["plain adam", "momentum", "user's optimizer"]
+SMALL_BACK = ["plain adam", "momentum", "user's optimizer", "thawed momentum"]
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +60,14 @@ def test_a_hub_that_dies_in_the_middle_of_an_update_loses_nothing(order: Order, 
     assert order(case, "in the update", **{"in": places}) == ""
 
 
-@pytest.mark.parametrize("case", ["every kind of tensor", "momentum", "user's optimizer"])
+@pytest.mark.parametrize("case", ["every kind of tensor", "momentum", "user's optimizer", "thawed", "thawed momentum"])
 def test_a_hub_that_dies_at_any_store_of_its_journal_loses_nothing(order: Order, case: str):
     assert order(case, "at a store", stores=range_of(case)) == ""
 
 
 def range_of(case: str) -> list[int]:
     """Stores of the first two steps; rolling forward has one before and one after each chunk."""
-    return list(range(1, 15)) if case == "every kind of tensor" else list(range(1, 9))
+    return list(range(1, 15)) if case in ("every kind of tensor", "thawed") else list(range(1, 9))
 
 
 @pytest.mark.parametrize("case", ["adamw", "every kind of tensor", "groups", "momentum"])
