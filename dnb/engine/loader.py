@@ -18,8 +18,15 @@ def fetch_batch(source: DataSource, indices: torch.Tensor) -> Any:
         indices: int64, shape (batch,).
     """
     if source.collate is None:
-        return tuple(tensor[indices] for tensor in source.samples)
+        return tuple([_rows_of(tensor, indices) for tensor in source.samples])
     positions = indices.tolist()
     if hasattr(source.samples, "__getitems__"):
         return source.collate(source.samples.__getitems__(positions))
     return source.collate([source.samples[position] for position in positions])
+
+
+def _rows_of(tensor: Any, indices: torch.Tensor) -> Any:
+    # The same rows, which it copies several times as fast.
+    if type(tensor) is torch.Tensor and tensor.is_contiguous():
+        return tensor.index_select(0, indices)
+    return tensor[indices]

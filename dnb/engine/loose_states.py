@@ -34,12 +34,15 @@ class _Table:
         buffers = module._buffers
         return cls(path, module, len(buffers), tuple(key for key, value in buffers.items() if value is None))
 
+    def has_other(self) -> bool:
+        """Say whether there are more buffers, or fewer, than at first."""
+        now = self.module._buffers
+        return len(now) != self.num_at_first or any(now.get(key) is not None for key in self.empty_at_first)
+
     def loose(self, placed: Mapping[str, object]) -> list[str]:
         """Names of buffers that are there now, and were not at first."""
-        now = self.module._buffers
-        if len(now) == self.num_at_first and all(now[key] is None for key in self.empty_at_first):
-            return []
-        return [key for key, value in now.items() if value is not None and self.name(key) not in placed]
+        now = self.module._buffers.items()
+        return [key for key, value in now if value is not None and self.name(key) not in placed]
 
     def name(self, key: str) -> str:
         return f"{self.path}.{key}" if self.path else key
@@ -62,12 +65,10 @@ class EngineStates:
         self._extra = {name: pack_state(module.get_extra_state()) for name, module in self._owners.items()}
         self._truth = LooseStates()
         self._seen: dict[str, tuple[torch.Tensor, int]] = {}  # as they were put into the model, with their version
-        self._tables = [
-            _Table(
-                path, module, len(module._buffers), tuple(k for k, value in module._buffers.items() if value is None)
-            )
-            for path, module in model.named_modules()
-        ]
+        self._tables = [_Table.of(path, module) for path, module in model.named_modules()]
+        # What is looked at in every step: numbers of buffers, and the few tables of which some hold nothing at first.
+        self._numbers = [table.num_at_first for table in self._tables]
+        self._with_empty = [table for table in self._tables if table.empty_at_first]
 
     def is_loose(self, name: str) -> bool:
         """Whether the layout's place of a buffer does not count any more."""
@@ -85,7 +86,7 @@ class EngineStates:
         for name, module in self._owners.items():
             if pack_state(module.get_extra_state()) != self._extra[name]:
                 module.set_extra_state(unpack_state(self._extra[name]))
-        for table in self._tables:
+        for table in self._others():
             for key in table.loose(self._placed):
                 if table.name(key) in self._truth.buffers:
                     continue
@@ -111,7 +112,7 @@ class EngineStates:
             if pack_state(value) != self._extra[name]:
                 found.extra[name] = value
         buffers = dict(replaced)
-        for table in self._tables:
+        for table in self._others():
             for key in table.loose(self._placed):
                 name = table.name(key)
                 buffers[name] = table.module._buffers[key]
@@ -132,6 +133,13 @@ class EngineStates:
                 f"at most {MOST_BYTES / 1e6:.0f} MB travel beside the gradients: give {name} its last shape before fit"
             )
         return packed
+
+    def _others(self) -> list[_Table]:
+        """Tables that have other buffers than at first; mostly none."""
+        numbers = [len(table.module._buffers) for table in self._tables]
+        if numbers == self._numbers and not any(table.has_other() for table in self._with_empty):
+            return []
+        return [table for table in self._tables if table.has_other()]
 
     def _put(self, name: str, value: torch.Tensor | None) -> None:
         path, _, key = name.rpartition(".")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import psutil
 
@@ -41,18 +39,17 @@ class Stopwatch:
         """Resident memory before the run."""
         return self._footprint.start_bytes
 
-    @contextmanager
-    def measure(self, activity: str) -> Iterator[None]:
+    def measure(self, activity: str) -> Measured:
         """Count the time inside as "compute" or "data"."""
-        begin = time.perf_counter()
-        try:
-            yield
-        finally:
+        return Measured(self, activity)
+
+    def add(self, activity: str, begin: float) -> None:
+        """Count the time since then."""
+        seconds = time.perf_counter() - begin
+        if self.slowness != 1.0 and activity == "compute":
+            time.sleep((self.slowness - 1.0) * seconds)
             seconds = time.perf_counter() - begin
-            if self.slowness != 1.0 and activity == "compute":
-                time.sleep((self.slowness - 1.0) * seconds)
-                seconds = time.perf_counter() - begin
-            self._seconds[activity] += seconds
+        self._seconds[activity] += seconds
 
     def take(self) -> Telemetry:
         """What was measured since the last call; the counters start again."""
@@ -77,3 +74,25 @@ class Stopwatch:
             self._sampled = now
             self._rss_bytes = self._footprint.look()
             self._cpu_percent = self._process.cpu_percent()
+
+
+class Measured:
+    """A block of which the time is counted; entered several times in every step.
+
+    Args:
+        stopwatch: counts it.
+        activity: as it is counted.
+    """
+
+    __slots__ = ("_activity", "_begin", "_stopwatch")
+
+    def __init__(self, stopwatch: Stopwatch, activity: str) -> None:
+        self._stopwatch = stopwatch
+        self._activity = activity
+        self._begin = 0.0
+
+    def __enter__(self) -> None:
+        self._begin = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._stopwatch.add(self._activity, self._begin)

@@ -37,6 +37,12 @@ def test_tensors_are_indexed_at_once():
     assert (x.tolist(), y.tolist()) == ([[6.0, 7.0], [2.0, 3.0], [6.0, 7.0]], [3, 1, 3])
 
 
+def test_tensors_that_lie_otherwise_give_the_same_rows():
+    source = DataSource(samples=(torch.arange(20.0).view(2, 10).t(),), collate=None)
+    (x,) = fetch_batch(source, INDICES)
+    assert x.tolist() == [[3.0, 13.0], [1.0, 11.0], [3.0, 13.0]]
+
+
 def test_a_data_set_is_asked_for_each_sample_by_a_plain_integer():
     samples = Squares()
     fetch_batch(DataSource(samples=samples, collate=default_collate), INDICES)
