@@ -181,6 +181,7 @@ class Sums(Record, frozen=True):
     metric_totals: dict[str, float]
     metric_weights: dict[str, float]  # samples, or what a step function's Sum weighs
     num_samples: int
+    unit: float = 1.0  # the gradient of a Sum's total is so many times that in the slab
 
 
 class Telemetry(Record, frozen=True):

@@ -30,7 +30,7 @@ from dnb.planning.thawing import thawed_text
 from dnb.records import Diagnose, Diagnosis, Layout, Load, OutputLeaf, Reduction, RunSpec, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
 from dnb.transport.layout import slot_views
-from dnb.transport.loss_weights import counting_targets, weighed_loss
+from dnb.transport.loss_weights import counting_targets, part_of
 from dnb.transport.own_generators import OwnGenerators
 from dnb.transport.returned import OWN_LOOP, MetricReader, Metrics, ReturnError, read_loss, read_step, weighed
 
@@ -117,6 +117,9 @@ class Replica:
         self._is_loss_new = spec.is_loss_new
         self._step_metrics = MetricReader()
         self._evaluates_gradients = False
+        self._unit: float | None = None  # of what is added up in the slab under way, once there is something
+        self._units: dict[int, float | None] = {}  # likewise, of slabs
+        self._beginning: tuple[object, torch.Tensor] = None, torch.empty(0)  # of backward; mostly the same again
 
     def _bind_slabs(self, gradients: Layout, buffers: Layout, publisher: Publisher | None) -> None:
         """Let gradients of these parameters be born in slabs; those among them that were frozen train from now on."""
@@ -340,12 +343,14 @@ class Replica:
         flat = self._memory.slabs[slab]
         if fresh and reads:
             self._read_buffers()
+        self._unit = None if fresh else self._units.get(slab)
         self._gradients.begin(slab, flat, fresh=fresh)
         if self._publisher is not None:
             self._publisher.begin(slab, flat)
 
     def _end(self, slab: int, *, publish: bool) -> tuple[int, ...]:
         unused = self._gradients.finish()
+        self._units[slab] = self._unit
         for name, parameter in self._frozen:
             if parameter.grad is not None:
                 self._find_thawed(name, parameter)
@@ -368,7 +373,7 @@ class Replica:
         return pieces_of(indices, self._most_at_once)
 
     def _run_pieces(self, indices: torch.Tensor, *, batch_samples: int) -> tuple[Sums, bool]:
-        pieces = [piece for piece in self._pieces(indices) if len(piece)]
+        pieces = [piece for piece in self._pieces(indices) if piece.numel()]
         parts = []
         for number, piece in enumerate(pieces, 1):
             if self._publisher is not None:
@@ -392,32 +397,46 @@ class Replica:
         needs_gradient = needs_gradient or batch_samples is not None
         with self._stopwatch.measure("data"):
             batch = fetch_batch(source, indices)
-        num_samples = len(indices)
+        num_samples = indices.numel()
         with self._stopwatch.measure("compute"):
             step, reduction = self._job.step, self._reduction
             if self._job.val_step is not None and source is self._data.val:
                 step, reduction = self._job.val_step, "targets"
             with self._autocast(), counting_targets(reduction) as weights:
                 loss, metrics = self._apply(step, batch, num_samples, needs_gradient=needs_gradient)
-            if reduction == "targets":
-                loss = weighed_loss(loss, weights)
-            is_sum = isinstance(loss, Sum)
-            total = loss.total if isinstance(loss, Sum) else loss
-            adds_up = is_sum or reduction == "sum"
-            if batch_samples is not None and total.requires_grad:
-                scale = 1.0 if adds_up else num_samples / batch_samples
-                (total * scale if scale != 1.0 else total).backward()
-            value = total.item()
-        # A sum is reported as a mean over samples of what a batch of as many such samples comes to.
-        factor = 1 if is_sum else (batch_samples or self._spec.batch_size) if adds_up else num_samples
+            part = part_of(
+                loss,
+                reduction=reduction,
+                weights=weights,
+                num_samples=num_samples,
+                batch_samples=batch_samples or self._spec.batch_size,
+            )
+            unit = part.unit
+            if batch_samples is not None:
+                if part.is_sum:
+                    unit = self._unit = self._unit or unit  # one for all that is added up in a slab
+                if part.tensor.requires_grad:
+                    self._go_back(part.tensor, part.factor / unit)
+            value = part.tensor.item()
         sums = Sums(
-            loss_total=value * factor,
-            loss_weight=loss.weight if isinstance(loss, Sum) else float(num_samples),
+            loss_total=value * part.factor,
+            loss_weight=part.weight,
             metric_totals={name: total for name, (total, _) in metrics.items()},
             metric_weights={name: weight for name, (_, weight) in metrics.items()},
             num_samples=num_samples,
+            unit=unit if part.is_sum else 1.0,
         )
-        return sums, is_sum
+        return sums, part.is_sum
+
+    def _go_back(self, loss: torch.Tensor, scale: float) -> None:
+        """Backward of a multiple of a loss, without a product that autograd would have to follow."""
+        if type(loss) is not torch.Tensor:
+            (loss * scale).backward()
+            return
+        key = scale, loss.dtype, loss.shape
+        if self._beginning[0] != key:
+            self._beginning = key, torch.full_like(loss, scale, requires_grad=False)
+        loss.backward(self._beginning[1])
 
     def _apply(
         self, step: Callable[..., Any] | None, batch: Any, num_samples: int, *, needs_gradient: bool
@@ -659,4 +678,5 @@ def added(parts: Sequence[Sums]) -> Sums:
         metric_totals={name: sum(part.metric_totals.get(name, 0.0) for part in parts) for name in names},
         metric_weights={name: sum(part.metric_weights.get(name, 0.0) for part in parts) for name in names},
         num_samples=sum(part.num_samples for part in parts),
+        unit=parts[0].unit if parts else 1.0,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 
@@ -106,7 +107,10 @@ class TensorReplica(TeamReplica):
         with self._leaving_if_it_fails():
             outcome = super().compute(work, indices)
         # States are the same on all engines: the first one tells of them.
-        return outcome if self._rank == 0 else Outcome((NO_SUMS,), outcome.is_sum, outcome.unused)
+        if self._rank == 0:
+            return outcome
+        nothing = msgspec.structs.replace(NO_SUMS, unit=outcome.parts[0].unit)
+        return Outcome((nothing,), outcome.is_sum, outcome.unused)
 
     def diagnose(self, request: Diagnose, indices: torch.Tensor) -> Diagnosis:
         """Compute all shards one by one, as the others do; the first that has a gradient here that is not finite."""

@@ -227,6 +227,8 @@ def _check_sums(part: Sums) -> None:
     """Totals may be NaN, if the model's are; weights are counted by the engine itself."""
     if not 0 <= part.loss_weight < math.inf:
         raise PeerError("a weight is no number of at least 0")
+    if not 0 < part.unit < math.inf:
+        raise PeerError("the unit of a gradient is no number above 0")
     if not 0 <= part.num_samples <= MOST_COUNT:
         raise PeerError(f"a part has {part.num_samples} samples")
     if part.metric_weights or part.metric_totals:

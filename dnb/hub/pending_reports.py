@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from dnb.hub.reducer import Contribution
 from dnb.records import StageTrace, Sums, WorkReport
 from dnb.transport.module_states import LooseStates
@@ -95,9 +97,10 @@ class PendingReports:
         pending, report = self._pending[engine, shards], self._report((engine, shards))
         slabs, owner = pending.slabs, pending.owner
         if self._is_divided:
+            nothing = msgspec.structs.replace(NO_SUMS, unit=report.parts[0].unit)
             return [
                 Contribution(owner, slab, shards[0], sums, report.is_sum, report.unused)
-                for slab, sums in zip(slabs, (report.parts[0], NO_SUMS), strict=False)
+                for slab, sums in zip(slabs, (report.parts[0], nothing), strict=False)
             ]
         firsts = shards if len(report.parts) == len(slabs) == len(shards) else shards[:1]
         return [

@@ -496,10 +496,10 @@ class Master:
     def _reduce(self, keys: Sequence[tuple[int, int]], contributions: Sequence[Contribution]) -> float:
         """Make the first slab the mean; the sum of its squares."""
         first, *others = (self._slabs[key] for key in keys)
-        weight = sum(c.sums.loss_weight for c in contributions) if any(c.is_sum for c in contributions) else None
+        divisor = self._divisor(contributions) if any(c.is_sum for c in contributions) else None
         square = 0.0
         for index, target in enumerate(first.regions):
-            square += sum_regions(target, [slab.regions[index] for slab in others], divisor=weight, crew=self._crew)
+            square += sum_regions(target, [slab.regions[index] for slab in others], divisor=divisor, crew=self._crew)
             if math.isnan(square):
                 raise self._find_culprit(keys)
         unused = frozenset.intersection(*(frozenset(c.unused) for c in contributions))
@@ -515,6 +515,17 @@ class Master:
             if self._keeper is not None:
                 self._keeper.forget()
         return _square_of(self._gradients) if frozen else square
+
+    def _divisor(self, contributions: Sequence[Contribution]) -> float | None:
+        """Give all slabs of totals one unit; what their sum is then to be divided by, None if by nothing."""
+        units = {(c.engine, c.slab): c.sums.unit for c in contributions if c.is_sum}
+        weight = sum([c.sums.loss_weight for c in contributions])
+        common = next(iter(units.values()))
+        for key, unit in units.items():
+            if unit != common:
+                for region in self._slabs[key].regions:
+                    region.mul_(unit / common)
+        return None if weight == common else weight / common
 
     def _sample(self) -> torch.Tensor:
         if self._sampled is None:

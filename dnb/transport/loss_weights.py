@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -20,6 +20,7 @@ _NODES = frozenset({"NllLossBackward0", "NllLoss2DBackward0"})
 _IS_MEAN = 1  # at::Reduction::Mean
 # Between a loss and the means that it is made of lie a few numbers: factors, and terms that are added.
 _MOST_NODES = 64
+_NOT_COUNTING: AbstractContextManager[Sequence[float]] = nullcontext(())
 _FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
     {
         torch.nn.functional.cross_entropy,
@@ -97,14 +98,87 @@ def weighed_loss(loss: torch.Tensor | Sum, weights: Sequence[float] = ()) -> tor
     """
     if isinstance(loss, Sum):
         return loss
-    weight = weight_of(loss) if loss.grad_fn is not None else _only(weights)
+    weight = target_weight(loss, weights)
     if weight is None:
         return loss
-    if loss.grad_fn is not None and loss.grad_fn.name() not in _NODES:
-        _refuse_other_terms(loss, weight)
     if weight == 0:  # the mean of no targets is 0/0, and so is its gradient
         return Sum(torch.zeros_like(loss.detach()), 0.0)
     return Sum(loss * weight, weight)
+
+
+class LossPart(NamedTuple):
+    """The loss of a part of a batch, as it is added to those of other parts."""
+
+    tensor: torch.Tensor  # that backward begins at
+    factor: float  # the total is so many times the tensor
+    weight: float  # that totals are divided by, once they are added up
+    unit: float  # the gradient of the total is divided by it
+    is_sum: bool  # whether parts may weigh otherwise than by their samples
+
+
+def part_of(
+    loss: torch.Tensor | Sum,
+    *,
+    reduction: Reduction,
+    weights: Sequence[float],
+    num_samples: int,
+    batch_samples: int,
+) -> LossPart:
+    """Tell how a loss is added to those of other parts of a batch.
+
+    Args:
+        loss: as it was returned.
+        reduction: of the run.
+        weights: as counted while it was computed, if it has no graph.
+        num_samples: of the part.
+        batch_samples: of the batch.
+
+    Raises:
+        ReturnError: parts of it cannot be put together.
+    """
+    if isinstance(loss, Sum):
+        return LossPart(loss.total, 1.0, loss.weight, 1.0, True)
+    if reduction == "sum":  # reported as a mean over samples of what a batch of as many such samples comes to
+        return LossPart(loss, batch_samples, float(num_samples), batch_samples, False)
+    weight = target_weight(loss, weights) if reduction == "targets" else None
+    if weight is None:
+        return LossPart(loss, num_samples, float(num_samples), batch_samples, False)
+    # Where all targets count, the gradients of the parts add up to that of the mean, and nothing is to be divided.
+    unit = batch_samples * (1.0 if weight == num_samples or loss.grad_fn is None else num_targets(loss) / num_samples)
+    if weight == 0:  # the mean of no targets is 0/0, and so is its gradient
+        loss = torch.zeros_like(loss.detach())
+    return LossPart(loss, weight, weight, unit, True)
+
+
+def target_weight(loss: torch.Tensor, weights: Sequence[float] = ()) -> float | None:
+    """Find the weight of all targets that a loss is a mean over.
+
+    Args:
+        loss: as it was returned.
+        weights: as counted while it was computed, if it has no graph.
+
+    Returns:
+        None, if it is no mean over targets.
+
+    Raises:
+        ReturnError: something else is added to it, so that parts cannot be put together.
+    """
+    root = loss.grad_fn
+    if root is None:
+        return _only(weights)
+    if root.name() in _NODES:  # nearly always
+        is_mean = root._saved_reduction == _IS_MEAN  # type: ignore[attr-defined]
+        return float(root._saved_total_weight) if is_mean else None  # type: ignore[attr-defined]
+    weight = weight_of(loss)
+    if weight is not None:
+        _refuse_other_terms(loss, weight)
+    return weight
+
+
+def num_targets(loss: torch.Tensor) -> int:
+    """Count the targets that a loss with a graph is a mean over, also those that are ignored."""
+    count: int = nodes_of_targets(loss)[0]._saved_target.numel()
+    return count
 
 
 def _refuse_other_terms(loss: torch.Tensor, weight: float) -> None:
@@ -161,20 +235,23 @@ def nothing_of(output: Any) -> torch.Tensor:
     return torch.stack([leaf.sum() * 0.0 for leaf in leaves]).sum()
 
 
-@contextmanager
-def counting_targets(reduction: Reduction) -> Iterator[list[float]]:
+def counting_targets(reduction: Reduction) -> AbstractContextManager[Sequence[float]]:
     """Note how much the targets weigh in whatever is computed without gradients.
 
     Args:
         reduction: of the run; nothing is counted unless it is over targets.
 
-    Yields:
-        A list that fills with the weights of means over targets.
+    Returns:
+        A context of a list that fills with the weights of means over targets.
     """
-    weights: list[float] = []
     if reduction != "targets" or torch.is_grad_enabled():
-        yield weights
-        return
+        return _NOT_COUNTING
+    return _counting()
+
+
+@contextmanager
+def _counting() -> Iterator[list[float]]:
+    weights: list[float] = []
     with _Counting(weights):
         yield weights
 

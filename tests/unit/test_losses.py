@@ -172,6 +172,35 @@ def test_an_evaluation_is_the_mean_over_all_targets_too(engines_of, name):
     assert mean == pytest.approx(expected, abs=1e-12)
 
 
+def test_gradients_of_a_mean_over_targets_that_all_count_need_no_division(engines_of):
+    target = classes()
+    model = scores()
+    F.cross_entropy(model(inputs()), target).backward()
+    wanted = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    engines = engines_of(model, target, loss=F.cross_entropy, reduction="targets")
+    outcomes = [engines.compute(number, shards=shards) for number, shards in enumerate([(0,), (1, 2, 3)])]
+    assert [outcome.parts[0].unit for outcome in outcomes] == [NUM_SAMPLES, NUM_SAMPLES]
+    torch.testing.assert_close(engines.gradient(0, 1), wanted, rtol=0, atol=1e-12)
+
+
+def test_sums_and_means_over_targets_may_follow_each_other_in_one_step(engines_of):
+    target = classes(ignored=IGNORED)
+    sizes: list[int] = []
+
+    def step(model: nn.Module, batch: Any) -> Any:
+        output, labels = model(batch[0]), batch[1]
+        sizes.append(len(labels))
+        if len(sizes) % 2:
+            return F.cross_entropy(output, labels)
+        return Sum(F.cross_entropy(output, labels, reduction="sum"), float((labels != -100).sum()))
+
+    model = scores()
+    expected, after = one_process(copy.deepcopy(model), target, F.cross_entropy)
+    engines = engines_of(model, target, loss=None, step=step, reduction="targets", micro_batch=2)
+    assert_same_step(engines, deal=((0, 1), (2, 3)), loss=expected, after=after)
+    assert len(sizes) > 2
+
+
 def pairs() -> tuple[torch.Tensor, torch.Tensor]:
     """Outputs and targets of three numbers."""
     return torch.randn(NUM_SAMPLES, 3, generator=generator()), torch.rand(NUM_SAMPLES, 3, generator=generator())

@@ -59,6 +59,7 @@ class Pool:
         shard: int | None = None,
         loss: float = 0.5,
         weight: float | None = None,
+        unit: float = 1.0,
         num_samples: int = 4,
         buffers: Mapping[str, Any] | None = None,
         metrics: Mapping[str, tuple[float, float]] | None = None,
@@ -82,6 +83,7 @@ class Pool:
             metric_totals={name: total for name, (total, _) in (metrics or {}).items()},
             metric_weights={name: weighs for name, (_, weighs) in (metrics or {}).items()},
             num_samples=num_samples,
+            unit=unit,
         )
         self._contributions.append(
             Contribution(
@@ -363,6 +365,20 @@ def test_the_gradient_of_a_sum_is_divided_by_the_weight_of_all_engines(pool_of: 
     pool = pool_of(one_weight(1.0))
     pool.bring(0, {"weight": [[3.0]]}, weight=10.0).bring(1, {"weight": [[2.0]]}, weight=30.0).commit()
     assert pool.master.model.weight.item() == 0.875
+
+
+def test_gradients_in_different_units_are_added_up_as_those_of_totals(pool_of: MakePool):
+    pool = pool_of(one_weight(1.0))
+    pool.bring(0, {"weight": [[1.5]]}, weight=10.0, unit=2.0).bring(1, {"weight": [[4.0]]}, weight=30.0, unit=0.5)
+    pool.commit()  # of 3 + 2 over 40
+    assert pool.master.model.weight.item() == 0.875
+
+
+def test_gradients_in_units_of_all_weights_are_added_as_they_are(pool_of: MakePool):
+    pool = pool_of(one_weight(1.0))
+    pool.bring(0, {"weight": [[0.25]]}, weight=10.0, unit=40.0).bring(1, {"weight": [[0.5]]}, weight=30.0, unit=40.0)
+    pool.commit()
+    assert pool.master.model.weight.item() == 0.25
 
 
 # nothing is applied ----------------------------------------------------------------------------------
