@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dnb.errors import ArgumentError, PoolError
 from dnb.hub.memo import PoolMemo
-from dnb.hub.run_slot import NoRun
+from dnb.hub.no_run import NoRun
 from dnb.records import (
     GetCheckpoint,
     GetGradients,

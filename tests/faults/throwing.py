@@ -58,19 +58,32 @@ def throw_around(owner: Any, name: str, *, key: int | None = None, label: str = 
 
 def arm_everything() -> None:
     """Wrap whatever the hub's loop does."""
-    from dnb.hub import active_run, coordinator, journal, keeping, reducer, rolling, run_slot, service, wiring
+    from dnb.hub import (
+        active_run,
+        connection_poller,
+        coordinator,
+        engine_lifecycle,
+        journal,
+        keeping,
+        pool_records,
+        reducer,
+        rolling,
+        run_slot,
+        service,
+        wiring,
+    )
 
     throw_around(service.Service, "_tick", label="tick")
     throw_around(wiring.Wiring, "accept", label="accept")
-    throw_around(service.Service, "_attach", label="attach")
-    throw_around(service.Service, "_drop_line", label="drop_line")
-    throw_around(service.Service, "_join", label="join")
-    throw_around(service.Service, "_hear", label="beat")
-    throw_around(service.Service, "_take_message", key=2, label="engine")
+    throw_around(connection_poller.ConnectionPoller, "_attach", label="attach")
+    throw_around(connection_poller.ConnectionPoller, "_drop_line", label="drop_line")
+    throw_around(engine_lifecycle.EngineLifecycle, "_join", label="join")
+    throw_around(engine_lifecycle.EngineLifecycle, "_hear", label="beat")
+    throw_around(engine_lifecycle.EngineLifecycle, "take_message", key=2, label="engine")
     throw_around(service.Service, "_serve_request", key=2, label="request")
     throw_around(run_slot.RunSlot, "_take_over_run", label="take_over")
-    throw_around(service.Service, "_write_pool_file", label="pool_file")
-    throw_around(service.Service, "_write_memos", label="memos")
+    throw_around(pool_records.PoolRecords, "write_pool_file", label="pool_file")
+    throw_around(pool_records.PoolRecords, "write_memos", label="memos")
     for name in ("start", "_assign", "_commit", "_prepare", "_record", "_take_digest", "do_chores", "_note", "tick"):
         throw_around(active_run.ActiveRun, name, label=f"run{name if name.startswith('_') else f'_{name}'}")
     throw_around(coordinator.Coordinator, "handle", key=1, label="coordinator")

@@ -12,7 +12,8 @@ from dnb.errors import ArgumentError, HubError
 from dnb.hub.crashes import Recorder
 from dnb.hub.lost_run import LostRun
 from dnb.hub.memo import LOST_FILE, RUN_FILE, RunMemo, read_memo, write_memo
-from dnb.hub.run_slot import NoRun, RunSlot
+from dnb.hub.no_run import NoRun
+from dnb.hub.run_slot import RunSlot
 from tests.unit.test_lost_run import spec_of
 
 

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from dnb.errors import ArgumentError, PoolError
-from dnb.hub.run_slot import NoRun
+from dnb.hub.no_run import NoRun
 from dnb.hub.steering import Steering
 from dnb.records import Control, GetMembers, Hello, Process
 from dnb.transport.lives import this_process
