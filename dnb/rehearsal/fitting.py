@@ -137,8 +137,9 @@ def _changes(trial: Trial, computed: Computed, name: str, tensor: torch.Tensor) 
         found.append(
             _Change(lambda each: each.reshape(output.shape).to(output.dtype), f"{{0}}.reshape({shape}).float()")
         )
-    if not is_target:
+    if not is_target and tensor.dim() > 1:
         found.append(_Change(lambda each: each.flatten(1), "{0}.reshape(len({0}), -1)"))
+    if not is_target and tensor.dim() > 0:
         found.append(_Change(lambda each: each.unsqueeze(1), "{0}[:, None]"))
     return found
 
@@ -202,6 +203,8 @@ def _way_of_layer(module: nn.Module, given: torch.Tensor | None) -> str:
     if given is None or not given.dim():
         return ""
     shape = given.shape
+    if isinstance(module, nn.Linear) and len(shape) == 1:
+        return f"give it samples of {module.in_features} features: each of these is one number "
     if isinstance(module, nn.Linear) and shape[-1] != module.in_features:
         if math.prod(shape[1:]) == module.in_features:
             return "put nn.Flatten() before it "

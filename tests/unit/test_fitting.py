@@ -71,6 +71,12 @@ words = nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), nn.Linear(36, 3))
         (nn.Linear(6, 3), pair(X, Y[:, None]), None, r"train's y is int64 and shape \(N, 1\).*y\.reshape\(-1\)"),
         (nn.Linear(6, 1), pair(X, Y.float()), nn.functional.binary_cross_entropy_with_logits, r"y\.reshape\(-1, 1\)"),
         (nn.Linear(36, 3), pair(X[:, None].expand(-1, 6, -1).clone()), None, r"X\.reshape\(len\(X\), -1\)"),
+        (
+            nn.Linear(6, 3),
+            pair(X[:, 0].clone()),
+            None,
+            r"X of float32 and shape \(N,\) .*samples of 6 features: each of",
+        ),
         (nn.Linear(5, 3), pair(X), None, r"train's X of float32 and shape \(N, 6\) and y of .*in_features=6"),
         (nn.Conv2d(3, 4, 3), pair(torch.ones(32, 1, 8, 8)), None, r"in_channels=1, or samples of shape \(3, \.\.\.\)"),
         (
