@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,14 @@ class OwnGenerators:
 
     def __len__(self) -> int:
         return len(self._generators)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Give the generators themselves."""
+        return iter([generator for generator, _ in self._generators])
+
+    def states(self) -> list[bytes]:
+        """Digests of where they are now: a generator that has drawn has another one."""
+        return [_digest(generator) for generator in self]
 
     def seed(self, seed: int) -> None:
         """Begin a part of a step.
