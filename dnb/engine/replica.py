@@ -30,7 +30,7 @@ from dnb.planning.thawing import thawed_text
 from dnb.records import Diagnose, Diagnosis, Layout, Load, OutputLeaf, Reduction, RunSpec, Sums, Work
 from dnb.transport.job import Data, DataSource, Job, Sum
 from dnb.transport.layout import slot_views
-from dnb.transport.loss_weights import counting_targets, part_of
+from dnb.transport.loss_weights import counting_targets, part_of, weighed_loss
 from dnb.transport.own_generators import OwnGenerators
 from dnb.transport.returned import OWN_LOOP, MetricReader, Metrics, ReturnError, read_loss, read_step, weighed
 
@@ -404,6 +404,8 @@ class Replica:
                 step, reduction = self._job.val_step, "targets"
             with self._autocast(), counting_targets(reduction) as weights:
                 loss, metrics = self._apply(step, batch, num_samples, needs_gradient=needs_gradient)
+            if self._spec.exact and reduction == "targets":
+                loss = weighed_loss(loss, weights)  # its bits are those of totals, and a product shows in them
             part = part_of(
                 loss,
                 reduction=reduction,
