@@ -16,13 +16,15 @@ if TYPE_CHECKING:
     from dnb.errors import DnbError as DnbError
     from dnb.errors import RunError
     from dnb.input_data import batches
+    from dnb.launching import Pool
     from dnb.notebook.display import show
     from dnb.planning.plans import Plan
     from dnb.pool.engine_pool import Engine
+    from dnb.pools import attach, start
     from dnb.resuming import resume
     from dnb.run import History as History
     from dnb.run import Run
-    from dnb.training import Pool, attach, fit, start
+    from dnb.training import fit
     from dnb.transport.job import Sum
 
 __version__ = version("dnb")
@@ -50,17 +52,17 @@ _HOMES = {
     "Engine": "dnb.pool.engine_pool",
     "History": "dnb.run",
     "Plan": "dnb.planning.plans",
-    "Pool": "dnb.training",
+    "Pool": "dnb.launching",
     "Run": "dnb.run",
     "RunError": "dnb.errors",
     "Sum": "dnb.transport.job",
-    "attach": "dnb.training",
+    "attach": "dnb.pools",
     "batches": "dnb.input_data",
     "fit": "dnb.training",
     "plan": "dnb.advice",
     "resume": "dnb.resuming",
     "show": "dnb.notebook.display",
-    "start": "dnb.training",
+    "start": "dnb.pools",
 }
 
 

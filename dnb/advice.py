@@ -21,9 +21,10 @@ from dnb.planning.plans import Plan, draw_up
 from dnb.planning.predicting import Question
 from dnb.planning.profiles import Site
 from dnb.pool.engine_pool import EnginePool
+from dnb.pools import MOST_BY_DEFAULT, current_pool
 from dnb.records import ENDED
+from dnb.submission import own_path
 from dnb.surveying import profile_here, profile_on, site_of, site_without_pool, working_engines
-from dnb.training import MOST_BY_DEFAULT, current_pool, own_path
 
 SCHEDULES = ("1f1b", "gpipe")
 USUAL_BATCH_SIZE = 64  # of a data set, where nothing says how many; as for `fit`

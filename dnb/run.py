@@ -17,12 +17,11 @@ import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.optim.lr_scheduler import LRScheduler
 
 from dnb import errors
-from dnb.errors import USER_ERRORS, ArgumentError, DnbError, HubError, RunError, summary_of
+from dnb.errors import USER_ERRORS, ArgumentError, DnbError, HubError, RunError
 from dnb.exporting import kind_of, write_csv, write_parquet, write_tensorboard
-from dnb.homecoming import OrderFollower, give_scheduler_home
+from dnb.homecoming import NotebookObjects
 from dnb.hub.checkpoints import newest_step
 from dnb.hub.history import (
     NOT_READ,
@@ -33,7 +32,6 @@ from dnb.hub.history import (
     read_timeline,
     read_usage,
 )
-from dnb.hub.own_functions import state_of_functions
 from dnb.input_checks import check_positive
 from dnb.input_losses import read_loss
 from dnb.planning.bubbles import Timeline
@@ -51,7 +49,6 @@ from dnb.records import (
     GetCheckpoint,
     GetGradients,
     GetRun,
-    GetState,
     GradientRows,
     Mend,
     Prediction,
@@ -60,7 +57,6 @@ from dnb.records import (
     RunState,
     RunStatus,
     SetOptions,
-    StateTree,
     StepTimeline,
     TakeCheckpoint,
     WorkerState,
@@ -69,11 +65,8 @@ from dnb.records import (
 from dnb.run_pages import write_page
 from dnb.transport.channels import HubClient, HubRestartedError
 from dnb.transport.lives import is_alive
-from dnb.transport.module_states import bring_states_home
 from dnb.transport.own_code import dumps
 from dnb.transport.parcels import explain_unpicklable, sign
-from dnb.transport.states import decode_state
-from dnb.transport.trees import put_together
 
 log = logging.getLogger(__name__)
 
@@ -200,11 +193,7 @@ class Run:
         name: of the run.
         hub: where it lives; None if it has ended and is read from its folder.
         folder: of run.json, history and events.
-        model: the notebook's own; gets the trained state when the run ends, pauses or stops.
-        optimizer: the notebook's own instance, likewise.
-        scheduler: likewise.
-        order: with the notebook's own sampler and generator, which are then where a local loop would have left them.
-        after_step: the notebook's own; what it keeps comes home, as what hooks of model and optimizer keep.
+        own: the notebook's objects, which get the trained state.
         key: the cluster's, which signs functions that are mended.
     """
 
@@ -214,11 +203,7 @@ class Run:
         hub: HubClient | None,
         *,
         folder: Path,
-        model: torch.nn.Module | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-        scheduler: LRScheduler | None = None,
-        order: OrderFollower | None = None,
-        after_step: Callable[..., Any] | None = None,
+        own: NotebookObjects | None = None,
         key: bytes = b"",
     ) -> None:
         self.name = name
@@ -238,11 +223,7 @@ class Run:
         self.num_owed = 0  # engines that its work has ended, and that the pool still lacks
         self.utilisation = Utilisation()
         self._hub = hub
-        self._model = model
-        self._optimizer = optimizer
-        self._scheduler = scheduler
-        self._order = order
-        self._functions = None if model is None else state_of_functions(model, optimizer, after_step)
+        self._own = own or NotebookObjects()
         self._status: RunStatus = "starting"
         self._error = ""
         self._remote_traceback = ""
@@ -312,7 +293,7 @@ class Run:
     @property
     def model(self) -> torch.nn.Module | None:
         """The notebook's model, which gets the trained state; the one that `dnb.resume` read, if it was given none."""
-        return self._model
+        return self._own.model
 
     @property
     def is_active(self) -> bool:
@@ -668,37 +649,11 @@ class Run:
         return ""
 
     def _bring_home(self, status: str, step: int) -> None:
-        """Copy the trained state into the notebook's own model and optimizer, once per end or pause."""
-        if self._model is None or self._brought_home == (status, step):
+        """Copy the trained state into the notebook's own objects, once per end or pause."""
+        if self._own.model is None or self._brought_home == (status, step):
             return
         self._brought_home = (status, step)
-        request = GetState(
-            run=self.name,
-            optimizer=self._optimizer is not None,
-            scheduler=self._scheduler is not None,
-            kept=self._functions is not None and self._functions.are_there,
-        )
-        tree, frames = self._require_hub().ask(request, StateTree, timeout_seconds=120.0)
-        state = decode_state(tree, frames)
-        with torch.no_grad():
-            for name, parameter in self._model.named_parameters():
-                parameter.copy_(state["parameters"][name])
-                parameter.requires_grad_(state["trains"].get(name, parameter.requires_grad))
-            bring_states_home(self._model, state)
-        if self._optimizer is not None:
-            self._optimizer.load_state_dict(state["optimizer"])
-        if self._scheduler is not None and state["scheduler"] is not None:
-            give_scheduler_home(self._scheduler, state["scheduler"])
-        if self._functions is not None and "kept" in state:
-            self._functions.give(put_together(state["kept"]["tree"], state["kept"]["tensors"]))
-        if self._order is not None:
-            self._follow_order(self._order, step)
-
-    def _follow_order(self, order: OrderFollower, step: int) -> None:
-        try:
-            order.follow(step)
-        except USER_ERRORS as error:  # of a sampler that gave the hub what it does not give here
-            log.warning("the sampler of run %r stays where it was: %s", self.name, summary_of(error))
+        self._own.bring_home(self._require_hub(), self.name, step)
 
     def _way_back(self) -> str:
         """How to go on with a run whose pool is gone; "" if it may still be there."""

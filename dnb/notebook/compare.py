@@ -11,7 +11,7 @@ import ipywidgets as widgets
 import numpy as np
 from IPython import get_ipython
 
-from dnb import training
+from dnb import pools
 from dnb.errors import ArgumentError
 from dnb.notebook.abscissa import checked_kind
 from dnb.notebook.compare_figure import comparison
@@ -76,7 +76,7 @@ def find_run(word: str, *, names: Mapping[str, Any], folder: Path = RUNS_FOLDER)
     held = names.get(word)
     if isinstance(held, Run):
         return held
-    pool = training.current_pool()
+    pool = pools.current_pool()
     if pool is not None and pool.run is not None and pool.run.name == word:
         return pool.run
     for place in (folder / word, Path(word).expanduser()):

@@ -10,7 +10,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
-from dnb import training
+from dnb import pools
 from dnb.notebook.display import dashboard_of
 from dnb.notebook.frontend import choose_display
 from dnb.notebook.outlet import say
@@ -64,7 +64,7 @@ class ControlPanel:
         *,
         names: Callable[[], Mapping[str, Any]],
         hidden: Mapping[str, Any],
-        pool: Callable[[], Any] = training.last_pool,
+        pool: Callable[[], Any] = pools.last_pool,
         view_of: Callable[[RunView], widgets.Widget] = lambda run: dashboard_of(run).box,
         publish: Callable[..., None] = publish,
     ) -> None:

@@ -21,7 +21,7 @@ from dnb.input_losses import are_objects, loss_names, read_loss, read_metrics
 from dnb.notebook.panel_line import literal
 from dnb.notebook.text import one_line
 from dnb.planning.plans import Plan
-from dnb.training import check_optimizer_fits
+from dnb.run_request import check_optimizer_fits
 
 log = logging.getLogger(__name__)
 

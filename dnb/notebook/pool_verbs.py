@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from dnb import training
+from dnb import pools
 from dnb.errors import ArgumentError, PoolError
+from dnb.launching import Pool
 from dnb.notebook.display import warm_up
 from dnb.notebook.engine_words import read_chaos, read_ids
 from dnb.notebook.frontend import choose_display
@@ -21,13 +22,13 @@ next: %dtrain fit model train --loss cross_entropy    train on these engines
       %dtrain status    %dtrain shutdown"""
 
 
-@verb("start", flags_of=training.start)
+@verb("start", flags_of=pools.start)
 def _start(shell: Any, **options: Any) -> None:
     """Start a pool of engines, or use the one that runs already."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(training.start).parameters.items()}
+    defaults = {name: parameter.default for name, parameter in inspect.signature(pools.start).parameters.items()}
     if choose_display(shell=shell) == "widget":
         warm_up()
-    pool, notices = training.open_pool(**(defaults | options))
+    pool, notices = pools.open_pool(**(defaults | options))
     view = pool.client.direct_view("all")
     view.block = True
     view.activate()  # registers %px
@@ -37,7 +38,7 @@ def _start(shell: Any, **options: Any) -> None:
 @verb("status")
 def _status() -> None:
     """Tell the pool's engines, its run, and what troubles it."""
-    pool = training.current_pool()
+    pool = pools.current_pool()
     if pool is None:
         say("no pool is running: %dtrain start -n 2")
         return
@@ -51,10 +52,10 @@ def _status() -> None:
 @verb("shutdown")
 def _shutdown() -> None:
     """End the pool and all its processes."""
-    say("the pool is shut down" if training.shutdown() else "no pool was running")
+    say("the pool is shut down" if pools.shutdown() else "no pool was running")
 
 
-@verb("add", flags_of=training.Pool.add, operand="n")
+@verb("add", flags_of=Pool.add, operand="n")
 def _add(**options: Any) -> None:
     """Add engines to the pool; a run under way gives them their share."""
     pool = require_pool()
@@ -75,7 +76,7 @@ def _remove(ids: list[str], *, force: bool = False) -> None:
     say(f"engine{'s' if len(leaving) > 1 else ''} {', '.join(map(str, leaving))} left the pool")
 
 
-@verb("spares", flags_of=training.Pool.keep_spares, operand="n")
+@verb("spares", flags_of=Pool.keep_spares, operand="n")
 def _spares(**options: Any) -> None:
     """Keep so many engines out of the run, ready to take a lost one's place."""
     pool = require_pool()
@@ -119,13 +120,13 @@ def _run_cell(shell: Any, cell: str, on: str = "all", *, local: bool = False) ->
 CELL = entry_of("(cell)", _run_cell, left_out={"cell"})
 
 
-def require_pool() -> training.Pool:
+def require_pool() -> Pool:
     """Return the pool.
 
     Raises:
         PoolError: there is none.
     """
-    pool = training.current_pool()
+    pool = pools.current_pool()
     if pool is None:
         raise PoolError("no pool is running: %dtrain start -n 2")
     return pool

@@ -7,7 +7,7 @@ from typing import Any
 
 from IPython.core.display_functions import display as publish
 
-from dnb import resuming, training
+from dnb import pools, resuming, training
 from dnb.errors import ArgumentError
 from dnb.notebook import compare
 from dnb.notebook.display import keep, read_run, show
@@ -97,7 +97,7 @@ def _attach(
     clear: bool = False,
 ) -> Run:
     """Follow the run of a pool that another kernel has started."""
-    run = training.attach(name, model=model, steer=steer, clear=clear)
+    run = pools.attach(name, model=model, steer=steer, clear=clear)
     show(run, display=display)
     return run
 

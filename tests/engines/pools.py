@@ -6,12 +6,12 @@ import signal
 import threading
 import time
 
-from dnb import training
+from dnb import pools
 from dnb.engine.worker import join_pool
 from dnb.errors import DnbError
+from dnb.launching import Pool
 from dnb.pool.starting import profile_folder, start_pool
 from dnb.records import ENDED
-from dnb.training import Pool
 
 # The limits of waits say when nothing more is to be expected: they are not reached on a machine whose cores are all at
 # other work, where everything takes several times as long.
@@ -32,10 +32,10 @@ class SharedPool:
         """The pool with so many engines that are ready; another pool if a test has broken this one."""
         if self._pool is None or not self._is_sound():
             self.close()
-            training._pool = None
+            pools._pool = None
             # 2, so that engines have as many threads whoever is first.
-            self._pool = training.start(n=2, timeout_seconds=PATIENCE_SECONDS)
-        pool = training._pool = self._pool
+            self._pool = pools.start(n=2, timeout_seconds=PATIENCE_SECONDS)
+        pool = pools._pool = self._pool
         _resize(pool, num_engines)
         return pool
 

@@ -13,9 +13,9 @@ import pytest
 
 from dnb.errors import PoolError
 from dnb.hub import nursery
+from dnb.launching import Pool
 from dnb.pool import forking
 from dnb.pool.starting import profile_folder, start_pool
-from dnb.training import Pool
 from tests.engines.pools import open_small_pool, until
 
 pytestmark = [pytest.mark.engines, pytest.mark.skipif(sys.platform != "linux", reason="engines are forked on Linux")]

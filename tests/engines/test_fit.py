@@ -10,10 +10,10 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import dnb
-from dnb import training
 from dnb.errors import ArgumentError, RunError, ShippingError
 from dnb.hub.history import read_history
 from dnb.hub.memo import POOL_FILE
+from dnb.run_folders import RUNS_FOLDER
 from tests.engines.pools import PATIENCE_SECONDS, wait
 from tests.models import DigitRows, digits, largest_gap, largest_relative_gap, mlp, plain_losses
 
@@ -302,7 +302,7 @@ def test_a_refused_run_leaves_no_shared_memory(pool):
     with pytest.raises(dnb.RunError, match="TypeError"):
         fit(pool, optimizer=lambda parameters: torch.optim.SGD(parameters, no_such_option=1), lr=None)
     assert files() == []
-    assert not training.RUNS_FOLDER.exists()
+    assert not RUNS_FOLDER.exists()
 
 
 @pytest.mark.parametrize(
@@ -323,7 +323,7 @@ def test_a_refused_run_leaves_no_shared_memory(pool):
 def test_a_wrong_option_is_refused_before_anything_starts(pool, options, error, message):
     with pytest.raises(error, match=message):
         fit(pool, **options)
-    assert not training.RUNS_FOLDER.exists()
+    assert not RUNS_FOLDER.exists()
 
 
 def test_parts_of_different_length_are_refused_with_both(pool):

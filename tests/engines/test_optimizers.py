@@ -7,9 +7,9 @@ import torch
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
-from dnb import training
 from dnb.errors import ArgumentError, RunError
 from dnb.hub.optimizers import build_optimizer, optimizer_classes
+from dnb.run_folders import RUNS_FOLDER
 from dnb.transport.job import Sum
 from tests.engines.pools import wait
 from tests.models import (
@@ -141,7 +141,7 @@ def test_an_optimizer_that_cannot_work_here_is_refused_with_the_reason(pool, opt
     model = mlp()
     with pytest.raises((ArgumentError, RunError), match=message):
         fit(pool, model, optimizer=optimizer(model), steps=2)
-    assert not training.RUNS_FOLDER.exists()
+    assert not RUNS_FOLDER.exists()
     assert wait(fit(pool, mlp(), steps=1)).status == "finished"
 
 

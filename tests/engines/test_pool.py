@@ -14,8 +14,9 @@ import psutil
 import pytest
 import zmq
 
-from dnb import training
+from dnb import pools
 from dnb.errors import ArgumentError, PoolError
+from dnb.launching import Pool
 from dnb.pool import forking, starting
 from dnb.pool.engine_pool import all_processes, describe_engines
 from dnb.pool.starting import profile_folder, start_pool
@@ -29,7 +30,7 @@ pytestmark = pytest.mark.engines
 
 def fresh_pool(**options):
     return start_pool(
-        training.Pool,
+        Pool,
         **{
             "n": 1,
             "profile_dir": profile_folder(None),
@@ -67,7 +68,7 @@ def test_the_table_has_one_line_per_engine_with_its_pid(pool):
 
 def test_a_second_start_returns_the_running_pool_and_says_so(pool, caplog):
     with caplog.at_level(logging.WARNING):
-        assert training.start(n=3) is pool
+        assert pools.start(n=3) is pool
     assert "a pool of 2 engines is already running, and is used; %dtrain add 1 makes them 3" in caplog.text
 
 
@@ -160,7 +161,7 @@ def test_a_controller_that_ends_while_engines_start_is_told_with_its_last_words(
 class Closed(NamedTuple):
     """A pool that was shut down, and what it had while it was open."""
 
-    pool: training.Pool
+    pool: Pool
     profile: Path
     processes: list[Process]
     folders: list[Path]

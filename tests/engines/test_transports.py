@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dnb import training
 from dnb.errors import ArgumentError
+from dnb.run_folders import RUNS_FOLDER
 from dnb.transport.wires import WIRES_VARIABLE
 from tests.engines.pools import open_small_pool, wait
 from tests.engines.test_fit import weighted_step
@@ -90,7 +90,7 @@ def test_runs_may_change_from_one_transport_to_the_other_and_back(pool):
 def test_a_word_that_is_no_transport_is_refused_with_the_nearest(pool, transport):
     with pytest.raises(ArgumentError, match="no transport 'sokcet': did you mean 'socket'"):
         pool.fit(mlp(), digits(), loss="cross_entropy", transport=transport)
-    assert not training.RUNS_FOLDER.exists()
+    assert not RUNS_FOLDER.exists()
 
 
 def note_wires():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dnb import training
+from dnb import pools
 from tests.disks import small_disk
 
 
@@ -18,7 +18,7 @@ def folder(tmp_path, monkeypatch, leftovers):
     """A folder and profiles of the test's own, shared with the kernels it starts; this kernel has no pool yet."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    monkeypatch.setattr(training, "_pool", None)  # the tests' shared one is back afterwards
+    monkeypatch.setattr(pools, "_pool", None)  # the tests' shared one is back afterwards
     yield tmp_path
-    training.shutdown()
+    pools.shutdown()
     leftovers.wait_until_none()

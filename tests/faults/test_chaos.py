@@ -3,7 +3,7 @@
 import psutil
 import pytest
 
-from dnb import training
+from dnb import pools
 from dnb.errors import ArgumentError
 from tests.engines.pools import PATIENCE_SECONDS, until, wait_until
 from tests.faults.kernels import Kernel
@@ -90,8 +90,8 @@ say(victim.pid)
     kernel.kill()
     assert psutil.Process(pid).status() == psutil.STATUS_STOPPED
     until(lambda: psutil.Process(pid).status() != psutil.STATUS_STOPPED, what="it goes on")
-    run = training.attach()
-    pool = training.current_pool()
+    run = pools.attach()
+    pool = pools.current_pool()
     (newcomer,) = pool.add(1)
     wait_until(run, lambda run: any(w.engine == newcomer and w.samples for w in run.workers), what="it takes part")
     pool.remove(newcomer)
@@ -103,7 +103,7 @@ def test_engines_that_are_being_started_when_the_kernel_dies_end_with_the_pool(f
     kernel = Kernel(
         """
         import threading, time
-        pool = training.start(n=1)
+        pool = pools.start(n=1)
         threading.Thread(target=pool.add, daemon=True).start()
         while len(pool.client.ids) < 2:
             time.sleep(0.01)

@@ -11,11 +11,12 @@ import msgspec
 import psutil
 import pytest
 
-from dnb import training
-from dnb.errors import DnbError, HubError, PoolError, RunError
+from dnb import pools
+from dnb.errors import DnbError, HubError, PoolError, RunError, SpaceError
 from dnb.pool.found import find_pools
 from dnb.pool.starting import profile_folder
 from dnb.records import Done, GetPool, HubBinding, PoolState, Shutdown
+from dnb.run import Run
 from dnb.transport.channels import HubClient
 from dnb.transport.segments import FOLDERS_VARIABLE
 from tests.engines.pools import PATIENCE_SECONDS, open_small_pool, until, wait, wait_until
@@ -25,7 +26,7 @@ from tests.models import digits, largest_gap, largest_relative_gap, mlp, plain_l
 pytestmark = [pytest.mark.engines, pytest.mark.faults]
 
 START_AND_TRAIN = """
-pool = training.start(n=1)
+pool = pools.start(n=1)
 run = pool.fit(mlp(), digits(), loss="cross_entropy", epochs=100_000, name="orphan")
 import threading
 moved = threading.Event()
@@ -171,7 +172,7 @@ def test_a_pool_that_dies_while_it_is_shut_down_is_cleared_up(own_pool, leftover
 
 
 def test_nothing_outlives_a_killed_kernel_without_a_run(folder, leftovers):
-    kernel = Kernel("training.start(n=1)", folder=folder)
+    kernel = Kernel("pools.start(n=1)", folder=folder)
     kernel.wait_until_ready()
     kernel.kill()
     leftovers.wait_until_none()
@@ -179,7 +180,7 @@ def test_nothing_outlives_a_killed_kernel_without_a_run(folder, leftovers):
 
 
 def test_nothing_outlives_a_kernel_that_ends_by_itself(folder, leftovers):
-    kernel = Kernel("training.start(n=1)", folder=folder)
+    kernel = Kernel("pools.start(n=1)", folder=folder)
     kernel.wait_until_ready()
     kernel.end()
     leftovers.wait_until_none()
@@ -194,12 +195,12 @@ def test_a_new_kernel_finds_the_run_that_a_killed_one_left_and_can_end_it(folder
         "found a pool of 1 engines, which a kernel that is gone had started, and took it over: "
         "run 'orphan' is running; %dtrain attach shows it, %dtrain shutdown ends both"
     ]
-    run = training.attach()
+    run = pools.attach()
     at = run.step
     wait_for_step(run, at + 1)
     assert (run.name, run.status) == ("orphan", "running")
     assert len(run.history["loss"]) >= run.step
-    assert training.shutdown()
+    assert pools.shutdown()
     leftovers.wait_until_none()
     assert pool.is_open is False
 
@@ -209,7 +210,7 @@ def test_a_new_kernel_attaches_without_a_start_and_brings_the_weights_home(folde
     kernel.wait_until_ready()
     kernel.kill()
     model = mlp(seed=7)
-    run = training.attach("orphan", model=model)
+    run = pools.attach("orphan", model=model)
     run.stop()
     wait(run)
     losses = plain_losses(mlp(), digits(), num_steps=min(run.step, 50), batch_size=64)
@@ -221,16 +222,16 @@ def test_a_new_kernel_attaches_without_a_start_and_brings_the_weights_home(folde
 def test_a_run_that_ended_after_its_kernel_still_gives_its_weights_to_the_next(folder, leftovers):
     kernel = Kernel(
         """
-        pool = training.start(n=1)
+        pool = pools.start(n=1)
         run = pool.fit(mlp(), digits(), loss="cross_entropy", lr=1e-3, steps=300, name="late")
         """,
         folder=folder,
     )
     kernel.wait_until_ready()
     kernel.kill()
-    until(lambda: training.Run.open(folder / ".dnb" / "runs" / "late").status == "finished", what="the run ended")
+    until(lambda: Run.open(folder / ".dnb" / "runs" / "late").status == "finished", what="the run ended")
     model, plain = mlp(seed=7), mlp()
-    wait(training.attach(model=model))
+    wait(pools.attach(model=model))
     plain_losses(plain, digits(), num_steps=300, batch_size=64)
     assert largest_relative_gap(model, plain) < 1e-10
 
@@ -238,7 +239,7 @@ def test_a_run_that_ended_after_its_kernel_still_gives_its_weights_to_the_next(f
 def test_an_orphaned_pool_ends_by_itself_when_its_run_has_ended_and_nobody_attaches(folder, leftovers):
     kernel = Kernel(
         """
-        pool = training.start(n=1, linger_seconds=0.5)
+        pool = pools.start(n=1, linger_seconds=0.5)
         pool.fit(mlp(), digits(), loss="cross_entropy", steps=500, name="short")
         """,
         folder=folder,
@@ -246,13 +247,13 @@ def test_an_orphaned_pool_ends_by_itself_when_its_run_has_ended_and_nobody_attac
     kernel.wait_until_ready()
     kernel.kill()
     leftovers.wait_until_none(timeout_seconds=PATIENCE_SECONDS)
-    assert training.Run.open(folder / ".dnb" / "runs" / "short").status == "finished"
+    assert Run.open(folder / ".dnb" / "runs" / "short").status == "finished"
 
 
 def test_what_a_dead_pool_left_is_cleared_at_the_next_start(folder):
     kernel = Kernel(
         """
-        pool = training.start(n=1)
+        pool = pools.start(n=1)
         say(*[process.pid for process in (pool.facts.guardian, pool.facts.hub, pool.facts.controller)])
         """,
         folder=folder,
@@ -285,14 +286,12 @@ def test_a_full_memory_folder_is_told_and_the_next_one_is_used(tiny_memory, fold
 def test_no_folder_with_room_refuses_the_run_with_needed_and_free(tiny_memory, folder, monkeypatch):
     monkeypatch.setenv(FOLDERS_VARIABLE, str(tiny_memory))
     pool, _ = open_pool(n=1)
-    with pytest.raises(
-        training.SpaceError, match=r"needs 0\.5 MB of shared memory, but .* has 0\.\d MB free .*--shm-size"
-    ):
+    with pytest.raises(SpaceError, match=r"needs 0\.5 MB of shared memory, but .* has 0\.\d MB free .*--shm-size"):
         pool.fit(mlp(), digits(), loss="cross_entropy", steps=2)
     assert pool.facts.run is None
 
 
 def open_pool(n=2):
-    return training.open_pool(
+    return pools.open_pool(
         n, profile=None, launcher="local", threads_per_engine=1, timeout_seconds=PATIENCE_SECONDS, linger_seconds=60
     )

@@ -19,8 +19,8 @@ import dnb
 try:
     {call}
 except dnb.DnbError as error:
-    from dnb import training
-    assert training.current_pool() is None
+    from dnb import pools
+    assert pools.current_pool() is None
     print(type(error).__name__, error, sep=": ")
 else:
     print("no error")

@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch
 
-from dnb import training
+from dnb import pools
 from dnb.hub.checkpoints import find_checkpoint, step_folder
 from dnb.hub.history import read_history, read_summary
 from tests.engines.pools import until, wait, wait_until
@@ -112,7 +112,7 @@ def test_a_run_that_has_ended_still_gives_its_weights(pool):
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     kill_hub(pool)
     fresh = mlp(seed=9)
-    attached = wait(training.attach(model=fresh))
+    attached = wait(pools.attach(model=fresh))
     assert attached.status == "finished"
     assert all(torch.equal(fresh.state_dict()[name], tensor) for name, tensor in before.items())
 

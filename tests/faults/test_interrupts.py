@@ -2,7 +2,7 @@
 
 import pytest
 
-from dnb import training
+from dnb import pools
 from tests.faults.kernels import Kernel
 from tests.faults.test_deaths import START_AND_TRAIN
 
@@ -38,5 +38,5 @@ def test_a_ctrl_c_gives_the_prompt_back_says_how_to_stop_and_training_goes_on(fo
     told = "run 'orphan' goes on; %dtrain stop ends it, %dtrain wait waits again"
     lines = kernel.wait_until_ready()
     kernel.kill()
-    training.attach()  # so that the pool is shut down with the test
+    pools.attach()  # so that the pool is shut down with the test
     assert lines == [told, "prompt running"] * 2 + ["trains with 1"]

@@ -21,7 +21,7 @@ from tests.models import digits, largest_gap, mlp, plain_run
 pytestmark = [pytest.mark.engines, pytest.mark.faults]
 
 TRAIN = """
-pool = training.start(n=1)
+pool = pools.start(n=1)
 run = pool.fit(
     mlp(), digits(), loss="cross_entropy", lr=1e-3, epochs=100_000, name="lost", checkpoint_every=5, checkpoint_keep=3
 )

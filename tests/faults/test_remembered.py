@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from dnb import training
+from dnb import pools
 from tests.engines.pools import until
 from tests.faults.kernels import Kernel
 from tests.faults.test_deaths import START_AND_TRAIN
@@ -17,8 +17,8 @@ def test_the_next_kernel_that_steers_replaces_engines_that_die_if_the_one_before
     kernel = Kernel(START_AND_TRAIN + 'pool.restart = "always"\n', folder=folder)
     kernel.wait_until_ready()
     kernel.kill()
-    training.attach()
-    pool = training.current_pool()
+    pools.attach()
+    pool = pools.current_pool()
     assert pool.restart == "always"
     (victim,) = pool.engines
     os.kill(victim.pid, signal.SIGKILL)

@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from dnb import training
+from dnb import pools
 from dnb.hub.history import read_history
 from dnb.pool.starting import profile_folder
 from tests.engines.pools import wait, wait_until
@@ -46,8 +46,8 @@ def test_a_pool_and_its_kernel_that_slept_go_on_and_nothing_was_lost(folder):
     signal_all(processes, signal.SIGSTOP)
     time.sleep(ASLEEP_SECONDS)  # not a wait for anything: the laptop sleeps
     signal_all(processes, signal.SIGCONT)
-    run = training.attach(steer=True)
-    pool = training.current_pool()
+    run = pools.attach(steer=True)
+    pool = pools.current_pool()
     at = run.step
     wait_until(run, lambda run: run.step > at + 1000, what="1000 more steps")  # longer than those limits, too
     working = [worker.engine for worker in run.workers if worker.state != "dead"]

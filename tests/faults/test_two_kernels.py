@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dnb import training
+from dnb import pools, training
 from dnb.errors import ArgumentError, PoolError
 from dnb.pool.found import find_pools
 from dnb.pool.starting import profile_folder
@@ -18,7 +18,7 @@ from tests.models import digits, mlp
 pytestmark = [pytest.mark.engines, pytest.mark.faults]
 
 START_AND_TRAIN = """
-pool = training.start(n=1)
+pool = pools.start(n=1)
 run = pool.fit(mlp(), digits(), loss="cross_entropy", epochs=100_000, name="shared")
 """
 
@@ -41,8 +41,8 @@ class Others:
         if self._kernel is None:
             return
         with contextlib.suppress(PoolError):  # it was ended
-            training.attach(steer=True)  # its run would go on without it
-        training.shutdown()
+            pools.attach(steer=True)  # its run would go on without it
+        pools.shutdown()
         if self._kernel.process.poll() is None:
             self._kernel.end()
         self._kernel = None
@@ -68,17 +68,17 @@ def other_kernel(others, monkeypatch):
     """Another kernel, with a pool and a run; this one has no pool yet."""
     set_apart(monkeypatch, others.folder)
     yield others.kernel()
-    training.shutdown()  # ends the other's pool only if the test has taken it over
+    pools.shutdown()  # ends the other's pool only if the test has taken it over
 
 
 def set_apart(patch, folder):
     patch.chdir(folder)
     patch.setenv("IPYTHONDIR", str(folder / "ipython"))
-    patch.setattr(training, "_pool", None)  # the tests' shared one is back afterwards
+    patch.setattr(pools, "_pool", None)  # the tests' shared one is back afterwards
 
 
 def test_a_second_kernel_sees_the_run_and_is_told_who_steers(other_kernel, caplog):
-    run = training.attach()
+    run = pools.attach()
     wait_until(run, lambda run: run.step > 3, what="3 steps")
     assert f"steered by the kernel with pid {other_kernel.process.pid}" in caplog.text
     assert run.history["loss"]
@@ -95,32 +95,32 @@ def test_a_second_kernel_sees_the_run_and_is_told_who_steers(other_kernel, caplo
     ids=["pause", "stop", "set", "fit"],
 )
 def test_a_kernel_that_watches_changes_nothing(other_kernel, change):
-    run = training.attach()
+    run = pools.attach()
     with pytest.raises(ArgumentError, match=r"only watches: .*--steer takes over|is active"):
         change(run)
     wait_until(run, lambda run: run.status == "running", what="it goes on")
 
 
 def test_a_kernel_that_watches_leaves_the_pool_as_it_is_when_it_goes(other_kernel):
-    training.attach()
-    training.shutdown()
-    run = training.attach()
+    pools.attach()
+    pools.shutdown()
+    run = pools.attach()
     before = run.step
     wait_until(run, lambda run: run.step > before + 3, what="3 more steps")
 
 
 def test_another_kernel_s_pool_is_told_and_left_alone(other_kernel):
-    _, notices = training.open_pool(
+    _, notices = pools.open_pool(
         1, profile=None, launcher="local", threads_per_engine=1, timeout_seconds=60, linger_seconds=60
     )
     assert notices == ["another kernel runs 1 engines on this host, which share its cores"]
-    training.shutdown()
+    pools.shutdown()
     assert len(find_pools(profile_folder(None) / "security").foreign) == 1
 
 
 def test_a_kernel_may_take_over_and_end_the_pool(other_kernel):
-    run = training.attach(steer=True)
-    pool = training.current_pool()
+    run = pools.attach(steer=True)
+    pool = pools.current_pool()
     assert pool.facts.owner.pid == os.getpid()
     run.stop()
     wait(run)
@@ -128,8 +128,8 @@ def test_a_kernel_may_take_over_and_end_the_pool(other_kernel):
 
 
 def test_a_watcher_steers_once_the_other_kernel_is_gone(other_kernel):
-    run = training.attach()
+    run = pools.attach()
     other_kernel.kill()
     run.stop()
     wait(run)
-    assert (run.status, training.current_pool().facts.owner.pid) == ("stopped", os.getpid())
+    assert (run.status, pools.current_pool().facts.owner.pid) == ("stopped", os.getpid())

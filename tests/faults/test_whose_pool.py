@@ -7,7 +7,7 @@ import time
 import msgspec
 import pytest
 
-from dnb import training
+from dnb import pools
 from dnb.errors import PoolError
 from dnb.pool.found import clear_doubtful, find_pools
 from dnb.pool.starting import profile_folder
@@ -20,7 +20,7 @@ from tests.leftovers import Leftovers
 pytestmark = [pytest.mark.engines, pytest.mark.faults]
 
 TRAIN = """
-pool = training.start(n=1, timeout_seconds=120)
+pool = pools.start(n=1, timeout_seconds=120)
 run = pool.fit(mlp(), digits(), loss="cross_entropy", epochs=100_000, name="theirs")
 """
 CONTAINER = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -42,7 +42,7 @@ def kernel_in(folder):
         return kernels[-1]
 
     yield make
-    training.shutdown()
+    pools.shutdown()
     for kernel in kernels:
         kernel.kill()  # and with its namespace all that was started in it
     places = {"security_dir": security(), "log_dir": security().with_name("log")}
@@ -60,7 +60,7 @@ def records():
 def attach_in_time():
     begin = time.monotonic()
     with pytest.raises(PoolError) as caught:
-        training.attach()
+        pools.attach()
     assert time.monotonic() - begin < 5
     return str(caught.value)
 
@@ -68,7 +68,7 @@ def attach_in_time():
 def test_a_pool_of_another_container_is_found_by_asking_it_and_can_be_taken_over(kernel_in):
     kernel_in(CONTAINER)
     assert find_pools(security()).dead == []  # its pids are none of ours
-    run = training.attach(steer=True)
+    run = pools.attach(steer=True)
     wait_until(run, lambda run: run.step > 3, what="3 steps")
     run.stop()
     run.wait(timeout_seconds=60)
@@ -81,11 +81,11 @@ def test_a_living_pool_of_a_host_that_is_out_of_reach_is_told_and_left_alone_bes
     told = attach_in_time()
     assert told.startswith("nothing to attach to: a pool of host far-away (run 'theirs', started 20")
     assert "of that host alone, where nothing of it answers here" in told
-    _, notices = training.open_pool(
+    _, notices = pools.open_pool(
         1, profile=None, launcher="local", threads_per_engine=1, timeout_seconds=120, linger_seconds=10
     )
     assert [notice.partition(" (")[0] for notice in notices] == ["a pool of host far-away"]
-    assert training.shutdown()
+    assert pools.shutdown()
     assert [path.read_bytes() for path in records()] == before
 
 
@@ -98,14 +98,14 @@ def their_folder(nothing_is_left, tmp_path_factory):
         set_apart(patch, folder)
         kernel = Kernel(TRAIN, folder=folder)
         kernel.wait_until_ready()
-        run = training.attach()
+        run = pools.attach()
         wait_until(run, lambda run: run.step > 3, what="it trains")  # what tests clear, engines have opened by now
-        training.shutdown()  # which only closes what looked on
+        pools.shutdown()  # which only closes what looked on
     yield folder
     with pytest.MonkeyPatch.context() as patch:
         set_apart(patch, folder)
-        training.attach(steer=True)
-        training.shutdown()
+        pools.attach(steer=True)
+        pools.shutdown()
         kernel.end()
     leftovers.wait_until_none()
 
@@ -113,7 +113,7 @@ def their_folder(nothing_is_left, tmp_path_factory):
 def set_apart(patch, folder):
     patch.chdir(folder)
     patch.setenv("IPYTHONDIR", str(folder / "ipython"))
-    patch.setattr(training, "_pool", None)
+    patch.setattr(pools, "_pool", None)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_what_a_container_that_is_gone_has_left_is_cleared_when_that_is_asked_fo
     assert "a pool of host old-container-7f3a (run 'theirs', started" in attach_in_time()
     assert len(records()) == 1
     with pytest.raises(PoolError, match="cleared what 1 dead pool had left"):
-        training.attach(clear=True)
+        pools.attach(clear=True)
     assert list(security().iterdir()) == []
 
 
@@ -177,6 +177,6 @@ def test_a_pool_whose_record_is_of_a_newer_dnb_is_named_and_goes_on(their_folder
     assert "was started by dnb 9.9.9 (format 1), and this is dnb 0." in told
     assert "(the field 'new_field' is not known): use it, or end it with %dtrain shutdown, from a kernel with" in told
     path.write_bytes(whole)
-    run = training.attach()
+    run = pools.attach()
     wait_until(run, lambda run: run.step > 3, what="its run goes on")
-    training.shutdown()  # which only closes what looked on
+    pools.shutdown()  # which only closes what looked on

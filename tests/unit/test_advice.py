@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import dnb
-from dnb import training
+from dnb import pools
 from dnb.advice import read_bytes, read_mesh
 from dnb.errors import ArgumentError, PlanError
 
@@ -15,7 +15,7 @@ from dnb.errors import ArgumentError, PlanError
 @pytest.fixture(autouse=True)
 def no_pool(monkeypatch):
     """The pool that tests of this process share is not to be asked."""
-    monkeypatch.setattr(training, "_pool", None)
+    monkeypatch.setattr(pools, "_pool", None)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tests.unit.kept_runs import SPEC
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder in which a run of one step is kept."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dnb.training._pool", None)
+    monkeypatch.setattr("dnb.pools._pool", None)
     state = {"status": "finished", "error": "", "remote_traceback": "", "started": 100.0, "elapsed_seconds": 2.5}
     with RunFolder(tmp_path / ".dnb" / "runs" / "digits") as kept:
         kept.append_row(HistoryRow(kind="step", step=1, time=101.0, values={"loss": 0.5}))
