@@ -18,7 +18,7 @@ from tests.browser.lab import CHROMIUM_FLAGS, LabPage, LabServer, find_chromium,
 
 POINTS = "svg.main-svg .scatterlayer path.js-line"
 SETUP = """
-import gc, psutil, time, torch, dnb.run
+import gc, psutil, time, torch, dnb.run_follower
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -45,7 +45,7 @@ FAST = """
 from dnb.notebook import live_figure
 from dnb.notebook.display import dashboard_of
 from dnb.notebook.live_figure import LiveFigure
-dnb.run.REFRESH_SECONDS = 0.02
+dnb.run_follower.REFRESH_SECONDS = 0.02
 live_figure._PAGE_SHARE = 1.0
 paints = 0
 paint = LiveFigure.paint

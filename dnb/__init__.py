@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dnb.advice import plan
     from dnb.errors import DnbError as DnbError
     from dnb.errors import RunError
+    from dnb.history import History as History
     from dnb.input_data import batches
     from dnb.launching import Pool
     from dnb.notebook.display import show
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from dnb.pool.engine_pool import Engine
     from dnb.pools import attach, start
     from dnb.resuming import resume
-    from dnb.run import History as History
     from dnb.run import Run
     from dnb.training import fit
     from dnb.transport.job import Sum
@@ -50,7 +50,7 @@ __all__ = [
 _HOMES = {
     "DnbError": "dnb.errors",
     "Engine": "dnb.pool.engine_pool",
-    "History": "dnb.run",
+    "History": "dnb.history",
     "Plan": "dnb.planning.plans",
     "Pool": "dnb.launching",
     "Run": "dnb.run",

@@ -15,9 +15,10 @@ from dnb.errors import USER_ERRORS, ArgumentError, PoolError, summary_of
 from dnb.fit_arguments import FitArguments
 from dnb.pool.engine_pool import EnginePool
 from dnb.proving import Submission
-from dnb.records import ENDED
+from dnb.records import ENDED, RunSpec
 from dnb.run import Run
 from dnb.run_request import RunRequest, read_request
+from dnb.run_snapshot import KnownRun, RunSnapshot
 from dnb.submission import submit
 
 log = logging.getLogger(__name__)
@@ -58,11 +59,21 @@ def launch(request: RunRequest, pool: Pool) -> Run:
     spec = request.settle(request.spec, pool)
     spec = msgspec.structs.replace(spec, id=uuid.uuid4().hex, linger_seconds=pool.linger_seconds)
     spec, job = submit(pool, spec, request.ship_job, request.ship_data)
-    run = Run(spec.name, pool.hub, folder=Path(spec.folder), own=request.own, key=pool.key)
-    run.num_steps, run.steps_per_epoch = spec.num_steps, spec.steps_per_epoch
-    run.step = run.first_step = request.first_step
-    run.submission = None if request.data is None else Submission(spec=spec, job=job, data=request.data)
+    run = Run(
+        spec.name,
+        pool.hub,
+        folder=Path(spec.folder),
+        own=request.own,
+        key=pool.key,
+        known=KnownRun(name=spec.name, snapshot=_beginning(spec, step=request.first_step)),
+        submission=None if request.data is None else Submission(spec=spec, job=job, data=request.data),
+    )
     return _proved(pool.follow(run), request.num_proved)
+
+
+def _beginning(spec: RunSpec, *, step: int) -> RunSnapshot:
+    """Return what is known of a run before its hub was asked."""
+    return RunSnapshot(num_steps=spec.num_steps, steps_per_epoch=spec.steps_per_epoch, step=step, first_step=step)
 
 
 def refuse_busy_or_empty(pool: EnginePool) -> None:

@@ -13,7 +13,7 @@ from benchmarks.ours import Side, open_side
 from benchmarks.pairs import alternate, compare
 from benchmarks.settings import Settings
 from benchmarks.table import Row, compared_row
-from dnb.run import Worker
+from dnb.workers import EngineUsage
 
 NAMES = ("mlp-25m", "mlp-large-layers", "gpt-25m")
 NUM_STEPS = 6
@@ -63,7 +63,7 @@ def _grown(side: Side, name: str, **options: Any) -> float:
     return float(max(_growth_of(worker) for worker in run.workers))
 
 
-def _growth_of(worker: Worker) -> int:
+def _growth_of(worker: EngineUsage) -> int:
     if worker.peak_rss_bytes is None or worker.start_rss_bytes is None:
         raise RuntimeError(f"engine {worker.engine} ({worker.state}) has not said what memory it held")
     return worker.peak_rss_bytes - worker.start_rss_bytes

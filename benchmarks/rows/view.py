@@ -20,8 +20,8 @@ from benchmarks.settings import Settings
 from benchmarks.table import Row
 from benchmarks.viewer import Browserless
 from benchmarks.viewing import watch_in_browser
+from dnb.history import History
 from dnb.records import UsageRow
-from dnb.run import History
 from tests.browser.lab import find_chromium
 from tests.fake_runs import long_run, usage_rows
 

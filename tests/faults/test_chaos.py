@@ -50,9 +50,9 @@ def test_a_slowed_engine_computes_longer_than_the_others_and_its_account_says_so
     pool.chaos.slow(victim.id, 20)
     wait_until(run, lambda run: has(run, "chaos", victim.id), what="the act is told")
     at = run.step
-    before = {worker.engine: worker.compute_seconds for worker in run._totals}
+    before = {worker.engine: worker.compute_seconds for worker in run._follower.snapshot.totals}
     wait_until(run, lambda run: run.step > at + 100, what="a hundred steps more")
-    after = {worker.engine: worker for worker in run._totals}
+    after = {worker.engine: worker for worker in run._follower.snapshot.totals}
 
     def seconds_per_sample(engine):
         return after[engine].compute_seconds / after[engine].samples

@@ -9,7 +9,8 @@ import pytest
 
 from dnb.errors import ArgumentError, SpaceError
 from dnb.exporting import kind_of, replacing, write_csv, write_parquet, write_tensorboard
-from dnb.run import History, Run
+from dnb.history import History
+from dnb.run import Run
 from tests.fake_runs import FakeEvent, FakeHistory
 
 
