@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dnb.launching import Pool
     from dnb.notebook.display import show
     from dnb.planning.plans import Plan
-    from dnb.pool.engine_pool import Engine
+    from dnb.pool.engines import Engine
     from dnb.pools import attach, start
     from dnb.resuming import resume
     from dnb.run import Run
@@ -49,7 +49,7 @@ __all__ = [
 # too, and must not wait seconds for torch before they answer.
 _HOMES = {
     "DnbError": "dnb.errors",
-    "Engine": "dnb.pool.engine_pool",
+    "Engine": "dnb.pool.engines",
     "History": "dnb.history",
     "Plan": "dnb.planning.plans",
     "Pool": "dnb.launching",

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,20 @@ log = logging.getLogger(__name__)
 # More engines than this are started only when asked for.
 MOST_BY_DEFAULT = 4
 RESTARTS = ("never", "always")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolRequest:
+    """The arguments of `start` with its defaults, as they were given: nothing is checked. See there what each means."""
+
+    n: int | None = None
+    profile: str | None = None
+    launcher: str = "local"
+    threads_per_engine: int | None = None
+    timeout_seconds: float = 60.0
+    linger_seconds: float = LINGER_SECONDS
+    restart: str = "never"
+
 
 _pool: Pool | None = None
 # Held by whoever starts or ends it: a cell and the control panel may want to at the same time.
@@ -58,8 +73,8 @@ def start(
         ArgumentError: n is not a number of engines that this host can hold.
         PoolError: the pool did not come up.
     """
-    pool, notices = open_pool(
-        n,
+    request = PoolRequest(
+        n=n,
         profile=profile,
         launcher=launcher,
         threads_per_engine=threads_per_engine,
@@ -67,57 +82,33 @@ def start(
         linger_seconds=linger_seconds,
         restart=restart,
     )
+    pool, notices = open_pool(request)
     for notice in notices:
         log.warning(notice)
     return pool
 
 
-def open_pool(
-    n: int | None,
-    *,
-    profile: str | None,
-    launcher: str,
-    threads_per_engine: int | None,
-    timeout_seconds: float,
-    linger_seconds: float,
-    restart: str = "never",
-) -> tuple[Pool, list[str]]:
-    """`start`, with sentences on what was found: a running pool, one that a dead kernel left, remains."""
-    check_choice(restart, name="restart", known=RESTARTS, available=RESTARTS)
+def open_pool(request: PoolRequest) -> tuple[Pool, list[str]]:
+    """Do what `start` does; return sentences on what was found, too: a running pool, one that a dead kernel left."""
+    check_choice(request.restart, name="restart", known=RESTARTS, available=RESTARTS)
     with _changing:
-        pool, notices = _open_pool(
-            n,
-            profile=profile,
-            launcher=launcher,
-            threads_per_engine=threads_per_engine,
-            timeout_seconds=timeout_seconds,
-            linger_seconds=linger_seconds,
-        )
-    if restart == "always":
+        pool, notices = _open_pool(request)
+    if request.restart == "always":
         pool.restart = "always"
     return pool, notices
 
 
-def _open_pool(
-    n: int | None,
-    *,
-    profile: str | None,
-    launcher: str,
-    threads_per_engine: int | None,
-    timeout_seconds: float,
-    linger_seconds: float,
-) -> tuple[Pool, list[str]]:
+def _open_pool(request: PoolRequest) -> tuple[Pool, list[str]]:
     global _pool
-    num_engines = min(os.cpu_count() or 1, MOST_BY_DEFAULT) if n is None else n
     if _pool is not None and _pool.is_open:
-        return _pool, [_already(_pool, asked=n)]
-    if threads_per_engine is not None:
-        check_positive(threads_per_engine, name="threads_per_engine")
-    check_number(timeout_seconds, name="timeout_seconds")
+        return _pool, [_already(_pool, asked=request.n)]
+    if request.threads_per_engine is not None:
+        check_positive(request.threads_per_engine, name="threads_per_engine")
+    check_number(request.timeout_seconds, name="timeout_seconds")
     if _pool is not None:
         _pool.shutdown()  # its hub has died: clear up what it left
         _pool = None
-    profile_dir = profile_folder(profile)
+    profile_dir = profile_folder(request.profile)
     found = find_pools(profile_dir / "security")
     notices = _clear(found, profile_dir)
     _pool = _adopt_first(found.orphans, profile_dir, told=notices)
@@ -125,13 +116,13 @@ def _open_pool(
         return _pool, [*notices, _adopted(_pool)]
     _pool = start_pool(
         Pool,
-        n=num_engines,
+        n=min(os.cpu_count() or 1, MOST_BY_DEFAULT) if request.n is None else request.n,
         profile_dir=profile_dir,
-        launcher=launcher,
-        threads_per_engine=threads_per_engine,
-        timeout_seconds=timeout_seconds,
+        launcher=request.launcher,
+        threads_per_engine=request.threads_per_engine,
+        timeout_seconds=request.timeout_seconds,
     )
-    _pool.linger_seconds = linger_seconds
+    _pool.linger_seconds = request.linger_seconds
     return _pool, notices
 
 

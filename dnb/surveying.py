@@ -19,7 +19,8 @@ from dnb.engine.profiling import Trial, profile_parcel, profile_trial
 from dnb.errors import USER_ERRORS, PlanError, PoolError, SpaceError
 from dnb.planning.capacity import choose_num_threads
 from dnb.planning.profiles import USUAL_EXCHANGE, EngineTraits, Exchange, Profile, Site, mean_profile
-from dnb.pool.engine_pool import Engine, EnginePool
+from dnb.pool.engine_pool import EnginePool
+from dnb.pool.engines import Engine
 from dnb.pool.growing import count_ready, free_bytes
 from dnb.progress import long_work
 from dnb.records import ParcelRef

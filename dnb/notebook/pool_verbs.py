@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 from dnb import pools
@@ -14,7 +13,7 @@ from dnb.notebook.frontend import choose_display
 from dnb.notebook.outlet import say
 from dnb.notebook.verbs import entry_of, verb
 from dnb.notebook.wording import one_line
-from dnb.pool.engine_pool import describe_added, describe_engines, describe_restarts
+from dnb.pool.engines import describe_added, describe_engines, describe_restarts
 
 NEXT_AFTER_START = """\
 next: %dtrain fit model train --loss cross_entropy    train on these engines
@@ -25,10 +24,9 @@ next: %dtrain fit model train --loss cross_entropy    train on these engines
 @verb("start", flags_of=pools.start)
 def _start(shell: Any, **options: Any) -> None:
     """Start a pool of engines, or use the one that runs already."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(pools.start).parameters.items()}
     if choose_display(shell=shell) == "widget":
         warm_up()
-    pool, notices = pools.open_pool(**(defaults | options))
+    pool, notices = pools.open_pool(pools.PoolRequest(**options))
     view = pool.client.direct_view("all")
     view.block = True
     view.activate()  # registers %px

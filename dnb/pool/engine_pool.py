@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -19,11 +19,11 @@ from dnb.errors import ArgumentError, DnbError, PoolError
 from dnb.hub.pool_files import remove_cluster_files
 from dnb.planning.capacity import check_num_added, choose_num_threads
 from dnb.pool.chaos import Chaos
+from dnb.pool.engines import Engine, all_processes, engine_of
 from dnb.pool.growing import EngineStarter, free_bytes
 from dnb.pool.keeping import Keeper, RestartPolicy
 from dnb.records import (
     Done,
-    EngineState,
     EngineStatus,
     GetMembers,
     GetPool,
@@ -56,19 +56,6 @@ UNREGISTER_SECONDS = 5.0
 # How long engines may take to come back to a hub that was started again: it expects them no longer itself.
 RETURN_SECONDS = 10.0
 LOOK_SECONDS = 0.05
-
-
-class Engine(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine as it is now."""
-
-    id: int
-    host: str
-    pid: int
-    state: EngineState
-    cores: int  # threads given to torch
-    memory_bytes: int  # physical memory of its host
-    rss_bytes: int | None  # resident memory of its process
-    device: str
 
 
 class EnginePool:
@@ -141,7 +128,7 @@ class EnginePool:
     @property
     def engines(self) -> list[Engine]:
         """The living engines, in order of their ids."""
-        return [_engine(status) for status in self.statuses]
+        return [engine_of(status) for status in self.statuses]
 
     @property
     def is_open(self) -> bool:
@@ -395,60 +382,6 @@ class EnginePool:
         return f"<dnb.Pool: {len(self.engines)} engines on {socket.gethostname()}>"
 
 
-def all_processes(facts: PoolFacts) -> list[Process]:
-    """Guardian, hub, controller, schedulers and engines of a pool."""
-    return [
-        facts.guardian,  # first: it would start the hub again
-        facts.hub,
-        facts.controller,
-        *facts.helpers,
-        *(engine.process for engine in (*facts.engines, *facts.returning)),
-    ]
-
-
-def describe_engines(engines: list[Engine]) -> str:
-    """One line per engine, for people."""
-    rows = [("engine", "host", "pid", "state", "threads", "memory", "device")]
-    for engine in engines:
-        used = "?" if engine.rss_bytes is None else f"{engine.rss_bytes / 1e9:.2f}"
-        memory = f"{used} of {engine.memory_bytes / 1e9:.0f} GB"
-        cells = (
-            engine.id,
-            engine.host,
-            engine.pid,
-            engine.state,
-            engine.cores,
-            memory,
-            engine.device,
-        )
-        rows.append(tuple(map(str, cells)))  # type: ignore[arg-type]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def describe_restarts(restarts: Sequence[HubRestart]) -> str:
-    """That the hub was started again, when, and why; empty if it was not."""
-    if not restarts:
-        return ""
-    last = restarts[-1]
-    when = time.strftime("%H:%M:%S", time.localtime(last.time))
-    more = f", for the last time at {when}" if len(restarts) > 1 else f" at {when}"
-    times = f"{len(restarts)} times" if len(restarts) > 1 else "once"
-    return f"the hub was started again {times}{more}: {last.reason}"
-
-
-def describe_added(engines: list[Engine], new: list[int]) -> str:
-    """What has joined, with how many threads, and what that means for the cores; for people."""
-    threads = [engine.cores for engine in engines if engine.id in new]
-    each = f"{threads[0]} thread{'s' if threads[0] > 1 else ''} each" if threads else "no threads"
-    told = f"engine{'s' if len(new) > 1 else ''} {', '.join(map(str, new))} joined, with {each} as the others have"
-    here = sum(engine.cores for engine in engines if engine.host == socket.gethostname())
-    num_cores = os.cpu_count() or 1
-    return told if here <= num_cores else f"{told}; {here} threads share {num_cores} cores"
-
-
 def _ids(engines: int | Iterable[int]) -> list[int]:
     ids = [engines] if isinstance(engines, int) else list(engines)
     wrong = next((each for each in ids if not isinstance(each, int) or isinstance(each, bool)), None)
@@ -465,17 +398,3 @@ def _wait_until(holds: Callable[[], bool], limit_seconds: float) -> bool:
             return False
         time.sleep(LOOK_SECONDS)
     return True
-
-
-def _engine(status: EngineStatus) -> Engine:
-    facts = status.facts
-    return Engine(
-        id=facts.engine,
-        host=facts.process.host,
-        pid=facts.process.pid,
-        state=status.state,
-        cores=facts.cores,
-        memory_bytes=facts.memory_bytes,
-        rss_bytes=status.rss_bytes,
-        device=facts.device,
-    )

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from dnb.hub.pool_files import NOT_READ, StrangeRecord, client_file, read_pool_files, remove_cluster_files
-from dnb.pool.engine_pool import all_processes
+from dnb.pool.engines import all_processes
 from dnb.records import Address, HubPlace, PoolFacts
 from dnb.transport.channels import find_answering
 from dnb.transport.lives import end_processes, is_alive, is_here, is_this_process

@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
 import re
-import resource
-import socket
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal, TextIO, TypeVar
 
 import ipyparallel
 import msgspec
 import psutil
-import zmq
 from traitlets.config import Config
 
-from dnb.errors import ArgumentError, PoolError, nearest
+from dnb.errors import PoolError
 from dnb.hub.pool_files import client_file
 from dnb.planning.capacity import check_num_engines, choose_num_threads
 from dnb.pool.engine_pool import EnginePool
 from dnb.pool.forking import PoolCluster, PrivateControllerLauncher, birth_limit, engine_launcher
 from dnb.pool.growing import Registry, count_ready, last_words, quiet_log, start_joining, thread_environment
+from dnb.pool.host_checks import check_encryption, check_files, check_launcher, check_loopback, check_writable
 from dnb.progress import Report, long_work
 from dnb.records import HubPlace, PoolFacts, Process
 from dnb.transport.lives import find_process, is_alive, this_process
-from dnb.transport.own_files import FOLDER_MODE
-from dnb.transport.private_files import close_to_others
 from dnb.versions import POOL_FORMAT, Header, explain_unreadable, name_dnb, name_this_dnb
 
 log = logging.getLogger(__name__)
@@ -55,11 +48,6 @@ LOOK_SECONDS = 0.02
 CONTROLLER_COMMAND = [sys.executable, "-m", "dnb.hub.controller"]
 # IPython would take a new temporary folder at every look.
 NO_FOLDER = re.compile(r"IPython (?:dir|parent) '(.*)' is not a writable location")
-LOOPBACK = "127.0.0.1"
-LOOPBACK_SECONDS = 2.0
-# Open files of one process. The controller has most: 125, and 6 for each engine; some are for who calls meanwhile.
-FILES_OF_POOL = 160
-FILES_OF_ENGINE = 8
 
 
 def start_pool(
@@ -85,14 +73,14 @@ def start_pool(
         ArgumentError: n is not a number of engines that this host can hold.
         PoolError: the pool did not come up; everything that had been started is ended.
     """
-    _check_launcher(launcher)
-    _check_encryption()
-    _check_loopback()
+    check_launcher(launcher)
+    check_encryption()
+    check_loopback()
     check_num_engines(n, free_bytes=psutil.virtual_memory().available)
     cores = os.cpu_count() or 1
     num_threads = threads_per_engine or choose_num_threads(cores, num_engines=n)
-    _check_files(n)
-    _check_writable(profile_dir)
+    check_files(n)
+    check_writable(profile_dir)
     cluster = _cluster(profile_dir, launcher=launcher, num_threads=num_threads, timeout_seconds=timeout_seconds)
     controller = _Controller(cluster, deadline=time.monotonic() + timeout_seconds)
     try:
@@ -163,7 +151,7 @@ def _read_connection(cluster_id: str, profile_dir: Path) -> dict[str, Any]:
 
 
 def profile_folder(profile: str | None) -> Path:
-    """The folder of an IPython profile: the one named, else that of the notebook's own kernel.
+    """Return the folder of an IPython profile: the one named, else that of the notebook's own kernel.
 
     Raises:
         PoolError: it can be found, or made, nowhere but in a temporary folder, where no other kernel would look.
@@ -214,7 +202,7 @@ class _Controller:
         self._process = find_process(launcher.pid)
 
     def connect(self) -> ipyparallel.Client:
-        """A client of it.
+        """Return a client of it.
 
         Raises:
             PoolError: it has ended.
@@ -252,7 +240,7 @@ class _Controller:
             raise PoolError("its controller has ended")
 
     def last_words(self) -> str:
-        """The last lines of its output, for an error."""
+        """Return the last lines of its output, for an error."""
         if self._output is None:
             return ""
         with self._output as file:
@@ -350,71 +338,6 @@ def _cluster(profile_dir: Path, *, launcher: str, num_threads: int, timeout_seco
         shutdown_atexit=False,  # the hub ends the pool, also when the kernel is killed
         log=quiet_log(),
     )
-
-
-def _check_launcher(launcher: str) -> None:
-    known = {point.name.lower() for point in entry_points(group="ipyparallel.engine_launchers")}
-    if launcher.lower() not in known:
-        raise ArgumentError(f"ipyparallel has no engine launcher {launcher!r}: {nearest(launcher, known)}")
-
-
-def _check_encryption() -> None:
-    if not zmq.has("curve"):
-        raise PoolError(
-            f"a pool encrypts its sockets with CurveZMQ, which this libzmq {zmq.zmq_version()} was built without: "
-            "pip install --force-reinstall --only-binary :all: pyzmq installs one that has it"
-        )
-
-
-def _check_loopback() -> None:
-    try:
-        with socket.create_server((LOOPBACK, 0)) as listener:
-            socket.create_connection(listener.getsockname()[:2], timeout=LOOPBACK_SECONDS).close()
-    except OSError as error:
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            raise _too_few_files(str(error.strerror)) from error
-        raise PoolError(
-            f"the processes of a pool talk over {LOOPBACK}, which does not work here ({error.strerror or error}): the "
-            "loopback interface is down; `ip link set lo up`, as root, mends that"
-        ) from error
-
-
-def _check_files(num_engines: int) -> None:
-    """Let this kernel, and what it starts, open as many files as a pool needs.
-
-    Raises:
-        PoolError: the system allows fewer.
-    """
-    needed = FILES_OF_POOL + FILES_OF_ENGINE * num_engines
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
-    if most < needed:
-        raise _too_few_files(
-            f"a pool of {num_engines} engines opens about {needed} in one process, and {most} are allowed"
-        )
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-def _too_few_files(reason: str) -> PoolError:
-    return PoolError(
-        f"this kernel may not open enough files ({reason}): `ulimit -n 4096` in the shell that starts it, or the "
-        "nofile limit of its service or container, allows more"
-    )
-
-
-def _check_writable(profile_dir: Path) -> None:
-    for folder in (profile_dir, profile_dir / "security", profile_dir / "log"):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if folder != profile_dir:  # the profile itself may be shared
-                close_to_others(folder, FOLDER_MODE)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise PoolError(
-                f"a pool keeps its connection files in {folder}, which cannot be written ({error.strerror}): "
-                "mend its permissions, or name another profile with %dtrain start --profile NAME"
-            ) from error
 
 
 def _folders(profile_dir: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import zmq
 
-from dnb.pool.engine_pool import all_processes
+from dnb.pool.engines import all_processes
 from dnb.pool.starting import profile_folder
 from tests.engines.pools import until
 

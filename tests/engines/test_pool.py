@@ -18,7 +18,7 @@ from dnb import pools
 from dnb.errors import ArgumentError, PoolError
 from dnb.launching import Pool
 from dnb.pool import forking, starting
-from dnb.pool.engine_pool import all_processes, describe_engines
+from dnb.pool.engines import all_processes, describe_engines
 from dnb.pool.starting import profile_folder, start_pool
 from dnb.records import Process
 from dnb.transport.lives import is_alive

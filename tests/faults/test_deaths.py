@@ -293,5 +293,5 @@ def test_no_folder_with_room_refuses_the_run_with_needed_and_free(tiny_memory, f
 
 def open_pool(n=2):
     return pools.open_pool(
-        n, profile=None, launcher="local", threads_per_engine=1, timeout_seconds=PATIENCE_SECONDS, linger_seconds=60
+        pools.PoolRequest(n=n, threads_per_engine=1, timeout_seconds=PATIENCE_SECONDS, linger_seconds=60)
     )

@@ -122,5 +122,6 @@ def test_a_working_folder_that_cannot_be_written_is_named_before_a_pool_is_start
 
 def test_a_soft_limit_of_files_is_raised_where_the_system_allows_it(ask):
     before = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 1024))"
-    call = "from dnb.pool import starting; starting._check_files(4); print(resource.getrlimit(resource.RLIMIT_NOFILE))"
-    assert ask(call, before=before).splitlines()[0] == "(192, 1024)"
+    call = "from dnb.pool.host_checks import check_files; check_files(4)"
+    seen = "print(resource.getrlimit(resource.RLIMIT_NOFILE))"
+    assert ask(f"{call}; {seen}", before=before).splitlines()[0] == "(192, 1024)"

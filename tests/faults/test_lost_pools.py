@@ -29,7 +29,7 @@ import threading
 moved = threading.Event()
 run.add_listener(lambda run: moved.set() if len([e for e in run.events if e.kind == "checkpoint"]) > 3 else None)
 assert moved.wait(120)
-from dnb.pool.engine_pool import all_processes
+from dnb.pool.engines import all_processes
 say(*[process.pid for process in all_processes(pool.facts)])
 """
 

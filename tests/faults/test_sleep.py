@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.engines, pytest.mark.faults]
 ASLEEP_SECONDS = 5.0
 ASLEEP = f"""
 from dnb.pool import starting
-from dnb.pool.engine_pool import all_processes
+from dnb.pool.engines import all_processes
 starting.HEARTBEAT_MISSES = 4
 {START_AND_TRAIN.replace("n=1", "n=2")}
 say(*[process.pid for process in all_processes(pool.facts)])

@@ -18,7 +18,7 @@ import pytest
 import zmq
 
 from dnb.engine.worker import engine_facts
-from dnb.pool.engine_pool import all_processes
+from dnb.pool.engines import all_processes
 from dnb.pool.starting import profile_folder
 from dnb.records import Address, Attach, Beat, GetMembers, HubMessage, Join, Load, Message, WorkReport
 from dnb.transport.channels import connect_dealer, encode

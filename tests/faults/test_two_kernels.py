@@ -110,9 +110,7 @@ def test_a_kernel_that_watches_leaves_the_pool_as_it_is_when_it_goes(other_kerne
 
 
 def test_another_kernel_s_pool_is_told_and_left_alone(other_kernel):
-    _, notices = pools.open_pool(
-        1, profile=None, launcher="local", threads_per_engine=1, timeout_seconds=60, linger_seconds=60
-    )
+    _, notices = pools.open_pool(pools.PoolRequest(n=1, threads_per_engine=1, timeout_seconds=60, linger_seconds=60))
     assert notices == ["another kernel runs 1 engines on this host, which share its cores"]
     pools.shutdown()
     assert len(find_pools(profile_folder(None) / "security").foreign) == 1

@@ -81,9 +81,7 @@ def test_a_living_pool_of_a_host_that_is_out_of_reach_is_told_and_left_alone_bes
     told = attach_in_time()
     assert told.startswith("nothing to attach to: a pool of host far-away (run 'theirs', started 20")
     assert "of that host alone, where nothing of it answers here" in told
-    _, notices = pools.open_pool(
-        1, profile=None, launcher="local", threads_per_engine=1, timeout_seconds=120, linger_seconds=10
-    )
+    _, notices = pools.open_pool(pools.PoolRequest(n=1, threads_per_engine=1, timeout_seconds=120, linger_seconds=10))
     assert [notice.partition(" (")[0] for notice in notices] == ["a pool of host far-away"]
     assert pools.shutdown()
     assert [path.read_bytes() for path in records()] == before
