@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -20,15 +19,22 @@ from dnb.errors import USER_ERRORS
 from dnb.planning.calling import arguments_of
 from dnb.records import Reduction
 from dnb.rehearsal.attributes import Attributes
+from dnb.rehearsal.trial_copies import (
+    MOST_SAMPLES,
+    digest_of_first,
+    free_tensors,
+    own_buffers,
+    shallow,
+    without_optimizer,
+)
 from dnb.rehearsal.undisturbed import undisturbed
 from dnb.rehearsal.watching import WriteWatch
-from dnb.transport.copies import close_files, copy_together, shallow_copy
-from dnb.transport.job import Data, DataSource, Job, Sum
+from dnb.transport.copies import close_files, copy_together
+from dnb.transport.job import Data, Job, Sum
 from dnb.transport.own_generators import OwnGenerators
 from dnb.transport.returned import read_loss, read_step
 
-# So many show how the loss of the whole is made of those of parts; of a large model each takes its time.
-MOST_SAMPLES = 8
+# Of a large model each sample takes its time.
 LEAST_SAMPLES = 4
 SMALL_MODEL = 1_000_000  # parameters
 # Engines are held against the notebook by so many; of a large model, whose forwards are dear, by so many.
@@ -148,8 +154,8 @@ class Trial:
             Exception: what cannot be copied.
         """
         num_samples = job.order.num_samples
-        copies = copy_together(_without_optimizer(job), data, free=_free_tensors(job, data))
-        copied_job, copied_data = copies.small, copies.large if copies.is_whole else _shallow(data)
+        copies = copy_together(without_optimizer(job), data, free=free_tensors(job, data))
+        copied_job, copied_data = copies.small, copies.large if copies.is_whole else shallow(data)
         trial = cls(
             given=job,
             given_data=data,
@@ -161,10 +167,10 @@ class Trial:
             is_whole=copies.is_whole,
             is_shared=copies.shared > 0,
             modes=Modes([copied_job.model, *(copied_job.stages or ())]),
-            fingerprint=None if copies.fingerprint is None else copies.fingerprint + _digest_of_first(data),
+            fingerprint=None if copies.fingerprint is None else copies.fingerprint + digest_of_first(data),
         )
         if copies.shared:
-            _own_buffers(copied_job.model)
+            own_buffers(copied_job.model)
         return trial
 
     def run(self) -> None:
@@ -267,24 +273,6 @@ class Trial:
         return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
-def _digest_of_first(data: Data) -> bytes:
-    """Of the first samples, by which a run is tried, as far as they are free otherwise."""
-    digest = hashlib.blake2b(digest_size=16)
-    for part in _floats_of(data.train):
-        digest.update(part[:MOST_SAMPLES].detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.digest()
-
-
-def _floats_of(source: DataSource | None) -> list[torch.Tensor]:
-    if source is None or source.collate is not None:
-        return []
-    return [part for part in source.samples if part.is_floating_point() and _is_plain(part)]
-
-
-def _is_plain(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and tensor.device.type == "cpu"
-
-
 def _buffers_of(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.Tensor, torch.Tensor]]:
     """Every buffer, where it is, and a copy of its value."""
     return [
@@ -306,59 +294,6 @@ def _is_small(model: torch.nn.Module) -> bool:
 def _shapes_of(batch: Any) -> tuple[Any, ...]:
     leaves, spec = torch.utils._pytree.tree_flatten(batch)
     return str(spec), *((type(leaf), getattr(leaf, "shape", None), getattr(leaf, "dtype", None)) for leaf in leaves)
-
-
-def _free_tensors(job: Job, data: Data) -> Iterator[torch.Tensor]:
-    """Those whose values do not count: what training changes, and inputs; classes may be marked as ignored anywhere."""
-    yield from filter(_is_plain, job.model.parameters())
-    for module in job.model.modules():
-        if isinstance(module, torch.nn.modules.batchnorm._NormBase):
-            yield from module.buffers(recurse=False)
-    yield from (*_floats_of(data.train), *_floats_of(data.val))
-
-
-def _own_buffers(model: torch.nn.Module) -> None:
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.clone()
-
-
-def copied_to_read(source: DataSource) -> DataSource:
-    """A data set that may open files, count and draw as it likes when it is asked for samples."""
-    if source.collate is None:
-        return source
-    try:
-        copies = copy_together(None, source)
-    except KeyboardInterrupt:
-        raise
-    except USER_ERRORS:  # it cannot be sent either, which is told when it is
-        return _shallow_source(source)
-    return copies.large if copies.is_whole else _shallow_source(source)
-
-
-def _shallow_source(source: DataSource) -> DataSource:
-    is_tuple = isinstance(source.samples, tuple)
-    return replace(source, samples=source.samples if is_tuple else shallow_copy(source.samples))
-
-
-def _shallow(data: Data) -> Data:
-    return replace(data, train=_shallow_source(data.train), val=None if data.val is None else _shallow_source(data.val))
-
-
-def _without_optimizer(job: Job) -> Job:
-    return Job(
-        model=job.model,
-        loss=job.loss,
-        step=job.step,
-        metrics=job.metrics,
-        optimizer=None,
-        lr=None,
-        scheduler=None,
-        order=None,
-        stages=job.stages,
-        val_step=job.val_step,
-    )
 
 
 def _watch(model: torch.nn.Module, *, is_shared: bool) -> WriteWatch:
