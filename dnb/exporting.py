@@ -31,7 +31,7 @@ _VERBATIM = "    "
 Table = dict[str, tuple[NDArray[np.float64], NDArray[np.bool_]]]
 
 
-class Columns(Protocol):
+class ColumnSource(Protocol):
     """A history: one column per name."""
 
     def __iter__(self) -> Iterator[str]: ...
@@ -60,7 +60,7 @@ class Happening(Protocol):
         """In seconds since the epoch."""
 
 
-def write_csv(columns: Columns, path: str | Path) -> Path:
+def write_csv(columns: ColumnSource, path: str | Path) -> Path:
     """Write one line per step; a cell is empty where nothing was measured, and "nan" where that was measured.
 
     Raises:
@@ -77,7 +77,7 @@ def write_csv(columns: Columns, path: str | Path) -> Path:
     return Path(path)
 
 
-def write_parquet(columns: Columns, path: str | Path) -> Path:
+def write_parquet(columns: ColumnSource, path: str | Path) -> Path:
     """Write one row per step; null is what was not measured, NaN what was measured so.
 
     Raises:
@@ -96,7 +96,7 @@ def write_parquet(columns: Columns, path: str | Path) -> Path:
 
 
 def write_tensorboard(
-    columns: Columns,
+    columns: ColumnSource,
     folder: str | Path,
     *,
     started: float,
@@ -168,7 +168,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             aside.unlink(missing_ok=True)
 
 
-def _times_of(steps: NDArray[np.int64], columns: Columns, *, started: float) -> list[float]:
+def _times_of(steps: NDArray[np.int64], columns: ColumnSource, *, started: float) -> list[float]:
     """When the steps were done, in seconds since the epoch."""
     known, seconds = columns.column("seconds")
     begin = started or time.time()
@@ -182,7 +182,7 @@ def _rows(steps: NDArray[np.int64], table: Table) -> Iterator[tuple[int, list[tu
         yield step, [(name, values[row]) for name, values, known in columns if known[row]]
 
 
-def _table(columns: Columns) -> tuple[NDArray[np.int64], Table]:
+def _table(columns: ColumnSource) -> tuple[NDArray[np.int64], Table]:
     """All steps of which something is known, and for every column its value there and whether there is one."""
     known = {name: columns.column(name) for name in columns}
     if not any(len(steps) for steps, _ in known.values()):
