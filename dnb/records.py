@@ -528,6 +528,7 @@ class WorkReport(Message, frozen=True):
     outputs: tuple[OutputLeaf, ...] = ()  # of "outputs": what the model gave, then targets
     states: bytes = b""  # `dnb.transport.module_states.LooseStates` that have changed, of the batch's first shard
     thawed: tuple[str, ...] = ()  # parameters without a slot that got a gradient, as user code lets them train by now
+    frozen: tuple[int, ...] = ()  # slots of the gradient layout that user code has frozen, in one of the parts at least
 
 
 # Kind of the failure of an engine that could not go on because another one of its team was gone.
@@ -641,6 +642,13 @@ class Thaw(Message, frozen=True):
     buffer_layout: Layout
 
 
+class Freeze(Message, frozen=True):
+    """Let these parameters be frozen, of those that have a slot, and all others train."""
+
+    run: str
+    names: tuple[str, ...]
+
+
 class Shipped(Message, frozen=True):
     """All pieces that an engine without shared memory needs to load a run have been sent."""
 
@@ -717,7 +725,7 @@ class Exit(Message, frozen=True):
 
 
 HubMessage = Welcome | Rejoin | Load | Unload | Slow | Exit
-WireMessage = AddSlabs | Thaw | Shipped | Work | Diagnose | Mended
+WireMessage = AddSlabs | Thaw | Freeze | Shipped | Work | Diagnose | Mended
 
 
 # Client to hub -------------------------------------------------------------------------------

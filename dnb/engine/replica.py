@@ -7,7 +7,7 @@ import hashlib
 import logging
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +58,7 @@ class Outcome:
     leaves: tuple[OutputLeaf, ...] = ()  # of outputs that are gathered
     tensors: Sequence[torch.Tensor] = ()
     thawed: tuple[str, ...] = ()  # parameters without a slot that got a gradient
+    frozen: tuple[int, ...] = ()  # slots that were frozen in one of the parts at least
 
 
 class Replica:
@@ -101,6 +102,7 @@ class Replica:
         self._master = master
         self._guard = WriteGuard(self._named, memory)
         self._thawed: dict[str, None] = {}  # names, in the order in which they were found
+        self._frozen_slots: set[int] = set()  # of this work
         self._slab_buffers: dict[int, dict[str, torch.Tensor]] = {}
         self._of_this_step: list[tuple[Work, torch.Tensor]] = []
         self._names: list[str] = []
@@ -149,6 +151,11 @@ class Replica:
         self._of_this_step.clear()
         self._bind_slabs(gradients, buffers, publisher)
 
+    def freeze(self, names: Collection[str]) -> None:
+        """Let these parameters be frozen, of those that have a place in slabs, and all others train."""
+        for name in self._names:
+            self._named[name].requires_grad_(name not in names)
+
     def compute(self, work: Work, indices: torch.Tensor) -> Outcome:
         """Do what is asked; for a step, the gradients are then in the slabs.
 
@@ -172,10 +179,14 @@ class Replica:
             return evaluated
         self._be_training(mode=True)
         self._thawed.clear()
+        self._frozen_slots.clear()
         try:
             outcome = self._with_states(work, self._compute_step(work, indices))
             self._guard.check(work.step, thoroughly=work.check_copy)
-            return dataclasses.replace(outcome, thawed=tuple(self._thawed)) if self._thawed else outcome
+            if self._thawed or self._frozen_slots:
+                frozen = tuple(sorted(self._frozen_slots))
+                return dataclasses.replace(outcome, thawed=tuple(self._thawed), frozen=frozen)
+            return outcome
         except USER_ERRORS:
             for name in self._named:
                 self._check_parameter(name)  # if one was replaced, that is the cause
@@ -357,9 +368,15 @@ class Replica:
         self._write_buffers(slab)
         for index in unused:
             self._check_parameter(self._names[index])
+        self._look_at_frozen(unused)
         if self._publisher is not None and publish:
             self._publisher.finish()
         return unused
+
+    def _look_at_frozen(self, slots: Iterable[int]) -> None:
+        """Remember which of these user code has frozen: all engines are to agree on it."""
+        if not self._spec.partitions:
+            self._frozen_slots.update(slot for slot in slots if not self._named[self._names[slot]].requires_grad)
 
     def _find_thawed(self, name: str, parameter: torch.nn.Parameter) -> None:
         """Remember a gradient that has no place; the hub makes one, and has the step computed again."""
@@ -379,6 +396,8 @@ class Replica:
             if self._publisher is not None:
                 self._publisher.is_last_backward = number == len(pieces)
             parts.append(self._forward(self._data.train, piece, batch_samples=batch_samples))
+            if len(pieces) > 1:  # another one may have written a gradient of what this one has frozen
+                self._look_at_frozen(range(len(self._names)))
             if number < len(pieces):
                 self._gradients.bring_home()
         if len(parts) == 1:

@@ -22,6 +22,7 @@ from dnb.records import (
     AddSlabs,
     Diagnose,
     EngineMessage,
+    Freeze,
     Load,
     Mended,
     OutputPiece,
@@ -148,6 +149,9 @@ class Session:
                 self._lay_out_anew(message)
                 assert isinstance(self._replica, Replica)  # the hub tells nobody else
                 self._replica.thaw(*self._layouts, self._make_publisher())
+            case Freeze(names=names):
+                assert isinstance(self._replica, Replica)
+                self._replica.freeze(names)
             case Work():
                 self._work(message, raw)
             case Diagnose():
@@ -229,6 +233,7 @@ class Session:
             outputs=outcome.leaves,
             states=outcome.states,
             thawed=outcome.thawed,
+            frozen=outcome.frozen,
         ), raws
 
     def _tell_output(self) -> None:

@@ -29,7 +29,7 @@ from dnb.hub.memo import RunMemo
 from dnb.hub.note_words import text_of
 from dnb.hub.pacing import DecayWatch
 from dnb.hub.peers import PeerError, Rules, check_message, check_parts
-from dnb.hub.pending_reports import Key, PendingReports, describe_mixed_sums
+from dnb.hub.pending_reports import Key, PendingReports, TaskReports, describe_mixed_sums, half_frozen
 from dnb.hub.reducer import Contribution, NotFinite, StepResult, mean_of
 from dnb.hub.restoring import rows_of
 from dnb.hub.samples import Batches
@@ -38,7 +38,7 @@ from dnb.hub.timelines import Part, Timelines
 from dnb.hub.usage import UsageMeter
 from dnb.hub.user_code import UserCodeError
 from dnb.planning.plan_words import amount
-from dnb.planning.thawing import thawed_text
+from dnb.planning.thawing import half_frozen_text, thawed_text
 from dnb.records import (
     ENDED,
     PEER_LOST,
@@ -49,6 +49,7 @@ from dnb.records import (
     EngineFacts,
     EngineMessage,
     Failure,
+    Freeze,
     GetRun,
     GradientRows,
     Layout,
@@ -183,6 +184,7 @@ class ActiveRun:
         )
         self._version = 0  # of the parameters
         self._gradients: dict[int, torch.Tensor] = {}  # by step: loss, norm, some elements
+        self._evened_step = 0  # computed once more, as engines had frozen different parameters
         self._sampled_layout = self.master.gradient_layout  # of these elements
         self._started = beginning.started
         self._ended = beginning.started + beginning.elapsed_seconds if beginning.status in ENDED else None
@@ -320,6 +322,8 @@ class ActiveRun:
         member.wire, member.version, member.states_version = wire, self._version, 0
         if member.gradient_layout is not self.master.gradient_layout:  # it was to load the run before
             wire.queue(self._thaw_record())
+        if frozen := self.master.freezing.on_engines:
+            wire.queue(Freeze(run=self.spec.id, names=tuple(frozen)))
         slabs = self.master.slabs_of(self._coordinator.owner_of(engine))
         wire.queue(AddSlabs(run=self.spec.id, slabs=tuple(slab.ref for slab in slabs)))
         if member.transport == "socket":
@@ -889,7 +893,7 @@ class ActiveRun:
         taken = self._pending.take(reports)
         contributions = taken.contributions
         traces = self._placed(taken.traces)
-        if (obstacle := self._obstacle(step, contributions, taken.thawed)) is not None:
+        if (obstacle := self._obstacle(kind, step, taken)) is not None:
             return obstacle
         try:
             values, samples = self._apply(kind, step, contributions, [engine for engine, _ in reports], taken.states)
@@ -909,23 +913,39 @@ class ActiveRun:
         self._put_off(kind, step, values, samples, traces)
         return machine.Committed(kind, step)
 
-    def _obstacle(
-        self, step: int, contributions: Sequence[Contribution], thawed: Iterable[str]
-    ) -> machine.Event | None:
+    def _obstacle(self, kind: WorkKind, step: int, taken: TaskReports) -> machine.Event | None:
         """Why what engines have brought is not applied; mostly nothing."""
         if self._fault is not None:
             return machine.CommitFailed(step, self._fault)
         if self._checks.disagreement:
             failure = Failure(kind="PlanError", message=self._checks.disagreement, traceback="")
             return machine.CommitFailed(step, failure)
-        if mixed := describe_mixed_sums(contributions):
+        if mixed := describe_mixed_sums(taken.contributions):
             return machine.CommitRefused(step, mixed)
         if reason := self._checks.take_copy_fault():
             return machine.CommitRefused(step, reason)
-        if thawed:
-            fault = self._thaw(thawed, step)
+        if taken.thawed:
+            fault = self._thaw(taken.thawed, step)
             return machine.CommitDeferred(step) if fault is None else machine.CommitFailed(step, fault)
-        return None
+        return self._follow_freezing(step, taken) if kind == "step" else None
+
+    def _follow_freezing(self, step: int, taken: TaskReports) -> machine.Event | None:
+        """Let what user code has frozen, or thawed again, on one engine be so on all, if they differ in a step."""
+        before, slots = self.master.freezing.on_engines, self.master.gradient_layout.slots
+        halves = {slots[index].name for index in half_frozen(taken)}
+        if halves and self._evened_step == step:
+            return machine.CommitRefused(step, half_frozen_text(min(halves)))
+        frozen = ({slots[index].name for index in taken.frozen} - halves) | (halves - before)  # what is new counts
+        if frozen == before and not halves:
+            return None
+        self.master.freeze_on_engines(frozen)
+        for member in self._members.values():
+            if member.wire is not None and (halves or not member.has_loaded):
+                member.wire.send(Freeze(run=self.spec.id, names=tuple(sorted(frozen))))
+        if not halves:
+            return None
+        self._evened_step = step
+        return machine.CommitDeferred(step)
 
     def _thaw(self, names: Iterable[str], step: int) -> Failure | None:
         """Give parameters that user code has thawed a place in all slabs; why a step cannot be computed with them."""

@@ -360,6 +360,7 @@ class Checkpointer:
             empty=tuple(name for name, value in states.now.buffers.items() if value is None),
             transient=tuple(sorted(states.now.transient)),
             toggled=self._master.freezing.toggled,
+            frozen_on_engines=tuple(sorted(self._master.freezing.on_engines)),
         )
 
     def _measured(self, step: int) -> dict[str, float]:

@@ -122,6 +122,7 @@ class Manifest(Record, frozen=True):
     empty: tuple[str, ...] = ()  # those among them that hold nothing
     transient: tuple[str, ...] = ()  # those that no state_dict has
     toggled: tuple[str, ...] = ()  # parameters that user code has thawed or frozen since the run began
+    frozen_on_engines: tuple[str, ...] = ()  # those that user code has frozen on engines
 
 
 def facts_of(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorFacts, ...]:

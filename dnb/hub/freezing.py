@@ -18,6 +18,7 @@ class Freezing:
         self._named = dict(named)
         self._at_first = {name for name, parameter in named.items() if parameter.requires_grad}
         self._placed = set(self._at_first)
+        self.on_engines: frozenset[str] = frozenset()  # names of those that have a place, and that engines have frozen
 
     @property
     def placed(self) -> frozenset[str]:
@@ -36,8 +37,8 @@ class Freezing:
 
     @property
     def now(self) -> dict[str, bool]:
-        """Whether those that are `toggled` train."""
-        return {name: self._named[name].requires_grad for name in self.toggled}
+        """Whether those train that are `toggled`, or frozen on engines."""
+        return {name: self._named[name].requires_grad for name in self.toggled} | dict.fromkeys(self.on_engines, False)
 
     def check(self, names: Iterable[str]) -> None:
         """Refuse names of parameters that cannot be thawed.
@@ -55,14 +56,17 @@ class Freezing:
             self._named[name].requires_grad_(True)
             self._placed.add(name)
 
-    def toggle(self, names: Iterable[str]) -> None:
-        """Let parameters be as they were when they were `toggled`.
+    def restore(self, toggled: Iterable[str], on_engines: Iterable[str]) -> None:
+        """Let parameters be as they were when some were `toggled`, and some frozen `on_engines`.
 
         Raises:
             ValueError: there is no such parameter.
         """
-        for name in names:
+        self.on_engines = frozenset(on_engines)
+        toggled = list(toggled)
+        for name in (*toggled, *self.on_engines):
             if name not in self._named:
                 raise ValueError(f"there is no parameter {name!r}")
+        for name in toggled:
             self._named[name].requires_grad_(name not in self._at_first)
         self._placed.update(self.unplaced)

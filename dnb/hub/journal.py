@@ -116,6 +116,7 @@ class State(Record, frozen=True):
     kept: SegmentRef | None = None  # what functions of the user's keep, in one of two places
     kept_place: int = 0
     toggled: tuple[str, ...] = ()  # parameters that user code has thawed or frozen, see `dnb.hub.freezing`
+    frozen_on_engines: tuple[str, ...] = ()
 
 
 class Journal:

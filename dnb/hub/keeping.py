@@ -195,6 +195,12 @@ class Keeper:
             if segment.path not in kept:
                 segment.unlink()
 
+    def keep_freezing(self) -> None:
+        """Engines have frozen other parameters than before."""
+        if not self._is_off:
+            self._write_state()
+            self._try(self.journal.republish)
+
     # a step
 
     def commit(self, update: Update) -> None:
@@ -521,6 +527,7 @@ class Keeper:
             kept=None if self._kept is None else self._kept.segment.ref,
             kept_place=0 if self._kept is None else place,
             toggled=self._toggled,
+            frozen_on_engines=tuple(sorted(self._held.freezing.on_engines)),
         )
         if state != self._written:
             self._try(lambda: self.journal.write_state(state))

@@ -210,6 +210,8 @@ def _checked_report(report: WorkReport, rules: Rules) -> WorkReport:
     unused = report.unused
     if unused and not 0 <= min(unused) <= max(unused) < rules.num_gradients:
         raise PeerError(f"of the model's {rules.num_gradients} gradients, {unused[:3]} are said to be unused")
+    if report.frozen and not 0 <= min(report.frozen) <= max(report.frozen) < rules.num_gradients:
+        raise PeerError(f"of the model's {rules.num_gradients} gradients, {report.frozen[:3]} are said to be frozen")
     if len(report.digests) not in (0, 4 * rules.num_parameters):
         raise PeerError(f"digests have {len(report.digests)} bytes")
     for part in report.parts:

@@ -34,6 +34,7 @@ class TaskReports:
     states: LooseStates | None
     traces: dict[int, StageTrace]  # by engine; empty unless every one of them has one
     thawed: frozenset[str]  # names of parameters that have no place in the slabs, and got a gradient
+    frozen: frozenset[int]  # slots that are frozen in one of the parts at least
 
 
 class PendingReports:
@@ -70,6 +71,7 @@ class PendingReports:
             states=self._merged_states(keys),
             traces=self._traces(keys),
             thawed=frozenset(name for key in keys for name in self._report(key).thawed),
+            frozen=frozenset(slot for key in keys for slot in self._report(key).frozen),
         )
         self._shards = {}
         for engine, shards in keys:
@@ -126,6 +128,13 @@ class PendingReports:
                 return {}
             found[engine] = report.trace
         return found
+
+
+def half_frozen(taken: TaskReports) -> frozenset[int]:
+    """Return the slots that are frozen in one part of a step and have a gradient in another."""
+    if not taken.frozen:
+        return frozenset()
+    return taken.frozen - frozenset.intersection(*(frozenset(each.unused) for each in taken.contributions))
 
 
 def describe_mixed_sums(contributions: Iterable[Contribution]) -> str:

@@ -45,7 +45,7 @@ def recover_master(
             num_threads=state.num_threads,
             spec=spec,
         )
-        master.toggle(state.toggled)
+        master.restore_freezing(state.toggled, state.frozen_on_engines)
         last = _recover(master, found, state)
         remove_segments(folders, prefix, but=master.segments)
     except (OSError, ValueError, KeyError, msgspec.MsgspecError) as error:

@@ -205,17 +205,25 @@ class Master:
         if self._keeper is not None:
             self._keeper.go_on_with(self.held)
 
-    def toggle(self, names: Iterable[str]) -> None:
+    def freeze_on_engines(self, names: Iterable[str]) -> None:
+        """Take down which parameters engines have frozen, before a step is applied that they have not trained in."""
+        self.settle()
+        self.freezing.on_engines = frozenset(names)
+        if self._keeper is not None:
+            self._keeper.keep_freezing()
+
+    def restore_freezing(self, toggled: Sequence[str], on_engines: Sequence[str]) -> None:
         """Let parameters be frozen, or not, as in an earlier life of the run; before slabs are added.
 
         Args:
-            names: as `Freezing.toggled` gave them.
+            toggled: as `Freezing.toggled` gave them.
+            on_engines: names of those that engines had frozen.
 
         Raises:
             ValueError: there is no such parameter.
         """
-        if names:
-            self.freezing.toggle(names)
+        if toggled or on_engines:
+            self.freezing.restore(toggled, on_engines)
             self._lay_out()
 
     # what the next hub goes on from

@@ -45,7 +45,7 @@ def restore(folder: Path, master: Master, columns: Columns, *, digest: str = "")
         if digest not in ("", checkpoint.manifest.digest):
             raise ArgumentError(f"{folder} was replaced while the run was handed to the hub: resume once more")
         _restore_model(checkpoint, master)
-        master.toggle(checkpoint.manifest.toggled)
+        master.restore_freezing(checkpoint.manifest.toggled, checkpoint.manifest.frozen_on_engines)
         tensors = checkpoint.read(OPTIMIZER_FILE)
         _restore_optimizer(checkpoint.manifest, master.optimizer, tensors)
         _restore_scheduler(checkpoint.manifest, master.scheduler, tensors)

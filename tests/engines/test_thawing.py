@@ -253,3 +253,78 @@ def test_a_second_fit_goes_on_with_what_was_thawed_in_the_first(pool):
     before = model.first.weight.clone()
     wait(pool.fit(model, marked_digits(), step=plain_step, optimizer=optimizer, steps=2))
     assert not torch.equal(model.first.weight, before)
+
+
+class Whole(Partly):
+    """All of it trains at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requires_grad_(True)
+
+
+def freeze_at_first_mark(model, batch):
+    """And thaw at the second: whatever engine sees them, it is for all."""
+    inputs, targets, marks = batch
+    if torch.is_grad_enabled() and len(inputs) > 8:
+        if (marks == 1).any():
+            model.second.requires_grad_(False)
+        if (marks == 2).any():
+            model.second.requires_grad_(True)
+    return nn.functional.cross_entropy(model(inputs), targets)
+
+
+@pytest.mark.parametrize("options", [{}, {"exact": True, "shards": 4}, {"transport": "socket"}, {"micro_batch": 16}])
+def test_what_one_engine_freezes_and_thaws_is_frozen_and_thawed_on_all(pool, options):
+    model, (plain, losses) = Whole(), alone(model=Whole(), step=freeze_at_first_mark)
+    run = wait(pool.fit(model, marked_digits(), step=freeze_at_first_mark, lr=1e-2, steps=NUM_STEPS, **options))
+    assert largest_gap(run.history["loss"], losses) < 1e-10
+    assert largest_relative_gap(model, plain) < 1e-8
+
+
+def freeze_where_there_is_no_mark(model, batch):
+    """In one part of a batch, and not in the other."""
+    inputs, targets, marks = batch
+    if torch.is_grad_enabled() and len(inputs) > 8:
+        model.second.requires_grad_(bool((marks > 0).any()))
+    return nn.functional.cross_entropy(model(inputs), targets)
+
+
+def test_a_parameter_that_stays_frozen_for_one_part_of_a_step_alone_is_refused(pool):
+    run = pool.fit(Whole(), marked_digits(), step=freeze_where_there_is_no_mark, lr=1e-2, steps=NUM_STEPS)
+    with pytest.raises(
+        RunError, match=r"'second\.\w+' is frozen for a part of the batch and trained for another.*after_step="
+    ):
+        wait(run)
+    assert run.step == THAWING_STEPS[0] - 1
+    run.stop()
+
+
+def test_an_engine_that_joins_later_freezes_what_the_others_have_frozen(pool):
+    model = Whole()
+    run = pool.fit(model, marked_digits(), step=FreezesOnce(), lr=1e-2, steps=1_000_000)
+    wait_until(run, lambda run: run.step > 30, what="step 30")
+    pool.add(1)
+    reached = run.step + 30
+    wait_until(run, lambda run: run.step > reached, what="it takes part")
+    run.stop()
+    wait(run)
+    assert largest_gap(run.history["loss"], alone(num_steps=run.step, model=Whole(), step=FreezesOnce())[1]) < 1e-8
+    assert [name for name, each in model.named_parameters() if not each.requires_grad] == [
+        "second.weight",
+        "second.bias",
+    ]
+
+
+class FreezesOnce:
+    """At the first mark that it sees, and not when the sample comes again."""
+
+    def __init__(self) -> None:
+        self.has_frozen = False
+
+    def __call__(self, model, batch):
+        inputs, targets, marks = batch
+        if torch.is_grad_enabled() and len(inputs) > 8 and (marks == 1).any() and not self.has_frozen:
+            self.has_frozen = True
+            model.second.requires_grad_(False)
+        return nn.functional.cross_entropy(model(inputs), targets)

@@ -8,7 +8,16 @@ import torch
 from torch import nn
 
 from tests.engines.pools import until, wait, wait_until
-from tests.engines.test_thawing import Partly, alone, marked_digits, momentum, thaw_at_marks, thaw_event
+from tests.engines.test_thawing import (
+    FreezesOnce,
+    Partly,
+    Whole,
+    alone,
+    marked_digits,
+    momentum,
+    thaw_at_marks,
+    thaw_event,
+)
 from tests.models import largest_gap, largest_relative_gap
 
 pytestmark = [pytest.mark.engines, pytest.mark.faults]
@@ -106,3 +115,16 @@ def test_what_after_step_has_thawed_and_frozen_stays_so_when_the_hub_is_killed(p
     assert largest_relative_gap(killed, model) < 1e-6
     assert not torch.equal(model.first.weight, Partly().first.weight)
     assert not model.third.bias.requires_grad
+
+
+def test_what_engines_have_frozen_stays_so_when_the_hub_is_killed(pool):
+    killed = Whole()
+    run = pool.fit(killed, marked_digits(), step=FreezesOnce(), lr=1e-2, steps=1_000_000)
+    wait_until(run, lambda run: run.step > 10, what="step 10")
+    kill_hub(pool)
+    until(lambda: run.step > 15, what="the run goes on")
+    run.stop()
+    wait(run)
+    plain, losses = alone(num_steps=run.step, model=Whole(), step=FreezesOnce())
+    assert largest_gap(run.history["loss"], losses) < 1e-8
+    assert largest_relative_gap(killed, plain) < 1e-6
