@@ -71,7 +71,7 @@ numerics: $(VENV)/.dev-stamp | build
 
 soak: $(VENV)/.dev-stamp | build
 	HYPOTHESIS_PROFILE=soak $(BIN)/python -m pytest --timeout 0 \
-	    tests/unit/test_coordinator_schedules.py tests/faults/test_random_schedules.py
+	    tests/unit/hub/scheduling/test_coordinator_schedules.py tests/faults/test_random_schedules.py
 
 # The tests of strangers with more than 250,000 frames of noise in all.
 fuzz: $(VENV)/.dev-stamp | build

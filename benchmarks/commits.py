@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import dnb
-from dnb.records import GetRun, RunState
+from dnb.protocol.client_messages import GetRun, RunState
 
 # Steps before a fault that say what a step takes, and after it that may be late.
 STEPS_BEFORE, STEPS_AFTER = 20, 4

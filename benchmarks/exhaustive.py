@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import combinations, permutations
 
-from dnb.planning.costs import Workload, pipeline_seconds, stage_cost
-from dnb.planning.cuts import Place, edges_of
-from dnb.planning.profiles import Exchange
-from dnb.records import ScheduleName
+from dnb.planning.search.costs import Workload, pipeline_seconds, stage_cost
+from dnb.planning.search.cut_search import Place, edges_of
+from dnb.planning.search.profiles import Exchange
+from dnb.protocol.run import ScheduleName
 
 
 def divisions(

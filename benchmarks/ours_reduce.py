@@ -19,9 +19,9 @@ import torch
 
 from benchmarks.pairs import collective_seconds
 from benchmarks.workspace import segment_folders
-from dnb.hub.crew import Crew, usable_threads
-from dnb.hub.reducer import sum_regions
-from dnb.records import Layout, SegmentRef
+from dnb.hub.parameters.master import sum_regions
+from dnb.hub.parameters.thread_team import Crew, usable_threads
+from dnb.protocol.memory import Layout, SegmentRef
 from dnb.transport.layout import plan_layout, region_views
 from dnb.transport.segments import create_segment, open_segment
 

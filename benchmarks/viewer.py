@@ -11,7 +11,7 @@ import comm
 from comm.base_comm import BaseComm
 
 import dnb
-from dnb.notebook.dashboard import Dashboard
+from dnb.notebook.live.dashboard import Dashboard
 
 JOIN_SECONDS = 30.0
 LOOK_SECONDS = 0.05
@@ -33,7 +33,9 @@ class Viewer:
     """Watches one run at a time, as the cell of a notebook would."""
 
     def __init__(self) -> None:
-        live_figure = importlib.import_module("dnb.notebook.live_figure")  # seconds, which a short run does not have
+        live_figure = importlib.import_module(
+            "dnb.notebook.live.live_figure"
+        )  # seconds, which a short run does not have
         live_figure.LiveFigure.is_resting = False  # a page that draws in no time: every refresh is paid for
         comm.create_comm = Browserless
         self._dashboard: Dashboard | None = None

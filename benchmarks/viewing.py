@@ -18,7 +18,7 @@ from tests.browser.lab import CHROMIUM_FLAGS, LabPage, LabServer, find_chromium,
 
 POINTS = "svg.main-svg .scatterlayer path.js-line"
 SETUP = """
-import gc, psutil, time, torch, dnb.run_follower
+import gc, psutil, time, torch, dnb.api.runs.run_follower
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -42,10 +42,10 @@ LOAD = "early = %dtrain fit model train --val val --loss cross_entropy --epochs 
 FIT = "run = %dtrain fit model train --val val --loss cross_entropy --epochs 20000"
 # As fast as the page draws, so that two thousand refreshes take minutes; `paints` counts them.
 FAST = """
-from dnb.notebook import live_figure
-from dnb.notebook.display import dashboard_of
-from dnb.notebook.live_figure import LiveFigure
-dnb.run_follower.REFRESH_SECONDS = 0.02
+from dnb.notebook.live import live_figure
+from dnb.notebook.live.display import dashboard_of
+from dnb.notebook.live.live_figure import LiveFigure
+dnb.api.runs.run_follower.REFRESH_SECONDS = 0.02
 live_figure._PAGE_SHARE = 1.0
 paints = 0
 paint = LiveFigure.paint

@@ -9,23 +9,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dnb.run_pages import write_pages_by
+from dnb.api.runs.page_writer import write_pages_by
 
 if TYPE_CHECKING:
-    from dnb.advice import plan
+    from dnb.api.arguments.data import batches
+    from dnb.api.launching import Pool
+    from dnb.api.planner import plan
+    from dnb.api.pools import attach, start
+    from dnb.api.resuming import resume
+    from dnb.api.runs.history import History as History
+    from dnb.api.runs.run import Run
+    from dnb.api.training import fit
     from dnb.errors import DnbError as DnbError
     from dnb.errors import RunError
-    from dnb.history import History as History
-    from dnb.input_data import batches
-    from dnb.launching import Pool
-    from dnb.notebook.display import show
-    from dnb.planning.plans import Plan
+    from dnb.job import Sum
+    from dnb.notebook.live.display import show
+    from dnb.planning.search.plans import Plan
     from dnb.pool.engines import Engine
-    from dnb.pools import attach, start
-    from dnb.resuming import resume
-    from dnb.run import Run
-    from dnb.training import fit
-    from dnb.transport.job import Sum
 
 __version__ = version("dnb")
 
@@ -50,19 +50,19 @@ __all__ = [
 _HOMES = {
     "DnbError": "dnb.errors",
     "Engine": "dnb.pool.engines",
-    "History": "dnb.history",
-    "Plan": "dnb.planning.plans",
-    "Pool": "dnb.launching",
-    "Run": "dnb.run",
+    "History": "dnb.api.runs.history",
+    "Plan": "dnb.planning.search.plans",
+    "Pool": "dnb.api.launching",
+    "Run": "dnb.api.runs.run",
     "RunError": "dnb.errors",
-    "Sum": "dnb.transport.job",
-    "attach": "dnb.pools",
-    "batches": "dnb.input_data",
-    "fit": "dnb.training",
-    "plan": "dnb.advice",
-    "resume": "dnb.resuming",
-    "show": "dnb.notebook.display",
-    "start": "dnb.pools",
+    "Sum": "dnb.job",
+    "attach": "dnb.api.pools",
+    "batches": "dnb.api.arguments.data",
+    "fit": "dnb.api.training",
+    "plan": "dnb.api.planner",
+    "resume": "dnb.api.resuming",
+    "show": "dnb.notebook.live.display",
+    "start": "dnb.api.pools",
 }
 
 
@@ -86,27 +86,27 @@ def _open_notebook() -> None:
 
         watch_all(_watch)
     if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()) is not None:
-        from dnb.notebook.drawers import register_drawers
+        from dnb.notebook.pages.drawers import register_drawers
 
         register_drawers(shell.display_formatter)
 
 
 def _watch(what: str) -> AbstractContextManager[Any]:
-    from dnb.notebook.progress import watch  # not before something may take long
+    from dnb.notebook.live.progress import watch  # not before something may take long
 
     return watch(what)
 
 
 def load_ipython_extension(ipython: Any) -> None:
     """Register `%dtrain` and `%%dtrain`; called by `%load_ext dnb`."""
-    from dnb.notebook.magics import DtrainMagics
+    from dnb.notebook.commands.magics import DtrainMagics
 
     _open_notebook()
     ipython.register_magics(DtrainMagics)
 
 
 def _write_page(run: Any, path: str | Path) -> Path:
-    from dnb.notebook.report import write_report  # not before somebody wants a page
+    from dnb.notebook.pages.report import write_report  # not before somebody wants a page
 
     return write_report(run, path)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dnb.planning.bubbles import Timeline
 from dnb.planning.sample_order import samples_after
+from dnb.planning.step_timeline import Timeline
 from dnb.planning.utilisation import Utilisation
-from dnb.records import Prediction, UsageRow
+from dnb.protocol.measurements import Prediction, UsageRow
 
 
 class FakeHistory:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dnb.planning.utilisation import Utilisation
-from dnb.records import UsageRow
+from dnb.protocol.measurements import UsageRow
 from tests.fake_runs import FakeEvent, FakeRun, FakeWorker, advance
 
 STEP_SECONDS = 0.02

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from dnb.transport.job import Sum
+from dnb.job import Sum
 
 
 def digits(num_samples: int = 1797) -> tuple[torch.Tensor, torch.Tensor]:

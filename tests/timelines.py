@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from dnb.records import Action, EngineTimeline, StageTraffic, StepTimeline
+from dnb.protocol.measurements import Action, EngineTimeline, StageTraffic, StepTimeline
 
 
 def engine_timeline(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 from benchmarks.large_models import CASES, NUM_MICRO_BATCHES
-from dnb.engine.allocator import keep_freed_memory
-from dnb.engine.footprint import Footprint
+from dnb.engine.runtime.allocator import keep_freed_memory
+from dnb.engine.runtime.process_memory import Footprint
 
 
 def grown_bytes(name: str, *, steps: int) -> int:

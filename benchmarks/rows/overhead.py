@@ -22,10 +22,10 @@ from benchmarks.pairs import alternate, compare, spread
 from benchmarks.rows.step import train_ours
 from benchmarks.settings import Settings
 from benchmarks.table import Row
-from dnb.hub.reducer import Contribution, Master
+from dnb.hub.parameters.master import Contribution, Master
+from dnb.job import Job
 from dnb.planning.sample_order import BatchOrder
-from dnb.records import Sums
-from dnb.transport.job import Job
+from dnb.protocol.measurements import Sums
 
 NAMES = ("tiny", "cnn", "gpt-3m", "mlp-4m", "mlp-17m")
 NUM_ENGINES = 2

@@ -14,9 +14,9 @@ from benchmarks.rivals.messages import Trained, TrainPipeline
 from benchmarks.rows.step import after_warm_up, warm_steps
 from benchmarks.settings import Settings
 from benchmarks.table import Row, compared_row
-from dnb.planning.bubbles import ideal_bubble
-from dnb.planning.partitions import pipelines
-from dnb.planning.tracing import Inputs
+from dnb.partitioning.pipeline.partitions import pipelines
+from dnb.partitioning.pipeline.tracing import Inputs
+from dnb.planning.step_timeline import ideal_bubble
 
 # Samples per second may be 3 % less than the rival's.
 REACH = 1 / 0.97

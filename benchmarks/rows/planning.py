@@ -13,13 +13,13 @@ from benchmarks.models import CASES, Case
 from benchmarks.pairs import spread
 from benchmarks.settings import Settings
 from benchmarks.table import Row
-from dnb.engine.profiling import Trial, profile_trial
-from dnb.planning.choosing import candidates
-from dnb.planning.costs import Workload
-from dnb.planning.plans import draw_up
-from dnb.planning.predicting import Question, candidate, place_groups, places_of
-from dnb.planning.profiles import USUAL_EXCHANGE, EngineTraits, Profile, Site
-from dnb.records import ScheduleName
+from dnb.engine.profiling.profiler import Trial, profile_trial
+from dnb.planning.search.costs import Workload
+from dnb.planning.search.plan_search import candidates
+from dnb.planning.search.plans import draw_up
+from dnb.planning.search.prediction import Question, candidate, place_groups, places_of
+from dnb.planning.search.profiles import USUAL_EXCHANGE, EngineTraits, Profile, Site
+from dnb.protocol.run import ScheduleName
 
 NAMES = ("mlp-17m", "gpt-3m", "cnn")
 BATCH_SIZE = 64

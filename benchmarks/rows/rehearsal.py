@@ -17,9 +17,9 @@ from benchmarks.pairs import spread
 from benchmarks.rows.dividing import resnet
 from benchmarks.settings import Settings
 from benchmarks.table import Row
+from dnb.api.rehearsal.rehearsal import rehearse
+from dnb.job import Data, DataSource, Job
 from dnb.planning.sample_order import BatchOrder
-from dnb.rehearsal.rehearsing import rehearse
-from dnb.transport.job import Data, DataSource, Job
 
 LENGTH, WIDTH, BATCH_SIZE = 128, 256, 64
 # CPU seconds, in a fresh process and for the same objects again.

@@ -13,7 +13,7 @@ from benchmarks.ours import Side, open_side
 from benchmarks.pairs import alternate, compare
 from benchmarks.settings import Settings
 from benchmarks.table import Row, compared_row
-from dnb.workers import EngineUsage
+from dnb.api.runs.workers import EngineUsage
 
 NAMES = ("mlp-25m", "mlp-large-layers", "gpt-25m")
 NUM_STEPS = 6

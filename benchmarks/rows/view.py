@@ -20,8 +20,8 @@ from benchmarks.settings import Settings
 from benchmarks.table import Row
 from benchmarks.viewer import Browserless
 from benchmarks.viewing import watch_in_browser
-from dnb.history import History
-from dnb.records import UsageRow
+from dnb.api.runs.history import History
+from dnb.protocol.measurements import UsageRow
 from tests.browser.lab import find_chromium
 from tests.fake_runs import long_run, usage_rows
 
@@ -41,7 +41,7 @@ def rows(settings: Settings) -> Iterator[Row]:
 
 def _kernel_rows(settings: Settings) -> Iterator[Row]:
     comm.create_comm = Browserless
-    from dnb.notebook.dashboard import Dashboard
+    from dnb.notebook.live.dashboard import Dashboard
 
     run = _long_run()
     dashboard = Dashboard(run, interval_seconds=3600.0, publish=_drop)  # its own painter paints once, and sleeps

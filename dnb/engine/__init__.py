@@ -1,1 +1,1 @@
-"""What runs in every engine: a thread that computes shards while the main thread stays free."""
+"""The training side of every engine: a thread that computes shards while the main thread stays free."""

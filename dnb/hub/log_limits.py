@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dnb.transport.failures import clean_text
+from dnb.transport.system.failures import clean_text
 
 # Of each kind so many lines are written in this time; then it is told how many more there were.
 PERIOD_SECONDS = 60.0

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import msgspec
 
-from dnb.records import HubConfig, PoolFacts, Process
-from dnb.transport.own_files import read_file, replace_file
-from dnb.versions import POOL_FORMAT, Header, explain_unreadable, name_dnb
+from dnb.protocol.pool import HubConfig, PoolFacts, Process
+from dnb.protocol.versions import POOL_FORMAT, Header, explain_unreadable, name_dnb
+from dnb.transport.system.own_files import read_file, replace_file
 
 log = logging.getLogger(__name__)
 

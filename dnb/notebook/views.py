@@ -9,10 +9,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dnb.planning.bubbles import Timeline
+from dnb.planning.step_timeline import Timeline
 from dnb.planning.utilisation import SHARES as SHARES
 from dnb.planning.utilisation import Utilisation
-from dnb.records import Prediction
+from dnb.protocol.measurements import Prediction
 
 SET_APART = frozenset({"spare", "dead", "left"})  # states of engines that do not take part now
 ENDED = frozenset({"failed", "stopped", "finished"})
@@ -90,7 +90,7 @@ class EventView(Protocol):
 
 
 class RunView(Protocol):
-    """What `dnb.run.Run` offers to whoever draws it."""
+    """What `dnb.api.runs.run.Run` offers to whoever draws it."""
 
     @property
     def name(self) -> str: ...

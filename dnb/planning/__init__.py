@@ -1,1 +1,1 @@
-"""Pure arithmetic: which samples, in which shards, on which engines."""
+"""Pure arithmetic: samples, shards, capacity, checkpoints to keep; runs in every process, imports no torch."""

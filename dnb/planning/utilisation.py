@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dnb.records import UsageRow
+from dnb.protocol.measurements import UsageRow
 
 SHARES = ("compute", "wait", "data", "idle")
 

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from dnb.errors import ArgumentError
-from dnb.records import Chaos as ChaosRequest
-from dnb.records import Done, KillHub, Message
+from dnb.protocol.base import Message
+from dnb.protocol.client_messages import Chaos as ChaosRequest
+from dnb.protocol.client_messages import Done, KillHub
 
 
 class Chaos:

@@ -19,31 +19,27 @@ from dnb.errors import ArgumentError, DnbError, PoolError
 from dnb.hub.pool_files import remove_cluster_files
 from dnb.planning.capacity import check_num_added, choose_num_threads
 from dnb.pool.chaos import Chaos
+from dnb.pool.engine_starter import EngineStarter, free_bytes
 from dnb.pool.engines import Engine, all_processes, engine_of
-from dnb.pool.growing import EngineStarter, free_bytes
-from dnb.pool.keeping import Keeper, RestartPolicy
-from dnb.records import (
+from dnb.pool.replacement import Keeper, RestartPolicy
+from dnb.protocol.base import Message
+from dnb.protocol.client_messages import (
     Done,
-    EngineStatus,
     GetMembers,
     GetPool,
     Hello,
-    HubPlace,
-    HubRestart,
     KeepRestart,
     KeepSpares,
     Members,
-    Message,
-    PoolFacts,
     PoolState,
-    Process,
     Retire,
     Shutdown,
 )
-from dnb.transport.channels import HubClient
-from dnb.transport.lives import children_of, end_processes, is_alive, is_this_process, this_process
+from dnb.protocol.pool import EngineStatus, HubPlace, HubRestart, PoolFacts, Process
+from dnb.protocol.versions import POOL_FORMAT, VERSION, name_dnb
 from dnb.transport.segments import named_folders, remove_folders
-from dnb.versions import POOL_FORMAT, VERSION, name_dnb
+from dnb.transport.sockets.channels import HubClient
+from dnb.transport.system.processes import children_of, end_processes, is_alive, is_this_process, this_process
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from dnb.records import EngineState, EngineStatus, HubRestart, PoolFacts, Process
+from dnb.protocol.pool import EngineState, EngineStatus, HubRestart, PoolFacts, Process
 
 
 class Engine(msgspec.Struct, frozen=True, kw_only=True):

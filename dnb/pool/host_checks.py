@@ -13,8 +13,8 @@ from pathlib import Path
 import zmq
 
 from dnb.errors import ArgumentError, PoolError, nearest
-from dnb.transport.own_files import FOLDER_MODE
-from dnb.transport.private_files import close_to_others
+from dnb.transport.system.own_files import FOLDER_MODE
+from dnb.transport.system.private_files import close_to_others
 
 LOOPBACK = "127.0.0.1"
 LOOPBACK_SECONDS = 2.0

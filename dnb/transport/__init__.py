@@ -1,1 +1,1 @@
-"""What hub, engines and kernel share: memory, parcels, sockets."""
+"""Memory, sockets, pickles and system calls that hub, engines and kernel share; knows nothing of training."""

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from dnb.errors import clean_text
-from dnb.records import Record
+from dnb.protocol.base import Record
 
 _encoder = msgspec.msgpack.Encoder()
 # No text is cut here: what may be long was cut where it was made.

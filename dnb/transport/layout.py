@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from dnb.records import Layout, Region, TensorSlot
+from dnb.protocol.memory import Layout, Region, TensorSlot
 
 Buffer = mmap.mmap | bytearray | memoryview
 

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dnb.errors import SpaceError
-from dnb.records import SegmentRef
-from dnb.transport.own_files import create_file, open_file, open_folder, remove_folder
+from dnb.protocol.memory import SegmentRef
+from dnb.transport.system.own_files import create_file, open_file, open_folder, remove_folder
 
 # Tests and containers name other folders here, separated like a PATH.
 FOLDERS_VARIABLE = "DNB_SEGMENT_FOLDERS"

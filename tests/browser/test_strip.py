@@ -12,7 +12,7 @@ STRIP = f"""
 import sys
 sys.path.insert(0, {{root!r}})
 from dataclasses import replace
-from dnb.notebook.controls import Controls
+from dnb.notebook.live.controls import Controls
 from tests.fake_runs import FakeEvent, FakeRun, FakeWorker
 
 evil = {EVIL!r}
@@ -31,14 +31,14 @@ run.workers = [FakeWorker(engine=i, compute=i / 64, host=evil) for i in range(64
 controls._due.clear(); controls.refresh()
 """
 CHART = """
-from dnb.notebook.display import show
+from dnb.notebook.live.display import show
 run.status = "running"
 run.history.set("val_" + evil, [0.5], steps=[9])
 run.history.set("seconds", [10.0 * step for step in range(1, 11)])
 show(run, display="widget")
 """
 ON = """
-from dnb.notebook.display import dashboard_of
+from dnb.notebook.live.display import dashboard_of
 run.step = 11; run.history.append("loss", 11, 0.04); run.history.append("seconds", 11, 110.0); run.tell()
 """
 END = "run.end('failed', error=evil)"

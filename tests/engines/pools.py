@@ -6,12 +6,12 @@ import signal
 import threading
 import time
 
-from dnb import pools
-from dnb.engine.worker import join_pool
+from dnb.api import pools
+from dnb.api.launching import Pool
+from dnb.engine.process.worker import join_pool
 from dnb.errors import DnbError
-from dnb.launching import Pool
-from dnb.pool.starting import profile_folder, start_pool
-from dnb.records import ENDED
+from dnb.pool.startup import profile_folder, start_pool
+from dnb.protocol.run import ENDED
 
 # The limits of waits say when nothing more is to be expected: they are not reached on a machine whose cores are all at
 # other work, where everything takes several times as long.

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from dnb import automatic
+from dnb.api.strategy import automatic
 from dnb.errors import PlanError
-from dnb.transport.job import Data, DataSource, Job
+from dnb.job import Data, DataSource, Job
 from tests.engines.pools import wait
 from tests.models import digits, largest_gap, mlp, plain_losses
 

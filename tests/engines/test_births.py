@@ -11,11 +11,11 @@ import sys
 import psutil
 import pytest
 
+from dnb.api.launching import Pool
 from dnb.errors import PoolError
-from dnb.hub import nursery
-from dnb.launching import Pool
-from dnb.pool import forking
-from dnb.pool.starting import profile_folder, start_pool
+from dnb.hub.process import fork_server as nursery
+from dnb.pool import fork_launcher as forking
+from dnb.pool.startup import profile_folder, start_pool
 from tests.engines.pools import open_small_pool, until
 
 pytestmark = [pytest.mark.engines, pytest.mark.skipif(sys.platform != "linux", reason="engines are forked on Linux")]

@@ -10,10 +10,10 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import dnb
+from dnb.api.runs.run_folders import RUNS_FOLDER
 from dnb.errors import ArgumentError, RunError, ShippingError
-from dnb.hub.history import read_history
-from dnb.hub.memo import POOL_FILE
-from dnb.run_folders import RUNS_FOLDER
+from dnb.hub.handover import POOL_FILE
+from dnb.hub.history.run_folder import read_history
 from tests.engines.pools import PATIENCE_SECONDS, wait
 from tests.models import DigitRows, digits, largest_gap, largest_relative_gap, mlp, plain_losses
 

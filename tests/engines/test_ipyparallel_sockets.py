@@ -9,7 +9,7 @@ import pytest
 import zmq
 
 from dnb.pool.engines import all_processes
-from dnb.pool.starting import profile_folder
+from dnb.pool.startup import profile_folder
 from tests.engines.pools import until
 
 pytestmark = pytest.mark.engines

@@ -7,10 +7,10 @@ import torch
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
+from dnb.api.runs.run_folders import RUNS_FOLDER
 from dnb.errors import ArgumentError, RunError
-from dnb.hub.optimizers import build_optimizer, optimizer_classes
-from dnb.run_folders import RUNS_FOLDER
-from dnb.transport.job import Sum
+from dnb.hub.parameters.optimizers import build_optimizer, optimizer_classes
+from dnb.job import Sum
 from tests.engines.pools import wait
 from tests.models import (
     cross_entropy_step,

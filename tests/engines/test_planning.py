@@ -6,7 +6,7 @@ from IPython.core.interactiveshell import InteractiveShell
 from torch import nn
 
 import dnb
-from dnb import surveying
+from dnb.api.strategy import measurement as surveying
 from dnb.errors import PlanError
 
 pytestmark = pytest.mark.engines

@@ -14,14 +14,15 @@ import psutil
 import pytest
 import zmq
 
-from dnb import pools
+from dnb.api import pools
+from dnb.api.launching import Pool
 from dnb.errors import ArgumentError, PoolError
-from dnb.launching import Pool
-from dnb.pool import forking, starting
+from dnb.pool import fork_launcher as forking
+from dnb.pool import startup as starting
 from dnb.pool.engines import all_processes, describe_engines
-from dnb.pool.starting import profile_folder, start_pool
-from dnb.records import Process
-from dnb.transport.lives import is_alive
+from dnb.pool.startup import profile_folder, start_pool
+from dnb.protocol.pool import Process
+from dnb.transport.system.processes import is_alive
 from tests.engines.pools import until
 from tests.models import digits, mlp
 

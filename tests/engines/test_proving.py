@@ -120,7 +120,7 @@ def test_dropout_is_named_where_its_numbers_differ(pool):
 
 
 def test_fit_proves_as_many_steps_as_asked_for_before_it_returns(pool, caplog):
-    with caplog.at_level(logging.INFO, logger="dnb.launching"):
+    with caplog.at_level(logging.INFO, logger="dnb.api.launching"):
         run = fit(pool, mlp(), prove=25, steps=30)
     assert "the same: 25 steps of run" in caplog.text
     assert len(run.prove(25).steps) == 25

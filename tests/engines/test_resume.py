@@ -17,9 +17,9 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import dnb
+from dnb.api.runs.run import Run
 from dnb.errors import ArgumentError, HubError
-from dnb.hub.checkpoints import find_checkpoint
-from dnb.run import Run
+from dnb.hub.checkpoints.format import find_checkpoint
 from tests.engines.pools import until, wait, wait_until
 from tests.models import digits, dropout_net, largest_gap, largest_relative_gap, mlp, plain_run, twice
 from tests.unit.kept_runs import rewrite
@@ -341,7 +341,7 @@ def test_what_does_not_fit_is_refused_and_the_pool_trains_on(pool, kept, options
 
 
 def test_a_path_that_is_no_checkpoint_starts_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("dnb.resuming.start", None)
+    monkeypatch.setattr("dnb.api.resuming.start", None)
     with pytest.raises(ArgumentError, match=r"no checkpoint at .*nowhere: it does not exist"):
         dnb.resume(tmp_path / "nowhere")
 

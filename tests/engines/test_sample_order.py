@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, WeightedRandomSampler
 
+from dnb.api.rehearsal.trial import PROBE_SAMPLES
 from dnb.planning.shards import choose_num_shards, deal_shards, shard_bounds
-from dnb.rehearsal.trial import PROBE_SAMPLES
 from tests.engines.pools import wait
 
 pytestmark = [pytest.mark.engines, pytest.mark.float32]

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import dnb
+from dnb.api.runs.run import Run
 from dnb.errors import PlanError
-from dnb.notebook.text import summary
-from dnb.planning.plan_words import amount
-from dnb.run import Run
+from dnb.notebook.text.summary import summary
+from dnb.planning.search.plan_text import amount
 from tests.engines.pools import wait
 from tests.models import digits, mlp
 

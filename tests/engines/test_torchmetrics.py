@@ -13,7 +13,7 @@ from torchmetrics.functional import f1_score
 
 import dnb
 from dnb.errors import ArgumentError, PlanError
-from dnb.transport.returned import ReturnError
+from dnb.user_code.return_values import ReturnError
 from tests.engines.pools import wait
 from tests.models import adamw, digits, mlp, plain_run, twice
 

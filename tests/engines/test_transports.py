@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from dnb.api.runs.run_folders import RUNS_FOLDER
 from dnb.errors import ArgumentError
-from dnb.run_folders import RUNS_FOLDER
-from dnb.transport.wires import WIRES_VARIABLE
+from dnb.transport.sockets.wires import WIRES_VARIABLE
 from tests.engines.pools import open_small_pool, wait
 from tests.engines.test_fit import weighted_step
 from tests.models import DigitRows, batch_norm_net, digits, mlp, twice
@@ -95,7 +95,7 @@ def test_a_word_that_is_no_transport_is_refused_with_the_nearest(pool, transport
 
 def note_wires():
     """Let an engine remember the wires that it opens."""
-    from dnb.engine import worker
+    from dnb.engine.process import worker
 
     worker.opened = []
     connect = worker.connect_wire
@@ -108,7 +108,7 @@ def note_wires():
 
 
 def sealed_wires():
-    from dnb.engine import worker
+    from dnb.engine.process import worker
 
     return [wire.is_sealed for wire in worker.opened]
 
@@ -128,7 +128,7 @@ def test_tcp_carries_the_same_bits_as_the_unix_socket_also_sealed(pool, tmp_path
 
 def hide_shared_memory():
     """As in a container of its own: the hub's memory files are not there."""
-    from dnb.engine import memory
+    from dnb.engine.runtime import run_memory as memory
 
     def missing(ref, **_):
         raise FileNotFoundError(2, "No such file or directory", ref.path)
@@ -138,7 +138,7 @@ def hide_shared_memory():
 
 
 def show_shared_memory():
-    from dnb.engine import memory
+    from dnb.engine.runtime import run_memory as memory
 
     memory.open_segment = memory.kept
 

@@ -3,9 +3,10 @@
 import pytest
 
 from dnb.errors import HubError, PoolError
-from dnb.records import Done, Hello, Message, PoolState
-from dnb.transport.lives import this_process
-from dnb.versions import VERSION, name_this_dnb
+from dnb.protocol.base import Message
+from dnb.protocol.client_messages import Done, Hello, PoolState
+from dnb.protocol.versions import VERSION, name_this_dnb
+from dnb.transport.system.processes import this_process
 from tests.engines.pools import until
 
 pytestmark = pytest.mark.engines

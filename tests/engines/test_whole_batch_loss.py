@@ -11,7 +11,7 @@ from torch import nn
 from dnb.errors import ArgumentError, PlanError
 from tests.engines.pools import go_on_and_stop, wait, wait_until
 from tests.models import digits, dropout_net, largest_gap, largest_relative_gap, plain_run, twice
-from tests.unit.test_gathering import LOSSES
+from tests.unit.engine.replicas.test_gathered_loss import LOSSES
 
 pytestmark = [pytest.mark.engines, pytest.mark.numeric]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dnb import pools
+from dnb.api import pools
 from tests.disks import small_disk
 
 

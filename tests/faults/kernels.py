@@ -11,7 +11,7 @@ from tests.engines.pools import PATIENCE_SECONDS
 PREAMBLE = """
 import sys
 import torch
-from dnb import pools
+from dnb.api import pools
 from tests.models import digits, mlp
 
 torch.set_default_dtype(torch.float64)  # as in the test that looks at what this kernel trained

@@ -619,7 +619,7 @@ def test_a_stage_that_panics_is_told_with_its_place_and_a_mended_loss_goes_on(po
 
 def break_at(number):
     """Let the thread of this engine end with the message of a run that has this number."""
-    from dnb.engine.session import Session
+    from dnb.engine.process.session import Session
 
     plain, count = Session.take, itertools.count(1)
 

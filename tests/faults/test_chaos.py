@@ -3,7 +3,7 @@
 import psutil
 import pytest
 
-from dnb import pools
+from dnb.api import pools
 from dnb.errors import ArgumentError
 from tests.engines.pools import PATIENCE_SECONDS, until, wait_until
 from tests.faults.kernels import Kernel

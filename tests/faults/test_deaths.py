@@ -11,14 +11,15 @@ import msgspec
 import psutil
 import pytest
 
-from dnb import pools
+from dnb.api import pools
+from dnb.api.runs.run import Run
 from dnb.errors import DnbError, HubError, PoolError, RunError, SpaceError
-from dnb.pool.found import find_pools
-from dnb.pool.starting import profile_folder
-from dnb.records import Done, GetPool, HubBinding, PoolState, Shutdown
-from dnb.run import Run
-from dnb.transport.channels import HubClient
+from dnb.pool.discovery import find_pools
+from dnb.pool.startup import profile_folder
+from dnb.protocol.client_messages import Done, GetPool, PoolState, Shutdown
+from dnb.protocol.pool import HubBinding
 from dnb.transport.segments import FOLDERS_VARIABLE
+from dnb.transport.sockets.channels import HubClient
 from tests.engines.pools import PATIENCE_SECONDS, open_small_pool, until, wait, wait_until
 from tests.faults.kernels import Kernel
 from tests.models import digits, largest_gap, largest_relative_gap, mlp, plain_losses
@@ -122,13 +123,13 @@ def test_a_hub_that_dies_again_and_again_ends_the_pool(own_pool, leftovers):
 CONTROLLER = """
 import subprocess, sys
 import msgspec
-from dnb.records import HubConfig
-from dnb.transport.lives import this_process
+from dnb.protocol.pool import HubConfig
+from dnb.transport.system.processes import this_process
 config = HubConfig(
     cluster_id="spawned", key="key", security_dir="{folder}", log_dir="{folder}", host="127.0.0.1",
     controller=this_process(), owner=None,
 )
-guard = "from dnb.hub import guardian; guardian.CAN_FORK = False; guardian.main()"
+guard = "from dnb.hub.process import supervisor as guardian; guardian.CAN_FORK = False; guardian.main()"
 guardian = subprocess.Popen([sys.executable, "-c", guard], stdin=subprocess.PIPE)
 guardian.stdin.write(msgspec.json.encode(config) + b"\\n")
 guardian.stdin.close()

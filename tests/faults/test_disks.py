@@ -8,11 +8,11 @@ import time
 
 import pytest
 
+from dnb.api.runs.run import Run
 from dnb.errors import ArgumentError, PoolError
-from dnb.hub.checkpoints import newest_step
-from dnb.hub.history import read_events, read_history, read_summary, read_usage
+from dnb.hub.checkpoints.format import newest_step
+from dnb.hub.history.run_folder import read_events, read_history, read_summary, read_usage
 from dnb.hub.pool_files import read_pool_files
-from dnb.run import Run
 from tests.disks import Filler, read_only, small_disk
 from tests.engines.pools import open_small_pool, until, wait, wait_until
 from tests.models import digits, mlp
@@ -225,7 +225,7 @@ def monitor_of(pool):
 
     for child in psutil.Process(pool.facts.controller.pid).children():
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "dnb.hub.controller" in child.cmdline():
+            if "dnb.hub.process.controller" in child.cmdline():
                 return child
     return None
 

@@ -19,7 +19,7 @@ import dnb
 try:
     {call}
 except dnb.DnbError as error:
-    from dnb import pools
+    from dnb.api import pools
     assert pools.current_pool() is None
     print(type(error).__name__, error, sep=": ")
 else:

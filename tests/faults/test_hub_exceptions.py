@@ -15,11 +15,10 @@ import torch
 import zmq
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from dnb.engine.worker import engine_facts
+from dnb.engine.process.worker import engine_facts
 from dnb.errors import DnbError, HubError, RunError
-from dnb.pool import starting
-from dnb.records import (
-    Address,
+from dnb.pool import startup as starting
+from dnb.protocol.client_messages import (
     Chaos,
     Control,
     Done,
@@ -29,11 +28,8 @@ from dnb.records import (
     GetRun,
     GetState,
     Hello,
-    HubMessage,
-    Join,
     KeepRestart,
     KeepSpares,
-    Load,
     Members,
     Mend,
     PoolState,
@@ -43,11 +39,12 @@ from dnb.records import (
     StateTree,
     Submit,
     TakeCheckpoint,
-    WorkReport,
 )
-from dnb.transport.channels import connect_dealer, encode
-from dnb.transport.lives import this_process
-from dnb.transport.wires import connect_wire
+from dnb.protocol.engine_messages import HubMessage, Join, Load, WorkReport
+from dnb.protocol.pool import Address
+from dnb.transport.sockets.channels import connect_dealer, encode
+from dnb.transport.sockets.wires import connect_wire
+from dnb.transport.system.processes import this_process
 from tests.engines.pools import open_small_pool, until, wait, wait_until
 from tests.faults.throwing import FOLDER_VARIABLE
 from tests.models import digits, largest_gap, largest_relative_gap, mlp, plain_run, twice

@@ -7,9 +7,9 @@ import psutil
 import pytest
 import torch
 
-from dnb import pools
-from dnb.hub.checkpoints import find_checkpoint, step_folder
-from dnb.hub.history import read_history, read_summary
+from dnb.api import pools
+from dnb.hub.checkpoints.format import find_checkpoint, step_folder
+from dnb.hub.history.run_folder import read_history, read_summary
 from tests.engines.pools import until, wait, wait_until
 from tests.models import digits, largest_gap, mlp, plain_losses
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dnb import pools
+from dnb.api import pools
 from tests.faults.kernels import Kernel
 from tests.faults.test_deaths import START_AND_TRAIN
 

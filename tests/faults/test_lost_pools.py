@@ -8,11 +8,11 @@ import time
 import psutil
 import pytest
 
+from dnb.api.resuming import resume
 from dnb.errors import RunError
-from dnb.hub.checkpoints import find_checkpoint
-from dnb.pool.found import find_pools, reap_dead
-from dnb.pool.starting import profile_folder
-from dnb.resuming import resume
+from dnb.hub.checkpoints.format import find_checkpoint
+from dnb.pool.discovery import find_pools, reap_dead
+from dnb.pool.startup import profile_folder
 from tests import disks
 from tests.engines.pools import open_small_pool, wait, wait_until
 from tests.faults.kernels import Kernel

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from dnb import pools
+from dnb.api import pools
 from tests.engines.pools import until
 from tests.faults.kernels import Kernel
 from tests.faults.test_deaths import START_AND_TRAIN

@@ -7,9 +7,9 @@ import time
 import psutil
 import pytest
 
-from dnb import pools
-from dnb.hub.history import read_history
-from dnb.pool.starting import profile_folder
+from dnb.api import pools
+from dnb.hub.history.run_folder import read_history
+from dnb.pool.startup import profile_folder
 from tests.engines.pools import wait, wait_until
 from tests.faults.kernels import Kernel
 from tests.faults.test_deaths import START_AND_TRAIN
@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.engines, pytest.mark.faults]
 # an engine its controller after 3 s instead of 37 s.
 ASLEEP_SECONDS = 5.0
 ASLEEP = f"""
-from dnb.pool import starting
+from dnb.pool import startup as starting
 from dnb.pool.engines import all_processes
 starting.HEARTBEAT_MISSES = 4
 {START_AND_TRAIN.replace("n=1", "n=2")}

@@ -17,13 +17,16 @@ import psutil
 import pytest
 import zmq
 
-from dnb.engine.worker import engine_facts
+from dnb.engine.process.worker import engine_facts
 from dnb.pool.engines import all_processes
-from dnb.pool.starting import profile_folder
-from dnb.records import Address, Attach, Beat, GetMembers, HubMessage, Join, Load, Message, WorkReport
-from dnb.transport.channels import connect_dealer, encode
-from dnb.transport.lives import this_process
-from dnb.transport.wires import connect_wire
+from dnb.pool.startup import profile_folder
+from dnb.protocol.base import Message
+from dnb.protocol.client_messages import GetMembers
+from dnb.protocol.engine_messages import Attach, Beat, HubMessage, Join, Load, WorkReport
+from dnb.protocol.pool import Address
+from dnb.transport.sockets.channels import connect_dealer, encode
+from dnb.transport.sockets.wires import connect_wire
+from dnb.transport.system.processes import this_process
 from tests import stranger_frames
 from tests.engines.pools import open_small_pool, wait_until
 from tests.models import digits, mlp

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dnb import pools, training
+from dnb.api import pools, training
 from dnb.errors import ArgumentError, PoolError
-from dnb.pool.found import find_pools
-from dnb.pool.starting import profile_folder
+from dnb.pool.discovery import find_pools
+from dnb.pool.startup import profile_folder
 from tests.engines.pools import wait, wait_until
 from tests.faults.kernels import Kernel
 from tests.leftovers import Leftovers

@@ -7,12 +7,12 @@ import time
 import msgspec
 import pytest
 
-from dnb import pools
+from dnb.api import pools
 from dnb.errors import PoolError
-from dnb.pool.found import clear_doubtful, find_pools
-from dnb.pool.starting import profile_folder
-from dnb.records import Process
-from dnb.transport.channels import listen, url_of
+from dnb.pool.discovery import clear_doubtful, find_pools
+from dnb.pool.startup import profile_folder
+from dnb.protocol.pool import Process
+from dnb.transport.sockets.channels import listen, url_of
 from tests.engines.pools import wait_until
 from tests.faults.kernels import Kernel
 from tests.leftovers import Leftovers

@@ -58,20 +58,15 @@ def throw_around(owner: Any, name: str, *, key: int | None = None, label: str = 
 
 def arm_everything() -> None:
     """Wrap whatever the hub's loop does."""
-    from dnb.hub import (
-        active_run,
-        connection_poller,
-        coordinator,
-        engine_lifecycle,
-        journal,
-        keeping,
-        pool_records,
-        reducer,
-        rolling,
-        run_slot,
-        service,
-        wiring,
-    )
+    from dnb.hub.parameters import chunked_adam as rolling
+    from dnb.hub.parameters import durability as keeping
+    from dnb.hub.parameters import journal
+    from dnb.hub.parameters import master as reducer
+    from dnb.hub.run import active_run
+    from dnb.hub.scheduling import coordinator
+    from dnb.hub.server import connection_poller, pool_records, run_slot, service
+    from dnb.hub.server import connections as wiring
+    from dnb.hub.server.members import engine_lifecycle
 
     throw_around(service.Service, "_tick", label="tick")
     throw_around(wiring.Wiring, "accept", label="accept")
@@ -103,12 +98,12 @@ def arm_everything() -> None:
 def main() -> None:
     """Be the controller, or the guardian."""
     if sys.argv[1:2] == ["controller"]:
-        from dnb.hub.controller import DnbController, HubChild
+        from dnb.hub.process.controller import DnbController, HubChild
 
         HubChild.module = "tests.faults.throwing"
         DnbController.launch_instance(sys.argv[2:])
         return
-    from dnb.hub import guardian
+    from dnb.hub.process import supervisor as guardian
 
     warm_up = guardian.warm_up
 

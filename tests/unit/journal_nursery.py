@@ -23,14 +23,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from dnb.hub import crew, keeping, rolling
-from dnb.hub.journal import Torn
-from dnb.hub.optimizers import warm_up
-from dnb.hub.recovering import recover_master
-from dnb.hub.reducer import Contribution, Master
+from dnb.hub.parameters import chunked_adam as rolling
+from dnb.hub.parameters import durability as keeping
+from dnb.hub.parameters import thread_team as crew
+from dnb.hub.parameters.journal import Torn
+from dnb.hub.parameters.master import Contribution, Master
+from dnb.hub.parameters.optimizers import warm_up
+from dnb.hub.parameters.recovery import recover_master
+from dnb.job import Job
 from dnb.planning.sample_order import BatchOrder
-from dnb.records import SegmentRef, Sums
-from dnb.transport.job import Job
+from dnb.protocol.measurements import Sums
+from dnb.protocol.memory import SegmentRef
 
 NUM_STEPS = 4
 

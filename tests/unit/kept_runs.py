@@ -13,15 +13,16 @@ import msgspec
 import torch
 from torch import nn
 
-from dnb.hub.accounts import Columns
-from dnb.hub.checkpointer import Checkpointer, Place
-from dnb.hub.checkpoints import MANIFEST_FILE, Checkpoint, Disk, open_checkpoint, step_folder
-from dnb.hub.signing import Signer
+from dnb.hub.checkpoints.format import MANIFEST_FILE, Checkpoint, Disk, open_checkpoint, step_folder
+from dnb.hub.checkpoints.signing import Signer
+from dnb.hub.checkpoints.writer import Checkpointer, Place
+from dnb.hub.history.engine_stats import Columns
+from dnb.job import Data, DataSource, Job
 from dnb.planning.sample_order import BatchOrder
-from dnb.records import CheckpointPolicy, ParcelRef, RunSpec
-from dnb.transport.job import Data, DataSource, Job
-from dnb.transport.parcels import pack
-from tests.unit.test_reducer import Pool
+from dnb.protocol.memory import ParcelRef
+from dnb.protocol.run import CheckpointPolicy, RunSpec
+from dnb.transport.pickling.payloads import pack
+from tests.unit.hub.parameters.test_master import Pool
 
 NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
 SPEC = RunSpec(

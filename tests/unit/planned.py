@@ -2,7 +2,15 @@
 
 from hypothesis import strategies
 
-from dnb.planning.profiles import EngineTraits, Exchange, LayerProfile, ParameterShape, Profile, SharedParameter, Site
+from dnb.planning.search.profiles import (
+    EngineTraits,
+    Exchange,
+    LayerProfile,
+    ParameterShape,
+    Profile,
+    SharedParameter,
+    Site,
+)
 
 FREE = Exchange(  # an exchange that costs nothing
     latency_seconds=0.0,

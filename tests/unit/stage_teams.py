@@ -19,17 +19,19 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from dnb.engine.memory import EngineMemory
-from dnb.engine.replica import Outcome
-from dnb.engine.stage import StageReplica
-from dnb.engine.telemetry import Stopwatch
-from dnb.engine.tensor_parallel import TensorReplica
-from dnb.hub.meeting import Meeting, open_meeting
-from dnb.hub.reducer import Master
+from dnb.engine.replicas.pipeline.stage_replica import StageReplica
+from dnb.engine.replicas.replica import Outcome
+from dnb.engine.replicas.tensor.tensor_replica import TensorReplica
+from dnb.engine.runtime.run_memory import EngineMemory
+from dnb.engine.runtime.telemetry import Stopwatch
+from dnb.hub.parameters.master import Master
+from dnb.hub.run.execution.rendezvous import Meeting, open_meeting
+from dnb.job import Data, DataSource, Job
 from dnb.planning.sample_order import BatchOrder
 from dnb.planning.shards import shard_bounds
-from dnb.records import Diagnose, Load, ParcelRef, Partition, RunSpec, Seat, WireOffer, Work
-from dnb.transport.job import Data, DataSource, Job
+from dnb.protocol.engine_messages import Diagnose, Load, Seat, WireOffer, Work
+from dnb.protocol.memory import ParcelRef
+from dnb.protocol.run import Partition, RunSpec
 from dnb.transport.layout import slot_views
 from tests.models import one_thread
 

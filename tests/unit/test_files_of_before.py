@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from dnb.hub.checkpoints import HISTORY_FILE, MODEL_FILE, OPTIMIZER_FILE, find_checkpoint
-from dnb.notebook.compare import find_run, table_text
-from dnb.notebook.magics import DtrainMagics
-from dnb.run import Run
-from dnb.transport.trees import put_together
+from dnb.api.runs.run import Run
+from dnb.hub.checkpoints.format import HISTORY_FILE, MODEL_FILE, OPTIMIZER_FILE, find_checkpoint
+from dnb.notebook.commands.magics import DtrainMagics
+from dnb.notebook.live.compare import find_run, table_text
+from dnb.transport.state_trees import put_together
 
 DATA = Path(__file__).parents[1] / "data"
 RUN = DATA / "run_of_before"
@@ -45,7 +45,7 @@ def test_its_events_and_the_use_of_its_engines_are_read():
 def test_it_is_found_by_its_name_compared_and_shown(tmp_path, monkeypatch, capsys):
     shutil.copytree(RUN, tmp_path / ".dnb" / "runs" / "before")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dnb.training._pool", None)
+    monkeypatch.setattr("dnb.api.training._pool", None)
     found = find_run("before", names={})
     assert table_text({"before": found}).splitlines()[1].split()[:4] == ["before", "finished", "9", "1.0697"]
     DtrainMagics(SimpleNamespace(user_ns={})).dtrain("dashboard before")

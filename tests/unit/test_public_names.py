@@ -56,7 +56,9 @@ def test_no_module_bears_the_name_of_a_public_function():
     assert modules & FUNCTIONS == set()
 
 
-@pytest.mark.parametrize("module", ["dnb", "dnb.hub.controller", "dnb.hub.service", "dnb.notebook.arguments"])
+@pytest.mark.parametrize(
+    "module", ["dnb", "dnb.hub.process.controller", "dnb.hub.server.service", "dnb.notebook.arguments"]
+)
 def test_a_module_that_must_be_quick_does_not_import_torch(module: str):
     assert run(f"import sys, {module}; print('torch' in sys.modules)") == "False"
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from dnb.engine.loss_judge import judge
-from dnb.engine.profiling import Trial, profile_trial
+from dnb.api.arguments.checks import check_model
+from dnb.engine.profiling.profiler import Trial, profile_trial
 from dnb.errors import ArgumentError, PlanError, is_text, summary_of
-from dnb.input_checks import check_model
-from dnb.notebook.panel_choices import metrics
-from dnb.planning.cutting import cut_points
-from dnb.planning.tracing import Inputs
-from dnb.planning.weighing import weigh
-from dnb.transport.parcels import explain_unpicklable
+from dnb.notebook.control_panel.choices import metrics
+from dnb.partitioning.pipeline.cut_points import cut_points
+from dnb.partitioning.pipeline.flop_counts import weigh
+from dnb.partitioning.pipeline.tracing import Inputs
+from dnb.transport.pickling.payloads import explain_unpicklable
+from dnb.user_code.loss_judge import judge
 
 
 class PanicException(BaseException):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from dnb.hub.coordinator import Coordinator
-from dnb.hub.events import Action, Event, Note
-from dnb.hub.note_words import text_of
+from dnb.hub.scheduling.coordinator import Coordinator
+from dnb.hub.scheduling.events import Action, Event, Note
+from dnb.hub.scheduling.note_words import text_of
 
 
 def worded(actions: Iterable[Action]) -> list[Action]:

@@ -1,0 +1,228 @@
+"""Losses, metrics and step functions that a user hands to `fit`, and the accuracy that has a name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+
+from dnb.api.arguments.checks import check_choice
+from dnb.errors import ArgumentError, nearest
+from dnb.job import Job
+from dnb.user_code.model_call import named_parts, no_target, takes_positional
+from dnb.user_code.return_values import ReturnError, fault_of_name
+from dnb.user_code.stateful_metrics import StatefulMetric, has_state, is_collection, spread
+
+LOSS_OVERS = ("samples", "batch")
+
+
+def read_loss(loss: Any, *, step: Any) -> Callable[..., Any] | None:
+    """Return the loss function that a name or callable stands for.
+
+    Raises:
+        ArgumentError: an unknown name, not a callable, or a step function beside it.
+    """
+    if loss is not None and step is not None:
+        raise ArgumentError("give loss or step, not both: a step function returns its own loss")
+    if step is not None and not callable(step):
+        raise ArgumentError(f"step is a {type(step).__name__}: give a callable(model, batch) that returns the loss")
+    if getattr(loss, "reduction", "mean") == "none":
+        raise ArgumentError(
+            "loss has reduction='none', which leaves a number for each sample: use reduction='mean', or 'sum'"
+        )
+    if loss is None or callable(loss):
+        return loss  # type: ignore[no-any-return]
+    known = loss_names()
+    if loss not in known:
+        raise ArgumentError(f"no loss {loss!r}: {nearest(str(loss), known)}; or give a callable(output, target)")
+    return getattr(torch.nn.functional, loss)  # type: ignore[no-any-return]
+
+
+def loss_names() -> list[str]:
+    """Return the losses of `torch.nn.functional` that compare an output with a target."""
+    others = {"cross_entropy", "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div"}
+    three_inputs = {
+        "triplet_margin_loss",
+        "margin_ranking_loss",
+        "cosine_embedding_loss",
+        "ctc_loss",
+        "gaussian_nll_loss",
+        "triplet_margin_with_distance_loss",
+    }
+    losses = {name for name in dir(torch.nn.functional) if name.endswith("_loss")}
+    return sorted((losses - three_inputs) | others)
+
+
+def check_loss_fits(loss: Any, *, step: Any, model: torch.nn.Module, batch: Any, name: str) -> None:
+    """Refuse batches for which nothing says what the loss is.
+
+    Args:
+        loss: as read.
+        step: likewise.
+        model: without both it returns its own loss.
+        batch: as collate_fn made it, of whatever number of samples.
+        name: of the data, for messages.
+
+    Raises:
+        ArgumentError: the batch has no target for the loss, or a target that nothing compares.
+    """
+    if step is not None:
+        return
+    if loss is not None:
+        if not isinstance(batch, tuple | list) or len(batch) < 2:
+            raise ArgumentError(no_target(batch, name=f"a batch of {name}"))
+    elif isinstance(batch, tuple | list) and not takes_positional(model, len(batch)):
+        raise ArgumentError(
+            "say what to minimise: loss='cross_entropy' (or another), or step=callable(model, batch); or let "
+            f"{type(model).__name__}.forward take all {len(batch)} parts of a batch of {name}, and return the loss"
+        )
+
+
+def check_val_step(val_step: Any, *, has_val: bool) -> None:
+    """Refuse an evaluation by what cannot be called, or of nothing.
+
+    Raises:
+        ArgumentError: it is so.
+    """
+    if val_step is None:
+        return
+    if not callable(val_step):
+        raise ArgumentError(f"val_step is a {type(val_step).__name__}: give a callable(model, batch), as step is")
+    if not has_val:
+        raise ArgumentError("val_step is called with the batches of val, and there is none: give val")
+
+
+def read_loss_over(wish: Any) -> Literal["samples", "batch"] | None:
+    """Return the wish of the user, if there is one.
+
+    Raises:
+        ArgumentError: it is neither.
+    """
+    if wish is None:
+        return None
+    check_choice(wish, name="loss_over", known=LOSS_OVERS, available=LOSS_OVERS)
+    return "batch" if wish == "batch" else "samples"
+
+
+def check_loss_over(loss_over: Literal["samples", "batch"], job: Job) -> Literal["samples", "batch"]:
+    """Refuse a loss over the whole batch where outputs cannot be told from the loss; else give back what it is over.
+
+    Raises:
+        ArgumentError: a step function or the model itself computes the loss.
+    """
+    if loss_over == "samples" or job.loss is not None:
+        return loss_over
+    whose = "a step function" if job.step is not None else "a model that returns its own loss"
+    raise ArgumentError(
+        f"loss_over='batch' gathers outputs before the loss is computed, and {whose} does both at once: give "
+        "loss=callable(output, target), or return dnb.Sum(total, weight) if it is a mean over other things than samples"
+    )
+
+
+def read_metrics(metrics: Any) -> dict[str, Callable[..., Any]]:
+    """Return the metrics by name; the word "accuracy" stands for that of classes.
+
+    Raises:
+        ArgumentError: a name that is taken, or something that cannot be called.
+    """
+    if metrics is None:
+        return {}
+    if isinstance(metrics, str):
+        metrics = [metrics]
+    if is_collection(metrics):
+        metrics = dict(metrics.items())
+    if callable(metrics) or not isinstance(metrics, Iterable):
+        raise ArgumentError(
+            f"metrics is a {type(metrics).__name__}: give 'accuracy', or {{'name': callable(output, target)}}"
+        )
+    if not isinstance(metrics, Mapping):
+        unknown = [name for name in metrics if name != "accuracy"]
+        if unknown:
+            raise ArgumentError(f"no metric {unknown[0]!r}: give 'accuracy', or {{'name': callable(output, target)}}")
+        metrics = dict.fromkeys(metrics, accuracy)
+    named = list(spread(metrics))
+    for name, metric in named:
+        _check_metric(name, metric)
+    names = [name for name, _ in named]
+    for name in names:
+        if names.count(name) > 1:
+            raise ArgumentError(
+                f"{name!r} would be the name of two metrics, one of them in a collection: choose another"
+            )
+    return {name: StatefulMetric(metric) if has_state(metric) else metric for name, metric in named}
+
+
+def are_objects(metrics: Any) -> bool:
+    """Tell whether metrics are functions and objects, not the words that stand for some."""
+    return isinstance(metrics, Mapping) or is_collection(metrics)
+
+
+def check_metrics_are_computed(metrics: Any, *, step: Any) -> None:
+    """Refuse metrics beside a step function, which alone knows the output.
+
+    Raises:
+        ArgumentError: there are both.
+    """
+    if metrics and step is not None:
+        raise ArgumentError(
+            "metrics are computed from output and target, which only the step function has: let step return them "
+            "beside the loss, as (loss, {'accuracy': value}), and leave metrics out"
+        )
+
+
+def _check_metric(name: Any, metric: Any) -> None:
+    if not isinstance(name, str):
+        raise ArgumentError(f"{name!r} cannot be the name of a metric: give a word")
+    if fault := fault_of_name(name):
+        raise ArgumentError(fault)
+    if not callable(metric) and not has_state(metric):
+        raise ArgumentError(f"metric {name!r} is a {type(metric).__name__}: give a callable(output, target)")
+
+
+def accuracy(output: Any, target: Any) -> torch.Tensor:
+    """Return the share of samples whose largest output is the target class.
+
+    Args:
+        output: shape (batch, classes, ...); of a model that returns its own loss, what has one row of classes per
+            sample, as .logits, ["logits"] or alone beside the loss.
+        target: class indices, shape (batch, ...); of a model that returns its own loss, the batch, which has them as
+            "labels", "label", "targets", "target" or "y", or as its last element.
+
+    Raises:
+        ReturnError: it cannot be told which these are.
+    """
+    if isinstance(output, torch.Tensor) and output.dim() > 1 and isinstance(target, torch.Tensor):
+        return (output.argmax(dim=1) == target).float().mean()
+    logits, labels = _logits_of(output), _labels_of(target)
+    if logits is None or labels is None or logits.shape[:1] != labels.shape:
+        raise ReturnError(
+            "accuracy cannot be told, as it is not clear which of what the model returns has a row of classes for each "
+            "sample, and what of the batch are their classes: give metrics={'accuracy': callable(output, batch)} that "
+            "returns a mean over samples"
+        )
+    return (logits.argmax(dim=1) == labels).float().mean()
+
+
+def _logits_of(output: Any) -> torch.Tensor | None:
+    """Return the one row of classes per sample in a model's output."""
+    if isinstance(output, Mapping):
+        output = output.get("logits")
+    elif hasattr(output, "logits"):
+        output = output.logits
+    elif isinstance(output, tuple | list):
+        found = [each for each in output if isinstance(each, torch.Tensor) and each.dim() > 0 and each.numel() > 1]
+        output = found[0] if len(found) == 1 else None
+    is_one = isinstance(output, torch.Tensor) and output.dim() == 2 and output.is_floating_point()
+    return output if is_one else None
+
+
+def _labels_of(batch: Any) -> torch.Tensor | None:
+    """Return the classes in a batch."""
+    named = named_parts(batch)
+    if named is not None:
+        batch = next((named[name] for name in ("labels", "label", "targets", "target", "y") if name in named), None)
+    elif isinstance(batch, tuple | list):
+        batch = batch[-1] if len(batch) > 1 else None
+    is_one = isinstance(batch, torch.Tensor) and batch.dim() == 1 and not batch.is_floating_point()
+    return batch if is_one else None

@@ -1,0 +1,1 @@
+"""A run as the user holds it, its folder and its exports; runs in the kernel."""

@@ -1,0 +1,1 @@
+"""An engine's process: its training thread, its session with the hub, its heartbeat."""

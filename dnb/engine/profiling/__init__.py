@@ -1,0 +1,1 @@
+"""Measurements of a model and of the exchange between engines, for plans."""

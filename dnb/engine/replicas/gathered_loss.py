@@ -1,0 +1,586 @@
+"""Steps whose loss looks at the whole batch: an engine gives its outputs, gets those of all, and finishes backward."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from dnb.engine.replicas.replica import Outcome, Replica, added, is_out_of_memory, pieces_of
+from dnb.errors import USER_ERRORS, PlanError
+from dnb.job import DataSource, Sum
+from dnb.protocol.engine_messages import Gathered, OutputLeaf, Work
+from dnb.protocol.measurements import Sums
+from dnb.protocol.memory import LEAF_ALIGNMENT
+from dnb.user_code.loader import fetch_batch
+from dnb.user_code.model_call import arguments_of
+from dnb.user_code.return_values import Metrics, ReturnError, read_loss, weighed
+
+# So many samples, and one fewer, show which tensors have a row for each.
+NUM_LEARNED = 3
+# A tensor without rows is computed by every engine, by the same kernels, from the same parameters.
+TOLERANCE = 1e-3
+# What stands behind one record, see `dnb.transport.sockets.wires.MAX_RECORD_BYTES`; and all that is gathered of one
+# batch.
+PART_BYTES = 16 << 20
+MOST_OUTPUT_BYTES = (1 << 30) - (64 << 20)
+# May stand among outputs and targets, if they are the same for all samples.
+PLAIN = (type(None), bool, int, float, str)
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """The form of outputs and target, whatever the samples are."""
+
+    spec: pytree.TreeSpec  # of (output, target)
+    plain: tuple[Any, ...]  # leaves that are no tensors
+    is_tensor: tuple[bool, ...]  # of all leaves
+    num_outputs: int  # tensors of the output, the others are of the target
+    has_rows: tuple[bool, ...] | None  # of each tensor; None: not known
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """One forward, with its graph."""
+
+    shards: tuple[int, ...]
+    outputs: Sequence[torch.Tensor]
+    buffers: Sequence[torch.Tensor | None]  # as they were after it
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """What is gathered, and the loss of it."""
+
+    gathered: Gathered
+    indices: torch.Tensor  # of the whole batch
+    edges: tuple[int, ...]  # where its shards begin
+    outputs: Sequence[torch.Tensor]
+    loss: float
+    gradients: Sequence[torch.Tensor | None]  # of the loss by each tensor of the output
+    metrics: Metrics  # of the whole batch
+
+    @property
+    def first(self) -> int:
+        """The first shard that has samples: what has no rows gets its gradient there."""
+        return next(shard for shard, size in enumerate(self.gathered.shard_sizes) if size)
+
+
+class GatheringReplica(Replica):
+    """Computes shards of a run whose loss looks at the whole batch.
+
+    A step is two pieces of work. For the first, "outputs", forward is computed, and its graph kept. For the second,
+    "step", the loss of all outputs is computed, with its gradient by them, and backward goes on from there through the
+    graph. What has no graph here, as the engine that had it is gone or as memory is short, goes through forward again,
+    with the same samples and random numbers.
+    """
+
+    _gathers = True
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._kept: list[_Pass] = []
+        self._form: _Form | None = None
+        self._batch_memory = memoryview(b"")
+
+    def take_gathered(self, memory: memoryview) -> None:
+        """What was gathered for the step that is to be computed next."""
+        self._batch_memory = memory
+
+    def mend(self, *, step: Callable[..., Any] | None, loss: Callable[..., Any] | None) -> None:
+        """Go on with another loss.
+
+        Raises:
+            PlanError: it is a step function.
+        """
+        if step is not None:
+            raise PlanError(
+                "this run gathers outputs before the loss is computed, and a step function does both at once: mend its "
+                "loss"
+            )
+        super().mend(step=step, loss=loss)
+
+    def _seed(self, step: int, shard: int, *, also_python: bool = True) -> None:
+        """Also what data sets draw from: a forward that is computed again must have the same samples."""
+        super()._seed(step, shard, also_python=also_python)
+
+    # Outputs ------------------------------------------------------------------------------------------
+
+    def _compute_step(self, work: Work, indices: torch.Tensor) -> Outcome:
+        return self._give_outputs(work, indices) if work.kind == "outputs" else self._finish_step(work, indices)
+
+    def _give_outputs(self, work: Work, indices: torch.Tensor) -> Outcome:
+        if self._form is None:
+            self._form = self._learn()
+        if work.fresh:
+            self._kept.clear()
+        note = ""
+        while True:
+            try:
+                tensors = self._outputs_of(work, indices)
+                break
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._kept.clear()  # so that all of them are computed again in the second half
+                note = self._shrink(len(indices), error)
+        has_rows = self._rows_of(tensors, len(indices))
+        leaves = tuple(
+            OutputLeaf(dtype=str(t.dtype).removeprefix("torch."), shape=tuple(t.shape), has_rows=rows)
+            for t, rows in zip(tensors, has_rows, strict=True)
+        )
+        return Outcome((_counted(len(indices)),), is_sum=False, note=note, leaves=leaves, tensors=tensors)
+
+    def _outputs_of(self, work: Work, indices: torch.Tensor) -> list[torch.Tensor]:
+        parts: list[list[torch.Tensor]] = []
+        sizes: list[int] = []
+        for number, (shards, part) in enumerate(self._forwards(work, indices)):
+            if not len(part):
+                continue
+            if self._spec.exact or (work.fresh and number == 0) or not self._kept:
+                self._read_buffers()
+            self._seed(work.step, shards[0])
+            pieces = [piece for piece in pieces_of(part, self._most_at_once) if len(piece)]
+            for piece in pieces:
+                with torch.set_grad_enabled(len(pieces) == 1):
+                    outputs, targets = self._forward_tensors(self._data.train, piece)
+                if len(pieces) == 1:
+                    self._kept.append(_Pass(shards, outputs, self._own_buffers()))
+                parts.append([tensor.detach() for tensor in (*outputs, *targets)])
+                sizes.append(len(piece))
+            self._collect_states(work.step, shards, work.batch_samples)
+        return self._joined(parts, sizes)
+
+    def _forwards(self, work: Work, indices: torch.Tensor) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+        """The shards that go through forward together, and their samples."""
+        if not self._spec.exact:
+            yield work.shards, indices
+            return
+        for shard, part in zip(work.shards, indices.split(work.shard_sizes), strict=True):
+            yield (shard,), part
+
+    def _forward_tensors(
+        self, source: DataSource, indices: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The tensors of output and target."""
+        output, target = self._forward_pair(source, indices)
+        form = self._form
+        leaves, spec = pytree.tree_flatten((output, target))
+        if form is None or spec != form.spec:
+            form = self._form = form_of(output, target, has_rows=None)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        return tensors[: form.num_outputs], tensors[form.num_outputs :]
+
+    def _forward_pair(self, source: DataSource, indices: torch.Tensor) -> tuple[Any, Any]:
+        with self._stopwatch.measure("data"):
+            given = arguments_of(self._job.model, fetch_batch(source, indices), has_target=True)
+        with self._stopwatch.measure("compute"), self._autocast():
+            return self._job.model(*given.positional), given.target
+
+    def _learn(self) -> _Form:
+        """Compute few samples, and one fewer, and see which tensors have a row for each."""
+        most = min(NUM_LEARNED, self._spec.num_samples)
+        self._read_buffers()
+        self._be_training(mode=True)
+        self._seed(0, 0)
+        found = []
+        with torch.no_grad():
+            for number in (most, most - 1):
+                try:
+                    found.append(self._forward_pair(self._data.train, torch.arange(number)))
+                except USER_ERRORS:  # BatchNorm takes no single sample, a generated batch no such number
+                    break
+        if len(found) < 2:
+            output, target = found[0] if found else self._forward_pair(self._data.train, torch.arange(most))
+            return form_of(output, target, has_rows=None)
+        forms = [form_of(*pair, has_rows=None) for pair in found]
+        tensors = [[t for t in pytree.tree_leaves(pair) if isinstance(t, torch.Tensor)] for pair in found]
+        if forms[0].spec != forms[1].spec or len(tensors[0]) != len(tensors[1]):
+            raise ReturnError(
+                "this loss looks at the whole batch, and what the model gives has another structure for "
+                f"{most} samples than for {most - 1}: it can be gathered if it is one, with a row for each sample"
+            )
+        rows = tuple(_has_rows(a, b, most) for a, b in zip(*tensors, strict=True))
+        return dataclasses.replace(forms[0], has_rows=rows)
+
+    def _rows_of(self, tensors: Sequence[torch.Tensor], num_samples: int) -> tuple[bool, ...]:
+        """Which tensors have a row for each sample."""
+        known = None if self._form is None else self._form.has_rows
+        if known is not None and len(known) == len(tensors):
+            return known
+        return tuple(tensor.dim() > 0 and len(tensor) == num_samples for tensor in tensors)
+
+    def _joined(self, parts: Sequence[Sequence[torch.Tensor]], sizes: Sequence[int]) -> list[torch.Tensor]:
+        """The rows of several forwards, one after the other."""
+        if len(parts) < 2:
+            return list(parts[0]) if parts else []
+        rows = [self._rows_of(tensors, size) for tensors, size in zip(parts, sizes, strict=True)]
+        columns = zip(*parts, strict=True)
+        has_rows = [all(each) for each in zip(*rows, strict=True)]
+        return [torch.cat(column) if are else column[0] for column, are in zip(columns, has_rows, strict=True)]
+
+    # The step -----------------------------------------------------------------------------------------
+
+    def _finish_step(self, work: Work, indices: torch.Tensor) -> Outcome:
+        if self._form is None:
+            self._form = self._learn()
+        whole = self._whole_of(work)
+        if self._spec.exact:
+            return self._finish_each_shard(work, whole)
+        self._remember(work, indices)
+        note, fresh = "", work.fresh
+        while True:
+            try:
+                unused = self._finish_together(work, whole, fresh=fresh, publish=True)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._kept.clear()
+                note = self._shrink(len(indices), error)
+                earlier = [each for each, _ in self._of_this_step[:-1] if each.slabs == work.slabs]
+                for number, before in enumerate(earlier):
+                    self._finish_together(before, whole, fresh=number == 0, publish=False)
+                fresh = not earlier
+            else:
+                return Outcome((self._sums_of(work.shards, whole),), is_sum=False, unused=unused, note=note)
+
+    def _finish_together(self, work: Work, whole: _Whole, *, fresh: bool, publish: bool) -> tuple[int, ...]:
+        assert work.gathered is not None
+        groups = work.gathered.groups
+        kept = {each.shards: each for each in self._kept}
+        self._kept.clear()
+        is_kept = fresh and kept.keys() == set(groups)
+        slab = work.slabs[0]
+        self._begin(slab, fresh=fresh, reads=not is_kept)
+        wanted = frozenset(work.shards)
+        for number, group in enumerate(groups, 1):
+            is_last = number == len(groups)
+            if is_kept:
+                self._backward(kept.pop(group), wanted, whole, is_last=is_last)
+            else:
+                self._recompute(work.step, group, wanted, whole, is_last=is_last)
+        return self._end(slab, publish=publish)
+
+    def _finish_each_shard(self, work: Work, whole: _Whole) -> Outcome:
+        kept = {each.shards: each for each in self._kept}
+        self._kept.clear()
+        unused: set[int] | None = None
+        for shard, slab in zip(work.shards, work.slabs, strict=True):
+            found = kept.pop((shard,), None)
+            self._begin(slab, fresh=True, reads=found is None)
+            if found is not None:
+                self._put_buffers(found.buffers)
+                self._backward(found, {shard}, whole, is_last=True)
+            elif whole.gathered.shard_sizes[shard]:
+                self._recompute(work.step, (shard,), {shard}, whole, is_last=True)
+            left = set(self._end(slab, publish=True))
+            unused = left if unused is None else unused & left
+        parts = tuple(self._sums_of((shard,), whole) for shard in work.shards)
+        return Outcome(parts, is_sum=False, unused=tuple(sorted(unused or ())))
+
+    def _recompute(
+        self, step: int, group: tuple[int, ...], wanted: frozenset[int] | set[int], whole: _Whole, *, is_last: bool
+    ) -> None:
+        """Forward of some shards as it was, and backward from the rows that are wanted."""
+        self._seed(step, group[0])
+        positions = _positions(group, whole)
+        needed = torch.isin(positions, _positions([s for s in group if s in wanted], whole))
+        pieces = pieces_of(torch.arange(len(positions)), self._most_at_once)
+        for number, places in enumerate(pieces, 1):
+            is_needed = bool(needed[places].any())
+            with torch.set_grad_enabled(is_needed):
+                outputs, _ = self._forward_tensors(self._data.train, whole.indices[positions[places]])
+            if is_needed:
+                is_first = whole.first in wanted and bool((positions[places] == whole.edges[whole.first]).any())
+                is_end = is_last and number == len(pieces)
+                self._descend(outputs, positions[places], needed[places], whole, is_first=is_first, is_last=is_end)
+        self._collect_states(step, group, len(whole.indices))
+
+    def _backward(self, done: _Pass, wanted: frozenset[int] | set[int], whole: _Whole, *, is_last: bool) -> None:
+        """Backward of a forward that was kept."""
+        positions = _positions(done.shards, whole)
+        needed = torch.isin(positions, _positions([s for s in done.shards if s in wanted], whole))
+        is_first = whole.first in wanted and whole.first in done.shards
+        self._descend(done.outputs, positions, needed, whole, is_first=is_first, is_last=is_last)
+
+    def _descend(
+        self,
+        outputs: Sequence[torch.Tensor],
+        positions: torch.Tensor,
+        needed: torch.Tensor,
+        whole: _Whole,
+        *,
+        is_first: bool,
+        is_last: bool,
+    ) -> None:
+        roots: list[torch.Tensor] = []
+        seeds: list[torch.Tensor] = []
+        leaves = whole.gathered.leaves
+        for number, output in enumerate(outputs):
+            gradient = whole.gradients[number]
+            if not leaves[number].has_rows:
+                check_constant(output, whole.outputs[number])
+            if gradient is None or not output.requires_grad or not (leaves[number].has_rows or is_first):
+                continue
+            if leaves[number].has_rows:
+                gradient = gradient[positions]
+                gradient[~needed] = 0
+            roots.append(output)
+            seeds.append(gradient)
+        if self._publisher is not None:
+            self._publisher.is_last_backward = is_last
+        if roots:
+            with self._stopwatch.measure("compute"):
+                torch.autograd.backward(roots, seeds)
+        if not is_last:
+            self._gradients.bring_home()
+
+    def _whole_of(self, work: Work) -> _Whole:
+        """The loss of the whole batch, and its gradient by the outputs."""
+        gathered, form = work.gathered, self._form
+        assert gathered is not None
+        assert form is not None
+        memory = bytearray(self._batch_memory)
+        batch_bytes = 8 * work.batch_samples
+        indices = torch.frombuffer(memory, dtype=torch.int64, count=work.batch_samples)
+        tensors: list[torch.Tensor] = []
+        offset = batch_bytes
+        for leaf in gathered.leaves:
+            offset += -offset % LEAF_ALIGNMENT
+            tensor = _tensor_of(leaf, memory, offset)
+            offset += tensor.nbytes
+            tensors.append(tensor)
+        roots = [t.requires_grad_() if t.is_floating_point() or t.is_complex() else t for t in tensors]
+        used = [*(root.clone() for root in roots[: form.num_outputs]), *(t.detach() for t in roots[form.num_outputs :])]
+        output, target = tree_of(form, used)
+        with self._stopwatch.measure("compute"):
+            self._seed(work.step, self._spec.num_shards)
+            loss, metrics = self._loss_and_metrics(output, target, work.batch_samples, needs_gradient=True)
+            sources = [root for root in roots[: form.num_outputs] if root.requires_grad]
+            found = iter(torch.autograd.grad(loss, sources, allow_unused=True))
+        gradients = [next(found) if root.requires_grad else None for root in roots[: form.num_outputs]]
+        edges = tuple(accumulate(gathered.shard_sizes, initial=0))
+        return _Whole(gathered, indices, edges, roots, loss.item(), gradients, metrics)
+
+    @property
+    def _metrics_of_parts(self) -> dict[str, Any]:
+        """Metrics that are means over samples."""
+        return {name: each for name, each in self._job.metrics.items() if name not in self._spec.whole_metrics}
+
+    def _loss_and_metrics(
+        self,
+        output: Any,
+        target: Any,
+        num_samples: int,
+        *,
+        needs_gradient: bool,
+        among: Mapping[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, Metrics]:
+        job = self._job
+        assert job.loss is not None
+        with self._autocast():
+            loss = read_loss(job.loss(output, target), needs_gradient=needs_gradient)
+        value = loss.total / loss.weight if isinstance(loss, Sum) else loss
+        wanted = job.metrics if among is None else among
+        if not wanted:
+            return value, {}
+        with torch.no_grad():
+            used = pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, output)
+            metrics = {name: weighed(metric(used, target), num_samples, name=name) for name, metric in wanted.items()}
+        return value, metrics
+
+    def _sums_of(self, shards: Sequence[int], whole: _Whole) -> Sums:
+        """The loss by the samples of these shards, so that the mean of all is the loss of the whole batch."""
+        num_samples = sum(whole.gathered.shard_sizes[shard] for shard in shards)
+        metrics = whole.metrics if whole.first in shards else {}
+        return Sums(
+            loss_total=whole.loss * num_samples,
+            loss_weight=float(num_samples),
+            metric_totals={name: total for name, (total, _) in metrics.items()},
+            metric_weights={name: weight for name, (_, weight) in metrics.items()},
+            num_samples=num_samples,
+        )
+
+    # Evaluations --------------------------------------------------------------------------------------
+
+    def _evaluate(self, work: Work, indices: torch.Tensor) -> Sums:
+        """Whole batches, as the hub deals these: each has a loss of its own."""
+        assert self._data.val is not None
+        if self._job.val_step is not None:
+            return super()._evaluate(work, indices)
+        size = self._spec.val_batch_size or self._spec.batch_size
+        self._read_buffers()
+        self._be_training(mode=False)
+        parts: list[Sums] = []
+        seen: list[tuple[Any, Any]] = []  # outputs and targets that metrics want to see together
+        sizes: list[int] = []
+        with torch.no_grad():
+            for batch in (
+                batch for part in indices.split(work.shard_sizes) for batch in part.split(size) if len(batch)
+            ):
+                pair = self._evaluated(batch)
+                parts.append(self._sums_of_batch(pair, len(batch)))
+                if self._spec.whole_metrics:
+                    seen.append(pair)
+                    sizes.append(len(batch))
+            if seen:
+                parts.append(self._sums_of_all(seen, sizes))
+        return added(parts)
+
+    def _evaluated(self, indices: torch.Tensor) -> tuple[Any, Any]:
+        """Output and target of a batch."""
+        assert self._data.val is not None
+        pieces = pieces_of(indices, self._most_at_once)
+        return self._joined_pair(
+            [self._forward_pair(self._data.val, piece) for piece in pieces], list(map(len, pieces))
+        )
+
+    def _joined_pair(self, pairs: Sequence[tuple[Any, Any]], sizes: Sequence[int]) -> tuple[Any, Any]:
+        """Outputs and targets of several pieces as those of one."""
+        if len(pairs) == 1:
+            return pairs[0]
+        forms = [form_of(*pair, has_rows=None) for pair in pairs]
+        tensors = [[t for t in pytree.tree_leaves(pair) if isinstance(t, torch.Tensor)] for pair in pairs]
+        return tree_of(forms[0], self._joined(tensors, sizes))
+
+    def _sums_of_batch(self, pair: tuple[Any, Any], num_samples: int) -> Sums:
+        loss, metrics = self._loss_and_metrics(*pair, num_samples, needs_gradient=False, among=self._metrics_of_parts)
+        return Sums(
+            loss_total=loss.item() * num_samples,
+            loss_weight=float(num_samples),
+            metric_totals={name: total for name, (total, _) in metrics.items()},
+            metric_weights={name: weight for name, (_, weight) in metrics.items()},
+            num_samples=num_samples,
+        )
+
+    def _sums_of_all(self, pairs: Sequence[tuple[Any, Any]], sizes: Sequence[int]) -> Sums:
+        """Metrics of all that was evaluated, which are no means of those of batches."""
+        output, target = self._joined_pair(pairs, sizes)
+        wanted = {name: self._job.metrics[name] for name in self._spec.whole_metrics if name in self._job.metrics}
+        found = {name: weighed(metric(output, target), sum(sizes), name=name) for name, metric in wanted.items()}
+        return Sums(
+            loss_total=0.0,
+            loss_weight=0.0,
+            metric_totals={name: total for name, (total, _) in found.items()},
+            metric_weights={name: weight for name, (_, weight) in found.items()},
+            num_samples=0,
+        )
+
+    # Buffers ------------------------------------------------------------------------------------------
+
+    def _own_buffers(self) -> list[torch.Tensor | None]:
+        """What the last forward has made of the buffers, which no other one shall change; of an exact run."""
+        if not self._spec.exact:
+            return []
+        found = [module._buffers[key] for module, key, _, _ in self._buffers]
+        # The graph may hold them: the next forward gets others instead of these with other values.
+        self._buffers = [(module, key, own.clone(), name) for module, key, own, name in self._buffers]
+        return found
+
+    def _put_buffers(self, buffers: Sequence[torch.Tensor | None]) -> None:
+        for (module, key, _, _), buffer in zip(self._buffers, buffers, strict=True):
+            module._buffers[key] = buffer
+
+
+def form_of(output: Any, target: Any, *, has_rows: tuple[bool, ...] | None) -> _Form:
+    """Find the tensors in what is to be gathered.
+
+    Raises:
+        ReturnError: there is something else in it.
+    """
+    num_outputs = sum(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(output))
+    leaves, spec = pytree.tree_flatten((output, target))
+    for leaf in leaves:
+        if not isinstance(leaf, (torch.Tensor, *PLAIN)) or (isinstance(leaf, torch.Tensor) and leaf.is_sparse):
+            raise ReturnError(
+                "this loss looks at the whole batch, and what the model and the data set give it must be dense "
+                f"tensors, in tuples, lists or dictionaries, to be gathered: not {type(leaf).__name__}"
+            )
+    plain = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+    is_tensor = tuple(isinstance(leaf, torch.Tensor) for leaf in leaves)
+    return _Form(spec, plain, is_tensor, num_outputs, has_rows)
+
+
+def tree_of(form: _Form, tensors: Sequence[torch.Tensor]) -> tuple[Any, Any]:
+    """Output and target of these tensors."""
+    rest = iter(tensors)
+    leaves = [next(rest) if is_one else plain for plain, is_one in zip(form.plain, form.is_tensor, strict=True)]
+    output, target = pytree.tree_unflatten(leaves, form.spec)
+    return output, target
+
+
+def _has_rows(more: torch.Tensor, fewer: torch.Tensor, num_samples: int) -> bool:
+    """Whether a tensor has a row for each of `num_samples` samples, and for one fewer.
+
+    Raises:
+        ReturnError: it depends on the number of samples in another way.
+    """
+    lengths = more.shape[:1], fewer.shape[:1]
+    if lengths == ((num_samples,), (num_samples - 1,)):
+        return True
+    if more.shape == fewer.shape:
+        return False
+    raise ReturnError(
+        f"this loss looks at the whole batch, and for {num_samples} samples there is a tensor of shape "
+        f"{tuple(more.shape)} among outputs and targets, for {num_samples - 1} of shape {tuple(fewer.shape)}: it "
+        "can be gathered if it has a row for each sample, such as (samples, views, features) instead of (views * "
+        "samples, features), or is the same for all"
+    )
+
+
+def check_constant(own: torch.Tensor, gathered: torch.Tensor) -> None:
+    """Refuse a tensor without rows that is another one on another engine.
+
+    Raises:
+        ReturnError: it is.
+    """
+    if own.shape == gathered.shape and torch.allclose(own.detach(), gathered.detach(), rtol=TOLERANCE, equal_nan=True):
+        return
+    raise ReturnError(
+        f"this loss looks at the whole batch, and an output of shape {tuple(own.shape)}, which has no row for each "
+        "sample, depends on the samples: return one row for each, so that it can be gathered"
+    )
+
+
+def _tensor_of(leaf: OutputLeaf, memory: bytearray, offset: int) -> torch.Tensor:
+    dtype = getattr(torch, leaf.dtype)
+    count = prod(leaf.shape)
+    if not count:
+        return torch.empty(leaf.shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(leaf.shape)
+
+
+def _positions(shards: Sequence[int], whole: _Whole) -> torch.Tensor:
+    """Places of these shards' samples in the batch."""
+    parts = [torch.arange(whole.edges[shard], whole.edges[shard + 1]) for shard in shards]
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
+
+def bytes_of(tensors: Sequence[torch.Tensor]) -> list[bytes]:
+    """The elements of some tensors, one after the other, in parts that a record can carry.
+
+    Raises:
+        ReturnError: they are more than can be gathered.
+    """
+    if sum(tensor.nbytes for tensor in tensors) > MOST_OUTPUT_BYTES:
+        raise ReturnError(
+            f"this loss looks at the whole batch, and outputs and targets of a part of it are "
+            f"{sum(tensor.nbytes for tensor in tensors) / 1e9:.2f} GB, of which at most "
+            f"{MOST_OUTPUT_BYTES / 1e9:.2f} GB can be gathered: a smaller batch_size, or fewer outputs"
+        )
+    whole = b"".join(_raw(tensor) for tensor in tensors)
+    return [whole[begin : begin + PART_BYTES] for begin in range(0, max(len(whole), 1), PART_BYTES)]
+
+
+def _raw(tensor: torch.Tensor) -> Any:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
+
+
+def _counted(num_samples: int) -> Sums:
+    return Sums(loss_total=0.0, loss_weight=0.0, metric_totals={}, metric_weights={}, num_samples=num_samples)

@@ -1,0 +1,1 @@
+"""An engine's part of layers that are divided over a team."""

@@ -1,0 +1,171 @@
+"""An engine's part of every divided layer: the counterpart of `Replica` in tensor parallelism."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from dnb.engine.replicas.replica import NO_SUMS, Outcome, added
+from dnb.engine.replicas.team_replica import TeamReplica
+from dnb.engine.replicas.tensor.divided_layers import TeamGradients, divide
+from dnb.engine.replicas.tensor.tensor_random import OwnNoise
+from dnb.engine.replicas.whole_metrics import WholeMetrics
+from dnb.engine.runtime.process_group import PeerLost
+from dnb.engine.runtime.run_memory import EngineMemory, Publisher
+from dnb.engine.runtime.telemetry import Stopwatch
+from dnb.job import Data, Job
+from dnb.protocol.engine_messages import Diagnose, Diagnosis, Load, Seat, Work
+from dnb.protocol.measurements import Sums
+from dnb.protocol.run import RunSpec
+from dnb.transport.layout import slot_views
+from dnb.transport.pickling.generators import OwnGenerators
+from dnb.user_code.return_values import Metrics, weighed
+
+__all__ = ["PeerLost", "TensorReplica"]
+
+
+class TensorReplica(TeamReplica):
+    """Computes the whole batch with one part of every divided layer; all engines of the team are given the same work.
+
+    What is not divided is computed by all engines, from the same random numbers. Between a layer that is divided by
+    columns and the one by rows behind it, each engine has features of its own, and random numbers of its own: a
+    dropout there depends on the number of engines.
+
+    Args:
+        spec: the run's numbers.
+        job: as unpacked; its model is bound to the memory, and divided.
+        data: as unpacked.
+        load: the layouts of that memory.
+        memory: parameters and slabs, shared with the hub and the other engines of the team.
+        stopwatch: counts data and compute time, with the time in which engines wait for each other inside a layer.
+        seat: the place in the team.
+        publisher: must be None.
+
+    Raises:
+        PlanError: this engine does not share the hub's memory.
+        PeerLost: the team does not come together.
+    """
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        job: Job,
+        data: Data,
+        load: Load,
+        *,
+        memory: EngineMemory,
+        stopwatch: Stopwatch,
+        seat: Seat,
+        publisher: Publisher | None = None,
+        generators: OwnGenerators | None = None,
+    ) -> None:
+        self._entrance: Any = None
+        super().__init__(
+            spec,
+            job,
+            data,
+            load,
+            memory=memory,
+            stopwatch=stopwatch,
+            seat=seat,
+            publisher=publisher,
+            generators=generators,
+        )
+        self._whole_metrics = WholeMetrics(job.metrics, spec.whole_metrics)
+        self._gradients.close()
+        self._had_fast_path = torch.backends.mha.get_fastpath_enabled()
+        # Torch's fused encoder layer reads weights past their layers, as if they were whole.
+        torch.backends.mha.set_fastpath_enabled(False)
+        group = dist.group.WORLD
+        assert group is not None
+        model = divide(job.model, seat.partition, group, slot_views(load.parameter_layout, memory.parameters))
+        self._entrance = model.entrance
+        self._divided = {each.name for each in model.parameters}
+        self._noise = OwnNoise(job.model, seat.partition.styles, seat.rank)
+        trained = {slot.name for slot in load.gradient_layout.slots}
+        whole = {
+            name: parameter for name, parameter in self._named.items() if name in trained and name not in self._divided
+        }
+        self._gradients: Any = TeamGradients(
+            load.gradient_layout,
+            whole=whole,
+            divided=model.parameters,
+            rank=seat.rank,
+            num_engines=seat.partition.num_engines,
+        )
+
+    def compute(self, work: Work, indices: torch.Tensor) -> Outcome:
+        """Do this engine's part of what the team is asked.
+
+        Samples, loss and metrics are reported by the first engine of the team. Slots that another engine writes are
+        reported as unused. If it raises, this engine has left its group, and the replica can only be closed.
+
+        Raises:
+            PeerLost: another engine of the team failed or died.
+        """
+        with self._leaving_if_it_fails():
+            outcome = super().compute(work, indices)
+        # States are the same on all engines: the first one tells of them.
+        if self._rank == 0:
+            return outcome
+        nothing = msgspec.structs.replace(NO_SUMS, unit=outcome.parts[0].unit)
+        return Outcome((nothing,), outcome.is_sum, outcome.unused)
+
+    def diagnose(self, request: Diagnose, indices: torch.Tensor) -> Diagnosis:
+        """Compute all shards one by one, as the others do; the first that has a gradient here that is not finite."""
+        fault: tuple[int, tuple[str, str]] | None = None
+        with self._leaving_if_it_fails():
+            self._be_training(mode=True)
+            for shard, part in zip(request.shards, indices.split(request.shard_sizes), strict=True):
+                self._begin(request.slab, fresh=True)
+                self._seed(request.step, shard)
+                self._run_pieces(part, batch_samples=request.batch_samples)
+                self._gradients.finish()
+                found = self._gradients.first_fault()
+                if found is not None and fault is None:
+                    fault = shard, found
+        shard_or_none, (name, kind) = fault or (None, ("", ""))
+        return Diagnosis(run=request.run, step=request.step, shard=shard_or_none, parameter=name, kind=kind)
+
+    def close(self) -> None:
+        """Leave the group, and let go of the gradients."""
+        super().close()
+        torch.backends.mha.set_fastpath_enabled(self._had_fast_path)
+
+    def _run_pieces(self, indices: torch.Tensor, *, batch_samples: int) -> tuple[Sums, bool]:
+        self._whole_metrics.begin()
+        sums, is_sum = super()._run_pieces(indices, batch_samples=batch_samples)
+        return added([sums, *self._whole_metrics.take()]), is_sum
+
+    def _evaluate(self, work: Work, indices: torch.Tensor) -> Sums:
+        self._whole_metrics.begin()
+        return added([super()._evaluate(work, indices), *self._whole_metrics.take()])
+
+    def _measure(self, output: Any, compared: Any, num_samples: int) -> Metrics:
+        """Metrics of one micro-batch, by the engine that reports them."""
+        if self._rank != 0:
+            return {}
+        self._whole_metrics.add(output, compared, num_samples)
+        return {
+            name: weighed(metric(output, compared), num_samples, name=name)
+            for name, metric in self._whole_metrics.of_parts.items()
+        }
+
+    def _forget(self) -> None:
+        if self._entrance is not None:
+            self._entrance.forget()
+
+    def _seed(self, step: int, shard: int, *, also_python: bool = False) -> None:
+        self._noise.forget()
+        super()._seed(step, shard, also_python=also_python)
+
+    def _write_buffers(self, slab: int) -> None:
+        if self._rank == 0:  # they are the same on all engines
+            super()._write_buffers(slab)
+
+    def _check_parameter(self, name: str) -> None:
+        if name not in self._divided:
+            super()._check_parameter(name)

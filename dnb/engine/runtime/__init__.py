@@ -1,0 +1,1 @@
+"""The means of a replica: memory shared with the hub, gradients in slabs, telemetry, process groups."""

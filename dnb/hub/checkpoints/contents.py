@@ -1,0 +1,94 @@
+"""What of a run goes into a checkpoint: its tensors by name, and its states without pickle."""
+
+from __future__ import annotations
+
+import io
+import math
+import platform
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from dnb.hub.checkpoints.format import StateFacts
+from dnb.hub.history.engine_stats import Columns
+from dnb.hub.parameters.master import Master
+from dnb.transport.state_trees import take_apart
+from dnb.transport.tensor_trees import pack_state, unpack_state
+
+Tensors = dict[str, torch.Tensor]
+
+
+def named_tensors(master: Master) -> tuple[Tensors, dict[str, str], Tensors]:
+    """Tensors of the state_dict, names of those that are tied, and tensors that no state_dict has."""
+    own: Tensors = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    named: Tensors = {**dict(master.model.named_parameters()), **dict(master.model.named_buffers())}
+    for name, tensor in master.model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.Tensor):
+            continue  # a module's extra state
+        if id(tensor) in first:
+            tied[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+            own[name] = tensor
+    others = {f"model.{name}": tensor for name, tensor in named.items() if own.get(name) is not tensor}
+    return own, tied, others
+
+
+def extra_of(master: Master) -> tuple[Any, Tensors]:
+    """The extra states of modules without their tensors, and these; None if there are none."""
+    extra = master.states.now.extra
+    return take_apart(extra, root="extra") if extra else (None, {})
+
+
+def extra_file_of(master: Master) -> bytes:
+    """The same as `torch.load` reads it with weights_only; empty if there are none."""
+    extra = master.states.now.extra
+    if not extra:
+        return b""
+    file = io.BytesIO()
+    torch.save(unpack_state(pack_state(extra)), file)  # plain containers, whatever they were
+    return file.getvalue()
+
+
+def state_of(owner: Any, root: str, *, is_strict: bool) -> tuple[StateFacts | None, Tensors, tuple[str, ...]]:
+    """The state of an optimizer or scheduler, its tensors, and what had to be left out."""
+    if owner is None:
+        return None, {}, ()
+    tree: dict[str, Any] = {}
+    tensors: Tensors = {}
+    left_out: list[str] = []
+    for key, value in owner.state_dict().items():
+        try:
+            tree[key], found = take_apart(value, root=f"{root}.{key}")
+        except TypeError:
+            if is_strict:
+                raise
+            left_out.append(key)
+        else:
+            tensors |= found
+    return StateFacts(kind=type(owner).__name__, tree=tree), tensors, tuple(left_out)
+
+
+def history_of(columns: Columns) -> tuple[Tensors, int]:
+    """Columns by name, and the most rows that one has."""
+    tensors = {f"step/{name}": torch.from_numpy(np.array(values)) for name, values in columns.by_step.items()}
+    for name, pairs in columns.by_evaluation.items():
+        tensors[f"evaluation/{name}"] = torch.from_numpy(np.array(pairs).reshape(-1, 2))
+    return tensors, max((len(values) for values in columns.by_step.values()), default=0)
+
+
+def in_json(values: Mapping[str, float]) -> dict[str, float | str]:
+    """JSON has no NaN and no infinity: they are written as words."""
+    return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of what wrote a checkpoint."""
+    return {"dnb": version("dnb"), "torch": str(torch.__version__), "python": platform.python_version()}

@@ -1,0 +1,529 @@
+"""What a run leaves on disk: run.json, and append-only history and events that survive a crash."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import msgspec
+
+from dnb.errors import ArgumentError
+from dnb.hub.handover import read_memo_bytes, remove_memo, write_memo_bytes
+from dnb.hub.history.backlog import Backlog
+from dnb.hub.history.line_file import PIECE_BYTES, LineFile
+from dnb.protocol.base import Record
+from dnb.protocol.measurements import Prediction, RunEvent, StepTimeline, UsageRow
+from dnb.protocol.run import RunSpec, RunStatus
+from dnb.protocol.versions import explain_unreadable, name_dnb, name_this_dnb
+from dnb.transport.segments import megabytes
+from dnb.transport.system.private_files import make_private_folder, open_private
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+log = logging.getLogger(__name__)
+
+RUN_FILE = "run.json"
+HISTORY_FILE = "history.jsonl"
+EVENTS_FILE = "events.jsonl"
+USAGE_FILE = "usage.jsonl"
+TIMELINE_FILE = "timeline.json"
+ERRORS_FOLDER = "errors"  # texts that were cut where they are told
+LINE_FILES = (HISTORY_FILE, EVENTS_FILE, USAGE_FILE)
+FORMAT = 1
+
+# How often a disk that failed is tried again, and removed files are looked for.
+RETRY_SECONDS = 1.0
+# A disk that is full, free and full again says so no more often.
+QUIET_SECONDS = 60.0
+# So much of the history waits line by line: a quarter of a million steps. Later ones are rebuilt from the columns.
+MOST_WAITING_BYTES = 64 << 20
+STEPS_AT_ONCE = 4096
+# Without so much room no run is begun.
+LEAST_ROOM_BYTES = 256 << 10
+
+
+class HistoryRow(Record, frozen=True):
+    """One line of the history: a committed step, or an evaluation after one."""
+
+    kind: str  # "step" | "evaluation"
+    step: int
+    time: float  # seconds since the epoch
+    values: dict[str, float]
+    samples: dict[int, int] = msgspec.field(default_factory=dict)  # that each engine brought to the step
+
+
+class RunSummary(Record, frozen=True):
+    """What run.json says: the run's numbers, and how it stands."""
+
+    format: int
+    name: str
+    status: RunStatus
+    error: str
+    remote_traceback: str
+    started: float  # seconds since the epoch
+    elapsed_seconds: float
+    step: int
+    num_steps: int
+    steps_per_epoch: int
+    options: dict[str, Any]
+    prediction: Prediction | None = None
+    versions: dict[str, str] = msgspec.field(default_factory=dict)  # with which it was trained
+    ending: RunStatus | None = None  # how it ends once its last checkpoint is whole; until then it is "running"
+
+
+def summarize(spec: RunSpec, **state: Any) -> RunSummary:
+    """run.json of a run that has this spec and stands as `state` says."""
+    names = (
+        "num_samples",
+        "num_val_samples",
+        "batch_size",
+        "num_shards",
+        "seed",
+        "clip_norm",
+        "micro_batch",
+        "precision",
+        "exact",
+        "memory_limit",
+    )
+    options = {name: getattr(spec, name) for name in names}
+    if spec.plain is not None:
+        words = {name: getattr(spec.plain, name) for name in ("loss", "optimizer", "lr", "shuffle", "drop_last")}
+        options |= words | {"metrics": list(spec.plain.metrics)}
+    return RunSummary(
+        format=FORMAT,
+        name=spec.name,
+        num_steps=spec.num_steps,
+        steps_per_epoch=spec.steps_per_epoch,
+        options=options,
+        prediction=spec.prediction,
+        versions=_versions(),
+        **state,
+    )
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in ("dnb", "torch", "numpy")}}
+
+
+Rebuild = Callable[[int, int], list[HistoryRow]]  # first step, number of steps
+
+
+class RunFolder:
+    """Writes the folder of one run. Every line goes to the system at once: a killed hub loses none.
+
+    A disk that fails ends no training and raises nothing. What it does not take waits, in order, in the pool's memory,
+    and is written when there is room again, by this hub or the next; `tick` says what people should know.
+
+    Args:
+        path: made if it is not there.
+        folders: of the pool's memory, where what waits is kept; without one, only this process has it.
+        clock: monotonic.
+        most_waiting_bytes: of the history that wait as lines; later steps are rebuilt, see `rebuild_with`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        folders: Sequence[Path] = (),
+        clock: Callable[[], float] = time.monotonic,
+        most_waiting_bytes: int = MOST_WAITING_BYTES,
+    ) -> None:
+        self.path = path
+        self._most_waiting_bytes = most_waiting_bytes
+        self._folders = folders
+        self._rebuild: Rebuild = lambda _first, _num_steps: []
+        self._clock = clock
+        self._lines = {name: LineFile(path / name, self._backlog(name)) for name in LINE_FILES}
+        self._history, self._events, self._usage = self._lines.values()
+        self._encoder = msgspec.json.Encoder()
+        self._contents: dict[str, bytes] = {}  # of the files that are replaced, as they should be
+        self._owed: dict[str, OSError] = {}  # of them, those that are not on disk, and why
+        self._unkept_from: int | None = None  # from this step on, rows do not wait but are rebuilt
+        self._next_look = 0.0
+        was_behind = any(file.was_behind for file in self._lines.values())
+        self._trouble = "as a hub before has told" if was_behind else ""  # that was told and is not over
+        self._quiet_until = 0.0  # of disks that fail, and of files that are removed
+        self._quiet_until_again = 0.0
+        self._displaced: OSError | None = None  # why a file that was removed is not there again
+        self._news: list[str] = []
+
+    def rebuild_with(self, rebuild: Rebuild) -> None:
+        """Have rows that are too many to wait made anew when they can be written."""
+        self._rebuild = rebuild
+
+    def append_row(self, row: HistoryRow) -> None:
+        """Add a line to the history."""
+        if self._unkept_from is not None and row.step >= self._unkept_from:
+            return
+        if self._unkept_from is None and row.kind == "step" and self._history.num_waiting > self._most_waiting_bytes:
+            self._unkept_from = row.step
+            self._news.append(
+                f"{megabytes(self._history.num_waiting)} wait to be written to {self.path}: steps from {row.step} on "
+                "will be there, too, but without which engine had which samples"
+            )
+            return
+        self._append(self._history, _line(row))
+
+    def append_rows(self, rows: Iterable[HistoryRow]) -> None:
+        """Add many lines to the history, as those of a run that is continued."""
+        rows = iter(rows)
+        while some := list(islice(rows, STEPS_AT_ONCE)):
+            self._history.append(b"".join(self._encoder.encode(_line(row)) + b"\n" for row in some))
+
+    def replace_history(self, rows: Iterable[HistoryRow]) -> None:
+        """Write the history anew."""
+        self._history.replace()
+        self.append_rows(rows)
+
+    def append_event(self, event: RunEvent) -> None:
+        """Add a line to the events."""
+        self._append(self._events, event)
+
+    def append_usage(self, row: UsageRow) -> None:
+        """Add a line to how engines spent their time."""
+        self._append(self._usage, row)
+
+    def write_summary(self, summary: RunSummary) -> None:
+        """Replace run.json in one move: a reader never sees half of it. The next hub finds it in memory, too."""
+        content = msgspec.json.format(self._encoder.encode(summary), indent=2) + b"\n"
+        write_memo_bytes(self._folders, self._name_of(RUN_FILE), content)
+        self._replace(RUN_FILE, content)
+
+    def write_timeline(self, timeline: StepTimeline) -> None:
+        """Replace timeline.json likewise."""
+        self._replace(TIMELINE_FILE, self._encoder.encode(timeline) + b"\n")
+
+    # what a hub finds that takes over
+
+    def summary(self) -> RunSummary:
+        """As it was written last, wherever that is.
+
+        Raises:
+            OSError: there is none.
+            msgspec.MsgspecError: it is not one.
+        """
+        kept = read_memo_bytes(self._folders, self._name_of(RUN_FILE))
+        return read_summary(self.path) if kept is None else msgspec.json.decode(kept, type=RunSummary)
+
+    def rows(self) -> list[HistoryRow]:
+        """The history, also what is not on disk yet."""
+        return self._read(self._history, HistoryRow)
+
+    def events(self) -> list[RunEvent]:
+        """Likewise."""
+        return self._read(self._events, RunEvent)
+
+    def usage(self) -> list[UsageRow]:
+        """Likewise."""
+        return self._read(self._usage, UsageRow)
+
+    def _read(self, file: LineFile, kind: type[T]) -> list[T]:
+        return list(_decode_lines(file.content(), kind, path=file.path, skip_broken=True))
+
+    # disks that fail
+
+    def tick(self) -> list[str]:
+        """Now and then: write what waits, look after what was removed; sentences for people on what is new."""
+        now = self._clock()
+        is_behind = self._is_catching_up()
+        if now >= self._next_look or is_behind:
+            self._next_look = now + RETRY_SECONDS
+            if not is_behind:
+                self._put_back(now)
+            self._catch_up(limit_bytes=PIECE_BYTES)
+            self._tell(now)
+        news, self._news = self._news, []
+        return news
+
+    def finish(self) -> list[str]:
+        """The run has ended: write all that waits; sentences for people."""
+        self._catch_up(limit_bytes=None)
+        self._tell(self._clock())
+        news, self._news = self._news, []
+        return news
+
+    @property
+    def num_waiting_bytes(self) -> int:
+        """What is not on disk yet."""
+        return sum(file.num_waiting for file in self._lines.values())
+
+    def _is_catching_up(self) -> bool:
+        """Whether the disk takes again what has waited, and there is more."""
+        is_rebuilding = self._unkept_from is not None and self._history.is_whole
+        return is_rebuilding or any(file.is_catching_up for file in self._lines.values())
+
+    def _catch_up(self, *, limit_bytes: int | None) -> None:
+        for file in self._lines.values():
+            if not file.is_whole:
+                file.catch_up(limit_bytes=limit_bytes)
+        while self._unkept_from is not None and self._history.is_whole:
+            rows = self._rebuild(self._unkept_from, STEPS_AT_ONCE)
+            self._unkept_from = rows[-1].step + 1 if rows else None
+            self.append_rows(rows)
+            if limit_bytes is not None:
+                break
+        for name in list(self._owed):
+            self._replace(name, self._contents[name])
+
+    def _put_back(self, now: float) -> None:
+        """Write anew what was removed, or was replaced by somebody else."""
+        removed: list[str] = []
+        self._displaced = None
+        for name, file in self._lines.items():
+            if not file.is_in_place():
+                try:
+                    file.put_back()
+                    removed.append(name)
+                except OSError as error:
+                    self._displaced = error
+        for name in self._contents.keys() - self._owed.keys():
+            if not (self.path / name).exists():
+                self._replace(name, self._contents[name])
+                removed.append(name)
+        if removed and now >= self._quiet_until_again:
+            self._quiet_until_again = now + QUIET_SECONDS
+            self._news.append(f"{', '.join(removed)} in {self.path} had been removed or replaced: written anew")
+
+    def _tell(self, now: float) -> None:
+        found = [*(file.fault for file in self._lines.values()), *self._owed.values(), self._displaced]
+        faults = [fault for fault in found if fault is not None]
+        is_over = not faults and self._unkept_from is None
+        if faults and not self._trouble and now >= self._quiet_until:
+            self._trouble = faults[0].strerror or str(faults[0])
+            self._quiet_until = now + QUIET_SECONDS
+            self._news.append(
+                f"{self.path} cannot be written ({self._trouble}): training goes on, and what is missing there is "
+                "written as soon as it can be"
+            )
+        elif is_over and self._trouble:
+            self._trouble = ""
+            self._news.append(f"{self.path} is whole again: all that waited for the disk is there")
+
+    def write_error(self, name: str, text: str) -> Path | None:
+        """Put the whole text of an error into a file of its own, for its owner alone; None if it cannot be written."""
+        folder = self.path / ERRORS_FOLDER
+        path = folder / f"{name}.txt"
+        try:
+            make_private_folder(folder)
+            descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(text.encode("utf-8", "backslashreplace"))
+        except OSError as error:
+            log.warning("%s cannot be written: %s", path, error)
+            return None
+        return path
+
+    def _replace(self, name: str, content: bytes) -> None:
+        self._contents[name] = content
+        aside = self.path / f".{name}"
+        try:
+            make_private_folder(self.path)
+            descriptor = open_private(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+            aside.replace(self.path / name)
+        except OSError as error:
+            self._owed[name] = error
+            with contextlib.suppress(OSError):
+                aside.unlink()
+        else:
+            self._owed.pop(name, None)
+
+    def _append(self, file: LineFile, record: Any) -> None:
+        file.append(self._encoder.encode(record) + b"\n")
+
+    def _backlog(self, name: str) -> Backlog:
+        return Backlog(self._folders, self._name_of(name))
+
+    def _name_of(self, name: str) -> str:
+        return f"kept-{hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]}-{name}"
+
+    def forget(self) -> None:
+        """Nothing is left for another hub: the run is over, and all of it on disk, or lost with the pool."""
+        if self.num_waiting_bytes:
+            log.warning("%s lacks %d bytes, which could not be written", self.path, self.num_waiting_bytes)
+        for file in self._lines.values():
+            file.forget()
+        remove_memo(self._folders, self._name_of(RUN_FILE))
+
+    def discard(self) -> None:
+        """The run cannot begin: leave nothing of it, unless others have put something there."""
+        self.forget()
+        self.close()
+        for name in LINE_FILES:
+            with contextlib.suppress(OSError):
+                (self.path / name).unlink()
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+    def close(self) -> None:
+        """Close the files; what waits is left to the next hub."""
+        for file in self._lines.values():
+            file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def make_run_folder(path: Path) -> None:
+    """Make the folder of a new run, and see that something can be written there.
+
+    Raises:
+        ArgumentError: nothing can; the folder is not left behind.
+    """
+    was_there = path.exists()
+    try:
+        make_private_folder(path)
+        _try_to_write(path)
+    except OSError as error:
+        if not was_there:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise ArgumentError(
+            f"run {path.name!r} cannot be kept in {path} ({error.strerror}, {_free(path)} free): make room, or change "
+            "to a folder that can be written with %cd, then fit again; nothing was started"
+        ) from error
+
+
+def _try_to_write(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        content = memoryview(bytes(LEAST_ROOM_BYTES))
+        while len(content):
+            content = content[file.write(content) :]
+
+
+def _free(path: Path) -> str:
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    try:
+        return megabytes(shutil.disk_usage(there).free)
+    except OSError:
+        return "unknown space"
+
+
+def read_summary(path: Path) -> RunSummary:
+    """Read run.json.
+
+    Raises:
+        OSError: there is none.
+        ArgumentError: it is of another format.
+        msgspec.MsgspecError: it is not one.
+    """
+    text = (path / RUN_FILE).read_bytes()
+    header = msgspec.json.decode(text, type=_Header)
+    if header.format != FORMAT:
+        raise _other_version(path, header, "it is of another format")
+    return msgspec.json.decode(text, type=RunSummary)
+
+
+# What reading the files of a run may raise that anybody may have written; a UnicodeDecodeError is a ValueError.
+NOT_READ = (OSError, msgspec.MsgspecError, ValueError, RecursionError, KeyError)
+
+
+def explain_unreadable_run(path: Path, error: Exception) -> ArgumentError:
+    """Say why a run cannot be read from its folder: as it holds none, or as another version has written it."""
+    if isinstance(error, ArgumentError):
+        return error
+    try:
+        header = msgspec.json.decode((path / RUN_FILE).read_bytes(), type=_Header)
+    except NOT_READ:
+        header = None
+    if header is not None and isinstance(error, msgspec.ValidationError):
+        return _other_version(path, header, explain_unreadable(error))
+    if header is not None:
+        return ArgumentError(f"the run in {path} is damaged: {error or type(error).__name__}")
+    return ArgumentError(f"{path} is not the folder of a run: {error or type(error).__name__}")
+
+
+class _Header(msgspec.Struct):
+    """What of run.json every version can read."""
+
+    format: int
+    versions: dict[str, Any] = {}
+
+
+def _other_version(path: Path, header: _Header, reason: str) -> ArgumentError:
+    writer = name_dnb(str(header.versions.get("dnb", "")), header.format)
+    return ArgumentError(
+        f"{path} was written by {writer}, and this is {name_this_dnb(FORMAT)}, which cannot read it ({reason}): "
+        "read it with that version"
+    )
+
+
+def read_timeline(path: Path) -> StepTimeline | None:
+    """The newest step whose timeline was written; None if there is none that can be read."""
+    try:
+        return msgspec.json.decode((path / TIMELINE_FILE).read_bytes(), type=StepTimeline)
+    except NOT_READ:
+        return None
+
+
+def read_history(path: Path, *, skip_broken: bool = False) -> list[HistoryRow]:
+    """Every whole line of the history; a torn last line is left out.
+
+    Args:
+        path: of the run's folder.
+        skip_broken: leave out what somebody else has written there, too, as a run that goes on must.
+    """
+    return list(_read_lines(path / HISTORY_FILE, HistoryRow, skip_broken=skip_broken))
+
+
+def read_events(path: Path, *, skip_broken: bool = False) -> list[RunEvent]:
+    """Every whole line of the events; a torn last line is left out."""
+    return list(_read_lines(path / EVENTS_FILE, RunEvent, skip_broken=skip_broken))
+
+
+def read_usage(path: Path, *, skip_broken: bool = False) -> list[UsageRow]:
+    """Every whole line of how engines spent their time; none if a run has no such file, as older ones have not."""
+    try:
+        return list(_read_lines(path / USAGE_FILE, UsageRow, skip_broken=skip_broken))
+    except FileNotFoundError:
+        return []
+
+
+def _line(row: HistoryRow) -> dict[str, Any]:
+    # JSON has no NaN and no infinity: they are written as words.
+    values = {name: value if math.isfinite(value) else str(value) for name, value in row.values.items()}
+    line = {"kind": row.kind, "step": row.step, "time": row.time, "values": values}
+    return line | {"samples": row.samples} if row.samples else line
+
+
+def _read_lines(path: Path, kind: type[T], *, skip_broken: bool) -> Iterator[T]:
+    return _decode_lines(path.read_bytes(), kind, path=path, skip_broken=skip_broken)
+
+
+def _decode_lines(content: bytes, kind: type[T], *, path: Path, skip_broken: bool) -> Iterator[T]:
+    decoder = msgspec.json.Decoder(kind, strict=False)  # words become numbers again
+    lines = content.split(b"\n")
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last line feed is empty, or torn
+        try:
+            record = decoder.decode(line)
+        except (ValueError, RecursionError, msgspec.MsgspecError) as error:
+            if not skip_broken:
+                raise
+            log.warning("line %d of %s is left out: %s: %s", number, path, type(error).__name__, error)
+            continue
+        yield record

@@ -1,0 +1,1 @@
+"""One run in the hub: carries out the decisions of `hub.scheduling` with the parts below."""

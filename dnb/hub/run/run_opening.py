@@ -1,0 +1,170 @@
+"""The opening of runs in the hub: those that a client has submitted, and what the hub before has left of one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from dnb.errors import DnbError, HubError, RunError
+from dnb.hub.guarded_calls import UserCodeError, user_code
+from dnb.hub.handover import ACCOUNTS_FILE, AccountsMemo, RunMemo, read_memo
+from dnb.protocol.engine_messages import WireOffer
+from dnb.protocol.pool import EngineFacts
+from dnb.protocol.run import Failure, RunSpec
+
+if TYPE_CHECKING:  # torch takes seconds to import: the sockets are bound first
+    from dnb.hub.run.active_run import ActiveRun, Send
+    from dnb.hub.run.initial_state import Beginning
+    from dnb.transport.system.process_settings import AppliedSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolLinks:
+    """The functions of the pool that a run calls, as `ActiveRun` describes them."""
+
+    send: Send
+    offer_wire: Callable[..., WireOffer]
+    release: Callable[[int], None]
+    condemn: Callable[[int], None]
+    replace: Callable[[int], None]
+    count_commit: Callable[[int], None]
+
+
+class RunOpener:
+    """Unpickles runs, and makes their master copies, after the settings of their notebook.
+
+    Args:
+        key: signs runs.
+        folders: of the pool's memory.
+        links: to the pool.
+        life: how many hubs the pool had before.
+    """
+
+    def __init__(self, *, key: str, folders: Sequence[Path], links: PoolLinks, life: int) -> None:
+        self._key = key.encode()
+        self._folders = folders
+        self._links = links
+        self._life = life
+        self._settings: AppliedSettings | None = None  # of the notebook, for the run that was opened last
+
+    def verified_spec(self, frames: Sequence[bytes]) -> RunSpec:
+        """Return the numbers of a run whose frames a client of this pool has signed."""
+        from dnb.transport.pickling.payloads import verify
+
+        spec_bytes, job_bytes, data_bytes, signature = frames
+        verify(self._key, [spec_bytes, job_bytes, data_bytes], signature)
+        return msgspec.msgpack.decode(spec_bytes, type=RunSpec)
+
+    def verify_functions(self, frames: Sequence[bytes]) -> tuple[bytes, bytes]:
+        """Return the pickle and the signature of other functions for a run.
+
+        Raises:
+            HubError: they are not signed, or something else.
+        """
+        from dnb.transport.pickling.payloads import verify
+
+        if len(frames) != 2:
+            raise HubError(f"what is mended comes in 2 frames, not {len(frames)}")
+        pickled, signature = frames
+        verify(self._key, [pickled], signature)
+        return pickled, signature
+
+    def open(self, frames: Sequence[bytes], spec: RunSpec, *, engines: Sequence[EngineFacts]) -> ActiveRun:
+        """Unpickle a new run and make its master copy: whatever the user's code raises, the pool has no run then.
+
+        Raises:
+            RunError: with what was raised, and its traceback.
+        """
+        from dnb.hub.run.initial_state import begin
+
+        try:
+            self._apply_settings(spec)
+            beginning = begin(spec, _unpickle_job(frames, spec), folders=self._folders)
+            return self._make_run(spec, frames, beginning, engines=engines)
+        except OSError as error:
+            raise HubError(str(error)) from error
+        except UserCodeError as error:
+            if isinstance(error.error, DnbError):
+                raise error.error from error
+            failure = error.failure
+            raise RunError(
+                f"{failure.kind}: {failure.message} ({failure.place})", remote_traceback=failure.traceback
+            ) from error
+
+    def reopen(
+        self,
+        memo: RunMemo,
+        spec: RunSpec,
+        *,
+        engines: Sequence[EngineFacts],
+        reason: str = "",
+        failure: Failure | None = None,
+    ) -> ActiveRun:
+        """Take over the run of the hub before.
+
+        Args:
+            memo: what that has left of it.
+            spec: as it was submitted.
+            engines: those that are to come back.
+            reason: what has ended that hub.
+            failure: what the run has failed of, if it has by that.
+        """
+        from dnb.hub.run.initial_state import take_over
+
+        self._apply_settings(spec)
+        spec = msgspec.structs.replace(spec, clip_norm=memo.clip_norm)
+
+        def make_job() -> Any:
+            return _unpickle_job(memo.frames, spec)
+
+        beginning = take_over(spec, memo, make_job, folders=self._folders, reason=reason, failure=failure)
+        accounts = read_memo(self._folders, ACCOUNTS_FILE, AccountsMemo)
+        return self._make_run(spec, memo.frames, beginning, engines=engines, accounts=accounts)
+
+    def _apply_settings(self, spec: RunSpec) -> None:
+        from dnb.transport.system.process_settings import AppliedSettings
+
+        if self._settings is not None:  # of the run before
+            self._settings.take_back()
+        # The user's files and warnings are the engines' business.
+        self._settings = AppliedSettings(spec.settings, everything=False)
+        sys.path.extend(path for path in spec.sys_path if path not in sys.path)
+
+    def _make_run(
+        self,
+        spec: RunSpec,
+        frames: Sequence[bytes],
+        beginning: Beginning,
+        *,
+        engines: Sequence[EngineFacts],
+        accounts: AccountsMemo | None = None,
+    ) -> ActiveRun:
+        from dnb.hub.run.active_run import ActiveRun
+
+        links = self._links
+        return ActiveRun(
+            spec,
+            frames,
+            beginning,
+            engines=engines,
+            send=links.send,
+            offer_wire=links.offer_wire,
+            release=links.release,
+            condemn=links.condemn,
+            replace=links.replace,
+            life=self._life,
+            departed=() if accounts is None else accounts.departed,
+            count_commit=links.count_commit,
+        )
+
+
+def _unpickle_job(frames: Sequence[bytes], spec: RunSpec) -> Any:
+    from dnb.transport.pickling.payloads import adopt
+
+    with user_code("where the run's objects are unpickled"):
+        return adopt(frames[1], spec.job)[0]

@@ -1,0 +1,1 @@
+"""Who computes what, and when a step counts: decisions without I/O, clock or tensors."""

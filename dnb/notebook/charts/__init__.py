@@ -1,0 +1,1 @@
+"""Figures from a run's history: pure functions."""

@@ -1,0 +1,143 @@
+"""What happened to a run, as vertical markers through its panels, told on the loss; pure functions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dnb.notebook.charts.subplots import INK_ON_BARS, Part
+from dnb.notebook.charts.x_axis import Abscissa
+from dnb.notebook.text.summary import inert, one_line
+from dnb.notebook.views import EventView, RunView
+
+# Events that are closer than a part of the axis share a marker: more than this many would hide the curve.
+MAX_MARKERS = 24
+# Of the events of one marker, as many are told in full.
+MAX_TOLD = 6
+MAX_TEXT = 120
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """How a kind of event is drawn: colour is never the only sign."""
+
+    color: str
+    dash: str
+
+
+# Okabe and Ito's colours, as in `panels`.
+_LOOKS = {
+    "failed": _Look("#D55E00", "longdash"),
+    "died": _Look("#D55E00", "solid"),
+    "hung": _Look("#CC79A7", "solid"),
+    "paused": _Look("#E69F00", "dashdot"),
+    "left": _Look("#999999", "dash"),
+    "joined": _Look("#009E73", "dash"),
+    "checkpoint": _Look("#0072B2", "dot"),
+}
+_URGENCY = tuple(_LOOKS)  # what a marker of several kinds looks like
+
+
+@dataclass(frozen=True, slots=True)
+class Ranges:
+    """From where to where markers go, in parts of the plot's height: through the panels on the left, on the right."""
+
+    left: tuple[float, float]
+    right: tuple[float, float]
+
+
+def marker_part(run: RunView, along: Abscissa, *, ranges: Ranges) -> Part:
+    """The markers of a run's events, on every axis of steps or time.
+
+    Events before the first step are left out: those who join then are what was asked for.
+    """
+    if not run.step:
+        return Part()
+    groups = _group(run.events, along, last_step=run.step)
+    has_spans = bool(len(run.utilisation))
+    return Part(
+        notes=[_label(place, group) for place, group in groups],
+        shapes=[line for place, group in groups for line in _lines(place, group, ranges, has_spans=has_spans)],
+    )
+
+
+def vertical(place: float, *, x: str, between: tuple[float, float], **properties: Any) -> dict[str, Any]:
+    """A line through all panels that share an x axis."""
+    first, last = between
+    return {"type": "line", "xref": x, "yref": "paper", "x0": place, "x1": place, "y0": first, "y1": last, **properties}
+
+
+def _group(events: Sequence[EventView], along: Abscissa, *, last_step: int) -> list[tuple[float, list[EventView]]]:
+    """Neighbours together; widths are powers of two, so that markers do not jump while the axis grows."""
+    shown = [event for event in events if event.kind in _LOOKS and event.step > 0]
+    if not shown:
+        return []
+    places = along.at_events(shown).tolist()
+    span = max([_last_place(along, last_step), *places])
+    width = 2.0**-10 if along.kind == "time" else 1.0
+    while span / width > MAX_MARKERS - 1:
+        width *= 2
+    groups: dict[int, tuple[float, list[EventView]]] = {}
+    for place, event in sorted(zip(places, shown, strict=True), key=lambda pair: pair[0]):
+        groups.setdefault(int(place / width), (place, []))[1].append(event)
+    return [groups[number] for number in sorted(groups)]
+
+
+def _last_place(along: Abscissa, last_step: int) -> float:
+    return float(along.at(np.array([last_step]))[0])
+
+
+def _kind(group: Sequence[EventView]) -> str:
+    return min((event.kind for event in group), key=_URGENCY.index)
+
+
+def _lines(place: float, group: Sequence[EventView], ranges: Ranges, *, has_spans: bool) -> list[dict[str, Any]]:
+    look = _LOOKS[_kind(group)]
+    left = vertical(
+        place, x="x", between=ranges.left, layer="below", line={"color": look.color, "width": 1, "dash": look.dash}
+    )
+    # dark, for it crosses areas of all colours
+    right = vertical(
+        place, x="x7", between=ranges.right, layer="above", line={"color": INK_ON_BARS, "width": 1, "dash": look.dash}
+    )
+    return [left, right] if has_spans else [left]
+
+
+def _label(place: float, group: Sequence[EventView]) -> dict[str, Any]:
+    return {
+        "text": _short(group),
+        "hovertext": _told(group),
+        "showarrow": False,
+        "textangle": -90,
+        "x": place,
+        "y": 1,
+        "xref": "x",
+        "yref": "y domain",
+        "xanchor": "right",
+        "yanchor": "top",
+        "font": {"size": 10},
+    }
+
+
+def _short(group: Sequence[EventView]) -> str:
+    """One event by its engine, several by their numbers: "died 1", "2 died, 1 joined"."""
+    if len(group) == 1:
+        (event,) = group
+        return event.kind if event.engine is None else f"{event.kind} {event.engine}"
+    counts = Counter(event.kind for event in group)
+    if len(counts) == 1:
+        (kind,) = counts
+        engines = [event.engine for event in group]
+        if len(group) <= 3 and None not in engines:
+            return f"{kind} {', '.join(map(str, engines))}"
+    return ", ".join(f"{counts[kind]} {kind}" for kind in _URGENCY if kind in counts)
+
+
+def _told(group: Sequence[EventView]) -> str:
+    lines = [f"step {event.step:,}: {inert(one_line(event.text, limit=MAX_TEXT))}" for event in group[:MAX_TOLD]]
+    more = len(group) - MAX_TOLD
+    return "<br>".join([*lines, f"and {more} more"] if more > 0 else lines)

@@ -1,0 +1,92 @@
+"""How fast a run learns: samples per second, learning rate and gradient norm, below the loss. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dnb.notebook.charts.curves import Curve, curve, decimate, running_mean
+from dnb.notebook.charts.subplots import BLUE, Part, axis, heading, line, note
+from dnb.notebook.charts.x_axis import Abscissa
+from dnb.notebook.views import RunView, has_ended
+
+MAX_POINTS = 240
+# More values than this are drawn as a bare line.
+MAX_MARKERS = 60
+
+AXES = {"samples_per_second": "y4", "lr": "y5", "grad_norm": "y6"}
+
+
+def pace_part(run: RunView, along: Abscissa, *, domain: tuple[float, float]) -> Part:
+    """Samples per second, as a mean over some steps: single ones tremble."""
+    means, window = running_mean(curve(run.history, "samples_per_second"), limit=MAX_POINTS)
+    over = f", mean of {window} steps" if window > 1 else ""
+    told = f"samples per second{over}{_now(means, ',.0f')}"
+    return _part("samples_per_second", told, means, run, along, domain=domain)
+
+
+def rate_part(run: RunView, along: Abscissa, *, domain: tuple[float, float]) -> Part:
+    """The learning rate of the first group of parameters."""
+    rates = curve(run.history, "lr")
+    kept = rates.at(decimate(rates.values, limit=MAX_POINTS))
+    return _part("lr", f"learning rate{_now(kept, '.3g')}", kept, run, along, domain=domain)
+
+
+def norm_part(run: RunView, along: Abscissa, *, domain: tuple[float, float]) -> Part:
+    """The norm of the gradient before it is clipped, where it was measured."""
+    norms = curve(run.history, "grad_norm")
+    kept = norms.at(decimate(norms.values, limit=MAX_POINTS))
+    return _part("grad_norm", f"gradient norm{_now(kept, '.3g')}", kept, run, along, domain=domain)
+
+
+def _now(curve: Curve, form: str) -> str:
+    return f": {curve.values[-1]:{form}}" if len(curve) else ""
+
+
+def _part(key: str, told: str, kept: Curve, run: RunView, along: Abscissa, *, domain: Sequence[float]) -> Part:
+    name = AXES[key]
+    has_points = bool(len(kept))
+    return Part(
+        traces=[_trace(key, kept, along)],
+        layout={f"yaxis{name[1:]}": _axis(domain, has_points=has_points)},
+        notes=[
+            heading(told, xref="x domain", yref=f"{name} domain"),
+            *([] if has_points or not (run.step or has_ended(run)) else [_missing(run, name)]),
+        ],
+    )
+
+
+def _missing(run: RunView, name: str) -> dict[str, Any]:
+    return note("not measured" if has_ended(run) else "not measured yet", yref=name)
+
+
+def _trace(key: str, kept: Curve, along: Abscissa) -> dict[str, Any]:
+    finite = int(np.isfinite(kept.values).sum())
+    has_markers = finite < 2 or (key == "grad_norm" and len(kept) <= MAX_MARKERS)
+    return {
+        **line(
+            key,
+            kept,
+            along.at(kept.steps),
+            mode="lines+markers" if has_markers else "lines",
+            line={"color": BLUE, "width": 1.6},
+            marker={"color": BLUE, "size": 4},
+            yaxis=AXES[key],
+        ),
+        "showlegend": False,
+    }
+
+
+def _axis(domain: Sequence[float], *, has_points: bool) -> dict[str, Any]:
+    return axis(
+        "",
+        anchor="x",
+        domain=list(domain),
+        nticks=4,
+        rangemode="tozero",
+        tickfont={"size": 11},
+        exponentformat="e",
+        visible=has_points,
+    )

@@ -1,0 +1,157 @@
+"""The figure of a run: loss and pace on the left, engines on the right, below them the timeline of a divided model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from dnb.notebook.charts import gantt
+from dnb.notebook.charts import subplots as panels
+from dnb.notebook.charts.event_markers import Ranges, marker_part
+from dnb.notebook.charts.loss import loss_part, with_loss_scale
+from dnb.notebook.charts.rates import norm_part, pace_part, rate_part
+from dnb.notebook.charts.subplots import Part
+from dnb.notebook.charts.utilisation import is_heat, now_part, over_time_part
+from dnb.notebook.charts.x_axis import Abscissa, abscissa
+from dnb.notebook.text.pipeline_text import words_of
+from dnb.notebook.views import RunView
+
+LOSS_PIXELS = 228
+SMALL_PIXELS = 66  # samples per second, learning rate, gradient norm
+GAP_PIXELS = 28  # above each of these: it has its name there
+NOW_PIXELS = 172  # how engines spend their time now
+AXIS_PIXELS = 46  # figures and title of an x axis
+LEGEND_PIXELS = 24
+UPPER_PIXELS = LOSS_PIXELS + 3 * (GAP_PIXELS + SMALL_PIXELS)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Where panels are, in parts of the plot's height; told in pixels from its top."""
+
+    below_pixels: int  # for the timeline, with the gap above it
+
+    @property
+    def plot_pixels(self) -> int:
+        """How high all panels are together."""
+        return UPPER_PIXELS + self.below_pixels
+
+    def domain(self, first: float, last: float) -> tuple[float, float]:
+        """From pixel `first` down to pixel `last`, as plotly has it: upwards, and up to 1."""
+        whole = self.plot_pixels
+        return (whole - last) / whole, min(1.0, (whole - first) / whole)
+
+    def small(self, place: int) -> tuple[float, float]:
+        """One of the small panels below the loss, counted from 0."""
+        first = LOSS_PIXELS + GAP_PIXELS + place * (SMALL_PIXELS + GAP_PIXELS)
+        return self.domain(first, first + SMALL_PIXELS)
+
+
+def room(run: RunView) -> Room:
+    """As much as the run needs."""
+    timeline = run.timeline
+    if not timeline:
+        return Room(below_pixels=0)
+    words = len(words_of(timeline, run.prediction)) * gantt.WORDS_PIXELS
+    return Room(AXIS_PIXELS + LEGEND_PIXELS + GAP_PIXELS + words + gantt.LEGEND_PIXELS + gantt.rows_pixels(timeline))
+
+
+def figure(run: RunView, *, x: str = "step", loss_scale: str = "linear") -> panels.Figure:
+    """The whole figure for the run as it is now.
+
+    Args:
+        run: the run.
+        x: what the x axes count: "step", "samples" or "time".
+        loss_scale: "linear" or "log".
+
+    Raises:
+        ArgumentError: there is no such x axis.
+    """
+    along, place = abscissa(run, x), room(run)
+    whole = assembled({name: part(run, along, place) for name, part in PARTS.items()}, place)
+    return with_loss_scale(whole, scale=loss_scale, has_button=True)
+
+
+def assembled(parts: dict[str, Part], place: Room) -> panels.Figure:
+    """The figure of all parts."""
+    has_timeline = bool(place.below_pixels)
+    margin = {**panels.MARGIN, **({"b": AXIS_PIXELS, "l": gantt.MARGIN_PIXELS} if has_timeline else {})}
+    return panels.compose(parts.values(), plot_pixels=place.plot_pixels, margin=margin)
+
+
+def structure(run: RunView) -> tuple[Any, ...]:
+    """What decides which panels there are: when it changes, all of them move."""
+    timeline = run.timeline
+    return run.utilisation.engines, is_heat(run), len(timeline) if timeline else 0, bool(run.step)
+
+
+def _loss(run: RunView, along: Abscissa, place: Room) -> Part:
+    return loss_part(
+        run,
+        along,
+        domain=place.domain(0, LOSS_PIXELS),
+        anchor="y6",
+        ranges=_ranges(place),
+        button_y=place.domain(0, UPPER_PIXELS + AXIS_PIXELS + LEGEND_PIXELS)[0],
+    )
+
+
+def _now(run: RunView, _along: Abscissa, place: Room) -> Part:
+    return now_part(run, domain=place.domain(0, NOW_PIXELS), pixels=NOW_PIXELS)
+
+
+def _pace(run: RunView, along: Abscissa, place: Room) -> Part:
+    return pace_part(run, along, domain=place.small(0))
+
+
+def _rate(run: RunView, along: Abscissa, place: Room) -> Part:
+    return rate_part(run, along, domain=place.small(1))
+
+
+def _norm(run: RunView, along: Abscissa, place: Room) -> Part:
+    return norm_part(run, along, domain=place.small(2))
+
+
+def _over_time(run: RunView, along: Abscissa, place: Room) -> Part:
+    first = NOW_PIXELS + AXIS_PIXELS + GAP_PIXELS
+    under_axis = place.domain(0, UPPER_PIXELS + AXIS_PIXELS + LEGEND_PIXELS)[0]
+    return over_time_part(
+        run, along, domain=place.domain(first, UPPER_PIXELS), pixels=UPPER_PIXELS - first, legend_y=under_axis
+    )
+
+
+def _timeline(run: RunView, _along: Abscissa, place: Room) -> Part:
+    timeline = run.timeline
+    if not timeline:
+        return Part()
+    top = gantt.rows_pixels(timeline) / place.plot_pixels
+    return Part(
+        traces=gantt.traces(timeline),
+        layout={
+            **gantt.axes(timeline, domain=(0.0, top)),
+            "legend3": gantt.legend(top, place.plot_pixels),
+        },
+        notes=gantt.remarks(timeline, run.prediction, top=top, plot_pixels=place.plot_pixels),
+    )
+
+
+def _events(run: RunView, along: Abscissa, place: Room) -> Part:
+    return marker_part(run, along, ranges=_ranges(place))
+
+
+def _ranges(place: Room) -> Ranges:
+    first = NOW_PIXELS + AXIS_PIXELS + GAP_PIXELS
+    return Ranges(left=place.domain(0, UPPER_PIXELS), right=place.domain(first, UPPER_PIXELS))
+
+
+# In this order: what comes and goes is at the end.
+PARTS = {
+    "loss": _loss,
+    "now": _now,
+    "pace": _pace,
+    "rate": _rate,
+    "norm": _norm,
+    "over_time": _over_time,
+    "timeline": _timeline,
+    "events": _events,
+}

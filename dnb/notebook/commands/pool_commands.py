@@ -1,0 +1,130 @@
+"""The verbs of `%dtrain` that make, tell, change and end a pool, and that harm its engines on purpose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dnb.api import pools
+from dnb.api.launching import Pool
+from dnb.errors import ArgumentError, PoolError
+from dnb.notebook.commands.engine_arguments import read_chaos, read_ids
+from dnb.notebook.commands.verbs import entry_of, verb
+from dnb.notebook.formatting import one_line
+from dnb.notebook.live.display import warm_up
+from dnb.notebook.live.frontend import choose_display
+from dnb.notebook.output import say
+from dnb.pool.engines import describe_added, describe_engines, describe_restarts
+
+NEXT_AFTER_START = """\
+next: %dtrain fit model train --loss cross_entropy    train on these engines
+      %px import os; os.getpid()                      run a line on every engine
+      %dtrain status    %dtrain shutdown"""
+
+
+@verb("start", flags_of=pools.start)
+def _start(shell: Any, **options: Any) -> None:
+    """Start a pool of engines, or use the one that runs already."""
+    if choose_display(shell=shell) == "widget":
+        warm_up()
+    pool, notices = pools.open_pool(pools.PoolRequest(**options))
+    view = pool.client.direct_view("all")
+    view.block = True
+    view.activate()  # registers %px
+    say("\n".join([*notices, describe_engines(pool.engines), NEXT_AFTER_START]))
+
+
+@verb("status")
+def _status() -> None:
+    """Tell the pool's engines, its run, and what troubles it."""
+    pool = pools.current_pool()
+    if pool is None:
+        say("no pool is running: %dtrain start -n 2")
+        return
+    facts = pool.facts
+    held = "no run" if facts.run is None else f"run {facts.run!r} is {facts.run_status}: %dtrain attach shows it"
+    told = [describe_engines(pool.engines), str(held if pool.run is None else pool.run), pool.trouble]
+    told.append(one_line(describe_restarts(facts.restarts), limit=400))
+    say("\n".join(line for line in told if line))
+
+
+@verb("shutdown")
+def _shutdown() -> None:
+    """End the pool and all its processes."""
+    say("the pool is shut down" if pools.shutdown() else "no pool was running")
+
+
+@verb("add", flags_of=Pool.add, operand="n")
+def _add(**options: Any) -> None:
+    """Add engines to the pool; a run under way gives them their share."""
+    pool = require_pool()
+    new = pool.add(**options)
+    say(describe_added(pool.engines, new))
+
+
+@verb("remove", rest="ids")
+def _remove(ids: list[str], *, force: bool = False) -> None:
+    """Remove engines from the pool, such as `1,3-4`, once they have finished what they have."""
+    pool = require_pool()
+    if not ids:
+        raise ArgumentError("%dtrain remove needs engine ids: %dtrain remove 1,3-4")
+    known = [engine.id for engine in pool.engines]
+    leaving = read_ids(",".join(ids), known=known, example="%dtrain remove 1,3-4")
+    options = {"force": True} if force else {}
+    pool.remove(leaving, **options)
+    say(f"engine{'s' if len(leaving) > 1 else ''} {', '.join(map(str, leaving))} left the pool")
+
+
+@verb("spares", flags_of=Pool.keep_spares, operand="n")
+def _spares(**options: Any) -> None:
+    """Keep so many engines out of the run, ready to take a lost one's place."""
+    pool = require_pool()
+    pool.keep_spares(**options)
+    spares = [str(engine.id) for engine in pool.engines if engine.state == "spare"]
+    say(f"spares: {', '.join(spares) or 'none'}")
+
+
+@verb("chaos", rest="words")
+def _chaos(words: list[str]) -> None:
+    """Harm engines or the hub on purpose: `kill 1`, `stop 1 5s`, `slow 2 4x`, `hub`."""
+    pool = require_pool()
+    act = read_chaos(words, known=[engine.id for engine in pool.engines])
+    if act.verb == "hub":
+        pool.chaos.hub()
+    for engine in act.engines:
+        match act.verb:
+            case "kill":
+                pool.chaos.kill(engine)
+            case "stop":
+                pool.chaos.stop(engine, act.amount)
+            case "slow":
+                pool.chaos.slow(engine, act.amount)
+
+
+def _run_cell(shell: Any, cell: str, on: str = "all", *, local: bool = False) -> None:
+    """Run a cell on the engines, and with `--local` in this kernel, too."""
+    pool = require_pool()
+    known = [engine.id for engine in pool.engines]
+    targets = known if on == "all" else read_ids(on, known=known, example="--on 0,2-3")
+    view = pool.client[targets]
+    result = view.execute(cell, silent=False, block=False)
+    if local:
+        shell.run_cell(cell)
+    result.wait()
+    result.display_outputs()
+    result.get()
+
+
+# The cell magic, which has no verb.
+CELL = entry_of("(cell)", _run_cell, left_out={"cell"})
+
+
+def require_pool() -> Pool:
+    """Return the pool.
+
+    Raises:
+        PoolError: there is none.
+    """
+    pool = pools.current_pool()
+    if pool is None:
+        raise PoolError("no pool is running: %dtrain start -n 2")
+    return pool

@@ -1,0 +1,140 @@
+"""The verbs of `%dtrain` that begin, steer and show runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from IPython.core.display_functions import display as publish
+
+from dnb.api import pools, resuming, training
+from dnb.api.proof.comparison import Proof
+from dnb.api.runs.run import Run
+from dnb.errors import ArgumentError
+from dnb.notebook.commands.pool_commands import require_pool
+from dnb.notebook.commands.verbs import run_line, verb
+from dnb.notebook.live import compare
+from dnb.notebook.live.display import keep, read_run, show
+from dnb.notebook.output import say
+from dnb.user_code.gradient_samples import USUAL_STEPS
+
+_DISPLAY = {"display": "str | None"}
+
+
+@verb("fit", flags_of=training.fit, more=_DISPLAY, left_out={"pool"})
+def _fit(model: Any, train: Any, *, display: str | None = None, **options: Any) -> Run:
+    """Train a model on the pool's engines, and show the run."""
+    run = training.fit(model, train, **options)
+    show(run, display=display)
+    if options.get("prove") is not None:
+        publish(run.prove(options["prove"]))
+    return run
+
+
+@verb("wait")
+def _wait(*, timeout: float | None = None) -> Run:
+    """Wait until the run has ended or paused."""
+    run = _last_run()
+    run.wait(timeout)
+    keep(run)
+    return run
+
+
+@verb("pause")
+def _pause() -> None:
+    """Pause the run after the step under way."""
+    _last_run().pause()
+
+
+def _resume_paused(*, step: Any = None, loss: Any = None) -> None:
+    """Let the paused run go on, with another step or loss function if one is given."""
+    _last_run().resume(step=step, loss=loss)
+
+
+@verb("resume", flags_of=resuming.resume, more=_DISPLAY, left_out={"pool"}, alone=_resume_paused)
+def _resume(path: Any, *, display: str | None = None, **options: Any) -> Run:
+    """Go on from a checkpoint or a run's folder; without a path, the paused run does."""
+    run = resuming.resume(path, **options)
+    show(run, display=display)
+    return run
+
+
+@verb("stop")
+def _stop() -> Run:
+    """Stop the run after the step under way."""
+    run = _last_run()
+    run.stop()
+    run.wait()
+    keep(run)
+    return run
+
+
+@verb("set", has_settings=True)
+def _set(**settings: Any) -> None:
+    """Change settings of the run from the next step on, such as `lr=1e-4`."""
+    _last_run().set(**settings)
+
+
+@verb("prove", operand="steps")
+def _prove(steps: int = USUAL_STEPS) -> Proof:
+    """Compare the last run's first steps with a plain loop in one process; the table is the cell's value."""
+    return _last_run().prove(steps)
+
+
+@verb("checkpoint", operand="path")
+def _checkpoint(path: str | Path | None = None) -> None:
+    """Write a checkpoint of the run, now."""
+    say(f"the checkpoint is in {_last_run().checkpoint(path)}")
+
+
+@verb("attach")
+def _attach(
+    *,
+    name: str | None = None,
+    model: Any = None,
+    display: str | None = None,
+    steer: bool = False,
+    clear: bool = False,
+) -> Run:
+    """Follow the run of a pool that another kernel has started."""
+    run = pools.attach(name, model=model, steer=steer, clear=clear)
+    show(run, display=display)
+    return run
+
+
+@verb("dashboard", operand="run")
+def _dashboard(run: str | Path | None = None, *, display: str | None = None) -> None:
+    """Show the last run; or another one by its variable, its name, or its folder."""
+    show(run or _last_run(), display=display)
+
+
+@verb("compare", rest="words")
+def _compare(shell: Any, words: list[str], *, x: str = "step") -> None:
+    """Draw runs by variable, name or folder, in any number, over each other; `--x time` counts seconds."""
+    names = dict(shell.user_ns)
+    compare.show_runs({word: compare.find_run(word, names=names) for word in words}, x=x)
+
+
+@verb("export")
+def _export(path: str | Path, *, run: str | Path | None = None) -> None:
+    """Write the last run's values, or those of another one, to a file; its ending says the format."""
+    shown = read_run(run) if run is not None else _last_run()
+    say(f"run {shown.name!r} is written to {shown.export(path)}")
+
+
+@verb("panel")
+def _panel(shell: Any, *, close: bool = False) -> None:
+    """Open the control panel: pool, training and run by mouse or keyboard."""
+    from dnb.notebook.control_panel.panel import close_panel, open_panel  # ipywidgets: not before somebody looks
+
+    if close:
+        close_panel()
+    else:
+        open_panel(shell, dtrain=lambda line: run_line(line, shell=shell))
+
+
+def _last_run() -> Run:
+    pool = require_pool()
+    if pool.run is None:
+        raise ArgumentError("there is no run yet: %dtrain fit model train --loss cross_entropy")
+    return pool.run

@@ -1,0 +1,1 @@
+"""The control panel: pool, training and run by mouse or keyboard."""

@@ -1,0 +1,1 @@
+"""Views of a run that goes on, and how they get into a front end."""

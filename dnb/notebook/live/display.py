@@ -1,0 +1,140 @@
+"""Show a run in whatever looks at this kernel: live widgets, a display that is replaced, lines of text, or nothing."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from IPython import get_ipython
+
+from dnb.api.runs.run_folders import find_folder
+from dnb.notebook import output as outlet
+from dnb.notebook.charts.svg_image import behind_chart
+from dnb.notebook.live.frontend import Display, checked_display, choose_display
+from dnb.notebook.live.replaced_display import ReplacedDisplay
+from dnb.notebook.pages.snapshot import bundle, new_display_id, publish
+from dnb.notebook.text.summary import Stream, TextReporter, progress_line, summary
+from dnb.notebook.views import RunView, has_ended
+
+if TYPE_CHECKING:
+    from dnb.notebook.live.dashboard import Dashboard
+
+# By id(run): a second look at a run is a second view of the same widgets, for each figure costs the browser 5 MB.
+# A dashboard holds its run, and its painter holds the dashboard until the run ends; then both may go.
+_dashboards: weakref.WeakValueDictionary[int, Dashboard] = weakref.WeakValueDictionary()
+_replaced: weakref.WeakValueDictionary[int, ReplacedDisplay] = weakref.WeakValueDictionary()
+
+
+def show(run: RunView | str | Path, *, display: str | None = None) -> None:
+    """Show a run in the current cell, and keep it up to date until it ends; in a plain script, tell it in words once.
+
+    Args:
+        run: a run, in any cell and as often as wanted; or the name or folder of one that has ended. One that has ended
+            is shown as plain output.
+        display: "widget", "display" (replaced every few seconds, without widgets), "text" or "none"; chosen by what
+            this kernel is attached to if None.
+
+    Raises:
+        ArgumentError: there is no such display, or no such run.
+    """
+    shell = get_ipython()
+    kind: Display = choose_display(shell=shell) if display is None else checked_display(display, source="display")
+    shown = read_run(run)
+    if kind != "none" and (elsewhere := outlet.current()) is not None:
+        elsewhere.show(shown)
+        return
+    if getattr(shell, "kernel", None) is None and (kind != "none" or _is_unasked(display)):
+        _tell(shown, waits=kind != "none")
+    elif kind != "none":
+        _show_as(kind, shown)
+
+
+def keep(run: RunView) -> None:
+    """In a cell that saw a run end, show it as plain output if nothing else would be left of it in the notebook.
+
+    A page that was reloaded has forgotten how to replace an output; what a live view was is then not in the file.
+    """
+    dashboard = _dashboards.get(id(run))
+    if has_ended(run) and dashboard is not None and dashboard.was_reloaded and outlet.current() is None:
+        publish(behind_chart(bundle(run, with_image=True)), display_id=new_display_id(run))
+
+
+def read_run(run: Any) -> Any:
+    """The run itself, or the one of that name or folder, read from disk.
+
+    Raises:
+        ArgumentError: there is none.
+    """
+    if not isinstance(run, str | Path):
+        return run
+    from dnb.api.runs.run import Run  # torch: not before somebody names a run
+
+    return Run.open(find_folder(run))
+
+
+def warm_up() -> None:
+    """Import in a thread what the first dashboard needs: two seconds and more, while a pool starts anyway."""
+    name = "dnb.notebook.live.live_figure"
+    threading.Thread(target=importlib.import_module, args=(name,), name="dnb-warm-up", daemon=True).start()
+
+
+def dashboard_of(run: RunView) -> Dashboard:
+    """The one dashboard of a run."""
+    from dnb.notebook.live.dashboard import Dashboard  # plotly: not before somebody looks
+
+    dashboard = _dashboards.get(id(run))
+    if dashboard is None or dashboard.is_closed:
+        dashboard = _dashboards[id(run)] = Dashboard(run)
+    return dashboard
+
+
+def _show_as(kind: Display, run: RunView) -> None:
+    if has_ended(run):
+        content = bundle(run, with_image=True)
+        publish(behind_chart(content) if kind == "widget" else content, display_id=new_display_id(run))
+    elif kind == "widget":
+        dashboard_of(run).show()
+    elif kind == "display":
+        _replaced.setdefault(id(run), ReplacedDisplay(run)).show()
+    else:
+        run.add_wait_hook(TextView(run))
+
+
+def _tell(run: RunView, *, waits: bool) -> None:
+    """Without a kernel there are only words: now, and in a terminal's IPython also while it is waited for."""
+    sys.stdout.write(f"{summary(run) if has_ended(run) or not waits else progress_line(run)}\n")
+    if waits and not has_ended(run):
+        run.add_wait_hook(TextReporter(run))
+
+
+def _is_unasked(display: str | None) -> bool:
+    """Whether "none" is nobody's wish."""
+    return display is None and not os.environ.get("DNB_DISPLAY")
+
+
+class TextView:
+    """A run as text: a display with a line, lines while a cell waits, and chart and summary at the end.
+
+    Called as a wait hook, thus in the cell that waits: nbclient drops a display's update that comes from no cell.
+    """
+
+    def __init__(self, run: RunView, *, stream: Stream | None = None, publish: Callable[..., None] = publish) -> None:
+        self._publish = publish
+        self._display_id = new_display_id(run)
+        self._report = TextReporter(run, stream=stream)
+        self._drawn: tuple[str, int] | None = None
+        self._publish({"text/plain": progress_line(run)}, display_id=self._display_id)
+
+    def __call__(self, run: RunView) -> None:
+        """Report; put the chart in the display when the run has ended or paused, for then waiting is over."""
+        state = (run.status, run.step)
+        if state != self._drawn and (has_ended(run) or run.status == "paused"):
+            self._drawn = state
+            self._publish(bundle(run, with_image=True), display_id=self._display_id, update=True)
+        self._report(run)

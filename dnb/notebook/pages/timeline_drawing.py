@@ -1,0 +1,17 @@
+"""A timeline as the value of a cell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dnb.notebook.charts import gantt
+from dnb.notebook.pages.snapshot import PLOTLY_MIME, plotly_json
+from dnb.notebook.text.pipeline_text import words_of
+from dnb.planning.step_timeline import Timeline
+
+
+def bundle(timeline: Timeline) -> dict[str, Any]:
+    """A timeline as a mime bundle: the chart, and the same in words."""
+    if not timeline:
+        return {"text/plain": "no timeline: there is one once a step of a divided model was looked at"}
+    return {PLOTLY_MIME: plotly_json(gantt.alone(timeline)), "text/plain": "\n".join(words_of(timeline))}

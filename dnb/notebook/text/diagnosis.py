@@ -1,0 +1,112 @@
+"""What a run's numbers say about it, in plain sentences: the first is shown above the chart, all are in its summary.
+
+Pure functions. A sentence says only what the numbers support; thresholds are constants beside their rules.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from dnb.notebook.formatting import counted, numbered
+from dnb.notebook.text.engine_text import GONE, heard_words
+from dnb.notebook.text.loss_rules import LOSS_RULES
+from dnb.notebook.text.run_facts import Finding, Rule, Seen, held, look
+from dnb.notebook.text.time_rules import TIME_RULES
+from dnb.notebook.views import SET_APART, RunView
+
+# A death is told first for as long.
+RECENT_DEATH_SECONDS = 30.0
+
+
+def diagnosis(run: RunView) -> Finding:
+    """The one sentence that matters most."""
+    return findings(run)[0]
+
+
+def findings(run: RunView) -> list[Finding]:
+    """Everything worth a sentence, most important first; at least one."""
+    seen = look(run)
+    rules = _STANDING if run.status in ("starting", "paused") or not run.step else _GOING
+    found = [finding for rule in rules if (finding := rule(seen)) is not None]
+    if rules is _GOING:
+        # of how the time was spent one sentence is enough: the others would be its consequences
+        spent = (finding for rule in TIME_RULES if (finding := rule(seen)) is not None)
+        found += islice(spent, 1)
+    spend = seen.verb("yet of how the engines spend", "of how the engines spent")
+    return found or [Finding("unknown", f"nothing is known {spend} their time")]
+
+
+# a run that does not go on
+
+
+def _no_step(seen: Seen) -> Finding | None:
+    run = seen.run
+    if seen.is_over:
+        return Finding("no step", f"nothing was trained: the run {_ended(run)} before its first step")
+    if run.status == "paused":
+        return None
+    loading = [worker for worker in run.workers if worker.state not in SET_APART and worker.engine not in seen.hung]
+    if not loading:
+        return Finding("nobody", "no engine takes part yet, so nothing is computed")
+    verb = "is" if len(loading) == 1 else "are"
+    step = "the next step" if run.step else "the first step"
+    return Finding("loading", f"{counted(len(loading), 'engine')} {verb} getting ready for {step}")
+
+
+def _paused(seen: Seen) -> Finding | None:
+    if seen.run.status != "paused":
+        return None
+    error = (seen.run.error or "").lower()
+    if "run.resume" in error:  # the status already says what to do
+        return Finding("paused", "nothing is computed until the run is resumed or stopped")
+    return Finding("paused", "nothing is computed while the run is paused; Resume, or run.resume(), goes on")
+
+
+# engines
+
+
+def _nobody_left(seen: Seen) -> Finding | None:
+    workers = seen.run.workers
+    if seen.is_over or not workers or any(worker.state not in GONE for worker in workers):
+        return None
+    return Finding("all gone", "no engine is left, so nothing is computed")
+
+
+def _silence(seen: Seen) -> Finding | None:
+    silent = [worker for worker in seen.run.workers if worker.engine in seen.hung]
+    if not silent:
+        return None
+    ids = [worker.engine for worker in silent]
+    kind = f"silent {ids}"
+    if len(silent) > 1:
+        return Finding(kind, f"{numbered(ids)} are silent")
+    (worker,) = silent
+    ago = heard_words(worker.heartbeat_age_seconds)
+    told = f" (last heard {ago})" if ago not in ("", "now") else ""
+    return Finding(kind, f"engine {worker.engine} is silent{told}{held(seen, worker.shards)}")
+
+
+def _recent_death(seen: Seen) -> Finding | None:
+    run = seen.run
+    dead = {worker.engine for worker in run.workers if worker.state == "dead"}
+    now = run.started + run.elapsed_seconds
+    died = [
+        event
+        for event in run.events
+        if event.kind == "died" and event.engine in dead and now - event.time < RECENT_DEATH_SECONDS
+    ]
+    if seen.is_over or not died:
+        return None
+    ids = sorted({event.engine for event in died if event.engine is not None})
+    living = [worker for worker in run.workers if worker.state not in SET_APART]
+    others = f": {counted(len(living), 'engine')} {'is' if len(living) == 1 else 'are'} left" if living else ""
+    return Finding(f"died {ids}", f"{numbered(ids)} died after step {died[-1].step:,}{others}")
+
+
+def _ended(run: RunView) -> str:
+    return {"failed": "failed", "stopped": "was stopped"}.get(run.status, "ended")
+
+
+_STANDING: tuple[Rule, ...] = (_nobody_left, _no_step, _paused, _silence)
+# a loss that is no number goes before engines, the rest of what losses say after them
+_GOING: tuple[Rule, ...] = (_nobody_left, LOSS_RULES[0], _silence, _recent_death, *LOSS_RULES[1:])

@@ -1,0 +1,105 @@
+"""A run as the rules of its diagnosis look at it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from dnb.notebook.formatting import counted
+from dnb.notebook.text.engine_text import hung_engines
+from dnb.notebook.views import SET_APART, SHARES, RunView, has_ended, shown_workers
+from dnb.planning.utilisation import Utilisation
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One sentence. While its kind stays, only figures in it have changed."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """How an engine spends its time, and which shards it holds; None if that is not known."""
+
+    engine: int
+    compute: float
+    wait: float
+    data: float
+    idle: float
+    shards: tuple[int, ...] | None = None
+
+    @property
+    def busy(self) -> float:
+        """Share of the time in which others may have to wait for it."""
+        return self.compute + self.data
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A run as the rules look at it.
+
+    Args:
+        run: the run.
+        hung: engines that are not heard.
+        active: engines that take part, and whose time is known.
+        is_over: sentences are about the past.
+    """
+
+    run: RunView
+    hung: frozenset[int]
+    active: Sequence[Spent]
+    is_over: bool
+
+    def verb(self, now: str, then: str) -> str:
+        """The one that fits."""
+        return then if self.is_over else now
+
+    def engines(self, one: str, many: str, then: str) -> str:
+        """The active engines, or the only one, with their verb."""
+        if len(self.active) == 1:
+            return f"engine {self.active[0].engine} {self.verb(one, then)}"
+        return f"engines {self.verb(many, then)}"
+
+    def mean(self, share: str) -> float:
+        """Over the active engines."""
+        return fmean(getattr(worker, share) for worker in self.active)
+
+
+Rule = Callable[[Seen], Finding | None]
+
+
+def look(run: RunView) -> Seen:
+    """What the rules need to know of a run."""
+    is_over, hung = has_ended(run), hung_engines(run)
+    # one that died in the end has spent its time, too: all of a run that has ended count
+    apart = {"spare"} if is_over else SET_APART
+    active = [
+        Spent(worker.engine, worker.compute, worker.wait, worker.data, worker.idle, worker.shards)
+        for worker in shown_workers(run)
+        if worker.state not in apart and worker.engine not in hung and any(getattr(worker, s) for s in SHARES)
+    ]
+    return Seen(run, hung, active or (_accounted(run.utilisation) if is_over else []), is_over)
+
+
+def _accounted(utilisation: Utilisation) -> list[Spent]:
+    """How the engines of a run spent its time that is read from its folder, where nothing else is kept of them."""
+    spans = utilisation.spans(limit=1)
+    shares = np.nan_to_num(spans.shares[0]) if len(spans) else np.zeros((0, len(SHARES)))
+    return [Spent(engine, *row.tolist()) for engine, row in zip(spans.engines, shares, strict=False) if row.any()]
+
+
+def held(seen: Seen, shards: tuple[int, ...] | None) -> str:
+    """How many shards that are, as the end of a sentence; empty if it is not known."""
+    if shards is None or not seen.run.num_shards:
+        return ""
+    return f"; it holds {len(shards)} of {counted(seen.run.num_shards, 'shard')}"
+
+
+def percent(share: float) -> str:
+    """As the sentences write it."""
+    return f"{share:.0%}".replace("%", " %")

@@ -1,0 +1,229 @@
+"""A run in words: one line while it goes on, a few at its end, and what prints them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from dnb.notebook.formatting import counted, duration, inert, number, one_line, time_left
+from dnb.notebook.text.diagnosis import findings
+from dnb.notebook.text.engine_cards import MOST_CARDS, crowd_lines
+from dnb.notebook.text.engine_text import hung_engines
+from dnb.notebook.text.engine_text import worker_words as worker_line
+from dnb.notebook.text.pipeline_text import timeline_lines
+from dnb.notebook.views import SET_APART, EventView, RunView, has_ended, shown_workers
+
+__all__ = [
+    "MEMBERSHIP", "TextReporter", "duration", "inert", "last_value", "number", "one_line", "pace", "progress_line",
+    "rate", "run_name", "status_sentence", "summary", "time_left", "worker_line",
+]  # fmt: skip
+
+# As many of the last events are told in a summary.
+MAX_EVENTS = 5
+_NAMES = {"lr": "learning rate", "grad_norm": "gradient norm"}
+# Kinds of events by which engines come and go.
+MEMBERSHIP = frozenset({"died", "left", "joined", "removed", "reassigned"})
+
+
+class Stream(Protocol):
+    """Where lines go."""
+
+    def write(self, text: str, /) -> object:
+        """Take some text."""
+
+    def flush(self) -> None:
+        """Let it be seen."""
+
+
+def last_value(run: RunView, key: str) -> float | None:
+    """The newest value under `key`, or None if there is none."""
+    _, values = run.history.column(key)
+    return float(values[-1]) if len(values) else None
+
+
+def rate(run: RunView) -> float | None:
+    """Samples per second: recent while the run goes on, of the whole run when it has ended."""
+    total = sum(worker.samples for worker in run.workers)
+    if has_ended(run) and total and run.elapsed_seconds > 0:
+        return total / run.elapsed_seconds
+    return run.samples_per_second
+
+
+def status_sentence(run: RunView) -> str:
+    """How the run is doing, in one sentence of plain text (not yet escaped for HTML)."""
+    if run.status in {"failed", "paused"}:
+        return _reason(run)
+    if run.status == "finished":
+        return f"finished after {counted(run.step, 'step')} in {duration(run.elapsed_seconds)}"
+    if run.status == "stopped":
+        return f"stopped at step {run.step:,} of {run.num_steps:,} after {duration(run.elapsed_seconds)}"
+    return _going_on(run)
+
+
+def progress_line(run: RunView) -> str:
+    """The run on one line, for logs and for front ends without widgets."""
+    if run.status not in {"starting", "running"}:
+        return f"{run_name(run)}: {status_sentence(run)}"
+    parts = [f"{run_name(run)}: step {run.step}/{run.num_steps}"]
+    for key in ("loss", "val_loss"):
+        value = last_value(run, key)
+        if value is not None:
+            parts.append(f"{key} {number(value)}")
+    idle = [f"bubble {run.timeline.bubble:.0%}"] if run.timeline else []
+    return ", ".join(parts + idle + pace(run))
+
+
+def pace(run: RunView) -> list[str]:
+    """Samples per second and time left, as far as they are known."""
+    per_second = rate(run)
+    known = [] if per_second is None else [f"{per_second:,.0f} samples/s"]
+    if run.seconds_left is not None and run.status == "running":
+        known.append(time_left(run.seconds_left))
+    return known
+
+
+def run_name(run: RunView) -> str:
+    """Its name on one line; not yet escaped for HTML."""
+    return one_line(run.name, limit=60)
+
+
+def summary(run: RunView) -> str:
+    """All that a chart of the run shows, in words: what is stored beside it, and read out."""
+    lines = [f"{run_name(run)}: {status_sentence(run)}"]
+    lines += [finding.text for finding in findings(run)]
+    values = [text for key in _keys_to_tell(run) if (text := _column_in_words(run, key))]
+    lines += values or ["no step was committed" if has_ended(run) else "no step yet"]
+    if told := hash_in_words(run):
+        lines.append(f"{told} over all parameters")
+    per_second = rate(run)
+    if per_second is not None:
+        lines.append(f"{per_second:,.0f} samples/s{' on average' if has_ended(run) else ''}")
+    lines += [one_line(line) for line in timeline_lines(run)]
+    return "\n".join(lines + _engines_in_words(run) + _events_in_words(run.events))
+
+
+def _engines_in_words(run: RunView) -> list[str]:
+    """A line for each, as it has a card; of as many as share a heat map only what that shows."""
+    workers, hung = shown_workers(run), hung_engines(run)
+    if len(workers) > MOST_CARDS:
+        return crowd_lines(workers, hung=hung)
+    return [worker_line(worker, hung=hung, num_shards=run.num_shards, is_over=has_ended(run)) for worker in workers]
+
+
+def _events_in_words(events: Sequence[EventView]) -> list[str]:
+    events = [event for event in events if event.kind != "output"]  # those who wait have read it
+    told = [f"step {event.step:,}: {one_line(event.text) or one_line(event.kind)}" for event in events[-MAX_EVENTS:]]
+    more = len(events) - len(told)
+    return [f"last {counted(len(told), 'event')} of {more + len(told):,}:", *told] if more else told
+
+
+def hash_in_words(run: RunView) -> str:
+    """The newest hash of the parameters, which every engine's copy was held against; "" before the first."""
+    steps, values = run.history.column("digest")
+    return f"one hash {int(values[-1]):08x} at step {steps[-1]:,}" if len(values) else ""
+
+
+class TextReporter:
+    """A wait hook that writes a progress line now and then, and the summary at the end.
+
+    Args:
+        run: the run to report.
+        interval_seconds: the least time between two lines; a line that says nothing new is left out.
+        stream: where to write; standard output if None, looked up at each line (ipykernel may replace it).
+        clock: seconds from any origin.
+    """
+
+    def __init__(
+        self,
+        run: RunView,
+        *,
+        interval_seconds: float = 5.0,
+        stream: Stream | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._run = run
+        self._interval = interval_seconds
+        self._stream = stream
+        self._clock = clock
+        self._due = clock()
+        self._last_line = ""
+        self._is_over = False
+
+    def __call__(self, run: RunView) -> None:
+        """Write a line if one is due; called many times a second."""
+        if has_ended(run):
+            self.finish()
+        elif run.status == "paused" or self._clock() >= self._due:
+            self._due = self._clock() + self._interval
+            self._write(progress_line(run))
+
+    def finish(self) -> None:
+        """Write the summary, the first time only."""
+        if not self._is_over:
+            self._is_over = True
+            self._write(summary(self._run))
+
+    def _write(self, line: str) -> None:
+        if line == self._last_line:
+            return
+        self._last_line = line
+        stream: Stream = self._stream or sys.stdout
+        stream.write(line + "\n")
+        stream.flush()
+
+
+def _reason(run: RunView) -> str:
+    """The error says where it happened, if it knows: in words that begin with the status or with the step."""
+    error = one_line(run.error or "")
+    if not error:
+        return f"{run.status} at step {run.step:,}"
+    if error.startswith(run.status):
+        return error
+    if error.startswith("step "):
+        return f"{run.status} at {error}"
+    return f"{run.status} at step {run.step:,}: {error}"
+
+
+def _going_on(run: RunView) -> str:
+    num_spares = sum(worker.state == "spare" for worker in run.workers)
+    num_working = sum(worker.state not in SET_APART for worker in run.workers)
+    where = f" on {counted(num_working, 'engine')}" if num_working else ""
+    if num_spares:
+        where += f" and {num_spares} spare{'s' if num_spares > 1 else ''}"
+    verb = "starting" if run.status == "starting" else "training"
+    # engines that join before the first step are what was asked for
+    changes = [event for event in run.events if event.kind in MEMBERSHIP and event.step > 0]
+    if told := hash_in_words(run):
+        where += f", {told}"
+    if not changes:
+        return f"{verb}{where}"
+    step = changes[-1].step
+    told = ", ".join(one_line(event.text) for event in changes if event.step == step)
+    return f"{verb}{where}; after step {step:,}: {one_line(told)}"
+
+
+def _keys_to_tell(run: RunView) -> list[str]:
+    extra = [key for key in run.history if key.startswith("val_") and key != "val_loss"]
+    return ["loss", "val_loss", *sorted(extra), "lr", "grad_norm"]
+
+
+def _column_in_words(run: RunView, key: str) -> str | None:
+    """The last value, and the best if it is a loss, the range if it is a metric (its good end is not known)."""
+    steps, values = run.history.column(key)
+    if not len(values):
+        return None
+    name = _NAMES.get(key) or one_line(key, limit=60)
+    last = f"{name} {number(float(values[-1]))} at step {steps[-1]:,}"
+    finite = np.isfinite(values)
+    if key in ("loss", "lr") or not finite.any() or len(values) == 1:
+        return last
+    lowest = int(np.where(finite, values, np.inf).argmin())
+    highest = int(np.where(finite, values, -np.inf).argmax())
+    low = f"{number(float(values[lowest]))} at step {steps[lowest]:,}"
+    if key == "val_loss":
+        return f"{last}, best {low}"
+    return f"{last}, lowest {low}, highest {number(float(values[highest]))} at step {steps[highest]:,}"

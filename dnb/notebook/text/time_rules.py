@@ -1,0 +1,160 @@
+"""What the engines' time says of a run; the first rule that finds something is enough."""
+
+from __future__ import annotations
+
+from statistics import fmean, median
+
+import numpy as np
+
+from dnb.notebook.formatting import counted, listed, numbered
+from dnb.notebook.text.run_facts import Finding, Rule, Seen, held, percent
+from dnb.notebook.views import SHARES, RunView
+from dnb.planning.search.plan_text import milliseconds
+from dnb.planning.step_timeline import FULL_SHARE, busy_seconds
+
+# From here on a share of the engines' time is worth a sentence of its own.
+DATA_SHARE = 0.25
+WAIT_SHARE = 0.25
+IDLE_SHARE = 0.5
+BUBBLE_SHARE = 0.2
+COMPUTE_SHARE = 0.8
+# Less than this is not worth a word.
+LEAST_SHARE = 0.05
+# An engine is the slowest if it waits less than the others by as much of the time.
+SLOWEST_GAP = 0.15
+# Nearer than this, a bubble is what the formula says.
+BUBBLE_GAP = 0.1
+# Stages are unequal if the busiest engine computes as many times as long as the mean.
+UNEQUAL_STAGES = 1.25
+# Shorter steps are mostly hand-over.
+SHORT_STEP_SECONDS = 0.02
+# Steps over which their length is taken.
+RECENT_STEPS = 200
+
+
+def _bubble(seen: Seen) -> Finding | None:
+    timeline = seen.run.timeline
+    if not timeline or timeline.median_bubble < BUBBLE_SHARE:
+        return None
+    share, formula = timeline.median_bubble, timeline.ideal_bubble
+    told = (
+        f"the pipeline's engines {seen.verb('stand', 'stood')} still for {percent(share)} of a step "
+        f"(formula: {percent(formula)})"
+    )
+    if share - formula < BUBBLE_GAP:
+        return Finding("bubble", f"{told}: more micro-batches would make that less")
+    if timeline.core_share < FULL_SHARE:
+        return Finding("bubble, cores", f"{told}: they {seen.verb('share', 'shared')} cores with others")
+    busy = {engine.engine: busy_seconds(engine.actions) for engine in timeline}
+    slowest = max(busy, key=lambda engine: busy[engine])
+    ratio = busy[slowest] / fmean(busy.values())
+    if ratio > UNEQUAL_STAGES:
+        verb = seen.verb("computes", "computed")
+        return Finding(
+            f"bubble {slowest}", f"{told}: engine {slowest} {verb} {percent(ratio - 1)} longer than the mean"
+        )
+    return Finding("bubble", told)
+
+
+def _nothing_to_do(seen: Seen) -> Finding | None:
+    empty = [worker.engine for worker in seen.active if worker.shards is not None and not worker.shards]
+    if seen.is_over or not empty or len(empty) == len(seen.active) or not seen.run.num_shards:
+        return None
+    verb = "holds" if len(empty) == 1 else "hold"
+    return Finding(
+        f"no shards {empty}", f"{numbered(empty)} {verb} none of the {counted(seen.run.num_shards, 'shard')} of a batch"
+    )
+
+
+def _slowest(seen: Seen) -> Finding | None:
+    """One engine waits much less than all others: it is the one they wait for."""
+    if len(seen.active) < 2:
+        return None
+    least, *others = sorted(seen.active, key=lambda worker: worker.wait)
+    waiting = [worker for worker in others if worker.wait >= WAIT_SHARE]
+    # if two of them wait equally little, neither is the one
+    if len(waiting) < len(others) or others[0].wait - least.wait < SLOWEST_GAP:
+        return None
+    # nor is one that does not wait because it is idle
+    if least.busy <= max(other.busy for other in others):
+        return None
+    longest = waiting[-1]
+    why = f"engine {least.engine} {seen.verb('is', 'was')} the slowest"
+    if least.data >= max(least.compute, DATA_SHARE):
+        why += f", as it {seen.verb('loads', 'loaded')} data {percent(least.data)} of the time"
+    who = f"engine {longest.engine} {seen.verb('waits', 'waited')} {percent(longest.wait)} of the time"
+    if len(waiting) > 1:
+        # the median: one of many that waits most would say little of the others
+        typical = median(worker.wait for worker in waiting)
+        who = f"{len(waiting)} engines {seen.verb('wait', 'waited')} {percent(typical)} of the time"
+    shards = "" if seen.is_over else held(seen, least.shards)
+    return Finding(f"slowest {least.engine}", f"{who}: {why}{shards}")
+
+
+def _data(seen: Seen) -> Finding | None:
+    if not seen.active or seen.mean("data") < DATA_SHARE:
+        return None
+    told = f"{seen.engines('loads', 'load', 'loaded')} data {percent(seen.mean('data'))} of the time"
+    return Finding("data", f"{told}: try a dataset that does less for each sample, or holds ready tensors")
+
+
+def _exchange(seen: Seen) -> Finding | None:
+    """Even the busiest engine waits."""
+    if not seen.active or min(worker.wait for worker in seen.active) < WAIT_SHARE:
+        return None
+    least = min(worker.wait for worker in seen.active)
+    many = len(seen.active) > 1
+    who = "every engine" if many else f"engine {seen.active[0].engine}"
+    told = f"{who} {seen.verb('waits', 'waited')} {'at least ' * many}{percent(least)} of the time"
+    seconds = _step_seconds(seen.run)
+    if seconds is not None and seconds < SHORT_STEP_SECONDS:
+        reason = f"steps {seen.verb('are', 'were')} short ({milliseconds(seconds)})"
+    else:
+        reason = "for the hub, or for each other in turn" if many else "for the hub"
+    return Finding("exchange", f"{told}, {'as ' * reason.startswith('steps')}{reason}: try a larger batch_size")
+
+
+def _idle(seen: Seen) -> Finding | None:
+    if not seen.active or seen.mean("idle") < IDLE_SHARE:
+        return None
+    many = len(seen.active) > 1
+    told = f"{seen.engines('is', 'are', 'were' if many else 'was')} idle {percent(seen.mean('idle'))} of the time"
+    return Finding("idle", f"{told}: the run {seen.verb('has', 'had')} no work for {'them' if many else 'it'} then")
+
+
+def _computing(seen: Seen) -> Finding | None:
+    if not seen.active or seen.mean("compute") < COMPUTE_SHARE:
+        return None
+    told = f"{seen.engines('computes', 'compute', 'computed')} {percent(seen.mean('compute'))} of the time"
+    return Finding("computing", told)
+
+
+def _mixed(seen: Seen) -> Finding | None:
+    """No share stands out: all that are worth a word."""
+    if not seen.active:
+        return None
+    verbs = {
+        "compute": ("computes", "compute", "computed"),
+        "wait": ("waits", "wait", "waited"),
+        "data": ("loads data", "load data", "loaded data"),
+        "idle": ("is idle", "are idle", "idled"),
+    }
+    one = len(seen.active) == 1
+    means = sorted(((seen.mean(share), share) for share in SHARES), reverse=True)
+    told = [
+        f"{seen.verb(verbs[share][0 if one else 1], verbs[share][2])} {percent(mean)}"
+        for mean, share in means
+        if mean >= LEAST_SHARE
+    ]
+    first, *rest = told
+    who = f"engine {seen.active[0].engine}" if one else "engines"
+    return Finding("mixed", f"{who} {listed([f'{first} of the time', *rest])}")
+
+
+def _step_seconds(run: RunView) -> float | None:
+    """The median of the last steps, by the times at which they were committed; None if that is not known."""
+    _, seconds = run.history.column("seconds")
+    return float(np.median(np.diff(seconds[-RECENT_STEPS:]))) if len(seconds) > 2 else None
+
+
+TIME_RULES: tuple[Rule, ...] = (_bubble, _nothing_to_do, _slowest, _data, _exchange, _idle, _computing, _mixed)

@@ -1,0 +1,1 @@
+"""Divisions of the user's model: modules that trace or run it, in the kernel and on engines."""

@@ -1,0 +1,410 @@
+"""A model's forward as a graph of calls, each of which knows the stage in which it runs."""
+
+from __future__ import annotations
+
+import operator
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from dnb.errors import USER_ERRORS, PlanError
+from dnb.partitioning.pipeline.dry_run import Rehearsal, Watch, first_line, is_plain, rehearse, target_name, users_line
+from dnb.user_code.model_call import arguments_of
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a model is called with, and whether its output bears the loss."""
+
+    positional: tuple[Any, ...]
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+    find_loss: Callable[[Any], Any] | None = None  # in the output of a model that computes it
+
+    @classmethod
+    def of(cls, batch: Any, *, find_loss: Callable[[Any], Any] | None = None, model: nn.Module | None = None) -> Inputs:
+        """Of a batch: what the model gets by name or by position; a target behind it is left out.
+
+        Args:
+            batch: named arguments, inputs with the target behind them, or, for a model that returns its own loss,
+                all that it gets.
+            find_loss: finds the loss in the model's output; None: the model returns none, unless the batch is a
+                dictionary.
+            model: tells whether it takes the batch whole.
+        """
+        if find_loss is None and isinstance(batch, Mapping):
+            find_loss = attrgetter("loss")
+        given = arguments_of(model, batch, has_target=find_loss is None)
+        return cls(given.positional, given.keywords, find_loss)
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the model's output bears the loss."""
+        return self.find_loss is not None
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """All of them, in order."""
+        return (*self.positional, *self.keywords.values())
+
+
+class Call(nn.Module):
+    """A model under one signature: inputs by position, and out comes what the loss is made of."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training  # and nothing below: a layer may be in another mode on purpose
+        self._num_positional = len(inputs.positional)
+        self._names = tuple(inputs.keywords)
+        self._find_loss = inputs.find_loss
+
+    def forward(self, *values: Any) -> Any:
+        """Call the model."""
+        named = dict(zip(self._names, values[self._num_positional :], strict=True))
+        output = self.model(*values[: self._num_positional], **named)
+        return output if self._find_loss is None else self._find_loss(output)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A graph, what became of its nodes' values when it was rehearsed, and where in it modules begin.
+
+    Args:
+        graph: its nodes know how many operations come before them, as `meta["place"]`.
+        root: what the graph's nodes name.
+        values: of nodes.
+        restore: from the graph's output to the model's.
+        begins: modules that are called, in that order, and the number of operations before each.
+        changes: values that an operation changes in place, and the operation.
+    """
+
+    graph: fx.Graph
+    root: nn.Module | dict[str, Any]
+    values: dict[fx.Node, Any]
+    restore: Callable[[Any], Any]
+    begins: Mapping[str, int]
+    changes: Sequence[tuple[fx.Node, fx.Node]]
+
+    def begun(self, cuts: Sequence[str]) -> list[str]:
+        """Those of the modules that are called, in that order."""
+        return [name for name in self.begins if name in cuts]
+
+    def assign(self, cuts: Sequence[str]) -> None:
+        """Let every node know its stage, as `meta["stage"]`.
+
+        Args:
+            cuts: modules at which stages begin, in the order in which they are called.
+
+        Raises:
+            PlanError: an operation changes in place what came over a cut.
+        """
+        places = [self.begins[cut] for cut in cuts]
+        for node in self.graph.nodes:
+            node.meta["stage"] = bisect_right(places, node.meta["place"])
+        for changed, by in self.changes:
+            made_in, changed_in = changed.meta["stage"], by.meta["stage"]
+            if made_in < changed_in:
+                raise PlanError(
+                    f"stage {changed_in} changes in place ({target_name(by)}) what stage {made_in} has made "
+                    f"({target_name(changed)}): set inplace=False there, or begin the stage one layer later"
+                )
+
+
+class NotTraceable(Exception):  # noqa: N818 - a verdict: there may be another way
+    """A forward that cannot be followed.
+
+    Args:
+        reason: the first line of the cause.
+        operator: the last operation before it.
+        line: of the user's code.
+    """
+
+    def __init__(self, reason: str, *, operator: str, line: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.operator = operator
+        self.line = line
+
+
+# By symbols ----------------------------------------------------------------------------------------
+
+
+class _Symbol(fx.Proxy):
+    """A value that is not known, of a shape that is."""
+
+    tracer: SymbolTracer
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.tracer.values.get(self.node)
+        if isinstance(value, torch.Tensor):
+            found = getattr(value, name, None)
+            if found is not None and not callable(found) and is_plain(found):
+                return found
+        return super().__getattr__(name)
+
+    def __len__(self) -> int:
+        value = self.tracer.values.get(self.node)
+        return len(value) if value is not None else super().__len__()
+
+    def __iter__(self) -> Iterator[Any]:
+        value = self.tracer.values.get(self.node)
+        if value is None:
+            return iter(super().__iter__())
+        # A tensor is taken apart as torch does it; indexing is among what fx defines for all symbols.
+        symbol: Any = self.unbind(0) if isinstance(value, torch.Tensor) else self
+        return iter([symbol[index] for index in range(len(value))])
+
+
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[_Symbol, Any], Any]:
+    """An augmented assignment: fx would make a new value of it, where a tensor is changed."""
+    return lambda symbol, other: symbol.tracer.create_proxy("call_function", function, (symbol, other), {})
+
+
+for _function in (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+                  operator.ipow, operator.iand, operator.ior, operator.ixor):  # fmt: skip
+    setattr(_Symbol, f"__{_function.__name__}__", _in_place(_function))
+
+
+class SymbolTracer(fx.Tracer):
+    """Follows a forward down to modules in which no stage begins; those stay whole, so that they know train from eval.
+
+    Beside each symbol goes a value without data, so that what Python asks of a shape is answered.
+
+    Args:
+        opened: names (below `Call`) of the modules to look into.
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, opened: Iterable[str]) -> None:
+        super().__init__()
+        self.trace_asserts = True
+        self._opened = {"model", *opened}
+        self.begins: dict[str, int] = {}  # every module that is called, and the number of operations before it
+        self.values: dict[fx.Node, Any] = {}
+        self.last_operation = ""
+        self.operations: list[str] = []  # that the graph calls
+        self._inputs: tuple[Any, ...] = ()
+        self._has_values = True
+        self._log: list[str] = []
+        self.watch = Watch()
+        self._is_computing = False
+        self._num_nodes = 0
+
+    def follow(self, call: Call, inputs: tuple[Any, ...], log: list[str] | None) -> fx.Graph:
+        """Trace; only tensors become symbols.
+
+        Args:
+            call: the model.
+            inputs: without data.
+            log: to which the rehearsal adds operations; None: nothing is computed beside the symbols.
+        """
+        self._inputs = inputs
+        self._has_values = log is not None
+        self._log = [] if log is None else log
+        with _Factories(self):
+            return self.trace(call)
+
+    @property
+    def is_following(self) -> bool:
+        """Whether what is called now is the user's forward, not a value beside it."""
+        return not self._is_computing and hasattr(self, "graph")
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:  # noqa: ARG002
+        """One symbol per tensor."""
+        arguments = [
+            self.create_proxy("placeholder", f"input_{number}", (), {}) if isinstance(value, torch.Tensor) else value
+            for number, value in enumerate(self._inputs)
+        ]
+        return root_fn, [self.root, *arguments]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
+        """Whether a module stays whole."""
+        return module_qualified_name not in self._opened
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Notice where a module begins."""
+        if self._is_computing:
+            return forward(*args, **kwargs)
+        self.begins.setdefault(self.path_of_module(m), self._num_nodes)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers are symbols to the user's forward only."""
+        return attr_val if self._is_computing else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_node(self, kind: str, *arguments: Any, **named: Any) -> fx.Node:
+        """Nodes know their place."""
+        node = super().create_node(kind, *arguments, **named)
+        node.meta["place"] = self._num_nodes
+        self._num_nodes += kind not in ("placeholder", "get_attr", "output")
+        return node
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A symbol that knows its shape."""
+        return _Symbol(node, self)
+
+    def create_proxy(self, kind: str, *arguments: Any, **named: Any) -> Any:
+        """A symbol; but what is known for every batch of this shape, such as a size, is no symbol."""
+        proxy = super().create_proxy(kind, *arguments, **named)
+        node = proxy.node
+        if node.op.startswith("call"):
+            self.last_operation = target_name(node)
+        if not self._has_values:
+            return proxy
+        begin = len(self._log)
+        value = self.values[node] = self._computed(node)
+        self.operations += self._log[begin:]
+        if node.op.startswith("call") and value is not None and is_plain(value):
+            self.graph.erase_node(node)
+            self._num_nodes -= 1
+            return value
+        return proxy
+
+    def _computed(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return self._inputs[int(str(node.target).removeprefix("input_"))]
+        arguments = fx.map_arg(node.args, self.values.__getitem__)
+        named = fx.map_arg(node.kwargs, self.values.__getitem__)
+        self._is_computing = True
+        try:
+            if node.op == "get_attr":
+                return operator.attrgetter(str(node.target))(self.root)
+            with self.watch.during(node, (arguments, named)) as made:
+                if callable(node.target):
+                    value = node.target(*arguments, **named)
+                elif node.op == "call_method":
+                    value = getattr(arguments[0], node.target)(*arguments[1:], **named)
+                else:
+                    value = operator.attrgetter(str(node.target))(self.root)(*arguments, **named)
+                made(value)
+            return value
+        finally:
+            self._is_computing = False
+
+
+class _Factories(TorchFunctionMode):
+    """Tensors that a forward makes from nothing, such as positions or noise, are made anew in every step."""
+
+    def __init__(self, tracer: SymbolTracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        leaves = pytree.tree_leaves((args, kwargs))
+        if not self._tracer.is_following or any(isinstance(leaf, torch.Tensor) for leaf in leaves):
+            return func(*args, **kwargs)
+        if any(isinstance(leaf, fx.Proxy) for leaf in leaves):
+            return fx.Proxy.__torch_function__(func, types, args, kwargs)
+        if getattr(func, "__module__", "") not in (None, "torch", "torch._C._VariableFunctions"):
+            return func(*args, **kwargs)
+        return self._tracer.create_proxy("call_function", func, args, kwargs)
+
+
+def trace_by_symbols(
+    call: Call, inputs: Inputs, opened: Iterable[str], rehearsal: Rehearsal
+) -> tuple[Trace, list[str]]:
+    """The trace of a forward, and the operations that are called.
+
+    Args:
+        call: the model.
+        inputs: an example.
+        opened: names of modules that are looked into.
+        rehearsal: computes values beside the symbols.
+
+    Raises:
+        NotTraceable: Python decided by a value.
+    """
+    tracer = SymbolTracer(opened)
+    values = tuple(rehearsal.convert(value) for value in inputs.values)
+    try:
+        with rehearsal.running() as log:
+            graph = tracer.follow(call, values, log)
+    except KeyboardInterrupt:
+        raise
+    except USER_ERRORS as error:
+        raise NotTraceable(first_line(error), operator=tracer.last_operation, line=users_line(error)) from error
+    trace = Trace(graph, call, tracer.values, lambda output: output, tracer.begins, tracer.watch.changes)
+    return trace, tracer.operations
+
+
+def containing(cuts: Iterable[str]) -> set[str]:
+    """The modules in which these lie."""
+    found: set[str] = set()
+    for cut in cuts:
+        parts = cut.split(".")
+        found.update(".".join(parts[:end]) for end in range(1, len(parts)))
+    return found
+
+
+def trace_by_export(call: Call, inputs: Inputs, rehearsal: Rehearsal) -> Trace:
+    """Like `trace_by_symbols`, by `torch.export`: holds for these shapes and for this mode only.
+
+    Raises:
+        NotTraceable: `torch.distributed.pipelining.pipeline` could not trace it, either.
+    """
+    try:
+        program = torch.export.export(call, inputs.values)
+        module = program.module(check_guards=False)
+    except KeyboardInterrupt:
+        raise
+    except USER_ERRORS as error:
+        raise NotTraceable(first_line(error), operator="", line=users_line(error)) from error
+    for node in list(module.graph.nodes):
+        if node.op == "call_module":  # guards on shapes, which are kept per shape anyway
+            module.graph.erase_node(node)
+    begins: dict[str, int] = {}
+    attributes: dict[str, Any] = {}
+    place = 0
+    for node in module.graph.nodes:
+        node.meta["place"] = place
+        if node.op == "get_attr":
+            attributes[node.target] = _attribute(call, module, node.target)
+        elif node.op not in ("placeholder", "output"):
+            for name in _scopes(node):
+                begins.setdefault(name, place)
+            place += 1
+    spec = program.call_spec.out_spec
+    with rehearsal.running():
+        values, changes = rehearse(module.graph, attributes, [rehearsal.convert(value) for value in inputs.values])
+    return Trace(
+        module.graph,
+        attributes,
+        values,
+        lambda flat: pytree.tree_unflatten(list(flat), spec),
+        begins,
+        changes,
+    )
+
+
+def _scopes(node: fx.Node) -> list[str]:
+    """Names of the modules within whose forward an operation was called, outer ones first."""
+    names: dict[str, None] = {}
+    for path, _kind in node.meta.get("nn_module_stack", {}).values():
+        parts = path.removeprefix("L['self'].").split("@")[0].split(".")
+        names.update(dict.fromkeys(".".join(parts[:end]) for end in range(1, len(parts) + 1)))
+    return list(names)
+
+
+def _attribute(call: Call, module: nn.Module, target: str) -> Any:
+    """The model's own tensor of that name, if it has one, as torch.export may make tensors of its own."""
+    for owner in (call, module):
+        try:
+            return operator.attrgetter(target)(owner)
+        except AttributeError:
+            continue
+    raise AttributeError(target)

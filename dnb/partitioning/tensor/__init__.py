@@ -1,0 +1,1 @@
+"""Layers divided over engines: which, by columns or rows, tried in one process."""

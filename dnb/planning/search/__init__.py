@@ -1,0 +1,1 @@
+"""The search for a plan: costs, cuts, predictions; arithmetic on profiles, run in the kernel."""

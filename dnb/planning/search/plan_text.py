@@ -1,0 +1,84 @@
+"""A plan in words: what its drawing shows, for people without one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dnb.planning.search.prediction import Stage
+
+if TYPE_CHECKING:
+    from dnb.planning.search.plans import Alternative, Plan
+
+
+def describe(plan: Plan) -> str:
+    """All that a drawing of the plan shows, in words."""
+    lines = [headline(plan)]
+    for rank, stage in enumerate(plan.stages):
+        lines.append("  " + ", ".join(stage_facts(plan, rank, stage)))
+    if plan.alternatives:
+        lines.append("what lost:")
+        lines += [f"  {lost_line(alternative)}" for alternative in plan.alternatives]
+    return "\n".join([*lines, *plan.notes])
+
+
+def headline(plan: Plan) -> str:
+    """What is predicted, in one sentence."""
+    parts = [f"{milliseconds(plan.step_seconds)} per step of {plan.batch_size} samples predicted"]
+    if plan.partition is not None:
+        parts.append(f"{plan.num_micro_batches} micro-batches by {plan.schedule}")
+        parts.append(f"bubble {plan.bubble:.0%} (formula {plan.ideal_bubble:.0%})")
+    elif plan.num_micro_batches > 1:
+        parts.append(f"{plan.num_micro_batches} micro-batches one after the other")
+    parts.append(f"hub {milliseconds(plan.hub_seconds)}")
+    return f"{plan.profile.model}, {plan.strategy} on {plan.mesh}: {', '.join(parts)}"
+
+
+def stage_facts(plan: Plan, rank: int, stage: Stage) -> list[str]:
+    """One stage: where, which layers, milliseconds and bytes."""
+    plural = "s" if len(stage.engines) > 1 else ""
+    limit = "" if stage.memory_limit is None else f" of {amount(stage.memory_limit)}"
+    facts = [
+        f"stage {rank} on engine{plural} {shortened(stage.engines)}: {layer_span(plan, stage)}",
+        f"forward {milliseconds(stage.forward_seconds)}, backward {milliseconds(stage.backward_seconds)}",
+        f"parameters {amount(stage.parameter_bytes)}",
+        f"memory {amount(stage.memory_bytes)}{limit}",
+    ]
+    if rank:
+        facts.append(f"receives {amount(stage.received_bytes)}, returns {amount(stage.returned_bytes)}")
+    return facts
+
+
+def layer_span(plan: Plan, stage: Stage) -> str:
+    """Its layers, from the first to the last."""
+    layers = plan.profile.layers
+    first, last = layers[stage.first].name or plan.profile.model, layers[stage.last - 1].name
+    count = stage.last - stage.first
+    return first if count == 1 else f"{first} to {last} ({count} layers)"
+
+
+def lost_line(alternative: Alternative) -> str:
+    """One alternative."""
+    pieces = f", {alternative.num_micro_batches} micro-batches" if alternative.num_micro_batches > 1 else ""
+    return f"{alternative.mesh}{pieces}: {milliseconds(alternative.step_seconds)}, {alternative.why}"
+
+
+def shortened(engines: Sequence[int]) -> str:
+    """Engine ids; only the first and the last of many."""
+    if len(engines) <= 4:
+        return ", ".join(map(str, engines))
+    return f"{engines[0]}, {engines[1]}, ... {engines[-1]} ({len(engines)} engines)"
+
+
+def milliseconds(seconds: float) -> str:
+    """With three digits."""
+    value = seconds * 1e3
+    return f"{value:.3g} ms" if value < 1000 else f"{seconds:.3g} s"
+
+
+def amount(num_bytes: float) -> str:
+    """Bytes for people: 1 MB is 10^6."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.3g} {unit}"
+    return f"{num_bytes:.0f} B"

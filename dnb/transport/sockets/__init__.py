@@ -1,0 +1,1 @@
+"""Sockets between hub, engines and kernels: who may call, how bytes are framed and sealed."""

@@ -1,0 +1,1 @@
+"""Processes, files and process-wide settings, as the operating system has them."""

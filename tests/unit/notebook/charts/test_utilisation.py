@@ -1,0 +1,101 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+
+from dnb.notebook.charts import run_figure as figures
+from dnb.notebook.charts import utilisation as usage_panel
+from dnb.notebook.pages.snapshot import plotly_json
+from dnb.planning.utilisation import Utilisation
+from tests.fake_runs import FakeHistory, FakeRun, FakeWorker, usage_rows
+from tests.full_runs import full_run
+
+
+def run_with(*, num_engines: int = 2, num_rows: int = 4, **others) -> FakeRun:
+    run = FakeRun(step=10 * num_rows, history=FakeHistory(loss=[0.5] * 10 * num_rows), **others)
+    run.workers = [FakeWorker(engine=engine) for engine in range(num_engines)]
+    run.utilisation = Utilisation(usage_rows(num_rows, engines=tuple(range(num_engines))))
+    return run
+
+
+def areas(run: FakeRun, *, x: str = "step") -> list[dict]:
+    return [trace for trace in figures.figure(run, x=x)["data"] if "stackgroup" in trace]
+
+
+def heat(run: FakeRun) -> list[dict]:
+    return [trace for trace in figures.figure(run)["data"] if trace["type"] == "heatmap"]
+
+
+def test_each_engine_has_a_strip_with_an_area_for_each_share():
+    assert [(trace["yaxis"], trace["name"]) for trace in areas(run_with())] == [
+        (axis, share) for axis in ("y10", "y11") for share in ("compute", "wait", "data", "idle")
+    ]
+
+
+def test_shares_over_the_run_are_whole_percents_up_to_the_last_edge():
+    compute = areas(run_with())[0]
+    assert (compute["y"].dtype, compute["y"].tolist()) == (np.uint8, [20, 40, 60, 80, 80])
+    assert compute["x"].tolist() == [0, 10, 20, 30, 40]
+
+
+def test_percents_of_an_engine_add_up_to_a_hundred():
+    parts = areas(full_run(num_engines=1))
+    assert set(sum(trace["y"].astype(int) for trace in parts).tolist()) == {100}
+
+
+def test_where_an_engine_did_not_take_part_its_strip_is_empty():
+    parts = areas(full_run(num_engines=2))[4:]
+    heights = sum(trace["y"].astype(int) for trace in parts)
+    assert set(heights.tolist()) == {0, 100}
+
+
+def test_areas_have_the_colours_and_patterns_of_the_bars():
+    bars = [trace for trace in figures.figure(run_with())["data"] if trace["type"] == "bar"]
+    for bar, area in zip(bars, areas(run_with()), strict=False):
+        assert (bar["marker"]["color"], bar["marker"]["pattern"]) == (area["fillcolor"], area["fillpattern"])
+
+
+def test_up_to_eight_engines_have_bars_and_nine_a_heat_map():
+    assert (len(heat(run_with(num_engines=8))), len(heat(run_with(num_engines=9)))) == (0, 2)
+
+
+def test_a_heat_map_has_a_row_for_each_engine():
+    now, over_time = heat(run_with(num_engines=64))
+    assert (len(now["z"]), len(now["x"]), len(over_time["z"])) == (64, 4, 64)
+
+
+def test_a_heat_map_of_64_engines_is_small():
+    run = full_run(num_engines=64)
+    assert len(json.dumps(plotly_json({"data": heat(run), "layout": {}}))) < 20_000
+
+
+def test_an_engine_that_is_gone_leaves_a_gap_in_a_heat_map():
+    _, over_time = heat(full_run(num_engines=9))
+    assert None in over_time["z"][-1]
+
+
+def test_beside_64_rows_stand_as_many_names_as_have_room():
+    layout = figures.figure(run_with(num_engines=64))["layout"]
+    assert layout["yaxis2"]["ticktext"][:2] == ["engine 0", "engine 8"]
+
+
+def test_dead_engines_of_a_heat_map_are_named_below_it():
+    run = run_with(num_engines=12)
+    run.workers = [replace(worker, state="dead" if worker.engine == 5 else "busy") for worker in run.workers]
+    assert "engines 5 dead" in figures.figure(run)["layout"]["xaxis2"]["title"]["text"]
+
+
+def test_without_spans_the_panel_says_so_in_its_own_place():
+    run = FakeRun(step=1, history=FakeHistory(loss=[0.5]), workers=[FakeWorker()])
+    notes = {note["text"]: (note["xref"], note["yref"]) for note in figures.figure(run)["layout"]["annotations"]}
+    assert notes["not recorded yet"] == ("x7 domain", "y10 domain")
+    assert len(areas(run)) == 4  # plotly makes no panel that has no trace
+
+
+def test_a_strip_keeps_its_place_while_the_run_grows():
+    few, many = (figures.figure(run_with(num_rows=n))["layout"]["yaxis10"]["domain"] for n in (3, 30))
+    assert few == many
+
+
+def test_a_dead_engine_is_called_dead():
+    assert usage_panel.engine_label(FakeWorker(engine=2, state="dead"), num_engines=4) == "engine 2<br>(dead)"
