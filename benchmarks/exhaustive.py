@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations, permutations
 
 from dnb.planning.search.costs import Workload, pipeline_seconds, stage_cost
-from dnb.planning.search.cut_search import Place, edges_of
+from dnb.planning.search.cut_search import EnginePlace, edges_of
 from dnb.planning.search.profiles import Exchange
 from dnb.protocol.run import ScheduleName
 
@@ -14,7 +14,7 @@ from dnb.protocol.run import ScheduleName
 def divisions(
     load: Workload,
     *,
-    places: Sequence[Place],
+    places: Sequence[EnginePlace],
     num_stages: int,
     schedule: ScheduleName,
     num_micro_batches: int,
@@ -42,7 +42,7 @@ def divisions(
                 yield seconds, cuts, chosen
 
 
-def _orders(places: Sequence[Place], num_stages: int) -> Iterator[tuple[int, ...]]:
+def _orders(places: Sequence[EnginePlace], num_stages: int) -> Iterator[tuple[int, ...]]:
     """Ways to choose places for the stages; equal places are one."""
     seen = set()
     for chosen in permutations(range(len(places)), num_stages):

@@ -20,7 +20,7 @@ import torch
 from benchmarks.pairs import collective_seconds
 from benchmarks.workspace import segment_folders
 from dnb.hub.parameters.master import sum_regions
-from dnb.hub.parameters.thread_team import Crew, usable_threads
+from dnb.hub.parameters.thread_team import ThreadTeam, usable_threads
 from dnb.protocol.memory import Layout, SegmentRef
 from dnb.transport.layout import plan_layout, region_views
 from dnb.transport.segments import create_segment, open_segment
@@ -123,13 +123,13 @@ def _engine(rank: int, hub: Connection, line: Connection) -> None:
 
 
 def _hub(engines: Sequence[Connection], line: Connection) -> None:
-    crew = Crew(usable_threads())
+    thread_team = ThreadTeam(usable_threads())
     for job in _jobs(line):
         slabs = _slabs(job)
         for _ in range(job.rounds):
             for engine in engines:
                 engine.recv_bytes()
-            add_up(slabs, crew)
+            add_up(slabs, thread_team)
             for engine in engines:
                 engine.send_bytes(MEAN)
         # Outside of what is timed; after the last round nobody writes any more.
@@ -137,7 +137,7 @@ def _hub(engines: Sequence[Connection], line: Connection) -> None:
         line.send(([], []))
 
 
-def add_up(slabs: Sequence[torch.Tensor], crew: Crew) -> None:
+def add_up(slabs: Sequence[torch.Tensor], thread_team: ThreadTeam) -> None:
     """Leave the mean of all slabs in the first, as the hub does, its check for NaN and infinity included."""
     first, *others = slabs
-    assert math.isfinite(sum_regions(first, others, divisor=float(len(slabs)), crew=crew))
+    assert math.isfinite(sum_regions(first, others, divisor=float(len(slabs)), thread_team=thread_team))

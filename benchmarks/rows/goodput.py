@@ -159,7 +159,7 @@ def _ledger_row(side: Side, rounds: int) -> Row:
     wait_for_step(run, BITS_STEPS)
     side.pool.restart = "always"
     for index in range(rounds):
-        _harm(side, run, index)
+        _inject_fault(side, run, index)
     side.pool.restart = "never"
     steps = _finish(side, run, SMALL.batch_per_engine)
     losses, weights = run.history["loss"], _weights(run)
@@ -178,7 +178,7 @@ def _ledger_row(side: Side, rounds: int) -> Row:
     )
 
 
-def _harm(side: Side, run: dnb.Run, index: int) -> None:
+def _inject_fault(side: Side, run: dnb.Run, index: int) -> None:
     engines = [engine.id for engine in side.pool.engines]
     begin = time.time()
     victim = engines[index % len(engines)]

@@ -126,7 +126,7 @@ class Hub:
 
 def _idle_row(settings: Settings, side: Side) -> Row:
     facts = side.pool.facts
-    processes = [psutil.Process(process.pid) for process in (facts.hub, facts.guardian, facts.controller)]
+    processes = [psutil.Process(process.pid) for process in (facts.hub, facts.supervisor, facts.controller)]
     processes += [psutil.Process(engine.process.pid) for engine in facts.engines]
     shares = []
     for _ in range(settings.pairs):

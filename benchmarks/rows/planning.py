@@ -13,7 +13,7 @@ from benchmarks.models import CASES, Case
 from benchmarks.pairs import spread
 from benchmarks.settings import Settings
 from benchmarks.table import Row
-from dnb.engine.profiling.profiler import Trial, profile_trial
+from dnb.engine.profiling.profiler import ProfileInput, profile_trial
 from dnb.planning.search.costs import Workload
 from dnb.planning.search.plan_search import candidates
 from dnb.planning.search.plans import draw_up
@@ -43,7 +43,7 @@ def rows(settings: Settings) -> Iterator[Row]:
 
 def _profile(case: Case) -> Profile:
     inputs, targets = case.data()
-    trial = Trial(model=case.make_model(), batch=(inputs[:BATCH_SIZE], targets[:BATCH_SIZE]), loss=case.loss)
+    trial = ProfileInput(model=case.make_model(), batch=(inputs[:BATCH_SIZE], targets[:BATCH_SIZE]), loss=case.loss)
     return profile_trial(trial, num_threads=1)
 
 

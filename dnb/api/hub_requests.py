@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dnb import errors
-from dnb.api.proof.proving import Gradients
+from dnb.api.proof.proving import ObservedGradients
 from dnb.errors import USER_ERRORS, ArgumentError, DnbError, HubError
 from dnb.progress import long_work
 from dnb.protocol.client_messages import (
@@ -21,7 +21,7 @@ from dnb.protocol.client_messages import (
     GetCheckpoint,
     GetGradients,
     GradientRows,
-    Mend,
+    ReplaceFunctions,
     TakeCheckpoint,
 )
 from dnb.protocol.measurements import RunEvent
@@ -96,12 +96,12 @@ def replace_functions(
         raise
     except USER_ERRORS as error:
         raise explain_unpicklable(functions, name="what is mended") or error from error
-    hub.ask(Mend(run=run), Done, frames=[pickled, sign(key, [pickled])])
+    hub.ask(ReplaceFunctions(run=run), Done, frames=[pickled, sign(key, [pickled])])
 
 
 def seen_gradients(
     hub: HubClient, run: str, number: int, *, events: Callable[[], Sequence[RunEvent]]
-) -> tuple[Gradients, list[str]]:
+) -> tuple[ObservedGradients, list[str]]:
     """Return the gradients of the first steps, and sentences on those that are not there or not comparable.
 
     Args:
@@ -129,4 +129,4 @@ def seen_gradients(
         )
     if not seen:
         raise ArgumentError(f"no step of run {run!r} can be proved: it has done none that was looked at")
-    return Gradients(reply.names, seen), notes
+    return ObservedGradients(reply.names, seen), notes

@@ -15,15 +15,15 @@ from dnb.api.arguments.checks import check_model
 from dnb.api.arguments.data_sources import Source
 from dnb.api.arguments.losses import are_objects, read_loss, read_metrics
 from dnb.api.run_specs import OBJECTS
-from dnb.api.submission import NOTHING, Ship, ship
+from dnb.api.submission import NOTHING, Upload, upload
 from dnb.errors import USER_ERRORS, ArgumentError, summary_of
 from dnb.hub.checkpoints.format import Checkpoint, DamagedError, Manifest
-from dnb.hub.checkpoints.user_objects import MENDED_FILE
+from dnb.hub.checkpoints.user_objects import REPLACED_FUNCTIONS_FILE
 from dnb.job import Data, Job
 from dnb.planning.sample_order import BatchOrder, count_batches
 from dnb.pool.engine_pool import EnginePool
 from dnb.progress import long_work
-from dnb.protocol.memory import ParcelRef
+from dnb.protocol.memory import PayloadRef
 from dnb.protocol.run import PlainJob, RunSpec
 from dnb.transport.pickling.payloads import unpack
 from dnb.transport.segments import Segment, create_segment
@@ -58,9 +58,9 @@ def wanted_files(manifest: Manifest, *, given: GivenObjects) -> list[str]:
         ArgumentError: the checkpoint does not hold one.
     """
     wanted: list[str] = []
-    for kind, parcel in (("job", manifest.spec.job), ("data", manifest.spec.data)):
+    for kind, payload in (("job", manifest.spec.job), ("data", manifest.spec.data)):
         if _needs(kind, manifest, given):
-            names = [f"{kind}.pickle", *([f"{kind}.buffers"] if parcel.segment is not None else [])]
+            names = [f"{kind}.pickle", *([f"{kind}.buffers"] if payload.segment is not None else [])]
             if any(name not in manifest.files for name in names):
                 raise ArgumentError(
                     f"the checkpoint of step {manifest.step} holds no {kind}, as it was taken when its run had ended: "
@@ -68,13 +68,13 @@ def wanted_files(manifest: Manifest, *, given: GivenObjects) -> list[str]:
                 )
             wanted += names
     if has_mended(manifest, given):
-        wanted.append(MENDED_FILE)
+        wanted.append(REPLACED_FUNCTIONS_FILE)
     return wanted
 
 
 def has_mended(manifest: Manifest, given: GivenObjects) -> bool:
     """Tell whether functions that were mended in mid-run count: not if others are given now."""
-    return MENDED_FILE in manifest.files and given.loss is None and given.step is None
+    return REPLACED_FUNCTIONS_FILE in manifest.files and given.loss is None and given.step is None
 
 
 def _needs(kind: str, manifest: Manifest, given: GivenObjects) -> bool:
@@ -101,7 +101,7 @@ def needed_pickles(manifest: Manifest, given: GivenObjects) -> list[str]:
     return needed
 
 
-def job_of(checkpoint: Checkpoint, given: GivenObjects, sources: dict[str, Source]) -> tuple[Job, Ship]:
+def job_of(checkpoint: Checkpoint, given: GivenObjects, sources: dict[str, Source]) -> tuple[Job, Upload]:
     """Return the job, and how it is sent: as it was kept, unless something in it was given."""
     manifest = checkpoint.manifest
     order = sources["train"].order if "train" in sources else None
@@ -122,7 +122,7 @@ def job_of(checkpoint: Checkpoint, given: GivenObjects, sources: dict[str, Sourc
     job = _replaced(kept, given, order)
     if "val" in sources:
         job = replace(job, val_order=sources["val"].order)
-    return job, partial(ship, job)
+    return job, partial(upload, job)
 
 
 def _replaced(kept: Job, given: GivenObjects, order: BatchOrder | None) -> Job:
@@ -202,7 +202,7 @@ def plain_now(plain: PlainJob | None, given: GivenObjects, job: Job) -> PlainJob
     return msgspec.structs.replace(plain, **changes)
 
 
-def data_of(checkpoint: Checkpoint, given: GivenObjects, sources: dict[str, Source]) -> Ship:
+def data_of(checkpoint: Checkpoint, given: GivenObjects, sources: dict[str, Source]) -> Upload:
     """Return how the data are sent: as they were kept, unless some were given."""
     manifest = checkpoint.manifest
     if not sources:
@@ -210,18 +210,18 @@ def data_of(checkpoint: Checkpoint, given: GivenObjects, sources: dict[str, Sour
     changes: dict[str, Any] = {name: source.data for name, source in sources.items()}
     if _needs("data", manifest, given):
         kept: Data = _unpickle(checkpoint, "data", manifest.spec.data)
-        return partial(ship, replace(kept, **changes))
-    return partial(ship, Data(**{"val": None, **changes}))
+        return partial(upload, replace(kept, **changes))
+    return partial(upload, Data(**{"val": None, **changes}))
 
 
-def _unpickle(checkpoint: Checkpoint, kind: str, parcel: ParcelRef) -> Any:
+def _unpickle(checkpoint: Checkpoint, kind: str, payload: PayloadRef) -> Any:
     """Unpickle what was kept. It runs code of whoever wrote the checkpoint: that it may was decided before."""
     path = checkpoint.folder / f"{kind}.pickle"
     with _damage_told():
         pickled = bytes(checkpoint.load(path.name))
-        memory = None if parcel.segment is None else memoryview(checkpoint.load(f"{kind}.buffers"))
+        memory = None if payload.segment is None else memoryview(checkpoint.load(f"{kind}.buffers"))
     try:
-        found = unpack(pickled, parcel, memory=memory)
+        found = unpack(pickled, payload, memory=memory)
         if not isinstance(found, Job if kind == "job" else Data):
             raise TypeError(f"it holds a {type(found).__name__}")
         return found
@@ -238,9 +238,9 @@ def _unpickle(checkpoint: Checkpoint, kind: str, parcel: ParcelRef) -> Any:
 
 def read_mended(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return step and loss function with which the run went on; like `_unpickle`, it runs code of who wrote them."""
-    path = checkpoint.folder / MENDED_FILE
+    path = checkpoint.folder / REPLACED_FUNCTIONS_FILE
     with _damage_told():
-        pickled = bytes(checkpoint.load(MENDED_FILE))
+        pickled = bytes(checkpoint.load(REPLACED_FUNCTIONS_FILE))
     try:
         functions: dict[str, Any] = unpack(pickled, NOTHING)
     except KeyboardInterrupt:
@@ -254,13 +254,13 @@ def read_mended(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _ship_kept(
-    checkpoint: Checkpoint, kind: str, parcel: ParcelRef, name: str, pool: EnginePool, segments: list[Segment]
-) -> tuple[bytes, ParcelRef]:
-    """Send a parcel as it was kept; its memory is laid out anew, and hub and engines unpickle it."""
+    checkpoint: Checkpoint, kind: str, payload: PayloadRef, name: str, pool: EnginePool, segments: list[Segment]
+) -> tuple[bytes, PayloadRef]:
+    """Send a payload as it was kept; its memory is laid out anew, and hub and engines unpickle it."""
     with _damage_told():
         pickled = bytes(checkpoint.load(f"{kind}.pickle"))
-        if parcel.segment is None:
-            return pickled, parcel
+        if payload.segment is None:
+            return pickled, payload
         buffers = f"{kind}.buffers"
         num_bytes = checkpoint.manifest.files[buffers].num_bytes
         segment = create_segment(name, num_bytes, folders=pool.segment_folders)
@@ -271,7 +271,7 @@ def _ship_kept(
                 buffers,
                 report=lambda done: report(f"{done / 1e6:,.0f} of {num_bytes / 1e6:,.0f} MB"),
             )
-    return pickled, msgspec.structs.replace(parcel, segment=segment.ref)
+    return pickled, msgspec.structs.replace(payload, segment=segment.ref)
 
 
 @contextlib.contextmanager

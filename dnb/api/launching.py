@@ -65,13 +65,13 @@ def launch(request: RunRequest, pool: Pool) -> Run:
         folder=Path(spec.folder),
         own=request.own,
         key=pool.key,
-        known=KnownRun(name=spec.name, snapshot=_beginning(spec, step=request.first_step)),
+        known=KnownRun(name=spec.name, snapshot=_initial_state(spec, step=request.first_step)),
         submission=None if request.data is None else Submission(spec=spec, job=job, data=request.data),
     )
     return _proved(pool.follow(run), request.num_proved)
 
 
-def _beginning(spec: RunSpec, *, step: int) -> RunSnapshot:
+def _initial_state(spec: RunSpec, *, step: int) -> RunSnapshot:
     """Return what is known of a run before its hub was asked."""
     return RunSnapshot(num_steps=spec.num_steps, steps_per_epoch=spec.steps_per_epoch, step=step, first_step=step)
 

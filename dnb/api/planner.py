@@ -16,7 +16,7 @@ from dnb.api.arguments.losses import read_loss
 from dnb.api.pools import MOST_BY_DEFAULT, current_pool
 from dnb.api.strategy.measurement import profile_here, profile_on, site_of, site_without_pool, working_engines
 from dnb.api.submission import own_path
-from dnb.engine.profiling.profiler import Trial, count_samples
+from dnb.engine.profiling.profiler import ProfileInput, count_samples
 from dnb.errors import PlanError
 from dnb.partitioning.pipeline.partitions import read_mesh
 from dnb.planning.search.plans import Plan, draw_up
@@ -81,7 +81,7 @@ def plan(
     if schedule is not None:
         check_choice(schedule, name="schedule", known=SCHEDULES, available=SCHEDULES)
     batch = _as_batch(batch, batch_size=batch_size)
-    trial = Trial(model=model, batch=batch, loss=read_loss(loss, step=step), step=step)
+    trial = ProfileInput(model=model, batch=batch, loss=read_loss(loss, step=step), step=step)
     num_samples = count_samples(batch)
     axes = read_mesh(mesh)
     if axes.get("tensor", 1) > 1:

@@ -18,7 +18,7 @@ from dnb.api.runs.run import Run
 from dnb.api.runs.run_folders import RUNS_FOLDER
 from dnb.api.runs.write_back import NotebookObjects
 from dnb.errors import ArgumentError, HubError, PoolError
-from dnb.pool.discovery import Found, clear_doubtful, find_pools, reap_dead
+from dnb.pool.discovery import PoolsOnDisk, clear_doubtful, find_pools, reap_dead
 from dnb.pool.startup import adopt_pool, profile_folder, start_pool
 from dnb.progress import long_work
 from dnb.protocol.pool import PoolFacts
@@ -206,7 +206,7 @@ def _adopted(pool: Pool) -> str:
     )
 
 
-def _clear(found: Found, profile_dir: Path) -> list[str]:
+def _clear(found: PoolsOnDisk, profile_dir: Path) -> list[str]:
     """Reap dead pools; say what else is there."""
     notices = [*_clear_dead(found, profile_dir), *found.doubtful]
     num_foreign = sum(len(facts.engines) for facts in found.foreign)
@@ -215,7 +215,7 @@ def _clear(found: Found, profile_dir: Path) -> list[str]:
     return notices
 
 
-def _clear_dead(found: Found, profile_dir: Path, *, and_doubtful: bool = False) -> list[str]:
+def _clear_dead(found: PoolsOnDisk, profile_dir: Path, *, and_doubtful: bool = False) -> list[str]:
     """Remove what dead pools have left; a sentence, if there were any."""
     places = {"security_dir": profile_dir / "security", "log_dir": profile_dir / "log"}
     num_cleared = reap_dead(found, **places)

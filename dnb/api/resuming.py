@@ -35,7 +35,7 @@ from dnb.api.run_specs import check_kept_spec
 from dnb.api.runs.run import Run
 from dnb.api.runs.run_folders import RUNS_FOLDER, check_name, check_place, clean_name, is_folder
 from dnb.api.runs.write_back import NotebookObjects, OrderFollower
-from dnb.api.strategy.division import Division
+from dnb.api.strategy.division import ModelDivision
 from dnb.api.submission import NOTHING, own_path
 from dnb.errors import ArgumentError, PlanError
 from dnb.hub.checkpoints.format import Checkpoint, Manifest, find_checkpoint, remove_torn
@@ -221,7 +221,7 @@ def _metrics_now(manifest: Manifest, given: GivenObjects, job: Job) -> dict[str,
     unknown = [name for name, metric in job.metrics.items() if metric is not accuracy and name not in are_means]
     names = whole_metrics_of(job, unknown)
     if old.partitions:
-        Division(old.partitions, old.ties, None, old.num_shards, old.team_size, None).check_metrics(names)
+        ModelDivision(old.partitions, old.ties, None, old.num_shards, old.team_size, None).check_metrics(names)
     elif names:
         return {"whole_metrics": names, "loss_over": "batch", "reduction": "samples"}
     return {"whole_metrics": names}

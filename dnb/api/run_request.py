@@ -38,12 +38,12 @@ from dnb.api.arguments.losses import (
 from dnb.api.fit_arguments import FitArguments
 from dnb.api.rehearsal.metrics import whole_metrics_of
 from dnb.api.rehearsal.modes import mode_findings
-from dnb.api.rehearsal.rehearsal import Rehearsed, rehearse
+from dnb.api.rehearsal.rehearsal import RehearsedRun, rehearse
 from dnb.api.rehearsal.trial import Options
 from dnb.api.runs.run_folders import check_name, check_place
 from dnb.api.runs.write_back import NotebookObjects, OrderFollower
 from dnb.api.strategy.strategy_request import StrategyRequest, read_division, read_shards
-from dnb.api.submission import NOTHING, Ship, own_path, ship
+from dnb.api.submission import NOTHING, Upload, own_path, upload
 from dnb.errors import ArgumentError
 from dnb.hub.parameters.buffer_rules import read_buffer_rules
 from dnb.hub.parameters.optimizers import check_optimizer
@@ -77,8 +77,8 @@ class RunRequest:
     spec: RunSpec
     settle: Callable[[RunSpec, EnginePool], RunSpec]
     own: NotebookObjects
-    ship_job: Ship
-    ship_data: Ship
+    ship_job: Upload
+    ship_data: Upload
     data: Data | None = None
     num_proved: int | None = None
     first_step: int = 0
@@ -135,8 +135,8 @@ def read_request(given: FitArguments) -> RunRequest:
             order=OrderFollower(objects.order, steps_per_epoch=spec.steps_per_epoch),
             after_step=given.after_step,
         ),
-        ship_job=partial(ship, strategy.job),
-        ship_data=partial(ship, strategy.data),
+        ship_job=partial(upload, strategy.job),
+        ship_data=partial(upload, strategy.data),
         data=strategy.data,
         num_proved=None if given.prove is None else num_sampled,
     )
@@ -200,7 +200,7 @@ def _read_objects(given: FitArguments, *, seed: int) -> _FitObjects:
 
 
 def _read_strategy(
-    given: FitArguments, rehearsed: Rehearsed, *, memory_limit: int | None, batch_size: int
+    given: FitArguments, rehearsed: RehearsedRun, *, memory_limit: int | None, batch_size: int
 ) -> StrategyRequest:
     job, data = rehearsed.job, rehearsed.data
     wished_over = read_loss_over(given.loss_over)
@@ -225,7 +225,7 @@ def _read_strategy(
     )
 
 
-def _spec(given: FitArguments, objects: _FitObjects, rehearsed: Rehearsed, strategy: StrategyRequest) -> RunSpec:
+def _spec(given: FitArguments, objects: _FitObjects, rehearsed: RehearsedRun, strategy: StrategyRequest) -> RunSpec:
     """Return the run's numbers, as far as they are known without a pool."""
     job, batch_size = strategy.job, strategy.batch_size
     steps_per_epoch = count_batches(objects.order)

@@ -14,24 +14,24 @@ from dnb.job import Data, Job
 from dnb.pool.engine_pool import EnginePool
 from dnb.progress import long_work
 from dnb.protocol.client_messages import Done, Submit
-from dnb.protocol.memory import ParcelRef
+from dnb.protocol.memory import PayloadRef
 from dnb.protocol.run import RunSpec
-from dnb.transport.pickling.payloads import explain_unpicklable, pack, sign
+from dnb.transport.pickling.payloads import explain_unpicklable, pickle_payload, sign
 from dnb.transport.segments import Segment
 
 # What a run is handed over with before its objects are shipped.
-NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
+NOTHING = PayloadRef(buffers=(), arrays=(), segment=None)
 
-Ship = Callable[[str, EnginePool, list[Segment]], tuple[bytes, ParcelRef]]  # name, pool, segments that it adds to
+Upload = Callable[[str, EnginePool, list[Segment]], tuple[bytes, PayloadRef]]  # name, pool, segments that it adds to
 
 
-def submit(pool: EnginePool, spec: RunSpec, ship_job: Ship, ship_data: Ship) -> tuple[RunSpec, bytes]:
+def submit(pool: EnginePool, spec: RunSpec, ship_job: Upload, ship_data: Upload) -> tuple[RunSpec, bytes]:
     """Ship everything once; if the hub refuses, folder and shared memory are given back.
 
     Args:
         pool: where the run goes.
         spec: of the run; what it is called is only a wish.
-        ship_job: see `ship`.
+        ship_job: see `upload`.
         ship_data: likewise.
 
     Returns:
@@ -64,10 +64,10 @@ def _encoded(spec: RunSpec) -> bytes:
         ) from error
 
 
-def ship(obj: Job | Data, name: str, pool: EnginePool, segments: list[Segment]) -> tuple[bytes, ParcelRef]:
+def upload(obj: Job | Data, name: str, pool: EnginePool, segments: list[Segment]) -> tuple[bytes, PayloadRef]:
     """Pickle an object, its tensors into shared memory."""
     try:
-        pickled, ref, segment = pack(obj, name=name, folders=pool.segment_folders)
+        pickled, ref, segment = pickle_payload(obj, name=name, folders=pool.segment_folders)
     except (SpaceError, KeyboardInterrupt):
         raise
     except USER_ERRORS as error:

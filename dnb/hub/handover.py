@@ -27,11 +27,11 @@ T = TypeVar("T", bound=Record)
 
 POOL_FILE = "hub.msgpack"
 RUN_FILE = "run.msgpack"
-ACCOUNTS_FILE = "accounts.msgpack"
+STATS_FILE = "accounts.msgpack"
 LOST_FILE = "lost.msgpack"  # in the place of RUN_FILE, a `dnb.hub.server.lost_run.LostRun`
 
 
-class PoolMemo(Record, frozen=True):
+class PoolHandover(Record, frozen=True):
     """Who belongs to the pool."""
 
     owner: Process | None
@@ -49,7 +49,7 @@ class PoolMemo(Record, frozen=True):
     kernel_versions: dict[str, str] = msgspec.field(default_factory=dict)  # as `kernels`; as errors name them
 
 
-class RunMemo(Record, frozen=True):
+class RunHandover(Record, frozen=True):
     """The run that the hub holds."""
 
     frames: tuple[bytes, ...]  # spec, job, data, signature: as the client signed them
@@ -58,15 +58,15 @@ class RunMemo(Record, frozen=True):
     journal: SegmentRef | None
 
 
-class AccountsMemo(Record, frozen=True):
+class StatsHandover(Record, frozen=True):
     """Who is gone from the run that the hub holds."""
 
     departed: tuple[WorkerTotals, ...]
 
 
-def write_memo(folders: Sequence[Path], name: str, memo: Record) -> bool:
+def write_handover(folders: Sequence[Path], name: str, handover: Record) -> bool:
     """Replace a record in the first folder that takes it; whether one did. A pool without room goes on without."""
-    return write_memo_bytes(folders, name, msgspec.msgpack.encode(memo))
+    return write_memo_bytes(folders, name, msgspec.msgpack.encode(handover))
 
 
 def write_memo_bytes(folders: Sequence[Path], name: str, content: bytes) -> bool:
@@ -81,7 +81,7 @@ def write_memo_bytes(folders: Sequence[Path], name: str, content: bytes) -> bool
     return False
 
 
-def read_memo(folders: Sequence[Path], name: str, kind: type[T]) -> T | None:
+def read_handover(folders: Sequence[Path], name: str, kind: type[T]) -> T | None:
     """What the hub before has left, if there was one."""
     content = read_memo_bytes(folders, name)
     if content is None:
@@ -105,7 +105,7 @@ def read_memo_bytes(folders: Sequence[Path], name: str) -> bytes | None:
     return None
 
 
-def remove_memo(folders: Sequence[Path], name: str) -> None:
+def remove_handover(folders: Sequence[Path], name: str) -> None:
     """Forget a record."""
     for folder in folders:
         with contextlib.suppress(OSError):

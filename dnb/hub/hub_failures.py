@@ -1,6 +1,6 @@
-"""Why hubs have ended, for those that outlive them: the guardian, the next hub, and the user.
+"""Why hubs have ended, for those that outlive them: the supervisor, the next hub, and the user.
 
-A hub keeps a small file in memory that its guardian shares. Into it goes how many commits it has made, and, when it
+A hub keeps a small file in memory that its supervisor shares. Into it goes how many commits it has made, and, when it
 ends by an exception, the traceback; the interpreter's own fault handler writes into it when a native call crashes. From
 all crashes the next hub concludes how cautious it has to be with the run that it finds.
 """
@@ -66,11 +66,11 @@ class Crash(Record, frozen=True):
     step: int  # that was committed last
     run: str  # id of the run that it held
     was_at_work: bool  # on a run that was neither paused nor over
-    was_of_use: bool
+    was_healthy: bool
 
 
 class Recorder:
-    """A hub's side: notes how far it is. Made by the guardian before it starts a hub.
+    """A hub's side: notes how far it is. Made by the supervisor before it starts a hub.
 
     Args:
         descriptor: of the file, as another process has made it; None makes one.
@@ -106,7 +106,7 @@ class Recorder:
         """Whether the run is to advance."""
         self._words[_AT_WORK] = value
 
-    def be_of_use(self) -> None:
+    def report_healthy(self) -> None:
         """The hub has done something, so that its death is not one of those that lead nowhere."""
         self._words[_USEFUL] = 1
 
@@ -122,7 +122,7 @@ class Recorder:
         os.lseek(self.descriptor, _HEADER_BYTES, os.SEEK_SET)
         os.write(self.descriptor, msgspec.json.encode(failure))
 
-    # in the guardian
+    # in the supervisor
 
     def reset(self) -> None:
         """Another hub is started."""
@@ -156,7 +156,7 @@ class Recorder:
             step=self._words[_STEP],
             run=run,
             was_at_work=bool(self._words[_AT_WORK]),
-            was_of_use=bool(self._words[_USEFUL]) or lived_seconds > USEFUL_SECONDS,
+            was_healthy=bool(self._words[_USEFUL]) or lived_seconds > USEFUL_SECONDS,
         )
 
 
@@ -187,7 +187,7 @@ def caution_after(crashes: Sequence[Crash]) -> Caution:
 
 def num_idle_deaths(crashes: Sequence[Crash]) -> int:
     """How many hubs in a row, the last ones, have died before they were of any use."""
-    return _count_back(crashes, lambda crash: not crash.was_of_use and not crash.num_commits)
+    return _count_back(crashes, lambda crash: not crash.was_healthy and not crash.num_commits)
 
 
 def restarts_of(crashes: Sequence[Crash]) -> tuple[HubRestart, ...]:

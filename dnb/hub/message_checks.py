@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from dnb.errors import ArgumentError
-from dnb.protocol.client_messages import Chaos, GetRun, Hello, KeepSpares, Request, SetOptions, TakeCheckpoint
+from dnb.protocol.client_messages import GetRun, Hello, InjectFault, KeepSpares, Request, SetOptions, TakeCheckpoint
 from dnb.protocol.engine_messages import (
     Diagnosis,
     EngineMessage,
@@ -105,11 +105,11 @@ def check_request(request: Request) -> None:
                 raise ArgumentError(f"this kernel cannot be greeted: {error}") from error
         case KeepSpares(number=number) if not 0 <= number <= MOST_SPARES:
             raise ArgumentError(f"the number of spares must be from 0 to {MOST_SPARES}, not {number}")
-        case Chaos(verb="stop", amount=seconds) if not 0 < seconds <= MOST_STOP_SECONDS:
+        case InjectFault(verb="stop", amount=seconds) if not 0 < seconds <= MOST_STOP_SECONDS:
             raise ArgumentError(
                 f"an engine is stopped for more than 0 and at most {MOST_STOP_SECONDS:g} s, not {seconds}"
             )
-        case Chaos(verb="slow", amount=factor) if not 1 <= factor <= MOST_SLOWNESS:
+        case InjectFault(verb="slow", amount=factor) if not 1 <= factor <= MOST_SLOWNESS:
             raise ArgumentError(f"an engine is slowed by a factor from 1 to {MOST_SLOWNESS:g}, not {factor}")
         case SetOptions(options=options) if not options:
             raise ArgumentError("set what? run.set(lr=1e-4), run.set(clip_norm=1.0)")

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from dnb.protocol.pool import HubConfig, PoolFacts, Process
-from dnb.protocol.versions import POOL_FORMAT, Header, explain_unreadable, name_dnb
+from dnb.protocol.versions import POOL_FORMAT, RecordHeader, explain_unreadable, name_dnb
 from dnb.transport.system.own_files import read_file, replace_file
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class StrangeRecord:
 
     cluster_id: str
     writer: str  # "dnb 0.2.0 (format 2)"
-    guardian: Process | None
+    supervisor: Process | None
     reason: str  # why the rest cannot be read
     folders: tuple[str, ...] = ()  # of its shared memory
 
@@ -56,7 +56,7 @@ def read_pool_files(security_dir: Path) -> list[PoolFacts | StrangeRecord]:
     return found
 
 
-class _Place(msgspec.Struct):
+class _ProcessPlace(msgspec.Struct):
     """A `Process`, of whatever version."""
 
     host: str
@@ -66,14 +66,14 @@ class _Place(msgspec.Struct):
     pid_namespace: str = ""
 
 
-class _Strange(Header, frozen=True):
+class _Strange(RecordHeader, frozen=True):
     cluster_id: str
-    guardian: _Place | None = None
+    supervisor: _ProcessPlace | None = msgspec.field(default=None, name="guardian")
     folders: tuple[str, ...] = ()
 
 
 def _read(text: bytes) -> PoolFacts | None:
-    if msgspec.json.decode(text, type=Header).format != POOL_FORMAT:
+    if msgspec.json.decode(text, type=RecordHeader).format != POOL_FORMAT:
         return None
     try:
         return msgspec.json.decode(text, type=PoolFacts)
@@ -84,24 +84,24 @@ def _read(text: bytes) -> PoolFacts | None:
 def _read_strange(text: bytes) -> StrangeRecord:
     try:
         known = msgspec.json.decode(text, type=_Strange)
-    except msgspec.ValidationError:  # the guardian is described otherwise
+    except msgspec.ValidationError:  # the supervisor is described otherwise
         known = _Strange(**msgspec.structs.asdict(msgspec.json.decode(text, type=_Named)))
     try:
         msgspec.json.decode(text, type=PoolFacts)
         reason = "it is of another format"
     except msgspec.ValidationError as error:
         reason = explain_unreadable(error)
-    place = known.guardian
+    place = known.supervisor
     return StrangeRecord(
         cluster_id=known.cluster_id,
         writer=name_dnb(known.version, known.format),
-        guardian=None if place is None else Process(**msgspec.structs.asdict(place)),
+        supervisor=None if place is None else Process(**msgspec.structs.asdict(place)),
         reason=reason,
         folders=known.folders,
     )
 
 
-class _Named(Header, frozen=True):
+class _Named(RecordHeader, frozen=True):
     cluster_id: str
 
 

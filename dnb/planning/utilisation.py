@@ -40,7 +40,7 @@ class Utilisation:
     """
 
     def __init__(self, rows: Iterable[UsageRow] = ()) -> None:
-        self._held = _Held((), np.zeros((0, 2)), np.zeros(0, dtype=np.int64), np.zeros((0, 0, len(SHARES))))
+        self._held = _HeldShare((), np.zeros((0, 2)), np.zeros(0, dtype=np.int64), np.zeros((0, 0, len(SHARES))))
         self.extend(list(rows))
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class Utilisation:
                 (row.compute, row.wait, row.data, row.idle)
             )
         # in one move: who reads meanwhile has either all of it or nothing
-        self._held = _Held(
+        self._held = _HeldShare(
             engines,
             np.concatenate([held.ends, [(row.begin_seconds, row.end_seconds) for row in rows]]),
             np.concatenate([held.steps, np.array([row.step for row in rows], dtype=np.int64)]),
@@ -101,7 +101,7 @@ class Utilisation:
 
 
 @dataclass(frozen=True, slots=True)
-class _Held:
+class _HeldShare:
     engines: tuple[int, ...]
     ends: NDArray[np.float64]  # (rows, 2): begin and end in seconds
     steps: NDArray[np.int64]

@@ -7,8 +7,8 @@ from typing import Any
 
 from dnb.errors import ArgumentError
 from dnb.protocol.base import Message
-from dnb.protocol.client_messages import Chaos as ChaosRequest
 from dnb.protocol.client_messages import Done, KillHub
+from dnb.protocol.client_messages import InjectFault as ChaosRequest
 
 
 class Chaos:

@@ -30,13 +30,13 @@ NUM_TOLD = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class PoolsOnDisk:
     """What lies on disk, sorted by what can be done with it."""
 
     ours: list[PoolFacts]  # of this very kernel
     orphans: list[PoolFacts]  # alive, and their kernel is gone
     foreign: list[PoolFacts]  # alive, and steered by another living kernel
-    dead: list[PoolFacts]  # the hub is gone, and its guardian
+    dead: list[PoolFacts]  # the hub is gone, and its supervisor
     # Of another host or container, and do not answer from here: gone, or out of reach. By where their hub listens.
     silent: list[tuple[PoolFacts, str]] = field(default_factory=list)
     strange: list[StrangeRecord] = field(default_factory=list)  # of other versions of dnb
@@ -49,16 +49,16 @@ class Found:
         return [*told[:NUM_TOLD], *([f"and {more} more such pools"] if more > 0 else [])]
 
 
-def find_pools(security_dir: Path) -> Found:
+def find_pools(security_dir: Path) -> PoolsOnDisk:
     """Look at every pool of a profile: by pid and start time, or, if it is not of this host, by asking it."""
-    found = Found([], [], [], [])
+    found = PoolsOnDisk([], [], [], [])
     elsewhere: list[PoolFacts] = []
     for record in read_pool_files(security_dir):
         if isinstance(record, StrangeRecord):
             found.strange.append(record)
-        elif not is_alive(record.guardian):
+        elif not is_alive(record.supervisor):
             found.dead.append(record)
-        elif not is_here(record.guardian):
+        elif not is_here(record.supervisor):
             elsewhere.append(record)
         else:
             _sort_living(record, found)
@@ -71,7 +71,7 @@ def find_pools(security_dir: Path) -> Found:
     return found
 
 
-def _sort_living(facts: PoolFacts, found: Found) -> None:
+def _sort_living(facts: PoolFacts, found: PoolsOnDisk) -> None:
     if facts.owner is not None and is_this_process(facts.owner):
         found.ours.append(facts)
     elif facts.owner is not None and is_alive(facts.owner):
@@ -102,10 +102,10 @@ def _read_address(cluster_id: str, security_dir: Path) -> Address | None:
 
 
 def _tell_silent(facts: PoolFacts, url: str) -> str:
-    guardian = facts.guardian
-    where = f"host {guardian.host}"
-    if guardian.host == socket.gethostname():
-        where = f"another container or another host that is called {guardian.host}, too,"
+    supervisor = facts.supervisor
+    where = f"host {supervisor.host}"
+    if supervisor.host == socket.gethostname():
+        where = f"another container or another host that is called {supervisor.host}, too,"
     run = "" if facts.run is None else f"run {facts.run!r}, "
     host = urlsplit(url).hostname or ""
     if not url:
@@ -115,7 +115,7 @@ def _tell_silent(facts: PoolFacts, url: str) -> str:
     else:
         reason = f"its hub does not answer at {url}"
     return (
-        f"a pool of {where} ({run}started {_moment(guardian.create_time)}) is gone, or out of reach: {reason}; "
+        f"a pool of {where} ({run}started {_moment(supervisor.create_time)}) is gone, or out of reach: {reason}; "
         "attach there if it lives, else %dtrain attach --clear or dnb.attach(clear=True) removes its record"
     )
 
@@ -132,7 +132,7 @@ def _tell_strange(record: StrangeRecord) -> str:
 
 def _is_gone(record: StrangeRecord) -> bool:
     """Whether nothing lives of a pool for certain."""
-    return record.guardian is not None and not is_alive(record.guardian)
+    return record.supervisor is not None and not is_alive(record.supervisor)
 
 
 def _moment(seconds: float) -> str:
@@ -149,14 +149,14 @@ def reap(facts: PoolFacts, *, security_dir: Path, log_dir: Path) -> None:
     remove_cluster_files(facts.cluster_id, security_dir=security_dir, log_dir=log_dir)
 
 
-def reap_dead(found: Found, *, security_dir: Path, log_dir: Path) -> int:
+def reap_dead(found: PoolsOnDisk, *, security_dir: Path, log_dir: Path) -> int:
     """Reap every pool whose hub is gone; how many there were."""
     for facts in found.dead:
         reap(facts, security_dir=security_dir, log_dir=log_dir)
     return len(found.dead)
 
 
-def clear_doubtful(found: Found, *, security_dir: Path, log_dir: Path) -> int:
+def clear_doubtful(found: PoolsOnDisk, *, security_dir: Path, log_dir: Path) -> int:
     """Forget pools that do not answer, and those of other versions whose processes are gone; how many there were."""
     for facts, _ in found.silent:
         reap(facts, security_dir=security_dir, log_dir=log_dir)

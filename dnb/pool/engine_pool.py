@@ -21,7 +21,7 @@ from dnb.planning.capacity import check_num_added, choose_num_threads
 from dnb.pool.chaos import Chaos
 from dnb.pool.engine_starter import EngineStarter, free_bytes
 from dnb.pool.engines import Engine, all_processes, engine_of
-from dnb.pool.replacement import Keeper, RestartPolicy
+from dnb.pool.replacement import EngineReplacer, RestartPolicy
 from dnb.protocol.base import Message
 from dnb.protocol.client_messages import (
     Done,
@@ -78,10 +78,10 @@ class EnginePool:
     ) -> None:
         self.client = client
         place = msgspec.convert(connection["dnb"], HubPlace)
-        self._guardian = place.guardian
+        self._supervisor = place.supervisor
         self.hub = HubClient(
             place.address,
-            is_alive=lambda: is_alive(self._guardian),
+            is_alive=lambda: is_alive(self._supervisor),
             hub=name_dnb(place.version, place.format),
         )
         self.key: bytes = connection["key"].encode()
@@ -100,8 +100,8 @@ class EnginePool:
         self._starter = EngineStarter(
             client, cluster=cluster, cluster_id=self.cluster_id, profile_dir=security_dir.parent
         )
-        self._keeper: Keeper | None = None
-        self._steady = threading.Lock()  # held by whoever changes how many engines there are
+        self._replacer: EngineReplacer | None = None
+        self._size_lock = threading.Lock()  # held by whoever changes how many engines there are
         self.chaos = Chaos(self._ask_settled)
         if wish == "steer":
             self._keep()  # what the kernel before wanted: spares, the dead replaced
@@ -129,7 +129,7 @@ class EnginePool:
     @property
     def is_open(self) -> bool:
         """Whether the pool can still be asked; False after `shutdown` or if its hub has died."""
-        return self._is_open and is_alive(self._guardian)
+        return self._is_open and is_alive(self._supervisor)
 
     @property
     def is_steered_here(self) -> bool:
@@ -164,7 +164,7 @@ class EnginePool:
         check_num_added(n, free_bytes=free_bytes())
         if timeout_seconds <= 0:
             raise ArgumentError(f"timeout_seconds must be positive, not {timeout_seconds!r}")
-        with self._steady:
+        with self._size_lock:
             return self._start_engines(n, timeout_seconds=timeout_seconds)
 
     def remove(self, engines: int | Iterable[int], *, force: bool = False, timeout_seconds: float = 60.0) -> None:
@@ -218,7 +218,7 @@ class EnginePool:
         """
         if not isinstance(n, int) or isinstance(n, bool) or n < 0:
             raise ArgumentError(f"the number of spares must be 0 or more, not {n!r}: %dtrain spares 1")
-        with self._steady:
+        with self._size_lock:
             self.await_engines()
             before = self._members()
             missing = n - len(before.spares)
@@ -252,22 +252,22 @@ class EnginePool:
     @property
     def trouble(self) -> str:
         """Why engines are not replaced any more; "" if nothing is wrong."""
-        return "" if self._keeper is None else self._keeper.trouble
+        return "" if self._replacer is None else self._replacer.trouble
 
     def _keep(self) -> None:
         """Have a keeper if there is something to keep."""
-        if self._keeper is not None and self._keeper.is_alive() and not self._keeper.is_done:
+        if self._replacer is not None and self._replacer.is_alive() and not self._replacer.is_done:
             return
         members = self._members()
         if members.restart == "always" or members.wanted_spares or members.num_owed:
             look, start = self._members_if_steered, self._start_engines
-            self._keeper = Keeper(members.restart, look=look, start=start, steady=self._steady)
-            self._keeper.start()
+            self._replacer = EngineReplacer(members.restart, look=look, start=start, size_lock=self._size_lock)
+            self._replacer.start()
 
     def fill_up(self) -> None:
         """Have engines started in the place of those that a run's work has ended, if this kernel steers."""
-        keeper = self._keeper
-        if keeper is not None and ((keeper.is_alive() and not keeper.is_done) or keeper.trouble):
+        replacer = self._replacer
+        if replacer is not None and ((replacer.is_alive() and not replacer.is_done) or replacer.trouble):
             return
         try:
             if self.is_steered_here:
@@ -276,10 +276,10 @@ class EnginePool:
             log.info("the pool is not filled up: %s", error)
 
     def _stop_keeping(self) -> None:
-        if self._keeper is not None:
-            self._keeper.stop()
-            self._keeper.join()
-            self._keeper = None
+        if self._replacer is not None:
+            self._replacer.stop()
+            self._replacer.join()
+            self._replacer = None
 
     def _start_engines(self, n: int, *, timeout_seconds: float = 60.0) -> list[int]:
         threads = [status.facts.cores for status in self.statuses]
@@ -345,7 +345,7 @@ class EnginePool:
 
     def _ask_to_end(self) -> list[Process]:
         """Let the hub end the pool; every process that should then be gone."""
-        processes = [self._guardian]
+        processes = [self._supervisor]
         try:
             facts = self.facts
             processes = all_processes(facts)

@@ -18,7 +18,7 @@ from ipyparallel.cluster.launcher import LocalEngineSetLauncher
 
 from dnb.engine.process.worker import join_pool
 from dnb.errors import PoolError
-from dnb.pool.fork_launcher import ForkedEngineSetLauncher, birth_limit
+from dnb.pool.fork_launcher import ForkedEngineSetLauncher, fork_limit
 from dnb.progress import Report, long_work
 from dnb.protocol.pool import EngineFacts, Process
 from dnb.transport.system.processes import children_of, end_processes, find_process, is_alive
@@ -126,7 +126,7 @@ class EngineStarter:
         with self._lock, long_work(f"starting {n} engine{'s' if n > 1 else ''}") as report:
             cluster = self._cluster = self._cluster or reopen_cluster(self._profile_dir, self._cluster_id)
             attempt = _Attempt(self._client, n, deadline=time.monotonic() + timeout_seconds, cancelled=self._cancelled)
-            limit = birth_limit(cluster, seconds=timeout_seconds)
+            limit = fork_limit(cluster, seconds=timeout_seconds)
             earlier = set(cluster.engines)
             try:
                 set_id = cluster.start_engines_sync(n, environment=thread_environment(num_threads), **limit)

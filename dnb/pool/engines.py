@@ -41,9 +41,9 @@ def engine_of(status: EngineStatus) -> Engine:
 
 
 def all_processes(facts: PoolFacts) -> list[Process]:
-    """Guardian, hub, controller, schedulers and engines of a pool."""
+    """Supervisor, hub, controller, schedulers and engines of a pool."""
     return [
-        facts.guardian,  # first: it would start the hub again
+        facts.supervisor,  # first: it would start the hub again
         facts.hub,
         facts.controller,
         *facts.helpers,

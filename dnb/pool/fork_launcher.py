@@ -1,4 +1,4 @@
-"""ipyparallel's local engines, but forked by the pool's guardian instead of started by a command."""
+"""ipyparallel's local engines, but forked by the pool's supervisor instead of started by a command."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class ForkedEngineLauncher(LocalEngineLauncher):
         return _without_keys(super().get_env())
 
     def start(self) -> Any:
-        """Let the guardian fork it; return when it is there, before it has registered."""
+        """Let the supervisor fork it; return when it is there, before it has registered."""
         if self.engine_cmd != ipengine_cmd_argv:
             close_log_to_others(self.output_file)
             return super().start()
         output = open_private(Path(self.output_file), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         try:
             self.pid = fork_engine(
-                self._nursery(),
+                self._fork_server(),
                 [*self.cluster_args, *self.engine_args],
                 environment={**_without_keys(os.environ), **self.get_env()},
                 folder=os.path.abspath(self.work_dir),
@@ -73,8 +73,8 @@ class ForkedEngineLauncher(LocalEngineLauncher):
         self._start_waiting()
         return self.pid
 
-    def _nursery(self) -> str:
-        """Where the guardian takes orders: as the connection file says, which only this user can read."""
+    def _fork_server(self) -> str:
+        """Where the supervisor takes orders: as the connection file says, which only this user can read."""
         path = Path(self.profile_dir) / "security" / f"ipcontroller-{self.cluster_id}-engine.json"
         try:
             name: str = json.loads(path.read_text())["dnb"]["nursery"]
@@ -85,7 +85,7 @@ class ForkedEngineLauncher(LocalEngineLauncher):
         return name
 
     def _wait(self) -> None:
-        """Tell when the process has ended: it is the guardian's child, so its end is seen, its exit code is not."""
+        """Tell when the process has ended: it is the supervisor's child, so its end is seen, its exit code is not."""
         try:
             watched = os.pidfd_open(self.pid)
         except ProcessLookupError:  # it has ended already
@@ -105,7 +105,7 @@ class ForkedEngineSetLauncher(LocalEngineSetLauncher):
     """Several engines of this host."""
 
     launcher_class = ForkedEngineLauncher
-    answer_by = traitlets.Float(help="when the guardian must have answered, on the monotonic clock")
+    answer_by = traitlets.Float(help="when the supervisor must have answered, on the monotonic clock")
 
     @traitlets.default("answer_by")
     def _answer_in_time(self) -> float:
@@ -153,8 +153,8 @@ def _without_keys(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name != CONNECTION_VARIABLE}
 
 
-def birth_limit(cluster: Any, *, seconds: float) -> dict[str, float]:
-    """What `cluster.start_engines` is to be given so that the guardian is not waited for any longer."""
+def fork_limit(cluster: Any, *, seconds: float) -> dict[str, float]:
+    """What `cluster.start_engines` is to be given so that the supervisor is not waited for any longer."""
     is_ours = issubclass(cluster.engine_launcher_class, ForkedEngineSetLauncher)
     return {"answer_by": time.monotonic() + seconds} if is_ours else {}
 

@@ -26,7 +26,7 @@ MOST_DEATHS = 5
 CRASH_LOOP_SECONDS = 30.0
 
 
-class Replacements:
+class ReplacementPolicy:
     """How many engines are owed to a pool: those that died, if they are replaced or the hub says so, missing spares.
 
     Args:
@@ -76,14 +76,14 @@ class Replacements:
         return len(self._crashes) > MOST_DEATHS
 
 
-class Keeper(threading.Thread):
+class EngineReplacer(threading.Thread):
     """Asks the hub who is there, and has engines started in the place of those that are missing.
 
     Args:
         restart: whether the dead are replaced; missing spares always are.
         look: asks the hub.
         start: starts so many engines; blocks until they have joined.
-        steady: held while it decides and starts, so that nobody else starts engines for the same reason.
+        size_lock: held while it decides and starts, so that nobody else starts engines for the same reason.
         clock: seconds from any origin.
     """
 
@@ -93,18 +93,18 @@ class Keeper(threading.Thread):
         *,
         look: Callable[[], Members],
         start: Callable[[int], object],
-        steady: threading.Lock,
+        size_lock: threading.Lock,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(name="dnb-keeper", daemon=True)
         self._look = look
         self._start_engines = start
-        self._steady = steady
+        self._size_lock = size_lock
         self._clock = clock
         self._stopped = threading.Event()
-        self._replacements = Replacements(restart, look())
+        self._replacements = ReplacementPolicy(restart, look())
         self.trouble = ""
-        self.is_done = False  # it ends, as there was nothing to keep; set while `steady` is held
+        self.is_done = False  # it ends, as there was nothing to keep; set while `size_lock` is held
 
     def stop(self) -> None:
         """Start nothing more; what is being started is not waited for."""
@@ -114,7 +114,7 @@ class Keeper(threading.Thread):
         """Look until it is stopped or of no use, or the engines die faster than they can be replaced."""
         while not self.trouble and not self._stopped.wait(LOOK_SECONDS):
             try:
-                with self._steady:
+                with self._size_lock:
                     if not self._replace():
                         return
             except (HubError, PoolError) as error:

@@ -24,11 +24,11 @@ from dnb.hub.pool_files import client_file
 from dnb.planning.capacity import check_num_engines, choose_num_threads
 from dnb.pool.engine_pool import EnginePool
 from dnb.pool.engine_starter import Registry, count_ready, last_words, quiet_log, start_joining, thread_environment
-from dnb.pool.fork_launcher import PoolCluster, PrivateControllerLauncher, birth_limit, engine_launcher
+from dnb.pool.fork_launcher import PoolCluster, PrivateControllerLauncher, engine_launcher, fork_limit
 from dnb.pool.host_checks import check_encryption, check_files, check_launcher, check_loopback, check_writable
 from dnb.progress import Report, long_work
 from dnb.protocol.pool import HubPlace, PoolFacts, Process
-from dnb.protocol.versions import POOL_FORMAT, Header, explain_unreadable, name_dnb, name_this_dnb
+from dnb.protocol.versions import POOL_FORMAT, RecordHeader, explain_unreadable, name_dnb, name_this_dnb
 from dnb.transport.system.processes import find_process, is_alive, this_process
 
 log = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def _read_connection(cluster_id: str, profile_dir: Path) -> dict[str, Any]:
     connection = json.loads(path.read_bytes())
     if not isinstance(connection, dict) or not isinstance(connection.get("dnb"), dict):
         raise ValueError(f"{path} is not the connection file of a pool")
-    header = msgspec.convert(connection["dnb"], type=Header)
+    header = msgspec.convert(connection["dnb"], type=RecordHeader)
     if header.format != POOL_FORMAT:
         raise ValueError(
             f"its hub is {name_dnb(header.version, header.format)}, and this is {name_this_dnb()}: use one version"
@@ -263,7 +263,7 @@ def _bring_up(
 ) -> P:
     report("the controller is on its way")
     controller.start()
-    cluster.start_engines_sync(n, **birth_limit(cluster, seconds=controller.seconds_left))
+    cluster.start_engines_sync(n, **fork_limit(cluster, seconds=controller.seconds_left))
     client = controller.connect()
     try:
         registry = Registry(client)

@@ -52,7 +52,7 @@ class SetOptions(Message, frozen=True):
     options: dict[str, float | None]
 
 
-class Mend(Message, frozen=True):
+class ReplaceFunctions(Message, frozen=True):
     """Replace a run's step or loss function. Frames: their pickle, signature."""
 
     run: str
@@ -110,7 +110,7 @@ class KeepRestart(Message, frozen=True):
     policy: Literal["never", "always"]
 
 
-class Chaos(Message, frozen=True):
+class InjectFault(Message, frozen=True):
     """Harm an engine on purpose."""
 
     verb: Literal["kill", "stop", "slow"]
@@ -133,13 +133,13 @@ Request = (
     | Retire
     | KeepSpares
     | KeepRestart
-    | Chaos
+    | InjectFault
     | KillHub
     | Submit
     | GetRun
     | Control
     | SetOptions
-    | Mend
+    | ReplaceFunctions
     | GetState
     | GetGradients
     | TakeCheckpoint
@@ -158,7 +158,7 @@ Repeatable = (
     | Submit
     | GetRun
     | SetOptions
-    | Mend
+    | ReplaceFunctions
     | GetState
     | GetGradients
     | TakeCheckpoint

@@ -18,7 +18,7 @@ class WireOffer(Record, frozen=True):
     sealed: bool = False  # what goes over TCP is: see `dnb.transport.sockets.sealing`
 
 
-class Seat(Record, frozen=True):
+class RankAssignment(Record, frozen=True):
     """An engine's place in a team, and where it meets the others."""
 
     team: int  # a number that never comes again
@@ -149,7 +149,7 @@ class Fault(Message, frozen=True):
     failure: Failure
 
 
-class Beat(Message, frozen=True):
+class Heartbeat(Message, frozen=True):
     """An engine lives; said about ten times a second, whatever it is computing."""
 
     engine: int
@@ -159,7 +159,7 @@ class Beat(Message, frozen=True):
 
 EngineMessage = (
     Join
-    | Beat
+    | Heartbeat
     | Fault
     | Printed
     | Attach
@@ -180,7 +180,7 @@ class Welcome(Message, frozen=True):
 class Rejoin(Message, frozen=True):
     """A new hub hears an engine beat that it does not know: it shall join."""
 
-    life: int  # which hub of the pool asks, counted from 0
+    generation: int  # which hub of the pool asks, counted from 0
 
 
 class Challenge(Message, frozen=True):
@@ -199,7 +199,7 @@ class Load(Message, frozen=True):
     parameter_layout: Layout
     gradient_layout: Layout
     buffer_layout: Layout  # in the slab, behind the gradients
-    seat: Seat | None = None  # in a team; None: alone
+    assignment: RankAssignment | None = None  # in a team; None: alone
 
 
 class AddSlabs(Message, frozen=True):
@@ -272,7 +272,7 @@ class Diagnose(Message, frozen=True):
     batch_samples: int
 
 
-class Mended(Message, frozen=True):
+class FunctionsReplaced(Message, frozen=True):
     """Go on with another step or loss function. Raw bytes: their pickle, as the client signed it."""
 
     run: str
@@ -296,4 +296,4 @@ class Exit(Message, frozen=True):
 
 
 HubMessage = Welcome | Rejoin | Load | Unload | Slow | Exit
-WireMessage = AddSlabs | Thaw | Freeze | Shipped | Work | Diagnose | Mended
+WireMessage = AddSlabs | Thaw | Freeze | Shipped | Work | Diagnose | FunctionsReplaced

@@ -38,13 +38,13 @@ class SegmentRef(Record, frozen=True):
 
 
 class BufferRef(Record, frozen=True):
-    """Where one out-of-band buffer of a parcel lies in its segment."""
+    """Where one out-of-band buffer of a payload lies in its segment."""
 
     offset_bytes: int
     num_bytes: int
 
 
-class ParcelRef(Record, frozen=True):
+class PayloadRef(Record, frozen=True):
     """A pickle without its tensors, and where those lie."""
 
     buffers: tuple[BufferRef, ...]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from dnb.protocol.base import Record
 from dnb.protocol.run import RunStatus
 
@@ -64,7 +66,8 @@ class PoolFacts(Record, frozen=True):
     """A pool as it lies on disk, enough to find every process it owns."""
 
     cluster_id: str
-    guardian: Process  # the hub's parent, which starts it again: the pool lives as long as it does
+    # The hub's parent, which starts it again: the pool lives as long as it does.
+    supervisor: Process = msgspec.field(name="guardian")
     hub: Process
     controller: Process
     helpers: tuple[Process, ...]  # other children of the controller and of the engines
@@ -80,33 +83,33 @@ class PoolFacts(Record, frozen=True):
 
 
 class HubConfig(Record, frozen=True):
-    """What the controller tells the hub's guardian, on standard input."""
+    """What the controller tells the hub's supervisor, on standard input."""
 
     cluster_id: str
-    key: str  # signs parcels
+    key: str  # signs payloads
     security_dir: str
     log_dir: str
     host: str  # the interface to bind
     controller: Process
     owner: Process | None
-    folders: tuple[str, ...] = ()  # of the pool's shared memory, which the guardian makes
+    folders: tuple[str, ...] = ()  # of the pool's shared memory, which the supervisor makes
 
 
 class HubBinding(Record, frozen=True):
-    """What the guardian answers once the hub's ports are bound."""
+    """What the supervisor answers once the hub's ports are bound."""
 
-    guardian: Process
+    supervisor: Process
     client: Address
     engine: Address
     folders: tuple[str, ...] = ()  # of the pool's shared memory
-    nursery: str = ""  # name of the socket where engines are ordered; "" where they are not forked
+    fork_server: str = ""  # name of the socket where engines are ordered; "" where they are not forked
 
 
 class HubPlace(Record, frozen=True):
     """What a connection file says of the hub, for its reader: an engine or a client."""
 
     address: Address
-    guardian: Process
-    nursery: str = ""  # as of `HubBinding`
+    supervisor: Process = msgspec.field(name="guardian")
+    fork_server: str = msgspec.field(default="", name="nursery")  # as of `HubBinding`
     format: int = 1
     version: str = ""  # of the hub's dnb

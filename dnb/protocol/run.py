@@ -6,7 +6,7 @@ from typing import Literal
 
 from dnb.protocol.base import Record
 from dnb.protocol.measurements import Prediction
-from dnb.protocol.memory import ParcelRef
+from dnb.protocol.memory import PayloadRef
 
 RunStatus = Literal["starting", "running", "paused", "failed", "stopped", "finished"]
 TransportKind = Literal["memory", "socket"]
@@ -116,7 +116,7 @@ class Settings(Record, frozen=True):
 
 
 class RunSpec(Record, frozen=True):
-    """What a run is, as numbers and names; the objects travel beside it in a parcel."""
+    """What a run is, as numbers and names; the objects travel beside it in a payload."""
 
     id: str  # unlike any other's: a name comes back when its folder is removed
     name: str
@@ -137,8 +137,8 @@ class RunSpec(Record, frozen=True):
     linger_seconds: float  # how long an orphaned pool waits for somebody to attach
     notes: tuple[str, ...]  # for the run's events, such as where shared memory had to go
     sys_path: tuple[str, ...]
-    job: ParcelRef  # model, optimizer, loss, ...: unpickled by hub and engines
-    data: ParcelRef  # datasets: unpickled by engines only
+    job: PayloadRef  # model, optimizer, loss, ...: unpickled by hub and engines
+    data: PayloadRef  # datasets: unpickled by engines only
     checkpoints: CheckpointPolicy | None = None
     plain: PlainJob | None = None
     resumed: ResumeFrom | None = None

@@ -19,7 +19,7 @@ _UNKNOWN_KIND = re.compile(r"Invalid value '(.+?)' - at `\$\.type`")
 REASON_LENGTH = 200
 
 
-class Header(msgspec.Struct, frozen=True, kw_only=True):
+class RecordHeader(msgspec.Struct, frozen=True, kw_only=True):
     """What of a record is read first, as all versions can: other fields do not matter, and none has to be there."""
 
     format: int = 1

@@ -1,4 +1,4 @@
-"""Local engines are forks of the hub's guardian, and like engines that a command has started."""
+"""Local engines are forks of the hub's supervisor, and like engines that a command has started."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ import pytest
 
 from dnb.api.launching import Pool
 from dnb.errors import PoolError
-from dnb.hub.process import fork_server as nursery
+from dnb.hub.process import fork_server as fork_server
 from dnb.pool import fork_launcher as forking
 from dnb.pool.startup import profile_folder, start_pool
 from tests.engines.pools import open_small_pool, until
@@ -28,7 +28,7 @@ def on_each(pool, function):
 def test_an_engine_is_a_child_of_the_guardian_that_imported_torch_for_it(pool):
     (newcomer,) = pool.add(1)
     pid = next(engine.pid for engine in pool.engines if engine.id == newcomer)
-    assert psutil.Process(pid).ppid() == pool.facts.guardian.pid
+    assert psutil.Process(pid).ppid() == pool.facts.supervisor.pid
 
 
 def test_engines_draw_different_random_numbers_outside_torch(pool):
@@ -56,7 +56,7 @@ def test_an_engine_works_in_the_kernels_folder_and_environment(pool, monkeypatch
 
 
 def test_an_engine_holds_no_port_of_the_hub(pool):
-    ports = listening(pool.facts.guardian.pid)
+    ports = listening(pool.facts.supervisor.pid)
     assert ports
     assert not any(ports & listening(engine.pid) for engine in pool.engines)
 
@@ -100,32 +100,32 @@ def _interrupt(pool, call):
 def test_an_engine_that_was_killed_leaves_no_zombie(pool):
     victim = pool.engines[1]
     os.kill(victim.pid, signal.SIGKILL)
-    until(lambda: not psutil.pid_exists(victim.pid), what="the guardian has buried it")
+    until(lambda: not psutil.pid_exists(victim.pid), what="the supervisor has buried it")
 
 
 def test_a_guardian_that_stands_still_is_waited_for_as_long_as_was_said_and_starts_nothing_later(pool):
-    guardian = psutil.Process(pool.facts.guardian.pid)
-    before = {child.pid for child in guardian.children()}
-    guardian.suspend()
+    supervisor = psutil.Process(pool.facts.supervisor.pid)
+    before = {child.pid for child in supervisor.children()}
+    supervisor.suspend()
     try:
         with pytest.raises(
             PoolError, match=r"1 of 1 engines did not come up, .*: the limit of 0\.5 s is over\. %dtrain"
         ):
             pool.add(1, timeout_seconds=0.5)
     finally:
-        guardian.resume()
+        supervisor.resume()
     assert len(pool.add(1)) == 1  # taken after the order that nobody waits for
-    assert len({child.pid for child in guardian.children()} - before) == 1
+    assert len({child.pid for child in supervisor.children()} - before) == 1
 
 
 def let_one_be_born(monkeypatch, *, then):
-    """From the second engine on the guardian fails so; the list of those that were born."""
+    """From the second engine on the supervisor fails so; the list of those that were born."""
     born = []
 
     def fork_once(*args, **kinds):
         if born:
             raise then
-        born.append(nursery.fork_engine(*args, **kinds))
+        born.append(fork_server.fork_engine(*args, **kinds))
         return born[0]
 
     monkeypatch.setattr(forking, "fork_engine", fork_once)
@@ -133,20 +133,22 @@ def let_one_be_born(monkeypatch, *, then):
 
 
 def test_of_two_engines_the_first_is_ended_if_there_will_be_no_second(pool, monkeypatch):
-    guardian = psutil.Process(pool.facts.guardian.pid)
-    before = {child.pid for child in guardian.children()}
-    born = let_one_be_born(monkeypatch, then=PoolError("the guardian is gone"))
-    with pytest.raises(PoolError, match="2 of 2 engines did not come up, and were ended: the guardian is gone"):
+    supervisor = psutil.Process(pool.facts.supervisor.pid)
+    before = {child.pid for child in supervisor.children()}
+    born = let_one_be_born(monkeypatch, then=PoolError("the supervisor is gone"))
+    with pytest.raises(PoolError, match="2 of 2 engines did not come up, and were ended: the supervisor is gone"):
         pool.add(2)
-    until(lambda: {child.pid for child in guardian.children()} <= before, what="the first has ended")
+    until(lambda: {child.pid for child in supervisor.children()} <= before, what="the first has ended")
     assert (len(born), len(pool.engines)) == (1, 2)
 
 
 def test_a_start_whose_guardian_is_too_slow_leaves_nothing_and_says_how_to_wait_longer(
     leftovers, tmp_path, monkeypatch
 ):
-    born = let_one_be_born(monkeypatch, then=TimeoutError("the guardian did not answer"))
-    with pytest.raises(PoolError, match=r"2 engines did not come up: the guardian .*-n 2 --timeout-seconds 240 waits"):
+    born = let_one_be_born(monkeypatch, then=TimeoutError("the supervisor did not answer"))
+    with pytest.raises(
+        PoolError, match=r"2 engines did not come up: the supervisor .*-n 2 --timeout-seconds 240 waits"
+    ):
         open_small_pool(2, profile_dir=tmp_path / "profile")
     assert len(born) == 1
     leftovers.wait_until_none()
@@ -159,15 +161,15 @@ def nursery_of(pool):
 
 @pytest.mark.parametrize("words", [b"", b"\n", b"no order at all"], ids=str)
 def test_nonsense_on_the_guardians_socket_starts_nothing_and_ends_nothing(pool, words):
-    guardian = psutil.Process(pool.facts.guardian.pid)
-    before = {child.pid for child in guardian.children()}
+    supervisor = psutil.Process(pool.facts.supervisor.pid)
+    before = {child.pid for child in supervisor.children()}
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
         line.connect(f"\0{nursery_of(pool)}")
         line.sendall(words)
         line.shutdown(socket.SHUT_WR)
         with contextlib.suppress(ConnectionResetError):
             assert line.recv(32) == b""
-    assert {child.pid for child in guardian.children()} <= before
+    assert {child.pid for child in supervisor.children()} <= before
     assert len(pool.add(1)) == 1
 
 

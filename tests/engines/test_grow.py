@@ -328,6 +328,6 @@ def test_a_pool_that_is_shut_down_ends_what_it_was_starting(leftovers):
     until(lambda: len(pool.client.ids) == 1, what="one engine")
     kill(pool, pool.engines[0].id)
     until(lambda: not pool._members().workers, what="its death is seen")
-    until(pool._steady.locked, what="another is being started")
+    until(pool._size_lock.locked, what="another is being started")
     pool.shutdown()
     until(lambda: set(leftovers.find()) <= before, what="nothing is left")

@@ -15,7 +15,7 @@ from tests.models import digits, largest_gap, plain_losses, twice
 pytestmark = pytest.mark.engines
 
 
-class Seen(nn.Module):
+class RunFacts(nn.Module):
     """Counts samples, and keeps the sum of the last part's pixels."""
 
     def __init__(self):
@@ -44,7 +44,7 @@ def state_events(run):
 @pytest.mark.parametrize("transport", ["memory", "socket"])
 @pytest.mark.parametrize("exact", [False, True])
 def test_buffers_follow_their_rules(pool, transport, exact):
-    model = Seen()
+    model = RunFacts()
     run = train(pool, model, transport=transport, exact=exact, buffers={"seen": "sum", "pixels": "first"})
     num_first = 8 if exact else 16  # samples of the first of 4 shards, or of the first of 2 engines
     assert (model.seen.item(), model.pixels.item()) == (4 * 32, digits(64)[0][32 : 32 + num_first].sum().item())
@@ -52,7 +52,7 @@ def test_buffers_follow_their_rules(pool, transport, exact):
 
 
 def test_without_a_rule_the_first_part_counts_and_that_is_told(pool):
-    model = Seen()
+    model = RunFacts()
     run = train(pool, model)
     assert model.seen.item() == 4 * 16
     (told,) = state_events(run)

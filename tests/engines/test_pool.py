@@ -147,8 +147,8 @@ def test_a_controller_that_ends_while_engines_start_is_told_with_its_last_words(
 
     def fork_and_lose_the_controller(*args, **kinds):
         pid = fork_engine(*args, **kinds)
-        guardian = psutil.Process(pid).parent()
-        controller = guardian.parent()
+        supervisor = psutil.Process(pid).parent()
+        controller = supervisor.parent()
         controller.send_signal(number)
         until(lambda: not controller.is_running(), what="the controller has ended")
         return pid

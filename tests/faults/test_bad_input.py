@@ -301,7 +301,7 @@ def test_shards_that_do_not_divide_the_batch_are_weighed_by_their_samples(pool, 
 
 
 class SlowToOpen(Dataset):
-    """On the first engine that opens its parcel, comes out of it only when the test says so."""
+    """On the first engine that opens its payload, comes out of it only when the test says so."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -475,7 +475,7 @@ def test_a_hook_that_panics_in_backward_pauses_the_run(pool):
 
 
 class Sealed(Dataset):
-    """Comes out of no parcel."""
+    """Comes out of no payload."""
 
     def __getstate__(self):
         return {"text": "x" * 5_000_000}

@@ -96,7 +96,7 @@ def test_a_run_that_lost_its_last_engine_fails_and_says_so(shared, tmp_path, mon
 def test_a_killed_guardian_ends_the_pool_and_the_run_says_what_happened(own_pool, leftovers):
     run = own_pool.fit(mlp(), digits(), loss="cross_entropy", epochs=10_000)
     wait_for_step(run, 3)
-    os.kill(own_pool.facts.guardian.pid, signal.SIGKILL)
+    os.kill(own_pool.facts.supervisor.pid, signal.SIGKILL)
     with pytest.raises(RunError, match=r"the hub was lost at step \d+: the hub has died"):
         wait(run)
     leftovers.wait_until_none()
@@ -109,13 +109,13 @@ def test_a_hub_that_dies_again_and_again_ends_the_pool(own_pool, leftovers):
 
     def kill_the_next():
         with contextlib.suppress(psutil.Error, DnbError):
-            hubs = psutil.Process(own_pool._guardian.pid).children()
+            hubs = psutil.Process(own_pool._supervisor.pid).children()
             killed.update(hub.pid for hub in hubs)
             for hub in hubs:
                 hub.kill()
         return not own_pool.is_open
 
-    until(kill_the_next, what="the guardian gives up")
+    until(kill_the_next, what="the supervisor gives up")
     leftovers.wait_until_none()
     assert len(killed) >= 5
 
@@ -129,11 +129,11 @@ config = HubConfig(
     cluster_id="spawned", key="key", security_dir="{folder}", log_dir="{folder}", host="127.0.0.1",
     controller=this_process(), owner=None,
 )
-guard = "from dnb.hub.process import supervisor as guardian; guardian.CAN_FORK = False; guardian.main()"
-guardian = subprocess.Popen([sys.executable, "-c", guard], stdin=subprocess.PIPE)
-guardian.stdin.write(msgspec.json.encode(config) + b"\\n")
-guardian.stdin.close()
-guardian.wait()
+guard = "from dnb.hub.process import supervisor as supervisor; supervisor.CAN_FORK = False; supervisor.main()"
+supervisor = subprocess.Popen([sys.executable, "-c", guard], stdin=subprocess.PIPE)
+supervisor.stdin.write(msgspec.json.encode(config) + b"\\n")
+supervisor.stdin.close()
+supervisor.wait()
 """
 
 
@@ -163,7 +163,7 @@ def test_a_pool_that_dies_while_it_is_shut_down_is_cleared_up(own_pool, leftover
     facts = own_pool.facts
 
     def die(_pool):
-        for process in (facts.guardian, facts.hub):
+        for process in (facts.supervisor, facts.hub):
             os.kill(process.pid, signal.SIGKILL)
         raise HubError("the hub has died")
 
@@ -260,7 +260,7 @@ def test_what_a_dead_pool_left_is_cleared_at_the_next_start(folder):
         folder=folder,
     )
     pids = [int(pid) for pid in kernel.wait_until_ready()[0].split()]
-    for pid in reversed(pids):  # the guardian last: nobody is left to clear up or to start another hub
+    for pid in reversed(pids):  # the supervisor last: nobody is left to clear up or to start another hub
         os.kill(pid, signal.SIGSTOP)
     kernel.kill()
     for pid in pids:

@@ -19,7 +19,6 @@ from dnb.engine.process.worker import engine_facts
 from dnb.errors import DnbError, HubError, RunError
 from dnb.pool import startup as starting
 from dnb.protocol.client_messages import (
-    Chaos,
     Control,
     Done,
     GetCheckpoint,
@@ -28,11 +27,12 @@ from dnb.protocol.client_messages import (
     GetRun,
     GetState,
     Hello,
+    InjectFault,
     KeepRestart,
     KeepSpares,
     Members,
-    Mend,
     PoolState,
+    ReplaceFunctions,
     Retire,
     RunState,
     SetOptions,
@@ -533,12 +533,12 @@ def test_an_optimizer_that_ends_its_process_fails_the_run_only(throwing, kind, t
 @pytest.mark.parametrize("num_deaths", [1, 2])
 def test_a_fit_just_after_a_hub_s_death_waits_for_the_engines(pool, num_deaths):
     for _ in range(num_deaths):
-        before = psutil.Process(pool._guardian.pid).children()
+        before = psutil.Process(pool._supervisor.pid).children()
         hub = next(child for child in before if child.name() == "dnb-hub")
         hub.kill()
         hub.wait(10)
         until(
-            lambda: any(child.name() == "dnb-hub" for child in psutil.Process(pool._guardian.pid).children()),
+            lambda: any(child.name() == "dnb-hub" for child in psutil.Process(pool._supervisor.pid).children()),
             what="another hub is started",
         )
     run = fit(pool, steps=20)
@@ -631,14 +631,14 @@ def test_requests_that_make_no_sense_are_each_refused_by_the_same_hub(pool):
         Retire(engines=(10**9,), force=False),
         KeepSpares(number=-5),
         KeepSpares(number=10**9),
-        Chaos(verb="kill", engine=99),
-        Chaos(verb="stop", engine=pool.engines[0].id, amount=float("inf")),
-        Chaos(verb="slow", engine=pool.engines[0].id, amount=float("nan")),
+        InjectFault(verb="kill", engine=99),
+        InjectFault(verb="stop", engine=pool.engines[0].id, amount=float("inf")),
+        InjectFault(verb="slow", engine=pool.engines[0].id, amount=float("nan")),
         Submit(),
         SetOptions(run=name, options={"lr": float("nan")}),
         SetOptions(run=name, options={"lr": float("inf"), "params": 1.0}),
         SetOptions(run=name, options={}),
-        Mend(run=name),
+        ReplaceFunctions(run=name),
         TakeCheckpoint(run=name, path="\0"),
         TakeCheckpoint(run=name, path="/proc/nowhere/" + "x" * 5000),
         GetCheckpoint(run=name, ticket=-3),
@@ -651,7 +651,7 @@ def test_requests_that_make_no_sense_are_each_refused_by_the_same_hub(pool):
     for request in senseless:
         with pytest.raises(DnbError):
             pool.hub.ask(request, Done)
-    for request, frames in [(Submit(), [b"x"] * 4), (Submit(), [b"x"] * 3), (Mend(run=name), [b"x"] * 2)]:
+    for request, frames in [(Submit(), [b"x"] * 4), (Submit(), [b"x"] * 3), (ReplaceFunctions(run=name), [b"x"] * 2)]:
         with pytest.raises(DnbError):
             pool.hub.ask(request, Done, frames=frames)
     assert wait(run).status == "finished"

@@ -22,7 +22,7 @@ from dnb.pool.engines import all_processes
 from dnb.pool.startup import profile_folder
 from dnb.protocol.base import Message
 from dnb.protocol.client_messages import GetMembers
-from dnb.protocol.engine_messages import Attach, Beat, HubMessage, Join, Load, WorkReport
+from dnb.protocol.engine_messages import Attach, Heartbeat, HubMessage, Join, Load, WorkReport
 from dnb.protocol.pool import Address
 from dnb.transport.sockets.channels import connect_dealer, encode
 from dnb.transport.sockets.wires import connect_wire
@@ -52,7 +52,7 @@ def quiet_pool(tmp_path_factory, nothing_is_left) -> Iterator[Any]:
     os.chdir(tmp_path_factory.mktemp("strangers"))
     try:
         with open_small_pool(2) as pool:
-            for process in (pool.facts.guardian, pool.facts.hub):
+            for process in (pool.facts.supervisor, pool.facts.hub):
                 resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (MOST_FILES, MOST_FILES))
             yield pool
     finally:
@@ -96,7 +96,7 @@ def address(pool, role: str) -> Address:
 
 
 def places(pool) -> dict[str, str]:
-    """Every socket of the pool's hub and guardian at which a stranger can knock."""
+    """Every socket of the pool's hub and supervisor at which a stranger can knock."""
     hub = psutil.Process(pool.facts.hub.pid)
     known = {role: address(pool, role).url.rpartition(":")[2] for role in ("engine", "client")}
     ports = {str(each.laddr.port) for each in hub.net_connections("tcp") if each.status == "LISTEN"}
@@ -127,7 +127,7 @@ def memory(pool) -> dict[int, int]:
 
 @contextlib.contextmanager
 def without_effect(pool) -> Iterator[None]:
-    """Hub, guardian and engines are the same afterwards, and hold no more memory and files than before."""
+    """Hub, supervisor and engines are the same afterwards, and hold no more memory and files than before."""
     hub, engines, before = pool.facts.hub, [engine.pid for engine in pool.engines], memory(pool)
     num_files = psutil.Process(hub.pid).num_fds()
     yield
@@ -287,7 +287,7 @@ def test_a_wire_that_this_user_s_own_process_opens_without_a_token_has_no_effect
 VALUES = (None, True, 0, 1, -1, 2**63 - 1, -(2**63), 1.5, float("nan"), "", "x" * 300, b"\0" * 100, [], {}, [[]] * 50)
 KINDS = sorted(Message.__subclasses__(), key=lambda kind: kind.__name__)
 # What a holder of the client's key may well ask for.
-MIGHTY = {"Shutdown", "KillHub", "Chaos", "Retire", "Hello", "Control", "SetOptions", "KeepSpares", "KeepRestart"}
+MIGHTY = {"Shutdown", "KillHub", "InjectFault", "Retire", "Hello", "Control", "SetOptions", "KeepSpares", "KeepRestart"}
 
 
 def random_record(chance: random.Random) -> bytes:
@@ -345,7 +345,7 @@ def test_what_engines_say_of_others_or_of_no_run_has_no_effect(quiet_pool, run):
     me = this_process()
     with without_effect(quiet_pool), key_holder(quiet_pool, "engine") as dealer:
         for number in range(NUM_FRAMES // 3):
-            dealer.send_multipart(encode(Beat(engine=(0, 1, 77, -1, 2**40)[number % 5], process=me)))
+            dealer.send_multipart(encode(Heartbeat(engine=(0, 1, 77, -1, 2**40)[number % 5], process=me)))
             dealer.send_multipart(encode(report("none", number)))
             dealer.send_multipart(encode(Attach(engine=0, proof="")))
 

@@ -1,6 +1,6 @@
 """A hub that raises where it is told to, in a pool that is otherwise like any other.
 
-`python -m tests.faults.throwing` is its guardian; a controller that starts it: `python -m tests.faults.throwing
+`python -m tests.faults.throwing` is its supervisor; a controller that starts it: `python -m tests.faults.throwing
 controller`. A place throws when its file is in the folder that the environment names: once, as the file is taken away,
 or, if "always" is its first word, as long as it is there.
 """
@@ -58,20 +58,20 @@ def throw_around(owner: Any, name: str, *, key: int | None = None, label: str = 
 
 def arm_everything() -> None:
     """Wrap whatever the hub's loop does."""
-    from dnb.hub.parameters import chunked_adam as rolling
+    from dnb.hub.parameters import chunked_adam as chunked_adam
     from dnb.hub.parameters import durability as keeping
     from dnb.hub.parameters import journal
     from dnb.hub.parameters import master as reducer
     from dnb.hub.run import active_run
     from dnb.hub.scheduling import coordinator
     from dnb.hub.server import connection_poller, pool_records, run_slot, service
-    from dnb.hub.server import connections as wiring
+    from dnb.hub.server import connections as wire_connections
     from dnb.hub.server.members import engine_lifecycle
 
     throw_around(service.Service, "_tick", label="tick")
-    throw_around(wiring.Wiring, "accept", label="accept")
+    throw_around(wire_connections.Connections, "accept", label="accept")
     throw_around(connection_poller.ConnectionPoller, "_attach", label="attach")
-    throw_around(connection_poller.ConnectionPoller, "_drop_line", label="drop_line")
+    throw_around(connection_poller.ConnectionPoller, "_drop_connection", label="drop_line")
     throw_around(engine_lifecycle.EngineLifecycle, "_join", label="join")
     throw_around(engine_lifecycle.EngineLifecycle, "_hear", label="beat")
     throw_around(engine_lifecycle.EngineLifecycle, "take_message", key=2, label="engine")
@@ -79,40 +79,40 @@ def arm_everything() -> None:
     throw_around(run_slot.RunSlot, "_take_over_run", label="take_over")
     throw_around(pool_records.PoolRecords, "write_pool_file", label="pool_file")
     throw_around(pool_records.PoolRecords, "write_memos", label="memos")
-    for name in ("start", "_assign", "_commit", "_prepare", "_record", "_take_digest", "do_chores", "_note", "tick"):
+    for name in ("start", "_assign", "_commit", "_prepare", "_record", "_take_digest", "run_deferred", "_note", "tick"):
         throw_around(active_run.ActiveRun, name, label=f"run{name if name.startswith('_') else f'_{name}'}")
     throw_around(coordinator.Coordinator, "handle", key=1, label="coordinator")
     throw_around(reducer.Master, "_reduce", label="reduce")
-    throw_around(keeping.Keeper, "_roll_forward", label="roll_forward")
-    throw_around(keeping.Keeper, "_roll_back", label="roll_back")
-    throw_around(keeping.Keeper, "_copy_aside", label="copy_aside")
-    throw_around(keeping.Keeper, "settle", label="settle")
-    throw_around(keeping.Keeper, "recover", label="recover")
-    throw_around(rolling.Rolling, "_raise_steps", label="raise_steps")
-    throw_around(rolling.Rolling, "_update", label="update")
+    throw_around(keeping.UpdateLog, "_roll_forward", label="roll_forward")
+    throw_around(keeping.UpdateLog, "_roll_back", label="roll_back")
+    throw_around(keeping.UpdateLog, "_copy_aside", label="copy_aside")
+    throw_around(keeping.UpdateLog, "settle", label="settle")
+    throw_around(keeping.UpdateLog, "recover", label="recover")
+    throw_around(chunked_adam.ChunkedAdam, "_raise_steps", label="raise_steps")
+    throw_around(chunked_adam.ChunkedAdam, "_update", label="update")
     throw_around(journal.Journal, "write_intent", label="intent")
     throw_around(journal.Journal, "publish", label="publish")
     throw_around(journal.Journal, "write_state", label="state")
 
 
 def main() -> None:
-    """Be the controller, or the guardian."""
+    """Be the controller, or the supervisor."""
     if sys.argv[1:2] == ["controller"]:
         from dnb.hub.process.controller import DnbController, HubChild
 
         HubChild.module = "tests.faults.throwing"
         DnbController.launch_instance(sys.argv[2:])
         return
-    from dnb.hub.process import supervisor as guardian
+    from dnb.hub.process import supervisor as supervisor
 
-    warm_up = guardian.warm_up
+    warm_up = supervisor.warm_up
 
     def warm_up_and_arm(**options: Any) -> None:
         warm_up(**options)
-        arm_everything()  # in the guardian, of which every hub is a fork
+        arm_everything()  # in the supervisor, of which every hub is a fork
 
-    guardian.warm_up = warm_up_and_arm
-    guardian.main()
+    supervisor.warm_up = warm_up_and_arm
+    supervisor.main()
 
 
 if __name__ == "__main__":

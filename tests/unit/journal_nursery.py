@@ -25,8 +25,8 @@ from torch import nn
 
 from dnb.hub.parameters import chunked_adam as rolling
 from dnb.hub.parameters import durability as keeping
-from dnb.hub.parameters import thread_team as crew
-from dnb.hub.parameters.journal import Torn
+from dnb.hub.parameters import thread_team as thread_team
+from dnb.hub.parameters.journal import Unrecoverable
 from dnb.hub.parameters.master import Contribution, Master
 from dnb.hub.parameters.optimizers import warm_up
 from dnb.hub.parameters.recovery import recover_master
@@ -349,7 +349,7 @@ def undisturbed(case: Case, folder: Path) -> Any:
     return fork(run)[1]
 
 
-def life(case: Case, folder: Path, order: dict[str, Any], wanted: Any) -> Callable[[], str]:
+def generation(case: Case, folder: Path, order: dict[str, Any], wanted: Any) -> Callable[[], str]:
     """A hub's life: what is wrong with what it found."""
 
     def run() -> str:
@@ -374,7 +374,7 @@ def revive(hub: Hub, noted: int, wanted: Any) -> str:
     """Take a run over from the hub before."""
     try:
         last = hub.recover()
-    except Torn as verdict:
+    except Unrecoverable as verdict:
         return "torn" if "no copy" in str(verdict) else str(verdict)
     if last.step not in (noted, noted + 1):
         return f"step {noted} was committed, and {last.step} was found"
@@ -406,7 +406,7 @@ def lives(case: Case, folder: Path, orders: list[dict[str, Any]], wanted: Any) -
     """Hubs that follow each other; the last one is not disturbed."""
     (folder / "ref").unlink(missing_ok=True)
     for order in [*orders, {}]:
-        killed, answer = fork(life(case, folder, order, wanted), seconds=order.get("seconds"))
+        killed, answer = fork(generation(case, folder, order, wanted), seconds=order.get("seconds"))
         if not killed or (folder / "ended").exists():
             killed = 0
             break
@@ -452,8 +452,8 @@ def scripts(order: dict[str, Any], rng: random.Random) -> list[list[dict[str, An
 
 def main() -> None:
     rolling.CHUNK_BYTES = 1024
-    crew.LEAST_ELEMENTS = 256
-    crew.PART_ELEMENTS = 64
+    thread_team.LEAST_ELEMENTS = 256
+    thread_team.PART_ELEMENTS = 64
     torch.set_num_threads(1)
     warm_up()
     folder = Path(sys.argv[1])

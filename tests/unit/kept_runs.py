@@ -15,16 +15,16 @@ from torch import nn
 
 from dnb.hub.checkpoints.format import MANIFEST_FILE, Checkpoint, Disk, open_checkpoint, step_folder
 from dnb.hub.checkpoints.signing import Signer
-from dnb.hub.checkpoints.writer import Checkpointer, Place
-from dnb.hub.history.engine_stats import Columns
+from dnb.hub.checkpoints.writer import Checkpointer, RunProgress
+from dnb.hub.history.engine_stats import HistoryColumns
 from dnb.job import Data, DataSource, Job
 from dnb.planning.sample_order import BatchOrder
-from dnb.protocol.memory import ParcelRef
+from dnb.protocol.memory import PayloadRef
 from dnb.protocol.run import CheckpointPolicy, RunSpec
-from dnb.transport.pickling.payloads import pack
+from dnb.transport.pickling.payloads import pickle_payload
 from tests.unit.hub.parameters.test_master import Pool
 
-NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
+NOTHING = PayloadRef(buffers=(), arrays=(), segment=None)
 SPEC = RunSpec(
     id="0",
     name="digits",
@@ -101,27 +101,29 @@ class KeptRun:
     ) -> None:
         self.run_folder = folder / "run"
         data = Data(train=DataSource(samples=(torch.arange(8.0),), collate=None), val=None)
-        shipped = [pack(obj, name=name, folders=[folder / "shm"]) for name, obj in (("job", job), ("data", data))]
+        uploaded = [
+            pickle_payload(obj, name=name, folders=[folder / "shm"]) for name, obj in (("job", job), ("data", data))
+        ]
         self.spec = msgspec.structs.replace(
             SPEC,
             folder=str(self.run_folder),
-            job=shipped[0][1],
-            data=shipped[1][1],
+            job=uploaded[0][1],
+            data=uploaded[1][1],
             checkpoints=policy,
             **numbers,
         )
         self.pool = Pool(folder / "shm", job)
         self.master = self.pool.master
-        self.columns = Columns()
+        self.columns = HistoryColumns()
         self.step = 0
         self.evaluated = 0
         self.events: list[tuple[str, str, int]] = []
         self.checkpoints = Checkpointer(
             self.spec,
-            [b"spec", shipped[0][0], shipped[1][0], b"signature"],
+            [b"spec", uploaded[0][0], uploaded[1][0], b"signature"],
             self.master,
             self.columns,
-            place=lambda: Place(self.step, self.evaluated, 1.5),
+            place=lambda: RunProgress(self.step, self.evaluated, 1.5),
             tell=lambda kind, text, step: self.events.append((kind, text, step)),
             disk=disk,
             signer=signer,

@@ -20,22 +20,22 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dnb.engine.replicas.pipeline.stage_replica import StageReplica
-from dnb.engine.replicas.replica import Outcome
+from dnb.engine.replicas.replica import WorkResult
 from dnb.engine.replicas.tensor.tensor_replica import TensorReplica
 from dnb.engine.runtime.run_memory import EngineMemory
 from dnb.engine.runtime.telemetry import Stopwatch
 from dnb.hub.parameters.master import Master
-from dnb.hub.run.execution.rendezvous import Meeting, open_meeting
+from dnb.hub.run.execution.rendezvous import Rendezvous, open_rendezvous
 from dnb.job import Data, DataSource, Job
 from dnb.planning.sample_order import BatchOrder
 from dnb.planning.shards import shard_bounds
-from dnb.protocol.engine_messages import Diagnose, Load, Seat, WireOffer, Work
-from dnb.protocol.memory import ParcelRef
+from dnb.protocol.engine_messages import Diagnose, Load, RankAssignment, WireOffer, Work
+from dnb.protocol.memory import PayloadRef
 from dnb.protocol.run import Partition, RunSpec
 from dnb.transport.layout import slot_views
 from tests.models import one_thread
 
-NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
+NOTHING = PayloadRef(buffers=(), arrays=(), segment=None)
 NUM_SHARDS = 4
 ANSWER_SECONDS = 60.0
 
@@ -239,12 +239,12 @@ def serve(pipe: Any) -> None:
 
 
 def begin(
-    spec: RunSpec, job: Job, data: Data, load: Load, slabs: Sequence[Any], seat: Seat
+    spec: RunSpec, job: Job, data: Data, load: Load, slabs: Sequence[Any], assignment: RankAssignment
 ) -> StageReplica | TensorReplica:
     memory = EngineMemory(load)
     memory.add_slabs(slabs)
-    kind = TensorReplica if seat.partition.kind == "tensor" else StageReplica
-    return kind(spec, job, data, load, memory=memory, stopwatch=Stopwatch(), seat=seat)
+    kind = TensorReplica if assignment.partition.kind == "tensor" else StageReplica
+    return kind(spec, job, data, load, memory=memory, stopwatch=Stopwatch(), assignment=assignment)
 
 
 class Raised:
@@ -265,7 +265,7 @@ class Engines:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([__name__])
         self._engines: dict[int, tuple[Any, Any]] = {}
-        self._meetings: dict[int, Meeting] = {}
+        self._rendezvous: dict[int, Rendezvous] = {}
         self._num_teams = 0
 
     def next_team(self) -> int:
@@ -295,15 +295,15 @@ class Engines:
         assert not process.is_alive()
         pipe.close()
 
-    def meeting(self, team: int) -> Meeting:
+    def rendezvous(self, team: int) -> Rendezvous:
         """Its store."""
-        if team not in self._meetings:
-            self._meetings[team] = open_meeting()
-        return self._meetings[team]
+        if team not in self._rendezvous:
+            self._rendezvous[team] = open_rendezvous()
+        return self._rendezvous[team]
 
     def cancel(self, team: int) -> None:
         """As the hub does when a team is gone, or will never be complete."""
-        del self._meetings[team]
+        del self._rendezvous[team]
 
     def close(self) -> None:
         for process, pipe in self._engines.values():
@@ -377,10 +377,10 @@ class Team:
         team = self.engines.next_team()
         refs = [slab.ref for slab in self.slabs]
         for rank, member in enumerate(self.members):
-            seat = Seat(
-                team=team, rank=rank, partition=partition, host="127.0.0.1", port=self.engines.meeting(team).port
+            assignment = RankAssignment(
+                team=team, rank=rank, partition=partition, host="127.0.0.1", port=self.engines.rendezvous(team).port
             )
-            self.engines.tell(member, "begin", self.spec, self.job, self.data, self.load, refs, seat)
+            self.engines.tell(member, "begin", self.spec, self.job, self.data, self.load, refs, assignment)
         return team
 
     def ask(self, verb: str, *arguments: Any, **named: Any) -> list[Any]:
@@ -475,7 +475,7 @@ def spec_of(folder: Path, num_samples: int, **numbers: Any) -> RunSpec:
     )
 
 
-def last_of(answers: Sequence[Any]) -> Outcome:
+def last_of(answers: Sequence[Any]) -> WorkResult:
     """The outcome of the engine that has the last stage."""
     (found,) = [answer for answer in answers if answer.parts[0].num_samples]
     return found

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dnb.api.arguments.checks import check_model
-from dnb.engine.profiling.profiler import Trial, profile_trial
+from dnb.engine.profiling.profiler import ProfileInput, profile_trial
 from dnb.errors import ArgumentError, PlanError, is_text, summary_of
 from dnb.notebook.control_panel.choices import metrics
 from dnb.partitioning.pipeline.cut_points import cut_points
@@ -53,7 +53,7 @@ def looked_at(name, error):
     inputs = Inputs.of((BATCH[0], BATCH[1]))
     if name == "profile":
         with pytest.raises(PlanError, match=r"^the model fails on 2 samples of the batch: PanicException: panicked$"):
-            profile_trial(Trial(model=model, batch=BATCH, loss=mean_loss))
+            profile_trial(ProfileInput(model=model, batch=BATCH, loss=mean_loss))
         return True
     if name == "unpicklable":
         return str(explain_unpicklable(Sealed(error), name="step")).startswith(

@@ -59,14 +59,14 @@ class Submission:
 
 
 @dataclass(frozen=True, slots=True)
-class Gradients:
+class ObservedGradients:
     """What was seen of a run's gradients, by step: its loss, the norm of the gradient, some elements of it."""
 
     names: Sequence[str]
     rows: Mapping[int, np.ndarray[Any, np.dtype[np.float64]]]
 
 
-def prove(submission: Submission, gradients: Gradients, *, notes: Sequence[str] = ()) -> Proof:
+def prove(submission: Submission, gradients: ObservedGradients, *, notes: Sequence[str] = ()) -> Proof:
     """Compute the steps of a run again in this process, one batch at a time, and hold them against what was seen.
 
     Random numbers, the notebook's model and its data stay as they are.

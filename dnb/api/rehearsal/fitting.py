@@ -169,7 +169,7 @@ def _refuse(trial: Trial, computed: Computed) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _FailedLayer:
     """The layer in which a forward failed, and the first tensor that it was given."""
 
     path: str
@@ -177,12 +177,14 @@ class _Place:
     given: torch.Tensor | None
 
 
-def _locate(trial: Trial) -> _Place | None:
+def _locate(trial: Trial) -> _FailedLayer | None:
     """Run forward again, to see in which layer it fails; None: in none."""
-    entered: list[_Place] = []
+    entered: list[_FailedLayer] = []
 
     def enter(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        entered.append(_Place(path, module, next((each for each in args if isinstance(each, torch.Tensor)), None)))
+        entered.append(
+            _FailedLayer(path, module, next((each for each in args if isinstance(each, torch.Tensor)), None))
+        )
 
     def leave(*_: Any) -> None:
         entered.pop()

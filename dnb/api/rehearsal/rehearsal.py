@@ -42,7 +42,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rehearsed:
+class RehearsedRun:
     """A run as it is shipped, and what is told of it.
 
     Args:
@@ -72,7 +72,7 @@ class Rehearsed:
 class _Known:
     """An earlier rehearsal of the same objects."""
 
-    rehearsed: Rehearsed  # with no job and data: they have what must not be kept alive
+    rehearsed: RehearsedRun  # with no job and data: they have what must not be kept alive
     probe_shapes: tuple[Any, ...]
 
 
@@ -81,7 +81,7 @@ _known: dict[tuple[Any, ...], _Known] = {}
 MOST_KNOWN = 16
 
 
-def rehearse(job: Job, data: Data, options: Options | None = None) -> Rehearsed:
+def rehearse(job: Job, data: Data, options: Options | None = None) -> RehearsedRun:
     """Compute a few samples of a run here, and leave everything of the user's as it was.
 
     Args:
@@ -102,12 +102,12 @@ def rehearse(job: Job, data: Data, options: Options | None = None) -> Rehearsed:
             told = Finding(
                 kind="rehearsal", text=f"nothing was rehearsed, so that no loss was judged: {summary_of(error)}"
             )
-            return Rehearsed(job=job, data=data, findings=(told,), reduction=declared_reduction(job.loss))
+            return RehearsedRun(job=job, data=data, findings=(told,), reduction=declared_reduction(job.loss))
         try:
             if recalled is not None:
                 return recalled
             findings = [finding for check in CHECKS for finding in check(trial)]
-            rehearsed = Rehearsed(
+            rehearsed = RehearsedRun(
                 job=trial.given,
                 data=trial.given_data,
                 findings=tuple(findings),
@@ -124,7 +124,7 @@ def rehearse(job: Job, data: Data, options: Options | None = None) -> Rehearsed:
             trial.release()
 
 
-def _tried(job: Job, data: Data, options: Options) -> tuple[Trial, Rehearsed | None]:
+def _tried(job: Job, data: Data, options: Options) -> tuple[Trial, RehearsedRun | None]:
     """Compute the samples of a trial, unless an earlier rehearsal of the same objects is found."""
     trial = Trial.copied(job, data, options)
     known = _known.get(_key(trial))
@@ -138,7 +138,7 @@ def _tried(job: Job, data: Data, options: Options) -> tuple[Trial, Rehearsed | N
     return trial, None
 
 
-def _remember(trial: Trial, rehearsed: Rehearsed) -> None:
+def _remember(trial: Trial, rehearsed: RehearsedRun) -> None:
     """Keep what was found, unless something of it may be otherwise the next time."""
     if trial.fingerprint is None or trial.computed.error is not None or not _is_number(trial.probed):
         return

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 REFRESH_SECONDS = 0.25
 # The span over which recent shares and speed are taken.
 RECENT_SECONDS = 5.0
-# How long a hub may take to end when its guardian is gone, and how often is looked.
+# How long a hub may take to end when its supervisor is gone, and how often is looked.
 HUB_END_SECONDS = 10.0
 HUB_LOOK_SECONDS = 0.02
 
@@ -224,7 +224,7 @@ class RunFollower:
         """Say how to go on with a run whose pool is gone; "" if it may still be there."""
         if self._hub is not None and self._hub.is_alive:
             return ""
-        # A hub that has lost its guardian ends the pool, and may be writing a checkpoint.
+        # A hub that has lost its supervisor ends the pool, and may be writing a checkpoint.
         process, deadline = self.snapshot.hub, time.monotonic() + HUB_END_SECONDS
         while process is not None and is_alive(process) and time.monotonic() < deadline:
             threading.Event().wait(HUB_LOOK_SECONDS)

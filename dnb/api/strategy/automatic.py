@@ -7,7 +7,7 @@ import socket
 import torch
 
 from dnb.api.strategy.measurement import profile_on, site_of, working_engines
-from dnb.engine.profiling.profiler import Trial
+from dnb.engine.profiling.profiler import ProfileInput
 from dnb.errors import PlanError
 from dnb.job import Data, Job
 from dnb.planning.search.plan_text import amount, milliseconds
@@ -51,7 +51,7 @@ def choose_plan(
     batch = fetch_batch(data.train, torch.arange(min(batch_size, num_samples)))
     question = Question(batch_size=batch_size, optimizer=job.optimizer if isinstance(job.optimizer, str) else "adamw")
     try:
-        profile = profile_on(pool, Trial(model=job.model, batch=batch, loss=job.loss), sys_path=sys_path)
+        profile = profile_on(pool, ProfileInput(model=job.model, batch=batch, loss=job.loss), sys_path=sys_path)
     except PlanError as error:
         return None, f"data parallel, as the model could not be profiled: {error}"
     site = site_of(pool, memory_limit=memory_limit)

@@ -16,7 +16,7 @@ from dnb.errors import ArgumentError, PlanError
 from dnb.job import Data, Job
 from dnb.partitioning.pipeline.partitions import pipelines, read_mesh, read_schedule, read_stages
 from dnb.partitioning.tensor.partitions import tensor_partitions
-from dnb.partitioning.tensor.trial import Trial
+from dnb.partitioning.tensor.trial import ModelTrial
 from dnb.planning.search.plans import Plan
 from dnb.pool.engine_pool import EnginePool
 from dnb.progress import long_work
@@ -33,7 +33,7 @@ MOST_TRIED = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Division:
+class ModelDivision:
     """How a run's model is divided.
 
     Args:
@@ -53,7 +53,9 @@ class Division:
     wanted: int | None
 
     @classmethod
-    def of_plan(cls, plan: Plan, job: Job, data: Data, *, batch_size: int, exact: bool, transport: Any) -> Division:
+    def of_plan(
+        cls, plan: Plan, job: Job, data: Data, *, batch_size: int, exact: bool, transport: Any
+    ) -> ModelDivision:
         """Divide a model as a plan says.
 
         Raises:
@@ -96,7 +98,7 @@ class Division:
         exact: bool,
         transport: Any,
         tensor_plan: Mapping[str, Any] | None = None,
-    ) -> Division:
+    ) -> ModelDivision:
         """Divide a model, or say why it cannot be.
 
         Raises:
@@ -141,20 +143,20 @@ class Division:
     @classmethod
     def _of_tensors(
         cls, job: Job, data: Data, axes: Mapping[str, int], *, batch_size: int, plan: Mapping[str, Any] | None
-    ) -> Division:
+    ) -> ModelDivision:
         """Divide the layers of a model."""
         batch = fetch_batch(data.train, torch.arange(min(batch_size, MOST_TRIED)))
         num_teams, wanted = axes.get("data", 1), axes.get("tensor")
         step: Callable[..., Any] | None = None if job.step is None else partial(_loss_of_step, job.step)
         if job.step is None and job.loss is None:
             step = _loss_of_model
-        partitions = tensor_partitions(job.model, Trial(batch, step=step, loss=job.loss), wanted=wanted, plan=plan)
+        partitions = tensor_partitions(job.model, ModelTrial(batch, step=step, loss=job.loss), wanted=wanted, plan=plan)
         return cls(partitions, (), None, num_teams, wanted if num_teams > 1 else None, wanted)
 
     @classmethod
     def synced(
         cls, model: torch.nn.Module, *, wants_all: bool, strategy: str | Plan, exact: bool, transport: Any
-    ) -> tuple[Division | None, str | Plan]:
+    ) -> tuple[ModelDivision | None, str | Plan]:
         """Let all engines share every batch, if layers take statistics of the whole of it; and the strategy then.
 
         Args:
@@ -228,7 +230,7 @@ class Division:
                 "or leave it out"
             )
 
-    def for_loss(self, loss_over: str, *, micro_batch: int | None) -> Division:
+    def for_loss(self, loss_over: str, *, micro_batch: int | None) -> ModelDivision:
         """Let pipelines compute all forwards first, if the loss looks at the whole batch; else nothing changes.
 
         Raises:

@@ -15,7 +15,7 @@ import msgspec
 import torch.distributed
 
 from dnb.engine.profiling.exchange_probe import Memory, Passed, pass_tensors, probe_memory, product_seconds
-from dnb.engine.profiling.profiler import Trial, profile_parcel, profile_trial
+from dnb.engine.profiling.profiler import ProfileInput, profile_payload, profile_trial
 from dnb.errors import USER_ERRORS, PlanError, PoolError, SpaceError
 from dnb.planning.capacity import choose_num_threads
 from dnb.planning.search.profiles import USUAL_EXCHANGE, EngineTraits, Exchange, Profile, Site, mean_profile
@@ -23,8 +23,8 @@ from dnb.pool.engine_pool import EnginePool
 from dnb.pool.engine_starter import count_ready, free_bytes
 from dnb.pool.engines import Engine
 from dnb.progress import long_work
-from dnb.protocol.memory import ParcelRef
-from dnb.transport.pickling.payloads import explain_unpicklable, pack
+from dnb.protocol.memory import PayloadRef
+from dnb.transport.pickling.payloads import explain_unpicklable, pickle_payload
 from dnb.transport.segments import Segment
 from dnb.transport.system.process_settings import notebook_settings
 
@@ -51,7 +51,7 @@ def working_engines(pool: EnginePool) -> list[Engine]:
 
 
 def profile_on(
-    pool: EnginePool, trial: Trial, *, sys_path: tuple[str, ...], sizes: tuple[int, ...] | None = None
+    pool: EnginePool, trial: ProfileInput, *, sys_path: tuple[str, ...], sizes: tuple[int, ...] | None = None
 ) -> Profile:
     """Profile in the main threads of engines that share a host, at the same time.
 
@@ -70,13 +70,13 @@ def profile_on(
     """
     settings = msgspec.msgpack.encode(notebook_settings())
     engines = _engines_at_once(pool)
-    pickled, parcel, segment = _pack(trial, pool)
+    pickled, payload, segment = _pack(trial, pool)
     try:
         calls = {
             engine: pool.client[engine].apply_async(
-                profile_parcel,
+                profile_payload,
                 pickled,
-                msgspec.msgpack.encode(parcel),
+                msgspec.msgpack.encode(payload),
                 sizes=sizes,
                 sys_path=sys_path,
                 settings=settings,
@@ -99,9 +99,9 @@ def _engines_at_once(pool: EnginePool) -> list[int]:
     return [first.id, *beside[: max(1, (os.cpu_count() or 1) // max(1, first.cores)) - 1]]
 
 
-def _pack(trial: Trial, pool: EnginePool) -> tuple[bytes, ParcelRef, Segment | None]:
+def _pack(trial: ProfileInput, pool: EnginePool) -> tuple[bytes, PayloadRef, Segment | None]:
     try:
-        return pack(trial, name="profile", folders=pool.segment_folders)
+        return pickle_payload(trial, name="profile", folders=pool.segment_folders)
     except (SpaceError, KeyboardInterrupt):
         raise
     except USER_ERRORS as error:
@@ -110,7 +110,7 @@ def _pack(trial: Trial, pool: EnginePool) -> tuple[bytes, ParcelRef, Segment | N
         raise next((each for each in found if each is not None), error) from error
 
 
-def profile_here(trial: Trial, *, num_threads: int, sizes: tuple[int, ...] | None = None) -> Profile:
+def profile_here(trial: ProfileInput, *, num_threads: int, sizes: tuple[int, ...] | None = None) -> Profile:
     """Profile in this process, with as many threads as an engine would have."""
     with long_work(f"profiling {type(trial.model).__name__} in this process") as report:
         return profile_trial(trial, sizes=sizes, num_threads=num_threads, report=report)

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import torch
 
-from dnb.api.strategy.division import Division
+from dnb.api.strategy.division import ModelDivision
 from dnb.engine.replicas.pipeline.micro_batches import model_inputs
 from dnb.errors import PlanError
 from dnb.job import Data, Job
@@ -19,7 +19,7 @@ from dnb.partitioning.pipeline.cut_points import cut_points
 from dnb.partitioning.pipeline.dry_run import no_autocast
 from dnb.partitioning.pipeline.flop_counts import balanced_cuts
 from dnb.partitioning.pipeline.memory_estimate import Loss, Need, needs_of, whole_need
-from dnb.partitioning.pipeline.stage_builder import Divider
+from dnb.partitioning.pipeline.stage_builder import StageBuilder
 from dnb.planning.search.plan_text import amount
 from dnb.planning.search.plans import Plan
 from dnb.protocol.run import Partition
@@ -49,8 +49,8 @@ class Limit:
         self._autocast = no_autocast if precision == "float32" else partial(torch.autocast, "cpu", dtype=torch.bfloat16)
 
     def settle(
-        self, division: Division | None, plan: Plan | None, *, num_engines: int, micro_batch: int | None
-    ) -> Division | None:
+        self, division: ModelDivision | None, plan: Plan | None, *, num_engines: int, micro_batch: int | None
+    ) -> ModelDivision | None:
         """What `fit` may do under this limit: the division, perhaps cut elsewhere.
 
         Args:
@@ -101,7 +101,7 @@ class Limit:
                 "that fits"
             )
 
-    def within(self, division: Division, *, num_engines: int, is_settled: bool) -> Division:
+    def within(self, division: ModelDivision, *, num_engines: int, is_settled: bool) -> ModelDivision:
         """The same without the pipelines that are too short, and with cuts that fit if even ones do not.
 
         Args:
@@ -127,7 +127,7 @@ class Limit:
         return replace(division, partitions=tuple(found))
 
     def _fitted(
-        self, partition: Partition, division: Division, samples: int, *, is_settled: bool
+        self, partition: Partition, division: ModelDivision, samples: int, *, is_settled: bool
     ) -> tuple[Partition, tuple[Need, ...]]:
         """A partition, cut elsewhere if it would not fit as it is."""
         stages = division.stages if partition.num_stages > 1 else None
@@ -137,7 +137,7 @@ class Limit:
             return partition, needs
         points = cut_points(self._job.model, model_inputs(self._job, batch))
         layers = msgspec.structs.replace(partition, num_stages=len(points) + 1, cuts=tuple(points))
-        parts = Divider(self._job.model, layers, autocast=self._autocast).parts(model_inputs(self._job, batch))
+        parts = StageBuilder(self._job.model, layers, autocast=self._autocast).parts(model_inputs(self._job, batch))
         weights = [sum(each.numel() * each.element_size() for each in part.parameters.values()) + 1 for part in parts]
         cuts = balanced_cuts(weights, points, partition.num_stages, alike=EXACTLY)
         moved = msgspec.structs.replace(partition, cuts=cuts)
@@ -146,7 +146,7 @@ class Limit:
 
     def _needs(self, partition: Partition, stages: Sequence[torch.nn.Module] | None, batch: Any) -> tuple[Need, ...]:
         inputs = model_inputs(self._job, batch)
-        parts = Divider(self._job.model, partition, stages=stages, autocast=self._autocast).parts(inputs)
+        parts = StageBuilder(self._job.model, partition, stages=stages, autocast=self._autocast).parts(inputs)
         return needs_of(
             self._job.model,
             parts,

@@ -12,7 +12,7 @@ from dnb.api.arguments.checks import check_positive
 from dnb.api.fit_arguments import FitArguments
 from dnb.api.rehearsal.metrics import called
 from dnb.api.strategy.automatic import choose_plan
-from dnb.api.strategy.division import Division
+from dnb.api.strategy.division import ModelDivision
 from dnb.api.strategy.measurement import working_engines
 from dnb.api.strategy.memory_limit import Limit
 from dnb.errors import ArgumentError, PlanError
@@ -48,7 +48,7 @@ class StrategyRequest:
     job: Job
     data: Data
     strategy: str | Plan
-    division: Division | None
+    division: ModelDivision | None
     batch_size: int
     exact: bool
     transport: Any
@@ -111,10 +111,10 @@ class StrategyRequest:
             memory_limit=self.memory_limit,
         )
 
-    def _division_for(self, plan: Plan | None, pool: EnginePool) -> Division | None:
+    def _division_for(self, plan: Plan | None, pool: EnginePool) -> ModelDivision | None:
         division = self.division
         if plan is not None and self.strategy == "auto":
-            division = Division.of_plan(
+            division = ModelDivision.of_plan(
                 plan, self.job, self.data, batch_size=self.batch_size, exact=self.exact, transport=self.transport
             )
         if division is not None:
@@ -124,8 +124,8 @@ class StrategyRequest:
         return division
 
     def _within_memory(
-        self, num_bytes: int, division: Division | None, plan: Plan | None, pool: EnginePool
-    ) -> Division | None:
+        self, num_bytes: int, division: ModelDivision | None, plan: Plan | None, pool: EnginePool
+    ) -> ModelDivision | None:
         limit = Limit(num_bytes, self.job, self.data, batch_size=self.batch_size, precision=self.precision)
         num_engines = len(working_engines(pool))
         return limit.settle(division, plan, num_engines=num_engines, micro_batch=self.micro_batch)
@@ -138,7 +138,9 @@ class StrategyRequest:
         return choose(max(num_workers, 1), batch_size=self.batch_size)
 
 
-def read_division(given: FitArguments, job: Job, data: Data, *, batch_size: int) -> tuple[Division | None, str | Plan]:
+def read_division(
+    given: FitArguments, job: Job, data: Data, *, batch_size: int
+) -> tuple[ModelDivision | None, str | Plan]:
     """Divide a model as far as no pool is needed for it; return the division, if there is one, and the strategy.
 
     Args:
@@ -152,7 +154,7 @@ def read_division(given: FitArguments, job: Job, data: Data, *, batch_size: int)
         PlanError: the model or the batch cannot be divided so.
     """
     exact, transport = given.exact, given.transport
-    division, strategy = Division.synced(
+    division, strategy = ModelDivision.synced(
         given.model,
         wants_all=bool(given.sync_batchnorm),
         strategy=given.strategy,
@@ -160,10 +162,10 @@ def read_division(given: FitArguments, job: Job, data: Data, *, batch_size: int)
         transport=transport,
     )
     if isinstance(strategy, Plan) and strategy.partition is not None:
-        planned = Division.of_plan(strategy, job, data, batch_size=batch_size, exact=exact, transport=transport)
+        planned = ModelDivision.of_plan(strategy, job, data, batch_size=batch_size, exact=exact, transport=transport)
         return planned, strategy
     if strategy in ("pipeline", "tensor", "hybrid"):
-        divided = Division.of(
+        divided = ModelDivision.of(
             job,
             data,
             strategy=str(strategy),

@@ -1,4 +1,4 @@
-"""How a fork of the hub's guardian becomes an engine like one that was started by a command."""
+"""How a fork of the hub's supervisor becomes an engine like one that was started by a command."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dnb.transport.system.processes import end_with_parent, name_process
 FIRST_FREE_DESCRIPTOR = 3
 
 
-class _Engine(engine_app.IPEngine):
+class _ForkedEngine(engine_app.IPEngine):
     """`ipengine`, where it is now: its own default is where it was imported."""
 
     @default("work_dir")
@@ -32,13 +32,13 @@ class _Engine(engine_app.IPEngine):
         return os.getcwd()
 
 
-def be_engine(
+def run_engine(
     arguments: list[str],
     *,
     environment: Mapping[str, str],
     folder: str,
     output: int,
-    guardian: int,
+    supervisor: int,
     most_files: int = 0,
 ) -> int:
     """Turn this process, a fork with one thread, into an engine until it ends; its exit code.
@@ -48,10 +48,10 @@ def be_engine(
         environment: of the process.
         folder: to work in.
         output: descriptor of the file for all that it prints.
-        guardian: pid of the parent.
-        most_files: that user code may open, as in the kernel; the guardian may open more. 0 changes nothing.
+        supervisor: pid of the parent.
+        most_files: that user code may open, as in the kernel; the supervisor may open more. 0 changes nothing.
     """
-    _leave_parent(output, guardian=guardian)
+    _leave_parent(output, supervisor=supervisor)
     if most_files > 0:
         _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(most_files, limit), limit))
@@ -64,12 +64,12 @@ def be_engine(
     _seed_anew()
     # Now, while there is one thread: a process with several is not forked safely.
     engine_app.start_nanny = _NannyInWaiting().start
-    code = _run(_Engine.launch_instance)
+    code = _run(_ForkedEngine.launch_instance)
     atexit._run_exitfuncs()
     return code
 
 
-def _leave_parent(output: int, *, guardian: int) -> None:
+def _leave_parent(output: int, *, supervisor: int) -> None:
     """A session, descriptors, signal handlers and log of its own; the parent's death is its own."""
     os.setsid()
     end_with_parent(signal.SIGTERM)
@@ -79,7 +79,7 @@ def _leave_parent(output: int, *, guardian: int) -> None:
     os.dup2(output, 2)
     _close_all_but_standard()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if os.getppid() != guardian:  # it had died before that
+    if os.getppid() != supervisor:  # it had died before that
         os._exit(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     root = logging.getLogger()

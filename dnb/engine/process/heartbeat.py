@@ -16,17 +16,17 @@ import msgspec
 import zmq
 
 from dnb.engine.process.heartbeat_watcher import Watched
-from dnb.protocol.engine_messages import Beat
+from dnb.protocol.engine_messages import Heartbeat
 from dnb.protocol.pool import Address, EngineFacts
 from dnb.transport.sockets.channels import connect_dealer, encode
 
 # The hub calls an engine silent after five times that.
-BEAT_SECONDS = 0.1
+HEARTBEAT_SECONDS = 0.1
 # How long a watcher may take to see that it is needed no more.
 WATCHER_EXIT_SECONDS = 5.0
 
 
-class Heart(threading.Thread):
+class HeartbeatThread(threading.Thread):
     """Beats until it is stopped, over a socket of its own, as the worker's belongs to another thread.
 
     Args:
@@ -39,7 +39,7 @@ class Heart(threading.Thread):
         super().__init__(name="dnb-heart", daemon=True)
         self._address = address
         self._identity = b"heart-%d" % facts.engine
-        self._parts = encode(Beat(engine=facts.engine, process=facts.process))
+        self._parts = encode(Heartbeat(engine=facts.engine, process=facts.process))
         self._watched = Watched(engine=facts.engine, process=facts.process, address=address) if is_far else None
         self._stopped = threading.Event()
 
@@ -49,7 +49,7 @@ class Heart(threading.Thread):
         context = zmq.Context()
         dealer = connect_dealer(context, self._address, identity=self._identity)
         try:
-            while not self._stopped.wait(BEAT_SECONDS):
+            while not self._stopped.wait(HEARTBEAT_SECONDS):
                 with contextlib.suppress(zmq.Again):  # the hub does not read: it will see that we wait
                     dealer.send_multipart(self._parts, zmq.DONTWAIT)
                 if watcher is not None and watcher.stdin is not None:

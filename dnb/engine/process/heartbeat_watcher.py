@@ -15,7 +15,7 @@ import msgspec
 import zmq
 
 from dnb.protocol.base import Record
-from dnb.protocol.engine_messages import Beat
+from dnb.protocol.engine_messages import Heartbeat
 from dnb.protocol.pool import Address, Process
 from dnb.transport.sockets.channels import connect_dealer, encode
 from dnb.transport.system.processes import activity_of, has_worked, name_process
@@ -32,18 +32,18 @@ class Watched(Record, frozen=True):
     address: Address
 
 
-def watch(watched: Watched, heart: int) -> None:
+def watch(watched: Watched, heartbeat_thread: int) -> None:
     """Look at the engine whenever nothing has come from its heart for a while; until that is closed, or it is gone."""
     poller = select.poll()
-    poller.register(heart, select.POLLIN)
+    poller.register(heartbeat_thread, select.POLLIN)
     context = zmq.Context()
     dealer = connect_dealer(context, watched.address, identity=b"watcher-%d" % watched.engine)
-    beat = encode(Beat(engine=watched.engine, process=watched.process, is_at_work=True))
+    beat = encode(Heartbeat(engine=watched.engine, process=watched.process, is_at_work=True))
     before, since = None, time.monotonic()
     try:
         while True:
             if poller.poll(LOOK_SECONDS * 1000):
-                if not os.read(heart, select.PIPE_BUF):
+                if not os.read(heartbeat_thread, select.PIPE_BUF):
                     return
                 before = None
                 continue
@@ -62,8 +62,8 @@ def watch(watched: Watched, heart: int) -> None:
 def main() -> None:
     """Be the watcher."""
     name_process("dnb-watcher")
-    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as heart:
-        watched = msgspec.json.decode(heart.readline(), type=Watched)
+    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as heartbeat_thread:
+        watched = msgspec.json.decode(heartbeat_thread.readline(), type=Watched)
     watch(watched, sys.stdin.fileno())
 
 

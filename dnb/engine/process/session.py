@@ -23,11 +23,11 @@ from dnb.protocol.engine_messages import (
     Diagnose,
     EngineMessage,
     Freeze,
+    FunctionsReplaced,
     Load,
-    Mended,
     OutputPiece,
     Printed,
-    Seat,
+    RankAssignment,
     Shipped,
     Thaw,
     WireMessage,
@@ -36,7 +36,7 @@ from dnb.protocol.engine_messages import (
     WorkReport,
 )
 from dnb.protocol.measurements import StageTrace
-from dnb.protocol.memory import ParcelRef
+from dnb.protocol.memory import PayloadRef
 from dnb.protocol.run import RunSpec
 from dnb.transport.pickling.hooks import drop_gradient_hooks
 from dnb.transport.pickling.payloads import adopt, verify
@@ -68,7 +68,7 @@ class Session:
         frames: spec, job, data and signature.
         engine: this engine's id.
         key: the cluster's key, which signed the frames.
-        wire: to the hub; parameters and parcels come over it where no memory is shared.
+        wire: to the hub; parameters and payloads come over it where no memory is shared.
         memory: parameters and slabs.
         stopwatch: counts data and compute time.
 
@@ -104,15 +104,15 @@ class Session:
         self._fault: BaseException | None = None  # why what was mended cannot be used
         self._early: list[tuple[memoryview, memoryview]] = []  # what came before there was a replica that it is for
         self._layouts = load.gradient_layout, load.buffer_layout
-        parcels: dict[int, memoryview | None] = {JOB_SLOT: None, DATA_SLOT: None}
+        payloads: dict[int, memoryview | None] = {JOB_SLOT: None, DATA_SLOT: None}
         try:
             if memory.kind == "socket":
-                parcels = self._receive_parcels(spec)
+                payloads = self._receive_payloads(spec)
                 self._outbox = Outbox(wire, timeout_seconds=SHIP_SECONDS)
                 self._outbox.start()
-            job, of_job = adopt(job_bytes, spec.job, memory=parcels[JOB_SLOT])
+            job, of_job = adopt(job_bytes, spec.job, memory=payloads[JOB_SLOT])
             drop_gradient_hooks(job.model)
-            data, of_data = adopt(data_bytes, spec.data, memory=parcels[DATA_SLOT])
+            data, of_data = adopt(data_bytes, spec.data, memory=payloads[DATA_SLOT])
             # Now that whatever model and data need is imported.
             if spec.settings is not None and (told := differing_packages(spec.settings.packages)):
                 self._settings.notes.append(told)
@@ -156,8 +156,8 @@ class Session:
                 self._work(message, raw)
             case Diagnose():
                 self._diagnose(message, _indices(raw))
-            case Mended():
-                self._mend(message, bytes(raw))
+            case FunctionsReplaced():
+                self._replace_functions(message, bytes(raw))
             case Shipped():
                 pass
 
@@ -176,7 +176,7 @@ class Session:
         if self._outbox is not None:
             self._outbox.stop()
             self._outbox.join(OUTBOX_SECONDS)
-        self._wire.landings = {}
+        self._wire.receive_buffers = {}
         try:
             self._replica.close()
         finally:
@@ -283,10 +283,10 @@ class Session:
             )
             self.send(failed)
 
-    def _mend(self, message: Mended, pickled: bytes) -> None:
+    def _replace_functions(self, message: FunctionsReplaced, pickled: bytes) -> None:
         verify(self._key, [pickled], message.signature)
         try:
-            self._replica.mend(**loads(pickled, adopt=True))
+            self._replica.replace_functions(**loads(pickled, adopt=True))
         except USER_ERRORS as error:  # what a user's function needs may be missing here: the next step says so
             self._fault = error
         else:
@@ -300,12 +300,12 @@ class Session:
         gradients, buffers = self._layouts
         return None if self._outbox is None else Publisher(gradients, buffers.num_bytes, self._outbox)
 
-    def _receive_parcels(self, spec: RunSpec) -> dict[int, memoryview | None]:
-        parcels = {JOB_SLOT: _landing(spec.job), DATA_SLOT: _landing(spec.data)}
-        self._wire.landings = {PARAMETERS_SLOT: memoryview(self._memory.parameters)}
-        self._wire.landings |= {slot: memory for slot, memory in parcels.items() if memory is not None}
-        shipped = False
-        while not shipped:
+    def _receive_payloads(self, spec: RunSpec) -> dict[int, memoryview | None]:
+        payloads = {JOB_SLOT: _landing(spec.job), DATA_SLOT: _landing(spec.data)}
+        self._wire.receive_buffers = {PARAMETERS_SLOT: memoryview(self._memory.parameters)}
+        self._wire.receive_buffers |= {slot: memory for slot, memory in payloads.items() if memory is not None}
+        uploaded = False
+        while not uploaded:
             for packed, raw in self._wire.wait_for_messages(timeout_seconds=SHIP_SECONDS):
                 message = _decode(packed)
                 if isinstance(message, AddSlabs):
@@ -314,32 +314,32 @@ class Session:
                     self._lay_out_anew(message)
                 elif not isinstance(message, Shipped):
                     self._early.append((packed, raw))
-                shipped = shipped or isinstance(message, Shipped)
-        for slot in parcels:
-            self._wire.landings.pop(slot, None)
-        return parcels
+                uploaded = uploaded or isinstance(message, Shipped)
+        for slot in payloads:
+            self._wire.receive_buffers.pop(slot, None)
+        return payloads
 
 
 def _kind_of_replica(load: Load, spec: RunSpec | None = None) -> Callable[..., Replica | StageReplica]:
-    if load.seat is None:
+    if load.assignment is None:
         return GatheringReplica if spec is not None and spec.loss_over == "batch" else Replica
-    if load.seat.partition.kind in ("tensor", "synced"):
-        return _kind_of_tensor_replica(load.seat)
+    if load.assignment.partition.kind in ("tensor", "synced"):
+        return _kind_of_tensor_replica(load.assignment)
     from dnb.engine.replicas.pipeline.stage_replica import StageReplica  # torch's pipelines take two seconds to import
 
-    return partial(StageReplica, seat=load.seat)
+    return partial(StageReplica, assignment=load.assignment)
 
 
-def _kind_of_tensor_replica(seat: Seat) -> Callable[..., Replica]:
-    if seat.partition.num_engines == 1:
+def _kind_of_tensor_replica(assignment: RankAssignment) -> Callable[..., Replica]:
+    if assignment.partition.num_engines == 1:
         return Replica  # nothing is divided
-    if seat.partition.kind == "synced":
+    if assignment.partition.kind == "synced":
         from dnb.engine.replicas.sync_replica import SyncReplica
 
-        return partial(SyncReplica, seat=seat)
+        return partial(SyncReplica, assignment=assignment)
     from dnb.engine.replicas.tensor.tensor_replica import TensorReplica  # DTensor takes a second to import
 
-    return partial(TensorReplica, seat=seat)
+    return partial(TensorReplica, assignment=assignment)
 
 
 def import_for(load: Load) -> None:
@@ -352,10 +352,10 @@ def adopt_path(paths: tuple[str, ...]) -> None:
     sys.path.extend(path for path in paths if path not in sys.path)
 
 
-def _landing(parcel: ParcelRef) -> memoryview | None:
-    if parcel.segment is None:
+def _landing(payload: PayloadRef) -> memoryview | None:
+    if payload.segment is None:
         return None
-    return memoryview(bytearray(parcel.segment.num_bytes))
+    return memoryview(bytearray(payload.segment.num_bytes))
 
 
 def _indices(raw: memoryview) -> torch.Tensor:

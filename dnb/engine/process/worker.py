@@ -15,7 +15,7 @@ import torch
 import zmq
 from threadpoolctl import threadpool_limits
 
-from dnb.engine.process.heartbeat import Heart
+from dnb.engine.process.heartbeat import HeartbeatThread
 from dnb.engine.process.session import Session, import_for
 from dnb.engine.runtime.allocator import keep_freed_memory, release_freed_memory
 from dnb.engine.runtime.run_memory import EngineMemory
@@ -37,7 +37,7 @@ from dnb.protocol.engine_messages import (
     Welcome,
 )
 from dnb.protocol.pool import Address, EngineFacts, HubPlace, Process
-from dnb.protocol.versions import POOL_FORMAT, VERSION, Header, name_dnb, name_this_dnb
+from dnb.protocol.versions import POOL_FORMAT, VERSION, RecordHeader, name_dnb, name_this_dnb
 from dnb.transport.sockets.channels import SEND_SECONDS, connect_dealer, encode
 from dnb.transport.sockets.wires import Wire, WireError, connect_wire
 from dnb.transport.system.failures import describe_error
@@ -52,7 +52,7 @@ WIRE_SECONDS = 10.0
 # How long the last word of an engine that ends of an error may take to go.
 LAST_WORD_MILLISECONDS = 1000
 
-_worker: Worker | None = None
+_worker: TrainingThread | None = None
 
 
 def join_pool(engine: int, *, num_threads: int, connection_file: str, timeout_seconds: float) -> EngineFacts:
@@ -75,10 +75,10 @@ def join_pool(engine: int, *, num_threads: int, connection_file: str, timeout_se
     if _worker is None:
         place, key = _read_connection(connection_file)
         keep_freed_memory()  # before there are threads, which would get heaps of their own
-        _worker = Worker(
+        _worker = TrainingThread(
             facts,
             address=place.address,
-            guardian=place.guardian,
+            supervisor=place.supervisor,
             key=key,
         )
         _worker.start()
@@ -112,7 +112,7 @@ def _read_connection(connection_file: str) -> tuple[HubPlace, bytes]:
         with open(connection_file) as file:
             text = file.read()
     connection = json.loads(text)
-    header = msgspec.convert(connection["dnb"], type=Header)
+    header = msgspec.convert(connection["dnb"], type=RecordHeader)
     if header.format != POOL_FORMAT:
         raise PoolError(
             f"the pool's hub is {name_dnb(header.version, header.format)}, and the engine on {socket.gethostname()} "
@@ -121,7 +121,7 @@ def _read_connection(connection_file: str) -> tuple[HubPlace, bytes]:
     return msgspec.convert(connection["dnb"], type=HubPlace), connection["key"].encode()
 
 
-class Worker(threading.Thread):
+class TrainingThread(threading.Thread):
     """Holds the engine's connections to the hub; ends when told, or when the hub is gone.
 
     What concerns the pool and the loading of runs comes over an encrypted socket, the work of a run over its wire.
@@ -129,17 +129,17 @@ class Worker(threading.Thread):
     Args:
         facts: of this engine.
         address: of the hub.
-        guardian: of the hub; if it dies, so does this engine.
-        key: the cluster's key, which signs every parcel.
+        supervisor: of the hub; if it dies, so does this engine.
+        key: the cluster's key, which signs every payload.
     """
 
-    def __init__(self, facts: EngineFacts, *, address: Address, guardian: Process, key: bytes) -> None:
+    def __init__(self, facts: EngineFacts, *, address: Address, supervisor: Process, key: bytes) -> None:
         super().__init__(name="dnb-worker", daemon=True)
         self._facts = facts
         self._address = address
-        self._guardian = guardian
+        self._supervisor = supervisor
         self._num_lost_wires = 0
-        self._life = 0  # which hub of the pool this engine has joined
+        self._generation = 0  # which hub of the pool this engine has joined
         self._key = key
         self._stopwatch = Stopwatch()
         self.is_welcome = threading.Event()
@@ -159,8 +159,8 @@ class Worker(threading.Thread):
         self._socket = connect_dealer(context, self._address, identity=b"engine-%d" % self._facts.engine)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
-        heart = Heart(self._facts, address=self._address, is_far=not is_here(self._guardian))
-        heart.start()
+        heartbeat_thread = HeartbeatThread(self._facts, address=self._address, is_far=not is_here(self._supervisor))
+        heartbeat_thread.start()
         linger = 0
         try:
             self._join()
@@ -171,7 +171,7 @@ class Worker(threading.Thread):
             self._tell_of(error)
             linger = LAST_WORD_MILLISECONDS
         finally:
-            heart.stop()
+            heartbeat_thread.stop()
             self._drop_wire()
             self._socket.close(linger=linger)
             context.term()
@@ -180,7 +180,7 @@ class Worker(threading.Thread):
 
     def _serve_once(self) -> bool:
         ready = self._poller.poll(WATCH_MILLISECONDS)
-        if not ready and not is_alive(self._guardian):
+        if not ready and not is_alive(self._supervisor):
             log.warning("the hub is gone: engine %d ends", self._facts.engine)
             return False
         for source, _ in ready:
@@ -197,9 +197,9 @@ class Worker(threading.Thread):
         match message:
             case Welcome():
                 self.is_welcome.set()
-            case Rejoin(life=life):
-                if life != self._life:
-                    self._life = life
+            case Rejoin(generation=generation):
+                if generation != self._generation:
+                    self._generation = generation
                     self._close_session()
                     self._join()
             case Load():
@@ -224,7 +224,7 @@ class Worker(threading.Thread):
         if wire.is_closed and self._wire is wire:
             was_at_work = self._session is not None
             self._drop_wire()
-            if was_at_work and is_alive(self._guardian):
+            if was_at_work and is_alive(self._supervisor):
                 self._num_lost_wires += 1
                 self._join()  # the hub died, or gave this engine up: come back as a new one
 
@@ -232,7 +232,7 @@ class Worker(threading.Thread):
         self._close_session()
         import_for(load)
         self._stopwatch.begin_run()  # what it imports once is no memory of this run
-        team = None if load.seat is None else load.seat.team
+        team = None if load.assignment is None else load.assignment.team
         try:
             wire = self._wire_to(load)
             memory = EngineMemory(load)

@@ -49,17 +49,17 @@ def begin_now() -> Begin:
 
 
 @dataclass(slots=True)
-class _Call:
+class _LayerCall:
     """A module as it was called, and the modules that it called in turn."""
 
     name: str
     module: nn.Module
     begin: Begin
-    calls: list[_Call] = field(default_factory=list)
+    calls: list[_LayerCall] = field(default_factory=list)
 
 
 @dataclass(slots=True)
-class Flow:
+class ForwardFlow:
     """What a forward made, used and kept, by layer."""
 
     num_layers: int
@@ -89,14 +89,14 @@ def find_beginnings(model: nn.Module, forward: Forward) -> list[tuple[Layer, Beg
     return [(Layer(call.name, call.module), call.begin) for call in once]
 
 
-def _watch_calls(model: nn.Module, forward: Forward) -> _Call:
+def _watch_calls(model: nn.Module, forward: Forward) -> _LayerCall:
     names = {id(module): name for name, module in model.named_modules()}
-    root = _Call("", model, begin_now())
+    root = _LayerCall("", model, begin_now())
     stack = [root]
 
     def enter(module: nn.Module, _: Any) -> None:
         if module is not model:
-            call = _Call(names[id(module)], module, begin_now())
+            call = _LayerCall(names[id(module)], module, begin_now())
             stack[-1].calls.append(call)
             stack.append(call)
 
@@ -116,13 +116,13 @@ def _hold(stack: ExitStack, handle: RemovableHandle) -> None:
     stack.callback(handle.remove)
 
 
-def _all_calls(call: _Call) -> Iterator[_Call]:
+def _all_calls(call: _LayerCall) -> Iterator[_LayerCall]:
     for each in call.calls:
         yield each
         yield from _all_calls(each)
 
 
-def _chain(call: _Call, *, whole: int) -> Iterator[_Call]:
+def _chain(call: _LayerCall, *, whole: int) -> Iterator[_LayerCall]:
     if not call.calls:
         yield call
         return
@@ -135,7 +135,7 @@ def _chain(call: _Call, *, whole: int) -> Iterator[_Call]:
             yield each
 
 
-def _is_wide(call: _Call, *, whole: int) -> bool:
+def _is_wide(call: _LayerCall, *, whole: int) -> bool:
     """Whether it is worth looking into, and what is seen there is all of it."""
     is_own = not type(call.module).__module__.startswith("torch.nn.")
     is_open = is_own or isinstance(call.module, _CHAINS)
@@ -160,7 +160,7 @@ def entering(layers: list[Layer], enter: Callable[[int], None]) -> Iterator[None
 
 
 @dataclass(slots=True)
-class _Trace:
+class _TensorUse:
     """A tensor that was made in one layer and is used until another."""
 
     made_in: int
@@ -169,14 +169,14 @@ class _Trace:
     comes_back: bool = False  # as a gradient
 
 
-class _Watch(TorchFunctionMode):
+class _TensorWatch(TorchFunctionMode):
     """Sees every tensor that a torch function takes or returns, as the caller of the function does."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
         self.layer = 0
         self.is_over = False  # the last layer has ended: what is used now, such as targets, need not come to it
-        self.traces: list[_Trace] = []
+        self.traces: list[_TensorUse] = []
         self.users: dict[str, list[int]] = {name: [] for name in parameters}
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._known: Any = WeakIdKeyDictionary()  # tensor -> its trace
@@ -184,7 +184,7 @@ class _Watch(TorchFunctionMode):
 
     def add_input(self, tensor: torch.Tensor) -> None:
         """A tensor of the batch: it is there before the first layer."""
-        self._known[tensor] = trace = _Trace(-1, -1, _bytes_of(tensor))
+        self._known[tensor] = trace = _TensorUse(-1, -1, _bytes_of(tensor))
         self.traces.append(trace)
 
     def made_in(self, storage: torch.UntypedStorage) -> int:
@@ -205,7 +205,7 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         for tensor in _tensors(result):
             if id(tensor) not in self._names and tensor not in self._known:
-                trace = _Trace(self.layer, self.layer, _bytes_of(tensor), tensor.requires_grad)
+                trace = _TensorUse(self.layer, self.layer, _bytes_of(tensor), tensor.requires_grad)
                 self._known[tensor] = trace
                 self.traces.append(trace)
         return result
@@ -216,7 +216,7 @@ class _Watch(TorchFunctionMode):
             users.append(self.layer)
 
 
-def watch_flow(model: nn.Module, layers: list[Layer], forward: Forward, *, inputs: Any) -> Flow:
+def watch_flow(model: nn.Module, layers: list[Layer], forward: Forward, *, inputs: Any) -> ForwardFlow:
     """One forward, and which bytes it makes, keeps, and brings from one layer to a later one.
 
     Args:
@@ -225,7 +225,7 @@ def watch_flow(model: nn.Module, layers: list[Layer], forward: Forward, *, input
         forward: leaves a graph, whose saved tensors are counted where they were made.
         inputs: tensors of the batch, in any nesting.
     """
-    watch = _Watch(dict(model.named_parameters()))
+    watch = _TensorWatch(dict(model.named_parameters()))
     for tensor in _tensors(inputs):
         watch.add_input(tensor)
     kept = [0] * len(layers)
@@ -255,7 +255,7 @@ def watch_flow(model: nn.Module, layers: list[Layer], forward: Forward, *, input
     _name_unseen_users(model, layers, watch.users)
     crossing = [[trace for trace in watch.traces if trace.made_in < cut <= trace.used_in] for cut in range(len(layers))]
     crossing[0] = [trace for trace in watch.traces if trace.made_in < 0 <= trace.used_in]
-    return Flow(
+    return ForwardFlow(
         num_layers=len(layers),
         cut_bytes=[sum(trace.num_bytes for trace in cut) for cut in crossing],
         cut_gradient_bytes=[sum(trace.num_bytes for trace in cut if trace.comes_back) for cut in crossing],

@@ -21,13 +21,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from dnb.engine.process.session import adopt_path
 from dnb.engine.process.worker import has_run
-from dnb.engine.profiling.layers import Flow, Layer, entering, find_beginnings, watch_flow
+from dnb.engine.profiling.layers import ForwardFlow, Layer, entering, find_beginnings, watch_flow
 from dnb.engine.runtime.allocator import release_freed_memory
 from dnb.errors import USER_ERRORS, PlanError, summary_of
 from dnb.job import Sum
 from dnb.planning.search.profiles import LayerProfile, ParameterShape, Profile, SharedParameter
 from dnb.progress import Report
-from dnb.protocol.memory import ParcelRef
+from dnb.protocol.memory import PayloadRef
 from dnb.protocol.run import Settings
 from dnb.transport.encoding import encode_record
 from dnb.transport.pickling.payloads import adopt
@@ -53,7 +53,7 @@ LEAST_SAMPLES = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
+class ProfileInput:
     """What goes through the model when it is profiled; without loss and step, the mean of its outputs is minimised."""
 
     model: nn.Module
@@ -62,14 +62,14 @@ class Trial:
     step: Callable[..., Any] | None = None
 
 
-def profile_parcel(
-    pickled: bytes, parcel: bytes, *, sizes: tuple[int, ...] | None, sys_path: tuple[str, ...], settings: bytes
+def profile_payload(
+    pickled: bytes, payload: bytes, *, sizes: tuple[int, ...] | None, sys_path: tuple[str, ...], settings: bytes
 ) -> bytes:
     """Profile in an engine; runs in its main thread by ipyparallel's `apply`.
 
     Args:
-        pickled: a packed `Trial`, from the client, in a message signed with the cluster's key.
-        parcel: an encoded `ParcelRef`: where its tensors lie.
+        pickled: a packed `ProfileInput`, from the client, in a message signed with the cluster's key.
+        payload: an encoded `PayloadRef`: where its tensors lie.
         sizes: samples of the micro-batches, or None.
         sys_path: where the kernel imports from.
         settings: encoded `Settings` of the kernel; those of a run stay, if the engine has one.
@@ -78,10 +78,10 @@ def profile_parcel(
         The encoded `Profile`: the kernel unpickles nothing.
     """
     adopt_path(sys_path)
-    trial: Trial | None = None
+    trial: ProfileInput | None = None
     applied = AppliedSettings(None if has_run() else msgspec.msgpack.decode(settings, type=Settings))
     try:
-        trial, _ = adopt(bytes(pickled), msgspec.msgpack.decode(parcel, type=ParcelRef))
+        trial, _ = adopt(bytes(pickled), msgspec.msgpack.decode(payload, type=PayloadRef))
         return encode_record(profile_trial(trial, sizes=sizes))
     except (PlanError, KeyboardInterrupt):
         raise
@@ -94,7 +94,7 @@ def profile_parcel(
 
 
 def profile_trial(
-    trial: Trial,
+    trial: ProfileInput,
     *,
     sizes: tuple[int, ...] | None = None,
     num_threads: int | None = None,
@@ -187,7 +187,7 @@ def take_samples(batch: Any, num_samples: int, *, of: int) -> Any:
     return tree_map(take, batch) if named is None else with_parts(batch, tree_map(take, named))
 
 
-def _loss_of(trial: Trial, batch: Any) -> torch.Tensor:
+def _loss_of(trial: ProfileInput, batch: Any) -> torch.Tensor:
     model = trial.model
     if trial.step is not None:
         return _total_of(read_step(trial.step(model, batch), needs_gradient=True)[0])
@@ -246,7 +246,7 @@ def _affordable(sizes: tuple[int, ...], *, seconds: float) -> tuple[int, ...]:
 
 
 def _first_try(
-    trial: Trial, attempt: Callable[[], torch.Tensor], *, num_samples: int
+    trial: ProfileInput, attempt: Callable[[], torch.Tensor], *, num_samples: int
 ) -> tuple[list[Layer], tuple[list[float], list[float]]]:
     """Find the layers, make sure that forward and backward work, and time them once."""
     losses: list[torch.Tensor] = []
@@ -368,7 +368,7 @@ def _end(began: list[float], seconds: list[float], layer: int, *_: Any) -> None:
 def _layer_profiles(
     model: nn.Module,
     layers: list[Layer],
-    flows: list[Flow],
+    flows: list[ForwardFlow],
     times: list[tuple[list[float], list[float]]],
 ) -> tuple[LayerProfile, ...]:
     parameters = dict(model.named_parameters())
@@ -389,7 +389,7 @@ def _layer_profiles(
     )
 
 
-def _shared_parameters(model: nn.Module, flow: Flow) -> tuple[SharedParameter, ...]:
+def _shared_parameters(model: nn.Module, flow: ForwardFlow) -> tuple[SharedParameter, ...]:
     parameters = dict(model.named_parameters())
     return tuple(
         SharedParameter(

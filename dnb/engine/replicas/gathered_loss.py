@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from dnb.engine.replicas.replica import Outcome, Replica, added, is_out_of_memory, pieces_of
+from dnb.engine.replicas.replica import Replica, WorkResult, added, is_out_of_memory, pieces_of
 from dnb.errors import USER_ERRORS, PlanError
 from dnb.job import DataSource, Sum
 from dnb.protocol.engine_messages import Gathered, OutputLeaf, Work
@@ -35,7 +35,7 @@ PLAIN = (type(None), bool, int, float, str)
 
 
 @dataclass(frozen=True, slots=True)
-class _Form:
+class _BatchForm:
     """The form of outputs and target, whatever the samples are."""
 
     spec: pytree.TreeSpec  # of (output, target)
@@ -46,7 +46,7 @@ class _Form:
 
 
 @dataclass(frozen=True, slots=True)
-class _Pass:
+class _KeptForward:
     """One forward, with its graph."""
 
     shards: tuple[int, ...]
@@ -55,7 +55,7 @@ class _Pass:
 
 
 @dataclass(frozen=True, slots=True)
-class _Whole:
+class _GatheredLoss:
     """What is gathered, and the loss of it."""
 
     gathered: Gathered
@@ -85,15 +85,15 @@ class GatheringReplica(Replica):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._kept: list[_Pass] = []
-        self._form: _Form | None = None
+        self._kept: list[_KeptForward] = []
+        self._form: _BatchForm | None = None
         self._batch_memory = memoryview(b"")
 
     def take_gathered(self, memory: memoryview) -> None:
         """What was gathered for the step that is to be computed next."""
         self._batch_memory = memory
 
-    def mend(self, *, step: Callable[..., Any] | None, loss: Callable[..., Any] | None) -> None:
+    def replace_functions(self, *, step: Callable[..., Any] | None, loss: Callable[..., Any] | None) -> None:
         """Go on with another loss.
 
         Raises:
@@ -104,7 +104,7 @@ class GatheringReplica(Replica):
                 "this run gathers outputs before the loss is computed, and a step function does both at once: mend its "
                 "loss"
             )
-        super().mend(step=step, loss=loss)
+        super().replace_functions(step=step, loss=loss)
 
     def _seed(self, step: int, shard: int, *, also_python: bool = True) -> None:
         """Also what data sets draw from: a forward that is computed again must have the same samples."""
@@ -112,10 +112,10 @@ class GatheringReplica(Replica):
 
     # Outputs ------------------------------------------------------------------------------------------
 
-    def _compute_step(self, work: Work, indices: torch.Tensor) -> Outcome:
+    def _compute_step(self, work: Work, indices: torch.Tensor) -> WorkResult:
         return self._give_outputs(work, indices) if work.kind == "outputs" else self._finish_step(work, indices)
 
-    def _give_outputs(self, work: Work, indices: torch.Tensor) -> Outcome:
+    def _give_outputs(self, work: Work, indices: torch.Tensor) -> WorkResult:
         if self._form is None:
             self._form = self._learn()
         if work.fresh:
@@ -135,7 +135,7 @@ class GatheringReplica(Replica):
             OutputLeaf(dtype=str(t.dtype).removeprefix("torch."), shape=tuple(t.shape), has_rows=rows)
             for t, rows in zip(tensors, has_rows, strict=True)
         )
-        return Outcome((_counted(len(indices)),), is_sum=False, note=note, leaves=leaves, tensors=tensors)
+        return WorkResult((_counted(len(indices)),), is_sum=False, note=note, leaves=leaves, tensors=tensors)
 
     def _outputs_of(self, work: Work, indices: torch.Tensor) -> list[torch.Tensor]:
         parts: list[list[torch.Tensor]] = []
@@ -151,7 +151,7 @@ class GatheringReplica(Replica):
                 with torch.set_grad_enabled(len(pieces) == 1):
                     outputs, targets = self._forward_tensors(self._data.train, piece)
                 if len(pieces) == 1:
-                    self._kept.append(_Pass(shards, outputs, self._own_buffers()))
+                    self._kept.append(_KeptForward(shards, outputs, self._own_buffers()))
                 parts.append([tensor.detach() for tensor in (*outputs, *targets)])
                 sizes.append(len(piece))
             self._collect_states(work.step, shards, work.batch_samples)
@@ -183,7 +183,7 @@ class GatheringReplica(Replica):
         with self._stopwatch.measure("compute"), self._autocast():
             return self._job.model(*given.positional), given.target
 
-    def _learn(self) -> _Form:
+    def _learn(self) -> _BatchForm:
         """Compute few samples, and one fewer, and see which tensors have a row for each."""
         most = min(NUM_LEARNED, self._spec.num_samples)
         self._read_buffers()
@@ -227,7 +227,7 @@ class GatheringReplica(Replica):
 
     # The step -----------------------------------------------------------------------------------------
 
-    def _finish_step(self, work: Work, indices: torch.Tensor) -> Outcome:
+    def _finish_step(self, work: Work, indices: torch.Tensor) -> WorkResult:
         if self._form is None:
             self._form = self._learn()
         whole = self._whole_of(work)
@@ -248,9 +248,9 @@ class GatheringReplica(Replica):
                     self._finish_together(before, whole, fresh=number == 0, publish=False)
                 fresh = not earlier
             else:
-                return Outcome((self._sums_of(work.shards, whole),), is_sum=False, unused=unused, note=note)
+                return WorkResult((self._sums_of(work.shards, whole),), is_sum=False, unused=unused, note=note)
 
-    def _finish_together(self, work: Work, whole: _Whole, *, fresh: bool, publish: bool) -> tuple[int, ...]:
+    def _finish_together(self, work: Work, whole: _GatheredLoss, *, fresh: bool, publish: bool) -> tuple[int, ...]:
         assert work.gathered is not None
         groups = work.gathered.groups
         kept = {each.shards: each for each in self._kept}
@@ -267,7 +267,7 @@ class GatheringReplica(Replica):
                 self._recompute(work.step, group, wanted, whole, is_last=is_last)
         return self._end(slab, publish=publish)
 
-    def _finish_each_shard(self, work: Work, whole: _Whole) -> Outcome:
+    def _finish_each_shard(self, work: Work, whole: _GatheredLoss) -> WorkResult:
         kept = {each.shards: each for each in self._kept}
         self._kept.clear()
         unused: set[int] | None = None
@@ -282,10 +282,16 @@ class GatheringReplica(Replica):
             left = set(self._end(slab, publish=True))
             unused = left if unused is None else unused & left
         parts = tuple(self._sums_of((shard,), whole) for shard in work.shards)
-        return Outcome(parts, is_sum=False, unused=tuple(sorted(unused or ())))
+        return WorkResult(parts, is_sum=False, unused=tuple(sorted(unused or ())))
 
     def _recompute(
-        self, step: int, group: tuple[int, ...], wanted: frozenset[int] | set[int], whole: _Whole, *, is_last: bool
+        self,
+        step: int,
+        group: tuple[int, ...],
+        wanted: frozenset[int] | set[int],
+        whole: _GatheredLoss,
+        *,
+        is_last: bool,
     ) -> None:
         """Forward of some shards as it was, and backward from the rows that are wanted."""
         self._seed(step, group[0])
@@ -302,7 +308,9 @@ class GatheringReplica(Replica):
                 self._descend(outputs, positions[places], needed[places], whole, is_first=is_first, is_last=is_end)
         self._collect_states(step, group, len(whole.indices))
 
-    def _backward(self, done: _Pass, wanted: frozenset[int] | set[int], whole: _Whole, *, is_last: bool) -> None:
+    def _backward(
+        self, done: _KeptForward, wanted: frozenset[int] | set[int], whole: _GatheredLoss, *, is_last: bool
+    ) -> None:
         """Backward of a forward that was kept."""
         positions = _positions(done.shards, whole)
         needed = torch.isin(positions, _positions([s for s in done.shards if s in wanted], whole))
@@ -314,7 +322,7 @@ class GatheringReplica(Replica):
         outputs: Sequence[torch.Tensor],
         positions: torch.Tensor,
         needed: torch.Tensor,
-        whole: _Whole,
+        whole: _GatheredLoss,
         *,
         is_first: bool,
         is_last: bool,
@@ -341,7 +349,7 @@ class GatheringReplica(Replica):
         if not is_last:
             self._gradients.bring_home()
 
-    def _whole_of(self, work: Work) -> _Whole:
+    def _whole_of(self, work: Work) -> _GatheredLoss:
         """The loss of the whole batch, and its gradient by the outputs."""
         gathered, form = work.gathered, self._form
         assert gathered is not None
@@ -366,7 +374,7 @@ class GatheringReplica(Replica):
             found = iter(torch.autograd.grad(loss, sources, allow_unused=True))
         gradients = [next(found) if root.requires_grad else None for root in roots[: form.num_outputs]]
         edges = tuple(accumulate(gathered.shard_sizes, initial=0))
-        return _Whole(gathered, indices, edges, roots, loss.item(), gradients, metrics)
+        return _GatheredLoss(gathered, indices, edges, roots, loss.item(), gradients, metrics)
 
     @property
     def _metrics_of_parts(self) -> dict[str, Any]:
@@ -395,7 +403,7 @@ class GatheringReplica(Replica):
             metrics = {name: weighed(metric(used, target), num_samples, name=name) for name, metric in wanted.items()}
         return value, metrics
 
-    def _sums_of(self, shards: Sequence[int], whole: _Whole) -> Sums:
+    def _sums_of(self, shards: Sequence[int], whole: _GatheredLoss) -> Sums:
         """The loss by the samples of these shards, so that the mean of all is the loss of the whole batch."""
         num_samples = sum(whole.gathered.shard_sizes[shard] for shard in shards)
         metrics = whole.metrics if whole.first in shards else {}
@@ -488,7 +496,7 @@ class GatheringReplica(Replica):
             module._buffers[key] = buffer
 
 
-def form_of(output: Any, target: Any, *, has_rows: tuple[bool, ...] | None) -> _Form:
+def form_of(output: Any, target: Any, *, has_rows: tuple[bool, ...] | None) -> _BatchForm:
     """Find the tensors in what is to be gathered.
 
     Raises:
@@ -504,10 +512,10 @@ def form_of(output: Any, target: Any, *, has_rows: tuple[bool, ...] | None) -> _
             )
     plain = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
     is_tensor = tuple(isinstance(leaf, torch.Tensor) for leaf in leaves)
-    return _Form(spec, plain, is_tensor, num_outputs, has_rows)
+    return _BatchForm(spec, plain, is_tensor, num_outputs, has_rows)
 
 
-def tree_of(form: _Form, tensors: Sequence[torch.Tensor]) -> tuple[Any, Any]:
+def tree_of(form: _BatchForm, tensors: Sequence[torch.Tensor]) -> tuple[Any, Any]:
     """Output and target of these tensors."""
     rest = iter(tensors)
     leaves = [next(rest) if is_one else plain for plain, is_one in zip(form.plain, form.is_tensor, strict=True)]
@@ -556,7 +564,7 @@ def _tensor_of(leaf: OutputLeaf, memory: bytearray, offset: int) -> torch.Tensor
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(leaf.shape)
 
 
-def _positions(shards: Sequence[int], whole: _Whole) -> torch.Tensor:
+def _positions(shards: Sequence[int], whole: _GatheredLoss) -> torch.Tensor:
     """Places of these shards' samples in the batch."""
     parts = [torch.arange(whole.edges[shard], whole.edges[shard + 1]) for shard in shards]
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)

@@ -50,7 +50,7 @@ class ModelChangedError(DnbError):
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class WorkResult:
     """What a work item came to; the gradients are in the slabs."""
 
     parts: tuple[Sums, ...]
@@ -124,7 +124,7 @@ class Replica:
         self._evaluates_gradients = False
         self._unit: float | None = None  # of what is added up in the slab under way, once there is something
         self._units: dict[int, float | None] = {}  # likewise, of slabs
-        self._beginning: tuple[object, torch.Tensor] = None, torch.empty(0)  # of backward; mostly the same again
+        self._initial_state: tuple[object, torch.Tensor] = None, torch.empty(0)  # of backward; mostly the same again
 
     def _bind_slabs(self, gradients: Layout, buffers: Layout, publisher: Publisher | None) -> None:
         """Let gradients of these parameters be born in slabs; those among them that were frozen train from now on."""
@@ -159,7 +159,7 @@ class Replica:
         for name in self._names:
             self._named[name].requires_grad_(name not in names)
 
-    def compute(self, work: Work, indices: torch.Tensor) -> Outcome:
+    def compute(self, work: Work, indices: torch.Tensor) -> WorkResult:
         """Do what is asked; for a step, the gradients are then in the slabs.
 
         Args:
@@ -177,7 +177,7 @@ class Replica:
         if work.kind == "evaluation":
             if len(self._generators):
                 self._generators.seed(part_seed(self._spec.seed, work.step, work.shards[0]))
-            evaluated = Outcome((self._evaluate(work, indices),), is_sum=False)
+            evaluated = WorkResult((self._evaluate(work, indices),), is_sum=False)
             self._guard.check(work.step, thoroughly=work.check_copy)
             return evaluated
         self._be_training(mode=True)
@@ -209,7 +209,7 @@ class Replica:
                 return Diagnosis(run=request.run, step=request.step, shard=shard, parameter=fault[0], kind=fault[1])
         return Diagnosis(run=request.run, step=request.step, shard=None, parameter="", kind="")
 
-    def mend(self, *, step: Callable[..., Any] | None, loss: Callable[..., Any] | None) -> None:
+    def replace_functions(self, *, step: Callable[..., Any] | None, loss: Callable[..., Any] | None) -> None:
         """Go on with another step function, or another loss; one of them is None."""
         if step is not None or loss is not self._job.loss:  # else what is known of it stays so, to the bit
             self._reduction = "targets"  # where it is a mean over targets; all else is a mean over samples
@@ -277,12 +277,12 @@ class Replica:
         """Let go of the gradients."""
         self._gradients.close()
 
-    def _compute_step(self, work: Work, indices: torch.Tensor) -> Outcome:
+    def _compute_step(self, work: Work, indices: torch.Tensor) -> WorkResult:
         if self._spec.exact:
             return self._compute_each_shard(work, indices)
         return self._compute_together(work, indices)
 
-    def _with_states(self, work: Work, outcome: Outcome) -> Outcome:
+    def _with_states(self, work: Work, outcome: WorkResult) -> WorkResult:
         step, packed = self._found_states
         if not packed or step != work.step or self._first_shard(work.batch_samples) not in work.shards:
             return outcome
@@ -296,7 +296,7 @@ class Replica:
         if self._first_shard(batch_samples) in shards:
             self._found_states = step, self._states.collect(self._misfits())
 
-    def _compute_together(self, work: Work, indices: torch.Tensor) -> Outcome:
+    def _compute_together(self, work: Work, indices: torch.Tensor) -> WorkResult:
         """All shards in one forward, or in as many micro-batches as memory wants."""
         self._remember(work, indices)
         note = ""
@@ -310,7 +310,7 @@ class Replica:
                 note = self._shrink(len(indices), error)
                 fresh = self._redo_earlier(work.slabs)
             else:
-                return Outcome((sums,), is_sum, unused, note)
+                return WorkResult((sums,), is_sum, unused, note)
 
     def _remember(self, work: Work, indices: torch.Tensor) -> None:
         if work.fresh:  # in another slab may lie something of the same step
@@ -331,7 +331,7 @@ class Replica:
         self._collect_states(work.step, work.shards, work.batch_samples)
         return sums, is_sum, self._end(slab, publish=publish)
 
-    def _compute_each_shard(self, work: Work, indices: torch.Tensor) -> Outcome:
+    def _compute_each_shard(self, work: Work, indices: torch.Tensor) -> WorkResult:
         """Every shard from the same beginning into a slab of its own, so that it matters not who computes it."""
         parts: list[Sums] = []
         unused: set[int] | None = None
@@ -351,7 +351,7 @@ class Replica:
             if sums.num_samples:
                 kinds.append(shard_is_sum)
             parts.append(sums)
-        return Outcome(tuple(parts), one_kind(kinds), tuple(sorted(unused or ())))
+        return WorkResult(tuple(parts), one_kind(kinds), tuple(sorted(unused or ())))
 
     def _begin(self, slab: int, *, fresh: bool, reads: bool = True) -> None:
         flat = self._memory.slabs[slab]
@@ -458,9 +458,9 @@ class Replica:
             (loss * scale).backward()
             return
         key = scale, loss.dtype, loss.shape
-        if self._beginning[0] != key:
-            self._beginning = key, torch.full_like(loss, scale, requires_grad=False)
-        loss.backward(self._beginning[1])
+        if self._initial_state[0] != key:
+            self._initial_state = key, torch.full_like(loss, scale, requires_grad=False)
+        loss.backward(self._initial_state[1])
 
     def _apply(
         self, step: Callable[..., Any] | None, batch: Any, num_samples: int, *, needs_gradient: bool
@@ -570,9 +570,9 @@ class Replica:
             now = None
         if now is self._named[name] and now.data_ptr() == master.data_ptr() and now.shape == master.shape:
             return
-        fate = "is gone" if now is None else f"now has shape {tuple(now.shape)}"
+        exit_state = "is gone" if now is None else f"now has shape {tuple(now.shape)}"
         raise ModelChangedError(
-            f"parameter {name!r} of shape {tuple(master.shape)} was replaced while the run went on, and {fate}: "
+            f"parameter {name!r} of shape {tuple(master.shape)} was replaced while the run went on, and {exit_state}: "
             "change a model before fit, or its values in place (parameter.data.copy_) between runs"
         )
 

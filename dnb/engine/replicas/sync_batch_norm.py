@@ -12,20 +12,20 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-class Exchange:
+class SharedBatch:
     """Whether engines share a batch now; if not, statistics are those of the samples at hand."""
 
     def __init__(self) -> None:
         self.is_on = False
 
 
-def synchronize(modules: Sequence[_BatchNorm], exchange: Exchange) -> None:
+def synchronize(modules: Sequence[_BatchNorm], exchange: SharedBatch) -> None:
     """Let normalizing layers of this process take the statistics of the whole team."""
     for module in modules:
         module.__dict__["forward"] = partial(_forward, module, exchange)
 
 
-def _forward(module: _BatchNorm, exchange: Exchange, inputs: torch.Tensor) -> torch.Tensor:
+def _forward(module: _BatchNorm, exchange: SharedBatch, inputs: torch.Tensor) -> torch.Tensor:
     if not (module.training and exchange.is_on):
         return _BatchNorm.forward(module, inputs)  # SyncBatchNorm's own looks for a GPU
     module._check_input_dim(inputs)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from dnb.engine.replicas.replica import Outcome, pieces_of
-from dnb.engine.replicas.sync_batch_norm import Exchange, normalizing_layers, synchronize
+from dnb.engine.replicas.replica import WorkResult, pieces_of
+from dnb.engine.replicas.sync_batch_norm import SharedBatch, normalizing_layers, synchronize
 from dnb.engine.replicas.team_replica import TeamReplica
 from dnb.planning.shards import SAMPLES_AT_LEAST, split_evenly
 from dnb.protocol.engine_messages import Diagnose, Diagnosis, Work
@@ -24,14 +24,14 @@ class SyncReplica(TeamReplica):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self._exchange = Exchange()
+        self._exchange = SharedBatch()
         layers = [module for _, module in normalizing_layers(self._job.model, all_of_them=self._spec.sync_batchnorm)]
         synchronize(layers, self._exchange)
         # In evaluation such a layer takes the statistics of what it is given.
         self._is_one_to_evaluate = any(layer.running_mean is None for layer in layers)
         self._num_pieces: int | None = None
 
-    def compute(self, work: Work, indices: torch.Tensor) -> Outcome:
+    def compute(self, work: Work, indices: torch.Tensor) -> WorkResult:
         """Do this engine's part of what the team is asked; its gradients are then in a slab of its own.
 
         If it raises, this engine has left its group, and the replica can only be closed.

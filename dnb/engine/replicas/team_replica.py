@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import torch
 
 from dnb.engine.replicas.replica import Replica, samples_text
-from dnb.engine.runtime.process_group import PeerLost, close_group, first_line, is_about_peers, open_group
+from dnb.engine.runtime.process_group import PeerLostError, close_group, first_line, is_about_peers, open_group
 from dnb.engine.runtime.run_memory import EngineMemory, Publisher
 from dnb.engine.runtime.telemetry import Stopwatch
 from dnb.errors import PlanError, text_of
 from dnb.job import Data, DataSource, Job
-from dnb.protocol.engine_messages import Load, Seat, Work
+from dnb.protocol.engine_messages import Load, RankAssignment, Work
 from dnb.protocol.measurements import Sums
 from dnb.protocol.run import RunSpec
 from dnb.transport.pickling.generators import OwnGenerators
@@ -29,13 +29,13 @@ class TeamReplica(Replica):
         load: the layouts of that memory.
         memory: parameters and slabs, shared with the hub and the other engines of the team.
         stopwatch: counts data and compute time, with the time in which engines wait for each other inside a layer.
-        seat: the place in the team.
+        assignment: the place in the team.
         publisher: must be None.
         generators: of the user's objects.
 
     Raises:
         PlanError: this engine does not share the hub's memory.
-        PeerLost: the team does not come together.
+        PeerLostError: the team does not come together.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class TeamReplica(Replica):
         *,
         memory: EngineMemory,
         stopwatch: Stopwatch,
-        seat: Seat,
+        assignment: RankAssignment,
         publisher: Publisher | None = None,
         generators: OwnGenerators | None = None,
     ) -> None:
@@ -58,10 +58,10 @@ class TeamReplica(Replica):
         if memory.kind != "memory" or publisher is not None:
             raise PlanError("the engines of a team share the hub's memory: they must be on its host")
         super().__init__(spec, job, data, load, memory=memory, stopwatch=stopwatch, generators=generators)
-        self._rank = seat.rank
-        self._num_engines = seat.partition.num_engines
+        self._rank = assignment.rank
+        self._num_engines = assignment.partition.num_engines
         self._samples = torch.empty(0, dtype=torch.int64)
-        open_group(seat, torch.device("cpu"))
+        open_group(assignment, torch.device("cpu"))
         self._has_group = True
 
     def find_place(self, work: Work, indices: torch.Tensor, error: BaseException) -> str:  # noqa: ARG002
@@ -106,13 +106,13 @@ class TeamReplica(Replica):
     def _leaving_if_it_fails(self) -> Iterator[None]:
         """Around work: what raises is told apart, after this engine has left its group."""
         if not self._has_group:
-            raise PeerLost("this engine has left its team after an error, and has not joined another")
+            raise PeerLostError("this engine has left its team after an error, and has not joined another")
         try:
             yield
         except BaseException as error:
             self._leave(error)
             if is_about_peers(error):
-                raise PeerLost(f"another engine of the team is gone: {first_line(error)}") from None
+                raise PeerLostError(f"another engine of the team is gone: {first_line(error)}") from None
             raise
 
     def _leave(self, error: BaseException | None) -> None:

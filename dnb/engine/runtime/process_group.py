@@ -17,22 +17,22 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore  # torch.distributed gives them no types
 
 from dnb.errors import SUMMARY_LENGTH, DnbError, PlanError, clean_text, kind_of, text_of
-from dnb.protocol.engine_messages import Seat
+from dnb.protocol.engine_messages import RankAssignment
 
 # Whoever waits in the group is freed by a peer that leaves it, never by the clock: a user's forward may take hours.
 FOREVER = timedelta(days=20)
 CONNECT_SECONDS = 5.0
 # How long the others may take to unpickle model and data before they come.
-MEETING_SECONDS = 600.0
+RENDEZVOUS_SECONDS = 600.0
 LOOK_SECONDS = 0.01
 INTERFACE_VARIABLE = "GLOO_SOCKET_IFNAME"
 
 
-class PeerLost(DnbError):  # noqa: N818 - a verdict on others, not a fault of this engine
+class PeerLostError(DnbError):
     """Another engine of the team is gone, or has left its group: this one has nothing to blame."""
 
 
-def open_group(seat: Seat, device: torch.device) -> None:
+def open_group(assignment: RankAssignment, device: torch.device) -> None:
     """Meet the other engines of the team; the group is torch's default one.
 
     Raises:
@@ -44,23 +44,23 @@ def open_group(seat: Seat, device: torch.device) -> None:
             "a cell has initialized torch.distributed on this engine, which a pipeline needs for itself: "
             "call torch.distributed.destroy_process_group() there first"
         )
-    size = seat.partition.num_engines
+    size = assignment.partition.num_engines
     try:
-        store = _join_store(seat)
-        _meet(store, seat.rank, size)
+        store = _join_store(assignment)
+        _meet(store, assignment.rank, size)
         # Groups are numbered, and one that failed to come together has used up a number, on this engine alone: the next
         # one would look for its peers under another.
         dist.distributed_c10d._world.group_count = 0
-        with _loopback_if(seat.host):
+        with _loopback_if(assignment.host):
             dist.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
                 store=store,
-                rank=seat.rank,
+                rank=assignment.rank,
                 world_size=size,
                 timeout=FOREVER,
             )
     except (RuntimeError, OSError) as error:  # torch's DistError is a RuntimeError
-        raise PeerLost(f"team {seat.team} did not come together: {first_line(error)}") from error
+        raise PeerLostError(f"team {assignment.team} did not come together: {first_line(error)}") from error
 
 
 def close_group(error: BaseException | None = None) -> None:
@@ -97,11 +97,11 @@ def is_about_peers(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
 
 
-def _join_store(seat: Seat) -> TCPStore:
+def _join_store(assignment: RankAssignment) -> TCPStore:
     """The team's store; at once an error if the hub has closed it, which torch's client would try again and again."""
-    socket.create_connection((seat.host, seat.port), timeout=CONNECT_SECONDS).close()
+    socket.create_connection((assignment.host, assignment.port), timeout=CONNECT_SECONDS).close()
     connect = timedelta(seconds=CONNECT_SECONDS)
-    return TCPStore(seat.host, seat.port, is_master=False, timeout=connect, wait_for_workers=False)
+    return TCPStore(assignment.host, assignment.port, is_master=False, timeout=connect, wait_for_workers=False)
 
 
 def _meet(store: TCPStore, rank: int, size: int) -> None:
@@ -110,13 +110,13 @@ def _meet(store: TCPStore, rank: int, size: int) -> None:
     The hub closes the store of a team that will never be complete, and thereby ends this wait, and gloo's own as well.
     """
     store.set(f"here-{rank}", "1")
-    deadline = time.monotonic() + MEETING_SECONDS
+    deadline = time.monotonic() + RENDEZVOUS_SECONDS
     keys = [f"here-{peer}" for peer in range(size)]
     # Asked again and again, as a store's own waiting ends with nothing but its server, or a warning on the console.
     while not store.check(keys):
         if time.monotonic() > deadline:
             missing = [peer for peer in range(size) if not store.check([keys[peer]])]
-            raise PeerLost(f"after {MEETING_SECONDS:.0f} s ranks {missing} have not come")
+            raise PeerLostError(f"after {RENDEZVOUS_SECONDS:.0f} s ranks {missing} have not come")
         time.sleep(LOOK_SECONDS)
 
 

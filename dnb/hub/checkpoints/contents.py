@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from dnb.hub.checkpoints.format import StateFacts
-from dnb.hub.history.engine_stats import Columns
+from dnb.hub.history.engine_stats import HistoryColumns
 from dnb.hub.parameters.master import Master
 from dnb.transport.state_trees import take_apart
 from dnb.transport.tensor_trees import pack_state, unpack_state
@@ -75,7 +75,7 @@ def state_of(owner: Any, root: str, *, is_strict: bool) -> tuple[StateFacts | No
     return StateFacts(kind=type(owner).__name__, tree=tree), tensors, tuple(left_out)
 
 
-def history_of(columns: Columns) -> tuple[Tensors, int]:
+def history_of(columns: HistoryColumns) -> tuple[Tensors, int]:
     """Columns by name, and the most rows that one has."""
     tensors = {f"step/{name}": torch.from_numpy(np.array(values)) for name, values in columns.by_step.items()}
     for name, pairs in columns.by_evaluation.items():

@@ -12,7 +12,7 @@ import torch
 from dnb.errors import ArgumentError
 from dnb.hub.checkpoints.format import HISTORY_FILE, MODEL_FILE, OPTIMIZER_FILE, Checkpoint, Manifest, open_checkpoint
 from dnb.hub.guarded_calls import UserCodeError, user_code
-from dnb.hub.history.engine_stats import Columns
+from dnb.hub.history.engine_stats import HistoryColumns
 from dnb.hub.history.run_folder import HistoryRow
 from dnb.hub.parameters.master import Master
 from dnb.transport.pickling.module_states import LooseStates
@@ -26,7 +26,7 @@ _FACTORS = frozenset({"row_var", "col_var"})
 _NUMBERS = frozenset({"step", "eta", "mu", "mu_product"})
 
 
-def restore(folder: Path, master: Master, columns: Columns, *, digest: str = "") -> Manifest:
+def restore(folder: Path, master: Master, columns: HistoryColumns, *, digest: str = "") -> Manifest:
     """Give a new master copy the state of a checkpoint, which was verified before and is held against its digests here.
 
     Nothing in it is relied on: it may come from anybody, and changes no memory but that of the state.
@@ -59,7 +59,7 @@ def restore(folder: Path, master: Master, columns: Columns, *, digest: str = "")
     return checkpoint.manifest
 
 
-def rows_of(columns: Columns, *, time: float) -> list[HistoryRow]:
+def rows_of(columns: HistoryColumns, *, time: float) -> list[HistoryRow]:
     """The history as rows, in the order in which they were once written; all have one time."""
     num_steps = max((len(values) for values in columns.by_step.values()), default=0)
     rows = [
@@ -79,7 +79,7 @@ def rows_of(columns: Columns, *, time: float) -> list[HistoryRow]:
     return sorted(rows, key=lambda row: row.step)  # stable: steps come before what was measured after them
 
 
-def rows_between(columns: Columns, first: int, num_steps: int, *, started: float) -> list[HistoryRow]:
+def rows_between(columns: HistoryColumns, first: int, num_steps: int, *, started: float) -> list[HistoryRow]:
     """The history of some steps as rows, without who had which samples.
 
     Args:
@@ -139,7 +139,7 @@ def _restore_optimizer(manifest: Manifest, optimizer: Any, tensors: Mapping[str,
     _check_kind("optimizer", manifest.optimizer.kind, optimizer)
     state = put_together(manifest.optimizer.tree, tensors)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    _check_moments(optimizer, parameters, state["state"])
+    _check_optimizer_state(optimizer, parameters, state["state"])
     try:
         with user_code("in the optimizer's load_state_dict"):
             optimizer.load_state_dict(state)
@@ -153,7 +153,7 @@ def _restore_optimizer(manifest: Manifest, optimizer: Any, tensors: Mapping[str,
                 own[key] = value
 
 
-def _check_moments(
+def _check_optimizer_state(
     optimizer: Any, parameters: Sequence[torch.nn.Parameter], states: Mapping[int, Mapping[str, Any]]
 ) -> None:
     """Hold tensors of torch's own optimizers against the parameters: their kernels do not, and would leave the memory.
@@ -205,7 +205,7 @@ def _check_kind(what: str, kind: str, found: Any) -> None:
         raise ArgumentError(f"the checkpoint's {what} is a {kind}, not a {type(found).__name__}")
 
 
-def _restore_history(checkpoint: Checkpoint, columns: Columns) -> None:
+def _restore_history(checkpoint: Checkpoint, columns: HistoryColumns) -> None:
     step = checkpoint.manifest.step
     for path, values in checkpoint.read(HISTORY_FILE).items():
         by, _, name = path.partition("/")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dnb.hub.checkpoints.format import CHECKPOINTS_FOLDER, Disk, FileFacts, aside, remove_checkpoint, write_file
 from dnb.hub.checkpoints.tensor_files import PIECE_BYTES
-from dnb.protocol.memory import ParcelRef
+from dnb.protocol.memory import PayloadRef
 from dnb.protocol.run import RunSpec
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ SOURCES_FOLDER = "sources"
 JOB_FILES = ("job.pickle", "job.buffers")
 DATA_FILES = ("data.pickle", "data.buffers")
 # Step and loss function that took the place of the job's in mid-run; only where some did.
-MENDED_FILE = "mended.pickle"
+REPLACED_FUNCTIONS_FILE = "mended.pickle"
 
 # What the system says where a file cannot have a second name: another disk, a file system without links.
 _NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES, errno.ENOSYS})
@@ -39,17 +39,17 @@ class Sources:
         self._pickles = {"job.pickle": frames[1], "data.pickle": frames[2]}
         self._memory = {
             name: memory
-            for name, parcel in (("job.buffers", spec.job), ("data.buffers", spec.data))
-            if (memory := _open(parcel)) is not None
+            for name, payload in (("job.buffers", spec.job), ("data.buffers", spec.data))
+            if (memory := _open(payload)) is not None
         }
         if spec.data.segment is not None and "data.buffers" not in self._memory:
             del self._pickles["data.pickle"]  # the run had ended under a hub before
         self._kept: dict[str, FileFacts] = {}
-        self._mended: bytes | None = None
+        self._replaced_functions: bytes | None = None
 
-    def mend(self, pickled: bytes) -> None:
+    def replace_functions(self, pickled: bytes) -> None:
         """Checkpoints from now on hold these functions beside the job that was sent first."""
-        self._mended = pickled
+        self._replaced_functions = pickled
 
     @property
     def pending_bytes(self) -> int:
@@ -77,8 +77,10 @@ class Sources:
                 if error.errno not in _NO_LINK:
                     raise
                 files[name] = write_file(folder / name, _pieces_of(self._folder / name), disk)
-        if self._mended is not None:
-            files[MENDED_FILE] = write_file(folder / MENDED_FILE, [memoryview(self._mended)], disk)
+        if self._replaced_functions is not None:
+            files[REPLACED_FUNCTIONS_FILE] = write_file(
+                folder / REPLACED_FUNCTIONS_FILE, [memoryview(self._replaced_functions)], disk
+            )
         return files
 
     def forget_data(self) -> None:
@@ -112,13 +114,13 @@ class Sources:
                 memory.close()
 
 
-def _open(parcel: ParcelRef) -> mmap.mmap | None:
+def _open(payload: PayloadRef) -> mmap.mmap | None:
     """Map a segment, so that its memory outlives its name; None if there is none any more."""
-    if parcel.segment is None:
+    if payload.segment is None:
         return None
     try:
-        with open(parcel.segment.path, "rb") as file:
-            return mmap.mmap(file.fileno(), parcel.segment.num_bytes, access=mmap.ACCESS_READ)
+        with open(payload.segment.path, "rb") as file:
+            return mmap.mmap(file.fileno(), payload.segment.num_bytes, access=mmap.ACCESS_READ)
     except FileNotFoundError:
         return None
 

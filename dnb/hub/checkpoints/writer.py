@@ -32,7 +32,7 @@ from dnb.hub.checkpoints.format import (
 from dnb.hub.checkpoints.signing import Signer
 from dnb.hub.checkpoints.tensor_files import TensorBuffer
 from dnb.hub.checkpoints.user_objects import Sources
-from dnb.hub.history.engine_stats import Columns
+from dnb.hub.history.engine_stats import HistoryColumns
 from dnb.hub.parameters.master import Master
 from dnb.planning.checkpoint_policy import Retention, read_goal
 from dnb.protocol.client_messages import CheckpointState
@@ -57,7 +57,7 @@ Tell = Callable[[Literal["checkpoint", "disk"], str, int], None]  # kind, text, 
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RunProgress:
     """How far a run has come."""
 
     step: int
@@ -66,7 +66,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class _WriteJob:
     """One checkpoint that is being written."""
 
     target: Path
@@ -79,10 +79,10 @@ class _Job:
 
 
 @dataclass(frozen=True, slots=True)
-class _Outcome:
+class _WriteResult:
     """What became of it."""
 
-    job: _Job
+    job: _WriteJob
     error: BaseException | None
     num_bytes: int = 0
     seconds: float = 0.0
@@ -99,7 +99,7 @@ class Checkpointer:
         place: how far the run has come; asked between two steps.
         tell: adds an event to the run.
         disk: where checkpoints are written.
-        life: how many hubs the run had before: no ticket has the number of one of theirs.
+        generation: how many hubs the run had before: no ticket has the number of one of theirs.
         signer: signs them for this user.
     """
 
@@ -108,12 +108,12 @@ class Checkpointer:
         spec: RunSpec,
         frames: Sequence[bytes],
         master: Master,
-        columns: Columns,
+        columns: HistoryColumns,
         *,
-        place: Callable[[], Place],
+        place: Callable[[], RunProgress],
         tell: Tell,
         disk: Disk | None = None,
-        life: int = 0,
+        generation: int = 0,
         signer: Signer | None = None,
     ) -> None:
         self._spec = spec
@@ -134,12 +134,12 @@ class Checkpointer:
         self._left_out: int | None = (
             None  # the step whose turn came too early; told once another step has taken its place
         )
-        self._waiting: _Job | None = None
+        self._waiting: _WriteJob | None = None
         self._asked: dict[int, Path | None] = {}  # by ticket; None: in the run's own folder
         self._tickets: dict[int, CheckpointState] = {}
-        self._first_ticket = life << 32
+        self._first_ticket = generation << 32
         self._thread: threading.Thread | None = None
-        self._outcomes: SimpleQueue[_Outcome] = SimpleQueue()
+        self._outcomes: SimpleQueue[_WriteResult] = SimpleQueue()
         self._last_taken = (-1, -1)
         self._faults: set[str] = set()  # that were told
         self._ended: float | None = None
@@ -194,9 +194,9 @@ class Checkpointer:
             raise ArgumentError(f"no checkpoint of run {self._spec.name!r} was asked for with the number {ticket}")
         return self._tickets[ticket]
 
-    def mend(self, pickled: bytes) -> None:
+    def replace_functions(self, pickled: bytes) -> None:
         """Another step or loss function belongs to every later checkpoint."""
-        self._sources.mend(pickled)
+        self._sources.replace_functions(pickled)
 
     def tick(self, *, is_still: bool) -> None:
         """Look after the thread; serve wishes, if no commit will come that does it."""
@@ -282,7 +282,7 @@ class Checkpointer:
         if self._waiting is not None:  # a better one takes its place, and fulfils its wishes
             tickets += self._waiting.tickets
         needed = sum(buffer.num_bytes for buffer in buffers.values()) + self._sources.pending_bytes
-        job = _Job(target, manifest, buffers, tickets, is_of_policy, needed + MARGIN_BYTES, extra)
+        job = _WriteJob(target, manifest, buffers, tickets, is_of_policy, needed + MARGIN_BYTES, extra)
         if self._thread is None:
             self._write(job)
         else:
@@ -309,7 +309,7 @@ class Checkpointer:
             self._tickets[ticket] = CheckpointState(ticket=ticket, state="writing")
         return paths[0] or own, tickets
 
-    def _is_there(self, target: Path, place: Place) -> bool:
+    def _is_there(self, target: Path, place: RunProgress) -> bool:
         is_own = target == step_folder(Path(self._spec.folder), place.step)
         is_same = self._last_taken == (place.step, place.evaluated)
         try:
@@ -322,7 +322,7 @@ class Checkpointer:
             self._retention.release(step)
         self._settle(tickets, CheckpointState(ticket=0, state="durable", path=str(target), step=step))
 
-    def _copy(self, place: Place, buffers: dict[str, TensorBuffer]) -> Manifest:
+    def _copy(self, place: RunProgress, buffers: dict[str, TensorBuffer]) -> Manifest:
         states = self._master.states
         own, tied, others = named_tensors(self._master) if states.version else self._tensors
         extra, extra_tensors = extra_of(self._master)
@@ -373,12 +373,12 @@ class Checkpointer:
 
     # writing
 
-    def _write(self, job: _Job) -> None:
+    def _write(self, job: _WriteJob) -> None:
         self._buffers = job.buffers
         self._thread = threading.Thread(target=self._write_aside, args=(job,), name="dnb-checkpoint", daemon=True)
         self._thread.start()
 
-    def _write_aside(self, job: _Job) -> None:
+    def _write_aside(self, job: _WriteJob) -> None:
         """In the thread: it touches only what was copied."""
         began = time.monotonic()
         try:
@@ -395,9 +395,9 @@ class Checkpointer:
                 extra=job.extra,
             )
         except BaseException as error:  # noqa: BLE001 - whatever it is, the run goes on, and says what it was
-            self._outcomes.put(_Outcome(job, error))
+            self._outcomes.put(_WriteResult(job, error))
         else:
-            self._outcomes.put(_Outcome(job, None, num_bytes, time.monotonic() - began))
+            self._outcomes.put(_WriteResult(job, None, num_bytes, time.monotonic() - began))
 
     def collect(self) -> None:
         """Take over what the thread has done."""
@@ -420,7 +420,7 @@ class Checkpointer:
         if self._ended is not None and self._thread is None and not self._is_due and not self._asked:
             self._sources.forget_data()
 
-    def _succeed(self, outcome: _Outcome) -> None:
+    def _succeed(self, outcome: _WriteResult) -> None:
         job = outcome.job
         step = job.manifest.step
         if job.is_of_policy and self._retention is not None:
@@ -449,7 +449,7 @@ class Checkpointer:
             except OSError as error:
                 log.warning("the old checkpoint %s is not removed: %s", folder, error)
 
-    def _explain(self, job: _Job, error: BaseException) -> None:
+    def _explain(self, job: _WriteJob, error: BaseException) -> None:
         step = job.manifest.step
         if not isinstance(error, OSError):
             failure = describe_error(error)

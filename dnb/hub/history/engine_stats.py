@@ -17,13 +17,13 @@ from dnb.protocol.pool import EngineFacts
 
 
 @dataclass(slots=True)
-class _Worker:
+class _Account:
     """What is known of one engine's part in the run."""
 
     facts: EngineFacts
     joined: float
     left: float | None = None
-    fate: Literal["dead", "left"] = "dead"  # once it has left
+    exit_state: Literal["dead", "left"] = "dead"  # once it has left
     former_seconds: float = 0.0  # that count, from before it was away
     compute_seconds: float = 0.0
     data_seconds: float = 0.0
@@ -38,7 +38,7 @@ class _Worker:
     steps: int = 0
 
 
-class Accounts:
+class EngineStats:
     """One account per engine, dead ones included.
 
     Args:
@@ -46,7 +46,7 @@ class Accounts:
     """
 
     def __init__(self, engines: Iterable[EngineFacts]) -> None:
-        self._workers: dict[int, _Worker] = {}
+        self._workers: dict[int, _Account] = {}
         self._former: dict[int, WorkerTotals] = {}  # as the hub before had counted, of those who are not back
         self._task_opened = time.monotonic()
         self._closed: float | None = None
@@ -64,7 +64,7 @@ class Accounts:
     def open(self, facts: EngineFacts) -> None:
         """An engine joins, or comes back: what it did before stays counted, the time it was away does not."""
         now = time.monotonic()
-        worker = self._workers.setdefault(facts.engine, _Worker(facts, now))
+        worker = self._workers.setdefault(facts.engine, _Account(facts, now))
         if (former := self._former.pop(facts.engine, None)) is not None:
             worker.samples, worker.steps = former.samples, former.steps
         worker.facts = facts
@@ -72,16 +72,16 @@ class Accounts:
             worker.former_seconds = worker.left - worker.joined
             worker.joined, worker.left, worker.busy_seconds = now - worker.former_seconds, None, 0.0
 
-    def restore(self, former: Iterable[WorkerTotals], ledger: Mapping[int, tuple[int, int]]) -> None:
+    def restore(self, former: Iterable[WorkerTotals], counts: Mapping[int, tuple[int, int]]) -> None:
         """Go on from what the hub before had counted.
 
         Args:
             former: the engines it knew; their times may be old.
-            ledger: samples and steps of each engine, as the committed steps say.
+            counts: samples and steps of each engine, as the committed steps say.
         """
         known = {totals.engine: totals for totals in former}
-        for engine in sorted(known.keys() | ledger.keys()):
-            samples, steps = ledger.get(engine, (0, 0))
+        for engine in sorted(known.keys() | counts.keys()):
+            samples, steps = counts.get(engine, (0, 0))
             totals = known.get(engine) or _stranger(engine)
             self._former[engine] = msgspec.structs.replace(totals, samples=samples, steps=steps)
 
@@ -95,13 +95,13 @@ class Accounts:
         worker = self._workers[engine]
         worker.joined = time.monotonic() - worker.former_seconds
 
-    def leave(self, engine: int, *, fate: Literal["dead", "left"] = "dead") -> None:
+    def leave(self, engine: int, *, exit_state: Literal["dead", "left"] = "dead") -> None:
         """The engine's time counts no further."""
         if engine in self._former:
-            self._former[engine] = msgspec.structs.replace(self._former[engine], state=fate)
+            self._former[engine] = msgspec.structs.replace(self._former[engine], state=exit_state)
         worker = self._workers.get(engine)
         if worker is not None and worker.left is None:
-            worker.left, worker.fate = time.monotonic(), fate
+            worker.left, worker.exit_state = time.monotonic(), exit_state
 
     def begin_task(self) -> None:
         """What went before, a pause or the loading, was nobody's wait."""
@@ -161,7 +161,7 @@ class Accounts:
             engine=engine,
             host=worker.facts.process.host,
             pid=worker.facts.process.pid,
-            state=worker.fate if worker.left is not None else state,
+            state=worker.exit_state if worker.left is not None else state,
             compute_seconds=worker.compute_seconds,
             data_seconds=worker.data_seconds,
             wait_seconds=worker.wait_seconds,
@@ -214,7 +214,7 @@ def _larger(one: int | None, other: int | None) -> int | None:
 
 
 @dataclass(slots=True)
-class Columns:
+class HistoryColumns:
     """The history in memory: flat float64 per column; evaluations interleave (step, value)."""
 
     by_step: dict[str, array[float]] = field(default_factory=dict)

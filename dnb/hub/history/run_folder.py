@@ -22,7 +22,7 @@ from typing import Any, Self, TypeVar
 import msgspec
 
 from dnb.errors import ArgumentError
-from dnb.hub.handover import read_memo_bytes, remove_memo, write_memo_bytes
+from dnb.hub.handover import read_memo_bytes, remove_handover, write_memo_bytes
 from dnb.hub.history.backlog import Backlog
 from dnb.hub.history.line_file import PIECE_BYTES, LineFile
 from dnb.protocol.base import Record
@@ -360,7 +360,7 @@ class RunFolder:
             log.warning("%s lacks %d bytes, which could not be written", self.path, self.num_waiting_bytes)
         for file in self._lines.values():
             file.forget()
-        remove_memo(self._folders, self._name_of(RUN_FILE))
+        remove_handover(self._folders, self._name_of(RUN_FILE))
 
     def discard(self) -> None:
         """The run cannot begin: leave nothing of it, unless others have put something there."""
@@ -433,7 +433,7 @@ def read_summary(path: Path) -> RunSummary:
         msgspec.MsgspecError: it is not one.
     """
     text = (path / RUN_FILE).read_bytes()
-    header = msgspec.json.decode(text, type=_Header)
+    header = msgspec.json.decode(text, type=_RunHeader)
     if header.format != FORMAT:
         raise _other_version(path, header, "it is of another format")
     return msgspec.json.decode(text, type=RunSummary)
@@ -448,7 +448,7 @@ def explain_unreadable_run(path: Path, error: Exception) -> ArgumentError:
     if isinstance(error, ArgumentError):
         return error
     try:
-        header = msgspec.json.decode((path / RUN_FILE).read_bytes(), type=_Header)
+        header = msgspec.json.decode((path / RUN_FILE).read_bytes(), type=_RunHeader)
     except NOT_READ:
         header = None
     if header is not None and isinstance(error, msgspec.ValidationError):
@@ -458,14 +458,14 @@ def explain_unreadable_run(path: Path, error: Exception) -> ArgumentError:
     return ArgumentError(f"{path} is not the folder of a run: {error or type(error).__name__}")
 
 
-class _Header(msgspec.Struct):
+class _RunHeader(msgspec.Struct):
     """What of run.json every version can read."""
 
     format: int
     versions: dict[str, Any] = {}
 
 
-def _other_version(path: Path, header: _Header, reason: str) -> ArgumentError:
+def _other_version(path: Path, header: _RunHeader, reason: str) -> ArgumentError:
     writer = name_dnb(str(header.versions.get("dnb", "")), header.format)
     return ArgumentError(
         f"{path} was written by {writer}, and this is {name_this_dnb(FORMAT)}, which cannot read it ({reason}): "

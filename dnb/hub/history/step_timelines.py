@@ -19,7 +19,7 @@ NUM_FIRST = 3
 NUM_KEPT = 64
 
 
-class Part(NamedTuple):
+class EngineTrace(NamedTuple):
     """What one engine reported, and which place it had."""
 
     trace: StageTrace
@@ -57,7 +57,7 @@ class Timelines:
         """For a viewer that has seen this step's; None if there is nothing else."""
         return None if self.newest is None or self.newest.step == step else self.newest
 
-    def take(self, step: int, parts: Mapping[int, Part]) -> StepTimeline:
+    def take(self, step: int, parts: Mapping[int, EngineTrace]) -> StepTimeline:
         """All engines have reported a step."""
         engines = _aligned(parts)
         first = next(iter(parts.values()))
@@ -78,7 +78,7 @@ class Timelines:
         return self.newest
 
 
-def _aligned(parts: Mapping[int, Part]) -> tuple[EngineTimeline, ...]:
+def _aligned(parts: Mapping[int, EngineTrace]) -> tuple[EngineTimeline, ...]:
     """By pipeline and rank, all times from the begin of whoever was first."""
     numbers = {team: number for number, team in enumerate(sorted({part.team for part in parts.values()}))}
     begin = min(part.trace.begin for part in parts.values())
@@ -86,7 +86,7 @@ def _aligned(parts: Mapping[int, Part]) -> tuple[EngineTimeline, ...]:
     return tuple(_timeline_of(engine, parts[engine], team=numbers[parts[engine].team], begin=begin) for engine in order)
 
 
-def _timeline_of(engine: int, part: Part, *, team: int, begin: float) -> EngineTimeline:
+def _timeline_of(engine: int, part: EngineTrace, *, team: int, begin: float) -> EngineTimeline:
     return EngineTimeline(
         engine=engine,
         team=team,

@@ -17,7 +17,7 @@ import torch
 
 from dnb.hub.parameters.journal import MOST_PARTS, PARTS, STEPS, Journal
 from dnb.hub.parameters.optimizers import AdamGroup, AdamPart, adam_groups, update_adam
-from dnb.hub.parameters.thread_team import Crew
+from dnb.hub.parameters.thread_team import ThreadTeam
 from dnb.transport.layout import ALIGNMENT_BYTES
 
 # Of parameters; the same of each moment. Smaller ones cost calls, larger ones leave the cache before they are read.
@@ -45,7 +45,7 @@ class _Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class _ParameterGroup:
     adam: AdamGroup
     first: int  # number of its first part among those of all groups
     parts: list[list[_Chunk]]
@@ -54,16 +54,16 @@ class _Group:
 def undo_bytes(tensors: Sequence[torch.Tensor], num_threads: int) -> tuple[int, int]:
     """How large an undo area is for these parameters, and how many there are."""
     total = sum(_room(tensor) for tensor in tensors)
-    num_areas = len(Crew(num_threads).cut(sum(tensor.numel() for tensor in tensors)))
+    num_areas = len(ThreadTeam(num_threads).cut(sum(tensor.numel() for tensor in tensors)))
     return len(_WRITTEN) * min(total, CHUNK_BYTES), num_areas
 
 
-class Rolling:
+class ChunkedAdam:
     """One way to update, valid until other parameters have gradients or these lie elsewhere.
 
     Args:
         optimizer: every parameter with a gradient has its state.
-        crew: shares the work of large groups.
+        thread_team: shares the work of large groups.
         memories: arrays of bytes in which parameters and moments lie.
         areas: undo areas, one for each thread.
         steps: array of bytes with all step counts, and its undo area.
@@ -75,16 +75,16 @@ class Rolling:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        crew: Crew,
+        thread_team: ThreadTeam,
         *,
         memories: Sequence[Any],
         areas: Sequence[Any],
         steps: Copy,
     ) -> None:
         self._optimizer = optimizer
-        self._crew = crew
+        self._thread_team = thread_team
         self._steps, self._saved_steps = steps
-        groups = adam_groups(optimizer, crew)
+        groups = adam_groups(optimizer, thread_team)
         if not groups and any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
             raise ValueError("a group is out of the ordinary")
         if any(len(group.parts) > len(areas) for group in groups):
@@ -93,7 +93,7 @@ class Rolling:
         if firsts[-1] > MOST_PARTS:
             raise ValueError("more parts than the journal has words")
         self._groups = [
-            _Group(
+            _ParameterGroup(
                 group,
                 first,
                 [_chunks(part, memories, area) for part, area in zip(group.parts, areas, strict=False)],
@@ -110,7 +110,7 @@ class Rolling:
         if self._counts:
             self._raise_steps(journal, step)
         for group in self._groups:
-            self._crew.share(
+            self._thread_team.share(
                 [
                     partial(self._update, journal, step, PARTS + group.first + number, group.adam.options, chunks)
                     for number, chunks in enumerate(group.parts)

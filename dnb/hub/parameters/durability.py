@@ -3,7 +3,7 @@
 Adam and AdamW by their fused kernel are *rolled forward*: gradient, parameters, moments and undo areas of a few MB lie
 in shared memory, and the journal says how far the update is. Every other optimizer is *rolled back*: while engines
 compute, parameters and the optimizer's tensors are copied aside, if they have at most `SHADOW_BYTES`. A larger one that
-dies in its update is `Torn`, and its last checkpoint holds; between updates it loses nothing either.
+dies in its update is `Unrecoverable`, and its last checkpoint holds; between updates it loses nothing either.
 
 A run whose updates call functions of the user's (`dnb.hub.parameters.user_functions`) is rolled back, too; what these
 keep is written with every commit.
@@ -28,7 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from dnb.errors import SpaceError
 from dnb.hub.guarded_calls import user_code
-from dnb.hub.parameters.chunked_adam import Copy, Rolling, bytes_at, undo_bytes
+from dnb.hub.parameters.chunked_adam import ChunkedAdam, Copy, bytes_at, undo_bytes
 from dnb.hub.parameters.freezing import Freezing
 from dnb.hub.parameters.journal import (
     DIRTY,
@@ -38,27 +38,27 @@ from dnb.hub.parameters.journal import (
     JournalFull,
     LastCommit,
     State,
-    Torn,
+    Unrecoverable,
     create_journal,
 )
 from dnb.hub.parameters.optimizer_state import (
     ADAM_NAMES,
-    Moments,
+    SharedOptimizerState,
     adam_tensors,
-    create_moments,
+    create_optimizer_state,
     give_groups,
     give_scheduler,
     give_state,
-    open_moments,
+    open_optimizer_state,
     pack_groups,
     pack_scheduler,
     parameters_of,
     tensors_of,
-    unpack_moments,
+    unpack_optimizer_state,
 )
 from dnb.hub.parameters.optimizers import Stepper, has_hooks, has_kernel
-from dnb.hub.parameters.scheduler_pacing import Pace
-from dnb.hub.parameters.thread_team import Crew
+from dnb.hub.parameters.scheduler_pacing import SchedulerPace
+from dnb.hub.parameters.thread_team import ThreadTeam
 from dnb.hub.parameters.user_functions import KeptMemory, OwnFunctions, create_kept_memory, open_kept_memory
 from dnb.protocol.memory import Layout, SegmentRef
 from dnb.transport.layout import ALIGNMENT_BYTES, plan_layout, slot_views
@@ -77,15 +77,15 @@ Buffers = Iterable[tuple[str, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
+class MasterState:
     """What a master copy consists of."""
 
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler | None
-    pace: Pace
+    pace: SchedulerPace
     functions: OwnFunctions
     stepper: Stepper
-    crew: Crew
+    thread_team: ThreadTeam
     parameters: Segment
     changing: Sequence[tuple[int, int]]  # bytes of the parameters' segment
     trainable: Sequence[torch.nn.Parameter]  # in the order of a slab
@@ -97,7 +97,7 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Update:
+class OptimizerUpdate:
     """One optimizer step: the gradients are summed, clipped and bound."""
 
     slab: SegmentRef | None  # holds them; None: in this process alone
@@ -117,7 +117,7 @@ class _Undo:
     staged: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-class Keeper:
+class UpdateLog:
     """Writes down every step of a master copy, so that another process can go on from it.
 
     Args:
@@ -127,15 +127,19 @@ class Keeper:
         state: as the journal has it, in a process that goes on; None begins anew.
     """
 
-    def __init__(self, held: Held, journal: Journal, *, clip_norm: float | None, state: State | None = None) -> None:
+    def __init__(
+        self, held: MasterState, journal: Journal, *, clip_norm: float | None, state: State | None = None
+    ) -> None:
         self.journal = journal
         self._held = held
         self._clip_norm = clip_norm
         self._toggled = held.freezing.toggled
         self._is_adam = has_kernel(held.optimizer)
-        self._rolling: Rolling | None = None
+        self._chunked_adam: ChunkedAdam | None = None
         self._is_planned = False
-        self._moments = None if state is None or state.optimizer is None else open_moments(state.optimizer)
+        self._optimizer_state = (
+            None if state is None or state.optimizer is None else open_optimizer_state(state.optimizer)
+        )
         self._shadow = None if state is None or state.shadow is None else open_segment(state.shadow)
         self._undo = self._open_undo(state)
         self._kept = None if state is None or state.kept is None else open_kept_memory(state.kept)
@@ -160,13 +164,13 @@ class Keeper:
             TypeError: the optimizer's state cannot be written down.
         """
         optimizer = self._held.optimizer
-        if self._is_adam and self._moments is None:
-            self._moments = self._create_moments(adam_tensors(optimizer))
+        if self._is_adam and self._optimizer_state is None:
+            self._optimizer_state = self._create_optimizer_state(adam_tensors(optimizer))
         self._adopt()
         self._write_state()
         self.journal.publish(step=step, evaluated=evaluated, values={}, samples={})
 
-    def go_on_with(self, held: Held) -> None:
+    def go_on_with(self, held: MasterState) -> None:
         """Go on when other parameters train: they get places for their state, and the journal names them.
 
         Args:
@@ -176,12 +180,12 @@ class Keeper:
         self.forget()
         if self._is_off:
             return
-        before = [each.segment for each in (self._moments, self._undo) if each is not None]
+        before = [each.segment for each in (self._optimizer_state, self._undo) if each is not None]
         self.journal.mark(SHADOW, 0)
         try:
             if self._is_adam:
-                self._moments = self._create_moments(adam_tensors(held.optimizer))
-                self._moments.hold(held.optimizer)
+                self._optimizer_state = self._create_optimizer_state(adam_tensors(held.optimizer))
+                self._optimizer_state.hold(held.optimizer)
                 self._undo = self._open_undo(None)
         except (SpaceError, TypeError) as error:
             self.give_up(error)
@@ -203,19 +207,19 @@ class Keeper:
 
     # a step
 
-    def commit(self, update: Update) -> None:
+    def commit(self, update: OptimizerUpdate) -> None:
         """Apply an update and commit it."""
-        self.settle()
+        self.finish_deferred()
         if self._kept_before is not None:
             self._kept_before.segment.unlink()
             self._kept_before = None
         step = self.step + 1
-        if (rolling := self._plan(update)) is not None:
-            self._roll_forward(rolling, update, step)
+        if (chunked_adam := self._plan(update)) is not None:
+            self._roll_forward(chunked_adam, update, step)
         else:
             self._roll_back(update, step)
 
-    def settle(self) -> None:
+    def finish_deferred(self) -> None:
         """Write down what a commit left for later; does nothing if that is done."""
         if self._is_off:
             return
@@ -234,14 +238,14 @@ class Keeper:
 
     def evaluate(self, step: int, values: dict[str, float], *, is_changed: bool = False) -> None:
         """Commit an evaluation, which may have stepped the scheduler."""
-        self.settle()
+        self.finish_deferred()
         if is_changed and not self._is_off:
             self._write_state()
         self._try(lambda: self.journal.publish(step=step, kind="evaluation", values=values, samples={}, evaluated=step))
 
     def forget(self) -> None:
         """Which parameters have gradients, or where these lie, has changed."""
-        self._rolling, self._is_planned = None, False
+        self._chunked_adam, self._is_planned = None, False
 
     @property
     def segments(self) -> list[Segment]:
@@ -250,7 +254,7 @@ class Keeper:
         found += [self._undo.segment] if self._undo is not None else []
         found += [self._shadow] if self._shadow is not None else []
         found += [kept.segment for kept in (self._kept, self._kept_before) if kept is not None]
-        return found + ([self._moments.segment] if self._moments is not None else [])
+        return found + ([self._optimizer_state.segment] if self._optimizer_state is not None else [])
 
     def unlink(self) -> None:
         """Nobody will go on from here."""
@@ -267,13 +271,13 @@ class Keeper:
         """
         held, journal, state = self._held, self.journal, self._written
         assert state is not None
-        give_state(held.optimizer, unpack_moments(state.moments, self._moments))
+        give_state(held.optimizer, unpack_optimizer_state(state.optimizer_state, self._optimizer_state))
         give_groups(held.optimizer, state.groups)
         give_scheduler(held.scheduler, state.scheduler)
         if self._kept is not None:
             held.functions.give(self._kept.read(state.kept_place))
-        if self._moments is not None:
-            self._moments.hold(held.optimizer)
+        if self._optimizer_state is not None:
+            self._optimizer_state.hold(held.optimizer)
         if journal.last.owes_scheduler:
             held.pace.take_step(journal.last.step)
             self._write_state()
@@ -301,21 +305,21 @@ class Keeper:
         try:
             slab = open_segment(intent.slab)
         except OSError as error:
-            raise Torn(f"the gradient of step {intent.step} is gone: {error}") from error
+            raise Unrecoverable(f"the gradient of step {intent.step} is gone: {error}") from error
         gradients = slot_views(held.gradient_layout, slab.memory).values()
         for number, (parameter, gradient) in enumerate(zip(held.trainable, gradients, strict=True)):
             parameter.grad = None if number in intent.unused else gradient
         self._bind_used()
-        rolling = self._make_rolling(held.crew)
+        chunked_adam = self._make_chunked_adam(held.thread_team)
         try:
-            self._finish_update(rolling, intent)
+            self._finish_update(chunked_adam, intent)
         finally:
             for parameter in held.trainable:
                 parameter.grad = None
 
     def _undo_update(self) -> None:
         if not self.journal.is_marked(SHADOW, self.step + 1) or self._shadow is None:
-            raise Torn(f"the hub died while it applied step {self.step + 1}, of which there is no copy")
+            raise Unrecoverable(f"the hub died while it applied step {self.step + 1}, of which there is no copy")
         for source, place in self._shadow_copies():
             np.copyto(source, place)
         self._is_rolled_back = True
@@ -323,7 +327,7 @@ class Keeper:
 
     # forward
 
-    def _plan(self, update: Update) -> Rolling | None:
+    def _plan(self, update: OptimizerUpdate) -> ChunkedAdam | None:
         """How to roll forward, if that can be."""
         if not self._is_adam or update.slab is None or self._is_off or has_hooks(self._held.optimizer):
             return None
@@ -333,29 +337,29 @@ class Keeper:
             self._is_planned = True
             try:
                 self._bind_used()
-                self._rolling = self._make_rolling(self._held.crew)
+                self._chunked_adam = self._make_chunked_adam(self._held.thread_team)
             except (ValueError, KeyError) as error:
                 log.info("updates are not rolled forward: %s", error)
-                self._rolling = None
-        return self._rolling
+                self._chunked_adam = None
+        return self._chunked_adam
 
-    def _make_rolling(self, crew: Crew) -> Rolling:
-        moments, undo = self._moments, self._undo
-        if moments is None or undo is None or not moments.hold(self._held.optimizer):
+    def _make_chunked_adam(self, thread_team: ThreadTeam) -> ChunkedAdam:
+        optimizer_state, undo = self._optimizer_state, self._undo
+        if optimizer_state is None or undo is None or not optimizer_state.hold(self._held.optimizer):
             raise ValueError("the state lies elsewhere")
         parameters = np.frombuffer(self._held.parameters.memory, dtype=np.uint8)
-        counts = self._step_counts(moments)
+        counts = self._step_counts(optimizer_state)
         if len(counts) != len(undo.steps):
             raise ValueError("the state is not laid out as Adam's")
-        return Rolling(
+        return ChunkedAdam(
             self._held.optimizer,
-            crew,
-            memories=(parameters, moments.flat),
+            thread_team,
+            memories=(parameters, optimizer_state.flat),
             areas=undo.areas,
             steps=(counts, undo.steps),
         )
 
-    def _roll_forward(self, rolling: Rolling, update: Update, step: int) -> None:
+    def _roll_forward(self, chunked_adam: ChunkedAdam, update: OptimizerUpdate, step: int) -> None:
         assert update.slab is not None
         assert self._undo is not None
         staged = []
@@ -372,14 +376,14 @@ class Keeper:
             time=time.time(),
         )
         self._try(lambda: self.journal.write_intent(intent))
-        self._finish_update(rolling, intent)
+        self._finish_update(chunked_adam, intent)
 
-    def _finish_update(self, rolling: Rolling, intent: Intent) -> None:
+    def _finish_update(self, chunked_adam: ChunkedAdam, intent: Intent) -> None:
         """The same in the process that began it and in the one that finishes it."""
         assert self._undo is not None
         for name in intent.staged:
             self._held.buffers[name].copy_(self._undo.staged[name])
-        rolling.run(self.journal, intent.step)
+        chunked_adam.run(self.journal, intent.step)
         self._held.pace.take_step(intent.step)
         owes = self._held.pace.is_due(intent.step) and not self._has_grown
         if self._has_grown:
@@ -396,37 +400,37 @@ class Keeper:
 
     def _bind_used(self) -> None:
         """Give parameters that get their first gradient the state that Adam would give them: zeros."""
-        optimizer, moments = self._held.optimizer, self._moments
-        assert moments is not None
+        optimizer, optimizer_state = self._held.optimizer, self._optimizer_state
+        assert optimizer_state is not None
         index = -1
         for group in optimizer.param_groups:
             names = ADAM_NAMES if group.get("amsgrad") else ADAM_NAMES[:2]
             for parameter in group["params"]:
                 index += 1
                 if parameter.grad is not None and not optimizer.state.get(parameter):
-                    moments.forget()
+                    optimizer_state.forget()
                     self._has_grown = True
                     optimizer.state[parameter] = {
-                        "step": moments.find(index, "step"),
-                        **{name: moments.find(index, name) for name in names},
+                        "step": optimizer_state.find(index, "step"),
+                        **{name: optimizer_state.find(index, name) for name in names},
                     }
 
-    def _step_counts(self, moments: Moments) -> Any:
+    def _step_counts(self, optimizer_state: SharedOptimizerState) -> Any:
         counts = [
-            moments.find(index, "step")
+            optimizer_state.find(index, "step")
             for index, parameter in enumerate(parameters_of(self._held.optimizer))
             if parameter.requires_grad
         ]
         places = [count.data_ptr() for count in counts]
-        return bytes_at([moments.flat], min(places), max(places) + 4)
+        return bytes_at([optimizer_state.flat], min(places), max(places) + 4)
 
     # back
 
-    def _roll_back(self, update: Update, step: int) -> None:
+    def _roll_back(self, update: OptimizerUpdate, step: int) -> None:
         held = self._held
         if not self._is_rolled_back:
             self._is_rolled_back = True
-            self.settle()
+            self.finish_deferred()
         if not self._is_off:
             self.journal.mark(DIRTY, step)
         for name, value in update.mix():
@@ -446,9 +450,9 @@ class Keeper:
         if gone is not None:
             gone.segment.unlink()
 
-    def _adopt(self) -> Moments | None:
+    def _adopt(self) -> SharedOptimizerState | None:
         """Let the optimizer work in shared memory; the place that became too small, if so."""
-        optimizer, before = self._held.optimizer, self._moments
+        optimizer, before = self._held.optimizer, self._optimizer_state
         try:
             if before is not None and before.hold(optimizer):
                 if before.has_moved:  # else it would go on with those that were the optimizer's own
@@ -457,8 +461,8 @@ class Keeper:
             found = tensors_of(optimizer)
             if before is None and not found:
                 return None
-            self._moments = self._create_moments(found.items())
-            self._moments.hold(optimizer)
+            self._optimizer_state = self._create_optimizer_state(found.items())
+            self._optimizer_state.hold(optimizer)
         except (SpaceError, TypeError) as error:
             if not self.journal.has_begun:
                 raise
@@ -473,7 +477,7 @@ class Keeper:
         """Copy what an update changes; in the time in which engines compute."""
         self.journal.mark(SHADOW, 0)
         sizes = [last - first for first, last in self._held.changing]
-        total = sum(sizes) + (0 if self._moments is None else len(self._moments.flat))
+        total = sum(sizes) + (0 if self._optimizer_state is None else len(self._optimizer_state.flat))
         if total > SHADOW_BYTES:
             return
         if self._shadow is None or len(self._shadow.memory) != max(total, 1):
@@ -498,8 +502,8 @@ class Keeper:
             parameters = np.frombuffer(self._held.parameters.memory, dtype=np.uint8)
             shadow = np.frombuffer(self._shadow.memory, dtype=np.uint8)
             sources = [parameters[first:last] for first, last in self._held.changing]
-            if self._moments is not None:
-                sources.append(self._moments.flat)
+            if self._optimizer_state is not None:
+                sources.append(self._optimizer_state.flat)
             self._copies = []
             used = 0
             for source in sources:
@@ -516,14 +520,14 @@ class Keeper:
         self._write_kept(place)
         state = State(
             parameters=self._held.parameters.ref,
-            optimizer=None if self._moments is None else self._moments.segment.ref,
+            optimizer=None if self._optimizer_state is None else self._optimizer_state.segment.ref,
             undo=None if self._undo is None else self._undo.segment.ref,
-            num_threads=self._held.crew.num_threads,
+            num_threads=self._held.thread_team.num_threads,
             shadow=None if self._shadow is None else self._shadow.ref,
             clip_norm=self._clip_norm,
             groups=groups,
             scheduler=scheduler,
-            moments=self._describe(),
+            optimizer_state=self._describe(),
             kept=None if self._kept is None else self._kept.segment.ref,
             kept_place=0 if self._kept is None else place,
             toggled=self._toggled,
@@ -552,10 +556,10 @@ class Keeper:
             self.give_up(error)
 
     def _describe(self) -> bytes:
-        return b"" if self._moments is None else self._moments.describe(self._held.optimizer)
+        return b"" if self._optimizer_state is None else self._optimizer_state.describe(self._held.optimizer)
 
-    def _create_moments(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Moments:
-        return create_moments(tensors, name=f"{self._held.prefix}-optimizer", folders=self._held.folders)
+    def _create_optimizer_state(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> SharedOptimizerState:
+        return create_optimizer_state(tensors, name=f"{self._held.prefix}-optimizer", folders=self._held.folders)
 
     def _open_undo(self, state: State | None) -> _Undo | None:
         """The areas that rolling forward needs; those of the process before, if there was one."""
@@ -563,7 +567,7 @@ class Keeper:
             return None
         held = self._held
         tensors = [p for p in parameters_of(held.optimizer) if p.requires_grad]
-        area_bytes, num_areas = undo_bytes(tensors, held.crew.num_threads)
+        area_bytes, num_areas = undo_bytes(tensors, held.thread_team.num_threads)
         counts_bytes = ALIGNMENT_BYTES * max(len(tensors), 1)
         staging = plan_layout(held.buffers.items(), start_bytes=area_bytes * num_areas + counts_bytes)
         num_bytes = max(staging.num_bytes, area_bytes * num_areas + counts_bytes)
@@ -594,7 +598,7 @@ class Keeper:
         self.journal.give_up()
 
 
-def begin_keeping(held: Held, *, clip_norm: float | None, step: int, evaluated: int) -> Keeper:
+def begin_keeping(held: MasterState, *, clip_norm: float | None, step: int, evaluated: int) -> UpdateLog:
     """Keep a journal of a run from here on.
 
     Raises:
@@ -606,16 +610,16 @@ def begin_keeping(held: Held, *, clip_norm: float | None, step: int, evaluated: 
     state_bytes = _SPARE_STATE_BYTES + 1024 * len(parameters_of(held.optimizer))
     state_bytes += 4 * (len(pack_groups(held.optimizer)) + len(pack_scheduler(held.scheduler)))
     journal = create_journal(f"{held.prefix}-journal", state_bytes=state_bytes, folders=held.folders)
-    keeper: Keeper | None = None
+    update_log: UpdateLog | None = None
     try:
-        keeper = Keeper(held, journal, clip_norm=clip_norm)
-        keeper.begin(step=step, evaluated=evaluated)
+        update_log = UpdateLog(held, journal, clip_norm=clip_norm)
+        update_log.begin(step=step, evaluated=evaluated)
     except BaseException:
         journal.segment.unlink()
-        if keeper is not None:
-            keeper.unlink()
+        if update_log is not None:
+            update_log.unlink()
         raise
-    return keeper
+    return update_log
 
 
 def remove_segments(folders: Sequence[Path], prefix: str, *, but: Iterable[Segment]) -> None:

@@ -49,7 +49,7 @@ _LENGTH = struct.Struct("<Q")
 T = TypeVar("T", bound=Record)
 
 
-class Torn(Exception):  # noqa: N818 - a verdict, not a fault
+class Unrecoverable(Exception):  # noqa: N818 - a verdict, not a fault
     """The state after the last committed step cannot be had any more; the last checkpoint is."""
 
 
@@ -80,7 +80,7 @@ class LastCommit:
     note: str = ""
 
 
-class _Commit(Record, frozen=True):
+class _JournalCommit(Record, frozen=True):
     step: int
     evaluated: int
     kind: WorkKind
@@ -114,7 +114,7 @@ class State(Record, frozen=True):
     clip_norm: float | None
     groups: bytes  # of the optimizer: options of each
     scheduler: bytes
-    moments: bytes  # the optimizer's state; its tensors are named as in their segment
+    optimizer_state: bytes  # the optimizer's state; its tensors are named as in their segment
     kept: SegmentRef | None = None  # what functions of the user's keep, in one of two places
     kept_place: int = 0
     toggled: tuple[str, ...] = ()  # parameters that user code has thawed or frozen, see `dnb.hub.parameters.freezing`
@@ -133,7 +133,7 @@ class Journal:
         self._memory = memoryview(segment.memory)
         self._words = self._memory[:_HEADER_BYTES].cast("Q")
         self._state_bytes = (len(self._memory) - _HEADER_BYTES - 2 * _COMMIT_BYTES - _INTENT_BYTES) // 2
-        self.last = _Commit(
+        self.last = _JournalCommit(
             step=0, evaluated=0, kind="step", values={}, samples={}, time=0.0, place=1, owes_scheduler=False
         )
         self._next_place: int | None = None
@@ -199,7 +199,7 @@ class Journal:
     ) -> None:
         """Commit; what is not given stays as it was."""
         last = self.last
-        commit = _Commit(
+        commit = _JournalCommit(
             step=step,
             evaluated=last.evaluated if evaluated is None else evaluated,
             kind=kind,
@@ -233,8 +233,8 @@ class Journal:
         """
         sequence = self._words[SEQUENCE]
         if self._words[0] != MAGIC or sequence == 0:
-            raise Torn("there is no journal of this run")
-        self.last = self._read(_HEADER_BYTES + (sequence & 1) * _COMMIT_BYTES, _Commit)
+            raise Unrecoverable("there is no journal of this run")
+        self.last = self._read(_HEADER_BYTES + (sequence & 1) * _COMMIT_BYTES, _JournalCommit)
         return self._read(self._state_offset(self.last.place), State)
 
     def read_intent(self) -> Intent | None:

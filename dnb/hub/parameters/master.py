@@ -17,12 +17,12 @@ import torch
 from dnb.errors import ArgumentError, SpaceError
 from dnb.hub.guarded_calls import UserCodeError, user_code
 from dnb.hub.parameters.buffer_rules import default_rule, differing_text
-from dnb.hub.parameters.durability import Held, Keeper, Update, begin_keeping
+from dnb.hub.parameters.durability import MasterState, OptimizerUpdate, UpdateLog, begin_keeping
 from dnb.hub.parameters.freezing import Freezing
 from dnb.hub.parameters.loose_states import HubStates
 from dnb.hub.parameters.optimizers import Stepper, build_optimizer, build_scheduler, check_setting
-from dnb.hub.parameters.scheduler_pacing import Pace
-from dnb.hub.parameters.thread_team import Crew, usable_threads
+from dnb.hub.parameters.scheduler_pacing import SchedulerPace
+from dnb.hub.parameters.thread_team import ThreadTeam, usable_threads
 from dnb.hub.parameters.user_functions import OwnFunctions
 from dnb.job import Job
 from dnb.protocol.measurements import Sums
@@ -127,9 +127,9 @@ class Master:
         spec: RunSpec | None = None,
     ) -> None:
         # One of OpenMP's, and no more: a second one spins for a core that an engine has, and shows in the last bits of
-        # norms. What is worth sharing is shared by the crew.
+        # norms. What is worth sharing is shared by the thread team.
         torch.set_num_threads(1)
-        self._crew = Crew(num_threads or usable_threads())
+        self._thread_team = ThreadTeam(num_threads or usable_threads())
         self.model = job.model
         self.notes: list[str] = []
         self._folders = folders
@@ -141,10 +141,12 @@ class Master:
         every, has_val = ("step", False) if spec is None else (spec.scheduler_every, spec.num_val_samples > 0)
         with user_code("where the scheduler is made"):
             self.scheduler = build_scheduler(job.scheduler, self.optimizer, every=every, has_val=has_val)
-        self._pace = Pace(self.scheduler, every=every, steps_per_epoch=1 if spec is None else spec.steps_per_epoch)
+        self._pace = SchedulerPace(
+            self.scheduler, every=every, steps_per_epoch=1 if spec is None else spec.steps_per_epoch
+        )
         self.functions = OwnFunctions(job, self.optimizer, seed=0 if spec is None else spec.seed)
         self._step = 0  # committed
-        self._stepper = Stepper(self.optimizer, self._crew)
+        self._stepper = Stepper(self.optimizer, self._thread_team)
         named = dict(job.model.named_parameters())
         buffers = dict(job.model.named_buffers())
         trainable = {name: p for name, p in named.items() if p.requires_grad}
@@ -173,7 +175,7 @@ class Master:
         self._bound: tuple[tuple[int, int], frozenset[int]] | None = None  # whose slab the gradients are views of
         self._is_disturbed = False  # a hook has taken a gradient away
         self._slabs: dict[tuple[int, int], HubSlab] = {}
-        self._keeper: Keeper | None = None
+        self._update_log: UpdateLog | None = None
 
     def _lay_out(self) -> None:
         """Plan slabs, in which gradients lie before buffers, and tell which bytes of the parameters change."""
@@ -199,20 +201,20 @@ class Master:
 
     def thaw(self, names: Iterable[str]) -> None:
         """Let parameters train that were frozen, from the next step on; all slabs are given up."""
-        self.settle()
+        self.finish_deferred()
         self.drop_slabs()
         self.freezing.thaw(names)
         self._lay_out()
         self._stepper.forget()
-        if self._keeper is not None:
-            self._keeper.go_on_with(self.held)
+        if self._update_log is not None:
+            self._update_log.go_on_with(self.held)
 
     def freeze_on_engines(self, names: Iterable[str]) -> None:
         """Take down which parameters engines have frozen, before a step is applied that they have not trained in."""
-        self.settle()
+        self.finish_deferred()
         self.freezing.on_engines = frozenset(names)
-        if self._keeper is not None:
-            self._keeper.keep_freezing()
+        if self._update_log is not None:
+            self._update_log.keep_freezing()
 
     def restore_freezing(self, toggled: Sequence[str], on_engines: Sequence[str]) -> None:
         """Let parameters be frozen, or not, as in an earlier life of the run; before slabs are added.
@@ -239,7 +241,7 @@ class Master:
         """
         self._step = step
         try:
-            self._keeper = begin_keeping(self.held, clip_norm=self._clip_norm, step=step, evaluated=evaluated)
+            self._update_log = begin_keeping(self.held, clip_norm=self._clip_norm, step=step, evaluated=evaluated)
             self.states.keep(step=step)
         except (SpaceError, TypeError) as error:
             self.notes.append(f"if the hub dies, the run goes on from its last checkpoint: {error}")
@@ -247,34 +249,34 @@ class Master:
             told = f"{error.failure.kind}: {error.failure.message} ({error.place})"
             self.notes.append(f"if the hub dies, the run goes on from its last checkpoint: {told}")
 
-    def go_on_with(self, keeper: Keeper) -> None:
+    def go_on_with(self, update_log: UpdateLog) -> None:
         """Write on in the journal that this state was recovered from."""
-        self._keeper = keeper
-        self._step = keeper.step
-        self.states.recover(step=keeper.step)
+        self._update_log = update_log
+        self._step = update_log.step
+        self.states.recover(step=update_log.step)
         self._stepper.forget()
 
     @property
     def journal_ref(self) -> SegmentRef | None:
         """From which `recovery.recover_master` makes this master copy anew; None: there is no journal."""
-        return None if self._keeper is None else self._keeper.journal.ref
+        return None if self._update_log is None else self._update_log.journal.ref
 
     @property
     def segments(self) -> list[Segment]:
         """What outlives the process, but for slabs."""
-        kept = [] if self._keeper is None else self._keeper.segments
+        kept = [] if self._update_log is None else self._update_log.segments
         return [self._segment, *kept, *self.states.segments]
 
     @property
-    def held(self) -> Held:
+    def held(self) -> MasterState:
         """What a journal is kept of."""
-        return Held(
+        return MasterState(
             optimizer=self.optimizer,
             scheduler=self.scheduler,
             pace=self._pace,
             functions=self.functions,
             stepper=self._stepper,
-            crew=self._crew,
+            thread_team=self._thread_team,
             parameters=self._segment,
             changing=self.changing,
             trainable=self._trainable,
@@ -285,10 +287,10 @@ class Master:
             prefix=self._prefix,
         )
 
-    def settle(self) -> None:
+    def finish_deferred(self) -> None:
         """Write down what a commit left for later; to be called while engines compute."""
-        if self._keeper is not None:
-            self._keeper.settle()
+        if self._update_log is not None:
+            self._update_log.finish_deferred()
 
     def commit_evaluation(self, step: int, values: dict[str, float]) -> None:
         """An evaluation of the state after a step: nothing changes but a scheduler that looks for a plateau.
@@ -297,8 +299,8 @@ class Master:
             UserCodeError: the scheduler has failed.
         """
         is_stepped = self._pace.take_evaluation(step, values)
-        if self._keeper is not None:
-            self._keeper.evaluate(step, values, is_changed=is_stepped)
+        if self._update_log is not None:
+            self._update_log.evaluate(step, values, is_changed=is_stepped)
 
     # what engines see
 
@@ -391,21 +393,21 @@ class Master:
     def _take_states(self, states: LooseStates) -> None:
         """Before the step counts, as they are written down with its number."""
         try:
-            self.states.take(states, step=0 if self._keeper is None else self._keeper.step + 1)
+            self.states.take(states, step=0 if self._update_log is None else self._update_log.step + 1)
         except SpaceError as error:
-            if self._keeper is not None:
-                self._keeper.give_up(error)
+            if self._update_log is not None:
+                self._update_log.give_up(error)
 
     def _apply(
         self, keys: Sequence[tuple[int, int]], contributions: Sequence[Contribution], result: StepResult
     ) -> None:
         mix = partial(self._mixed_buffers, keys, contributions)
-        if self._keeper is not None:
+        if self._update_log is not None:
             assert self._bound is not None
             slab = self._slabs[keys[0]].segment
             ref = None if slab is None else slab.ref
-            self._keeper.commit(
-                Update(slab=ref, unused=self._bound[1], mix=mix, values=result.values, samples=result.samples)
+            self._update_log.commit(
+                OptimizerUpdate(slab=ref, unused=self._bound[1], mix=mix, values=result.values, samples=result.samples)
             )
             return
         for name, value in mix():
@@ -432,8 +434,8 @@ class Master:
                 for group in groups:
                     group[name] = value
         try:
-            if self._keeper is not None:
-                self._keeper.change(clip_norm=self._clip_norm)
+            if self._update_log is not None:
+                self._update_log.change(clip_norm=self._clip_norm)
         except UserCodeError as error:
             self._clip_norm, numbers_before = before
             for group, values in zip(groups, numbers_before, strict=True):
@@ -470,7 +472,7 @@ class Master:
 
     def close(self) -> None:
         """Unlink parameters and journal; the memory goes when the last process lets go of it."""
-        self._crew.close()
+        self._thread_team.close()
         for segment in self.segments:
             segment.unlink()
 
@@ -492,7 +494,7 @@ class Master:
     def _make_slab(self, engine: int, index: int, kind: TransportKind) -> HubSlab:
         num_bytes = self.buffer_layout.num_bytes
         is_shared = kind != "socket"
-        if not is_shared and self._keeper is None:
+        if not is_shared and self._update_log is None:
             return HubSlab(mmap.mmap(-1, max(num_bytes, 1)), self, segment=None)
         # Also one that is filled over a wire may hold the sum of all, which the next hub needs to finish a step.
         try:
@@ -509,7 +511,9 @@ class Master:
         divisor = self._divisor(contributions) if any(c.is_sum for c in contributions) else None
         square = 0.0
         for index, target in enumerate(first.regions):
-            square += sum_regions(target, [slab.regions[index] for slab in others], divisor=divisor, crew=self._crew)
+            square += sum_regions(
+                target, [slab.regions[index] for slab in others], divisor=divisor, thread_team=self._thread_team
+            )
             if math.isnan(square):
                 raise self._find_culprit(keys)
         unused = frozenset.intersection(*(frozenset(c.unused) for c in contributions))
@@ -522,8 +526,8 @@ class Master:
                 parameter.grad = None if number in unused else gradient
             self._bound = keys[0], unused
             self._stepper.forget()
-            if self._keeper is not None:
-                self._keeper.forget()
+            if self._update_log is not None:
+                self._update_log.forget()
         return _square_of(self._gradients) if frozen else square
 
     def _divisor(self, contributions: Sequence[Contribution]) -> float | None:
@@ -608,7 +612,7 @@ def _wide(tensor: torch.Tensor) -> torch.dtype:
 
 
 def sum_regions(
-    target: torch.Tensor, others: Sequence[torch.Tensor], *, divisor: float | None = None, crew: Crew
+    target: torch.Tensor, others: Sequence[torch.Tensor], *, divisor: float | None = None, thread_team: ThreadTeam
 ) -> float:
     """Add flat tensors into the first, in order, chunk by chunk.
 
@@ -616,16 +620,16 @@ def sum_regions(
         target: flat, becomes the sum.
         others: of the same size.
         divisor: the sum is divided by it.
-        crew: does it.
+        thread_team: does it.
 
     Returns:
         The sum of the squares of the sum's elements; NaN if one of them is not finite.
     """
-    parts = crew.cut(len(target))
+    parts = thread_team.cut(len(target))
     if len(parts) == 1:
         return _sum_part(target, others, divisor)
     return sum(
-        crew.share(
+        thread_team.share(
             [
                 partial(_sum_part, target[begin:end], [other[begin:end] for other in others], divisor)
                 for begin, end in parts

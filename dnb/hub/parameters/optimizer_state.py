@@ -25,11 +25,11 @@ _PLAIN = (int, float, str, bool, type(None))
 ADAM_NAMES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
-class Moments:
+class SharedOptimizerState:
     """The tensors of an optimizer's state.
 
     Args:
-        segment: as `create_moments` made it.
+        segment: as `create_optimizer_state` made it.
     """
 
     def __init__(self, segment: Segment) -> None:
@@ -93,7 +93,9 @@ class Moments:
         return self._base <= tensor.data_ptr() < self._base + len(self.flat) or tensor.numel() == 0
 
 
-def create_moments(tensors: Iterable[tuple[str, torch.Tensor]], *, name: str, folders: Sequence[Path]) -> Moments:
+def create_optimizer_state(
+    tensors: Iterable[tuple[str, torch.Tensor]], *, name: str, folders: Sequence[Path]
+) -> SharedOptimizerState:
     """Reserve a place for each of these tensors.
 
     Args:
@@ -109,12 +111,12 @@ def create_moments(tensors: Iterable[tuple[str, torch.Tensor]], *, name: str, fo
     segment = create_segment(name, _begin(len(packed)) + max(layout.num_bytes, 1), folders=folders)
     _LENGTH.pack_into(segment.memory, 0, len(packed))
     segment.memory[_LENGTH.size : _LENGTH.size + len(packed)] = packed
-    return Moments(segment)
+    return SharedOptimizerState(segment)
 
 
-def open_moments(ref: SegmentRef) -> Moments:
+def open_optimizer_state(ref: SegmentRef) -> SharedOptimizerState:
     """Those of another process."""
-    return Moments(open_segment(ref))
+    return SharedOptimizerState(open_segment(ref))
 
 
 def tensors_of(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -159,10 +161,10 @@ def give_state(optimizer: torch.optim.Optimizer, states: Mapping[str, Any]) -> N
         optimizer.state[parameters[int(index)]] = state
 
 
-def unpack_moments(packed: bytes, moments: Moments | None) -> dict[str, Any]:
-    """The states by the parameters' numbers, as `Moments.describe` packed them."""
+def unpack_optimizer_state(packed: bytes, optimizer_state: SharedOptimizerState | None) -> dict[str, Any]:
+    """The states by the parameters' numbers, as `SharedOptimizerState.describe` packed them."""
     tree = msgspec.msgpack.decode(packed) if packed else {}
-    found: dict[str, Any] = put_together(tree, moments.views if moments is not None else {})
+    found: dict[str, Any] = put_together(tree, optimizer_state.views if optimizer_state is not None else {})
     return found
 
 

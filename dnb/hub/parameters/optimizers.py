@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from dnb.errors import ArgumentError, nearest
 from dnb.hub.guarded_calls import user_code
 from dnb.hub.parameters.scheduler_pacing import check_pace
-from dnb.hub.parameters.thread_team import Crew
+from dnb.hub.parameters.thread_team import ThreadTeam
 
 _REASONS = {
     "lbfgs": "LBFGS evaluates the loss several times in one step, dnb once: use optimizer='adamw' or 'sgd'",
@@ -119,12 +119,12 @@ class Stepper:
 
     Args:
         optimizer: stepped; its state stays where it is.
-        crew: shares the update of a large model.
+        thread_team: shares the update of a large model.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, crew: Crew) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, thread_team: ThreadTeam) -> None:
         self._optimizer = optimizer
-        self._crew = crew
+        self._thread_team = thread_team
         self._has_kernel = has_kernel(optimizer)
         self._groups: list[AdamGroup] = []
 
@@ -138,11 +138,11 @@ class Stepper:
             with user_code("in the optimizer"):
                 self._optimizer.step()
             if self._has_kernel:
-                self._groups = adam_groups(self._optimizer, self._crew)
+                self._groups = adam_groups(self._optimizer, self._thread_team)
             return
         for group in self._groups:
             torch._foreach_add_(group.steps, 1)
-            self._crew.share([partial(self._update, group.options, part) for part in group.parts])
+            self._thread_team.share([partial(self._update, group.options, part) for part in group.parts])
 
     def _update(self, options: dict[str, Any], part: AdamPart) -> None:
         update_adam(self._optimizer, options, part)
@@ -160,14 +160,14 @@ AdamPart = list[list[torch.Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class AdamGroup:
-    """Tensors of one parameter group and dtype, cut into parts for the crew."""
+    """Tensors of one parameter group and dtype, cut into parts for the thread team."""
 
     options: dict[str, Any]
     steps: list[torch.Tensor]
     parts: list[AdamPart]
 
 
-def adam_groups(optimizer: torch.optim.Optimizer, crew: Crew) -> list[AdamGroup]:
+def adam_groups(optimizer: torch.optim.Optimizer, thread_team: ThreadTeam) -> list[AdamGroup]:
     """Tensors by group and dtype; none if a group is out of the ordinary."""
     found: list[AdamGroup] = []
     for group in optimizer.param_groups:
@@ -186,7 +186,7 @@ def adam_groups(optimizer: torch.optim.Optimizer, crew: Crew) -> list[AdamGroup]
             for place, tensor in zip(lists, tensors, strict=False):
                 place.append(tensor)
             lists[5].append(state["step"])
-        found += [AdamGroup(group, lists[5], _adam_parts(lists, crew)) for lists in by_dtype.values()]
+        found += [AdamGroup(group, lists[5], _adam_parts(lists, thread_team)) for lists in by_dtype.values()]
     return found
 
 
@@ -209,10 +209,10 @@ def update_adam(optimizer: torch.optim.Optimizer, options: dict[str, Any], part:
     )
 
 
-def _adam_parts(lists: AdamPart, crew: Crew) -> list[AdamPart]:
-    """The same elements in as many parts as the crew makes of them; a tensor may be cut."""
+def _adam_parts(lists: AdamPart, thread_team: ThreadTeam) -> list[AdamPart]:
+    """The same elements in as many parts as the thread team makes of them; a tensor may be cut."""
     sizes = [parameter.numel() for parameter in lists[0]]
-    bounds = crew.cut(sum(sizes))
+    bounds = thread_team.cut(sum(sizes))
     if len(bounds) == 1:
         return [lists]
     parts: list[AdamPart] = [[[] for _ in range(6)] for _ in bounds]
@@ -220,7 +220,7 @@ def _adam_parts(lists: AdamPart, crew: Crew) -> list[AdamPart]:
     filled = 0.0
     for index, size in enumerate(sizes):
         step, tensors = lists[5][index], [place[index] if place else None for place in lists[:5]]
-        pieces = crew.cut(size) if all(t is None or t.is_contiguous() for t in tensors) else [(0, size)]
+        pieces = thread_team.cut(size) if all(t is None or t.is_contiguous() for t in tensors) else [(0, size)]
         for begin, end in pieces:
             part = parts[min(int(filled / share), len(parts) - 1)]
             for place, tensor in zip(part, tensors, strict=False):

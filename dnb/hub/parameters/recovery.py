@@ -7,8 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from dnb.hub.parameters.durability import Keeper, remove_segments
-from dnb.hub.parameters.journal import Journal, LastCommit, State, Torn
+from dnb.hub.parameters.durability import UpdateLog, remove_segments
+from dnb.hub.parameters.journal import Journal, LastCommit, State, Unrecoverable
 from dnb.hub.parameters.master import Master
 from dnb.job import Job
 from dnb.protocol.memory import SegmentRef
@@ -31,7 +31,7 @@ def recover_master(
         spec: of the run, as of `Master`.
 
     Raises:
-        Torn: that state cannot be had; nothing of it is left. After any other exception all of it is.
+        Unrecoverable: that state cannot be had; nothing of it is left. After any other exception all of it is.
     """
     master: Master | None = None
     try:
@@ -51,17 +51,17 @@ def recover_master(
         remove_segments(folders, prefix, but=master.segments)
     except (OSError, ValueError, KeyError, msgspec.MsgspecError) as error:
         _remove(master, folders, prefix)
-        raise Torn(f"the journal is of no use: {type(error).__name__}: {error}") from error
-    except Torn:
+        raise Unrecoverable(f"the journal is of no use: {type(error).__name__}: {error}") from error
+    except Unrecoverable:
         _remove(master, folders, prefix)
         raise
     return master, last
 
 
 def _recover(master: Master, journal: Journal, state: State) -> LastCommit:
-    keeper = Keeper(master.held, journal, clip_norm=state.clip_norm, state=state)
-    last = keeper.recover()
-    master.go_on_with(keeper)
+    update_log = UpdateLog(master.held, journal, clip_norm=state.clip_norm, state=state)
+    last = update_log.recover()
+    master.go_on_with(update_log)
     return last
 
 

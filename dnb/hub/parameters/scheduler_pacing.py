@@ -15,7 +15,7 @@ VALUE_PREFIX = "val_"
 NOTHING = 1e-3
 
 
-class Pace:
+class SchedulerPace:
     """A run's scheduler, and when it is stepped.
 
     Args:

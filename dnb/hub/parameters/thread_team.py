@@ -21,12 +21,12 @@ T = TypeVar("T")
 
 
 def usable_threads() -> int:
-    """Threads for a crew in this process: while the hub commits, engines wait and leave their cores to it."""
+    """Threads for a thread team in this process: while the hub commits, engines wait and leave their cores to it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
     return max(1, min(MOST_THREADS, cores or 1))
 
 
-class Crew:
+class ThreadTeam:
     """Does tasks side by side; torch lets go of the GIL in each.
 
     These are Python's threads, not OpenMP's, which spin for a core that an engine may have by then.

@@ -35,7 +35,7 @@ from dnb.transport.system.processes import this_process
 
 
 class HubChild:
-    """The hub's guardian, as one more child of the controller."""
+    """The hub's supervisor, as one more child of the controller."""
 
     name = "dnb hub"
     module = "dnb.hub.process.supervisor"  # tests start another one
@@ -135,7 +135,7 @@ class DnbController(IPController):
     def init_config_from_env(self) -> None:
         """Take options from the environment; the cluster has a key whether or not its sockets are encrypted."""
         super().init_config_from_env()
-        if "key" not in self.config.Session:  # else ipyparallel leaves it empty: it signs parcels, too
+        if "key" not in self.config.Session:  # else ipyparallel leaves it empty: it signs payloads, too
             self.config.Session.key = secrets.token_hex(32).encode()
 
     def init_hub(self) -> None:
@@ -154,15 +154,15 @@ class DnbController(IPController):
     def _prepare_monitor(self, *, kwargs: dict[str, Any], **_options: Any) -> BaseProcess:
         """Where ipyparallel makes the process of its heart monitor, which it starts later."""
         self._monitor_options = kwargs
-        return self._make_monitor(hearts=())
+        return self._make_monitor(heartbeat_monitor=())
 
-    def _make_monitor(self, *, hearts: Iterable[bytes]) -> BaseProcess:
-        options = {**self._monitor_options, "hearts": set(hearts)}
+    def _make_monitor(self, *, heartbeat_monitor: Iterable[bytes]) -> BaseProcess:
+        options = {**self._monitor_options, "hearts": set(heartbeat_monitor)}
         return multiprocessing.Process(target=be_heart_monitor, kwargs=options, daemon=True)
 
     def _start_monitor(self) -> BaseProcess:
         """Another one; it misses those whose engines are registered and do not answer it."""
-        monitor = self._make_monitor(hearts=self.hub.hearts)
+        monitor = self._make_monitor(heartbeat_monitor=self.hub.heartbeat_monitor)
         monitor.start()
         self.heartmonitor_process = monitor
         return monitor
@@ -188,7 +188,11 @@ class DnbController(IPController):
         binding = self._open_hub(cdict["key"])
         address = binding.engine if fname == self.engine_json_file else binding.client
         place = HubPlace(
-            address=address, guardian=binding.guardian, nursery=binding.nursery, format=POOL_FORMAT, version=VERSION
+            address=address,
+            supervisor=binding.supervisor,
+            fork_server=binding.fork_server,
+            format=POOL_FORMAT,
+            version=VERSION,
         )
         cdict["dnb"] = msgspec.to_builtins(place)
         # Made here: ipyparallel would make it readable by all and then change that.
@@ -228,11 +232,11 @@ class DnbController(IPController):
         self._watch_monitor()
 
     def _end_without_hub(self, code: int) -> None:
-        """Without a guardian there is no hub: end the pool, and remove what a killed hub could not."""
+        """Without a supervisor there is no hub: end the pool, and remove what a killed hub could not."""
         from dnb.hub.pool_files import remove_pool_files
         from dnb.transport.segments import named_folders, remove_folders
 
-        self.log.critical("the hub's guardian ended with code %s: the pool ends", code)
+        self.log.critical("the hub's supervisor ended with code %s: the pool ends", code)
         assert self._binding is not None
         remove_folders(named_folders(self._binding.folders, self.cluster_id))
         remove_pool_files(self._config_for_hub(""))
@@ -268,7 +272,7 @@ class DnbController(IPController):
 
 # Whether a socket that is bound and does not listen keeps a port for one that says SO_REUSEADDR.
 CAN_HOLD_PORTS = sys.platform == "linux"
-# How soon the controller notices that the guardian or the heart monitor has died.
+# How soon the controller notices that the supervisor or the heart monitor has died.
 WATCH_SECONDS = 0.2
 
 

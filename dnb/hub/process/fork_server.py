@@ -1,8 +1,8 @@
-"""Engines as forks of the hub's guardian: there within milliseconds, and sharing the memory of what it imported.
+"""Engines as forks of the hub's supervisor: there within milliseconds, and sharing the memory of what it imported.
 
-The guardian listens on a local socket in the abstract namespace, so no file is left behind; both sides let only
-processes of their own user in. An `Order` comes with the file that takes the engine's output, the answer is its pid.
-While the guardian still imports torch, orders wait in the queue of the socket.
+The supervisor listens on a local socket in the abstract namespace, so no file is left behind; both sides let only
+processes of their own user in. An `ForkRequest` comes with the file that takes the engine's output, the answer is its
+pid. While the supervisor still imports torch, orders wait in the queue of the socket.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 
 CAN_FORK = sys.platform == "linux"
 # Imported by name: the floors of hub and engine do not know each other.
-BIRTH_MODULE = "dnb.engine.process.forked_engine"
+ENGINE_MODULE = "dnb.engine.process.forked_engine"
 # What engines need beside what the hub needs.
 ENGINE_MODULES = (
-    BIRTH_MODULE,
+    ENGINE_MODULE,
     "dnb.engine.process.worker",
     "ipyparallel.engine.app",
     "ipyparallel.engine.nanny",
@@ -45,28 +45,28 @@ ENGINE_MODULES = (
     "IPython.extensions.storemagic",
 )
 # An order is one message, read to its end; whoever takes longer to write it is not answered.
-ORDER_SECONDS = 5.0
-# How long the guardian may take for everything before: on a busy machine torch is imported in tens of seconds.
+FORK_REQUEST_SECONDS = 5.0
+# How long the supervisor may take for everything before: on a busy machine torch is imported in tens of seconds.
 ANSWER_SECONDS = 300.0
 # So long that strangers who call are sent away faster than they fill it.
 QUEUE_LENGTH = 4096
-# How many of them are sent away before the guardian looks after its hub again.
+# How many of them are sent away before the supervisor looks after its hub again.
 MOST_STRANGERS = 256
 # How soon an order is brought again that the queue had no room for.
 QUEUE_SECONDS = 0.005
 
 
-class Order(Record, frozen=True):
+class ForkRequest(Record, frozen=True):
     """How an engine is to be started."""
 
     arguments: tuple[str, ...]  # of ipyparallel's engine command
     environment: dict[str, str]
     folder: str  # to work in
-    most_files: int = 0  # that it may open; 0 as many as the guardian
+    most_files: int = 0  # that it may open; 0 as many as the supervisor
 
 
-class Nursery:
-    """The guardian's side: takes orders and forks engines."""
+class ForkServer:
+    """The supervisor's side: takes orders and forks engines."""
 
     def __init__(self) -> None:
         self.name = f"dnb-{secrets.token_hex(8)}"  # where it listens; who may read the connection files knows it
@@ -95,14 +95,14 @@ class Nursery:
             if _has_gone(caller):  # it has given up, and would not know of the engine
                 os.close(output)
                 return
-            guardian = os.getpid()
+            supervisor = os.getpid()
             try:
                 pid = os.fork()
             except OSError:
                 os.close(output)
                 raise
             if pid == 0:
-                _be_engine(order, output, guardian)
+                _run_engine(order, output, supervisor)
             self._engines.add(pid)
             os.close(output)
             try:
@@ -124,7 +124,7 @@ class Nursery:
         return None
 
     def close(self) -> None:
-        """Listen no more, in a fork that is no guardian."""
+        """Listen no more, in a fork that is no supervisor."""
         self._listener.close()
 
     def bury(self) -> None:
@@ -158,39 +158,39 @@ def fork_engine(
     output: int,
     timeout_seconds: float = ANSWER_SECONDS,
 ) -> int:
-    """Ask a pool's guardian of this host for an engine; its pid.
+    """Ask a pool's supervisor of this host for an engine; its pid.
 
     Args:
-        name: of the guardian's socket, `Nursery.name`.
+        name: of the supervisor's socket, `ForkServer.name`.
         arguments: for ipyparallel's engine.
         environment: all of it.
         folder: to work in.
         output: descriptor of an open file for what it prints.
-        timeout_seconds: how long the guardian may take.
+        timeout_seconds: how long the supervisor may take.
 
     Raises:
-        PoolError: there is no guardian, or it starts none.
+        PoolError: there is no supervisor, or it starts none.
         TimeoutError: it does not answer in time.
     """
     most_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    order = Order(arguments=tuple(arguments), environment=dict(environment), folder=folder, most_files=most_files)
+    order = ForkRequest(arguments=tuple(arguments), environment=dict(environment), folder=folder, most_files=most_files)
     deadline = time.monotonic() + timeout_seconds
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
         try:
             _call(line, name, deadline=deadline)
             if is_foreign(line):
-                raise PoolError("the guardian of this pool belongs to another user")
+                raise PoolError("the supervisor of this pool belongs to another user")
             line.settimeout(max(deadline - time.monotonic(), QUEUE_SECONDS))
             socket.send_fds(line, [b"\n"], [output])
             line.sendall(msgspec.msgpack.encode(order))
             line.shutdown(socket.SHUT_WR)
             answer = line.recv(32)
         except TimeoutError as error:
-            raise TimeoutError(f"the guardian of this pool did not answer within {timeout_seconds:.3g} s") from error
+            raise TimeoutError(f"the supervisor of this pool did not answer within {timeout_seconds:.3g} s") from error
         except OSError as error:
-            raise PoolError(f"the guardian of this pool does not answer: {error}") from error
+            raise PoolError(f"the supervisor of this pool does not answer: {error}") from error
     if not answer:
-        raise PoolError("the guardian of this pool has started no engine: its log says why")
+        raise PoolError("the supervisor of this pool has started no engine: its log says why")
     return int(answer)
 
 
@@ -215,29 +215,29 @@ def _has_gone(caller: socket.socket) -> bool:
     return bool(poller.poll(0))
 
 
-def _take(caller: socket.socket) -> tuple[Order, int]:
-    caller.settimeout(ORDER_SECONDS)
+def _take(caller: socket.socket) -> tuple[ForkRequest, int]:
+    caller.settimeout(FORK_REQUEST_SECONDS)
     _, descriptors, _, _ = socket.recv_fds(caller, 1, 1)
     if len(descriptors) != 1:
         raise OSError("it came without a file for the output")
     try:
         with caller.makefile("rb") as stream:
-            return msgspec.msgpack.decode(stream.read(), type=Order), descriptors[0]
+            return msgspec.msgpack.decode(stream.read(), type=ForkRequest), descriptors[0]
     except BaseException:
         os.close(descriptors[0])
         raise
 
 
-def _be_engine(order: Order, output: int, guardian: int) -> NoReturn:
-    """In the fork: never come back into the guardian's loop."""
+def _run_engine(order: ForkRequest, output: int, supervisor: int) -> NoReturn:
+    """In the fork: never come back into the supervisor's loop."""
     code = 1
     try:
-        code = importlib.import_module(BIRTH_MODULE).be_engine(
+        code = importlib.import_module(ENGINE_MODULE).run_engine(
             list(order.arguments),
             environment=order.environment,
             folder=order.folder,
             output=output,
-            guardian=guardian,
+            supervisor=supervisor,
             most_files=order.most_files,
         )
     except BaseException:

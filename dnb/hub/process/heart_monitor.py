@@ -21,10 +21,10 @@ from ipyparallel.controller.heartmonitor import start_heartmonitor
 from dnb.transport.system.processes import end_with_parent, find_process
 
 # So many beats that were not heard, and at least so long: it stands still. A busy machine may be slow to beat.
-MISSED_BEATS = 20
+MISSED_HEARTBEATS = 20
 STILL_SECONDS = 5.0
 # A new one must import nothing, but may be slow to come up where the machine is busy.
-FIRST_BEAT_SECONDS = 20.0
+FIRST_HEARTBEAT_SECONDS = 20.0
 # After one that died without a beat, the next waits so long; twice as long each time, up to the second figure.
 FIRST_WAIT_SECONDS = 0.2
 LONGEST_WAIT_SECONDS = 10.0
@@ -67,7 +67,7 @@ class MonitorWatch:
         self.process = process
         self._start = start
         self._beats = beats
-        self._still_seconds = max(MISSED_BEATS * period_seconds, STILL_SECONDS)
+        self._still_seconds = max(MISSED_HEARTBEATS * period_seconds, STILL_SECONDS)
         self._log = log
         self._clock = clock
         self._looked_at = self._heard_at = clock()
@@ -94,7 +94,7 @@ class MonitorWatch:
             self._heard_at, self._has_beaten, self._wait_seconds = now, True, FIRST_WAIT_SECONDS
 
     def _look_at_process(self, now: float) -> None:
-        limit = self._still_seconds if self._has_beaten else FIRST_BEAT_SECONDS
+        limit = self._still_seconds if self._has_beaten else FIRST_HEARTBEAT_SECONDS
         if not self.process.is_alive():
             self._log.error("the heart monitor ended with code %s: another one is started", self.process.exitcode)
             self._is_gone = True

@@ -1,11 +1,11 @@
 """The hub's parent: holds its ports and keys, and starts it again when it dies.
 
 Started by `dnb.hub.process.controller`; reads a `HubConfig` from standard input and answers with a `HubBinding`. The
-guardian runs none of the user's code, so nothing that does can end it. It tells the next hub why the ones before have
+supervisor runs none of the user's code, so nothing that does can end it. It tells the next hub why the ones before have
 ended. It listens on the hub's ports from the beginning; whoever calls while no hub is there waits in the queue of the
 port.
 
-On Linux hubs and local engines are forks of the guardian, which has imported torch by then: a new one is there within
+On Linux hubs and local engines are forks of the supervisor, which has imported torch by then: a new one is there within
 milliseconds, and all share the memory of what they imported. Elsewhere, where forking with a system's libraries loaded
 is not safe, they are fresh processes, which take the seconds that importing torch takes.
 """
@@ -30,27 +30,27 @@ import msgspec
 from dnb.hub.hub_failures import MOST_DEATHS, NUM_KEPT, Crash, Recorder, num_idle_deaths
 from dnb.hub.log_limits import close_logs, limit_logs, look_at_logs
 from dnb.hub.pool_files import remove_pool_files
-from dnb.hub.process import fork_server as nursery
+from dnb.hub.process import fork_server as fork_server
 from dnb.protocol.base import Record
 from dnb.protocol.pool import HubBinding, HubConfig, Process
 from dnb.transport.segments import draw_pool_folders, remove_folders
 from dnb.transport.sockets.channels import CLIENT_ROLE, ENGINE_ROLE, RoleKeys, local
-from dnb.transport.sockets.listeners import HAS_LOCAL_DOORS, listen, listen_locally, url_of
+from dnb.transport.sockets.listeners import HAS_LOCAL_SOCKETS, listen, listen_locally, url_of
 from dnb.transport.system.open_files import raise_file_limit
 from dnb.transport.system.output import LossyOutput
 from dnb.transport.system.processes import end_with_parent, name_process, this_process
 
 log = logging.getLogger(__name__)
 
-# How often the guardian looks whether the controller lives, and whether the hub does where the system does not tell.
+# How often the supervisor looks whether the controller lives, and whether the hub does where the system does not tell.
 LOOK_SECONDS = 0.1
-# How long the guardian waits before it tries again what the system refuses: another process, say.
+# How long the supervisor waits before it tries again what the system refuses: another process, say.
 AGAIN_SECONDS = 0.2
-# How long engines may take to end after the hub; they are the guardian's to bury.
+# How long engines may take to end after the hub; they are the supervisor's to bury.
 FAREWELL_SECONDS = 3.0
 
 
-class Guardian:
+class Supervisor:
     """Starts hubs, one after the other, until one has ended the pool.
 
     Args:
@@ -60,12 +60,12 @@ class Guardian:
     def __init__(self, config: HubConfig) -> None:
         self._folders = draw_pool_folders()
         self._config = msgspec.structs.replace(config, folders=tuple(map(str, self._folders)))
-        self._forks = nursery.CAN_FORK
-        self._nursery = nursery.Nursery() if self._forks else None
+        self._forks = fork_server.CAN_FORK
+        self._fork_server = fork_server.ForkServer() if self._forks else None
         self._process = this_process()
         self._keys = RoleKeys()
         self._listeners = {role: listen(config.host) for role in (ENGINE_ROLE, CLIENT_ROLE)}
-        if HAS_LOCAL_DOORS:
+        if HAS_LOCAL_SOCKETS:
             self._listeners |= {local(role): listen_locally() for role in (ENGINE_ROLE, CLIENT_ROLE)}
         self._hub: int | None = None  # its pid
         self._recorder = Recorder()
@@ -81,11 +81,11 @@ class Guardian:
             for role in (ENGINE_ROLE, CLIENT_ROLE)
         }
         return HubBinding(
-            guardian=self._process,
+            supervisor=self._process,
             client=addresses[CLIENT_ROLE],
             engine=addresses[ENGINE_ROLE],
             folders=self._config.folders,
-            nursery="" if self._nursery is None else self._nursery.name,
+            fork_server="" if self._fork_server is None else self._fork_server.name,
         )
 
     def end(self, _number: int, _frame: FrameType | None) -> None:
@@ -101,15 +101,15 @@ class Guardian:
         """Keep a hub alive until the pool has ended."""
         if self._forks:
             warm_up(with_engines=True)
-        life = 0
+        generation = 0
         while num_idle_deaths(self._crashes) < MOST_DEATHS:
             began = time.monotonic()
-            code = self._run_hub(life)
+            code = self._run_hub(generation)
             if self._recorder.has_ended_as_meant or self._is_ending:
-                if self._nursery is not None:
-                    self._nursery.wait_until_empty(limit_seconds=FAREWELL_SECONDS)
+                if self._fork_server is not None:
+                    self._fork_server.wait_until_empty(limit_seconds=FAREWELL_SECONDS)
                 return
-            life += 1
+            generation += 1
             crash = self._recorder.crash(code, lived_seconds=time.monotonic() - began)
             self._crashes = [*self._crashes, crash][-NUM_KEPT:]
             log.error("the hub has ended: %s: it is started again", crash.reason)
@@ -117,17 +117,17 @@ class Guardian:
         self._clear_up()
         sys.exit(1)
 
-    def _run_hub(self, life: int) -> int:
+    def _run_hub(self, generation: int) -> int:
         """Start a hub and wait for its end; how it ended, as `subprocess` counts."""
-        bequest = Bequest(
+        launch = HubLaunch(
             config=self._config,
-            guardian=self._process,
+            supervisor=self._process,
             keys=self._keys.pairs,
-            life=life,
+            generation=generation,
             crashes=tuple(self._crashes),
         )
         self._recorder.reset()
-        self._hub = self._start(bequest)
+        self._hub = self._start(launch)
         while (code := self._wait(self._hub)) is None:
             if os.getppid() != self._config.controller.pid and not self._is_ending:
                 log.info("the controller is gone: the pool ends")
@@ -136,51 +136,51 @@ class Guardian:
         self._hub = None
         return code
 
-    def _start(self, bequest: Bequest) -> int:
+    def _start(self, launch: HubLaunch) -> int:
         """Start a hub; as often as the system has no room for one it is tried again. Its pid."""
         while True:
             try:
-                return self._fork(bequest) if self._forks else self._spawn(bequest)
+                return self._fork(launch) if self._forks else self._spawn(launch)
             except OSError as error:
                 log.error("a hub cannot be started now: %s", error)
                 time.sleep(AGAIN_SECONDS)
 
     def _wait(self, pid: int) -> int | None:
         """How the child has ended, or None after a while; meanwhile engines are born and buried."""
-        if self._nursery is None:
+        if self._fork_server is None:
             time.sleep(LOOK_SECONDS)
         else:
-            self._attend(self._nursery, hub=pid)
+            self._attend(self._fork_server, hub=pid)
         look_at_logs()
         ended, status = os.waitpid(pid, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if ended else None
 
-    def _attend(self, nursery: nursery.Nursery, *, hub: int) -> None:
+    def _attend(self, fork_server: fork_server.ForkServer, *, hub: int) -> None:
         """Start and bury engines for a while, or until the hub has ended."""
         try:
             watched = os.pidfd_open(hub)
             try:
-                ready, _, _ = select.select([watched, nursery.fileno()], [], [], LOOK_SECONDS)
+                ready, _, _ = select.select([watched, fork_server.fileno()], [], [], LOOK_SECONDS)
             finally:
                 os.close(watched)
-            if nursery.fileno() in ready:
-                nursery.serve()
-            nursery.bury()
+            if fork_server.fileno() in ready:
+                fork_server.serve()
+            fork_server.bury()
         except Exception:  # whatever it is, the hub lives on, and with it the run
             log.exception("an engine cannot be started, or buried")
             time.sleep(LOOK_SECONDS)
 
-    def _fork(self, bequest: Bequest) -> int:
+    def _fork(self, launch: HubLaunch) -> int:
         pid = os.fork()
         if pid == 0:
             exits = None
-            if self._nursery is not None:
-                self._nursery.close()
-                exits = self._nursery.exits.reader
-            _serve(bequest, self._listeners, self._recorder, exits=exits)
+            if self._fork_server is not None:
+                self._fork_server.close()
+                exits = self._fork_server.exits.reader
+            _serve(launch, self._listeners, self._recorder, exits=exits)
         return pid
 
-    def _spawn(self, bequest: Bequest) -> int:
+    def _spawn(self, launch: HubLaunch) -> int:
         descriptors = {
             "recorder": self._recorder.descriptor,
             **{role: own.fileno() for role, own in self._listeners.items()},
@@ -189,7 +189,7 @@ class Guardian:
         child = subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=list(descriptors.values()))
         assert child.stdin is not None
         with child.stdin as pipe:
-            pipe.write(msgspec.json.encode(bequest) + b"\n")
+            pipe.write(msgspec.json.encode(launch) + b"\n")
         child.returncode = 0  # waited for by its pid, not by this object
         return child.pid
 
@@ -198,20 +198,20 @@ class Guardian:
         remove_pool_files(self._config)
 
 
-class Bequest(Record, frozen=True):
-    """What a hub is given by its guardian."""
+class HubLaunch(Record, frozen=True):
+    """What a hub is given by its supervisor."""
 
     config: HubConfig
-    guardian: Process
+    supervisor: Process
     keys: dict[str, tuple[bytes, bytes]]
-    life: int  # how many hubs the pool had before
+    generation: int  # how many hubs the pool had before
     crashes: tuple[Crash, ...] = ()  # of the last ones
 
 
 def warm_up(*, with_engines: bool = False) -> None:
     """Import what hubs need, and what torch leaves until an optimizer first steps: seconds in all."""
     if with_engines:
-        nursery.warm_up()
+        fork_server.warm_up()
         import torch
 
         torch.set_num_threads(1)  # OpenMP does not survive a fork once it has threads; engines set their own number
@@ -223,7 +223,7 @@ def warm_up(*, with_engines: bool = False) -> None:
 
 
 def _serve(
-    bequest: Bequest, listeners: dict[str, socket.socket], recorder: Recorder, *, exits: int | None = None
+    launch: HubLaunch, listeners: dict[str, socket.socket], recorder: Recorder, *, exits: int | None = None
 ) -> NoReturn:
     """Be the hub. If it ends by an exception, nothing is done that SIGKILL would not have done."""
     code = 1
@@ -238,14 +238,14 @@ def _serve(
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         # User code that prints must not fill a pipe that nobody reads, nor fail when the disk is full.
         sys.stdout = sys.stderr = LossyOutput(sys.stderr)
-        keys = RoleKeys(bequest.keys)
+        keys = RoleKeys(launch.keys)
         service = Service(
-            bequest.config,
+            launch.config,
             keys,
             listeners,
-            guardian=bequest.guardian,
-            life=bequest.life,
-            crashes=bequest.crashes,
+            supervisor=launch.supervisor,
+            generation=launch.generation,
+            crashes=launch.crashes,
             recorder=recorder,
             exits=ExitReader(exits),
         )
@@ -272,17 +272,17 @@ def main() -> None:
         recorder = Recorder(descriptors.pop("recorder"))
         listeners = {role: socket.socket(fileno=number) for role, number in descriptors.items()}
         warm_up()
-        _serve(msgspec.json.decode(sys.stdin.buffer.readline(), type=Bequest), listeners, recorder)
+        _serve(msgspec.json.decode(sys.stdin.buffer.readline(), type=HubLaunch), listeners, recorder)
     name_process("dnb-guardian")
     raise_file_limit()  # for the hubs, too
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=HubConfig)
-    guardian = Guardian(config)
-    signal.signal(signal.SIGTERM, guardian.end)
+    supervisor = Supervisor(config)
+    signal.signal(signal.SIGTERM, supervisor.end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(signal.SIGTERM)  # at once, also while torch is imported
-    sys.stdout.buffer.write(msgspec.json.encode(guardian.binding) + b"\n")
+    sys.stdout.buffer.write(msgspec.json.encode(supervisor.binding) + b"\n")
     sys.stdout.flush()
-    guardian.guard()
+    supervisor.guard()
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ import torch
 
 from dnb.errors import SpaceError
 from dnb.hub.checkpoints.restore import rows_of
-from dnb.hub.checkpoints.writer import Checkpointer, Place
+from dnb.hub.checkpoints.writer import Checkpointer, RunProgress
 from dnb.hub.guarded_calls import UserCodeError
-from dnb.hub.handover import RunMemo
-from dnb.hub.history.engine_stats import Accounts, account_of
+from dnb.hub.handover import RunHandover
+from dnb.hub.history.engine_stats import EngineStats, account_of
 from dnb.hub.history.run_folder import HistoryRow, RunSummary, read_timeline, summarize
-from dnb.hub.history.step_timelines import Part, Timelines
+from dnb.hub.history.step_timelines import EngineTrace, Timelines
 from dnb.hub.history.usage import UsageMeter
 from dnb.hub.message_checks import PeerError, Rules, check_message, check_parts
 from dnb.hub.parameters.master import Contribution, NotFinite, StepResult, mean_of
@@ -30,9 +30,9 @@ from dnb.hub.parameters.scheduler_pacing import DecayWatch
 from dnb.hub.run.execution.consistency import ConsistencyChecks
 from dnb.hub.run.execution.gathered_batch import CannotGather, Gatherer
 from dnb.hub.run.execution.pending_reports import Key, PendingReports, TaskReports, describe_mixed_sums, half_frozen
-from dnb.hub.run.execution.rendezvous import Meeting, open_meeting
+from dnb.hub.run.execution.rendezvous import Rendezvous, open_rendezvous
 from dnb.hub.run.execution.sample_batches import Batches
-from dnb.hub.run.initial_state import Beginning
+from dnb.hub.run.initial_state import InitialState
 from dnb.hub.scheduling import events as machine
 from dnb.hub.scheduling.coordinator import Coordinator
 from dnb.hub.scheduling.note_words import text_of
@@ -48,14 +48,14 @@ from dnb.protocol.engine_messages import (
     Diagnosis,
     EngineMessage,
     Freeze,
+    FunctionsReplaced,
     Load,
     Loaded,
     LoadFailed,
-    Mended,
     NoSharedMemory,
     OutputPiece,
     Printed,
-    Seat,
+    RankAssignment,
     Shipped,
     Thaw,
     Unload,
@@ -65,7 +65,7 @@ from dnb.protocol.engine_messages import (
     WorkReport,
 )
 from dnb.protocol.measurements import RunEvent, StageTrace, WorkerTotals, WorkKind
-from dnb.protocol.memory import Layout, ParcelRef
+from dnb.protocol.memory import Layout, PayloadRef
 from dnb.protocol.pool import EngineFacts
 from dnb.protocol.run import ENDED, Failure, RunSpec, RunStatus, TransportKind
 from dnb.transport.pickling.module_states import LooseStates
@@ -85,7 +85,7 @@ MOST_OUTPUT_LINES = 2000
 LATE_SECONDS = 2.0
 
 Send = Callable[[int, Message, Sequence[Any]], None]
-OfferWire = Callable[..., WireOffer]  # of `Wiring.offer`
+OfferWire = Callable[..., WireOffer]  # of `Connections.offer`
 
 
 class ActiveRun:
@@ -94,14 +94,14 @@ class ActiveRun:
     Args:
         spec: the run's numbers.
         frames: spec, job, data and signature as the client signed them, for the engines.
-        beginning: the state that it begins with; closed if the run cannot begin.
+        initial_state: the state that it begins with; closed if the run cannot begin.
         engines: those that take part from the start; of a run that was taken over, those that are to come back.
         send: sends a record with frames to an engine.
         offer_wire: lets an engine connect its wire.
         release: told of an engine that was asked to leave, when it owes the run nothing any more.
-        condemn: ends an engine that holds others up.
+        evict: ends an engine that holds others up.
         replace: told how many engines are to take the place of those that the run's work has ended.
-        life: how many hubs the pool had before this one.
+        generation: how many hubs the pool had before this one.
         departed: accounts of engines that are gone, of a run that was taken over.
         count_commit: told of every step and evaluation that counts from now on.
     """
@@ -110,15 +110,15 @@ class ActiveRun:
         self,
         spec: RunSpec,
         frames: Sequence[bytes],
-        beginning: Beginning,
+        initial_state: InitialState,
         *,
         engines: Iterable[EngineFacts],
         send: Send,
         offer_wire: OfferWire,
         release: Callable[[int], None],
-        condemn: Callable[[int], None],
+        evict: Callable[[int], None],
         replace: Callable[[int], None],
-        life: int = 0,
+        generation: int = 0,
         departed: Iterable[WorkerTotals] = (),
         count_commit: Callable[[int], None] = lambda _: None,
     ) -> None:
@@ -133,28 +133,28 @@ class ActiveRun:
         self._host = socket.gethostname()
         self._members: dict[int, _Member] = {}
         engines = list(engines)
-        present = [] if beginning.is_taken_over else engines
-        self._condemn, self._replace = condemn, replace
-        self._meetings: dict[int, Meeting] = {}  # where teams find themselves
+        present = [] if initial_state.is_taken_over else engines
+        self._evict, self._replace = evict, replace
+        self._rendezvous: dict[int, Rendezvous] = {}  # where teams find themselves
         for facts in present:
             self._members[facts.engine] = self._member(facts)
-        self._accounts = Accounts(present)
-        if beginning.is_taken_over:
+        self._engine_stats = EngineStats(present)
+        if initial_state.is_taken_over:
             former = {facts.engine: account_of(facts) for facts in engines}
             former |= {totals.engine: totals for totals in departed}
-            self._accounts.restore(former.values(), beginning.ledger)
-        self._beginning = beginning
-        self.master = beginning.master
+            self._engine_stats.restore(former.values(), initial_state.counts)
+        self._initial_state = initial_state
+        self.master = initial_state.master
         self.master.buffer_rules = spec.buffers
-        self._columns = beginning.columns
-        self._first_step = beginning.first_step
-        self._folder = beginning.files
+        self._columns = initial_state.columns
+        self._first_step = initial_state.first_step
+        self._folder = initial_state.files
         num_slabs = -(-spec.num_shards // max(len(engines), 1)) if spec.exact else 1
         try:
             for engine, member in self._members.items() if not spec.partitions else ():
                 self.master.add_slabs(engine, num_slabs, kind=member.transport)
         except BaseException:
-            if beginning.is_taken_over:  # the next hub goes on from it
+            if initial_state.is_taken_over:  # the next hub goes on from it
                 self._folder.close()
             else:
                 self.master.drop_slabs()
@@ -162,29 +162,29 @@ class ActiveRun:
                 self._folder.discard()
             raise
         self._batches = Batches(
-            beginning.order,
+            initial_state.order,
             num_steps=spec.num_steps,
             num_shards=spec.num_shards,
             num_val_samples=spec.num_val_samples,
-            num_done=beginning.step,
+            num_done=initial_state.step,
             steps_per_epoch=spec.steps_per_epoch,
             val_batch=_val_batch(spec),
-            val_order=beginning.val_order,
+            val_order=initial_state.val_order,
         )
         self._version = 0  # of the parameters
         self._gradients: dict[int, torch.Tensor] = {}  # by step: loss, norm, some elements
         self._evened_step = 0  # computed once more, as engines had frozen different parameters
         self._sampled_layout = self.master.gradient_layout  # of these elements
-        self._started = beginning.started
-        self._ended = beginning.started + beginning.elapsed_seconds if beginning.status in ENDED else None
+        self._started = initial_state.started
+        self._ended = initial_state.started + initial_state.elapsed_seconds if initial_state.status in ENDED else None
         self._last_word: machine.Note | None = None  # how it has ended; said when its last checkpoint is whole
-        self.is_over = beginning.status in ENDED and not beginning.is_ending  # ended, and that was said
+        self.is_over = initial_state.status in ENDED and not initial_state.is_ending  # ended, and that was said
         self._is_lateness_told = False
         self._last_commit = time.monotonic()
         self._pending = PendingReports(is_divided=bool(spec.partitions))
-        self._chores: deque[Callable[[], None]] = deque()  # what may wait until the engines are at work again
-        self._verdict: _Verdict | None = None
-        self._mended = beginning.mended
+        self._deferred: deque[Callable[[], None]] = deque()  # what may wait until the engines are at work again
+        self._verdict: _NonFiniteStep | None = None
+        self._replaced_functions = initial_state.mended
         self._checks = ConsistencyChecks(
             self.master.parameter_layout, num_steps=spec.num_steps, precision=spec.precision, probe=spec.probe
         )
@@ -192,9 +192,11 @@ class ActiveRun:
         self._fault: Failure | None = None  # of user code, in a chore
         self._over_limit: set[int] = set()
         self._num_lines = 0  # that engines have told
-        self._events = beginning.events
-        self._timelines = Timelines(read_timeline(self._folder.path) if beginning.is_taken_over else None)
-        self._meter = UsageMeter(self._folder.usage() if beginning.is_taken_over else (), begin_seconds=self._seconds)
+        self._events = initial_state.events
+        self._timelines = Timelines(read_timeline(self._folder.path) if initial_state.is_taken_over else None)
+        self._meter = UsageMeter(
+            self._folder.usage() if initial_state.is_taken_over else (), begin_seconds=self._seconds
+        )
         self._held: tuple[Key, ...] = ()  # engines and shards of the last step
         self._rules = Rules(
             num_gradients=len(self.master.gradient_layout.slots),
@@ -206,28 +208,34 @@ class ActiveRun:
         self._gatherer = Gatherer() if spec.loss_over == "batch" and not spec.partitions else None
         self._coordinator = self._make_coordinator(
             engines=[facts.engine for facts in present],
-            returning=[facts.engine for facts in engines if beginning.is_taken_over],
-            life=life,
+            returning=[facts.engine for facts in engines if initial_state.is_taken_over],
+            generation=generation,
         )
         self._checkpoints = Checkpointer(
-            spec, frames, self.master, self._columns, place=self._place, tell=self._tell_of_checkpoint, life=life
+            spec,
+            frames,
+            self.master,
+            self._columns,
+            place=self._place,
+            tell=self._tell_of_checkpoint,
+            generation=generation,
         )
-        if self._mended is not None:
-            self._checkpoints.mend(self._mended[0])
+        if self._replaced_functions is not None:
+            self._checkpoints.replace_functions(self._replaced_functions[0])
 
-    def _make_coordinator(self, *, engines: list[int], returning: list[int], life: int) -> Coordinator | Teams:
-        spec, beginning = self.spec, self._beginning
+    def _make_coordinator(self, *, engines: list[int], returning: list[int], generation: int) -> Coordinator | Teams:
+        spec, initial_state = self.spec, self._initial_state
         make = partial(
             Coordinator,
             num_steps=spec.num_steps,
             num_shards=spec.num_shards,
             evaluate_every=spec.steps_per_epoch if spec.num_val_samples else None,
-            step=beginning.step,
-            evaluated=beginning.evaluated,
-            status=beginning.status,
-            error=beginning.error,
-            traceback=beginning.traceback,
-            life=life,
+            step=initial_state.step,
+            evaluated=initial_state.evaluated,
+            status=initial_state.status,
+            error=initial_state.error,
+            traceback=initial_state.traceback,
+            generation=generation,
             name_samples=self._batches.name_samples,
             gathers=self._gatherer is not None,
         )
@@ -239,7 +247,7 @@ class ActiveRun:
             size=spec.team_size,
             engines=engines,
             returning=returning,
-            first=FIRST_TEAM * (life + 1),
+            first=FIRST_TEAM * (generation + 1),
         )
 
     def _watch_decay(self) -> DecayWatch | None:
@@ -261,7 +269,7 @@ class ActiveRun:
         if status in ENDED and not self.is_over:
             return "running"
         # To people a run that was taken over has not begun anew.
-        return "running" if status == "starting" and self._beginning.is_taken_over else status
+        return "running" if status == "starting" and self._initial_state.is_taken_over else status
 
     @property
     def step(self) -> int:
@@ -275,17 +283,17 @@ class ActiveRun:
 
     def start(self) -> None:
         """Send the run to its engines; one that was taken over waits for those that come back."""
-        if self._beginning.is_taken_over:
+        if self._initial_state.is_taken_over:
             if not self.is_over:
-                self._note(machine.Note("recovered", self._beginning.note))
-            if self._beginning.is_ending:
+                self._note(machine.Note("recovered", self._initial_state.note))
+            if self._initial_state.is_ending:
                 self._last_word = machine.Note(self._coordinator.status, self._coordinator.last_word)
                 self._end()
-            elif self._beginning.is_given_up:
-                self._note(machine.Note("failed", self._beginning.error))
+            elif self._initial_state.is_given_up:
+                self._note(machine.Note("failed", self._initial_state.error))
                 self._write_summary()
                 self.master.drop_slabs()
-                _remove_parcel(self.spec.data)
+                _remove_payload(self.spec.data)
             return
         self._write_summary()
         for note in (*self.spec.notes, *self.master.notes):
@@ -316,10 +324,10 @@ class ActiveRun:
         slabs = self.master.slabs_of(self._coordinator.owner_of(engine))
         wire.queue(AddSlabs(run=self.spec.id, slabs=tuple(slab.ref for slab in slabs)))
         if member.transport == "socket":
-            self._ship(wire)
-            self._open_landings(engine, wire)
-        if self._mended is not None:
-            wire.queue(*self._mended_frames())
+            self._upload(wire)
+            self._open_receive_buffers(engine, wire)
+        if self._replaced_functions is not None:
+            wire.queue(*self._replaced_frames())
         wire.flush()
 
     def take(  # noqa: C901 - the table of messages
@@ -340,14 +348,14 @@ class ActiveRun:
                     self._change_to_socket(engine, reason)
             case Loaded(team=team):
                 member.has_loaded = True
-                seat = self._coordinator.seat_of(engine)
-                if seat is None or seat[0] == team:  # else it had sat down before it got another seat
-                    self._accounts.begin(engine)
+                assignment = self._coordinator.assignment_of(engine)
+                if assignment is None or assignment[0] == team:  # else it had sat down before it got another seat
+                    self._engine_stats.begin(engine)
                     self._dispatch(machine.EngineLoaded(engine))
             case LoadFailed(failure=Failure(kind=kind), team=team) if kind == PEER_LOST and team is not None:
-                seat = self._coordinator.seat_of(engine)
-                if seat is not None and seat[0] == team:
-                    self._dispatch(machine.PeerLost(engine, None))
+                assignment = self._coordinator.assignment_of(engine)
+                if assignment is not None and assignment[0] == team:
+                    self._dispatch(machine.PeerWasLost(engine, None))
             case LoadFailed(failure=failure):
                 self._dispatch(machine.UserCodeFailed(engine, 0, self._kept_whole(failure, 0, f"engine-{engine}")))
             case WorkReport():
@@ -360,7 +368,7 @@ class ActiveRun:
             case WorkFailed(lease=0):
                 self._conclude_without(engine)
             case WorkFailed(failure=Failure(kind=kind), lease=lease) if kind == PEER_LOST and self.spec.partitions:
-                self._dispatch(machine.PeerLost(engine, lease))
+                self._dispatch(machine.PeerWasLost(engine, lease))
             case WorkFailed(step=step, failure=failure, lease=lease):
                 member.is_written |= failure.kind == "ParameterWrittenError"
                 failure = self._kept_whole(failure, step, f"engine-{engine}")
@@ -401,13 +409,13 @@ class ActiveRun:
                 sizes, _ = self._batches.samples_of("outputs", message.step, message.shards)
                 self._gatherer.take(engine, message, raw, num_samples=sum(sizes))
             if message.telemetry is not None:
-                self._accounts.add(engine, message.telemetry)
+                self._engine_stats.add(engine, message.telemetry)
                 self._look_at_memory(engine)
             self._pending.add(engine, message, states)
             if message.note:
                 self._note(machine.Note("memory", message.note, engine))
             if message.digests:
-                self.do_chores()  # the hub's own hashes may be among them
+                self.run_deferred()  # the hub's own hashes may be among them
             if self._checks.check(engine, message):
                 self._members[engine].version = -1  # it gets all of them anew
         self._dispatch(done)
@@ -436,7 +444,7 @@ class ActiveRun:
 
     def _look_at_memory(self, engine: int) -> None:
         """Tell once of each engine that it needs more than was allowed; nothing is ended for it."""
-        limit, grown = self.spec.memory_limit, self._accounts.grown_bytes(engine)
+        limit, grown = self.spec.memory_limit, self._engine_stats.grown_bytes(engine)
         if limit is None or grown is None or grown <= limit or engine in self._over_limit:
             return
         self._over_limit.add(engine)
@@ -446,12 +454,12 @@ class ActiveRun:
     def add_engine(self, facts: EngineFacts) -> None:
         """An engine joined the pool."""
         self._members[facts.engine] = self._member(facts)
-        self._accounts.open(facts)
+        self._engine_stats.open(facts)
         self._dispatch(machine.EngineJoined(facts.engine))
 
     def lose_engine(self, loss: machine.EngineLost) -> None:
         """An engine died."""
-        self._forget_member(loss.engine, fate="dead")
+        self._forget_member(loss.engine, exit_state="dead")
         self._dispatch(loss)
         self._conclude_without(loss.engine)
 
@@ -484,26 +492,26 @@ class ActiveRun:
         else:
             self._release(engine)
 
-    def rest_engine(self, engine: int) -> None:
+    def make_spare(self, engine: int) -> None:
         """An engine becomes a spare: it loads the run and waits."""
-        self._dispatch(machine.RestEngine(engine))
+        self._dispatch(machine.MakeSpare(engine))
 
-    def wake_engine(self, engine: int) -> None:
+    def activate_spare(self, engine: int) -> None:
         """A spare takes part, from the shards on that nobody holds."""
-        self._dispatch(machine.WakeEngine(engine))
+        self._dispatch(machine.ActivateSpare(engine))
 
     def tell(self, kind: str, text: str, engine: int | None = None) -> None:
         """Write something into the run's history that others did."""
         if self.is_active:
             self._note(machine.Note(kind, text, engine))
 
-    def _forget_member(self, engine: int, *, fate: Literal["dead", "left"]) -> None:
-        self._accounts.leave(engine, fate=fate)
+    def _forget_member(self, engine: int, *, exit_state: Literal["dead", "left"]) -> None:
+        self._engine_stats.leave(engine, exit_state=exit_state)
         if self._members.pop(engine, None) is not None:
             self._departed.add(engine)
 
     def _let_go(self, engine: int) -> None:
-        self._forget_member(engine, fate="left")
+        self._forget_member(engine, exit_state="left")
         self._release(engine)
         if self._verdict is not None and self._verdict.engine == engine:
             self._conclude(None)
@@ -513,11 +521,11 @@ class ActiveRun:
         for engine in departed - self._members.keys() - self._departed:
             self.master.drop_slabs_of(engine)
 
-    def do_chores(self) -> None:
+    def run_deferred(self) -> None:
         """Write what was put off while engines had to wait for it."""
-        while self._chores:
+        while self._deferred:
             try:
-                self._chores.popleft()()
+                self._deferred.popleft()()
             except UserCodeError as error:  # the state of the user's scheduler, say: the next step is not taken
                 self._fault = self._fault or self._kept_whole(error.failure, self._coordinator.step + 1, "hub")
 
@@ -527,9 +535,9 @@ class ActiveRun:
             self.tell("data", note)
 
     @property
-    def has_chores(self) -> bool:
-        """Whether `do_chores` has something to do."""
-        return bool(self._chores)
+    def has_deferred(self) -> bool:
+        """Whether `run_deferred` has something to do."""
+        return bool(self._deferred)
 
     def ask(self, verb: Literal["pause", "resume", "stop"]) -> None:
         """Pause, resume or stop, between two steps."""
@@ -548,34 +556,34 @@ class ActiveRun:
         text = ", ".join(f"{name}={value if value is None else format(value, 'g')}" for name, value in options.items())
         self._note(machine.Note("set", f"{text} from step {self._coordinator.step + 1}"))
 
-    def mend(self, pickled: bytes, signature: bytes) -> None:
+    def replace_functions(self, pickled: bytes, signature: bytes) -> None:
         """Let all engines, and those that join later, go on with another step or loss function."""
-        self._mended = pickled, signature
-        self._checkpoints.mend(pickled)
+        self._replaced_functions = pickled, signature
+        self._checkpoints.replace_functions(pickled)
         for member in self._members.values():
             if member.wire is not None:
-                member.wire.send(*self._mended_frames())
+                member.wire.send(*self._replaced_frames())
         self._note(machine.Note("mended", f"another step or loss function from step {self._coordinator.step + 1}"))
 
-    def _mended_frames(self) -> tuple[Mended, bytes]:
-        assert self._mended is not None
-        pickled, signature = self._mended
-        return Mended(run=self.spec.id, signature=signature), pickled
+    def _replaced_frames(self) -> tuple[FunctionsReplaced, bytes]:
+        assert self._replaced_functions is not None
+        pickled, signature = self._replaced_functions
+        return FunctionsReplaced(run=self.spec.id, signature=signature), pickled
 
     @property
-    def memo(self) -> RunMemo:
+    def handover(self) -> RunHandover:
         """What the next hub needs to take the run over, should this one die."""
-        return RunMemo(
+        return RunHandover(
             frames=tuple(self._frames),
             clip_norm=self.spec.clip_norm,
-            mended=self._mended,
+            mended=self._replaced_functions,
             journal=self.master.journal_ref,
         )
 
     @property
     def departed(self) -> tuple[WorkerTotals, ...]:
         """The accounts of engines that are gone."""
-        return self._accounts.departed
+        return self._engine_stats.departed
 
     # checkpoints
 
@@ -591,7 +599,7 @@ class ActiveRun:
 
     def catch_up(self) -> None:
         """Do what was put off, so that whoever asks now hears of it."""
-        self.do_chores()
+        self.run_deferred()
         self.tick()
 
     def tick(self) -> None:
@@ -603,8 +611,8 @@ class ActiveRun:
         self._settle_end()
         self._tell_of_disk(self._folder.tick())
 
-    def _place(self) -> Place:
-        return Place(self._coordinator.step, self._coordinator.evaluated, self._seconds)
+    def _place(self) -> RunProgress:
+        return RunProgress(self._coordinator.step, self._coordinator.evaluated, self._seconds)
 
     @property
     def _seconds(self) -> float:
@@ -672,7 +680,7 @@ class ActiveRun:
                 heartbeat_age_seconds=heartbeats.get(totals.engine) if totals.engine in self._members else None,
                 shards=held.get(totals.engine, ()) if self._held and totals.engine in self._members else None,
             )
-            for totals in self._accounts.totals(working=self.working, resting=self._coordinator.resting)
+            for totals in self._engine_stats.totals(working=self.working, resting=self._coordinator.resting)
         )
 
     @property
@@ -682,12 +690,12 @@ class ActiveRun:
 
     def close(self) -> None:
         """Let go of memory and files; the parameters can be asked for until then."""
-        self.do_chores()
+        self.run_deferred()
         self._checkpoints.close()
         self._settle_end(is_closing=True)
         self.master.drop_slabs()
-        _remove_parcel(self.spec.data)
-        _remove_parcel(self.spec.job)
+        _remove_payload(self.spec.data)
+        _remove_payload(self.spec.job)
         self.master.close()
         self._folder.finish()
         self._folder.forget()
@@ -718,9 +726,9 @@ class ActiveRun:
             case machine.Note():
                 self._note(action)
             case machine.Disband(team):
-                self._meetings.pop(team, None)
-            case machine.Condemn(engine):
-                self._condemn(engine)
+                self._rendezvous.pop(team, None)
+            case machine.EvictEngine(engine):
+                self._evict(engine)
             case machine.Replace(number):
                 self._replace(number)
             case machine.End():
@@ -745,34 +753,34 @@ class ActiveRun:
             parameter_layout=master.parameter_layout,
             gradient_layout=master.gradient_layout,
             buffer_layout=master.buffer_layout,
-            seat=self._seat(engine),
+            assignment=self._assignment(engine),
         )
         self._send(engine, record, self._frames)
         return None
 
     def _num_slabs(self, engine: int) -> int:
         """As many as engines may write at once."""
-        seat = self._coordinator.seat_of(engine)
-        if seat is not None and seat[2].kind == "synced":
-            return seat[2].num_engines
+        assignment = self._coordinator.assignment_of(engine)
+        if assignment is not None and assignment[2].kind == "synced":
+            return assignment[2].num_engines
         return 2 if self.spec.ties else 1
 
     def _usual_slabs(self, engine: int) -> tuple[int, ...]:
         """Where an engine writes what it is given first."""
-        seat = self._coordinator.seat_of(engine)
-        if seat is not None and seat[2].kind == "synced":
-            return (seat[1],)
+        assignment = self._coordinator.assignment_of(engine)
+        if assignment is not None and assignment[2].kind == "synced":
+            return (assignment[1],)
         return (0, 1) if self.spec.ties else (0,)
 
-    def _seat(self, engine: int) -> Seat | None:
-        seat = self._coordinator.seat_of(engine)
-        if seat is None:
+    def _assignment(self, engine: int) -> RankAssignment | None:
+        assignment = self._coordinator.assignment_of(engine)
+        if assignment is None:
             return None
-        team, rank, partition = seat
-        if team not in self._meetings:
-            self._meetings[team] = open_meeting()
-        place = self._meetings[team]
-        return Seat(team=team, rank=rank, partition=partition, host=place.host, port=place.port)
+        team, rank, partition = assignment
+        if team not in self._rendezvous:
+            self._rendezvous[team] = open_rendezvous()
+        place = self._rendezvous[team]
+        return RankAssignment(team=team, rank=rank, partition=partition, host=place.host, port=place.port)
 
     def _member(self, facts: EngineFacts) -> _Member:
         """How an engine is reached: as was wished, else by memory if it is on this host."""
@@ -790,18 +798,18 @@ class ActiveRun:
         self._note(machine.Note("memory", f"engine {engine} gets its data over a socket: {reason}", engine))
         self._perform(machine.LoadEngine(engine))
 
-    def _ship(self, wire: Wire) -> None:
+    def _upload(self, wire: Wire) -> None:
         """Everything that an engine without shared memory has to be sent before it can load the run."""
-        for slot, parcel in ((JOB_SLOT, self.spec.job), (DATA_SLOT, self.spec.data)):
-            if parcel.segment is not None:
-                memory = open_segment(parcel.segment).memory
-                wire.queue_pieces(slot, Flat(memoryview(memory)), [(0, parcel.segment.num_bytes)])
+        for slot, payload in ((JOB_SLOT, self.spec.job), (DATA_SLOT, self.spec.data)):
+            if payload.segment is not None:
+                memory = open_segment(payload.segment).memory
+                wire.queue_pieces(slot, Flat(memoryview(memory)), [(0, payload.segment.num_bytes)])
         num_bytes = self.master.parameter_layout.num_bytes
         wire.queue_pieces(PARAMETERS_SLOT, self.master.parameters_flat, [(0, num_bytes)])
         wire.queue(Shipped(run=self.spec.id))
 
-    def _open_landings(self, engine: int, wire: Wire) -> None:
-        wire.landings = dict(enumerate(slab.flat.memory for slab in self.master.slabs_of(engine)))
+    def _open_receive_buffers(self, engine: int, wire: Wire) -> None:
+        wire.receive_buffers = dict(enumerate(slab.flat.memory for slab in self.master.slabs_of(engine)))
 
     def _assign(self, action: machine.Assign) -> machine.Event | None:
         member = self._members.get(action.engine)
@@ -813,13 +821,13 @@ class ActiveRun:
         except UserCodeError as error:  # of the sampler; all before this step is committed
             return machine.CommitFailed(action.step, self._kept_whole(error.failure, action.step, "hub"))
         if action.kind == "step":
-            self._chores.append(self._prepare)
+            self._deferred.append(self._prepare)
         slabs = self._usual_slabs(action.engine)
-        if (self.spec.exact or action.apart) and action.kind == "step":
+        if (self.spec.exact or action.in_extra_slab) and action.kind == "step":
             try:
                 slabs = self._slabs_for(action, member)
             except SpaceError as error:
-                if action.apart:
+                if action.in_extra_slab:
                     return machine.LeaseDeclined(action.engine, action.lease)
                 return machine.EngineLost(action.engine, f"cannot take {len(action.shards)} shards: {error}")
         if member.transport == "socket" and (member.version != self._version or member.is_written):
@@ -868,17 +876,17 @@ class ActiveRun:
         if not self.spec.exact:
             first, last = 1, 2
         else:
-            first = 0 if action.fresh and not action.apart else member.num_filled
+            first = 0 if action.fresh and not action.in_extra_slab else member.num_filled
             last = member.num_filled = first + len(action.shards)
         added = self.master.add_slabs(action.engine, last, kind=member.transport)
         if added:
             member.wire.queue(AddSlabs(run=self.spec.id, slabs=tuple(slab.ref for slab in added)))
             if member.transport == "socket":
-                self._open_landings(action.engine, member.wire)
+                self._open_receive_buffers(action.engine, member.wire)
         return tuple(range(first, last))
 
     def _commit(self, kind: WorkKind, step: int, reports: tuple[Key, ...]) -> machine.Event | None:
-        self.do_chores()
+        self.run_deferred()
         taken = self._pending.take(reports)
         contributions = taken.contributions
         traces = self._placed(taken.traces)
@@ -894,12 +902,12 @@ class ActiveRun:
             self._checkpoints.is_torn = True
             return machine.CommitFailed(step, self._kept_whole(error.failure, step, "hub"))
         self._count_commit(step)
-        self._accounts.end_task({engine for engine, _ in reports})
+        self._engine_stats.end_task({engine for engine, _ in reports})
         if kind == "step":
             self._held = reports
             if names := self.master.thawed_here:
                 self._fault = self._thaw(names, step + 1)
-        self._put_off(kind, step, values, samples, traces)
+        self._defer_after_commit(kind, step, values, samples, traces)
         return machine.Committed(kind, step)
 
     def _obstacle(self, kind: WorkKind, step: int, taken: TaskReports) -> machine.Event | None:
@@ -964,7 +972,7 @@ class ActiveRun:
         member.wire.queue(self._thaw_record())
         member.wire.queue(AddSlabs(run=self.spec.id, slabs=refs))
         if member.transport == "socket":
-            self._open_landings(engine, member.wire)
+            self._open_receive_buffers(engine, member.wire)
         member.wire.flush()
 
     def _thaw_record(self) -> Thaw:
@@ -982,29 +990,29 @@ class ActiveRun:
             return machine.CommitRefused(step, str(verdict))
         return machine.Committed("outputs", step)
 
-    def _put_off(
+    def _defer_after_commit(
         self,
         kind: WorkKind,
         step: int,
         values: dict[str, float],
         samples: dict[int, int],
-        traces: Mapping[int, Part],
+        traces: Mapping[int, EngineTrace],
     ) -> None:
         """What is still to be done after a commit, once the engines are at work again."""
         if news := self.master.take_news():
             self._note(machine.Note("state", news), step=step)
-        put_off = self._chores.append
-        put_off(self.master.settle)
-        put_off(partial(self._record, kind, step, values, samples, time.time()))
-        put_off(partial(self._keep_timeline, step, traces))
+        defer_after_commit = self._deferred.append
+        defer_after_commit(self.master.finish_deferred)
+        defer_after_commit(partial(self._record, kind, step, values, samples, time.time()))
+        defer_after_commit(partial(self._keep_timeline, step, traces))
         if self._meter.is_due(self._seconds):
-            put_off(self._keep_usage)
+            defer_after_commit(self._keep_usage)
         if kind == "step" and self._checks.is_digest_due(step):
-            put_off(partial(self._take_digest, step))
+            defer_after_commit(partial(self._take_digest, step))
         if self._checkpoints.is_due(kind, step, values, owes_evaluation=self._owes_evaluation(kind, step)):
-            put_off(self._checkpoints.take)  # until the next commit nothing changes what it copies
+            defer_after_commit(self._checkpoints.take)  # until the next commit nothing changes what it copies
         if self._departed:
-            put_off(partial(self._drop_slabs, frozenset(self._departed)))
+            defer_after_commit(partial(self._drop_slabs, frozenset(self._departed)))
             self._departed.clear()
 
     def _apply(
@@ -1028,7 +1036,7 @@ class ActiveRun:
                 [torch.tensor([result.loss, result.grad_norm], dtype=torch.float64), result.sample]
             )
         self._version += 1
-        self._accounts.count_step(dict.fromkeys(engines, 0) | result.samples)  # of a team one counts the samples
+        self._engine_stats.count_step(dict.fromkeys(engines, 0) | result.samples)  # of a team one counts the samples
         return result.values, result.samples
 
     def _describe(self, result: StepResult) -> dict[str, float]:
@@ -1056,22 +1064,22 @@ class ActiveRun:
             log.warning(text)
             self._note(machine.Note("disk", text))
 
-    def _placed(self, traces: Mapping[int, StageTrace]) -> dict[int, Part]:
+    def _placed(self, traces: Mapping[int, StageTrace]) -> dict[int, EngineTrace]:
         """What all engines did in a step, and in which seats; empty if one of them has none."""
-        placed: dict[int, Part] = {}
+        placed: dict[int, EngineTrace] = {}
         for engine, trace in traces.items():
-            seat = self._coordinator.seat_of(engine)
-            if seat is None:
+            assignment = self._coordinator.assignment_of(engine)
+            if assignment is None:
                 return {}
-            placed[engine] = Part(trace, *seat, self._accounts.grown_bytes(engine))
+            placed[engine] = EngineTrace(trace, *assignment, self._engine_stats.grown_bytes(engine))
         return placed
 
-    def _keep_timeline(self, step: int, parts: Mapping[int, Part]) -> None:
+    def _keep_timeline(self, step: int, parts: Mapping[int, EngineTrace]) -> None:
         if parts:
             self._folder.write_timeline(self._timelines.take(step, parts))
 
     def _keep_usage(self) -> None:
-        row = self._meter.take(self._seconds, self._coordinator.step, self._accounts.totals(working=()))
+        row = self._meter.take(self._seconds, self._coordinator.step, self._engine_stats.totals(working=()))
         if row is not None:
             self._folder.append_usage(row)
 
@@ -1085,7 +1093,7 @@ class ActiveRun:
             return machine.CommitRefused(step, str(verdict))
         shards = self._shards_behind(verdict, contributions)
         sizes, raw = self._batches.samples_of("step", step, shards)
-        self._verdict = _Verdict(verdict.engine, step, str(verdict))
+        self._verdict = _NonFiniteStep(verdict.engine, step, str(verdict))
         request = Diagnose(
             run=self.spec.id,
             step=step,
@@ -1151,18 +1159,18 @@ class ActiveRun:
             self._keep_usage()
         if note.kind in ("running", "resumed"):
             self._last_commit = time.monotonic()
-            self._accounts.begin_task()
+            self._engine_stats.begin_task()
         if note.kind in ("running", "paused", "resumed"):
             self._write_summary()
 
     def _end(self) -> None:
         """No step will follow; the end is told once the last checkpoint is whole."""
-        self.do_chores()
+        self.run_deferred()
         self._ended = self._ended or time.time()
-        self._accounts.close()
+        self._engine_stats.close()
         self._keep_usage()
         self._checkpoints.end()
-        for engine in self._accounts.living:
+        for engine in self._engine_stats.living:
             self._send(engine, Unload(run=self.spec.id), ())
         self.master.drop_slabs()
         self._settle_end()
@@ -1186,7 +1194,7 @@ class ActiveRun:
         if self._last_word is not None:
             self._note(self._last_word)
         self._write_summary()
-        _remove_parcel(self.spec.data)  # what makes the model stays, for a hub that takes an ended run over
+        _remove_payload(self.spec.data)  # what makes the model stays, for a hub that takes an ended run over
 
     def _write_summary(self) -> None:
         coordinator = self._coordinator
@@ -1221,7 +1229,7 @@ class _Member:
 
 
 @dataclass(frozen=True, slots=True)
-class _Verdict:
+class _NonFiniteStep:
     """A step that is not finite, while its engine looks for the place."""
 
     engine: int
@@ -1236,6 +1244,6 @@ def _val_batch(spec: RunSpec) -> int | None:
     return spec.val_batch_size or (spec.batch_size if spec.loss_over == "batch" else None)
 
 
-def _remove_parcel(parcel: ParcelRef) -> None:
-    if parcel.segment is not None:
-        Path(parcel.segment.path).unlink(missing_ok=True)
+def _remove_payload(payload: PayloadRef) -> None:
+    if payload.segment is not None:
+        Path(payload.segment.path).unlink(missing_ok=True)

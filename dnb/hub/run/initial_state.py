@@ -17,8 +17,8 @@ import msgspec
 from dnb.errors import ArgumentError
 from dnb.hub.checkpoints.format import find_checkpoint, remove_torn
 from dnb.hub.checkpoints.restore import restore, rows_between, rows_of
-from dnb.hub.handover import RunMemo
-from dnb.hub.history.engine_stats import Columns
+from dnb.hub.handover import RunHandover
+from dnb.hub.history.engine_stats import HistoryColumns
 from dnb.hub.history.run_folder import (
     HistoryRow,
     RunFolder,
@@ -29,7 +29,7 @@ from dnb.hub.history.run_folder import (
     summarize,
 )
 from dnb.hub.parameters.durability import remove_segments
-from dnb.hub.parameters.journal import LastCommit, Torn
+from dnb.hub.parameters.journal import LastCommit, Unrecoverable
 from dnb.hub.parameters.master import Master
 from dnb.hub.parameters.recovery import recover_master
 from dnb.job import Job
@@ -41,13 +41,13 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Beginning:
+class InitialState:
     """A run's state when a hub takes it up."""
 
     master: Master
     order: BatchOrder
     val_order: BatchOrder | None = None
-    columns: Columns
+    columns: HistoryColumns
     files: RunFolder
     first_step: int = 0  # committed by the run that this one continues
     step: int = 0  # committed
@@ -58,7 +58,7 @@ class Beginning:
     error: str = ""
     traceback: str = ""
     events: list[RunEvent] = field(default_factory=list)
-    ledger: dict[int, tuple[int, int]] = field(default_factory=dict)  # samples and steps of each engine
+    counts: dict[int, tuple[int, int]] = field(default_factory=dict)  # samples and steps of each engine
     note: str = ""  # for people: that it was taken over, and from where it goes on
     mended: tuple[bytes, bytes] | None = None  # pickle and signature
     is_given_up: bool = False  # it was going on, and has failed now, as hubs have died of it
@@ -70,7 +70,7 @@ class Beginning:
         return bool(self.note)
 
 
-def begin(spec: RunSpec, job: Job, *, folders: Sequence[Path]) -> Beginning:
+def begin(spec: RunSpec, job: Job, *, folders: Sequence[Path]) -> InitialState:
     """A new run, which may continue an earlier one.
 
     Args:
@@ -84,7 +84,7 @@ def begin(spec: RunSpec, job: Job, *, folders: Sequence[Path]) -> Beginning:
     """
     folder = Path(spec.folder)
     make_run_folder(folder)
-    columns = Columns()
+    columns = HistoryColumns()
     step = evaluated = 0
     elapsed_seconds = 0.0
     master: Master | None = None
@@ -103,7 +103,7 @@ def begin(spec: RunSpec, job: Job, *, folders: Sequence[Path]) -> Beginning:
     started = time.time() - elapsed_seconds
     files = RunFolder(folder, folders=folders)
     files.rebuild_with(partial(rows_between, columns, started=started))
-    return Beginning(
+    return InitialState(
         master=master,
         order=job.order,
         val_order=job.val_order,
@@ -118,18 +118,18 @@ def begin(spec: RunSpec, job: Job, *, folders: Sequence[Path]) -> Beginning:
 
 def take_over(
     spec: RunSpec,
-    memo: RunMemo,
+    handover: RunHandover,
     unpack: Callable[[], Job],
     *,
     folders: Sequence[Path],
     reason: str = "",
     failure: Failure | None = None,
-) -> Beginning:
+) -> InitialState:
     """A run that a hub held which died: after its last committed step, or from its newest checkpoint.
 
     Args:
         spec: of the run.
-        memo: of the hub before.
+        handover: of the hub before.
         unpack: makes the job anew.
         folders: where segments may lie.
         reason: why that hub has died, for people.
@@ -137,7 +137,7 @@ def take_over(
     """
     files = RunFolder(Path(spec.folder), folders=folders)
     try:
-        return _take_over(spec, memo, unpack, files, folders=folders, reason=reason, failure=failure)
+        return _take_over(spec, handover, unpack, files, folders=folders, reason=reason, failure=failure)
     except BaseException:
         files.close()
         raise
@@ -145,14 +145,14 @@ def take_over(
 
 def _take_over(
     spec: RunSpec,
-    memo: RunMemo,
+    handover: RunHandover,
     unpack: Callable[[], Job],
     files: RunFolder,
     *,
     folders: Sequence[Path],
     reason: str,
     failure: Failure | None,
-) -> Beginning:
+) -> InitialState:
     summary = _summary_of(files, spec)
     events = files.events()
     is_given_up = failure is not None and summary.status not in ENDED
@@ -160,11 +160,11 @@ def _take_over(
         summary = msgspec.structs.replace(
             summary, status="failed", ending=None, error=failure.message, remote_traceback=failure.traceback
         )
-    found = _from_journal(spec, memo, unpack(), files, folders)
-    found = found or _from_checkpoint(spec, memo, unpack(), files, folders)
+    found = _from_journal(spec, handover, unpack(), files, folders)
+    found = found or _from_checkpoint(spec, handover, unpack(), files, folders)
     files.rebuild_with(partial(rows_between, found.columns, started=summary.started))
     status, is_ending = _status_after(summary, step=found.step)
-    return Beginning(
+    return InitialState(
         master=found.master,
         order=found.order,
         val_order=found.val_order,
@@ -180,9 +180,9 @@ def _take_over(
         error=summary.error,
         traceback=summary.remote_traceback,
         events=events,
-        ledger=_ledger(found.rows),
+        counts=_counts(found.rows),
         note=f"{found.note} ({reason})" if reason else found.note,
-        mended=memo.mended,
+        mended=handover.mended,
         is_given_up=is_given_up,
     )
 
@@ -200,27 +200,29 @@ def _status_after(summary: RunSummary, *, step: int) -> tuple[RunStatus, bool]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _RecoveredRun:
     """What of a run is still there."""
 
     master: Master
     order: BatchOrder
     val_order: BatchOrder | None
     rows: list[HistoryRow]
-    columns: Columns
+    columns: HistoryColumns
     step: int
     evaluated: int
     note: str
 
 
-def _from_journal(spec: RunSpec, memo: RunMemo, job: Job, files: RunFolder, folders: Sequence[Path]) -> _Found | None:
+def _from_journal(
+    spec: RunSpec, handover: RunHandover, job: Job, files: RunFolder, folders: Sequence[Path]
+) -> _RecoveredRun | None:
     """From what lies in shared memory, if it is whole."""
-    if memo.journal is None:
+    if handover.journal is None:
         remove_segments(folders, spec.name, but=())
         return None
     try:
-        master, last = recover_master(job, journal=memo.journal, folders=folders, prefix=spec.name, spec=spec)
-    except Torn as torn:
+        master, last = recover_master(job, journal=handover.journal, folders=folders, prefix=spec.name, spec=spec)
+    except Unrecoverable as torn:
         log.warning("run %r goes on from a checkpoint: %s", spec.name, torn)
         return None
     rows = files.rows()
@@ -235,15 +237,17 @@ def _from_journal(spec: RunSpec, memo: RunMemo, job: Job, files: RunFolder, fold
     num_lost = last.step - sum(row.kind == "step" for row in rows)
     if num_lost > 0:
         note += f"; {num_lost} steps are missing in its history, as the disk had not taken them"
-    return _Found(master, job.order, job.val_order, rows, columns, last.step, last.evaluated, note)
+    return _RecoveredRun(master, job.order, job.val_order, rows, columns, last.step, last.evaluated, note)
 
 
-def _from_checkpoint(spec: RunSpec, memo: RunMemo, job: Job, files: RunFolder, folders: Sequence[Path]) -> _Found:
+def _from_checkpoint(
+    spec: RunSpec, handover: RunHandover, job: Job, files: RunFolder, folders: Sequence[Path]
+) -> _RecoveredRun:
     """From the newest checkpoint, else from the beginning; the history forgets what is done again."""
     before = files.rows()
     last = max((row.step for row in before), default=0)
-    master = Master(job, folders=folders, prefix=spec.name, clip_norm=memo.clip_norm, spec=spec)
-    columns = Columns()
+    master = Master(job, folders=folders, prefix=spec.name, clip_norm=handover.clip_norm, spec=spec)
+    columns = HistoryColumns()
     step = evaluated = 0
     source, digest = _newest_checkpoint(spec)
     if source is not None:
@@ -258,8 +262,8 @@ def _from_checkpoint(spec: RunSpec, memo: RunMemo, job: Job, files: RunFolder, f
     files.replace_history(rows)
     note = f"the hub died and was started again: the run goes on after step {step}"
     if step < last:
-        note += f", from {source or 'the beginning'}; steps {step + 1} to {last} are done again"
-    return _Found(master, job.order, job.val_order, rows, columns, step, evaluated, note)
+        note += f", from {source or 'the initial_state'}; steps {step + 1} to {last} are done again"
+    return _RecoveredRun(master, job.order, job.val_order, rows, columns, step, evaluated, note)
 
 
 def _summary_of(files: RunFolder, spec: RunSpec) -> RunSummary:
@@ -291,7 +295,7 @@ def events_in(folder: Path) -> list[RunEvent]:
         return []
 
 
-def _ledger(rows: Iterable[HistoryRow]) -> dict[int, tuple[int, int]]:
+def _counts(rows: Iterable[HistoryRow]) -> dict[int, tuple[int, int]]:
     """Samples and steps of each engine."""
     counts: dict[int, tuple[int, int]] = {}
     for row in rows:
@@ -301,15 +305,15 @@ def _ledger(rows: Iterable[HistoryRow]) -> dict[int, tuple[int, int]]:
     return counts
 
 
-def columns_of(rows: Iterable[HistoryRow]) -> Columns:
+def columns_of(rows: Iterable[HistoryRow]) -> HistoryColumns:
     """The history in memory, from its lines; a step whose line is missing, as on a full disk, is not a number."""
-    columns = Columns()
+    columns = HistoryColumns()
     for row in rows:
         _add_row(columns, row)
     return columns
 
 
-def _add_row(columns: Columns, row: HistoryRow) -> None:
+def _add_row(columns: HistoryColumns, row: HistoryRow) -> None:
     if row.kind != "step":
         columns.add_evaluation(row.step, row.values)
         return
@@ -320,7 +324,7 @@ def _add_row(columns: Columns, row: HistoryRow) -> None:
             values[-1:] = array("d", [nan] * (row.step - len(values)) + [row.values[name]])
 
 
-def _missing_row(columns: Columns, last: LastCommit) -> HistoryRow | None:
+def _missing_row(columns: HistoryColumns, last: LastCommit) -> HistoryRow | None:
     """The line of the last commit, which is written a little later."""
     if last.step == 0 or not last.values:
         return None

@@ -12,14 +12,14 @@ import msgspec
 
 from dnb.errors import DnbError, HubError, RunError
 from dnb.hub.guarded_calls import UserCodeError, user_code
-from dnb.hub.handover import ACCOUNTS_FILE, AccountsMemo, RunMemo, read_memo
+from dnb.hub.handover import STATS_FILE, RunHandover, StatsHandover, read_handover
 from dnb.protocol.engine_messages import WireOffer
 from dnb.protocol.pool import EngineFacts
 from dnb.protocol.run import Failure, RunSpec
 
 if TYPE_CHECKING:  # torch takes seconds to import: the sockets are bound first
     from dnb.hub.run.active_run import ActiveRun, Send
-    from dnb.hub.run.initial_state import Beginning
+    from dnb.hub.run.initial_state import InitialState
     from dnb.transport.system.process_settings import AppliedSettings
 
 
@@ -30,7 +30,7 @@ class PoolLinks:
     send: Send
     offer_wire: Callable[..., WireOffer]
     release: Callable[[int], None]
-    condemn: Callable[[int], None]
+    evict: Callable[[int], None]
     replace: Callable[[int], None]
     count_commit: Callable[[int], None]
 
@@ -42,14 +42,14 @@ class RunOpener:
         key: signs runs.
         folders: of the pool's memory.
         links: to the pool.
-        life: how many hubs the pool had before.
+        generation: how many hubs the pool had before.
     """
 
-    def __init__(self, *, key: str, folders: Sequence[Path], links: PoolLinks, life: int) -> None:
+    def __init__(self, *, key: str, folders: Sequence[Path], links: PoolLinks, generation: int) -> None:
         self._key = key.encode()
         self._folders = folders
         self._links = links
-        self._life = life
+        self._generation = generation
         self._settings: AppliedSettings | None = None  # of the notebook, for the run that was opened last
 
     def verified_spec(self, frames: Sequence[bytes]) -> RunSpec:
@@ -84,8 +84,8 @@ class RunOpener:
 
         try:
             self._apply_settings(spec)
-            beginning = begin(spec, _unpickle_job(frames, spec), folders=self._folders)
-            return self._make_run(spec, frames, beginning, engines=engines)
+            initial_state = begin(spec, _unpickle_job(frames, spec), folders=self._folders)
+            return self._make_run(spec, frames, initial_state, engines=engines)
         except OSError as error:
             raise HubError(str(error)) from error
         except UserCodeError as error:
@@ -98,7 +98,7 @@ class RunOpener:
 
     def reopen(
         self,
-        memo: RunMemo,
+        handover: RunHandover,
         spec: RunSpec,
         *,
         engines: Sequence[EngineFacts],
@@ -108,7 +108,7 @@ class RunOpener:
         """Take over the run of the hub before.
 
         Args:
-            memo: what that has left of it.
+            handover: what that has left of it.
             spec: as it was submitted.
             engines: those that are to come back.
             reason: what has ended that hub.
@@ -117,14 +117,14 @@ class RunOpener:
         from dnb.hub.run.initial_state import take_over
 
         self._apply_settings(spec)
-        spec = msgspec.structs.replace(spec, clip_norm=memo.clip_norm)
+        spec = msgspec.structs.replace(spec, clip_norm=handover.clip_norm)
 
         def make_job() -> Any:
-            return _unpickle_job(memo.frames, spec)
+            return _unpickle_job(handover.frames, spec)
 
-        beginning = take_over(spec, memo, make_job, folders=self._folders, reason=reason, failure=failure)
-        accounts = read_memo(self._folders, ACCOUNTS_FILE, AccountsMemo)
-        return self._make_run(spec, memo.frames, beginning, engines=engines, accounts=accounts)
+        initial_state = take_over(spec, handover, make_job, folders=self._folders, reason=reason, failure=failure)
+        engine_stats = read_handover(self._folders, STATS_FILE, StatsHandover)
+        return self._make_run(spec, handover.frames, initial_state, engines=engines, engine_stats=engine_stats)
 
     def _apply_settings(self, spec: RunSpec) -> None:
         from dnb.transport.system.process_settings import AppliedSettings
@@ -139,10 +139,10 @@ class RunOpener:
         self,
         spec: RunSpec,
         frames: Sequence[bytes],
-        beginning: Beginning,
+        initial_state: InitialState,
         *,
         engines: Sequence[EngineFacts],
-        accounts: AccountsMemo | None = None,
+        engine_stats: StatsHandover | None = None,
     ) -> ActiveRun:
         from dnb.hub.run.active_run import ActiveRun
 
@@ -150,15 +150,15 @@ class RunOpener:
         return ActiveRun(
             spec,
             frames,
-            beginning,
+            initial_state,
             engines=engines,
             send=links.send,
             offer_wire=links.offer_wire,
             release=links.release,
-            condemn=links.condemn,
+            evict=links.evict,
             replace=links.replace,
-            life=self._life,
-            departed=() if accounts is None else accounts.departed,
+            generation=self._generation,
+            departed=() if engine_stats is None else engine_stats.departed,
             count_commit=links.count_commit,
         )
 

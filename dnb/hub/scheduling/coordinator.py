@@ -52,6 +52,7 @@ from typing import Literal
 
 from dnb.hub.scheduling.events import (
     Action,
+    ActivateSpare,
     Asked,
     Assign,
     Commit,
@@ -70,16 +71,15 @@ from dnb.hub.scheduling.events import (
     Event,
     LeaseDeclined,
     LoadEngine,
+    MakeSpare,
     Note,
-    PeerLost,
+    PeerWasLost,
     Reason,
     Release,
     Replace,
-    RestEngine,
     RetireEngine,
     Tick,
     UserCodeFailed,
-    WakeEngine,
     WorkDone,
 )
 from dnb.hub.scheduling.failures import describe_deaths
@@ -117,7 +117,7 @@ class Coordinator:
         status: "starting", or as the run was taken over: paused, or ended.
         error: of a run that was taken over.
         traceback: of what is in `error`.
-        life: how many coordinators had the run before: no lease has the number of one of theirs.
+        generation: how many coordinators had the run before: no lease has the number of one of theirs.
         name_samples: of some shards of the task under way, for people.
         gathers: whether outputs are gathered before each step.
     """
@@ -135,7 +135,7 @@ class Coordinator:
         status: RunStatus = "starting",
         error: str = "",
         traceback: str = "",
-        life: int = 0,
+        generation: int = 0,
         name_samples: Callable[[WorkKind, int, Sequence[int]], str] = lambda _kind, _step, _shards: "",
         gathers: bool = False,
     ) -> None:
@@ -154,7 +154,7 @@ class Coordinator:
         self._busy: dict[int, float] = {}  # likewise
         self._retiring: set[int] = set()
         self._resting: set[int] = set()  # spares, loaded or not
-        self._leases = Leases(num_shards, first=life << 32)
+        self._leases = Leases(num_shards, first=generation << 32)
         self._task: Task | None = None
         self._wish: Literal["pause", "stop"] | None = None
         self._committing = False
@@ -209,10 +209,10 @@ class Coordinator:
                 return self._hear(engine)
             case RetireEngine(engine):
                 return self._retire(engine)
-            case RestEngine(engine):
+            case MakeSpare(engine):
                 self._resting.add(engine)
                 return []
-            case WakeEngine(engine):
+            case ActivateSpare(engine):
                 return self._wake(engine)
             case LeaseDeclined(engine, lease):
                 return self._decline(engine, lease)
@@ -226,7 +226,7 @@ class Coordinator:
                 return self._end("failed", Note("failed", reason="commit failed", step=step, failures=((0, failure),)))
             case Asked(verb):
                 return self._ask(verb)
-            case PeerLost():
+            case PeerWasLost():
                 return []  # of teams: see `dnb.hub.scheduling.teams`
 
     @property
@@ -253,7 +253,7 @@ class Coordinator:
         """The engine whose slab an engine writes into: its own, as it is in no team."""
         return engine
 
-    def seat_of(self, engine: int) -> tuple[int, int, Partition] | None:  # noqa: ARG002 - see `dnb.hub.scheduling.teams`
+    def assignment_of(self, engine: int) -> tuple[int, int, Partition] | None:  # noqa: ARG002 - see `dnb.hub.scheduling.teams`
         """No engine has a seat in a team."""
         return None
 
@@ -278,7 +278,7 @@ class Coordinator:
         if self.status == "starting":
             return actions + self._begin_if_loaded()
         if self._task is not None and not self._committing:
-            self._task.tear(engine)  # what it reported in an earlier life is overwritten now
+            self._task.invalidate(engine)  # what it reported in an earlier life is overwritten now
         return actions + self._go_on()
 
     def _begin_if_loaded(self) -> list[Action]:
@@ -310,7 +310,7 @@ class Coordinator:
         engine = event.engine
         self._ending.discard(engine)
         if event.is_slab_lost and self._task is not None and not self._committing:
-            self._task.tear(engine)
+            self._task.invalidate(engine)
         is_known = engine in self._loading or engine in self._ready
         if not is_known and engine not in self._returning:
             return []
@@ -332,7 +332,7 @@ class Coordinator:
         if lease is None or task is None or self._committing or (lease.kind, lease.step) != (task.kind, task.step):
             return []
         who = event.engine if event.member is None else event.member
-        deaths = task.bury(lease, who, event.reason)
+        deaths = task.forget_engine(lease, who, event.reason)
         is_last = not (self._ready | self._loading | self._returning) - {event.engine}
         if not deaths and is_last and event.is_crash and task.deaths[-1].shards:
             return task.deaths[-1:]
@@ -487,11 +487,13 @@ class Coordinator:
         return lease is None or lease.is_open
 
     def _lease(
-        self, task: Task, engine: int, shards: tuple[int, ...], *, apart: bool = False, root: int | None = None
+        self, task: Task, engine: int, shards: tuple[int, ...], *, in_extra_slab: bool = False, root: int | None = None
     ) -> Assign:
-        fresh = apart or engine not in task.touched
+        fresh = in_extra_slab or engine not in task.touched
         task.touched.add(engine)
-        return self._leases.issue(engine, task.kind, task.step, shards, fresh=fresh, apart=apart, root=root)
+        return self._leases.issue(
+            engine, task.kind, task.step, shards, fresh=fresh, in_extra_slab=in_extra_slab, root=root
+        )
 
     def _take_away(self, lease: Lease) -> int:
         """The answer will be refused; how many shards are to be redone, if nobody else has them."""
@@ -499,7 +501,7 @@ class Coordinator:
         if self._task is None:
             return 0
         self._task.has_gaps = True
-        return len(lease.shards) + (0 if lease.apart else self._task.tear(lease.engine))
+        return len(lease.shards) + (0 if lease.in_extra_slab else self._task.invalidate(lease.engine))
 
     def _hand_out(self, task: Task) -> list[Action]:
         """Lease what nobody has to those who are free; those who will be soon get their part then."""
@@ -537,17 +539,17 @@ class Coordinator:
             if not all(lease.engine in self._silent or self._leases.is_late(lease) for lease in leases):
                 continue
             if idle:
-                actions += self._overtake(task, leases[0], idle.pop(0), root=root)
+                actions += self._speculate(task, leases[0], idle.pop(0), root=root)
             elif len(free) > sum(isinstance(action, Assign) for action in actions):
                 actions += self._take_from_silent(task, leases)
         return actions
 
-    def _overtake(self, task: Task, late: Lease, engine: int, *, root: int) -> list[Action]:
+    def _speculate(self, task: Task, late: Lease, engine: int, *, root: int) -> list[Action]:
         """Lease again what a late engine holds, and what it has reported if that is lost should it lose the race."""
-        shards = set(late.shards) if late.apart else {*late.shards, *task.shards_of(late.engine)}
+        shards = set(late.shards) if late.in_extra_slab else {*late.shards, *task.shards_of(late.engine)}
         task.has_rivals = True
         actions: list[Action] = [
-            self._lease(task, engine, tuple(sorted(shards)), apart=engine in task.touched, root=root)
+            self._lease(task, engine, tuple(sorted(shards)), in_extra_slab=engine in task.touched, root=root)
         ]
         if late.engine not in self._told_late:
             self._told_late.add(late.engine)
@@ -574,7 +576,7 @@ class Coordinator:
             return []
         del self._leases.by_engine[engine]
         if lease.is_open and self._task is not None:
-            self._task.cramped.add(engine)
+            self._task.without_extra_slab.add(engine)
             self._take_away(lease)
         return self._go_on()
 

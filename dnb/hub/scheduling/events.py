@@ -75,14 +75,14 @@ class RetireEngine:
 
 
 @dataclass(frozen=True, slots=True)
-class RestEngine:
+class MakeSpare:
     """An engine is a spare: it loads the run, and gets no shards."""
 
     engine: int
 
 
 @dataclass(frozen=True, slots=True)
-class WakeEngine:
+class ActivateSpare:
     """A spare takes part from now on."""
 
     engine: int
@@ -119,7 +119,7 @@ class UserCodeFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class PeerLost:
+class PeerWasLost:
     """An engine of a team could not answer a lease, as another one of it did not answer to it."""
 
     engine: int
@@ -178,12 +178,12 @@ Event = (
     | EngineBusy
     | EngineHeard
     | RetireEngine
-    | RestEngine
-    | WakeEngine
+    | MakeSpare
+    | ActivateSpare
     | WorkDone
     | LeaseDeclined
     | UserCodeFailed
-    | PeerLost
+    | PeerWasLost
     | Committed
     | CommitRefused
     | CommitDeferred
@@ -213,7 +213,7 @@ class Assign:
     shards: tuple[int, ...]
     fresh: bool  # the first shards of this task on this engine: its slab starts from zero
     lease: int  # unlike any other's; the answer names it
-    apart: bool = False  # into another slab, as what the engine has reported lies in its own
+    in_extra_slab: bool = False  # into another slab, as what the engine has reported lies in its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +282,7 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True)
-class Condemn:
+class EvictEngine:
     """End an engine's process, as others cannot go on while it stands still."""
 
     engine: int
@@ -311,4 +311,4 @@ class End:
     traceback: str = ""
 
 
-Action = LoadEngine | Assign | Commit | Note | Release | Condemn | Replace | Disband | End
+Action = LoadEngine | Assign | Commit | Note | Release | EvictEngine | Replace | Disband | End

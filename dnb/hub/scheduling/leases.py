@@ -25,7 +25,7 @@ class Lease:
     step: int
     shards: tuple[int, ...]
     since: float
-    apart: bool  # in a slab besides the engine's own
+    in_extra_slab: bool  # in a slab besides the engine's own
     root: int  # the number of the lease that this one is to overtake; its own if it is none
     is_open: bool = True  # else the shards were given to others, and the answer will be refused
     was_silent: bool = False  # so that its time says nothing about its engine's speed
@@ -60,14 +60,14 @@ class Leases:
         shards: tuple[int, ...],
         *,
         fresh: bool,
-        apart: bool = False,
+        in_extra_slab: bool = False,
         root: int | None = None,
     ) -> Assign:
         """Give an engine that has answered everything a new lease."""
         self._count = number = self._count + 1
         root = number if root is None else root
-        self.by_engine[engine] = Lease(number, engine, kind, step, shards, self.now, apart, root)
-        return Assign(engine, kind, step, shards, fresh, number, apart)
+        self.by_engine[engine] = Lease(number, engine, kind, step, shards, self.now, in_extra_slab, root)
+        return Assign(engine, kind, step, shards, fresh, number, in_extra_slab)
 
     def behind(self, report: WorkDone) -> Lease | None:
         """The lease that is answered, if the answer fits one that this engine holds."""

@@ -28,7 +28,7 @@ FULL_ENOUGH = 0.4
 
 
 @dataclass(slots=True)
-class _Pace:
+class _EngineSpeed:
     """One engine's times."""
 
     times: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_TIMES))  # seconds per shard
@@ -63,7 +63,7 @@ class Speeds:
 
     def __init__(self, num_shards: int) -> None:
         self._num_shards = num_shards
-        self._paces: dict[int, _Pace] = {}
+        self._paces: dict[int, _EngineSpeed] = {}
         self._fullest = 0.0  # samples per shard
         self._longest = 0.0  # part of the last task, in seconds
         self._is_unequal = False
@@ -80,7 +80,7 @@ class Speeds:
                 return
         pace = self._paces.get(engine)
         if pace is None:
-            pace = self._paces[engine] = _Pace()
+            pace = self._paces[engine] = _EngineSpeed()
         pace.last = seconds
         pace.times.append(seconds / num_shards)
         if seconds > self._longest:

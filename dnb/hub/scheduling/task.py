@@ -10,12 +10,12 @@ from dnb.protocol.run import Failure
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ReportedShards:
     """Reported shards."""
 
     engine: int
     shards: tuple[int, ...]
-    apart: bool
+    in_extra_slab: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +33,23 @@ class Task:
 
     kind: WorkKind
     step: int
-    parts: list[Part] = field(default_factory=list)
+    parts: list[ReportedShards] = field(default_factory=list)
     num_done: int = 0  # shards of all parts
     touched: set[int] = field(default_factory=set)  # engines whose own slab holds something of this task
     has_gaps: bool = False  # some shards may be neither leased nor reported
     has_rivals: bool = False  # some shards may be leased twice
     failures: list[tuple[int, Failure]] = field(default_factory=list)  # of user code, with the engine
     failed_at: float = 0.0
-    cramped: set[int] = field(default_factory=set)  # engines that cannot have another slab
+    without_extra_slab: set[int] = field(default_factory=set)  # engines that cannot have another slab
     deaths: list[Death] = field(default_factory=list)
     num_taken: dict[int, int] = field(default_factory=dict)  # how often a silent engine's lease was taken from it
 
     def add(self, lease: Lease) -> None:
         """Count what was leased as done."""
-        self.parts.append(Part(lease.engine, lease.shards, lease.apart))
+        self.parts.append(ReportedShards(lease.engine, lease.shards, lease.in_extra_slab))
         self.num_done += len(lease.shards)
 
-    def tear(self, engine: int) -> int:
+    def invalidate(self, engine: int) -> int:
         """An engine's slab is not what it reported any more; how many shards are to be redone for that."""
         self.touched.discard(engine)
         torn = sum(len(part.shards) for part in self.parts if part.engine == engine)
@@ -63,7 +63,7 @@ class Task:
         """What an engine has reported, which is redone if its own slab is torn."""
         return {shard for part in self.parts if part.engine == engine for shard in part.shards}
 
-    def bury(self, lease: Lease, engine: int, reason: str) -> list[Death]:
+    def forget_engine(self, lease: Lease, engine: int, reason: str) -> list[Death]:
         """An engine has ended at its work; the deaths at shards that were others' doom before, if it was so."""
         done = {shard for part in self.parts for shard in part.shards}
         death = Death(engine, reason, frozenset(lease.shards) - done)
@@ -75,7 +75,9 @@ class Task:
         """Whether there is a slab for an attempt that may come to nothing: its own if that is empty, or one more."""
         if engine not in self.touched:
             return True
-        return engine not in self.cramped and not any(part.engine == engine and part.apart for part in self.parts)
+        return engine not in self.without_extra_slab and not any(
+            part.engine == engine and part.in_extra_slab for part in self.parts
+        )
 
     @property
     def reports(self) -> tuple[tuple[int, tuple[int, ...]], ...]:

@@ -22,13 +22,13 @@ from dataclasses import dataclass, field, replace
 from dnb.hub.scheduling.coordinator import START_SECONDS, Coordinator
 from dnb.hub.scheduling.events import (
     Action,
+    ActivateSpare,
     Assign,
     Commit,
     CommitDeferred,
     CommitFailed,
     CommitRefused,
     Committed,
-    Condemn,
     Disband,
     End,
     EngineBusy,
@@ -39,16 +39,16 @@ from dnb.hub.scheduling.events import (
     EngineLost,
     EngineSilent,
     Event,
+    EvictEngine,
     LeaseDeclined,
     LoadEngine,
+    MakeSpare,
     Note,
-    PeerLost,
+    PeerWasLost,
     Release,
-    RestEngine,
     RetireEngine,
     Tick,
     UserCodeFailed,
-    WakeEngine,
     WorkDone,
 )
 from dnb.hub.scheduling.note_words import text_of, traceback_of
@@ -168,7 +168,7 @@ class Teams:
             engine for number in self._inner.working if number in self._teams for engine in self._teams[number].members
         )
 
-    def seat_of(self, engine: int) -> tuple[int, int, Partition] | None:
+    def assignment_of(self, engine: int) -> tuple[int, int, Partition] | None:
         """Team, rank and partition of an engine; None if it is in no team."""
         team = self._team_of.get(engine)
         return None if team is None else (team.number, team.members.index(engine), team.partition)
@@ -208,7 +208,7 @@ class Teams:
                 return self._silence(engine, reason, is_asleep=is_asleep)
             case EngineBusy(engine):
                 return self._miss(engine)
-            case PeerLost(engine, lease):
+            case PeerWasLost(engine, lease):
                 return self._suspect(engine, lease)
             case WorkDone(engine):
                 return self._take(engine, event)
@@ -216,9 +216,9 @@ class Teams:
                 return self._fail(engine, event)
             case RetireEngine(engine):
                 return self._retire(engine)
-            case RestEngine(engine):
+            case MakeSpare(engine):
                 return self._rest(engine)
-            case WakeEngine(engine):
+            case ActivateSpare(engine):
                 self._resting.discard(engine)
                 return self._grow()
             case Tick():
@@ -403,7 +403,7 @@ class Teams:
             patience = ASLEEP_SECONDS if team is not None and engine in team.loading else patience
             if team is not None and self._now - since > patience:
                 del self._silent[engine]
-                actions += [Note("hung", reason, engine, "held up its team"), Condemn(engine)]
+                actions += [Note("hung", reason, engine, "held up its team"), EvictEngine(engine)]
         return actions
 
     def _suspect(self, engine: int, lease: int | None) -> list[Action]:
@@ -478,7 +478,7 @@ class Teams:
             case LoadEngine(number):
                 team = self._teams.get(number)
                 return [] if team is None else [LoadEngine(engine) for engine in team.members]
-            case Assign(engine=number, apart=True, lease=lease):
+            case Assign(engine=number, in_extra_slab=True, lease=lease):
                 return self._tell(LeaseDeclined(number, lease))  # there is one slab for all members
             case Assign(engine=number, lease=lease):
                 team = self._teams.get(number)

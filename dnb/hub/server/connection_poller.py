@@ -9,7 +9,7 @@ from typing import Any
 import zmq
 
 from dnb.hub.message_checks import PeerError, decode_peer
-from dnb.hub.server.connections import Line, Wiring
+from dnb.hub.server.connections import Connections, EngineConnection
 from dnb.hub.server.members.engine_lifecycle import decode_engine
 from dnb.protocol.engine_messages import EngineMessage
 from dnb.transport.sockets.wires import Wire, WireError
@@ -21,7 +21,7 @@ class ConnectionPoller:
     """Polls all sockets of the hub, and serves those that are wires.
 
     Args:
-        wiring: the wires.
+        wire_connections: the wires.
         attach: told of a wire whose engine has proved which one it is.
         take: told of the messages of such engines.
         lose: told of an engine whose wire has closed, and why if the hub has closed it.
@@ -29,14 +29,14 @@ class ConnectionPoller:
 
     def __init__(
         self,
-        wiring: Wiring,
+        wire_connections: Connections,
         *,
         attach: Callable[[int, Wire], None],
         take: Callable[[int, EngineMessage, memoryview], None],
         lose: Callable[[int, str], None],
     ) -> None:
         self.poller = zmq.Poller()
-        self._wiring = wiring
+        self._wire_connections = wire_connections
         self._take_wire = attach
         self._take_message = take
         self._lose = lose
@@ -47,24 +47,24 @@ class ConnectionPoller:
         for place in ready:
             if not isinstance(place, int):
                 continue
-            if place in self._wiring.listeners:
+            if place in self._wire_connections.listeners:
                 self._answer_calls(place)
-            elif (line := self._wiring.lines.get(place)) is not None:
-                self._serve_line(place, line)
+            elif (line := self._wire_connections.lines.get(place)) is not None:
+                self._serve_connection(place, line)
 
     def tick(self) -> None:
         """Answer calls again, and drop callers that have not said in time which engine they are."""
-        self._wiring.refill()
+        self._wire_connections.refill()
         self.listen(True)
-        for place in self._wiring.silent():
-            self._drop_line(place, self._wiring.lines[place])
+        for place in self._wire_connections.silent():
+            self._drop_connection(place, self._wire_connections.lines[place])
 
     def listen(self, wanted: bool) -> None:
         """Let calls wake the loop, or not."""
         if wanted == self._is_listening:
             return
         self._is_listening = wanted
-        for place in self._wiring.listeners:
+        for place in self._wire_connections.listeners:
             if wanted:
                 self.poller.register(place, zmq.POLLIN)
             else:
@@ -72,9 +72,9 @@ class ConnectionPoller:
 
     def watch_writers(self) -> None:
         """Let the loop wake when a wire can be written to that has more to send."""
-        for place, line in list(self._wiring.lines.items()):
+        for place, line in list(self._wire_connections.lines.items()):
             if line.wire.is_closed:
-                self._drop_line(place, line)
+                self._drop_connection(place, line)
                 continue
             wants = line.wire.wants_to_write
             if wants != line.is_watched:
@@ -82,14 +82,14 @@ class ConnectionPoller:
                 self.poller.modify(place, zmq.POLLIN | zmq.POLLOUT if wants else zmq.POLLIN)
 
     def _answer_calls(self, listening: int) -> None:
-        for caller in self._wiring.accept_some(listening):
+        for caller in self._wire_connections.accept_some(listening):
             self.poller.register(caller, zmq.POLLIN)
-            for place in self._wiring.surplus():
-                self._drop_line(place, self._wiring.lines[place])
-        if not self._wiring.num_calls_left:  # until the next tick; else they would wake the loop all the time
+            for place in self._wire_connections.surplus():
+                self._drop_connection(place, self._wire_connections.lines[place])
+        if not self._wire_connections.num_calls_left:  # until the next tick; else they would wake the loop all the time
             self.listen(False)
 
-    def _serve_line(self, place: int, line: Line) -> None:
+    def _serve_connection(self, place: int, line: EngineConnection) -> None:
         line.wire.flush()
         reason = ""
         try:
@@ -105,19 +105,19 @@ class ConnectionPoller:
             reason = f"was cut off: {error}"
             line.wire.close()
         if line.wire.is_closed:
-            self._drop_line(place, line, reason=reason)
+            self._drop_connection(place, line, reason=reason)
 
-    def _attach(self, line: Line, packed: memoryview) -> None:
-        engine = self._wiring.hear(line, packed)
-        for place, old in list(self._wiring.lines.items()):
+    def _attach(self, line: EngineConnection, packed: memoryview) -> None:
+        engine = self._wire_connections.hear(line, packed)
+        for place, old in list(self._wire_connections.lines.items()):
             if old is not line and old.engine == engine:
                 self.poller.unregister(place)
-                self._wiring.drop(place)
+                self._wire_connections.drop(place)
         self._take_wire(engine, line.wire)
 
-    def _drop_line(self, place: int, line: Line, *, reason: str = "") -> None:
+    def _drop_connection(self, place: int, line: EngineConnection, *, reason: str = "") -> None:
         """Close a connection: that one has closed is how a death is seen first."""
         self.poller.unregister(place)
-        self._wiring.drop(place)
+        self._wire_connections.drop(place)
         if line.engine is not None and not line.is_retired:
             self._lose(line.engine, reason)

@@ -40,7 +40,7 @@ _decode_greeting = msgspec.msgpack.Decoder(Attach).decode
 
 
 @dataclass(slots=True)
-class Line:
+class EngineConnection:
     """A wire, and what the hub knows of it."""
 
     wire: Wire
@@ -52,7 +52,7 @@ class Line:
     is_watched: bool = False  # whether the poller tells when it can be written to
 
 
-class Wiring:
+class Connections:
     """Listens for engines, and keeps their wires by file number.
 
     Args:
@@ -62,7 +62,7 @@ class Wiring:
     def __init__(self, host: str) -> None:
         self._listener = WireListener(host)
         self.listeners = {sock.fileno(): sock for sock in self._listener.sockets}
-        self.lines: dict[int, Line] = {}
+        self.lines: dict[int, EngineConnection] = {}
         self.num_calls_left = QUIET_CALLS
         self._spare_file: int | None = None  # closed for a moment when a call comes and no other file is left
         self._keep_spare_file()
@@ -125,7 +125,9 @@ class Wiring:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 self._send_away(listener)
             raise
-        self.lines[wire.fileno()] = Line(wire, nonce, time.monotonic(), is_tcp=listener.family != socket.AF_UNIX)
+        self.lines[wire.fileno()] = EngineConnection(
+            wire, nonce, time.monotonic(), is_tcp=listener.family != socket.AF_UNIX
+        )
         return wire.fileno()
 
     def _send_away(self, listening: socket.socket) -> None:
@@ -156,7 +158,7 @@ class Wiring:
             gone += random.sample(callers, max(len(callers) - MOST_CALLERS, 0))
         return gone
 
-    def hear(self, line: Line, packed: memoryview) -> int:
+    def hear(self, line: EngineConnection, packed: memoryview) -> int:
         """Read what a caller says first; the engine that it leads to.
 
         Raises:
@@ -168,7 +170,7 @@ class Wiring:
             raise WireError(f"a stranger called, whose greeting is none: {type(error).__name__}") from error
         return self.greet(line, message)
 
-    def greet(self, line: Line, message: EngineMessage) -> int:
+    def greet(self, line: EngineConnection, message: EngineMessage) -> int:
         """Check the first record of a wire; the engine that it leads to.
 
         Raises:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from dnb.hub.history.engine_stats import Columns
+from dnb.hub.history.engine_stats import HistoryColumns
 from dnb.hub.history.run_folder import RunFolder, RunSummary, read_usage
 from dnb.hub.run.initial_state import columns_of, events_in, rows_in
 from dnb.protocol.base import Record
@@ -107,7 +107,7 @@ def _lost(spec: RunSpec, summary: RunSummary) -> LostRun:
     )
 
 
-def _columns_in(folder: Path) -> Columns:
+def _columns_in(folder: Path) -> HistoryColumns:
     return columns_of(rows_in(folder))
 
 

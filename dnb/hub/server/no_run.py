@@ -17,7 +17,7 @@ class NoRun:
     """The run of a pool that has none: it computes nothing, and whatever happens to engines is nothing to it."""
 
     is_active = False
-    has_chores = False
+    has_deferred = False
     has_advanced = False
     status: RunStatus | None = None
     working: frozenset[int] = frozenset()
@@ -31,10 +31,10 @@ class NoRun:
     def add_engine(self, facts: EngineFacts) -> None:
         """Ignore an engine that has joined."""
 
-    def rest_engine(self, engine: int) -> None:
+    def make_spare(self, engine: int) -> None:
         """Ignore that an engine is a spare."""
 
-    def wake_engine(self, engine: int) -> None:
+    def activate_spare(self, engine: int) -> None:
         """Ignore that a spare is to work."""
 
     def retire_engine(self, engine: int) -> None:
@@ -58,7 +58,7 @@ class NoRun:
     def tell(self, kind: str, text: str, engine: int | None = None) -> None:
         """Tell nobody: there is no history to write it into."""
 
-    def do_chores(self) -> None:
+    def run_deferred(self) -> None:
         """Do nothing: nothing was put off."""
 
     def tick(self) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 
-from dnb.hub.handover import POOL_FILE, PoolMemo, read_memo, write_memo
+from dnb.hub.handover import POOL_FILE, PoolHandover, read_handover, write_handover
 from dnb.hub.pool_files import write_pool_file
-from dnb.hub.server.members.fault_injection import Mischief
+from dnb.hub.server.members.fault_injection import FaultInjector
 from dnb.hub.server.members.membership import Membership, PoolEngine
 from dnb.hub.server.run_slot import RunSlot
 from dnb.hub.server.steering import Steering
@@ -33,7 +33,7 @@ class PoolRecords:
 
     Args:
         config: from the controller.
-        guardian: the parent.
+        supervisor: the parent.
         restarts: the hubs of before.
         folders: of the pool's memory.
         members: the engines.
@@ -47,17 +47,17 @@ class PoolRecords:
         self,
         config: HubConfig,
         *,
-        guardian: Process,
+        supervisor: Process,
         restarts: tuple[HubRestart, ...],
         folders: Sequence[Path],
         members: Membership,
         steering: Steering,
         slot: RunSlot,
-        injector: Mischief,
+        injector: FaultInjector,
         count_sent: Callable[[], Mapping[int, int]],
     ) -> None:
         self._config = config
-        self._guardian = guardian
+        self._supervisor = supervisor
         self._process = this_process()
         self._restarts = restarts
         self._folders = folders
@@ -74,12 +74,12 @@ class PoolRecords:
 
     def restore(self) -> None:
         """Take over what the hub before has left of the pool."""
-        memo = read_memo(self._folders, POOL_FILE, PoolMemo)
-        if memo is not None:
-            self._steering.restore(memo)
-            self._members.restore(memo)
-            self._injector.num_killed = memo.num_killed
-            self._injector.stopped = dict(memo.stopped)
+        handover = read_handover(self._folders, POOL_FILE, PoolHandover)
+        if handover is not None:
+            self._steering.restore(handover)
+            self._members.restore(handover)
+            self._injector.num_killed = handover.num_killed
+            self._injector.stopped = dict(handover.stopped)
         self._members.changed = self._members.has_other_engines = True
 
     def flush(self) -> None:
@@ -116,14 +116,14 @@ class PoolRecords:
     def write_memos(self) -> None:
         """Write what the next hub will find, where it has changed."""
         if self._members.changed or self._steering.changed:
-            is_kept = write_memo(self._folders, POOL_FILE, self._memo())
+            is_kept = write_handover(self._folders, POOL_FILE, self._handover())
             self._members.changed = self._steering.changed = not is_kept
-            self._slot.write_accounts()
-        self._slot.write_memo()
+            self._slot.write_stats()
+        self._slot.write_handover()
 
-    def _memo(self) -> PoolMemo:
+    def _handover(self) -> PoolHandover:
         members, steering = self._members, self._steering
-        return PoolMemo(
+        return PoolHandover(
             owner=steering.owner,
             kernels={name.hex(): kernel for name, kernel in steering.kernels.items()},
             kernel_versions={name.hex(): version for name, version in steering.versions.items()},
@@ -166,7 +166,7 @@ class PoolRecords:
     def _facts(self, *, look: bool = True) -> PoolFacts:
         return PoolFacts(
             cluster_id=self._config.cluster_id,
-            guardian=self._guardian,
+            supervisor=self._supervisor,
             hub=self._process,
             controller=self._config.controller,
             helpers=self.helpers(look=look),
@@ -187,7 +187,7 @@ class PoolRecords:
         if look:
             # Remembered, as the children of a controller that was killed can no longer be found.
             parents = [self._config.controller, *(facts.process for facts in members.facts)]
-            own = {self._process.pid, self._guardian.pid}
+            own = {self._process.pid, self._supervisor.pid}
             members.helpers |= {child for child in children_of(parents) if child.pid not in own}
         return tuple(helper for helper in members.helpers if is_alive(helper))
 

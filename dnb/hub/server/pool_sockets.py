@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import zmq
 
 from dnb.transport.sockets.channels import CLIENT_ROLE, ENGINE_ROLE, RoleKeys, bind_router, local, start_authenticator
-from dnb.transport.sockets.listeners import Doorkeeper
+from dnb.transport.sockets.listeners import PortWatcher
 
 
 class PoolSockets:
@@ -26,15 +26,15 @@ class PoolSockets:
             bind_router(self._context, keys, role=role, listener=listeners[role], local=listeners.get(local(role)))
             for role in (ENGINE_ROLE, CLIENT_ROLE)
         )
-        self._doorkeeper = Doorkeeper({self.engines: listeners[ENGINE_ROLE], self.clients: listeners[CLIENT_ROLE]})
-        self._doorkeeper.start()
+        self._port_watcher = PortWatcher({self.engines: listeners[ENGINE_ROLE], self.clients: listeners[CLIENT_ROLE]})
+        self._port_watcher.start()
 
     @property
     def closing_steps(self) -> tuple[Callable[[], object], ...]:
         """The calls that close everything, in order; each is to be made, also when one before it has raised."""
         return (
             self._authenticator.stop,
-            self._doorkeeper.stop,
+            self._port_watcher.stop,
             self.engines.close,
             self.clients.close,
             self._context.term,

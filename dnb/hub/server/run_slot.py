@@ -12,14 +12,14 @@ import msgspec
 
 from dnb.errors import ArgumentError, DnbError, HubError, RunError
 from dnb.hub.handover import (
-    ACCOUNTS_FILE,
     LOST_FILE,
     RUN_FILE,
-    AccountsMemo,
-    RunMemo,
-    read_memo,
-    remove_memo,
-    write_memo,
+    STATS_FILE,
+    RunHandover,
+    StatsHandover,
+    read_handover,
+    remove_handover,
+    write_handover,
 )
 from dnb.hub.hub_failures import Caution, Crash, Recorder, caution_after
 from dnb.hub.server.no_run import NoRun
@@ -113,7 +113,7 @@ class RunSlot:
             self.held.close()
             self.held, self.run_id = NoRun(), None
         self.lost = None
-        self._forget_memos()
+        self._forget_handovers()
 
     def hold(self, run: ActiveRun, *, step: int) -> None:
         """Hold a run that is about to start after a step."""
@@ -130,30 +130,30 @@ class RunSlot:
             crashes: how hubs have ended.
             engines: those that are to come back.
         """
-        memo = read_memo(self._folders, RUN_FILE, RunMemo)
-        if memo is not None:
-            self._take_over_run(memo, crashes, opener=opener, engines=engines)
+        handover = read_handover(self._folders, RUN_FILE, RunHandover)
+        if handover is not None:
+            self._take_over_run(handover, crashes, opener=opener, engines=engines)
             return
         from dnb.hub.server.lost_run import LostRun
 
-        self.lost = read_memo(self._folders, LOST_FILE, LostRun)
+        self.lost = read_handover(self._folders, LOST_FILE, LostRun)
 
     def _take_over_run(
-        self, memo: RunMemo, crashes: Sequence[Crash], *, opener: RunOpener, engines: Sequence[EngineFacts]
+        self, handover: RunHandover, crashes: Sequence[Crash], *, opener: RunOpener, engines: Sequence[EngineFacts]
     ) -> None:
         """Go on with the run, unless hubs have died of it: then it has failed.
 
         An exception ends this hub, too, and the next one tries again: in the end that makes it cautious.
         """
         try:
-            spec = opener.verified_spec(memo.frames)
+            spec = opener.verified_spec(handover.frames)
         except (DnbError, ValueError, msgspec.MsgspecError):
             log.exception("what is left of the run is of no use")
-            self._forget_memos()
+            self._forget_handovers()
             return
         self._recorder.hold(spec.id, step=crashes[-1].step if crashes else 0)
         caution = caution_after(crashes)
-        resume = partial(self._resume, opener, memo, spec, engines=engines)
+        resume = partial(self._resume, opener, handover, spec, engines=engines)
         if caution is Caution.NONE:
             resume(reason=crashes[-1].reason if crashes else "")
             return
@@ -169,14 +169,14 @@ class RunSlot:
     def _resume(
         self,
         opener: RunOpener,
-        memo: RunMemo,
+        handover: RunHandover,
         spec: RunSpec,
         *,
         engines: Sequence[EngineFacts],
         reason: str = "",
         failure: Failure | None = None,
     ) -> None:
-        run = opener.reopen(memo, spec, engines=engines, reason=reason, failure=failure)
+        run = opener.reopen(handover, spec, engines=engines, reason=reason, failure=failure)
         self.hold(run, step=run.step)
         run.start()
 
@@ -185,24 +185,24 @@ class RunSlot:
 
         self.held, self.run_id = NoRun(), None
         self.lost = lose(spec, error=error, remote_traceback=traceback, folders=self._folders)
-        self._forget_memos()
-        write_memo(self._folders, LOST_FILE, self.lost)
+        self._forget_handovers()
+        write_handover(self._folders, LOST_FILE, self.lost)
 
     # what the next hub will find
 
-    def write_memo(self) -> None:
+    def write_handover(self) -> None:
         """Keep what was submitted, if it is not kept as it is now."""
         if self.changed and not isinstance(self.held, NoRun):
-            self.changed = not write_memo(self._folders, RUN_FILE, self.held.memo)
+            self.changed = not write_handover(self._folders, RUN_FILE, self.held.handover)
 
-    def write_accounts(self) -> None:
+    def write_stats(self) -> None:
         """Keep the accounts of engines that are gone."""
         if not isinstance(self.held, NoRun):
-            write_memo(self._folders, ACCOUNTS_FILE, AccountsMemo(departed=self.held.departed))
+            write_handover(self._folders, STATS_FILE, StatsHandover(departed=self.held.departed))
 
-    def _forget_memos(self) -> None:
-        for name in (RUN_FILE, ACCOUNTS_FILE, LOST_FILE):
-            remove_memo(self._folders, name)
+    def _forget_handovers(self) -> None:
+        for name in (RUN_FILE, STATS_FILE, LOST_FILE):
+            remove_handover(self._folders, name)
 
     def note_work(self) -> None:
         """Let whoever asks why this hub has ended know what it was about."""
@@ -211,7 +211,7 @@ class RunSlot:
             self._was_at_work = is_at_work
             self._recorder.set_at_work(is_at_work)
         if self.held.has_advanced:
-            self._recorder.be_of_use()
+            self._recorder.report_healthy()
 
     # what clients ask for
 
@@ -246,7 +246,7 @@ class RunSlot:
         run = self._active(name, "mend")
         if run.status != "paused":
             raise ArgumentError(f"run {name!r} is {run.status}, not paused: pause it before it gets other functions")
-        run.mend(pickled, signature)
+        run.replace_functions(pickled, signature)
         self.changed = True
 
     def state(self, request: GetRun, *, heartbeats: Mapping[int, float], num_owed: int) -> tuple[Message, list[bytes]]:

@@ -27,7 +27,7 @@ from dnb.hub.message_checks import PeerError, check_request, decode_peer
 from dnb.hub.pool_files import remove_pool_files
 from dnb.hub.run.run_opening import PoolLinks, RunOpener
 from dnb.hub.server.connection_poller import ConnectionPoller
-from dnb.hub.server.connections import Wiring
+from dnb.hub.server.connections import Connections
 from dnb.hub.server.members.engine_exits import ExitReader
 from dnb.hub.server.members.engine_lifecycle import EngineLifecycle
 from dnb.hub.server.members.membership import Membership
@@ -37,7 +37,6 @@ from dnb.hub.server.run_slot import RunSlot, read
 from dnb.hub.server.steering import Steering
 from dnb.protocol.base import Message
 from dnb.protocol.client_messages import (
-    Chaos,
     Control,
     Done,
     GetCheckpoint,
@@ -47,11 +46,12 @@ from dnb.protocol.client_messages import (
     GetRun,
     GetState,
     Hello,
+    InjectFault,
     KeepRestart,
     KeepSpares,
     KillHub,
-    Mend,
     Refused,
+    ReplaceFunctions,
     Request,
     Retire,
     SetOptions,
@@ -84,8 +84,8 @@ class Service:
         config: from the controller.
         keys: of the pool.
         listeners: the ports of engines and clients, by role.
-        guardian: the parent.
-        life: how many hubs this pool had before.
+        supervisor: the parent.
+        generation: how many hubs this pool had before.
         crashes: how the last ones of them have ended.
         recorder: notes how far this one is.
         exits: how engines have ended.
@@ -97,21 +97,21 @@ class Service:
         keys: RoleKeys,
         listeners: Mapping[str, socket.socket],
         *,
-        guardian: Process,
+        supervisor: Process,
         recorder: Recorder,
-        life: int = 0,
+        generation: int = 0,
         crashes: Sequence[Crash] = (),
         exits: ExitReader | None = None,
     ) -> None:
         folders = named_folders(config.folders, config.cluster_id)
         self._config = config
-        self._guardian = guardian
+        self._supervisor = supervisor
         self._recorder = recorder
         self._folders = folders
         self._is_doomed = False
         self._ending = ""
         self._sockets = PoolSockets(keys, listeners)
-        self._wiring = Wiring(config.host)
+        self._wire_connections = Connections(config.host)
         self._members = Membership(look=activity_of)
         self._steering = Steering(config.owner)
         self._slot = RunSlot(folders=folders, recorder=recorder)
@@ -119,12 +119,12 @@ class Service:
             self._members,
             self._slot,
             router=self._sockets.engines,
-            withdraw=self._wiring.withdraw,
+            withdraw=self._wire_connections.withdraw,
             exits=exits or ExitReader(None),
-            life=life,
+            generation=generation,
         )
         self._connections = ConnectionPoller(
-            self._wiring,
+            self._wire_connections,
             attach=lambda engine, wire: self._slot.held.attach(engine, wire),
             take=self._lifecycle.take_message,
             lose=self._lifecycle.lose_wire,
@@ -134,26 +134,26 @@ class Service:
             folders=folders,
             links=PoolLinks(
                 send=self._lifecycle.send,
-                offer_wire=self._wiring.offer,
+                offer_wire=self._wire_connections.offer,
                 release=self._lifecycle.release,
-                condemn=self._lifecycle.condemn,
+                evict=self._lifecycle.evict,
                 replace=self._members.owe,
                 count_commit=recorder.count_commit,
             ),
-            life=life,
+            generation=generation,
         )
         self._records = PoolRecords(
             config,
-            guardian=guardian,
+            supervisor=supervisor,
             restarts=restarts_of(crashes),
             folders=folders,
             members=self._members,
             steering=self._steering,
             slot=self._slot,
             injector=self._lifecycle.injector,
-            count_sent=self._wiring.num_records_out,
+            count_sent=self._wire_connections.num_records_out,
         )
-        if life:
+        if generation:
             self._records.restore()
             self._slot.take_over(self._opener, crashes, engines=list(self._members.returning.values()))
 
@@ -169,15 +169,15 @@ class Service:
         self._connections.listen(True)
         next_tick = 0.0
         while not self._ending:
-            has_chores = self._slot.held.has_chores
-            ready = dict(poller.poll(0 if has_chores else round(TICK_SECONDS * 1000)))
+            has_deferred = self._slot.held.has_deferred
+            ready = dict(poller.poll(0 if has_deferred else round(TICK_SECONDS * 1000)))
             self._connections.serve(ready)
             if engines in ready:
                 _drain(engines, self._lifecycle.take_frames)
             if clients in ready:
                 _drain(clients, self._answer)
-            if has_chores and not ready:
-                self._slot.held.do_chores()
+            if has_deferred and not ready:
+                self._slot.held.run_deferred()
             if time.monotonic() >= next_tick:
                 self._tick()
                 next_tick = time.monotonic() + TICK_SECONDS
@@ -186,8 +186,8 @@ class Service:
         self._end_pool()
 
     def _tick(self) -> None:
-        if os.getppid() != self._guardian.pid:
-            self.end("the guardian is gone")
+        if os.getppid() != self._supervisor.pid:
+            self.end("the supervisor is gone")
         self._connections.tick()
         self._lifecycle.look()
         self._slot.held.tick()
@@ -260,7 +260,7 @@ class Service:
                 self._members.keep_spares(number)
             case KeepRestart(policy=policy):
                 self._steering.keep_restart(policy)
-            case Chaos():
+            case InjectFault():
                 self._lifecycle.inject_fault(request)
             case KillHub():
                 self._is_doomed = True
@@ -274,7 +274,7 @@ class Service:
                 self._slot.control(name, verb)
             case SetOptions(run=name, options=options):
                 self._slot.set_options(name, options)
-            case Mend(run=name):
+            case ReplaceFunctions(run=name):
                 self._slot.replace_functions(name, *self._opener.verify_functions(frames))
             case GetState():
                 return self._slot.tensors(request)
@@ -297,7 +297,7 @@ class Service:
         slot.hold(run, step=0)
         for number, engine in self._members.engines.items():
             if engine.is_spare:
-                run.rest_engine(number)
+                run.make_spare(number)
         self._records.write_pool_file()
         run.start()
         for number in sorted(self._members.heartbeats.silent):
@@ -319,7 +319,7 @@ class Service:
             self._lifecycle.dismiss_all,
             partial(end_processes, engines, patience_seconds=EXIT_SECONDS),
             lambda: self._slot.held.close(),
-            self._wiring.close,
+            self._wire_connections.close,
             *self._sockets.closing_steps,
             partial(remove_folders, self._folders),
             partial(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from dnb.errors import ArgumentError, PoolError
-from dnb.hub.handover import PoolMemo
+from dnb.hub.handover import PoolHandover
 from dnb.hub.server.no_run import NoRun
 from dnb.protocol.client_messages import (
     GetCheckpoint,
@@ -47,12 +47,12 @@ class Steering:
         self._orphaned: float | None = None  # since when nobody steers a pool whose run does not advance
         self._clock = clock
 
-    def restore(self, memo: PoolMemo) -> None:
+    def restore(self, handover: PoolHandover) -> None:
         """Take over what the hub before has known."""
-        self.owner = memo.owner
-        self.restart = memo.restart
-        self.kernels = {bytes.fromhex(name): kernel for name, kernel in memo.kernels.items()}
-        self.versions = {bytes.fromhex(name): version for name, version in memo.kernel_versions.items()}
+        self.owner = handover.owner
+        self.restart = handover.restart
+        self.kernels = {bytes.fromhex(name): kernel for name, kernel in handover.kernels.items()}
+        self.versions = {bytes.fromhex(name): version for name, version in handover.kernel_versions.items()}
 
     def name_version(self, identity: bytes) -> str:
         """Return how an error names the kernel of a socket, and its version of dnb."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from dnb.notebook.charts import subplots as panels
 from dnb.notebook.charts.curves import Curve, curve, decimate, running_mean
-from dnb.notebook.charts.subplots import Part, axis, heading, line, note
+from dnb.notebook.charts.subplots import SubplotGroup, axis, heading, line, note
 from dnb.notebook.charts.x_axis import Abscissa, abscissa
 from dnb.notebook.text.summary import inert, one_line
 from dnb.notebook.views import RunView
@@ -22,7 +22,7 @@ _SMALL = (("samples_per_second", "samples per second", "y4"), ("lr", "learning r
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
+class _RunStyle:
     """How a run is told from the others: colour is never the only sign."""
 
     color: str
@@ -32,13 +32,13 @@ class _Look:
 
 # Okabe and Ito's colours, the ones that can be seen on white and on black first.
 _LOOKS = (
-    _Look("#0072B2", "solid", "circle"),
-    _Look("#D55E00", "dash", "diamond"),
-    _Look("#009E73", "dot", "square"),
-    _Look("#CC79A7", "dashdot", "triangle-up"),
-    _Look("#E69F00", "longdash", "x"),
-    _Look("#56B4E9", "solid", "cross"),
-    _Look("#999999", "dash", "star"),
+    _RunStyle("#0072B2", "solid", "circle"),
+    _RunStyle("#D55E00", "dash", "diamond"),
+    _RunStyle("#009E73", "dot", "square"),
+    _RunStyle("#CC79A7", "dashdot", "triangle-up"),
+    _RunStyle("#E69F00", "longdash", "x"),
+    _RunStyle("#56B4E9", "solid", "cross"),
+    _RunStyle("#999999", "dash", "star"),
 )
 
 
@@ -62,17 +62,17 @@ def comparison(runs: Mapping[str, RunView], *, x: str = "step") -> panels.Figure
         parts.append(_small(runs, alongs, key, told, name, domain=(max(0.0, top - SMALL_PIXELS / plot_pixels), top)))
     if longest is not None:
         shared = {**axis("", anchor=_SMALL[-1][2], domain=[0, 1], nticks=10), **longest.axis()}
-        parts.append(Part(layout={"xaxis": shared}))
+        parts.append(SubplotGroup(layout={"xaxis": shared}))
     margin = {**panels.MARGIN, "t": 12 + LEGEND_LINE_PIXELS * max(len(runs), 1), "b": 46}
     return panels.compose(parts, plot_pixels=plot_pixels, margin=margin)
 
 
-def _loss(runs: Mapping[str, RunView], alongs: Mapping[str, Abscissa], *, bottom: float) -> Part:
+def _loss(runs: Mapping[str, RunView], alongs: Mapping[str, Abscissa], *, bottom: float) -> SubplotGroup:
     traces = []
     for place, (label, run) in enumerate(runs.items()):
         traces += _losses(run, alongs[label], look=_LOOKS[place % len(_LOOKS)], label=shown_name(label))
     has_points = any(len(trace["x"]) for trace in traces)
-    return Part(
+    return SubplotGroup(
         traces=traces,
         layout={
             "yaxis": axis("loss", anchor="x", domain=[bottom, 1.0], nticks=8),
@@ -88,7 +88,7 @@ def _loss(runs: Mapping[str, RunView], alongs: Mapping[str, Abscissa], *, bottom
     )
 
 
-def _losses(run: RunView, along: Abscissa, *, look: _Look, label: str) -> list[dict[str, Any]]:
+def _losses(run: RunView, along: Abscissa, *, look: _RunStyle, label: str) -> list[dict[str, Any]]:
     means, window = running_mean(curve(run.history, "loss"), limit=MAX_POINTS)
     validation = curve(run.history, "val_loss")
     kept = validation.at(decimate(validation.values, limit=MAX_POINTS // 3))
@@ -120,7 +120,7 @@ def _small(
     name: str,
     *,
     domain: Sequence[float],
-) -> Part:
+) -> SubplotGroup:
     traces = []
     for place, (label, run) in enumerate(runs.items()):
         look, kept = _LOOKS[place % len(_LOOKS)], _thinned(curve(run.history, key), is_noisy=key != "lr")
@@ -141,7 +141,7 @@ def _small(
     has_points = any(len(trace["x"]) for trace in traces)
     y = axis("", anchor="x", domain=list(domain), nticks=4, rangemode="tozero", exponentformat="e", visible=has_points)
     missing = [] if has_points else [note("not measured", yref=name)]
-    return Part(
+    return SubplotGroup(
         traces=traces,
         layout={f"yaxis{name[1:]}": y},
         notes=[heading(told, xref="x domain", yref=f"{name} domain"), *missing],

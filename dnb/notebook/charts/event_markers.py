@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dnb.notebook.charts.subplots import INK_ON_BARS, Part
+from dnb.notebook.charts.subplots import INK_ON_BARS, SubplotGroup
 from dnb.notebook.charts.x_axis import Abscissa
 from dnb.notebook.text.summary import inert, one_line
 from dnb.notebook.views import EventView, RunView
@@ -22,7 +22,7 @@ MAX_TEXT = 120
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
+class _MarkerStyle:
     """How a kind of event is drawn: colour is never the only sign."""
 
     color: str
@@ -31,13 +31,13 @@ class _Look:
 
 # Okabe and Ito's colours, as in `panels`.
 _LOOKS = {
-    "failed": _Look("#D55E00", "longdash"),
-    "died": _Look("#D55E00", "solid"),
-    "hung": _Look("#CC79A7", "solid"),
-    "paused": _Look("#E69F00", "dashdot"),
-    "left": _Look("#999999", "dash"),
-    "joined": _Look("#009E73", "dash"),
-    "checkpoint": _Look("#0072B2", "dot"),
+    "failed": _MarkerStyle("#D55E00", "longdash"),
+    "died": _MarkerStyle("#D55E00", "solid"),
+    "hung": _MarkerStyle("#CC79A7", "solid"),
+    "paused": _MarkerStyle("#E69F00", "dashdot"),
+    "left": _MarkerStyle("#999999", "dash"),
+    "joined": _MarkerStyle("#009E73", "dash"),
+    "checkpoint": _MarkerStyle("#0072B2", "dot"),
 }
 _URGENCY = tuple(_LOOKS)  # what a marker of several kinds looks like
 
@@ -50,16 +50,16 @@ class Ranges:
     right: tuple[float, float]
 
 
-def marker_part(run: RunView, along: Abscissa, *, ranges: Ranges) -> Part:
+def marker_part(run: RunView, along: Abscissa, *, ranges: Ranges) -> SubplotGroup:
     """The markers of a run's events, on every axis of steps or time.
 
     Events before the first step are left out: those who join then are what was asked for.
     """
     if not run.step:
-        return Part()
+        return SubplotGroup()
     groups = _group(run.events, along, last_step=run.step)
     has_spans = bool(len(run.utilisation))
-    return Part(
+    return SubplotGroup(
         notes=[_label(place, group) for place, group in groups],
         shapes=[line for place, group in groups for line in _lines(place, group, ranges, has_spans=has_spans)],
     )

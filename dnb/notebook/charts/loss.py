@@ -9,7 +9,7 @@ import numpy as np
 from dnb.notebook.charts import subplots as panels
 from dnb.notebook.charts.curves import Curve, curve, decimate, running_mean
 from dnb.notebook.charts.event_markers import Ranges, vertical
-from dnb.notebook.charts.subplots import BLUE, SKY_BLUE, VERMILION, Part, axis, line, note
+from dnb.notebook.charts.subplots import BLUE, SKY_BLUE, VERMILION, SubplotGroup, axis, line, note
 from dnb.notebook.charts.x_axis import Abscissa
 from dnb.notebook.views import RunView, has_ended
 
@@ -19,7 +19,7 @@ MAX_VALIDATION_POINTS = 300
 
 def loss_part(
     run: RunView, along: Abscissa, *, domain: tuple[float, float], anchor: str, ranges: Ranges, button_y: float
-) -> Part:
+) -> SubplotGroup:
     """The panel, and the x axis that it shares with those below.
 
     Args:
@@ -36,7 +36,7 @@ def loss_part(
     notes = [] if len(training) or len(validation) else [_empty_note(run)]
     if len(bad):
         notes.append(_gap_note(bad, along))
-    return Part(
+    return SubplotGroup(
         traces=[*training_traces(training, along), validation_trace(validation, along)],
         layout={
             "xaxis": _steps_axis(along, last_step=last_step, anchor=anchor),

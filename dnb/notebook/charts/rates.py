@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from dnb.notebook.charts.curves import Curve, curve, decimate, running_mean
-from dnb.notebook.charts.subplots import BLUE, Part, axis, heading, line, note
+from dnb.notebook.charts.subplots import BLUE, SubplotGroup, axis, heading, line, note
 from dnb.notebook.charts.x_axis import Abscissa
 from dnb.notebook.views import RunView, has_ended
 
@@ -19,7 +19,7 @@ MAX_MARKERS = 60
 AXES = {"samples_per_second": "y4", "lr": "y5", "grad_norm": "y6"}
 
 
-def pace_part(run: RunView, along: Abscissa, *, domain: tuple[float, float]) -> Part:
+def pace_part(run: RunView, along: Abscissa, *, domain: tuple[float, float]) -> SubplotGroup:
     """Samples per second, as a mean over some steps: single ones tremble."""
     means, window = running_mean(curve(run.history, "samples_per_second"), limit=MAX_POINTS)
     over = f", mean of {window} steps" if window > 1 else ""
@@ -27,14 +27,14 @@ def pace_part(run: RunView, along: Abscissa, *, domain: tuple[float, float]) -> 
     return _part("samples_per_second", told, means, run, along, domain=domain)
 
 
-def rate_part(run: RunView, along: Abscissa, *, domain: tuple[float, float]) -> Part:
+def rate_part(run: RunView, along: Abscissa, *, domain: tuple[float, float]) -> SubplotGroup:
     """The learning rate of the first group of parameters."""
     rates = curve(run.history, "lr")
     kept = rates.at(decimate(rates.values, limit=MAX_POINTS))
     return _part("lr", f"learning rate{_now(kept, '.3g')}", kept, run, along, domain=domain)
 
 
-def norm_part(run: RunView, along: Abscissa, *, domain: tuple[float, float]) -> Part:
+def norm_part(run: RunView, along: Abscissa, *, domain: tuple[float, float]) -> SubplotGroup:
     """The norm of the gradient before it is clipped, where it was measured."""
     norms = curve(run.history, "grad_norm")
     kept = norms.at(decimate(norms.values, limit=MAX_POINTS))
@@ -45,10 +45,10 @@ def _now(curve: Curve, form: str) -> str:
     return f": {curve.values[-1]:{form}}" if len(curve) else ""
 
 
-def _part(key: str, told: str, kept: Curve, run: RunView, along: Abscissa, *, domain: Sequence[float]) -> Part:
+def _part(key: str, told: str, kept: Curve, run: RunView, along: Abscissa, *, domain: Sequence[float]) -> SubplotGroup:
     name = AXES[key]
     has_points = bool(len(kept))
-    return Part(
+    return SubplotGroup(
         traces=[_trace(key, kept, along)],
         layout={f"yaxis{name[1:]}": _axis(domain, has_points=has_points)},
         notes=[

@@ -10,7 +10,7 @@ from dnb.notebook.charts import subplots as panels
 from dnb.notebook.charts.event_markers import Ranges, marker_part
 from dnb.notebook.charts.loss import loss_part, with_loss_scale
 from dnb.notebook.charts.rates import norm_part, pace_part, rate_part
-from dnb.notebook.charts.subplots import Part
+from dnb.notebook.charts.subplots import SubplotGroup
 from dnb.notebook.charts.utilisation import is_heat, now_part, over_time_part
 from dnb.notebook.charts.x_axis import Abscissa, abscissa
 from dnb.notebook.text.pipeline_text import words_of
@@ -26,7 +26,7 @@ UPPER_PIXELS = LOSS_PIXELS + 3 * (GAP_PIXELS + SMALL_PIXELS)
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class PlotLayout:
     """Where panels are, in parts of the plot's height; told in pixels from its top."""
 
     below_pixels: int  # for the timeline, with the gap above it
@@ -47,13 +47,15 @@ class Room:
         return self.domain(first, first + SMALL_PIXELS)
 
 
-def room(run: RunView) -> Room:
+def room(run: RunView) -> PlotLayout:
     """As much as the run needs."""
     timeline = run.timeline
     if not timeline:
-        return Room(below_pixels=0)
+        return PlotLayout(below_pixels=0)
     words = len(words_of(timeline, run.prediction)) * gantt.WORDS_PIXELS
-    return Room(AXIS_PIXELS + LEGEND_PIXELS + GAP_PIXELS + words + gantt.LEGEND_PIXELS + gantt.rows_pixels(timeline))
+    return PlotLayout(
+        AXIS_PIXELS + LEGEND_PIXELS + GAP_PIXELS + words + gantt.LEGEND_PIXELS + gantt.rows_pixels(timeline)
+    )
 
 
 def figure(run: RunView, *, x: str = "step", loss_scale: str = "linear") -> panels.Figure:
@@ -72,7 +74,7 @@ def figure(run: RunView, *, x: str = "step", loss_scale: str = "linear") -> pane
     return with_loss_scale(whole, scale=loss_scale, has_button=True)
 
 
-def assembled(parts: dict[str, Part], place: Room) -> panels.Figure:
+def assembled(parts: dict[str, SubplotGroup], place: PlotLayout) -> panels.Figure:
     """The figure of all parts."""
     has_timeline = bool(place.below_pixels)
     margin = {**panels.MARGIN, **({"b": AXIS_PIXELS, "l": gantt.MARGIN_PIXELS} if has_timeline else {})}
@@ -85,7 +87,7 @@ def structure(run: RunView) -> tuple[Any, ...]:
     return run.utilisation.engines, is_heat(run), len(timeline) if timeline else 0, bool(run.step)
 
 
-def _loss(run: RunView, along: Abscissa, place: Room) -> Part:
+def _loss(run: RunView, along: Abscissa, place: PlotLayout) -> SubplotGroup:
     return loss_part(
         run,
         along,
@@ -96,23 +98,23 @@ def _loss(run: RunView, along: Abscissa, place: Room) -> Part:
     )
 
 
-def _now(run: RunView, _along: Abscissa, place: Room) -> Part:
+def _now(run: RunView, _along: Abscissa, place: PlotLayout) -> SubplotGroup:
     return now_part(run, domain=place.domain(0, NOW_PIXELS), pixels=NOW_PIXELS)
 
 
-def _pace(run: RunView, along: Abscissa, place: Room) -> Part:
+def _pace(run: RunView, along: Abscissa, place: PlotLayout) -> SubplotGroup:
     return pace_part(run, along, domain=place.small(0))
 
 
-def _rate(run: RunView, along: Abscissa, place: Room) -> Part:
+def _rate(run: RunView, along: Abscissa, place: PlotLayout) -> SubplotGroup:
     return rate_part(run, along, domain=place.small(1))
 
 
-def _norm(run: RunView, along: Abscissa, place: Room) -> Part:
+def _norm(run: RunView, along: Abscissa, place: PlotLayout) -> SubplotGroup:
     return norm_part(run, along, domain=place.small(2))
 
 
-def _over_time(run: RunView, along: Abscissa, place: Room) -> Part:
+def _over_time(run: RunView, along: Abscissa, place: PlotLayout) -> SubplotGroup:
     first = NOW_PIXELS + AXIS_PIXELS + GAP_PIXELS
     under_axis = place.domain(0, UPPER_PIXELS + AXIS_PIXELS + LEGEND_PIXELS)[0]
     return over_time_part(
@@ -120,12 +122,12 @@ def _over_time(run: RunView, along: Abscissa, place: Room) -> Part:
     )
 
 
-def _timeline(run: RunView, _along: Abscissa, place: Room) -> Part:
+def _timeline(run: RunView, _along: Abscissa, place: PlotLayout) -> SubplotGroup:
     timeline = run.timeline
     if not timeline:
-        return Part()
+        return SubplotGroup()
     top = gantt.rows_pixels(timeline) / place.plot_pixels
-    return Part(
+    return SubplotGroup(
         traces=gantt.traces(timeline),
         layout={
             **gantt.axes(timeline, domain=(0.0, top)),
@@ -135,11 +137,11 @@ def _timeline(run: RunView, _along: Abscissa, place: Room) -> Part:
     )
 
 
-def _events(run: RunView, along: Abscissa, place: Room) -> Part:
+def _events(run: RunView, along: Abscissa, place: PlotLayout) -> SubplotGroup:
     return marker_part(run, along, ranges=_ranges(place))
 
 
-def _ranges(place: Room) -> Ranges:
+def _ranges(place: PlotLayout) -> Ranges:
     first = NOW_PIXELS + AXIS_PIXELS + GAP_PIXELS
     return Ranges(left=place.domain(0, UPPER_PIXELS), right=place.domain(first, UPPER_PIXELS))
 

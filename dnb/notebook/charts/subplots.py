@@ -34,7 +34,7 @@ MARGIN = {"l": 58, "r": 22, "t": 30, "b": 72}
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SubplotGroup:
     """Some panels of a figure: traces, and what belongs to them in the layout."""
 
     traces: list[dict[str, Any]] = field(default_factory=list)
@@ -43,7 +43,7 @@ class Part:
     shapes: list[dict[str, Any]] = field(default_factory=list)
 
 
-def compose(parts: Iterable[Part], *, plot_pixels: int, margin: Mapping[str, int] = MARGIN) -> Figure:
+def compose(parts: Iterable[SubplotGroup], *, plot_pixels: int, margin: Mapping[str, int] = MARGIN) -> Figure:
     """One figure of several parts, whose plotting area is so high."""
     parts = list(parts)
     layout = frame(height=plot_pixels + margin["t"] + margin["b"], margin=margin)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dnb.notebook.charts import subplots as panels
-from dnb.notebook.charts.subplots import SHARE_COLORS, SHARE_PATTERNS, Part, axis, heading, note
+from dnb.notebook.charts.subplots import SHARE_COLORS, SHARE_PATTERNS, SubplotGroup, axis, heading, note
 from dnb.notebook.charts.x_axis import Abscissa, Positions
 from dnb.notebook.text.summary import duration
 from dnb.notebook.views import SET_APART, SHARES, RunView, WorkerView, has_ended, shown_workers
@@ -33,7 +33,7 @@ def is_heat(run: RunView) -> bool:
     return max(len(shown_workers(run)), len(run.utilisation.engines)) > MAX_BARS
 
 
-def now_part(run: RunView, *, domain: tuple[float, float], pixels: float) -> Part:
+def now_part(run: RunView, *, domain: tuple[float, float], pixels: float) -> SubplotGroup:
     """The shares of the last seconds, or of a whole run that has ended: a bar or a row per engine."""
     workers = shown_workers(run)
     is_many = is_heat(run)
@@ -42,7 +42,7 @@ def now_part(run: RunView, *, domain: tuple[float, float], pixels: float) -> Par
     layout = _heat_axes(workers, title, pixels) if is_many else _bar_axes(workers, title)
     layout["xaxis2"] |= {"domain": list(panels.RIGHT)}
     layout["yaxis2"] |= {"domain": list(domain), "showticklabels": bool(workers)}
-    return Part(
+    return SubplotGroup(
         traces=[_heat_now(workers)] if is_many else share_traces(workers),
         layout=layout,
         notes=[] if is_known else [note("no engine has reported yet", xref="x2", yref="y2")],
@@ -71,7 +71,7 @@ def time_axis_title(run: RunView) -> str:
 
 def over_time_part(
     run: RunView, along: Abscissa, *, domain: tuple[float, float], pixels: float, legend_y: float
-) -> Part:
+) -> SubplotGroup:
     """The shares over the run: for each engine one strip of stacked areas, or one row of a heat map.
 
     Args:
@@ -91,7 +91,7 @@ def over_time_part(
     else:
         traces, axes, last = _areas(spans, x), _area_axes(engines, domain, pixels), _area_axis(max(len(engines), 1) - 1)
     told = "share computing" if is_many else "share of time"
-    return Part(
+    return SubplotGroup(
         traces=traces,
         layout={**axes, **_shared(along, anchor=last, legend_y=legend_y, is_heat=is_many, has_spans=bool(len(spans)))},
         notes=[heading(f"{told}, over the run", xref="x7 domain", yref="y10 domain"), *_missing(run, spans)],

@@ -17,7 +17,7 @@ NO_MODEL = "no fitting model: define a torch.nn.Module"
 NO_DATA = "no fitting data: define (X, y) or a Dataset"
 
 
-class Form:
+class TrainingForm:
     """Widgets for the arguments of `fit`; `box` is all of them."""
 
     def __init__(self) -> None:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class LineResult:
     """What came of a line."""
 
     line: str
@@ -46,7 +46,7 @@ class Lane:
         *,
         dtrain: Callable[[str], Any],
         show: Callable[[RunView], None],
-        ended: Callable[[Lane, Outcome], None],
+        ended: Callable[[Lane, LineResult], None],
         progressed: Callable[[], None],
     ) -> None:
         self.line = ""
@@ -86,9 +86,9 @@ class Lane:
                 value = self._dtrain(line)
         except USER_ERRORS as error:  # a thread has nobody to raise to: shown in the panel
             log.info("%%dtrain %s failed: %s", line, summary_of(error))
-            outcome = Outcome(line=line, words="\n".join(said), error=error)
+            outcome = LineResult(line=line, words="\n".join(said), error=error)
         else:
-            outcome = Outcome(line=line, words="\n".join(said), value=value)
+            outcome = LineResult(line=line, words="\n".join(said), value=value)
         self._ended(self, outcome)
 
     @contextmanager

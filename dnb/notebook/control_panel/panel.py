@@ -12,11 +12,11 @@ import ipywidgets as widgets
 
 from dnb.api import pools
 from dnb.notebook.charts.svg_image import behind_chart
-from dnb.notebook.control_panel.form import Form
-from dnb.notebook.control_panel.lanes import Lane, Outcome
+from dnb.notebook.control_panel.form import TrainingForm
+from dnb.notebook.control_panel.lanes import Lane, LineResult
 from dnb.notebook.control_panel.lines import add_line, checkpoint_line, fit_line, remove_line, set_line, start_line
-from dnb.notebook.control_panel.state import Now, look, obstacles, pool_sentence, run_sentence
-from dnb.notebook.control_panel.widgets import Action, field, grid, section, sentence, told, working
+from dnb.notebook.control_panel.state import PanelState, look, obstacles, pool_sentence, run_sentence
+from dnb.notebook.control_panel.widgets import PanelAction, field, grid, section, sentence, told, working
 from dnb.notebook.live.display import dashboard_of
 from dnb.notebook.live.frontend import choose_display
 from dnb.notebook.output import say
@@ -74,7 +74,7 @@ class ControlPanel:
         self._view_of = view_of
         self._publish = publish
         self._display_ids: list[str] = []
-        self._now = Now()
+        self._now = PanelState()
         self._run: RunView | None = None
         self._shown: RunView | None = None
         self._told: dict[str, str] = {}  # what came of the last line, by section
@@ -104,22 +104,24 @@ class ControlPanel:
         )
         self.lr = field("Learning rate", hint="from now on", width="200px")
         self.path = field("Folder", hint="of the run", width="200px")
-        self.form = Form()
+        self.form = TrainingForm()
         in_pool, in_run = self._in_pool, self._in_run
         self.actions = {
-            "start": Action("Start", icon="power-off", press=in_pool, fields=[self.n, self.threads]),
-            "add": Action("Add", icon="plus", press=in_pool, fields=[self.num_added]),
-            "remove": Action("Remove", icon="minus", press=in_pool, fields=[self.leaving]),
-            "shutdown": Action("Shut down", icon="power-off", press=in_pool, tooltip="End the pool and its engines"),
-            "plan": Action("Plan", icon="sitemap", press=in_pool, tooltip="Predict how the model is best divided"),
-            "fit": Action("Fit", icon="play", press=in_pool, style="primary", tooltip="Start to train"),
-            "pause": Action("Pause", icon="pause", press=in_run),
-            "resume": Action("Resume", icon="play", press=in_run),
-            "stop": Action("Stop", icon="stop", press=in_run, tooltip="End the run and keep its weights"),
-            "set": Action("Set", icon="sliders", press=in_run, fields=[self.lr]),
-            "checkpoint": Action("Checkpoint", icon="save", press=in_run, fields=[self.path]),
-            "attach": Action("Attach", icon="link", press=in_pool, tooltip="Find the run that a pool holds"),
-            "dashboard": Action("Dashboard", icon="line-chart", press=in_run, tooltip="Show the run's view below"),
+            "start": PanelAction("Start", icon="power-off", press=in_pool, fields=[self.n, self.threads]),
+            "add": PanelAction("Add", icon="plus", press=in_pool, fields=[self.num_added]),
+            "remove": PanelAction("Remove", icon="minus", press=in_pool, fields=[self.leaving]),
+            "shutdown": PanelAction(
+                "Shut down", icon="power-off", press=in_pool, tooltip="End the pool and its engines"
+            ),
+            "plan": PanelAction("Plan", icon="sitemap", press=in_pool, tooltip="Predict how the model is best divided"),
+            "fit": PanelAction("Fit", icon="play", press=in_pool, style="primary", tooltip="Start to train"),
+            "pause": PanelAction("Pause", icon="pause", press=in_run),
+            "resume": PanelAction("Resume", icon="play", press=in_run),
+            "stop": PanelAction("Stop", icon="stop", press=in_run, tooltip="End the run and keep its weights"),
+            "set": PanelAction("Set", icon="sliders", press=in_run, fields=[self.lr]),
+            "checkpoint": PanelAction("Checkpoint", icon="save", press=in_run, fields=[self.path]),
+            "attach": PanelAction("Attach", icon="link", press=in_pool, tooltip="Find the run that a pool holds"),
+            "dashboard": PanelAction("Dashboard", icon="line-chart", press=in_run, tooltip="Show the run's view below"),
         }
         self.pool_state, self.run_state = widgets.HTML(), widgets.HTML()
         self.messages = {title: widgets.HTML() for title in ("Pool", "Training", "Run")}
@@ -197,7 +199,7 @@ class ControlPanel:
 
     # what comes of it
 
-    def _take(self, lane: Lane, outcome: Outcome) -> None:
+    def _take(self, lane: Lane, outcome: LineResult) -> None:
         """In the lane's thread: what the line has changed is seen before the next can be pressed."""
         try:
             self._look_again()
@@ -297,7 +299,7 @@ class ControlPanel:
         self.leaving.rows = min(max(len(options), 1), 4)
         self._is_filling = was_filling
 
-    def _paint_actions(self, now: Now) -> None:
+    def _paint_actions(self, now: PanelState) -> None:
         in_way = obstacles(now, pool_line=self._pool_lane.line, run_line=self._run_lane.line)
         is_there = _visible(now)
         missing = self.form.missing
@@ -305,7 +307,7 @@ class ControlPanel:
             action = self.actions[name]
             action.show("" if lacks else line, obstacle=lacks or in_way[name], is_there=is_there[name])
 
-    def _lines(self, now: Now, missing: str) -> dict[str, tuple[str, str]]:
+    def _lines(self, now: PanelState, missing: str) -> dict[str, tuple[str, str]]:
         """By action: the line, and what has to be chosen or typed before it is one."""
         names, form = self._names(), self.form
         remove, new_lr = remove_line(self.leaving.value), set_line(self.lr.value)
@@ -353,7 +355,7 @@ def _refill(result: object) -> None:
         _panel.refill(result)
 
 
-def _visible(now: Now) -> dict[str, bool]:
+def _visible(now: PanelState) -> dict[str, bool]:
     """Which rows there are: what makes no sense at all now would only be in the way."""
     has_pool, has_run = now.engines is not None, now.is_held
     is_watched = now.steered_by is not None

@@ -19,7 +19,7 @@ RUN_ACTIONS = ("pause", "resume", "stop", "set", "checkpoint", "dashboard")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Now:
+class PanelState:
     """A pool and its run as they are at one moment."""
 
     engines: tuple[tuple[int, str, str], ...] | None = None  # id, state, host; None without a pool
@@ -35,21 +35,21 @@ class Now:
         return bool(self.run) and self.status not in ENDED
 
 
-def look(pool: Any) -> Now:
+def look(pool: Any) -> PanelState:
     """Ask the hub; a pool that cannot be asked is told as trouble.
 
     Args:
         pool: a `dnb.Pool`, or None.
     """
     if pool is None:
-        return Now()
+        return PanelState()
     try:
         facts, engines = pool.facts, pool.engines
     except DnbError as error:
-        return Now(trouble=one_line(str(error)))
+        return PanelState(trouble=one_line(str(error)))
     run, owner = pool.run, facts.owner
     is_held = run is not None and run.name == facts.run
-    return Now(
+    return PanelState(
         engines=tuple((engine.id, engine.state, engine.host) for engine in engines),
         run=facts.run or "",
         status=run.status if is_held else facts.run_status or "",
@@ -59,7 +59,7 @@ def look(pool: Any) -> Now:
     )
 
 
-def pool_sentence(now: Now) -> str:
+def pool_sentence(now: PanelState) -> str:
     """The pool in a sentence."""
     if now.engines is None:
         return f"{NO_POOL}{_behind(now.trouble)}"
@@ -72,14 +72,14 @@ def pool_sentence(now: Now) -> str:
     return f"{count}{where}: {each or 'all are gone'}{more}{steered}{_behind(now.trouble)}"
 
 
-def run_sentence(now: Now) -> str:
+def run_sentence(now: PanelState) -> str:
     """What there is to steer, where the run itself does not say it."""
     if now.engines is None or not now.run:
         return "no run"
     return f"run {one_line(now.run, limit=60)} is {now.status}; this kernel does not hold it"
 
 
-def obstacles(now: Now, *, pool_line: str = "", run_line: str = "") -> dict[str, str]:
+def obstacles(now: PanelState, *, pool_line: str = "", run_line: str = "") -> dict[str, str]:
     """Why an action cannot be taken now, by action; "" if it can.
 
     Args:
@@ -95,7 +95,7 @@ def obstacles(now: Now, *, pool_line: str = "", run_line: str = "") -> dict[str,
     return known
 
 
-def _pool_obstacle(now: Now, action: str) -> str:
+def _pool_obstacle(now: PanelState, action: str) -> str:
     if action == "attach":
         return "" if now.steered_by is not None or not now.is_held else "this kernel holds the run"
     if action == "plan":
@@ -113,7 +113,7 @@ def _pool_obstacle(now: Now, action: str) -> str:
     return ""
 
 
-def _run_obstacle(now: Now, action: str) -> str:
+def _run_obstacle(now: PanelState, action: str) -> str:
     if now.engines is None or not now.run:
         return "no run"
     if not now.is_held:

@@ -9,7 +9,7 @@ import ipywidgets as widgets
 
 from dnb.errors import RunError
 from dnb.notebook.control_panel.choices import Choice
-from dnb.notebook.control_panel.lanes import Outcome
+from dnb.notebook.control_panel.lanes import LineResult
 from dnb.notebook.text.summary import one_line
 
 LABEL_WIDTH = "104px"
@@ -25,7 +25,7 @@ _EDGES = {"Working": "#56B4E9", "Done": "#009E73", "Failed": "#D55E00"}
 _GRID = "repeat(auto-fill, minmax(min(100%, {least}px), 1fr))"
 
 
-class Action:
+class PanelAction:
     """A button, what belongs to it, and the very line that it runs.
 
     Args:
@@ -143,7 +143,7 @@ def working(line: str, *, progress: str) -> str:
     return _told("Working", line, f" {escape(progress)}")
 
 
-def told(outcome: Outcome) -> str:
+def told(outcome: LineResult) -> str:
     """What came of a line: the verb's own words, or its error."""
     if outcome.error is None:
         return _told("Done", outcome.line, _lines(outcome.words))

@@ -9,7 +9,7 @@ from typing import Any
 from dnb.notebook.charts import subplots as panels
 from dnb.notebook.charts.loss import with_loss_scale
 from dnb.notebook.charts.run_figure import PARTS, assembled, room, structure
-from dnb.notebook.charts.subplots import Part
+from dnb.notebook.charts.subplots import SubplotGroup
 from dnb.notebook.charts.x_axis import abscissa
 from dnb.notebook.views import RunView
 
@@ -31,7 +31,7 @@ class LiveDrawing:
         self._run = run
         self._clock = clock
         self._last_turn = clock()
-        self._parts: dict[str, Part] = {}
+        self._parts: dict[str, SubplotGroup] = {}
         self._turn = 0
         self._num_events = 0
         self._drawn: tuple[Any, ...] = ()

@@ -40,7 +40,7 @@ def watch(what: str, *, kind: Display | None = None) -> Iterator[Report]:
     if kind == "none":
         yield _say_nothing
         return
-    show, pauses = (_print_line, ever_longer()) if kind == "text" else (_Line(), steady())
+    show, pauses = (_print_line, ever_longer()) if kind == "text" else (_ProgressLine(), steady())
     with Waiting(what, show=show, pauses=pauses) as waiting:
         yield waiting.report
 
@@ -133,7 +133,7 @@ class Waiting:
         return True
 
 
-class _Line:
+class _ProgressLine:
     """One output of the cell, whose text is replaced."""
 
     def __init__(self) -> None:

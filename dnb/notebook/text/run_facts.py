@@ -15,7 +15,7 @@ from dnb.planning.utilisation import Utilisation
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Diagnosed:
     """One sentence. While its kind stays, only figures in it have changed."""
 
     kind: str
@@ -23,7 +23,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Spent:
+class EngineShares:
     """How an engine spends its time, and which shards it holds; None if that is not known."""
 
     engine: int
@@ -40,7 +40,7 @@ class Spent:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class RunFacts:
     """A run as the rules look at it.
 
     Args:
@@ -52,7 +52,7 @@ class Seen:
 
     run: RunView
     hung: frozenset[int]
-    active: Sequence[Spent]
+    active: Sequence[EngineShares]
     is_over: bool
 
     def verb(self, now: str, then: str) -> str:
@@ -70,30 +70,32 @@ class Seen:
         return fmean(getattr(worker, share) for worker in self.active)
 
 
-Rule = Callable[[Seen], Finding | None]
+Rule = Callable[[RunFacts], Diagnosed | None]
 
 
-def look(run: RunView) -> Seen:
+def look(run: RunView) -> RunFacts:
     """What the rules need to know of a run."""
     is_over, hung = has_ended(run), hung_engines(run)
     # one that died in the end has spent its time, too: all of a run that has ended count
     apart = {"spare"} if is_over else SET_APART
     active = [
-        Spent(worker.engine, worker.compute, worker.wait, worker.data, worker.idle, worker.shards)
+        EngineShares(worker.engine, worker.compute, worker.wait, worker.data, worker.idle, worker.shards)
         for worker in shown_workers(run)
         if worker.state not in apart and worker.engine not in hung and any(getattr(worker, s) for s in SHARES)
     ]
-    return Seen(run, hung, active or (_accounted(run.utilisation) if is_over else []), is_over)
+    return RunFacts(run, hung, active or (_accounted(run.utilisation) if is_over else []), is_over)
 
 
-def _accounted(utilisation: Utilisation) -> list[Spent]:
+def _accounted(utilisation: Utilisation) -> list[EngineShares]:
     """How the engines of a run spent its time that is read from its folder, where nothing else is kept of them."""
     spans = utilisation.spans(limit=1)
     shares = np.nan_to_num(spans.shares[0]) if len(spans) else np.zeros((0, len(SHARES)))
-    return [Spent(engine, *row.tolist()) for engine, row in zip(spans.engines, shares, strict=False) if row.any()]
+    return [
+        EngineShares(engine, *row.tolist()) for engine, row in zip(spans.engines, shares, strict=False) if row.any()
+    ]
 
 
-def held(seen: Seen, shards: tuple[int, ...] | None) -> str:
+def held(seen: RunFacts, shards: tuple[int, ...] | None) -> str:
     """How many shards that are, as the end of a sentence; empty if it is not known."""
     if shards is None or not seen.run.num_shards:
         return ""

@@ -10,9 +10,16 @@ import torch
 from torch import nn
 
 from dnb.errors import USER_ERRORS
-from dnb.partitioning.pipeline.dry_run import PREFIX, Rehearsal, no_autocast
+from dnb.partitioning.pipeline.dry_run import PREFIX, DryRun, no_autocast
 from dnb.partitioning.pipeline.graph_split import forbidden_places
-from dnb.partitioning.pipeline.tracing import Call, Inputs, NotTraceable, SymbolTracer, Trace, trace_by_symbols
+from dnb.partitioning.pipeline.tracing import (
+    Inputs,
+    ModelCall,
+    ModelTrace,
+    NotTraceable,
+    SymbolTracer,
+    trace_by_symbols,
+)
 
 Found = TypeVar("Found")
 
@@ -27,22 +34,22 @@ def cut_points(model: nn.Module, inputs: Inputs | None = None) -> list[str]:
         inputs: an example; with it, a forward that looks at shapes can be followed, too.
     """
     if inputs is not None:
-        followed = follow(model, inputs, Rehearsal(model, no_autocast))
+        followed = follow(model, inputs, DryRun(model, no_autocast))
         if followed is not None:
             return points_of(model, followed[0])
     begins = _begins_without_values(model)
     return [] if begins is None else _distinct(model, begins)
 
 
-def follow(model: nn.Module, inputs: Inputs, rehearsal: Rehearsal) -> tuple[Trace, list[str]] | None:
+def follow(model: nn.Module, inputs: Inputs, dry_run: DryRun) -> tuple[ModelTrace, list[str]] | None:
     """The trace of a forward down to the smallest modules that can be cut at, and its operations, or None.
 
     It looks into all modules that hold others; where that fails, into those only that can be followed themselves.
     """
 
-    def attempt(opened: Iterable[str]) -> tuple[Trace, list[str]] | None:
+    def attempt(opened: Iterable[str]) -> tuple[ModelTrace, list[str]] | None:
         try:
-            return trace_by_symbols(Call(model, inputs), inputs, opened, rehearsal)
+            return trace_by_symbols(ModelCall(model, inputs), inputs, opened, dry_run)
         except NotTraceable:
             return None
 
@@ -56,7 +63,7 @@ def _begins_without_values(model: nn.Module) -> dict[str, int] | None:
     def attempt(opened: Iterable[str]) -> dict[str, int] | None:
         tracer = SymbolTracer(opened)
         try:
-            tracer.follow(Call(model, unknown), unknown.values, None)
+            tracer.follow(ModelCall(model, unknown), unknown.values, None)
         except KeyboardInterrupt:
             raise
         except USER_ERRORS:  # a user's forward may do anything with a symbol
@@ -117,7 +124,7 @@ def _is_container(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) or not type(module).__module__.startswith("torch.nn")
 
 
-def points_of(model: nn.Module, trace: Trace) -> list[str]:
+def points_of(model: nn.Module, trace: ModelTrace) -> list[str]:
     """The modules of a traced model at which a stage can begin, in the order in which they run.
 
     Places at which something could not cross the cut are none, unless all are such: then a refusal can say why.

@@ -31,7 +31,7 @@ def no_autocast() -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-class Rehearsal:
+class DryRun:
     """Runs forwards without data: shapes only, unless the model looks at values; then with data, and nothing stays.
 
     Args:
@@ -120,7 +120,7 @@ class _OperationLog(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Watch:
+class MutationWatch:
     """Sees which values operations change in place."""
 
     def __init__(self) -> None:
@@ -157,14 +157,14 @@ def _memory(tensor: torch.Tensor) -> int:
             return id(tensor)
 
 
-class _Rehearsed(fx.Interpreter):
+class _KeptValues(fx.Interpreter):
     """Runs a graph, and keeps every value."""
 
     def __init__(self, module: fx.GraphModule, nodes: Mapping[str, fx.Node]) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.extra_traceback = False
         self.values: dict[fx.Node, Any] = {}
-        self.watch = Watch()
+        self.watch = MutationWatch()
         self._nodes = nodes  # `GraphModule` has copied the graph
 
     def run_node(self, n: fx.Node) -> Any:
@@ -183,7 +183,7 @@ def rehearse(
     graph: fx.Graph, attributes: dict[str, Any], values: Sequence[Any]
 ) -> tuple[dict[fx.Node, Any], list[tuple[fx.Node, fx.Node]]]:
     """Run a graph; every node's value, and what was changed in place by which node."""
-    run = _Rehearsed(fx.GraphModule(attributes, graph), {node.name: node for node in graph.nodes})
+    run = _KeptValues(fx.GraphModule(attributes, graph), {node.name: node for node in graph.nodes})
     run.run(*[value for value in values if isinstance(value, torch.Tensor)], enable_io_processing=False)
     return run.values, run.watch.changes
 

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dnb.errors import USER_ERRORS
-from dnb.partitioning.pipeline.dry_run import Rehearsal, no_autocast
-from dnb.partitioning.pipeline.tracing import Call, Inputs
+from dnb.partitioning.pipeline.dry_run import DryRun, no_autocast
+from dnb.partitioning.pipeline.tracing import Inputs, ModelCall
 
 # A processor does so many operations of a matrix product while it writes one element.
 OPERATIONS_PER_ELEMENT = 20
@@ -37,10 +37,10 @@ def weigh(model: nn.Module, inputs: Inputs, points: Sequence[str]) -> list[float
     Returns:
         One weight per piece, one more than there are points; all alike if the model cannot be run without data.
     """
-    call = Call(model, inputs)
-    rehearsal = Rehearsal(model, no_autocast)
+    call = ModelCall(model, inputs)
+    dry_run = DryRun(model, no_autocast)
     try:
-        return weigh_and_log(call, inputs, points, rehearsal)[0]
+        return weigh_and_log(call, inputs, points, dry_run)[0]
     except KeyboardInterrupt:
         raise
     except USER_ERRORS:  # a user's forward may look at values
@@ -48,7 +48,7 @@ def weigh(model: nn.Module, inputs: Inputs, points: Sequence[str]) -> list[float
 
 
 def weigh_and_log(
-    call: Call, inputs: Inputs, points: Sequence[str], rehearsal: Rehearsal
+    call: ModelCall, inputs: Inputs, points: Sequence[str], dry_run: DryRun
 ) -> tuple[list[float], list[str]]:
     """The weights of a model's pieces, and the operations that it calls; raises what its forward raises."""
     counter = _Counter(len(points) + 1)
@@ -57,8 +57,8 @@ def weigh_and_log(
         for piece, name in enumerate(points, 1)
     ]
     try:
-        with rehearsal.running() as operations, counter:
-            call(*[rehearsal.convert(value) for value in inputs.values])
+        with dry_run.running() as operations, counter:
+            call(*[dry_run.convert(value) for value in inputs.values])
     finally:
         for hook in hooks:
             hook.remove()

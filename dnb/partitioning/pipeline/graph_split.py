@@ -12,12 +12,12 @@ from torch import fx, nn
 from dnb.errors import PlanError
 from dnb.partitioning.pipeline.dry_run import is_plain
 from dnb.partitioning.pipeline.stage_module import WAY_OUT, described
-from dnb.partitioning.pipeline.tracing import Inputs, Trace
+from dnb.partitioning.pipeline.tracing import Inputs, ModelTrace
 
 Built = tuple[nn.Module, tuple[int, ...], tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]
 
 
-def split(trace: Trace, cuts: Sequence[str], inputs: Inputs) -> list[Built]:
+def split(trace: ModelTrace, cuts: Sequence[str], inputs: Inputs) -> list[Built]:
     """Module, inputs, what is received and what is sent, of every stage.
 
     Args:
@@ -46,7 +46,7 @@ def split(trace: Trace, cuts: Sequence[str], inputs: Inputs) -> list[Built]:
     return built
 
 
-def users_of_parameters(trace: Trace, cuts: Sequence[str]) -> dict[str, set[int]]:
+def users_of_parameters(trace: ModelTrace, cuts: Sequence[str]) -> dict[str, set[int]]:
     """The stages that use each tensor of the model, by its name below `Call`, if it is cut so; nothing is built.
 
     Raises:
@@ -73,7 +73,7 @@ def users_of_parameters(trace: Trace, cuts: Sequence[str]) -> dict[str, set[int]
     return users
 
 
-def forbidden_places(trace: Trace) -> list[tuple[int, int]]:
+def forbidden_places(trace: ModelTrace) -> list[tuple[int, int]]:
     """Where no stage can begin, as (first, last) places: something between them could not cross that cut."""
     found = [(changed.meta["place"] + 1, by.meta["place"]) for changed, by in trace.changes]
     end = max((node.meta["place"] for node in trace.graph.nodes), default=0)
@@ -110,18 +110,18 @@ class _Restored(nn.Module):
         return self._restore(self.body(*values))
 
 
-def _check_filled(trace: Trace, num_stages: int) -> None:
+def _check_filled(trace: ModelTrace, num_stages: int) -> None:
     filled = {_stage_of(node) for node in trace.graph.nodes if node.op.startswith("call")}
     for stage in range(num_stages):
         if stage not in filled:
             raise PlanError(f"stage {stage} would have no layer: begin the next one later")
 
 
-def _described(trace: Trace, nodes: Sequence[fx.Node]) -> tuple[torch.Tensor, ...]:
+def _described(trace: ModelTrace, nodes: Sequence[fx.Node]) -> tuple[torch.Tensor, ...]:
     return tuple(described(trace.values[node]) for node in nodes)
 
 
-def _crossings(trace: Trace, nodes: Sequence[fx.Node], num_stages: int) -> list[list[fx.Node]]:
+def _crossings(trace: ModelTrace, nodes: Sequence[fx.Node], num_stages: int) -> list[list[fx.Node]]:
     """For every stage the values made before it that it, or one behind it, uses."""
     received: list[list[fx.Node]] = [[] for _ in range(num_stages)]
     for node in nodes:
@@ -150,7 +150,7 @@ def _stage_of_use(user: fx.Node, num_stages: int) -> int:
     return num_stages - 1 if user.op == "output" else _stage_of(user)
 
 
-def _take_apart(trace: Trace, node: fx.Node, value: Sequence[Any]) -> None:
+def _take_apart(trace: ModelTrace, node: fx.Node, value: Sequence[Any]) -> None:
     """Later stages use the elements of a tuple, each of which can be handed on."""
     home = _stage_of(node)
     with trace.graph.inserting_after(node):
@@ -181,7 +181,7 @@ def _check_tensor(value: Any, node: fx.Node, stage: int) -> None:
 
 
 def _stage_graph(
-    trace: Trace,
+    trace: ModelTrace,
     stage: int,
     received: Sequence[fx.Node],
     behind: Sequence[fx.Node] | None,

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from dnb.errors import USER_ERRORS
-from dnb.partitioning.pipeline.dry_run import Rehearsal, no_autocast
+from dnb.partitioning.pipeline.dry_run import DryRun, no_autocast
 from dnb.partitioning.pipeline.stage_module import StagePart
 from dnb.partitioning.pipeline.tracing import Inputs
 from dnb.protocol.run import Partition
@@ -176,10 +176,10 @@ def _kept_by_stage(
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> list[int] | None:
     """What each stage keeps of one micro-batch; None if the model needs values."""
-    rehearsal = Rehearsal(model, autocast)
+    dry_run = DryRun(model, autocast)
     try:
-        values = [rehearsal.convert(value) for value in inputs.values]
-        with rehearsal.running():
+        values = [dry_run.convert(value) for value in inputs.values]
+        with dry_run.running():
             return list(_run(model, parts, values, loss))
     except KeyboardInterrupt:
         raise

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dnb.errors import USER_ERRORS, PlanError
-from dnb.partitioning.pipeline.dry_run import Rehearsal
+from dnb.partitioning.pipeline.dry_run import DryRun
 from dnb.partitioning.pipeline.stage_module import StagePart, described
 from dnb.partitioning.pipeline.tracing import Inputs
 from dnb.planning.shards import split_evenly
@@ -39,7 +39,7 @@ def as_tuple(output: Any) -> tuple[Any, ...]:
 
 
 def divide_chain(
-    modules: Sequence[nn.Module], partition: Partition, inputs: Inputs, rehearsal: Rehearsal
+    modules: Sequence[nn.Module], partition: Partition, inputs: Inputs, dry_run: DryRun
 ) -> list[StagePart]:
     """Stages of modules that hand tensors to each other; without names of their parameters yet.
 
@@ -58,12 +58,12 @@ def divide_chain(
         Chain(modules[first:last], is_last=stage == len(bounds) - 1) for stage, (first, last) in enumerate(bounds)
     ]
     try:
-        crossing = _rehearse_chains(chains, inputs, rehearsal)
+        crossing = _rehearse_chains(chains, inputs, dry_run)
     except (PlanError, KeyboardInterrupt):
         raise
     except USER_ERRORS:  # such as a stage that looks at values
-        rehearsal.use_data()
-        crossing = _rehearse_chains(chains, inputs, rehearsal)
+        dry_run.use_data()
+        crossing = _rehearse_chains(chains, inputs, dry_run)
     edges = [(), *crossing, ()]
     everything = tuple(range(len(inputs.values)))
     return [
@@ -72,11 +72,11 @@ def divide_chain(
     ]
 
 
-def _rehearse_chains(chains: Sequence[Chain], inputs: Inputs, rehearsal: Rehearsal) -> list[tuple[torch.Tensor, ...]]:
+def _rehearse_chains(chains: Sequence[Chain], inputs: Inputs, dry_run: DryRun) -> list[tuple[torch.Tensor, ...]]:
     """What crosses every cut."""
-    values: tuple[Any, ...] = tuple(rehearsal.convert(value) for value in inputs.values)
+    values: tuple[Any, ...] = tuple(dry_run.convert(value) for value in inputs.values)
     crossing: list[tuple[torch.Tensor, ...]] = []
-    with rehearsal.running():
+    with dry_run.running():
         for stage, chain in enumerate(chains):
             versions = [value._version for value in values if isinstance(value, torch.Tensor)] if stage else []
             output = chain(*values)

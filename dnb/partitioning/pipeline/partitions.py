@@ -8,7 +8,7 @@ from torch import nn
 
 from dnb.errors import ArgumentError, PlanError, nearest
 from dnb.partitioning.pipeline.flop_counts import balanced_cuts
-from dnb.partitioning.pipeline.stage_builder import Divider
+from dnb.partitioning.pipeline.stage_builder import StageBuilder
 from dnb.partitioning.pipeline.traced_forward import follow_once
 from dnb.partitioning.pipeline.tracing import Inputs
 from dnb.planning.shards import SAMPLES_AT_LEAST
@@ -70,7 +70,7 @@ def pipelines(
     if len(found) < 2 and most_engines > 1:
         # Says why it cannot be cut at all.
         wanted = Partition(kind="pipeline", num_engines=2, num_stages=2 * per_engine)
-        Divider(model, wanted, stages=stages).parts(inputs)
+        StageBuilder(model, wanted, stages=stages).parts(inputs)
     return tuple(found), tuple(ties)
 
 
@@ -154,7 +154,7 @@ def _users_of_chain(
 ) -> dict[str, set[int]]:
     """The stages that use each trainable parameter, where the user gives them."""
     users: dict[str, set[int]] = {}
-    for stage, part in enumerate(Divider(model, partition, stages=stages).parts(inputs)):
+    for stage, part in enumerate(StageBuilder(model, partition, stages=stages).parts(inputs)):
         for name, parameter in part.parameters.items():
             if parameter.requires_grad:
                 users.setdefault(name, set()).add(stage)

@@ -15,15 +15,15 @@ from torch import nn
 
 from dnb.errors import USER_ERRORS, PlanError, nearest
 from dnb.partitioning.pipeline.cut_points import cut_points
-from dnb.partitioning.pipeline.dry_run import PREFIX, Rehearsal, no_autocast
+from dnb.partitioning.pipeline.dry_run import PREFIX, DryRun, no_autocast
 from dnb.partitioning.pipeline.graph_split import split
 from dnb.partitioning.pipeline.module_chains import divide_chain
 from dnb.partitioning.pipeline.stage_module import WAY_OUT, StagePart
 from dnb.partitioning.pipeline.tracing import (
-    Call,
     Inputs,
+    ModelCall,
+    ModelTrace,
     NotTraceable,
-    Trace,
     containing,
     trace_by_export,
     trace_by_symbols,
@@ -31,7 +31,7 @@ from dnb.partitioning.pipeline.tracing import (
 from dnb.protocol.run import Partition
 
 
-class Divider:
+class StageBuilder:
     """Divides one model, for one shape of inputs after the other.
 
     Args:
@@ -52,7 +52,7 @@ class Divider:
         self._model = model
         self._partition = partition
         self._stages = stages
-        self._rehearsal = Rehearsal(model, autocast)
+        self._dry_run = DryRun(model, autocast)
         self._by_symbols: dict[bool, bool] = {}  # by mode, once it was seen whether symbols tell all that is called
 
     def parts(self, inputs: Inputs) -> tuple[StagePart, ...]:
@@ -66,8 +66,8 @@ class Divider:
         """
         partition, model = self._partition, self._model
         if self._stages is not None:
-            return _named(model, divide_chain(list(self._stages), partition, inputs, self._rehearsal))
-        call = Call(model, inputs)
+            return _named(model, divide_chain(list(self._stages), partition, inputs, self._dry_run))
+        call = ModelCall(model, inputs)
         if partition.num_stages == 1 and not partition.cuts:
             return _named(model, [StagePart(call, tuple(range(len(inputs.values))), (), (), {}, {})])
         _check_cuts(model, partition, inputs)
@@ -78,41 +78,41 @@ class Divider:
         built = split(trace, cuts, inputs)
         return _named(model, [StagePart(*part, {}, {}, begins[stage]) for stage, part in enumerate(built)])
 
-    def _trace(self, call: Call, inputs: Inputs, opened: Iterable[str]) -> Trace:
+    def _trace(self, call: ModelCall, inputs: Inputs, opened: Iterable[str]) -> ModelTrace:
         """By symbols if that calls the very operations that the model calls, else by torch.export."""
         refusal: NotTraceable | None = None
         is_enough = self._by_symbols.get(call.training)
         if is_enough is not False:
-            wanted = None if is_enough else operations_of(call, inputs, self._rehearsal)
+            wanted = None if is_enough else operations_of(call, inputs, self._dry_run)
             try:
-                trace, operations = trace_by_symbols(call, inputs, opened, self._rehearsal)
+                trace, operations = trace_by_symbols(call, inputs, opened, self._dry_run)
             except NotTraceable as error:
-                if self._rehearsal.has_data:  # the model looks at values, which torch.export cannot follow, either
+                if self._dry_run.has_data:  # the model looks at values, which torch.export cannot follow, either
                     raise untraceable(call, error) from error
                 refusal = error
             else:
                 self._by_symbols[call.training] = is_enough = is_enough or operations == wanted
                 if is_enough:
                     return trace
-        trace = exported(call, inputs, self._rehearsal, refusal=refusal)
+        trace = exported(call, inputs, self._dry_run, refusal=refusal)
         self._by_symbols[call.training] = False
         return trace
 
 
-def exported(call: Call, inputs: Inputs, rehearsal: Rehearsal, *, refusal: NotTraceable | None = None) -> Trace:
+def exported(call: ModelCall, inputs: Inputs, dry_run: DryRun, *, refusal: NotTraceable | None = None) -> ModelTrace:
     """The trace by torch.export.
 
     Args:
         call: the model.
         inputs: an example.
-        rehearsal: of that model.
+        dry_run: of that model.
         refusal: why symbols cannot follow it, which is told if torch.export does not know better.
 
     Raises:
         PlanError: it cannot be traced.
     """
     try:
-        return trace_by_export(call, inputs, rehearsal)
+        return trace_by_export(call, inputs, dry_run)
     except NotTraceable as error:
         raise untraceable(call, refusal if refusal is not None and not error.line else error) from error
 
@@ -120,8 +120,8 @@ def exported(call: Call, inputs: Inputs, rehearsal: Rehearsal, *, refusal: NotTr
 def divide(
     model: nn.Module, partition: Partition, inputs: Inputs, *, stages: Sequence[nn.Module] | None = None
 ) -> tuple[StagePart, ...]:
-    """The stages of a model, once; see `Divider`."""
-    return Divider(model, partition, stages=stages).parts(inputs)
+    """The stages of a model, once; see `StageBuilder`."""
+    return StageBuilder(model, partition, stages=stages).parts(inputs)
 
 
 # By cuts --------------------------------------------------------------------------------------------
@@ -147,24 +147,24 @@ def _check_cuts(model: nn.Module, partition: Partition, inputs: Inputs) -> None:
     )
 
 
-def operations_of(call: Call, inputs: Inputs, rehearsal: Rehearsal) -> list[str]:
+def operations_of(call: ModelCall, inputs: Inputs, dry_run: DryRun) -> list[str]:
     """What the model itself calls, for comparison."""
-    if not rehearsal.has_data:
+    if not dry_run.has_data:
         try:
-            with rehearsal.running() as operations:
-                call(*[rehearsal.convert(value) for value in inputs.values])
+            with dry_run.running() as operations:
+                call(*[dry_run.convert(value) for value in inputs.values])
         except KeyboardInterrupt:
             raise
         except USER_ERRORS:  # such as a model that looks at values: then with data, and its own error shows
-            rehearsal.use_data()
+            dry_run.use_data()
         else:
             return operations
-    with rehearsal.running() as operations:
-        call(*[rehearsal.convert(value) for value in inputs.values])
+    with dry_run.running() as operations:
+        call(*[dry_run.convert(value) for value in inputs.values])
     return operations
 
 
-def untraceable(call: Call, error: NotTraceable) -> PlanError:
+def untraceable(call: ModelCall, error: NotTraceable) -> PlanError:
     """The refusal of a model that cannot be traced."""
     name = type(call.model).__name__
     after = f" (after the operation {error.operator!r})" if error.operator else ""

@@ -9,11 +9,11 @@ from torch import nn
 
 from dnb.errors import USER_ERRORS
 from dnb.partitioning.pipeline.cut_points import follow, points_of
-from dnb.partitioning.pipeline.dry_run import PREFIX, Rehearsal, no_autocast
+from dnb.partitioning.pipeline.dry_run import PREFIX, DryRun, no_autocast
 from dnb.partitioning.pipeline.flop_counts import weigh_and_log
 from dnb.partitioning.pipeline.graph_split import users_of_parameters
 from dnb.partitioning.pipeline.stage_builder import check_begun, exported, untraceable
-from dnb.partitioning.pipeline.tracing import Call, Inputs, NotTraceable, Trace, trace_by_symbols
+from dnb.partitioning.pipeline.tracing import Inputs, ModelCall, ModelTrace, NotTraceable, trace_by_symbols
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Followed:
     """
 
     model: nn.Module
-    trace: Trace
+    trace: ModelTrace
     points: Sequence[str]
     weights: Sequence[float]
 
@@ -66,42 +66,42 @@ def follow_once(model: nn.Module, inputs: Inputs) -> Followed:
     Raises:
         PlanError: it cannot be followed.
     """
-    call = Call(model, inputs)
-    rehearsal = Rehearsal(model, no_autocast)
-    found = follow(model, inputs, rehearsal)
+    call = ModelCall(model, inputs)
+    dry_run = DryRun(model, no_autocast)
+    found = follow(model, inputs, dry_run)
     points = [] if found is None else points_of(model, found[0])
     try:
-        weights, operations = weigh_and_log(call, inputs, points, rehearsal)
+        weights, operations = weigh_and_log(call, inputs, points, dry_run)
     except KeyboardInterrupt:
         raise
     except USER_ERRORS:  # such as a model that looks at values
-        return _follow_with_data(call, inputs, rehearsal)
+        return _follow_with_data(call, inputs, dry_run)
     if found is not None and found[1] == operations:
         return Followed(model, found[0], points, weights)
-    trace = exported(call, inputs, rehearsal, refusal=_refusal(call, inputs, rehearsal) if found is None else None)
+    trace = exported(call, inputs, dry_run, refusal=_refusal(call, inputs, dry_run) if found is None else None)
     points = points_of(model, trace)
-    return Followed(model, trace, points, weigh_and_log(call, inputs, points, rehearsal)[0])
+    return Followed(model, trace, points, weigh_and_log(call, inputs, points, dry_run)[0])
 
 
-def _refusal(call: Call, inputs: Inputs, rehearsal: Rehearsal) -> NotTraceable | None:
+def _refusal(call: ModelCall, inputs: Inputs, dry_run: DryRun) -> NotTraceable | None:
     """Where symbols stop that look into nothing below the model itself."""
     try:
-        trace_by_symbols(call, inputs, (), rehearsal)
+        trace_by_symbols(call, inputs, (), dry_run)
     except NotTraceable as error:
         return error
     return None
 
 
-def _follow_with_data(call: Call, inputs: Inputs, rehearsal: Rehearsal) -> Followed:
+def _follow_with_data(call: ModelCall, inputs: Inputs, dry_run: DryRun) -> Followed:
     """A model that looks at values, which torch.export cannot follow."""
-    rehearsal.use_data()
-    operations = weigh_and_log(call, inputs, (), rehearsal)[1]
-    found = follow(call.model, inputs, rehearsal)
+    dry_run.use_data()
+    operations = weigh_and_log(call, inputs, (), dry_run)[1]
+    found = follow(call.model, inputs, dry_run)
     if found is None:
         raise untraceable(
-            call, _refusal(call, inputs, rehearsal) or NotTraceable("it looks at values", operator="", line="")
+            call, _refusal(call, inputs, dry_run) or NotTraceable("it looks at values", operator="", line="")
         )
     if found[1] != operations:
-        return Followed(call.model, exported(call, inputs, rehearsal), (), (1.0,))
+        return Followed(call.model, exported(call, inputs, dry_run), (), (1.0,))
     points = points_of(call.model, found[0])
     return Followed(call.model, found[0], points, [1.0] * (len(points) + 1))

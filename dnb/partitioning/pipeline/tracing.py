@@ -15,7 +15,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from dnb.errors import USER_ERRORS, PlanError
-from dnb.partitioning.pipeline.dry_run import Rehearsal, Watch, first_line, is_plain, rehearse, target_name, users_line
+from dnb.partitioning.pipeline.dry_run import (
+    DryRun,
+    MutationWatch,
+    first_line,
+    is_plain,
+    rehearse,
+    target_name,
+    users_line,
+)
 from dnb.user_code.model_call import arguments_of
 
 
@@ -54,7 +62,7 @@ class Inputs:
         return (*self.positional, *self.keywords.values())
 
 
-class Call(nn.Module):
+class ModelCall(nn.Module):
     """A model under one signature: inputs by position, and out comes what the loss is made of."""
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
@@ -73,7 +81,7 @@ class Call(nn.Module):
 
 
 @dataclass(frozen=True, slots=True)
-class Trace:
+class ModelTrace:
     """A graph, what became of its nodes' values when it was rehearsed, and where in it modules begin.
 
     Args:
@@ -178,7 +186,7 @@ class SymbolTracer(fx.Tracer):
     Beside each symbol goes a value without data, so that what Python asks of a shape is answered.
 
     Args:
-        opened: names (below `Call`) of the modules to look into.
+        opened: names (below `ModelCall`) of the modules to look into.
     """
 
     proxy_buffer_attributes = True
@@ -194,11 +202,11 @@ class SymbolTracer(fx.Tracer):
         self._inputs: tuple[Any, ...] = ()
         self._has_values = True
         self._log: list[str] = []
-        self.watch = Watch()
+        self.watch = MutationWatch()
         self._is_computing = False
         self._num_nodes = 0
 
-    def follow(self, call: Call, inputs: tuple[Any, ...], log: list[str] | None) -> fx.Graph:
+    def follow(self, call: ModelCall, inputs: tuple[Any, ...], log: list[str] | None) -> fx.Graph:
         """Trace; only tensors become symbols.
 
         Args:
@@ -316,29 +324,29 @@ class _Factories(TorchFunctionMode):
 
 
 def trace_by_symbols(
-    call: Call, inputs: Inputs, opened: Iterable[str], rehearsal: Rehearsal
-) -> tuple[Trace, list[str]]:
+    call: ModelCall, inputs: Inputs, opened: Iterable[str], dry_run: DryRun
+) -> tuple[ModelTrace, list[str]]:
     """The trace of a forward, and the operations that are called.
 
     Args:
         call: the model.
         inputs: an example.
         opened: names of modules that are looked into.
-        rehearsal: computes values beside the symbols.
+        dry_run: computes values beside the symbols.
 
     Raises:
         NotTraceable: Python decided by a value.
     """
     tracer = SymbolTracer(opened)
-    values = tuple(rehearsal.convert(value) for value in inputs.values)
+    values = tuple(dry_run.convert(value) for value in inputs.values)
     try:
-        with rehearsal.running() as log:
+        with dry_run.running() as log:
             graph = tracer.follow(call, values, log)
     except KeyboardInterrupt:
         raise
     except USER_ERRORS as error:
         raise NotTraceable(first_line(error), operator=tracer.last_operation, line=users_line(error)) from error
-    trace = Trace(graph, call, tracer.values, lambda output: output, tracer.begins, tracer.watch.changes)
+    trace = ModelTrace(graph, call, tracer.values, lambda output: output, tracer.begins, tracer.watch.changes)
     return trace, tracer.operations
 
 
@@ -351,7 +359,7 @@ def containing(cuts: Iterable[str]) -> set[str]:
     return found
 
 
-def trace_by_export(call: Call, inputs: Inputs, rehearsal: Rehearsal) -> Trace:
+def trace_by_export(call: ModelCall, inputs: Inputs, dry_run: DryRun) -> ModelTrace:
     """Like `trace_by_symbols`, by `torch.export`: holds for these shapes and for this mode only.
 
     Raises:
@@ -379,9 +387,9 @@ def trace_by_export(call: Call, inputs: Inputs, rehearsal: Rehearsal) -> Trace:
                 begins.setdefault(name, place)
             place += 1
     spec = program.call_spec.out_spec
-    with rehearsal.running():
-        values, changes = rehearse(module.graph, attributes, [rehearsal.convert(value) for value in inputs.values])
-    return Trace(
+    with dry_run.running():
+        values, changes = rehearse(module.graph, attributes, [dry_run.convert(value) for value in inputs.values])
+    return ModelTrace(
         module.graph,
         attributes,
         values,
@@ -400,7 +408,7 @@ def _scopes(node: fx.Node) -> list[str]:
     return list(names)
 
 
-def _attribute(call: Call, module: nn.Module, target: str) -> Any:
+def _attribute(call: ModelCall, module: nn.Module, target: str) -> Any:
     """The model's own tensor of that name, if it has one, as torch.export may make tensors of its own."""
     for owner in (call, module):
         try:

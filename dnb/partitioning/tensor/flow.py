@@ -35,7 +35,7 @@ class LayerGroup:
 
 
 @dataclass(slots=True)
-class _Flow:
+class _LayerFlow:
     """What went in and out of a layer, as nodes of the graph that autograd keeps."""
 
     inputs: list[Any] = field(default_factory=list)
@@ -52,7 +52,7 @@ class FlowWatch:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._layers = dict(dividable(model))
-        self._flows: dict[str, _Flow] = {}
+        self._flows: dict[str, _LayerFlow] = {}
         self._handles = [layer.register_forward_hook(self._hook_of(name)) for name, layer in self._layers.items()]
 
     def close(self) -> None:
@@ -144,7 +144,7 @@ class FlowWatch:
 
     def _hook_of(self, name: str) -> Any:
         def hook(_layer: nn.Module, inputs: Any, output: Any) -> None:
-            flow = self._flows.setdefault(name, _Flow())
+            flow = self._flows.setdefault(name, _LayerFlow())
             flow.inputs += [value.grad_fn for value in inputs if isinstance(value, torch.Tensor)]
             flow.outputs.append(output.grad_fn)
 

@@ -13,8 +13,8 @@ from dnb.errors import USER_ERRORS, PlanError
 from dnb.partitioning.pipeline.dry_run import first_line, users_line
 from dnb.partitioning.tensor.flow import FlowWatch, LayerGroup, head_counts, uneven
 from dnb.partitioning.tensor.plan_input import WAY_OUT, plan_of_model, read_tensor_plan
-from dnb.partitioning.tensor.simulated_ranks import Whole, fault_of, moved_copy, whole_of
-from dnb.partitioning.tensor.trial import Trial
+from dnb.partitioning.tensor.simulated_ranks import WholeResult, fault_of, moved_copy, whole_of
+from dnb.partitioning.tensor.trial import ModelTrial
 from dnb.protocol.run import Partition
 
 # Engines of a team that may come later are planned for, too; with more of them messages outweigh what is saved.
@@ -27,7 +27,7 @@ Wish = Mapping[str, Any] | None
 
 
 def tensor_partitions(
-    model: nn.Module, trial: Trial, *, wanted: int | None = None, plan: Wish = None
+    model: nn.Module, trial: ModelTrial, *, wanted: int | None = None, plan: Wish = None
 ) -> tuple[Partition, ...]:
     """The partitions over 1, 2, ... engines; all that are given were rehearsed, but for the first.
 
@@ -53,7 +53,7 @@ def tensor_partitions(
 class _Planner:
     """Tries divisions of one model."""
 
-    def __init__(self, model: nn.Module, trial: Trial) -> None:
+    def __init__(self, model: nn.Module, trial: ModelTrial) -> None:
         self._model = model
         self._whole, self._found = _computed(model, trial)
         self._faults: dict[str, None] = {}  # what was wrong with what was left out
@@ -151,7 +151,7 @@ class _Planner:
         return WAY_OUT
 
 
-def _computed(model: nn.Module, trial: Trial) -> tuple[Whole, list[LayerGroup]]:
+def _computed(model: nn.Module, trial: ModelTrial) -> tuple[WholeResult, list[LayerGroup]]:
     """The whole model, in doubles if it can be, and what the flow of its values says."""
     num_elements = sum(parameter.numel() for parameter in model.parameters())
     dtypes = (torch.float64, torch.float32) if num_elements <= MOST_DOUBLES else (torch.float32,)

@@ -35,7 +35,7 @@ Evaluate = Callable[[nn.Module], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class WholeResult:
     """A model that was computed whole.
 
     Args:
@@ -75,7 +75,7 @@ def moved_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return moved
 
 
-def whole_of(model: nn.Module, value: torch.Tensor, evaluate: Evaluate) -> Whole:
+def whole_of(model: nn.Module, value: torch.Tensor, evaluate: Evaluate) -> WholeResult:
     """A moved copy that was computed whole, with its gradients.
 
     Args:
@@ -87,12 +87,12 @@ def whole_of(model: nn.Module, value: torch.Tensor, evaluate: Evaluate) -> Whole
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     for parameter in model.parameters():
         parameter.grad = None
-    return Whole(model, evaluate, gradients, value.detach())
+    return WholeResult(model, evaluate, gradients, value.detach())
 
 
-def fault_of(whole: Whole, styles: Styles, shares: Mapping[str, int], num_engines: int) -> str:
+def fault_of(whole: WholeResult, styles: Styles, shares: Mapping[str, int], num_engines: int) -> str:
     """What is wrong with a division, for people; empty if nothing is."""
-    group = _Group(num_engines)
+    group = _RankGroup(num_engines)
     ranks = [_Rank(whole, styles, shares, group, rank) for rank in range(num_engines)]
     threads = [threading.Thread(target=rank.run, name=f"dnb-rehearsal-{rank.rank}") for rank in ranks]
     for thread in threads:
@@ -107,7 +107,7 @@ def fault_of(whole: Whole, styles: Styles, shares: Mapping[str, int], num_engine
     return _difference(whole, ranks)
 
 
-def _difference(whole: Whole, ranks: Sequence[_Rank]) -> str:
+def _difference(whole: WholeResult, ranks: Sequence[_Rank]) -> str:
     dtypes = {gradient.dtype for gradient in whole.gradients.values()}
     relative, absolute = CLOSE[torch.float64 if dtypes == {torch.float64} else torch.float32]
     scale = max((float(gradient.norm()) for gradient in whole.gradients.values()), default=0.0)
@@ -131,7 +131,7 @@ def _gradients_of(name: str, ranks: Sequence[_Rank]) -> list[torch.Tensor | None
     return [torch.cat(present, dim)]
 
 
-class _Group:
+class _RankGroup:
     """Threads that hand each other tensors."""
 
     def __init__(self, size: int) -> None:
@@ -157,7 +157,9 @@ class _Group:
 class _Rank:
     """One engine."""
 
-    def __init__(self, whole: Whole, styles: Styles, shares: Mapping[str, int], group: _Group, rank: int) -> None:
+    def __init__(
+        self, whole: WholeResult, styles: Styles, shares: Mapping[str, int], group: _RankGroup, rank: int
+    ) -> None:
         self.rank = rank
         self.value = torch.zeros(())
         self.error: BaseException | None = None
@@ -207,7 +209,7 @@ class _Rank:
         return part
 
 
-def _forward(layer: nn.Module, style: TensorStyle, group: _Group, rank: int, values: torch.Tensor) -> torch.Tensor:
+def _forward(layer: nn.Module, style: TensorStyle, group: _RankGroup, rank: int, values: torch.Tensor) -> torch.Tensor:
     """What a divided layer gives on one engine."""
     if isinstance(layer, nn.Embedding):
         if style.startswith("rowwise"):
@@ -224,7 +226,7 @@ def _forward(layer: nn.Module, style: TensorStyle, group: _Group, rank: int, val
     return _apply(_Joined, output, group, rank) if style == "colwise_rep" else output
 
 
-def _apply(function: Any, values: torch.Tensor, group: _Group, rank: int) -> torch.Tensor:
+def _apply(function: Any, values: torch.Tensor, group: _RankGroup, rank: int) -> torch.Tensor:
     result: torch.Tensor = function.apply(values, group, rank)
     return result
 
@@ -243,7 +245,7 @@ class _Shared(torch.autograd.Function):
     """The same everywhere; its gradient is the sum of all."""
 
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, group: _Group, rank: int) -> torch.Tensor:
+    def forward(ctx: Any, values: torch.Tensor, group: _RankGroup, rank: int) -> torch.Tensor:
         ctx.place = group, rank
         return values.view_as(values)
 
@@ -257,7 +259,7 @@ class _Total(torch.autograd.Function):
     """The sum of all."""
 
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, group: _Group, rank: int) -> torch.Tensor:  # noqa: ARG004
+    def forward(ctx: Any, values: torch.Tensor, group: _RankGroup, rank: int) -> torch.Tensor:  # noqa: ARG004
         return group.sum(rank, values)
 
     @staticmethod
@@ -269,7 +271,7 @@ class _Joined(torch.autograd.Function):
     """All parts, one after the other."""
 
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, group: _Group, rank: int) -> torch.Tensor:
+    def forward(ctx: Any, values: torch.Tensor, group: _RankGroup, rank: int) -> torch.Tensor:
         ctx.place = group, rank
         return torch.cat(group.gather(rank, values.detach()), -1)
 
@@ -283,7 +285,7 @@ class _Cut(torch.autograd.Function):
     """The own part of what is the same everywhere."""
 
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, group: _Group, rank: int) -> torch.Tensor:
+    def forward(ctx: Any, values: torch.Tensor, group: _RankGroup, rank: int) -> torch.Tensor:
         ctx.place = group, rank
         return values.chunk(group.size, -1)[rank].clone()
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from dnb.partitioning.tensor.simulated_ranks import number_of
 
 
-class Trial:
+class ModelTrial:
     """One batch, and the functions of a run.
 
     Args:

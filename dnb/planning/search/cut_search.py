@@ -22,7 +22,7 @@ Used = tuple[int, ...]  # engines taken, by kind
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class EnginePlace:
     """An engine, or the slowest and smallest of several that have the same stage in different teams."""
 
     speed: float
@@ -30,7 +30,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Division:
+class StageCuts:
     """A chain of layers cut into stages, each with a place."""
 
     cuts: tuple[int, ...]  # first layers of stages 1, 2, ...
@@ -39,14 +39,14 @@ class Division:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _BestPath:
     path: float
     paces: tuple[float, float]
     firsts: tuple[int, ...]  # first layers of all stages
     kinds: tuple[int, ...]
 
 
-class Divider:
+class CutSearch:
     """Divides one workload, for one schedule and number of micro-batches.
 
     Exact for `costs.pipeline_seconds`, which is the way of one micro-batch plus a pace for each further one. The
@@ -66,7 +66,7 @@ class Divider:
         self,
         load: Workload,
         *,
-        places: Sequence[Place],
+        places: Sequence[EnginePlace],
         schedule: ScheduleName,
         num_micro_batches: int,
         exchange: Exchange,
@@ -95,7 +95,7 @@ class Divider:
                 least += self._further * np.array([_least(table) for table in slowest[1:]])
         return [float(seconds) for seconds in least]
 
-    def divide(self, num_stages: int) -> Division | None:
+    def divide(self, num_stages: int) -> StageCuts | None:
         """The fastest division into exactly so many stages, or None if none fits."""
         best = self._walk(num_stages, (inf, inf))
         if best is None:
@@ -104,27 +104,27 @@ class Divider:
             # The second phase was walked down for any first; now those with a faster first one.
             least = self._shortest(num_stages, (inf, inf))
             assert least is not None
-            found: _Found | None = best
+            found: _BestPath | None = best
             while found is not None:
                 room = (self._seconds(best) - least.path) / self._further
                 found = self._walk(num_stages, (min(_below(found.paces[0]), room), inf))
                 if found is not None and self._seconds(found) < self._seconds(best):
                     best = found
-        return Division(best.firsts[1:], self._places(best), self._seconds(best))
+        return StageCuts(best.firsts[1:], self._places(best), self._seconds(best))
 
-    def _seconds(self, found: _Found) -> float:
+    def _seconds(self, found: _BestPath) -> float:
         return found.path + self._further * sum(found.paces)
 
-    def _walk(self, num_stages: int, limits: tuple[float, float]) -> _Found | None:
+    def _walk(self, num_stages: int, limits: tuple[float, float]) -> _BestPath | None:
         """The best by path and one pace, the other no more than its limit."""
         phase = 1 if self._schedule == "gpipe" else 0
         best = self._shortest(num_stages, limits)
         if best is None or not self._further:
             return best
         smoothest = self._smoothest(num_stages, limits, phase=phase)
-        found: _Found | None = best
+        found: _BestPath | None = best
 
-        def rank(one: _Found) -> float:
+        def rank(one: _BestPath) -> float:
             return one.path + self._further * one.paces[phase]
 
         best = min(best, smoothest, key=rank)
@@ -139,7 +139,7 @@ class Divider:
                 best = found
         return best
 
-    def _smoothest(self, num_stages: int, limits: tuple[float, float], *, phase: int) -> _Found:
+    def _smoothest(self, num_stages: int, limits: tuple[float, float], *, phase: int) -> _BestPath:
         """The shortest way of those with the least pace."""
         matrices = [np.where(self._allowed(kind, limits), pace[phase], inf) for kind, pace in enumerate(self._paces)]
         pace = _least(self._tables(matrices, num_stages, np.maximum)[num_stages])
@@ -147,7 +147,7 @@ class Divider:
         assert found is not None
         return found
 
-    def _shortest(self, num_stages: int, limits: tuple[float, float]) -> _Found | None:
+    def _shortest(self, num_stages: int, limits: tuple[float, float]) -> _BestPath | None:
         """The division with the shortest way whose paces are within limits."""
         matrices = [np.where(self._allowed(kind, limits), path, inf) for kind, path in enumerate(self._paths)]
         tables = self._tables(matrices, num_stages)
@@ -163,7 +163,7 @@ class Divider:
             paces = max(paces[0], float(one[first, last])), max(paces[1], float(two[first, last]))
             used, first = _with(used, kind, -1), last
         path = min(float(table[0]) for table in tables[num_stages].values())
-        return _Found(path, paces, tuple(firsts), tuple(kinds))
+        return _BestPath(path, paces, tuple(firsts), tuple(kinds))
 
     def _step(
         self, matrices: Sequence[Matrix], tails: dict[Used, Matrix], used: Used, first: int, behind: int
@@ -210,14 +210,14 @@ class Divider:
             self._rooms[limit, held] = np.where(needed <= (inf if limit is None else limit), 0.0, inf)
         return self._rooms[limit, held]
 
-    def _places(self, found: _Found) -> tuple[int, ...]:
+    def _places(self, found: _BestPath) -> tuple[int, ...]:
         free = [iter(members) for members in self._members]
         return tuple(next(free[kind]) for kind in found.kinds)
 
 
-def _kinds(places: Sequence[Place]) -> list[tuple[Place, list[int]]]:
+def _kinds(places: Sequence[EnginePlace]) -> list[tuple[EnginePlace, list[int]]]:
     """Equal places together; where there are too many kinds, the most alike become one, as slow and as small."""
-    members: dict[Place, list[int]] = {}
+    members: dict[EnginePlace, list[int]] = {}
     for index, place in enumerate(places):
         members.setdefault(place, []).append(index)
     kinds = sorted(members.items(), key=lambda kind: (kind[0].speed, kind[0].memory_bytes or inf))
@@ -225,7 +225,7 @@ def _kinds(places: Sequence[Place]) -> list[tuple[Place, list[int]]]:
         number = min(range(len(kinds) - 1), key=lambda n: kinds[n + 1][0].speed / kinds[n][0].speed)
         (slow, first), (fast, second) = kinds[number : number + 2]
         limits = [limit for limit in (slow.memory_bytes, fast.memory_bytes) if limit is not None]
-        kinds[number : number + 2] = [(Place(slow.speed, min(limits, default=None)), first + second)]
+        kinds[number : number + 2] = [(EnginePlace(slow.speed, min(limits, default=None)), first + second)]
     return kinds
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from dnb.errors import PlanError, nearest
 from dnb.planning.search.costs import Workload
-from dnb.planning.search.cut_search import Divider, Place
+from dnb.planning.search.cut_search import CutSearch, EnginePlace
 from dnb.planning.search.plan_text import amount
 from dnb.planning.search.prediction import MICRO_BATCHES, Candidate, Question
 from dnb.planning.search.profiles import Profile, Site
@@ -72,9 +72,9 @@ def _way_out(profile: Profile, site: Site, question: Question, *, limit: int) ->
     samples = max(1, question.batch_size // (question.data or 1))
     enough = []
     for number in (number for number in MICRO_BATCHES if number <= samples):
-        divider = Divider(
+        divider = CutSearch(
             Workload(profile, samples / number),
-            places=[Place(1.0, limit)] * most,
+            places=[EnginePlace(1.0, limit)] * most,
             schedule=question.schedule or "1f1b",
             num_micro_batches=number,
             exchange=site.exchange,

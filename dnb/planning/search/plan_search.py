@@ -8,7 +8,7 @@ from itertools import combinations, product
 from math import inf, isinf
 
 from dnb.planning.search.costs import Workload
-from dnb.planning.search.cut_search import Divider, Division, Place
+from dnb.planning.search.cut_search import CutSearch, EnginePlace, StageCuts
 from dnb.planning.search.prediction import (
     Candidate,
     Question,
@@ -44,7 +44,7 @@ class _Option:
     num_stages: int
     num_micro_batches: int
     load: Workload
-    divider: Divider
+    divider: CutSearch
     groups: Sequence[tuple[int, ...]]
     schedule: ScheduleName
 
@@ -112,7 +112,7 @@ def _options(profile: Profile, site: Site, question: Question, *, data: int) -> 
     made = []
     for number in numbers_of_micro_batches(samples, question):
         load = Workload(profile, samples / number)
-        divider = Divider(
+        divider = CutSearch(
             load,
             places=places_of(site, groups),
             schedule=schedule,
@@ -131,8 +131,8 @@ def _work_out(option: _Option, site: Site, question: Question, *, worth_seconds:
     """Cuts and prediction; where nothing fits, what is best without limits, to say what is lacking."""
     division = option.divider.divide(option.num_stages)
     if division is None:
-        roomy = [Place(place.speed, None) for place in places_of(site, option.groups)]
-        division = Divider(
+        roomy = [EnginePlace(place.speed, None) for place in places_of(site, option.groups)]
+        division = CutSearch(
             option.load,
             places=roomy,
             schedule=option.schedule,
@@ -150,12 +150,12 @@ def _work_out(option: _Option, site: Site, question: Question, *, worth_seconds:
 
 
 def _starts(
-    option: _Option, site: Site, question: Question, made: Candidate, division: Division
-) -> Iterator[tuple[Candidate, Division]]:
+    option: _Option, site: Site, question: Question, made: Candidate, division: StageCuts
+) -> Iterator[tuple[Candidate, StageCuts]]:
     """From where to move: the best by 1F1B's formula, and by GPipe's, to which a short 1F1B comes near."""
     yield made, division
     if option.schedule == "1f1b" and 1 < option.num_micro_batches <= 2 * option.num_stages:
-        phased = Divider(
+        phased = CutSearch(
             option.load,
             places=places_of(site, option.groups),
             schedule="gpipe",
@@ -166,7 +166,7 @@ def _starts(
             yield _predict(option, site, question, phased.cuts, phased.places), phased
 
 
-def _improve(option: _Option, site: Site, question: Question, made: Candidate, division: Division) -> Candidate:
+def _improve(option: _Option, site: Site, question: Question, made: Candidate, division: StageCuts) -> Candidate:
     """Move cuts and exchange engines as long as the schedule, played through, gets shorter.
 
     The cuts are exact for the formula, which does not know how forwards and backwards of unlike stages hinder each
@@ -208,7 +208,7 @@ def _moved(cuts: tuple[int, ...], num_layers: int) -> Iterator[tuple[int, ...]]:
                 yield (*cuts[:index], place, *cuts[index + 1 :])
 
 
-def _exchanged(places: tuple[int, ...], kinds: Sequence[Place]) -> Iterator[tuple[int, ...]]:
+def _exchanged(places: tuple[int, ...], kinds: Sequence[EnginePlace]) -> Iterator[tuple[int, ...]]:
     for first, second in combinations(range(len(places)), 2):
         if kinds[places[first]] != kinds[places[second]]:
             exchanged = list(places)

@@ -13,7 +13,7 @@ from dnb.planning.search.costs import (
     pipeline_seconds,
     stage_cost,
 )
-from dnb.planning.search.cut_search import Place, edges_of
+from dnb.planning.search.cut_search import EnginePlace, edges_of
 from dnb.planning.search.profiles import EngineTraits, Profile, Site
 from dnb.planning.search.schedule_simulation import play
 from dnb.protocol.base import Record
@@ -136,9 +136,11 @@ def place_groups(site: Site, *, data: int) -> list[tuple[int, ...]]:
     return [tuple(order[begin : begin + data]) for begin in range(0, len(order) - data + 1, data)]
 
 
-def places_of(site: Site, groups: Sequence[tuple[int, ...]]) -> list[Place]:
+def places_of(site: Site, groups: Sequence[tuple[int, ...]]) -> list[EnginePlace]:
     """Each group by its slowest and its smallest engine."""
-    return [Place(min(site.engines[index].speed for index in group), _least_memory(site, group)) for group in groups]
+    return [
+        EnginePlace(min(site.engines[index].speed for index in group), _least_memory(site, group)) for group in groups
+    ]
 
 
 # data parallel

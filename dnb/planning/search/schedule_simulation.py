@@ -11,7 +11,7 @@ from dnb.protocol.run import ScheduleName
 
 
 @dataclass(frozen=True, slots=True)
-class Played:
+class SimulationResult:
     """What came of it."""
 
     seconds: float
@@ -41,7 +41,7 @@ def play(
     num_micro_batches: int,
     hosts: Sequence[Sequence[str]],
     slots: Mapping[str, int],
-) -> Played:
+) -> SimulationResult:
     """Play one step of equal pipelines beside each other.
 
     Args:
@@ -80,10 +80,10 @@ class _Game:
         self._queued: set[tuple[int, int]] = set()
         self._end = 0.0
 
-    def play(self) -> Played:
+    def play(self) -> SimulationResult:
         """To the end of the last backward."""
-        for seat in self._next:
-            self._look(seat)
+        for assignment in self._next:
+            self._look(assignment)
         busy = 0.0
         while self._ready:
             moment, team, stage = heapq.heappop(self._ready)
@@ -92,7 +92,7 @@ class _Game:
                 heapq.heappush(self._ready, (free[0], team, stage))
                 continue
             busy += self._compute(moment, team, stage, free)
-        return Played(self._end, busy / len(self._hosts))
+        return SimulationResult(self._end, busy / len(self._hosts))
 
     def _compute(self, moment: float, team: int, stage: int, free: list[float] | None) -> float:
         cost = self._costs[stage]
@@ -119,11 +119,11 @@ class _Game:
         self._arrived[team, neighbour, what, number] = end + link
         self._look((team, neighbour))
 
-    def _look(self, seat: tuple[int, int]) -> None:
+    def _look(self, assignment: tuple[int, int]) -> None:
         """Queue a stage's next action if what it needs has come, or is on its way."""
-        team, stage = seat
-        position = self._next[seat]
-        if position == len(self._plans[stage]) or seat in self._queued:
+        team, stage = assignment
+        position = self._next[assignment]
+        if position == len(self._plans[stage]) or assignment in self._queued:
             return
         what, number = self._plans[stage][position]
         is_own = (what == "forward" and stage == 0) or (what == "backward" and stage == len(self._costs) - 1)
@@ -132,5 +132,5 @@ class _Game:
         else:
             came = self._arrived.pop((team, stage, what, number), None)
         if came is not None:
-            self._queued.add(seat)
-            heapq.heappush(self._ready, (max(came, self._idle_since[seat]), team, stage))
+            self._queued.add(assignment)
+            heapq.heappush(self._ready, (max(came, self._idle_since[assignment]), team, stage))

@@ -49,7 +49,7 @@ class Copies:
 
 
 def copy_together(small: Any, large: Any, *, free: Iterable[torch.Tensor] = ()) -> Copies:
-    """Copy two objects that may share parts, as one parcel would bring them to an engine.
+    """Copy two objects that may share parts, as one payload would bring them to an engine.
 
     Args:
         small: copied whole, except for tensors beyond the first 256 MB, which are shared and only to be read.

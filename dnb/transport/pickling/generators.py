@@ -35,7 +35,7 @@ class OwnGenerators:
         self._generators = [(each, _digest(each)) for each in generators]
 
     def __add__(self, other: OwnGenerators) -> OwnGenerators:
-        """Join those of two parcels."""
+        """Join those of two payloads."""
         both = OwnGenerators()
         both._generators = self._generators + other._generators
         return both

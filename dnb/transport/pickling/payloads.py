@@ -1,6 +1,6 @@
-"""Parcels: user objects pickled once, their tensors and arrays beside the pickle in shared memory.
+"""Payloads: user objects pickled once, their tensors and arrays beside the pickle in shared memory.
 
-Only a parcel signed with the cluster's key is ever opened: see `sign` and `verify`.
+Only a payload signed with the cluster's key is ever opened: see `sign` and `verify`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jupyter_client.session import Session
 
 from dnb.errors import USER_ERRORS, HubError, ShippingError, summary_of
 from dnb.progress import Report, long_work
-from dnb.protocol.memory import BufferRef, ParcelRef
+from dnb.protocol.memory import BufferRef, PayloadRef
 from dnb.transport.pickling.generators import OwnGenerators
 from dnb.transport.pickling.hooks import gradient_hooks, has_gradient_hooks, reduce_optimizer, set_gradient_hooks
 from dnb.transport.pickling.user_modules import CodePickler, read_whole, unpicklable_globals
@@ -129,7 +129,7 @@ class _Unpacker(pickle.Unpickler):
         return self._storages[pid]
 
 
-def pack(obj: Any, *, name: str, folders: Sequence[Path]) -> tuple[bytes, ParcelRef, Segment | None]:
+def pickle_payload(obj: Any, *, name: str, folders: Sequence[Path]) -> tuple[bytes, PayloadRef, Segment | None]:
     """Pickle `obj`, its tensors and arrays into one new segment.
 
     Args:
@@ -146,7 +146,7 @@ def pack(obj: Any, *, name: str, folders: Sequence[Path]) -> tuple[bytes, Parcel
         return _pack(obj, name=name, folders=folders, report=report)
 
 
-def _pack(obj: Any, *, name: str, folders: Sequence[Path], report: Report) -> tuple[bytes, ParcelRef, Segment | None]:
+def _pack(obj: Any, *, name: str, folders: Sequence[Path], report: Report) -> tuple[bytes, PayloadRef, Segment | None]:
     packer = _packed(obj)
     refs: list[BufferRef] = []
     offset = 0
@@ -163,12 +163,12 @@ def _pack(obj: Any, *, name: str, folders: Sequence[Path], report: Report) -> tu
                 report(f"{first / 1e6:,.0f} of {offset / 1e6:,.0f} MB")
                 piece = source[begin : begin + PIECE_BYTES]
                 target[first : first + len(piece)] = piece
-    parcel = ParcelRef(
+    payload = PayloadRef(
         buffers=tuple(refs),
         arrays=tuple(packer.arrays),
         segment=segment.ref if segment is not None else None,
     )
-    return packer.file.getvalue(), parcel, segment
+    return packer.file.getvalue(), payload, segment
 
 
 def _packed(obj: Any, *, begin: Callable[..., _Packer] | None = None) -> _Packer:
@@ -199,40 +199,40 @@ def copy_of(obj: Any) -> Any:
     return read_whole(unpacker, adopt=False)[0]
 
 
-def unpack(data: bytes, parcel: ParcelRef, *, memory: memoryview | None = None) -> Any:
-    """Rebuild what `pack` took; tensors are views of the segment, copied only where written.
+def unpack(data: bytes, payload: PayloadRef, *, memory: memoryview | None = None) -> Any:
+    """Rebuild what `pickle_payload` took; tensors are views of the segment, copied only where written.
 
     The caller has verified the signature.
 
     Args:
         data: the pickle.
-        parcel: where its tensors lie.
+        payload: where its tensors lie.
         memory: what the segment holds, where it cannot be mapped.
     """
-    return _unpack(data, parcel, memory=memory, adopt=False)[0]
+    return _unpack(data, payload, memory=memory, adopt=False)[0]
 
 
-def adopt(data: bytes, parcel: ParcelRef, *, memory: memoryview | None = None) -> tuple[Any, OwnGenerators]:
-    """Rebuild what `pack` took, in a process that computes for the notebook: its modules become those of the notebook.
+def adopt(data: bytes, payload: PayloadRef, *, memory: memoryview | None = None) -> tuple[Any, OwnGenerators]:
+    """Rebuild a payload in a process that computes for the notebook: its modules become those of the notebook.
 
     Args:
         data: as for `unpack`; likewise the others.
-        parcel: see data.
+        payload: see data.
         memory: see data.
 
     Returns:
         The object, and the generators of random numbers in it.
     """
-    return _unpack(data, parcel, memory=memory, adopt=True)
+    return _unpack(data, payload, memory=memory, adopt=True)
 
 
-def _unpack(data: bytes, parcel: ParcelRef, *, memory: memoryview | None, adopt: bool) -> tuple[Any, OwnGenerators]:
-    if parcel.segment is None:
+def _unpack(data: bytes, payload: PayloadRef, *, memory: memoryview | None, adopt: bool) -> tuple[Any, OwnGenerators]:
+    if payload.segment is None:
         buffers: list[memoryview] = []
     else:
-        whole = memoryview(open_segment(parcel.segment, private=True).memory) if memory is None else memory
-        buffers = [whole[ref.offset_bytes : ref.offset_bytes + ref.num_bytes] for ref in parcel.buffers]
-    return read_whole(_Unpacker(io.BytesIO(data), buffers=buffers, arrays=parcel.arrays), adopt=adopt)
+        whole = memoryview(open_segment(payload.segment, private=True).memory) if memory is None else memory
+        buffers = [whole[ref.offset_bytes : ref.offset_bytes + ref.num_bytes] for ref in payload.buffers]
+    return read_whole(_Unpacker(io.BytesIO(data), buffers=buffers, arrays=payload.arrays), adopt=adopt)
 
 
 def sign(key: bytes, frames: Sequence[bytes]) -> bytes:
@@ -248,7 +248,7 @@ def verify(key: bytes, frames: Sequence[bytes], signature: bytes) -> None:
         HubError: the signature does not fit.
     """
     if not key or not hmac.compare_digest(sign(key, frames), signature):
-        raise HubError("a parcel without this cluster's signature was refused")
+        raise HubError("a payload without this cluster's signature was refused")
 
 
 def explain_unpicklable(obj: Any, *, name: str) -> ShippingError | None:

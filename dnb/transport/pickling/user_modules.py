@@ -44,7 +44,7 @@ _packed_here: weakref.WeakSet[type] = weakref.WeakSet()
 _registering = threading.RLock()
 
 
-class Place(NamedTuple):
+class UserModule(NamedTuple):
     """A module of the user's own, as the notebook has it."""
 
     name: str
@@ -52,7 +52,7 @@ class Place(NamedTuple):
     digest: str  # of its source
 
 
-def own_place(module: types.ModuleType | None) -> Place | None:
+def own_place(module: types.ModuleType | None) -> UserModule | None:
     """Where a module of the user's own lies; None if it is part of Python, of an installed package, or of dnb."""
     if not isinstance(module, types.ModuleType):
         return None
@@ -61,7 +61,7 @@ def own_place(module: types.ModuleType | None) -> Place | None:
         return None
     if not file.endswith(SOURCE_SUFFIXES) or _is_installed(file):
         return None
-    return Place(name, os.path.abspath(file), _digest_of(file))
+    return UserModule(name, os.path.abspath(file), _digest_of(file))
 
 
 def own_names() -> list[str]:
@@ -126,7 +126,7 @@ def _digest_as_of(file: str, _changed: int, _size: int) -> str:
 class _Globals(dict[str, Any]):
     """Stands in a pickle for the globals of an own module."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: UserModule) -> None:
         super().__init__(__name__=place.name)  # cloudpickle fills one that is empty
         self._place = place
 
@@ -137,7 +137,7 @@ class _Globals(dict[str, Any]):
 class _Reference:
     """Stands in a pickle for a global that cannot be pickled: it is looked up where it arrives."""
 
-    def __init__(self, place: Place, name: str) -> None:
+    def __init__(self, place: UserModule, name: str) -> None:
         self._place = place
         self._name = name
 
@@ -158,7 +158,7 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
         self.own_globals: dict[tuple[str, str], Any] = {}  # that go by value
         self.generators: list[Any] = []  # of random numbers
         self._referenced = referenced or {}
-        self._places: dict[str, Place | None] = {}
+        self._places: dict[str, UserModule | None] = {}
         self._names: set[str] = set()  # that functions look up anywhere
         self._modules: dict[str, types.ModuleType] = {}  # that functions may look into
         self._sent: dict[str, set[str]] = {}  # of these, the names that are in the pickle
@@ -218,7 +218,7 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
             }
         return reduced
 
-    def _global(self, place: Place, name: str, value: Any) -> Any:
+    def _global(self, place: UserModule, name: str, value: Any) -> Any:
         if (place.name, name) in self._referenced:
             return _Reference(place, name)
         self.own_globals[place.name, name] = value
@@ -235,7 +235,7 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
             if isinstance(const, types.CodeType):
                 self._note_names(const, package=package)
 
-    def _place_of(self, name: Any) -> Place | None:
+    def _place_of(self, name: Any) -> UserModule | None:
         if not isinstance(name, str):
             return None
         if name not in self._places:

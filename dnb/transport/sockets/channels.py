@@ -371,7 +371,7 @@ def find_answering(addresses: Sequence[Address], *, limit_seconds: float) -> lis
     """Whether a hub with the expected keys is at each of these addresses; told within the limit."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
-        calls = [_Call(context, address) for address in addresses]
+        calls = [_AdmissionCall(context, address) for address in addresses]
         deadline = time.monotonic() + limit_seconds
         while (waiting := [call for call in calls if call.is_answered is None]) and time.monotonic() < deadline:
             poller = zmq.Poller()
@@ -385,7 +385,7 @@ def find_answering(addresses: Sequence[Address], *, limit_seconds: float) -> lis
         context.destroy(linger=0)
 
 
-class _Call:
+class _AdmissionCall:
     """A peer that only wants to know whether it is let in."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: Address) -> None:
@@ -407,5 +407,5 @@ class _Call:
             elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self.is_answered = True
             elif event != zmq.EVENT_CONNECT_RETRIED or not self._is_connected:
-                # Refused: the guardian keeps the port open as long as it lives. But a hub may have died meanwhile.
+                # Refused: the supervisor keeps the port open as long as it lives. But a hub may have died meanwhile.
                 self.is_answered = False

@@ -24,7 +24,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from dnb.transport.sockets.credentials import ROOT, is_foreign
 
-HAS_LOCAL_DOORS = sys.platform == "linux"
+HAS_LOCAL_SOCKETS = sys.platform == "linux"
 # How long who calls may take to prove that it has the role's key.
 HANDSHAKE_SECONDS = 3.0
 # How many may be about to do so at a port.
@@ -70,7 +70,7 @@ def url_of(listener: socket.socket) -> str:
 
 def is_near(url: str) -> bool:
     """Whether a local socket is on this host, and of this user."""
-    if not HAS_LOCAL_DOORS or not url:
+    if not HAS_LOCAL_SOCKETS or not url:
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
@@ -142,7 +142,7 @@ class Turnstile:
             self._block(wanted)
 
 
-class Doorkeeper(threading.Thread):
+class PortWatcher(threading.Thread):
     """Watches the ports of ROUTERs; a thread of its own, so that it does so while the hub computes.
 
     Args:

@@ -75,7 +75,7 @@ class Flat:
 
 
 @dataclass(slots=True)
-class _Part:
+class _Outgoing:
     source: Flat
     offset: int
     left: int
@@ -100,11 +100,11 @@ class Wire:
     def __init__(self, sock: socket.socket, *, is_trusted: bool = True) -> None:
         sock.setblocking(False)
         self._sock = sock
-        self._queue: deque[memoryview | _Part | _Unsealed] = deque()
+        self._queue: deque[memoryview | _Outgoing | _Unsealed] = deque()
         self._buffer = bytearray(_HEADER.size + MAX_GREETING_BYTES)
         self._start = self._end = 0
         self._landing = memoryview(b"")
-        self.landings: dict[int, memoryview] = {}
+        self.receive_buffers: dict[int, memoryview] = {}
         self.max_record_bytes = MAX_GREETING_BYTES
         self._turn_bytes = MAX_GREETING_BYTES
         self.is_greeting = False  # what follows the first record waits: it may be sealed
@@ -180,7 +180,7 @@ class Wire:
                     self._queue.append(_Unsealed(header, source.memory[offset : offset + size]))
                     continue
                 self._queue.append(memoryview(header))
-                self._queue.append(_Part(source, offset, size))
+                self._queue.append(_Outgoing(source, offset, size))
 
     def flush(self) -> None:
         """Send what the socket takes now."""
@@ -191,7 +191,7 @@ class Wire:
                 if isinstance(item, _Unsealed):
                     assert self._sealing is not None
                     item = queue[0] = self._sealing.seal(item.header, item.body)
-                if isinstance(item, _Part):
+                if isinstance(item, _Outgoing):
                     sent = self._send_part(item)
                     item.offset += sent
                     item.left -= sent
@@ -209,7 +209,7 @@ class Wire:
         except OSError:
             self.close()
 
-    def _send_part(self, part: _Part) -> int:
+    def _send_part(self, part: _Outgoing) -> int:
         return self._sock.send(part.source.memory[part.offset : part.offset + part.left])
 
     def flush_all(self, *, timeout_seconds: float) -> None:
@@ -327,7 +327,7 @@ class Wire:
             raise WireError("a seal is broken: something between hub and engine has changed, added or left out bytes")
 
     def _land(self, slot: int, size: int, offset: int, body: int) -> None:
-        landing = self.landings.get(slot)
+        landing = self.receive_buffers.get(slot)
         if landing is None or size > PIECE_BYTES or offset + size > len(landing):
             raise WireError(f"a piece of {size} bytes at {offset} has no place in slot {slot}")
         here = min(size, self._end - body)

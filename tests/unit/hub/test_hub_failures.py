@@ -61,7 +61,7 @@ def crash(**options: Any) -> Crash:
             "step": 30,
             "run": "r1",
             "was_at_work": True,
-            "was_of_use": False,
+            "was_healthy": False,
             **options,
         }
     )
@@ -78,7 +78,13 @@ def test_an_exception_is_told_with_its_place_and_traceback(recorder: Recorder):
     found = recorder.crash(1, lived_seconds=0.5)
     assert found.reason.startswith("ValueError: seven (in raised (test_hub_failures.py:")
     assert "raise error" in found.traceback
-    assert (found.run, found.step, found.num_commits, found.was_at_work, found.was_of_use) == ("r1", 13, 1, True, False)
+    assert (found.run, found.step, found.num_commits, found.was_at_work, found.was_healthy) == (
+        "r1",
+        13,
+        1,
+        True,
+        False,
+    )
 
 
 def test_two_exceptions_from_one_place_have_one_cause_whatever_they_say(recorder: Recorder):
@@ -137,7 +143,7 @@ def test_a_hub_shares_the_record_with_its_guardian_and_the_next_one_begins_anew(
 
 
 def test_a_hub_that_lives_long_was_of_use(recorder: Recorder):
-    assert recorder.crash(-9, lived_seconds=5.0).was_of_use
+    assert recorder.crash(-9, lived_seconds=5.0).was_healthy
 
 
 # what is concluded
@@ -157,8 +163,8 @@ def test_hubs_that_die_at_once_of_whatever_give_the_run_up_and_then_leave_it_alo
 
 
 def test_one_cause_in_one_step_gives_the_run_up_however_long_hubs_live():
-    crashes = [crash(num_commits=30, lived_seconds=60.0, was_of_use=True)]
-    crashes += [crash(lived_seconds=60.0, was_of_use=True)] * (SAME_DEATHS - 1)
+    crashes = [crash(num_commits=30, lived_seconds=60.0, was_healthy=True)]
+    crashes += [crash(lived_seconds=60.0, was_healthy=True)] * (SAME_DEATHS - 1)
     assert caution_after(crashes[:-1]) is Caution.NONE
     assert caution_after(crashes) is Caution.FAIL
 
@@ -166,27 +172,27 @@ def test_one_cause_in_one_step_gives_the_run_up_however_long_hubs_live():
 @pytest.mark.parametrize(
     "differs",
     [
-        {"step": 31, "num_commits": 1, "was_of_use": True},
-        {"cause": "another", "was_of_use": True},
-        {"run": "r2", "was_of_use": True},
-        {"was_at_work": False, "was_of_use": True},
+        {"step": 31, "num_commits": 1, "was_healthy": True},
+        {"cause": "another", "was_healthy": True},
+        {"run": "r2", "was_healthy": True},
+        {"was_at_work": False, "was_healthy": True},
     ],
     ids=str,
 )
 def test_progress_or_another_cause_or_run_or_a_pause_between_makes_nobody_cautious(differs: dict[str, Any]):
-    alike = crash(was_of_use=True)
+    alike = crash(was_healthy=True)
     crashes = [alike] * (SAME_DEATHS - 1) + [msgspec.structs.replace(alike, **differs)]
     assert caution_after(crashes) is Caution.NONE
 
 
 def test_deaths_with_progress_between_them_never_end_a_run():
-    crashes = [crash(step=number, num_commits=1, was_of_use=True) for number in range(100)]
+    crashes = [crash(step=number, num_commits=1, was_healthy=True) for number in range(100)]
     assert caution_after(crashes) is Caution.NONE
     assert num_idle_deaths(crashes) == 0
 
 
 def test_whoever_kills_hubs_may_do_so_more_often():
-    killed = crash(cause="SIGKILL", was_of_use=True, lived_seconds=3.0)
+    killed = crash(cause="SIGKILL", was_healthy=True, lived_seconds=3.0)
     assert caution_after([killed] * (SAME_KILLS - 1)) is Caution.NONE
     assert caution_after([killed] * SAME_KILLS) is Caution.FAIL
 

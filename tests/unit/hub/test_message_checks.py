@@ -18,11 +18,11 @@ from dnb.hub.message_checks import (
     check_request,
     decode_peer,
 )
-from dnb.protocol.client_messages import Chaos, GetRun, Hello, KeepSpares, Request, SetOptions, TakeCheckpoint
+from dnb.protocol.client_messages import GetRun, Hello, InjectFault, KeepSpares, Request, SetOptions, TakeCheckpoint
 from dnb.protocol.engine_messages import (
-    Beat,
     Diagnosis,
     EngineMessage,
+    Heartbeat,
     LoadFailed,
     NoSharedMemory,
     WorkFailed,
@@ -95,7 +95,7 @@ def test_whatever_cannot_be_decoded_is_one_kind_of_error(decode: Any, packed: by
 
 
 def test_what_can_be_decoded_is():
-    beat = Beat(engine=1, process=Process(host="h", pid=3, create_time=1.0))
+    beat = Heartbeat(engine=1, process=Process(host="h", pid=3, create_time=1.0))
     assert decode_peer(decode_engine, msgspec.msgpack.encode(beat)) == beat
 
 
@@ -224,11 +224,11 @@ def test_a_shard_that_is_not_there_has_no_gradient():
     [
         (KeepSpares(number=-5), "from 0 to 4096, not -5"),
         (KeepSpares(number=10**9), "from 0 to 4096"),
-        (Chaos(verb="stop", engine=0, amount=math.nan), "not nan"),
-        (Chaos(verb="stop", engine=0, amount=math.inf), "not inf"),
-        (Chaos(verb="stop", engine=0, amount=-1.0), "more than 0"),
-        (Chaos(verb="slow", engine=0, amount=0.5), "factor from 1"),
-        (Chaos(verb="slow", engine=0, amount=math.nan), "factor from 1"),
+        (InjectFault(verb="stop", engine=0, amount=math.nan), "not nan"),
+        (InjectFault(verb="stop", engine=0, amount=math.inf), "not inf"),
+        (InjectFault(verb="stop", engine=0, amount=-1.0), "more than 0"),
+        (InjectFault(verb="slow", engine=0, amount=0.5), "factor from 1"),
+        (InjectFault(verb="slow", engine=0, amount=math.nan), "factor from 1"),
         (SetOptions(run="r", options={}), "set what"),
         (TakeCheckpoint(run="r", path=""), "whole path"),
         (TakeCheckpoint(run="r", path="here"), "whole path"),
@@ -250,8 +250,8 @@ def test_a_request_that_makes_no_sense_is_refused(request_: Any, told: str):
     "request_",
     [
         KeepSpares(number=0),
-        Chaos(verb="kill", engine=0),
-        Chaos(verb="slow", engine=0, amount=1.0),
+        InjectFault(verb="kill", engine=0),
+        InjectFault(verb="slow", engine=0, amount=1.0),
         SetOptions(run="r", options={"clip_norm": None}),
         TakeCheckpoint(run="r", path=None),
         TakeCheckpoint(run="r", path="/tmp/a"),

@@ -42,7 +42,7 @@ def test_a_record_of_an_early_dnb_which_says_no_version_is_read(tmp_path):
     del early["format"], early["version"], early["guardian"]["boot_id"], early["guardian"]["pid_namespace"]
     keep(tmp_path, msgspec.json.encode(early))
     (read,) = read_pool_files(tmp_path)
-    assert (read.version, read.format, read.guardian.pid) == ("", 1, 7)
+    assert (read.version, read.format, read.supervisor.pid) == ("", 1, 7)
 
 
 @pytest.mark.parametrize(
@@ -58,19 +58,19 @@ def test_a_record_of_an_early_dnb_which_says_no_version_is_read(tmp_path):
 def test_a_record_of_another_version_is_seen_with_what_is_not_known_of_it(tmp_path, changes, writer, reason):
     keep(tmp_path, changed(**changes))
     assert read_pool_files(tmp_path) == [
-        StrangeRecord(cluster_id="one", writer=writer, guardian=GUARDIAN, reason=reason)
+        StrangeRecord(cluster_id="one", writer=writer, supervisor=GUARDIAN, reason=reason)
     ]
 
 
 def test_a_guardian_with_a_field_more_is_still_found(tmp_path):
-    keep(tmp_path, changed(guardian={**msgspec.to_builtins(GUARDIAN), "zone": 3}))
+    keep(tmp_path, changed(supervisor={**msgspec.to_builtins(GUARDIAN), "zone": 3}))
     (read,) = read_pool_files(tmp_path)
-    assert (read.guardian, read.reason) == (GUARDIAN, "the field 'zone' is not known")
+    assert (read.supervisor, read.reason) == (GUARDIAN, "the field 'zone' is not known")
 
 
 def test_a_guardian_that_is_described_otherwise_is_not_guessed(tmp_path):
-    keep(tmp_path, changed(guardian="here:7", format=3))
-    assert [each.guardian for each in read_pool_files(tmp_path)] == [None]
+    keep(tmp_path, changed(supervisor="here:7", format=3))
+    assert [each.supervisor for each in read_pool_files(tmp_path)] == [None]
 
 
 GARBAGE = {

@@ -42,14 +42,14 @@ def profile(tmp_path, monkeypatch):
     time.tzset()
 
 
-def keep(profile, guardian, *, owner=None, url=None, keys=None, cluster_id="one", **changes):
+def keep(profile, supervisor, *, owner=None, url=None, keys=None, cluster_id="one", **changes):
     """A pool's record and its connection file."""
-    fields = {"hub": guardian, "controller": guardian, "helpers": (), "engines": (), "run": "digits"}
-    facts = PoolFacts(**{"cluster_id": cluster_id, "guardian": guardian, "owner": owner, **fields, **changes})
+    fields = {"hub": supervisor, "controller": supervisor, "helpers": (), "engines": (), "run": "digits"}
+    facts = PoolFacts(**{"cluster_id": cluster_id, "guardian": supervisor, "owner": owner, **fields, **changes})
     write_pool_file(profile / "security", facts)
     (profile / "shm" / f"dnb-{cluster_id}").mkdir(exist_ok=True)
     if url is not None:
-        place = HubPlace(address=(keys or RoleKeys()).address(CLIENT_ROLE, url), guardian=guardian)
+        place = HubPlace(address=(keys or RoleKeys()).address(CLIENT_ROLE, url), supervisor=supervisor)
         path = profile / "security" / f"ipcontroller-{cluster_id}-client.json"
         path.write_text(json.dumps({"key": "k", "dnb": msgspec.to_builtins(place)}))
     return facts
@@ -91,8 +91,8 @@ def free_url():
     [(HERE, HERE, "ours"), (HERE, GONE, "orphans"), (HERE, None, "orphans"), (GONE, HERE, "dead")],
     ids=["ours", "without its kernel", "without a kernel", "dead"],
 )
-def test_pools_of_this_host_are_sorted_by_pid_and_start_time(profile, guardian, owner, kind):
-    facts = keep(profile, guardian, owner=owner)
+def test_pools_of_this_host_are_sorted_by_pid_and_start_time(profile, supervisor, owner, kind):
+    facts = keep(profile, supervisor, owner=owner)
     found = look(profile)
     assert getattr(found, kind) == [facts]
     assert found.doubtful == []
@@ -110,8 +110,8 @@ def test_what_an_earlier_boot_has_left_is_dead_although_a_process_has_its_pid(pr
 def test_an_innocent_process_that_has_a_dead_guardians_pid_is_not_touched(profile):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as innocent:
         started = psutil.Process(innocent.pid).create_time()
-        guardian = Process(host=socket.gethostname(), pid=innocent.pid, create_time=started - 3600)
-        keep(profile, guardian)
+        supervisor = Process(host=socket.gethostname(), pid=innocent.pid, create_time=started - 3600)
+        keep(profile, supervisor)
         assert reap_dead(look(profile), **places(profile)) == 1
         assert innocent.poll() is None
         innocent.communicate(b"\n")
@@ -130,8 +130,8 @@ def test_a_pool_of_another_host_that_answers_is_there(profile):
 @on_linux
 def test_a_pool_of_another_container_that_has_this_hosts_name_is_asked_not_looked_up(profile):
     with hub() as (keys, url):
-        guardian = msgspec.structs.replace(GONE, pid_namespace="1")
-        facts = keep(profile, guardian, url=url, keys=keys)
+        supervisor = msgspec.structs.replace(GONE, pid_namespace="1")
+        facts = keep(profile, supervisor, url=url, keys=keys)
         assert look(profile).orphans == [facts]
 
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from dnb.errors import HubError, PoolError
-from dnb.pool.replacement import Keeper, Replacements, RestartPolicy
+from dnb.pool.replacement import EngineReplacer, ReplacementPolicy, RestartPolicy
 from dnb.protocol.client_messages import Members
 
 
@@ -23,24 +23,24 @@ def members(*workers: int, spares=(), wanted_spares=0, num_died=0, num_killed=0,
 
 
 def test_who_died_before_is_not_replaced():
-    replacements = Replacements("always", members(0, num_died=3))
+    replacements = ReplacementPolicy("always", members(0, num_died=3))
     assert replacements.count(members(0, num_died=3), now=0) == 0
 
 
 def test_the_dead_are_owed_until_others_have_started():
-    replacements = Replacements("always", members(0, 1))
+    replacements = ReplacementPolicy("always", members(0, 1))
     assert [replacements.count(members(0, num_died=1), now=now) for now in (0, 1)] == [1, 1]
     replacements.started(1)
     assert replacements.count(members(0, 2, num_died=1), now=2) == 0
 
 
 def test_without_a_restart_the_dead_stay_dead():
-    assert Replacements("never", members(0, 1)).count(members(0, num_died=1), now=0) == 0
+    assert ReplacementPolicy("never", members(0, 1)).count(members(0, num_died=1), now=0) == 0
 
 
 @pytest.mark.parametrize("restart", ["never", "always"])
 def test_what_a_run_s_work_has_ended_is_replaced_once_whatever_the_policy(restart):
-    replacements = Replacements(restart, members(0, 1))
+    replacements = ReplacementPolicy(restart, members(0, 1))
     assert replacements.count(members(num_died=2, num_owed=2), now=0) == 2
     replacements.started(2)
     assert replacements.count(members(2, 3, num_died=2), now=1) == 0
@@ -48,22 +48,22 @@ def test_what_a_run_s_work_has_ended_is_replaced_once_whatever_the_policy(restar
 
 @pytest.mark.parametrize("restart", ["never", "always"])
 def test_a_missing_spare_is_owed_whatever_the_policy(restart):
-    replacements = Replacements(restart, members(0, spares=(1,), wanted_spares=1))
+    replacements = ReplacementPolicy(restart, members(0, spares=(1,), wanted_spares=1))
     assert replacements.count(members(1, wanted_spares=1, num_died=1), now=0) == 1
 
 
 def test_a_spare_is_not_owed_to_a_pool_without_workers():
-    assert Replacements("never", members(wanted_spares=1)).count(members(wanted_spares=1), now=0) == 0
+    assert ReplacementPolicy("never", members(wanted_spares=1)).count(members(wanted_spares=1), now=0) == 0
 
 
 def test_an_engine_that_comes_back_is_not_owed_any_more():
-    replacements = Replacements("always", members(0, 1))
+    replacements = ReplacementPolicy("always", members(0, 1))
     assert replacements.count(members(0, num_died=1), now=0) == 1
     assert replacements.count(members(0, 1), now=1) == 0
 
 
 def test_five_deaths_within_30_seconds_are_no_crash_loop_and_six_are():
-    replacements = Replacements("always", members(0))
+    replacements = ReplacementPolicy("always", members(0))
     for died in range(1, 6):
         replacements.count(members(0, num_died=died), now=died)
     assert not replacements.is_crash_loop(now=6)
@@ -72,20 +72,20 @@ def test_five_deaths_within_30_seconds_are_no_crash_loop_and_six_are():
 
 
 def test_deaths_of_long_ago_are_no_crash_loop():
-    replacements = Replacements("always", members(0))
+    replacements = ReplacementPolicy("always", members(0))
     for died in range(1, 12):
         replacements.count(members(0, num_died=died), now=6.5 * died)
     assert not replacements.is_crash_loop(now=72)
 
 
 def test_what_chaos_killed_is_replaced_and_is_no_crash():
-    replacements = Replacements("always", members(0))
+    replacements = ReplacementPolicy("always", members(0))
     assert replacements.count(members(0, num_died=9, num_killed=9), now=0) == 9
     assert not replacements.is_crash_loop(now=0)
 
 
 def test_starts_that_fail_count_like_deaths():
-    replacements = Replacements("always", members(0))
+    replacements = ReplacementPolicy("always", members(0))
     for now in range(6):
         replacements.failed(now=now)
     assert replacements.is_crash_loop(now=6)
@@ -112,10 +112,10 @@ class Pool:
             raise self.error
 
 
-def keep(pool: Pool, restart: RestartPolicy = "always") -> Keeper:
-    keeper = Keeper(restart, look=pool.look, start=pool.start, steady=threading.Lock())
-    keeper.start()
-    return keeper
+def keep(pool: Pool, restart: RestartPolicy = "always") -> EngineReplacer:
+    replacer = EngineReplacer(restart, look=pool.look, start=pool.start, size_lock=threading.Lock())
+    replacer.start()
+    return replacer
 
 
 def test_the_keeper_starts_as_many_as_died_and_ends_with_the_hub():
@@ -141,20 +141,20 @@ def test_the_keeper_tries_again_what_failed(caplog):
 def test_a_crash_loop_ends_the_keeper_which_says_so_once_with_the_way_out(caplog):
     pool = Pool(members(0), *[members(0, num_died=6)] * 9)
     with caplog.at_level(logging.WARNING):
-        keeper = keep(pool)
-        keeper.join(10)
+        replacer = keep(pool)
+        replacer.join(10)
     assert pool.started == []
-    assert keeper.trouble == (
+    assert replacer.trouble == (
         "more than 5 engines died within 30 s, and are not replaced any more: "
         'find out why, then %dtrain add N, or pool.restart = "always" to go on replacing'
     )
-    assert [record.message for record in caplog.records] == [keeper.trouble]
+    assert [record.message for record in caplog.records] == [replacer.trouble]
 
 
 def test_a_keeper_that_is_stopped_ends_and_starts_nothing_more():
     pool = Pool(*[members(0)] * 1000)
-    keeper = keep(pool)
-    keeper.stop()
-    keeper.join(10)
-    assert not keeper.is_alive()
+    replacer = keep(pool)
+    replacer.stop()
+    replacer.join(10)
+    assert not replacer.is_alive()
     assert pool.started == []

@@ -81,7 +81,7 @@ def test_a_record_with_an_unknown_field_is_refused(kind: type[Record]):
         msgspec.msgpack.decode(msgspec.msgpack.encode(fields), type=kind)
 
 
-FIELDS = [(kind, field.name) for kind in FACTS for field in msgspec.structs.fields(kind)]
+FIELDS = [(kind, field.encode_name) for kind in FACTS for field in msgspec.structs.fields(kind)]
 
 
 @pytest.mark.parametrize(("kind", "name"), FIELDS, ids=lambda value: getattr(value, "__name__", value))

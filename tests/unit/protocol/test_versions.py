@@ -5,7 +5,7 @@ import pytest
 
 from dnb.protocol.client_messages import Control
 from dnb.protocol.pool import Process
-from dnb.protocol.versions import POOL_FORMAT, VERSION, Header, explain_unreadable, name_dnb, name_this_dnb
+from dnb.protocol.versions import POOL_FORMAT, VERSION, RecordHeader, explain_unreadable, name_dnb, name_this_dnb
 
 
 def test_a_version_is_named_with_its_format():
@@ -38,6 +38,6 @@ def test_the_reason_is_short_and_one_line_whatever_the_decoder_says():
 
 
 def test_the_header_of_a_record_is_read_whatever_else_is_in_it():
-    text = b'{"format": 7, "version": "9.0", "hosts": ["a"], "guardian": {"zone": 1}}'
-    assert msgspec.json.decode(text, type=Header) == Header(format=7, version="9.0")
-    assert msgspec.json.decode(b"{}", type=Header) == Header(format=1, version="")
+    text = b'{"format": 7, "version": "9.0", "hosts": ["a"], "supervisor": {"zone": 1}}'
+    assert msgspec.json.decode(text, type=RecordHeader) == RecordHeader(format=7, version="9.0")
+    assert msgspec.json.decode(b"{}", type=RecordHeader) == RecordHeader(format=1, version="")

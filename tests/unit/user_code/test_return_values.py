@@ -13,7 +13,7 @@ import torch
 
 from dnb.api.arguments.losses import accuracy, read_metrics
 from dnb.errors import ArgumentError
-from dnb.hub.history.engine_stats import Columns
+from dnb.hub.history.engine_stats import HistoryColumns
 from dnb.job import Sum
 from dnb.user_code.return_values import (
     MOST_NAMES,
@@ -300,7 +300,7 @@ def test_names_that_grow_with_every_step_are_refused_before_they_fill_the_memory
 
 
 def test_a_metric_that_only_some_steps_have_stays_beside_its_steps():
-    columns = Columns()
+    columns = HistoryColumns()
     own = dict.fromkeys(STEP_COLUMNS, 1.0)
     columns.add_step(own)
     columns.add_step(own | {"recall": 0.5})

@@ -8,7 +8,7 @@ from typing import Literal
 from dnb.protocol.measurements import Action, ActionKind, StageTrace, StageTraffic
 
 
-class Timeline:
+class ActionLog:
     """Notes each change from one activity to the next, about a microsecond each, and what is sent."""
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.pipelining import (
     ScheduleLoopedBFS,
 )
 
-from dnb.engine.replicas.pipeline.action_log import Timeline
+from dnb.engine.replicas.pipeline.action_log import ActionLog
 from dnb.engine.runtime.telemetry import Stopwatch
 from dnb.errors import USER_ERRORS
 from dnb.partitioning.pipeline.stage_module import StagePart
@@ -59,7 +59,7 @@ class WatchedStage(PipelineStage):
         index: int,
         num_stages: int,
         device: torch.device,
-        timeline: Timeline,
+        timeline: ActionLog,
         stopwatch: Stopwatch,
         trouble: Trouble,
     ) -> None:

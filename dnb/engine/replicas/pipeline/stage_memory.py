@@ -14,7 +14,7 @@ from dnb.engine.runtime.run_memory import EngineMemory
 from dnb.engine.runtime.write_guard import WriteGuard
 from dnb.errors import PlanError
 from dnb.partitioning.pipeline.stage_module import StagePart
-from dnb.protocol.engine_messages import Load, Seat
+from dnb.protocol.engine_messages import Load, RankAssignment
 from dnb.protocol.memory import Layout, Region, TensorSlot
 from dnb.transport.layout import LARGE_ELEMENTS, dtype_named, slot_views
 
@@ -27,27 +27,32 @@ class StageMemory:
         load: the layouts of the memory.
         memory: parameters and slabs, shared by the team.
         parts: all stages.
-        seat: which of them are here.
+        assignment: which of them are here.
     """
 
     def __init__(
-        self, model: torch.nn.Module, load: Load, memory: EngineMemory, parts: Sequence[StagePart], seat: Seat
+        self,
+        model: torch.nn.Module,
+        load: Load,
+        memory: EngineMemory,
+        parts: Sequence[StagePart],
+        assignment: RankAssignment,
     ) -> None:
         self._model = model
         self._memory = memory
         self._layout = load.gradient_layout
         self._buffer_layout = load.buffer_layout
-        self._num_engines = seat.partition.num_engines
-        self._rank = seat.rank
+        self._num_engines = assignment.partition.num_engines
+        self._rank = assignment.rank
         self._master = slot_views(load.parameter_layout, memory.parameters)
         self._bound: dict[str, torch.nn.Parameter] = {}
         self._buffers: list[tuple[torch.nn.Module, str, torch.Tensor, str]] = []
         self._buffer_views: dict[int, dict[str, torch.Tensor]] = {}
         self._indices = {slot.name: index for index, slot in enumerate(self._layout.slots)}
-        self._slab_of = _slabs_of_parameters(parts, self._num_engines, seat.rank)
+        self._slab_of = _slabs_of_parameters(parts, self._num_engines, assignment.rank)
         self.adopt(parts, trains=True)
         self._gradients = {offset: self._gradients_at(offset) for offset in sorted({0, *self._slab_of.values()})}
-        self._written_buffers = _written_buffers(parts, self._buffer_layout, self._num_engines, seat.rank)
+        self._written_buffers = _written_buffers(parts, self._buffer_layout, self._num_engines, assignment.rank)
 
     def adopt(self, parts: Sequence[StagePart], *, trains: bool) -> None:
         """Bind what stages for another shape, or another mode, use besides.

@@ -12,23 +12,23 @@ from typing import Any
 import torch
 
 from dnb.engine.replicas.new_loss import judge_new_loss
-from dnb.engine.replicas.pipeline.action_log import Timeline
+from dnb.engine.replicas.pipeline.action_log import ActionLog
 from dnb.engine.replicas.pipeline.micro_batches import fetch_micro_batches, model_inputs, shapes_of
 from dnb.engine.replicas.pipeline.schedules import Trouble, WatchedStage, build_schedule, num_micro_batches_for
 from dnb.engine.replicas.pipeline.stage_memory import StageMemory
 from dnb.engine.replicas.pipeline.whole_loss import WholeLoss
-from dnb.engine.replicas.replica import NO_SUMS, Outcome, added, one_kind, part_seed, samples_text
+from dnb.engine.replicas.replica import NO_SUMS, WorkResult, added, one_kind, part_seed, samples_text
 from dnb.engine.replicas.whole_metrics import WholeMetrics
 from dnb.engine.runtime.loose_states import EngineStates
-from dnb.engine.runtime.process_group import PeerLost, close_group, first_line, is_about_peers, open_group, release
+from dnb.engine.runtime.process_group import PeerLostError, close_group, first_line, is_about_peers, open_group, release
 from dnb.engine.runtime.run_memory import EngineMemory, Publisher
 from dnb.engine.runtime.telemetry import Stopwatch
 from dnb.errors import PlanError
 from dnb.job import Data, DataSource, Job, Sum
-from dnb.partitioning.pipeline.stage_builder import Divider
+from dnb.partitioning.pipeline.stage_builder import StageBuilder
 from dnb.partitioning.pipeline.stage_module import StagePart
 from dnb.planning.shards import SAMPLES_AT_LEAST, first_filled_shard
-from dnb.protocol.engine_messages import Diagnose, Diagnosis, Load, Seat, Work
+from dnb.protocol.engine_messages import Diagnose, Diagnosis, Load, RankAssignment, Work
 from dnb.protocol.measurements import Action, StageTrace, Sums
 from dnb.protocol.run import Partition, Reduction, RunSpec
 from dnb.transport.pickling.generators import OwnGenerators
@@ -38,7 +38,7 @@ from dnb.user_code.model_call import plain_batch
 from dnb.user_code.module_modes import Modes
 from dnb.user_code.return_values import Metrics, read_loss, weighed
 
-__all__ = ["PeerLost", "StageReplica"]
+__all__ = ["PeerLostError", "StageReplica"]
 
 # Shapes of batches for which stages are kept; a data set whose batches all differ builds them anew each time.
 MOST_SHAPES = 8
@@ -99,14 +99,14 @@ class StageReplica:
         load: the layouts of that memory.
         memory: parameters and slabs, shared with the hub and the other engines of the team.
         stopwatch: counts data and compute time; what is left of a step is waiting for other stages.
-        seat: the place in the team.
+        assignment: the place in the team.
         publisher: must be None.
         generators: of random numbers, inside job and data.
         device: of activations; the group is NCCL's on "cuda", gloo's elsewhere.
 
     Raises:
         PlanError: the model cannot be divided so.
-        PeerLost: the team does not come together.
+        PeerLostError: the team does not come together.
     """
 
     def __init__(
@@ -118,25 +118,25 @@ class StageReplica:
         *,
         memory: EngineMemory,
         stopwatch: Stopwatch,
-        seat: Seat,
+        assignment: RankAssignment,
         publisher: Publisher | None = None,
         generators: OwnGenerators | None = None,
         device: torch.device = CPU,
     ) -> None:
-        _check(spec, job, memory, seat.partition, has_publisher=publisher is not None)
+        _check(spec, job, memory, assignment.partition, has_publisher=publisher is not None)
         self._spec = spec
         self._job = job
         self._data = data
         self._stopwatch = stopwatch
-        self._partition = seat.partition
+        self._partition = assignment.partition
         of_team = spec.batch_size // max(spec.num_shards, 1)
         # A short batch is not cut into single samples, unless that is how whole ones are cut.
-        self._least_samples = min(of_team // seat.partition.num_micro_batches, SAMPLES_AT_LEAST) or 1
-        self._rank = seat.rank
+        self._least_samples = min(of_team // assignment.partition.num_micro_batches, SAMPLES_AT_LEAST) or 1
+        self._rank = assignment.rank
         self._device = device
         self._generators = generators or OwnGenerators()
-        self._passes: OrderedDict[Any, _Pass] = OrderedDict()
-        self._timeline = Timeline()
+        self._passes: OrderedDict[Any, _StagePass] = OrderedDict()
+        self._timeline = ActionLog()
         self._reduction: Reduction = spec.reduction
         self._is_loss_new = spec.is_loss_new
         self._trouble = Trouble()
@@ -145,18 +145,18 @@ class StageReplica:
         self._failed_samples = self._feed.indices
         self._modes = Modes([job.model, *(job.stages or ())])
         self._has_group = False
-        self._divider = Divider(
+        self._divider = StageBuilder(
             job.model,
-            seat.partition,
-            stages=job.stages if seat.partition.num_stages > 1 and not seat.partition.cuts else None,
+            assignment.partition,
+            stages=job.stages if assignment.partition.num_stages > 1 and not assignment.partition.cuts else None,
             autocast=self._autocast,
         )
         parts = self._first_parts()
         self._begins = [part.begins for part in parts]
-        self._slots = StageMemory(job.model, load, memory, parts, seat)
+        self._slots = StageMemory(job.model, load, memory, parts, assignment)
         placed = [slot.name for slot in load.buffer_layout.slots]
         self._states = EngineStates(job.model, placed=placed, rules=spec.buffers)
-        open_group(seat, self._device)
+        open_group(assignment, self._device)
         self._has_group = True
 
     @property
@@ -164,7 +164,7 @@ class StageReplica:
         """Which stages are here."""
         return tuple(range(self._rank, self._partition.num_stages, self._partition.num_engines))
 
-    def compute(self, work: Work, indices: torch.Tensor) -> Outcome:
+    def compute(self, work: Work, indices: torch.Tensor) -> WorkResult:
         """Do this engine's part of what the team is asked.
 
         Its own gradients are then in the slab; all other slots are reported as unused, so that what every engine of the
@@ -176,13 +176,13 @@ class StageReplica:
             indices: int64, of all shards, in order.
 
         Raises:
-            PeerLost: another engine of the team failed or died.
+            PeerLostError: another engine of the team failed or died.
         """
         with self._leaving_if_it_fails():
             if work.states:
                 self._states.adopt(work.states)
             if work.kind == "evaluation":
-                return Outcome((self._evaluate(indices),), is_sum=False)
+                return WorkResult((self._evaluate(indices),), is_sum=False)
             return self._step(work, indices)
 
     def diagnose(self, request: Diagnose, indices: torch.Tensor) -> Diagnosis:
@@ -201,7 +201,7 @@ class StageReplica:
         shard_or_none, (name, kind) = fault or (None, ("", ""))
         return Diagnosis(run=request.run, step=request.step, shard=shard_or_none, parameter=name, kind=kind)
 
-    def mend(self, *, step: Callable[..., Any] | None, loss: Callable[..., Any] | None) -> None:
+    def replace_functions(self, *, step: Callable[..., Any] | None, loss: Callable[..., Any] | None) -> None:
         """Go on with another loss.
 
         Raises:
@@ -250,7 +250,7 @@ class StageReplica:
 
     # A step ----------------------------------------------------------------------------------------
 
-    def _step(self, work: Work, indices: torch.Tensor) -> Outcome:
+    def _step(self, work: Work, indices: torch.Tensor) -> WorkResult:
         self._be_training(mode=True)
         self._whole_metrics.begin()
         self._timeline.is_counting = work.trace
@@ -265,7 +265,7 @@ class StageReplica:
         sums = added([*feed.sums, *self._whole_metrics.take()]) if feed.sums else NO_SUMS
         is_first = first_filled_shard(work.batch_samples, num_shards=self._spec.num_shards) in work.shards
         states = self._states.collect(self._slots.misfits(self._states)) if is_first else b""
-        return Outcome((sums,), feed.is_sum, unused, states=states)
+        return WorkResult((sums,), feed.is_sum, unused, states=states)
 
     def _evaluate(self, indices: torch.Tensor) -> Sums:
         assert self._data.val is not None
@@ -406,7 +406,7 @@ class StageReplica:
         with self._stopwatch.measure("data"):
             return fetch_micro_batches(source, indices, number)
 
-    def _pass_of(self, source: DataSource, indices: torch.Tensor, number: int, *, trains: bool) -> _Pass:
+    def _pass_of(self, source: DataSource, indices: torch.Tensor, number: int, *, trains: bool) -> _StagePass:
         key: Any = (trains, len(indices), number, None if source.collate is None else shapes_of(self._feed.batches[0]))
         if key not in self._passes:
             example = self._feed.batches[0] if self._feed.batches else None
@@ -431,7 +431,7 @@ class StageReplica:
         self._reads_data = any(part.inputs for part in mine) or mine[-1] is parts[-1]
         return parts
 
-    def _build(self, parts: Sequence[StagePart], number: int, *, trains: bool) -> _Pass:
+    def _build(self, parts: Sequence[StagePart], number: int, *, trains: bool) -> _StagePass:
         self._slots.adopt(parts, trains=trains)
         stages = [
             WatchedStage(
@@ -447,7 +447,7 @@ class StageReplica:
             for stage in self.stages
         ]
         schedule = build_schedule(stages, self._partition, number, loss=_given if trains else None)
-        return _Pass(stages, schedule)
+        return _StagePass(stages, schedule)
 
     # What surrounds it --------------------------------------------------------------------------------
 
@@ -481,7 +481,7 @@ class _Leaving:
 
     def __enter__(self) -> None:
         if not self._replica._has_group:
-            raise PeerLost("this engine has left its team after an error, and has not joined another")
+            raise PeerLostError("this engine has left its team after an error, and has not joined another")
         self._replica._trouble.error = None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
@@ -495,11 +495,11 @@ class _Leaving:
         if own is not None and own is not error:
             raise own from own.__cause__
         if own is None and is_about_peers(error):
-            raise PeerLost(f"another engine of the team is gone: {first_line(error)}") from None
+            raise PeerLostError(f"another engine of the team is gone: {first_line(error)}") from None
 
 
 @dataclass(slots=True)
-class _Pass:
+class _StagePass:
     """Stages and schedule for batches of one shape."""
 
     stages: Sequence[WatchedStage]

@@ -172,7 +172,7 @@ class TeamGradients:
         self._names = [slot.name for slot in slots]
         self._gradients = Gradients([whole[slot.name] for slot in slots], own_layout(layout, slots))
         self._strangers = list(whole.values()) if rank else []
-        self._parts = [_Part(each, rank, num_engines) for each in divided if each.name in self._indices]
+        self._parts = [_PartialGradient(each, rank, num_engines) for each in divided if each.name in self._indices]
         self._views: dict[int, dict[str, torch.Tensor]] = {}
 
     def begin(self, slab: int, flat: Flat, *, fresh: bool) -> None:
@@ -222,7 +222,7 @@ class TeamGradients:
             parameter.grad = None
 
 
-class _Part:
+class _PartialGradient:
     """Moves one parameter's gradient into this engine's part of its slot, as soon as backward has made it."""
 
     def __init__(self, divided: DividedParameter, rank: int, num_engines: int) -> None:

@@ -8,23 +8,20 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from dnb.engine.replicas.replica import NO_SUMS, Outcome, added
+from dnb.engine.replicas.replica import NO_SUMS, WorkResult, added
 from dnb.engine.replicas.team_replica import TeamReplica
 from dnb.engine.replicas.tensor.divided_layers import TeamGradients, divide
 from dnb.engine.replicas.tensor.tensor_random import OwnNoise
 from dnb.engine.replicas.whole_metrics import WholeMetrics
-from dnb.engine.runtime.process_group import PeerLost
 from dnb.engine.runtime.run_memory import EngineMemory, Publisher
 from dnb.engine.runtime.telemetry import Stopwatch
 from dnb.job import Data, Job
-from dnb.protocol.engine_messages import Diagnose, Diagnosis, Load, Seat, Work
+from dnb.protocol.engine_messages import Diagnose, Diagnosis, Load, RankAssignment, Work
 from dnb.protocol.measurements import Sums
 from dnb.protocol.run import RunSpec
 from dnb.transport.layout import slot_views
 from dnb.transport.pickling.generators import OwnGenerators
 from dnb.user_code.return_values import Metrics, weighed
-
-__all__ = ["PeerLost", "TensorReplica"]
 
 
 class TensorReplica(TeamReplica):
@@ -41,12 +38,12 @@ class TensorReplica(TeamReplica):
         load: the layouts of that memory.
         memory: parameters and slabs, shared with the hub and the other engines of the team.
         stopwatch: counts data and compute time, with the time in which engines wait for each other inside a layer.
-        seat: the place in the team.
+        assignment: the place in the team.
         publisher: must be None.
 
     Raises:
         PlanError: this engine does not share the hub's memory.
-        PeerLost: the team does not come together.
+        PeerLostError: the team does not come together.
     """
 
     def __init__(
@@ -58,7 +55,7 @@ class TensorReplica(TeamReplica):
         *,
         memory: EngineMemory,
         stopwatch: Stopwatch,
-        seat: Seat,
+        assignment: RankAssignment,
         publisher: Publisher | None = None,
         generators: OwnGenerators | None = None,
     ) -> None:
@@ -70,7 +67,7 @@ class TensorReplica(TeamReplica):
             load,
             memory=memory,
             stopwatch=stopwatch,
-            seat=seat,
+            assignment=assignment,
             publisher=publisher,
             generators=generators,
         )
@@ -81,10 +78,10 @@ class TensorReplica(TeamReplica):
         torch.backends.mha.set_fastpath_enabled(False)
         group = dist.group.WORLD
         assert group is not None
-        model = divide(job.model, seat.partition, group, slot_views(load.parameter_layout, memory.parameters))
+        model = divide(job.model, assignment.partition, group, slot_views(load.parameter_layout, memory.parameters))
         self._entrance = model.entrance
         self._divided = {each.name for each in model.parameters}
-        self._noise = OwnNoise(job.model, seat.partition.styles, seat.rank)
+        self._noise = OwnNoise(job.model, assignment.partition.styles, assignment.rank)
         trained = {slot.name for slot in load.gradient_layout.slots}
         whole = {
             name: parameter for name, parameter in self._named.items() if name in trained and name not in self._divided
@@ -93,11 +90,11 @@ class TensorReplica(TeamReplica):
             load.gradient_layout,
             whole=whole,
             divided=model.parameters,
-            rank=seat.rank,
-            num_engines=seat.partition.num_engines,
+            rank=assignment.rank,
+            num_engines=assignment.partition.num_engines,
         )
 
-    def compute(self, work: Work, indices: torch.Tensor) -> Outcome:
+    def compute(self, work: Work, indices: torch.Tensor) -> WorkResult:
         """Do this engine's part of what the team is asked.
 
         Samples, loss and metrics are reported by the first engine of the team. Slots that another engine writes are
@@ -112,7 +109,7 @@ class TensorReplica(TeamReplica):
         if self._rank == 0:
             return outcome
         nothing = msgspec.structs.replace(NO_SUMS, unit=outcome.parts[0].unit)
-        return Outcome((nothing,), outcome.is_sum, outcome.unused)
+        return WorkResult((nothing,), outcome.is_sum, outcome.unused)
 
     def diagnose(self, request: Diagnose, indices: torch.Tensor) -> Diagnosis:
         """Compute all shards one by one, as the others do; the first that has a gradient here that is not finite."""

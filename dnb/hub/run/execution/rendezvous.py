@@ -13,7 +13,7 @@ WAIT_SECONDS = 300.0
 
 
 @dataclass(frozen=True, slots=True)
-class Meeting:
+class Rendezvous:
     """The store of one team; it ends with the object, which frees whoever still waits in it for the others."""
 
     store: TCPStore
@@ -21,7 +21,7 @@ class Meeting:
     port: int
 
 
-def open_meeting(host: str = "127.0.0.1") -> Meeting:
+def open_rendezvous(host: str = "127.0.0.1") -> Rendezvous:
     """Serve a store on one interface."""
     listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
@@ -33,4 +33,4 @@ def open_meeting(host: str = "127.0.0.1") -> Meeting:
         timeout=timedelta(seconds=WAIT_SECONDS),
         master_listen_fd=listener.detach(),
     )
-    return Meeting(store, host, port)
+    return Rendezvous(store, host, port)

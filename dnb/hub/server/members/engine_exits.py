@@ -1,4 +1,4 @@
-"""How engines of this host have ended: the system says it until the guardian has waited for them, then the guardian."""
+"""Ends of this host's engines: the system tells them until the supervisor has waited for them, then the supervisor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _READ_BYTES = 256 * _EXIT.size
 
 
 class ExitWriter:
-    """The guardian's side of a pipe that outlives every hub."""
+    """The supervisor's side of a pipe that outlives every hub."""
 
     def __init__(self) -> None:
         self.reader, self._writer = os.pipe()
@@ -34,7 +34,7 @@ class ExitReader:
     """A hub's side.
 
     Args:
-        reader: of the guardian's pipe; None if it forks no engines.
+        reader: of the supervisor's pipe; None if it forks no engines.
     """
 
     def __init__(self, reader: int | None) -> None:

@@ -15,13 +15,13 @@ from dnb.hub.message_checks import PeerError, check_engine, check_process, decod
 from dnb.hub.scheduling.events import EngineLost
 from dnb.hub.scheduling.failures import describe_exit, is_crash
 from dnb.hub.server.members.engine_exits import ExitReader
-from dnb.hub.server.members.fault_injection import Mischief
+from dnb.hub.server.members.fault_injection import FaultInjector
 from dnb.hub.server.members.heartbeats import SILENT_SECONDS
 from dnb.hub.server.members.membership import Membership, PoolEngine
 from dnb.hub.server.run_slot import RunSlot
 from dnb.protocol.base import Message
-from dnb.protocol.client_messages import Chaos, Retire
-from dnb.protocol.engine_messages import Attach, Beat, EngineMessage, Exit, Fault, Join, Rejoin, Welcome
+from dnb.protocol.client_messages import InjectFault, Retire
+from dnb.protocol.engine_messages import Attach, EngineMessage, Exit, Fault, Heartbeat, Join, Rejoin, Welcome
 from dnb.protocol.versions import POOL_FORMAT, name_dnb
 from dnb.transport.sockets.channels import encode
 from dnb.transport.system.processes import is_alive, is_here, look_at, signal_process
@@ -42,7 +42,7 @@ class EngineLifecycle:
         router: the socket of the engines.
         withdraw: told of engines whose wires are expected no more.
         exits: how engines have ended.
-        life: how many hubs the pool had before.
+        generation: how many hubs the pool had before.
     """
 
     def __init__(
@@ -53,15 +53,15 @@ class EngineLifecycle:
         router: zmq.Socket[bytes],
         withdraw: Callable[[int], None],
         exits: ExitReader,
-        life: int,
+        generation: int,
     ) -> None:
         self._members = members
         self._slot = slot
         self._router = router
         self._withdraw = withdraw
         self._exits = exits
-        self._life = life
-        self.injector = Mischief(self.send)
+        self._generation = generation
+        self.injector = FaultInjector(self.send)
 
     # what engines say
 
@@ -73,7 +73,7 @@ class EngineLifecycle:
             if isinstance(message, Join):
                 check_engine(message.facts)
                 self._join(message, identity)
-            elif isinstance(message, Beat):
+            elif isinstance(message, Heartbeat):
                 check_process(message.process)
                 self._hear(message)
             else:
@@ -95,7 +95,7 @@ class EngineLifecycle:
             PeerError: it makes no sense; nothing has changed.
         """
         engine = self._members.engines.get(number)
-        if engine is None or isinstance(message, Join | Attach | Beat):
+        if engine is None or isinstance(message, Join | Attach | Heartbeat):
             return
         if isinstance(message, Fault):
             failure = shortened(message.failure)
@@ -135,12 +135,12 @@ class EngineLifecycle:
         self.send(number, Welcome())
         if self._slot.held.is_active:
             if members.engines[number].is_spare:
-                self._slot.held.rest_engine(number)
+                self._slot.held.make_spare(number)
             self._slot.held.add_engine(facts)
         if is_to_leave:
             self._let_leave([number])
 
-    def _hear(self, beat: Beat) -> None:
+    def _hear(self, beat: Heartbeat) -> None:
         heartbeats, engine = self._members.heartbeats, self._members.engines.get(beat.engine)
         if engine is None:
             self._ask_back(beat)
@@ -156,13 +156,13 @@ class EngineLifecycle:
         if heartbeats.beat(beat.engine, time.monotonic()):
             self._slot.held.hear_engine(beat.engine)
 
-    def _ask_back(self, beat: Beat) -> None:
+    def _ask_back(self, beat: Heartbeat) -> None:
         """Ask an engine that beats and is not in to join again: it belonged to the hub before, or was not heard."""
         now = time.monotonic()
         if not self._members.may_ask(beat.engine, beat.process, now=now):
             return
         try:
-            self._router.send_multipart([b"engine-%d" % beat.engine, *encode(Rejoin(life=self._life))])
+            self._router.send_multipart([b"engine-%d" % beat.engine, *encode(Rejoin(generation=self._generation))])
         except zmq.ZMQError:  # its other socket is not connected yet
             return
         self._members.note_asked(beat.engine, now=now)
@@ -187,7 +187,7 @@ class EngineLifecycle:
         lost = self._members.lose(number)
         self._withdraw(number)
         if lost is not None and not lost.is_spare and not lost.is_retiring:
-            self._wake_spare()  # first: so it has its part of the lost shards
+            self._activate_spare()  # first: so it has its part of the lost shards
         self._slot.held.lose_engine(self._explain(number, lost, reason))
 
     def _explain(self, number: int, lost: PoolEngine | None, reason: str) -> EngineLost:
@@ -206,16 +206,16 @@ class EngineLifecycle:
 
     def _miss(self, number: int) -> None:
         """Give up an engine of the hub before that will not come back."""
-        if self._members.miss(number) and not self._wake_spare():
+        if self._members.miss(number) and not self._activate_spare():
             self._members.expect_one_spare_less()
         self._slot.held.lose_engine(EngineLost(number, "died"))
 
-    def _wake_spare(self) -> bool:
+    def _activate_spare(self) -> bool:
         """Let a spare work; return whether there was one."""
         number = self._members.choose_spare()
         if number is None:
             return False
-        self._slot.held.wake_engine(number)
+        self._slot.held.activate_spare(number)
         return True
 
     # those who leave
@@ -232,7 +232,7 @@ class EngineLifecycle:
     def _let_leave(self, leaving: Iterable[int]) -> None:
         leaving = list(leaving)
         if self._members.start_leaving(leaving):
-            self._wake_spare()
+            self._activate_spare()
         let_go = self._slot.held.retire_engine if self._slot.held.is_active else self.release
         for number in leaving:
             let_go(number)
@@ -260,7 +260,7 @@ class EngineLifecycle:
 
     # those who stand still, or are harmed on purpose
 
-    def condemn(self, number: int) -> None:
+    def evict(self, number: int) -> None:
         """Kill an engine that stands still and holds others up, or cut it off where that cannot be."""
         engine = self._members.engines.get(number)
         if engine is not None and signal_process(engine.facts.process, signal.SIGKILL):
@@ -268,7 +268,7 @@ class EngineLifecycle:
         elif engine is not None:
             self.lose(number, "was cut off")
 
-    def inject_fault(self, request: Chaos) -> None:
+    def inject_fault(self, request: InjectFault) -> None:
         """Harm an engine on purpose.
 
         Raises:

@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 from dnb.errors import ArgumentError
 from dnb.protocol.base import Message
-from dnb.protocol.client_messages import Chaos
+from dnb.protocol.client_messages import InjectFault
 from dnb.protocol.engine_messages import Slow
 from dnb.protocol.pool import EngineFacts, Process
 from dnb.transport.system.processes import signal_process
 
 
-class Mischief:
+class FaultInjector:
     """Does what is asked to one engine, and lets those that were stopped go on in time.
 
     The hub does this, not the kernel: an engine must not stand still for ever because a kernel was restarted.
@@ -31,7 +31,7 @@ class Mischief:
         self.stopped: dict[Process, float] = {}  # until when
         self.num_killed = 0
 
-    def act(self, request: Chaos, facts: EngineFacts) -> str:
+    def act(self, request: InjectFault, facts: EngineFacts) -> str:
         """Carry a request out; what was done, in words.
 
         Raises:
@@ -63,7 +63,7 @@ class Mischief:
             signal_process(process, signal.SIGCONT)
         self.stopped.clear()
 
-    def _signal(self, request: Chaos, facts: EngineFacts, number: signal.Signals) -> None:
+    def _signal(self, request: InjectFault, facts: EngineFacts, number: signal.Signals) -> None:
         host = socket.gethostname()
         if facts.process.host != host:
             raise ArgumentError(

@@ -18,7 +18,7 @@ FAR_SILENT_SECONDS = 2.0
 
 
 @dataclass(slots=True)
-class _Watch:
+class _SilentEngine:
     """An engine that is not heard, as it was seen before."""
 
     since: float
@@ -27,7 +27,7 @@ class _Watch:
     last_at_work: float = float("-inf")
 
 
-class Hearts:
+class HeartbeatMonitor:
     """When each engine was last heard, or seen at work.
 
     Args:
@@ -47,7 +47,7 @@ class Hearts:
         self._far_limit_seconds = far_limit_seconds
         self._look = look
         self._heard: dict[int, float] = {}
-        self._watches: dict[int, _Watch] = {}
+        self._watches: dict[int, _SilentEngine] = {}
         self._silent: set[int] = set()
         self._busy: set[int] = set()
         self._ticked: float | None = None
@@ -90,7 +90,7 @@ class Hearts:
     def see_at_work(self, engine: int, now: float) -> None:
         """An engine that cannot be looked at from here is at work, says its watcher."""
         if engine in self._heard and engine not in self._silent:
-            watch = self._watches.setdefault(engine, _Watch(now, Activity(0.0)))
+            watch = self._watches.setdefault(engine, _SilentEngine(now, Activity(0.0)))
             watch.last_at_work = now
 
     def declare_silent(self, engine: int) -> bool:
@@ -128,7 +128,7 @@ class Hearts:
 
     def _watch(self, engine: int, activity: Activity, now: float) -> bool:
         """Note what an engine does; whether it was seen twice by now."""
-        watch = self._watches.setdefault(engine, _Watch(now, activity))
+        watch = self._watches.setdefault(engine, _SilentEngine(now, activity))
         seconds = now - watch.since
         if seconds >= self._limit_seconds / 2:
             watch.is_at_work = has_worked(watch.activity, activity, seconds=seconds)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from dnb.hub.handover import PoolMemo
-from dnb.hub.server.members.heartbeats import Hearts
+from dnb.hub.handover import PoolHandover
+from dnb.hub.server.members.heartbeats import HeartbeatMonitor
 from dnb.hub.server.members.roster import (
     Standing,
     becomes_spare,
@@ -56,7 +56,7 @@ class Membership:
     def __init__(self, *, look: Callable[[Process], Activity | None]) -> None:
         self.engines: dict[int, PoolEngine] = {}
         self.returning: dict[int, EngineFacts] = {}  # engines of the hub before
-        self.heartbeats = Hearts(look=partial(self._look_at, look))
+        self.heartbeats = HeartbeatMonitor(look=partial(self._look_at, look))
         self.dead: set[int] = set()
         self.killed: set[Process] = set()  # on purpose
         self.leavers: dict[Process, float] = {}  # told to end; when they are killed
@@ -70,15 +70,15 @@ class Membership:
         self._leaving: frozenset[int] = frozenset()  # among those that return: they were asked to leave
         self._asked: dict[int, float] = {}  # to join again; when they may be asked once more
 
-    def restore(self, memo: PoolMemo) -> None:
+    def restore(self, handover: PoolHandover) -> None:
         """Expect the engines of the hub before."""
-        self.returning = {facts.engine: facts for facts in memo.engines}
-        self._spares = frozenset(memo.spares)
-        self._leaving = frozenset(memo.leaving)
-        self.wanted_spares = memo.wanted_spares
-        self.dead = set(memo.dead)
-        self.num_owed = memo.num_owed
-        self.helpers = set(memo.helpers)
+        self.returning = {facts.engine: facts for facts in handover.engines}
+        self._spares = frozenset(handover.spares)
+        self._leaving = frozenset(handover.leaving)
+        self.wanted_spares = handover.wanted_spares
+        self.dead = set(handover.dead)
+        self.num_owed = handover.num_owed
+        self.helpers = set(handover.helpers)
 
     def _look_at(self, look: Callable[[Process], Activity | None], number: int) -> Activity | None:
         engine = self.engines.get(number)

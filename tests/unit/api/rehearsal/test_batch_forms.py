@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, default_collate
 
-from dnb.api.rehearsal.rehearsal import Rehearsed, rehearse
+from dnb.api.rehearsal.rehearsal import RehearsedRun, rehearse
 from dnb.errors import ArgumentError
 from dnb.job import Data, DataSource, Job
 from dnb.planning.sample_order import BatchOrder
@@ -29,7 +29,7 @@ def rehearsed(train: DataSource, val: DataSource | None = None, *, loss: Any = n
     rehearse(job, Data(train=train, val=val))
 
 
-def rehearsed_step(step: Any, targets: torch.Tensor) -> Rehearsed:
+def rehearsed_step(step: Any, targets: torch.Tensor) -> RehearsedRun:
     job = Job(
         model=nn.Linear(6, 3),
         loss=None,

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from dnb.api.rehearsal import rehearsal as rehearsing
 from dnb.api.rehearsal import trial as trials
-from dnb.api.rehearsal.rehearsal import Rehearsed, rehearse
+from dnb.api.rehearsal.rehearsal import RehearsedRun, rehearse
 from dnb.api.rehearsal.trial import PROBE_SAMPLES, Options, Trial
 from dnb.errors import ArgumentError
 from dnb.job import Data, DataSource, Job, Sum
@@ -43,7 +43,7 @@ def trial_of(model: nn.Module, data: Data | None = None, **options: Any) -> Tria
     return Trial.of(job_of(model, **options), data or pair(), Options())
 
 
-def rehearsed(model: nn.Module, data: Data | None = None, **options: Any) -> Rehearsed:
+def rehearsed(model: nn.Module, data: Data | None = None, **options: Any) -> RehearsedRun:
     return rehearse(job_of(model, **options), data or pair())
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dnb.api.strategy.division import Division
+from dnb.api.strategy.division import ModelDivision
 from dnb.api.strategy.memory_limit import Limit
 from dnb.errors import PlanError
 from dnb.job import Data, DataSource, Job
@@ -35,8 +35,8 @@ def limit(num_bytes: int, model: nn.Module) -> Limit:
     return Limit(num_bytes, job(model), DATA, batch_size=64, precision="float32")
 
 
-def division(model: nn.Module) -> Division:
-    return Division.of(
+def division(model: nn.Module) -> ModelDivision:
+    return ModelDivision.of(
         job(model), DATA, strategy="pipeline", stages=None, schedule="1f1b", mesh=None, batch_size=64, micro_batch=None,
         exact=False, transport=None,
     )  # fmt: skip

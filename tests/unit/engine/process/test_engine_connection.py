@@ -28,7 +28,7 @@ def test_an_engine_reads_the_file_of_its_pool(tmp_path):
     path = tmp_path / "engine.json"
     path.write_text(connection())
     place, key = worker._read_connection(str(path))
-    assert (place.address.url, place.guardian.pid, key) == ("tcp://127.0.0.1:1", 1, b"k")
+    assert (place.address.url, place.supervisor.pid, key) == ("tcp://127.0.0.1:1", 1, b"k")
 
 
 def test_what_an_engine_is_told_by_its_environment_is_not_left_there(monkeypatch):

@@ -12,9 +12,9 @@ import psutil
 import pytest
 import zmq
 
-from dnb.engine.process.heartbeat import Heart
+from dnb.engine.process.heartbeat import HeartbeatThread
 from dnb.engine.process.heartbeat_watcher import Watched
-from dnb.protocol.engine_messages import Beat, EngineMessage
+from dnb.protocol.engine_messages import EngineMessage, Heartbeat
 from dnb.protocol.pool import Address, EngineFacts, Process
 from dnb.transport.sockets.channels import ENGINE_ROLE, RoleKeys, bind_router, listen, start_authenticator, url_of
 from dnb.transport.system.processes import this_process
@@ -48,14 +48,14 @@ def hub() -> Iterator[tuple[zmq.Socket[bytes], Address]]:
 
 
 @pytest.fixture(params=[False, True], ids=["near", "far"])
-def router_and_heart(hub, request) -> Iterator[tuple[zmq.Socket[bytes], Heart]]:
+def router_and_heart(hub, request) -> Iterator[tuple[zmq.Socket[bytes], HeartbeatThread]]:
     """A hub's socket, and the heart of engine 3 that beats towards it."""
     router, address = hub
     facts = EngineFacts(engine=3, process=this_process(), cores=1, memory_bytes=1, device="cpu", torch_version="2")
-    heart = Heart(facts, address=address, is_far=request.param)
-    heart.start()
-    yield router, heart
-    heart.stop()
+    heartbeat_thread = HeartbeatThread(facts, address=address, is_far=request.param)
+    heartbeat_thread.start()
+    yield router, heartbeat_thread
+    heartbeat_thread.stop()
 
 
 class Watcher:
@@ -104,7 +104,7 @@ def test_a_watcher_says_that_an_engine_works_which_cannot_beat(hub, watcher_of):
         identity, packed = hub[0].recv_multipart()
         assert identity == b"watcher-3"
         beat = msgspec.msgpack.decode(packed, type=EngineMessage)
-        assert beat == Beat(engine=3, process=watcher.process, is_at_work=True)
+        assert beat == Heartbeat(engine=3, process=watcher.process, is_at_work=True)
 
 
 def test_a_watcher_says_nothing_of_an_engine_that_does_nothing(hub, watcher_of):
@@ -135,7 +135,9 @@ def test_a_watcher_says_nothing_while_the_engine_beats(hub, watcher_of):
     assert heard[0] < heard[1] / 2  # on a full host one may come now and then
 
 
-def test_a_heart_beats_again_and_again_and_says_whose_it_is(router_and_heart: tuple[zmq.Socket[bytes], Heart]):
+def test_a_heart_beats_again_and_again_and_says_whose_it_is(
+    router_and_heart: tuple[zmq.Socket[bytes], HeartbeatThread],
+):
     router, _ = router_and_heart
     beats = []
     for _ in range(3):
@@ -143,10 +145,10 @@ def test_a_heart_beats_again_and_again_and_says_whose_it_is(router_and_heart: tu
         identity, packed = router.recv_multipart()
         assert identity == b"heart-3"
         beats.append(msgspec.msgpack.decode(packed, type=EngineMessage))
-    assert beats == [Beat(engine=3, process=this_process())] * 3
+    assert beats == [Heartbeat(engine=3, process=this_process())] * 3
 
 
-def test_a_heart_that_was_stopped_beats_no_more(router_and_heart: tuple[zmq.Socket[bytes], Heart]):
-    _, heart = router_and_heart
-    heart.stop()
-    assert not heart.is_alive()
+def test_a_heart_that_was_stopped_beats_no_more(router_and_heart: tuple[zmq.Socket[bytes], HeartbeatThread]):
+    _, heartbeat_thread = router_and_heart
+    heartbeat_thread.stop()
+    assert not heartbeat_thread.is_alive()

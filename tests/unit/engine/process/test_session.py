@@ -23,21 +23,21 @@ from dnb.protocol.base import Message
 from dnb.protocol.engine_messages import (
     AddSlabs,
     EngineMessage,
+    FunctionsReplaced,
     Load,
-    Mended,
     Shipped,
     WireOffer,
     Work,
     WorkFailed,
     WorkReport,
 )
-from dnb.protocol.memory import ParcelRef, SegmentRef
+from dnb.protocol.memory import PayloadRef, SegmentRef
 from dnb.protocol.run import RunSpec
-from dnb.transport.pickling.payloads import pack, sign
+from dnb.transport.pickling.payloads import pickle_payload, sign
 from dnb.transport.sockets.wires import DATA_SLOT, JOB_SLOT, frame_of
 
 KEY = b"key"
-NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
+NOTHING = PayloadRef(buffers=(), arrays=(), segment=None)
 
 
 class PanicException(BaseException):
@@ -50,7 +50,7 @@ class Kept:
     def __init__(self) -> None:
         self.sent: list[Message] = []
         self.refuses: type[Message] | None = None
-        self.landings: dict[int, memoryview] = {}
+        self.receive_buffers: dict[int, memoryview] = {}
 
     def send(self, record: Message) -> None:
         frame_of(record)
@@ -62,16 +62,16 @@ class Kept:
 class KeptFar(Kept):
     """Of an engine without shared memory: with what the hub sends before and after model and data are there."""
 
-    def __init__(self, parcels: dict[int, ParcelRef], after: list[tuple[Message, bytes]]) -> None:
+    def __init__(self, payloads: dict[int, PayloadRef], after: list[tuple[Message, bytes]]) -> None:
         super().__init__()
-        self._parcels = parcels
+        self._parcels = payloads
         self._after = after
         self.answered = threading.Event()
 
     def wait_for_messages(self, *, timeout_seconds: float) -> list[tuple[memoryview, memoryview]]:
-        for slot, parcel in self._parcels.items():
-            if parcel.segment is not None:
-                self.landings[slot][:] = Path(parcel.segment.path).read_bytes()
+        for slot, payload in self._parcels.items():
+            if payload.segment is not None:
+                self.receive_buffers[slot][:] = Path(payload.segment.path).read_bytes()
         slabs = AddSlabs(run="run", slabs=(SegmentRef(path="", num_bytes=0),))
         records = [(slabs, b""), (Shipped(run="run"), b""), *self._after]
         return [(memoryview(frame_of(record)[16:]), memoryview(raw)) for record, raw in records]
@@ -106,8 +106,8 @@ class Hub:
             scheduler=None,
             order=BatchOrder(num_samples=8, batch_size=8),
         )
-        job_bytes, job_ref, _ = pack(job, name="job", folders=[folder])
-        data_bytes, data_ref, _ = pack(Data(train=source, val=source), name="data", folders=[folder])
+        job_bytes, job_ref, _ = pickle_payload(job, name="job", folders=[folder])
+        data_bytes, data_ref, _ = pickle_payload(Data(train=source, val=source), name="data", folders=[folder])
         spec = RunSpec(
             id="run",
             name="run",
@@ -173,7 +173,7 @@ class Hub:
         self._give(work, memoryview(torch.arange(8).numpy()).cast("B"))
         return self.wire.sent[-1] if self.wire.sent else work
 
-    def mend(self, **functions: Any) -> None:
+    def replace_functions(self, **functions: Any) -> None:
         """Let the session go on with other functions."""
         record, pickled = mended(**functions)
         self._give(record, memoryview(pickled))
@@ -189,7 +189,7 @@ class Hub:
 
 def mended(**functions: Any) -> tuple[Message, bytes]:
     pickled = cloudpickle.dumps({"step": None, "loss": None, **functions})
-    return Mended(run="run", signature=sign(KEY, [pickled])), pickled
+    return FunctionsReplaced(run="run", signature=sign(KEY, [pickled])), pickled
 
 
 @pytest.fixture
@@ -225,10 +225,10 @@ def test_what_is_no_exception_is_a_failure_of_user_code(hub_of, error):
 
 
 def test_functions_that_come_while_model_and_data_are_still_unpacked_count(hub_of):
-    def mend(model, batch):
+    def replace_functions(model, batch):
         raise ValueError("of the mended one")
 
-    hub = hub_of(step=mean_step, after=[mended(step=mend)])
+    hub = hub_of(step=mean_step, after=[mended(step=replace_functions)])
     hub.work()
     assert hub.wire.answered.wait(30)
     assert failure_of(hub.wire.sent[-1]).message == "of the mended one"
@@ -268,16 +268,16 @@ def raise_panic():
 
 def test_a_mended_function_that_cannot_be_unpickled_is_told_at_the_next_step(hub_of):
     hub = hub_of(step=mean_step)
-    hub.mend(step=Unborn())
+    hub.replace_functions(step=Unborn())
     for _ in range(2):
         assert failure_of(hub.work()).message == "no such symbol here"
-    hub.mend(step=mean_step)
+    hub.replace_functions(step=mean_step)
     assert isinstance(hub.work(), WorkReport)
 
 
 def test_a_mended_function_that_returns_no_loss_is_told(hub_of):
     hub = hub_of(step=mean_step)
-    hub.mend(step=lambda *_: None)
+    hub.replace_functions(step=lambda *_: None)
     failure = failure_of(hub.work())
     assert failure.kind == "ReturnError"
     assert failure.message.startswith("step must return the loss as a tensor of one number")

@@ -10,14 +10,14 @@ from torch.nn import functional
 from benchmarks.models import CausalTransformer, token_loss
 from dnb.engine.profiling import profiler as profiling
 from dnb.engine.profiling.layers import find_layers
-from dnb.engine.profiling.profiler import Trial, choose_sizes, count_samples, profile_trial, take_samples
+from dnb.engine.profiling.profiler import ProfileInput, choose_sizes, count_samples, profile_trial, take_samples
 from dnb.errors import PlanError
 from dnb.job import Sum
 from dnb.planning.search.profiles import mean_profile
 
 
 def profile(model, batch, *, sizes=(8,), **options):
-    return profile_trial(Trial(model=model, batch=batch, **options), sizes=sizes, num_threads=1)
+    return profile_trial(ProfileInput(model=model, batch=batch, **options), sizes=sizes, num_threads=1)
 
 
 def names(profile_made):
@@ -300,7 +300,7 @@ def test_every_tensor_with_samples_is_cut():
 )
 def test_a_batch_that_does_not_fit_the_model_is_refused(model, batch, message):
     with pytest.raises(PlanError, match=message):
-        profile_trial(Trial(model=model, batch=batch), num_threads=1)
+        profile_trial(ProfileInput(model=model, batch=batch), num_threads=1)
 
 
 # what is dear

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dnb.engine.replicas.gathered_loss import GatheringReplica, bytes_of
-from dnb.engine.replicas.replica import Outcome
+from dnb.engine.replicas.replica import WorkResult
 from dnb.engine.runtime.run_memory import EngineMemory, Publisher
 from dnb.engine.runtime.telemetry import Stopwatch
 from dnb.hub.message_checks import PeerError
@@ -23,14 +23,14 @@ from dnb.job import Data, DataSource, Job, Sum
 from dnb.planning.sample_order import BatchOrder
 from dnb.planning.shards import shard_bounds
 from dnb.protocol.engine_messages import Load, OutputLeaf, WireOffer, Work, WorkReport
-from dnb.protocol.memory import ParcelRef
+from dnb.protocol.memory import PayloadRef
 from dnb.protocol.run import RunSpec, TransportKind
 from dnb.transport.sockets.wires import MAX_RECORD_BYTES, MAX_WORK_BYTES, Flat
 from dnb.user_code.return_values import ReturnError
 
 pytestmark = [pytest.mark.numeric, pytest.mark.float64]
 
-NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
+NOTHING = PayloadRef(buffers=(), arrays=(), segment=None)
 NUM_SHARDS = 4
 NUM_SAMPLES = 21
 STEP = 3
@@ -121,7 +121,7 @@ class Team:
             )
         return self.engines[number]
 
-    def compute(self, kind: Any, number: int, shards: tuple[int, ...], *, fresh: bool = True) -> Outcome:
+    def compute(self, kind: Any, number: int, shards: tuple[int, ...], *, fresh: bool = True) -> WorkResult:
         parts = [self.order[first:last] for first, last in (self.bounds[shard] for shard in shards)]
         work = Work(
             run="run",

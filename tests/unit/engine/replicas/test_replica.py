@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from dnb.engine.replicas.replica import ModelChangedError, Outcome, Replica, part_seed, tensor_digest
+from dnb.engine.replicas.replica import ModelChangedError, Replica, WorkResult, part_seed, tensor_digest
 from dnb.engine.runtime.run_memory import EngineMemory, Publisher
 from dnb.engine.runtime.telemetry import Stopwatch
 from dnb.hub.parameters.master import Contribution, HubSlab, Master
@@ -22,7 +22,7 @@ from dnb.planning.sample_order import BatchOrder
 from dnb.planning.shards import shard_bounds
 from dnb.protocol.engine_messages import Diagnose, Diagnosis, Load, WireOffer, Work
 from dnb.protocol.measurements import Sums
-from dnb.protocol.memory import ParcelRef
+from dnb.protocol.memory import PayloadRef
 from dnb.protocol.run import RunSpec, TransportKind
 from dnb.transport.layout import LARGE_ELEMENTS, slot_views
 from dnb.transport.sockets.wires import Flat
@@ -30,7 +30,7 @@ from dnb.user_code.return_values import ReturnError
 
 pytestmark = [pytest.mark.numeric, pytest.mark.float64]
 
-NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
+NOTHING = PayloadRef(buffers=(), arrays=(), segment=None)
 NUM_SHARDS = 4
 
 
@@ -127,7 +127,7 @@ class Engines:
             if self.transport == "socket":
                 delivery: Any = Delivery(slabs)
                 publisher = Publisher(load.gradient_layout, load.buffer_layout.num_bytes, delivery)
-                self.ship(engine)
+                self.upload(engine)
             self.replicas[engine] = Replica(
                 self.spec,
                 copy.deepcopy(self.job),
@@ -145,7 +145,7 @@ class Engines:
         memory = self.master.slabs_of(engine)[slab].flat.memory
         return slot_views(self.master.gradient_layout, memory), slot_views(self.master.buffer_layout, memory)
 
-    def ship(self, engine: int) -> None:
+    def upload(self, engine: int) -> None:
         """Bring the parameters to an engine that does not share them."""
         self.memories[engine].parameters[:] = self.master.parameters_flat.memory
 
@@ -159,11 +159,11 @@ class Engines:
         step: int = 1,
         fresh: bool = True,
         first_slab: int = 0,
-    ) -> Outcome:
+    ) -> WorkResult:
         """Let an engine compute shards of a batch, all samples if none is given."""
         replica = self.replica(engine)
         if self.transport == "socket":
-            self.ship(engine)
+            self.upload(engine)
         return replica.compute(*self.work(shards, batch, kind=kind, step=step, fresh=fresh, first_slab=first_slab))
 
     def place(self, engine: int, error: BaseException, *, kind: str = "step") -> str:
@@ -210,7 +210,7 @@ class Engines:
         )
         return self.replica(engine).diagnose(request, torch.cat(parts))
 
-    def commit(self, *outcomes: tuple[int, Outcome]):
+    def commit(self, *outcomes: tuple[int, WorkResult]):
         """Step with what engines brought."""
         return self.master.commit(
             [
@@ -1360,5 +1360,5 @@ def test_a_step_that_returns_a_sum_for_some_parts_and_a_mean_for_others_is_refus
 def test_a_mended_step_function_may_bear_other_metrics(engines_of: MakeEngines):
     engines = engines_of(small_model(), step=lambda model, batch: (model(batch[0]).mean(), {"a": 1.0}))
     engines.compute(0)
-    engines.replica(0).mend(step=lambda model, batch: (model(batch[0]).mean(), {"b": 1.0}), loss=None)
+    engines.replica(0).replace_functions(step=lambda model, batch: (model(batch[0]).mean(), {"b": 1.0}), loss=None)
     assert engines.compute(0).parts[0].metric_totals == {"b": 10.0}

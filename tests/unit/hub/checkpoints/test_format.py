@@ -38,7 +38,7 @@ from dnb.hub.checkpoints.format import (
 from dnb.hub.checkpoints.restore import restore, rows_of
 from dnb.hub.checkpoints.signing import Signer, is_signed, keep_secret
 from dnb.hub.checkpoints.tensor_files import CODES, TensorBuffer, read_tensors
-from dnb.hub.history.engine_stats import Columns
+from dnb.hub.history.engine_stats import HistoryColumns
 from dnb.transport.pickling.payloads import unpack
 from dnb.transport.state_trees import put_together, take_apart
 from tests.models import Odd, Tied
@@ -341,7 +341,7 @@ def test_another_optimizer_is_refused_by_name(run_of: MakeRun):
     folder = run_of().train(1).keep().folder
     new = run_of(optimizer="sgd")
     with pytest.raises(ArgumentError, match="the checkpoint's optimizer is a AdamW, not a SGD"):
-        restore(folder, new.master, Columns())
+        restore(folder, new.master, HistoryColumns())
 
 
 def test_a_newer_format_is_told_with_both_numbers(run_of: MakeRun):
@@ -884,9 +884,9 @@ def test_where_files_cannot_be_linked_they_are_copied(run_of: MakeRun, code: int
 
 def test_the_user_s_objects_outlive_their_memory(run_of: MakeRun, tmp_path: Path):
     run = run_of().train(1)
-    for parcel in (run.spec.job, run.spec.data):
-        assert parcel.segment is not None
-        Path(parcel.segment.path).unlink()
+    for payload in (run.spec.job, run.spec.data):
+        assert payload.segment is not None
+        Path(payload.segment.path).unlink()
     run.keep().verify(ALL_FILES[:-1])
 
 

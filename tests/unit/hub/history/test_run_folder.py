@@ -15,7 +15,7 @@ import pytest
 from dnb.api.runs.run import Run
 from dnb.errors import ArgumentError
 from dnb.hub.checkpoints.restore import rows_between
-from dnb.hub.history.engine_stats import Columns
+from dnb.hub.history.engine_stats import HistoryColumns
 from dnb.hub.history.run_folder import (
     FORMAT,
     HistoryRow,
@@ -28,12 +28,12 @@ from dnb.hub.history.run_folder import (
     summarize,
 )
 from dnb.protocol.measurements import RunEvent
-from dnb.protocol.memory import ParcelRef
+from dnb.protocol.memory import PayloadRef
 from dnb.protocol.run import PlainJob, RunSpec
 from dnb.protocol.versions import name_this_dnb
 from tests.disks import files_end_at
 
-NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
+NOTHING = PayloadRef(buffers=(), arrays=(), segment=None)
 SPEC = RunSpec(
     id="0",
     name="digits",
@@ -364,7 +364,7 @@ def test_the_next_hub_finds_rows_and_events_that_a_full_disk_did_not_take(tmp_pa
 
 def test_rows_that_are_too_many_to_wait_are_rebuilt(tmp_path: Path):
     folder = RunFolder(tmp_path, clock=(clock := Clock()), most_waiting_bytes=2000)
-    columns = Columns()
+    columns = HistoryColumns()
     folder.rebuild_with(partial(rows_between, columns, started=100.0))
 
     def commit(step: int) -> None:

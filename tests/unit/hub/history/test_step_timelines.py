@@ -2,7 +2,7 @@ import msgspec
 import pytest
 
 from dnb.hub.history.run_folder import RunFolder, read_timeline
-from dnb.hub.history.step_timelines import Part, Timelines
+from dnb.hub.history.step_timelines import EngineTrace, Timelines
 from dnb.protocol.measurements import Action, StageTrace
 from dnb.protocol.run import Partition
 
@@ -18,8 +18,8 @@ def trace(begin: float, *, computed: float = 1.0, end: float | None = None) -> S
     return StageTrace(begin=begin, end=end, cpu_seconds=1.0, num_micro_batches=1, actions=actions, traffic=())
 
 
-def parts(first: StageTrace, last: StageTrace) -> dict[int, Part]:
-    return {5: Part(last, 1 << 20, 1, PIPELINE, None), 3: Part(first, 1 << 20, 0, PIPELINE, 1000)}
+def parts(first: StageTrace, last: StageTrace) -> dict[int, EngineTrace]:
+    return {5: EngineTrace(last, 1 << 20, 1, PIPELINE, None), 3: EngineTrace(first, 1 << 20, 0, PIPELINE, 1000)}
 
 
 def test_all_engines_are_asked_for_the_same_step():

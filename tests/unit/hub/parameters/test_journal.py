@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from dnb.hub.parameters.journal import JournalFull, Torn, create_journal
+from dnb.hub.parameters.journal import JournalFull, Unrecoverable, create_journal
 from dnb.hub.parameters.master import Contribution, Master
 from dnb.hub.parameters.recovery import recover_master
 from dnb.job import Job
@@ -34,17 +34,17 @@ def order(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("nursery")
     command = [sys.executable, "-m", "tests.unit.journal_nursery", str(folder)]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as nursery:
-        assert nursery.stdin is not None
-        assert nursery.stdout is not None
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as fork_server:
+        assert fork_server.stdin is not None
+        assert fork_server.stdout is not None
 
         def give(case: str, how: str, **options: Any) -> str:
-            nursery.stdin.write(json.dumps({"case": case, "how": how, **options}) + "\n")
-            nursery.stdin.flush()
-            return json.loads(nursery.stdout.readline())
+            fork_server.stdin.write(json.dumps({"case": case, "how": how, **options}) + "\n")
+            fork_server.stdin.flush()
+            return json.loads(fork_server.stdout.readline())
 
         yield give
-        nursery.stdin.close()
+        fork_server.stdin.close()
 
 
 Order = Callable[..., str]
@@ -197,10 +197,10 @@ def test_the_optimizer_works_in_shared_memory_alone(masters: Make, optimizer: An
     master = masters(optimizer)
     commit(master)
     commit(master)
-    moments = master._keeper._moments
+    optimizer_state = master._update_log._optimizer_state
     tensors = [each for state in master.optimizer.state.values() for each in state.values()]
     assert tensors
-    assert all(moments._has(each) for each in tensors)
+    assert all(optimizer_state._has(each) for each in tensors)
 
 
 def test_a_state_that_was_loaded_is_moved_into_shared_memory(tmp_path: Path, masters: Make):
@@ -210,7 +210,7 @@ def test_a_state_that_was_loaded_is_moved_into_shared_memory(tmp_path: Path, mas
     loaded.optimizer.load_state_dict(first.optimizer.state_dict())
     loaded.keep_journal(step=1, evaluated=0)
     state = loaded.optimizer.state[loaded.model.weight]
-    assert loaded._keeper._moments._has(state["exp_avg"])
+    assert loaded._update_log._optimizer_state._has(state["exp_avg"])
     assert torch.equal(state["exp_avg"], first.optimizer.state[first.model.weight]["exp_avg"])
     loaded.close()
 
@@ -249,13 +249,13 @@ def test_a_run_whose_values_outgrow_the_journal_goes_on_without(masters: Make, t
     commit(master, describe=lambda _: {f"metric {number}": 0.0 for number in range(10_000)})
     commit(master)
     assert master.optimizer.state[master.model.weight]["step"].item() == 2
-    with pytest.raises(Torn, match="there is no journal"):
+    with pytest.raises(Unrecoverable, match="there is no journal"):
         recover(master, tmp_path)
 
 
 def test_a_journal_that_is_gone_is_torn(tmp_path: Path):
     ref = SegmentRef(path=str(tmp_path / "gone"), num_bytes=1 << 20)
-    with pytest.raises(Torn, match="the journal is of no use: FileNotFoundError"):
+    with pytest.raises(Unrecoverable, match="the journal is of no use: FileNotFoundError"):
         recover_master(job_of(), journal=ref, folders=[tmp_path], prefix="run")
 
 
@@ -263,8 +263,8 @@ def test_nothing_is_left_of_what_is_torn(tmp_path: Path):
     master = Master(job_of(), folders=[tmp_path], prefix="run", clip_norm=None)
     master.keep_journal(step=0, evaluated=0)
     commit(master)
-    master._keeper.journal.give_up()
-    with pytest.raises(Torn):
+    master._update_log.journal.give_up()
+    with pytest.raises(Unrecoverable):
         recover(master, tmp_path)
     master.close()
     assert list(tmp_path.iterdir()) == []

@@ -20,7 +20,7 @@ from dnb.job import Job
 from dnb.planning.sample_order import BatchOrder
 from dnb.protocol.measurements import Sums
 from dnb.transport.layout import slot_views
-from dnb.transport.pickling.payloads import pack, unpack
+from dnb.transport.pickling.payloads import pickle_payload, unpack
 from dnb.transport.segments import open_segment
 
 
@@ -104,8 +104,8 @@ class Pool:
     def state(self) -> dict[str, torch.Tensor]:
         """Every tensor of model and optimizer, as it is now."""
         found = {name: value.clone() for name, value in self.master.model.state_dict().items()}
-        for index, moments in self.master.optimizer.state_dict()["state"].items():
-            found |= {f"{index}.{name}": value.clone() for name, value in moments.items()}
+        for index, optimizer_state in self.master.optimizer.state_dict()["state"].items():
+            found |= {f"{index}.{name}": value.clone() for name, value in optimizer_state.items()}
         return found
 
 
@@ -744,7 +744,7 @@ def test_a_scheduler_that_travelled_with_its_optimizer_is_stepped(pool_of: MakeP
     model = one_weight()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    pickled, ref, segment = pack((model, optimizer, scheduler), name="job", folders=[tmp_path])
+    pickled, ref, segment = pickle_payload((model, optimizer, scheduler), name="job", folders=[tmp_path])
     model, optimizer, scheduler = unpack(pickled, ref)
     segment.unlink()
     pool = pool_of(model, optimizer=optimizer, lr=None, scheduler=scheduler)
@@ -809,8 +809,8 @@ def test_there_is_a_digest_of_every_tensor(pool_of: MakePool):
 
 def test_the_digest_of_a_tensor_is_the_crc_of_its_bytes(pool_of: MakePool):
     model = nn.ParameterDict({"weight": nn.Parameter(torch.tensor([1.0, 2.0]))})
-    wanted = zlib.crc32(struct.pack("<2f", 1.0, 2.0))
-    assert pool_of(model).master.digests()[1] == struct.pack("<I", wanted)
+    wanted = zlib.crc32(struct.pickle_payload("<2f", 1.0, 2.0))
+    assert pool_of(model).master.digests()[1] == struct.pickle_payload("<I", wanted)
 
 
 # what changes --------------------------------------------------------------------------------------------------

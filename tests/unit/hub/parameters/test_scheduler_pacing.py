@@ -5,7 +5,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from dnb.errors import ArgumentError
-from dnb.hub.parameters.scheduler_pacing import DecayWatch, Pace, check_pace
+from dnb.hub.parameters.scheduler_pacing import DecayWatch, SchedulerPace, check_pace
 
 
 def made(kind, **options):
@@ -16,7 +16,7 @@ def made(kind, **options):
 
 
 def test_a_scheduler_of_epochs_is_stepped_with_their_last_step():
-    pace = Pace(made(lr_scheduler.StepLR, step_size=1, gamma=0.5), every="epoch", steps_per_epoch=3)
+    pace = SchedulerPace(made(lr_scheduler.StepLR, step_size=1, gamma=0.5), every="epoch", steps_per_epoch=3)
     assert [step for step in range(1, 8) if pace.is_due(step)] == [3, 6]
     for step in range(1, 8):
         pace.take_step(step)
@@ -26,7 +26,7 @@ def test_a_scheduler_of_epochs_is_stepped_with_their_last_step():
 @pytest.mark.parametrize(("every", "values"), [("epoch", "val_loss"), ("val_accuracy", "val_accuracy")])
 def test_a_plateau_is_looked_for_in_the_value_that_is_named(every, values):
     plateau = made(lr_scheduler.ReduceLROnPlateau, patience=0, mode="min")
-    pace = Pace(plateau, every=every, steps_per_epoch=2)
+    pace = SchedulerPace(plateau, every=every, steps_per_epoch=2)
     assert not pace.is_due(2)
     measured = {"val_loss": 5.0, "val_accuracy": 5.0}
     for step, value in ((2, 1.0), (4, 2.0)):

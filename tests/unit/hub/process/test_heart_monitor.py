@@ -7,7 +7,7 @@ import signal
 import pytest
 import zmq
 
-from dnb.hub.process.heart_monitor import FIRST_BEAT_SECONDS, LONGEST_WAIT_SECONDS, STILL_SECONDS, MonitorWatch
+from dnb.hub.process.heart_monitor import FIRST_HEARTBEAT_SECONDS, LONGEST_WAIT_SECONDS, STILL_SECONDS, MonitorWatch
 
 PERIOD = 0.25
 
@@ -21,9 +21,9 @@ class Monitors:
 
     def __init__(self) -> None:
         self.context = zmq.Context()
-        self.beats, self.heart = self.context.socket(zmq.PAIR), self.context.socket(zmq.PAIR)
+        self.beats, self.heartbeat_thread = self.context.socket(zmq.PAIR), self.context.socket(zmq.PAIR)
         self.beats.bind("inproc://beats")
-        self.heart.connect("inproc://beats")
+        self.heartbeat_thread.connect("inproc://beats")
         self.started = []
         self.now = 1000.0
         self.fails = False
@@ -45,7 +45,7 @@ class Monitors:
         return process
 
     def beat(self):
-        self.heart.send(b"beat")
+        self.heartbeat_thread.send(b"beat")
 
     def pass_time(self, seconds, *, beating=False):
         for _ in range(round(seconds / 0.2)):
@@ -91,7 +91,7 @@ def test_a_monitor_that_does_not_beat_any_more_is_killed_and_replaced(monitors):
 
 
 def test_a_monitor_that_was_just_started_has_time_for_its_first_beat(monitors):
-    monitors.pass_time(FIRST_BEAT_SECONDS - 1)
+    monitors.pass_time(FIRST_HEARTBEAT_SECONDS - 1)
     assert len(monitors.started) == 1
     monitors.pass_time(2)
     assert len(monitors.started) == 2

@@ -852,7 +852,7 @@ def test_shards_of_a_silent_engine_are_computed_by_an_idle_one_too_and_notes_say
     coordinator.handle(WorkDone(0, 1, "step", 1, (0, 1)))
     assert coordinator.handle(EngineSilent(2, "was stopped")) == [
         Note("hung", "engine 2 was stopped", 2),
-        Assign(0, "step", 1, (4, 5), fresh=True, lease=4, apart=True),
+        Assign(0, "step", 1, (4, 5), fresh=True, lease=4, in_extra_slab=True),
         Note("reassigned", "2 shards of engine 2 wait for it: engine 0 computes them too", 2),
     ]
 
@@ -904,7 +904,7 @@ def test_if_the_second_is_silent_too_a_third_computes_the_same_shards():
     coordinator.handle(EngineSilent(2, "was not heard", is_asleep=True))
     report(coordinator, *of_kind(actions, Assign)[:2])
     assert work(coordinator.handle(EngineSilent(0, "was not heard", is_asleep=True))) == [
-        Assign(1, "step", 1, (4, 5), fresh=True, lease=5, apart=True)
+        Assign(1, "step", 1, (4, 5), fresh=True, lease=5, in_extra_slab=True)
     ]
 
 
@@ -926,7 +926,7 @@ def test_a_lease_that_is_taken_back_again_and_again_is_left_to_its_engine_for_lo
     coordinator, actions = loaded(0, 1)
     task = coordinator._task
     assert task is not None
-    task.cramped.add(0)
+    task.without_extra_slab.add(0)
     task.num_taken[1] = 2
     coordinator.handle(EngineSilent(1, "was not heard", is_asleep=True), now=10.0)
     report(coordinator, of_kind(actions, Assign)[0])
@@ -940,8 +940,8 @@ def test_one_engine_does_what_two_silent_ones_hold():
         coordinator.handle(EngineSilent(engine, "was stopped"))
     (first,) = of_kind(report(coordinator, of_kind(actions, Assign)[0]), Assign)
     (second,) = of_kind(report(coordinator, first), Assign)
-    assert (first.shards, first.apart) == ((2, 3), True)
-    assert (second.shards, second.apart) == ((4, 5), False)  # its other slab holds what counts
+    assert (first.shards, first.in_extra_slab) == ((2, 3), True)
+    assert (second.shards, second.in_extra_slab) == ((4, 5), False)  # its other slab holds what counts
     assert report(coordinator, second) == [Commit("step", 1, ((0, (0, 1)), (0, (2, 3)), (0, (4, 5))))]
 
 
@@ -1039,7 +1039,7 @@ def test_what_an_engine_had_reported_is_redone_if_it_hangs_in_the_same_slab():
     again = coordinator.handle(WorkDone(2, 3, "step", 1, (4, 5)))
     assert work(again) == [Assign(2, "step", 1, (3,), fresh=False, lease=5)]
     (again,) = of_kind(report(coordinator, *work(again)), Assign)
-    assert again == Assign(2, "step", 1, (0, 1, 2), fresh=True, lease=6, apart=True)
+    assert again == Assign(2, "step", 1, (0, 1, 2), fresh=True, lease=6, in_extra_slab=True)
     assert report(coordinator, again) == [Commit("step", 1, ((2, (0, 1, 2)), (2, (3,)), (2, (4, 5))))]
 
 
@@ -1073,7 +1073,7 @@ def test_of_engines_that_all_hang_the_first_to_be_heard_goes_on():
     coordinator.handle(EngineSilent(1, "was stopped"))
     coordinator.handle(EngineHeard(1))
     (again,) = of_kind(coordinator.handle(WorkDone(1, 2, "step", 1, (2, 3))), Assign)
-    assert again == Assign(1, "step", 1, (0, 1), fresh=True, lease=3, apart=True)
+    assert again == Assign(1, "step", 1, (0, 1), fresh=True, lease=3, in_extra_slab=True)
 
 
 def test_a_stop_ends_at_once_if_nobody_is_heard():
@@ -1204,7 +1204,7 @@ def late(*, elapsed: float) -> tuple[Race, list[Action]]:
     return race, race.coordinator.handle(Tick(), now=begin + elapsed)
 
 
-REDONE = Assign(0, "step", 6, tuple(range(24, 48)), fresh=True, lease=13, apart=True)
+REDONE = Assign(0, "step", 6, tuple(range(24, 48)), fresh=True, lease=13, in_extra_slab=True)
 
 
 def test_a_lease_is_not_late_before_three_times_what_it_should_take():

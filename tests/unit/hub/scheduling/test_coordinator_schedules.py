@@ -91,7 +91,7 @@ class Schedule(RuleBasedStateMachine):
         self.counted: dict[tuple[int, tuple[int, ...]], bool] = {}  # engine and shards: in which slab
         self.sent: list[WorkDone | UserCodeFailed] = []
         self.apart_of: dict[int, bool] = {}  # by lease
-        self.life = 0  # of the hub
+        self.generation = 0  # of the hub
         self.next_engine = 0
         self.has_room = True  # for another slab
         self.commit: Commit | None = None
@@ -154,8 +154,8 @@ class Schedule(RuleBasedStateMachine):
         # As a step begins: whoever gets something has computed it before, or it is all that is left.
         held = self.holders.get(action.engine)
         assert held is None or set(action.shards) >= held, f"{action}, but it has computed {held}"
-        self.apart_of[action.lease] = action.apart
-        if action.apart and not self.has_room:
+        self.apart_of[action.lease] = action.in_extra_slab
+        if action.in_extra_slab and not self.has_room:
             return [LeaseDeclined(action.engine, action.lease)]
         engine.work = action
         return []
@@ -163,7 +163,7 @@ class Schedule(RuleBasedStateMachine):
     def _end_engine(self, number: int) -> None:
         engine = self.engines.pop(number)
         if engine.work is not None and engine.work.kind != "outputs":
-            self.slabs[number, engine.work.apart] = None
+            self.slabs[number, engine.work.in_extra_slab] = None
         self.sent += engine.answers  # they may come yet, as a stranger's
         self.silent.discard(number)
         self.busy.discard(number)
@@ -178,12 +178,12 @@ class Schedule(RuleBasedStateMachine):
         in_slabs: dict[tuple[int, bool], list[int]] = {}
         for number, shards in commit.reports:
             in_slabs.setdefault((number, self.counted[number, shards]), []).extend(shards)
-        for (number, apart), shards in in_slabs.items():
-            slab = self.slabs[number, apart]
+        for (number, in_extra_slab), shards in in_slabs.items():
+            slab = self.slabs[number, in_extra_slab]
             assert slab is not None, f"the slab of engine {number} is torn"
             assert sorted(slab) == sorted(shards)
             work = self.engines[number].work if number in self.engines else None
-            assert work is None or work.apart != apart, f"engine {number} is writing"
+            assert work is None or work.in_extra_slab != in_extra_slab, f"engine {number} is writing"
 
     def _due(self) -> tuple[WorkKind, int]:
         step = len(self.committed)
@@ -199,7 +199,7 @@ class Schedule(RuleBasedStateMachine):
         if work.kind == "outputs":
             engine.answers.append(WorkDone(number, work.lease, work.kind, work.step, work.shards, len(work.shards)))
             return
-        key = number, work.apart
+        key = number, work.in_extra_slab
         before = [] if work.fresh else self.slabs[key]
         assert before is not None
         self.slabs[key] = [*before, *work.shards]
@@ -404,7 +404,7 @@ class Schedule(RuleBasedStateMachine):
         self.counted.clear()
         self.silent.clear()
         self.busy.clear()
-        self.life += 1
+        self.generation += 1
         old = self.coordinator
         self.coordinator = Coordinator(
             num_steps=NUM_STEPS,
@@ -417,7 +417,7 @@ class Schedule(RuleBasedStateMachine):
             status="paused" if old.status == "paused" else "starting",
             error=old.error,
             traceback=old.traceback,
-            life=self.life,
+            generation=self.generation,
             gathers=self.gathers,
         )
         self._perform(self.coordinator.start())
@@ -467,7 +467,7 @@ class Schedule(RuleBasedStateMachine):
         work, engine.work = engine.work, None
         assert work is not None
         if work.kind != "outputs":
-            self.slabs[number, work.apart] = None
+            self.slabs[number, work.in_extra_slab] = None
         engine.answers.append(UserCodeFailed(number, work.step, failure, work.lease))
 
     @precondition(lambda self: self._numbers(answering=True))

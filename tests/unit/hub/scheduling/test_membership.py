@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dnb.hub.scheduling.events import (
+    ActivateSpare,
     Asked,
     Assign,
     Commit,
@@ -10,11 +11,10 @@ from dnb.hub.scheduling.events import (
     EngineJoined,
     EngineLoaded,
     EngineLost,
+    MakeSpare,
     Note,
     Release,
-    RestEngine,
     RetireEngine,
-    WakeEngine,
     WorkDone,
 )
 from tests.unit.worded import WordedCoordinator as Coordinator
@@ -26,7 +26,7 @@ def loaded(*engines, spares=(), num_shards=4):
     """A coordinator whose engines have all loaded, and what it said to the last of them."""
     coordinator = Coordinator(num_steps=9, num_shards=num_shards, evaluate_every=None, engines=[*engines, *spares])
     for spare in spares:
-        coordinator.handle(RestEngine(spare))
+        coordinator.handle(MakeSpare(spare))
     coordinator.start()
     actions = []
     for engine in (*spares, *engines):
@@ -134,21 +134,21 @@ def test_a_spare_loads_the_run_and_gets_no_shards():
 
 def test_a_spare_that_is_woken_takes_the_shards_of_a_lost_engine():
     coordinator, _ = loaded(0, spares=[1])
-    assert coordinator.handle(WakeEngine(1)) == [Note("joined", "engine 1, a spare until now, takes part", 1)]
+    assert coordinator.handle(ActivateSpare(1)) == [Note("joined", "engine 1, a spare until now, takes part", 1)]
     assert assigned(coordinator.handle(EngineLost(0, "died"))) == {1: (0, 1, 2, 3)}
 
 
 def test_shards_that_only_spares_could_take_wait_until_one_is_woken():
     coordinator, _ = loaded(0, spares=[1])
     assert assigned(coordinator.handle(EngineLost(0, "died"))) == {}
-    assert assigned(coordinator.handle(WakeEngine(1))) == {1: (0, 1, 2, 3)}
+    assert assigned(coordinator.handle(ActivateSpare(1))) == {1: (0, 1, 2, 3)}
 
 
 def test_a_spare_that_is_woken_while_it_loads_works_when_it_has_loaded():
     coordinator, _ = loaded(0)
     coordinator.handle(EngineJoined(1))
-    coordinator.handle(RestEngine(1))
-    assert coordinator.handle(WakeEngine(1)) == []
+    coordinator.handle(MakeSpare(1))
+    assert coordinator.handle(ActivateSpare(1)) == []
     coordinator.handle(EngineLost(0, "died"))
     assert assigned(coordinator.handle(EngineLoaded(1))) == {1: (0, 1, 2, 3)}
 
@@ -156,18 +156,18 @@ def test_a_spare_that_is_woken_while_it_loads_works_when_it_has_loaded():
 def test_a_spare_that_is_woken_while_a_step_is_committed_works_from_the_next():
     coordinator, actions = loaded(0, spares=[1])
     report(coordinator, actions)
-    assert assigned(coordinator.handle(WakeEngine(1))) == {}
+    assert assigned(coordinator.handle(ActivateSpare(1))) == {}
     assert assigned(coordinator.handle(Committed("step", 1))) == {0: (0, 1), 1: (2, 3)}
 
 
 def test_a_run_that_starts_when_only_spares_are_left_waits_for_one_that_is_woken():
     coordinator = Coordinator(num_steps=9, num_shards=4, evaluate_every=None, engines=[0, 1])
-    coordinator.handle(RestEngine(1))
+    coordinator.handle(MakeSpare(1))
     coordinator.start()
     coordinator.handle(EngineLoaded(1))
     coordinator.handle(EngineLost(0, "died"))
     assert coordinator.status == "starting"
-    assert assigned(coordinator.handle(WakeEngine(1))) == {1: (0, 1, 2, 3)}
+    assert assigned(coordinator.handle(ActivateSpare(1))) == {1: (0, 1, 2, 3)}
 
 
 def test_a_spare_leaves_at_once():

@@ -86,7 +86,7 @@ class World:
                     self.notes.append(action)
                 case e.Release(engine):
                     self.released.append(engine)
-                case e.Condemn(engine):
+                case e.EvictEngine(engine):
                     self.condemned.append(engine)
                 case e.Replace(number):
                     self.num_replaced += number
@@ -102,7 +102,7 @@ def test_a_step_counts_when_every_member_has_brought_its_part():
 
 def test_members_know_their_ranks_and_write_into_one_slab():
     world = World(3)
-    seats = [world.teams.seat_of(engine) for engine in range(3)]
+    seats = [world.teams.assignment_of(engine) for engine in range(3)]
     assert [rank for _, rank, _ in seats] == [0, 1, 2]
     assert len({team for team, _, _ in seats}) == 1
     assert {world.teams.owner_of(engine) for engine in range(3)} == {2}
@@ -119,7 +119,7 @@ def test_the_others_form_a_smaller_team_when_one_dies_and_do_the_same_step_again
     world = World(3).load().report()
     world.report(0).lose(1)
     assert world.loads == [0, 2]
-    assert world.teams.seat_of(2)[2].num_engines == 2
+    assert world.teams.assignment_of(2)[2].num_engines == 2
     world.load()
     assert {work.step for work in world.work.values()} == {2}
     world.report().report()
@@ -154,7 +154,7 @@ def test_a_failure_of_one_pauses_the_run_and_the_same_step_is_done_again():
     failure = Failure(kind="ValueError", message="no", traceback="T", place="stage 1")
     lease = world.work[1].lease
     world.tell(e.UserCodeFailed(1, 2, failure, lease))
-    world.tell(e.PeerLost(0, lease))
+    world.tell(e.PeerWasLost(0, lease))
     assert world.teams.status == "paused"
     assert "ValueError: no (the pipeline of engines 0, 1: stage 1)" in world.teams.error
     world.load().tell(e.Asked("resume"))
@@ -207,7 +207,7 @@ def test_a_member_that_loads_may_be_silent_for_longer():
 
 def test_a_team_that_lost_a_connection_but_nobody_is_formed_anew():
     world = World(2).load()
-    world.tell(e.PeerLost(0, world.work[0].lease)).tell(e.Tick())
+    world.tell(e.PeerWasLost(0, world.work[0].lease)).tell(e.Tick())
     assert world.loads == []
     world.now += GRACE_SECONDS + 0.1
     world.tell(e.Tick())
@@ -218,11 +218,11 @@ def test_a_team_that_lost_a_connection_but_nobody_is_formed_anew():
 
 def test_teams_of_a_given_size_are_data_parallel_and_a_free_engine_takes_a_lost_ones_place():
     world = World(5, size=2, num_shards=2).load()
-    assert {world.teams.seat_of(engine)[0] for engine in range(4)} == {
-        world.teams.seat_of(0)[0],
-        world.teams.seat_of(2)[0],
+    assert {world.teams.assignment_of(engine)[0] for engine in range(4)} == {
+        world.teams.assignment_of(0)[0],
+        world.teams.assignment_of(2)[0],
     }
-    assert world.teams.seat_of(4) is None
+    assert world.teams.assignment_of(4) is None
     world.report(0, 1).lose(2)
     assert world.loads == [3, 4]
     world.load()
@@ -246,9 +246,9 @@ def test_a_run_without_engines_has_failed():
 
 
 def test_a_spare_takes_part_when_it_is_woken():
-    world = World(2).load().tell(e.RestEngine(5)).tell(e.EngineJoined(5)).report()
-    assert world.teams.seat_of(5) is None
-    world.tell(e.WakeEngine(5)).lose(0)
+    world = World(2).load().tell(e.MakeSpare(5)).tell(e.EngineJoined(5)).report()
+    assert world.teams.assignment_of(5) is None
+    world.tell(e.ActivateSpare(5)).lose(0)
     assert world.loads == [1, 5]
 
 
@@ -269,7 +269,7 @@ def test_a_run_that_is_taken_over_waits_for_its_engines_but_not_for_ever(back):
 def test_engines_that_still_wait_for_each_other_are_freed_when_the_run_ends():
     world = World(3)
     actions = world.teams.handle(e.Asked("stop"), world.now)
-    (team,) = {world.teams.seat_of(engine)[0] for engine in range(3)}
+    (team,) = {world.teams.assignment_of(engine)[0] for engine in range(3)}
     assert [type(action) for action in actions[-2:]] == [e.Disband, e.End]
     assert actions[-2].team == team
 

@@ -13,10 +13,10 @@ from dnb.hub.history.run_folder import HistoryRow, RunFolder, read_events, read_
 from dnb.hub.server.lost_run import LostRun, lose
 from dnb.protocol.client_messages import GetRun
 from dnb.protocol.measurements import RunEvent
-from dnb.protocol.memory import ParcelRef
+from dnb.protocol.memory import PayloadRef
 from dnb.protocol.run import RunSpec
 
-NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
+NOTHING = PayloadRef(buffers=(), arrays=(), segment=None)
 ERROR = "the hub died 3 times in step 3"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dnb.errors import ArgumentError, HubError
-from dnb.hub.handover import LOST_FILE, RUN_FILE, RunMemo, read_memo, write_memo
+from dnb.hub.handover import LOST_FILE, RUN_FILE, RunHandover, read_handover, write_handover
 from dnb.hub.hub_failures import Recorder
 from dnb.hub.server.lost_run import LostRun
 from dnb.hub.server.no_run import NoRun
@@ -30,8 +30,8 @@ class Run:
     is_closed: bool = False
 
     @property
-    def memo(self) -> RunMemo:
-        return RunMemo(frames=(b"spec", b"job", b"data", b"signature"), clip_norm=None, mended=None, journal=None)
+    def handover(self) -> RunHandover:
+        return RunHandover(frames=(b"spec", b"job", b"data", b"signature"), clip_norm=None, mended=None, journal=None)
 
     def ask(self, verb: str) -> None:
         self.asked.append(verb)
@@ -47,7 +47,7 @@ class Opener:
     """Refuses what it is to verify."""
 
     def verified_spec(self, frames: Any) -> Any:
-        raise HubError("a parcel without this cluster's signature was refused")
+        raise HubError("a payload without this cluster's signature was refused")
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_a_run_that_has_ended_takes_no_other_numbers(slot: RunSlot, tmp_path: Pa
 
 def test_a_run_whose_numbers_were_changed_is_kept_anew(slot: RunSlot, tmp_path: Path):
     held(slot, tmp_path)
-    slot.write_memo()
+    slot.write_handover()
     slot.set_options("digits", {"lr": 0.1})
     assert slot.changed
 
@@ -142,15 +142,15 @@ def test_a_run_gets_other_functions_only_while_it_is_paused(slot: RunSlot, tmp_p
 
 def test_a_run_that_was_written_down_is_not_written_again(slot: RunSlot, tmp_path: Path):
     run = held(slot, tmp_path)
-    slot.write_memo()
-    assert (slot.changed, read_memo([tmp_path], RUN_FILE, RunMemo)) == (False, run.memo)
+    slot.write_handover()
+    assert (slot.changed, read_handover([tmp_path], RUN_FILE, RunHandover)) == (False, run.handover)
 
 
 def test_a_run_that_no_folder_takes_is_written_again(tmp_path: Path):
     (tmp_path / "file").touch()
     slot = RunSlot(folders=[tmp_path / "file" / "folder"], recorder=Recorder())
     held(slot, tmp_path)
-    slot.write_memo()
+    slot.write_handover()
     assert slot.changed
 
 
@@ -165,7 +165,7 @@ def test_a_hub_notes_that_it_is_at_work_on_its_run(slot: RunSlot, tmp_path: Path
 
 
 def test_what_nobody_has_signed_is_forgotten(slot: RunSlot, tmp_path: Path):
-    write_memo([tmp_path], RUN_FILE, Run(None).memo)
+    write_handover([tmp_path], RUN_FILE, Run(None).handover)
     opener: Any = Opener()
     slot.take_over(opener, [], engines=[])
     assert isinstance(slot.held, NoRun)
@@ -182,7 +182,7 @@ def test_a_run_that_hubs_have_died_of_says_why_to_the_hub_after(slot: RunSlot, t
         error="the hub died 3 times in step 3",
         remote_traceback="",
     )
-    write_memo([tmp_path], LOST_FILE, lost)
+    write_handover([tmp_path], LOST_FILE, lost)
     opener: Any = Opener()
     slot.take_over(opener, [], engines=[])
     assert (slot.name, slot.status, slot.active_name) == ("digits", "failed", None)

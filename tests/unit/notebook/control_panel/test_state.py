@@ -4,13 +4,13 @@ import types
 import pytest
 
 from dnb.errors import HubError
-from dnb.notebook.control_panel.state import Now, look, obstacles, pool_sentence, run_sentence
+from dnb.notebook.control_panel.state import PanelState, look, obstacles, pool_sentence, run_sentence
 from dnb.protocol.pool import Process
 from dnb.transport.system.processes import this_process
 from tests.fake_runs import FakeRun
 
 TWO = ((0, "busy", "host-a"), (1, "ready", "host-a"))
-TRAINING = Now(engines=TWO, run="digits", status="running", is_held=True)
+TRAINING = PanelState(engines=TWO, run="digits", status="running", is_held=True)
 
 
 class FakePool:
@@ -21,16 +21,16 @@ class FakePool:
         self.engines = [types.SimpleNamespace(id=0, state="ready", host="host-a")]
 
 
-def allowed(now: Now, **lines: str) -> set[str]:
+def allowed(now: PanelState, **lines: str) -> set[str]:
     return {action for action, reason in obstacles(now, **lines).items() if not reason}
 
 
 def test_without_a_pool_one_can_start_plan_and_attach():
-    assert allowed(Now()) == {"start", "plan", "attach"}
+    assert allowed(PanelState()) == {"start", "plan", "attach"}
 
 
 def test_with_a_pool_and_no_run_one_can_train():
-    assert allowed(Now(engines=TWO)) == {"add", "remove", "shutdown", "plan", "fit", "attach"}
+    assert allowed(PanelState(engines=TWO)) == {"add", "remove", "shutdown", "plan", "fit", "attach"}
 
 
 def test_a_run_that_trains_can_be_steered_and_there_is_no_second_one():
@@ -40,24 +40,24 @@ def test_a_run_that_trains_can_be_steered_and_there_is_no_second_one():
 
 
 def test_a_paused_run_is_resumed():
-    now = Now(engines=TWO, run="digits", status="paused", is_held=True)
+    now = PanelState(engines=TWO, run="digits", status="paused", is_held=True)
     assert {"resume", "stop"} <= allowed(now)
     assert "pause" not in allowed(now)
 
 
 def test_a_run_that_has_ended_can_be_looked_at_and_the_next_one_started():
-    now = Now(engines=TWO, run="digits", status="finished", is_held=True)
+    now = PanelState(engines=TWO, run="digits", status="finished", is_held=True)
     assert allowed(now) == {"add", "remove", "shutdown", "plan", "fit", "dashboard"}
 
 
 def test_a_run_that_this_kernel_does_not_hold_is_attached_to_first():
-    now = Now(engines=TWO, run="digits", status="running")
+    now = PanelState(engines=TWO, run="digits", status="running")
     assert "attach" in allowed(now)
     assert obstacles(now)["stop"] == "attach to the run first"
 
 
 def test_a_pool_that_another_kernel_steers_is_only_watched():
-    now = Now(engines=TWO, run="digits", status="running", is_held=True, steered_by=77)
+    now = PanelState(engines=TWO, run="digits", status="running", is_held=True, steered_by=77)
     assert allowed(now) == {"shutdown", "plan", "attach", "dashboard"}
     assert "the kernel with pid 77 steers it, this one watches" in pool_sentence(now)
 
@@ -68,11 +68,11 @@ def test_a_run_can_be_steered_while_engines_are_added():
 
 
 def test_a_pool_in_a_sentence():
-    assert pool_sentence(Now(engines=TWO)) == "2 engines on host-a: 0 is busy, 1 is ready"
+    assert pool_sentence(PanelState(engines=TWO)) == "2 engines on host-a: 0 is busy, 1 is ready"
 
 
 def test_many_engines_are_counted():
-    now = Now(engines=tuple((engine, "busy", "host-a") for engine in range(64)))
+    now = PanelState(engines=tuple((engine, "busy", "host-a") for engine in range(64)))
     assert pool_sentence(now).endswith("15 is busy, 48 more")
 
 
@@ -88,7 +88,7 @@ def test_a_hub_that_does_not_answer_is_told_in_place_of_the_pool():
 def test_a_look_at_a_pool_finds_the_run_that_this_kernel_holds():
     run = FakeRun(status="paused")
     now = look(FakePool(run="digits", held=run, owner=this_process()))
-    assert now == Now(engines=((0, "ready", "host-a"),), run="digits", status="paused", is_held=True)
+    assert now == PanelState(engines=((0, "ready", "host-a"),), run="digits", status="paused", is_held=True)
 
 
 def test_a_look_at_a_pool_finds_who_steers_it():
@@ -99,8 +99,11 @@ def test_a_look_at_a_pool_finds_who_steers_it():
 @pytest.mark.parametrize(
     ("now", "expected"),
     [
-        (Now(), "no run"),
-        (Now(engines=TWO, run="digits", status="running"), "run digits is running; this kernel does not hold it"),
+        (PanelState(), "no run"),
+        (
+            PanelState(engines=TWO, run="digits", status="running"),
+            "run digits is running; this kernel does not hold it",
+        ),
     ],
 )
 def test_the_run_in_a_sentence(now, expected):

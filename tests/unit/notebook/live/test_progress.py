@@ -277,11 +277,11 @@ def test_in_a_block_another_one_may_listen():
 def test_packing_tells_how_many_bytes_are_there(tmp_path):
     import torch
 
-    from dnb.transport.pickling.payloads import pack
+    from dnb.transport.pickling.payloads import pickle_payload
 
     told = Told()
     with watching(told):
-        _, _, segment = pack(torch.zeros(1_000_000), name="digits-data", folders=[tmp_path])
+        _, _, segment = pickle_payload(torch.zeros(1_000_000), name="digits-data", folders=[tmp_path])
     segment.unlink()
     assert told == ["shipping digits-data", "pickling", "0 of 4 MB"]
 
@@ -289,9 +289,9 @@ def test_packing_tells_how_many_bytes_are_there(tmp_path):
 def test_profiling_tells_how_many_sizes_are_timed():
     import torch
 
-    from dnb.engine.profiling.profiler import Trial, profile_trial
+    from dnb.engine.profiling.profiler import ProfileInput, profile_trial
 
     told: list[object] = []
-    trial = Trial(model=torch.nn.Linear(2, 2), batch=torch.zeros(4, 2))
+    trial = ProfileInput(model=torch.nn.Linear(2, 2), batch=torch.zeros(4, 2))
     profile_trial(trial, sizes=(2, 4), report=told.append)
     assert told == ["0 of 2 sizes of batch are timed, 1 layers each", "1 of 2 sizes of batch are timed, 1 layers each"]

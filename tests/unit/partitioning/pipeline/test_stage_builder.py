@@ -12,7 +12,7 @@ from torch import nn
 
 from dnb.errors import PlanError
 from dnb.partitioning.pipeline.cut_points import cut_points
-from dnb.partitioning.pipeline.stage_builder import Divider, divide
+from dnb.partitioning.pipeline.stage_builder import StageBuilder, divide
 from dnb.partitioning.pipeline.stage_module import StagePart
 from dnb.partitioning.pipeline.tracing import Inputs
 from dnb.protocol.run import Partition
@@ -186,7 +186,7 @@ def test_a_frozen_first_stage_sends_what_wants_no_gradient():
 
 def test_a_second_shape_is_divided_like_the_first():
     model = SmallGPT()
-    divider = Divider(model, cut_at("blocks.2"))
+    divider = StageBuilder(model, cut_at("blocks.2"))
     divider.parts(Inputs((sentences()[0],)))
     short = sentences()[0][:, :5]
     assert torch.equal(run(divider.parts(Inputs((short,))), short), model(short))

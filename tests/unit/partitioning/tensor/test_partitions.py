@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from dnb.errors import ArgumentError, PlanError
 from dnb.partitioning.tensor.partitions import tensor_partitions
-from dnb.partitioning.tensor.trial import Trial
+from dnb.partitioning.tensor.trial import ModelTrial
 from dnb.protocol.run import Partition
 from tests.unit.stage_teams import LossNet, SkipNet, SmallGPT, images, mlp, sentences, vectors
 from tests.unit.tensor_models import DividableGPT, Leaking, NormedHeads, Planned, Softened
@@ -26,7 +26,7 @@ PAIR = {"up": "colwise", "down": "rowwise"}
 
 def partitions(model: nn.Module, samples: Any, **named: Any) -> dict[int, Partition]:
     batch = samples if isinstance(samples, Mapping) else tuple(tensor[:4] for tensor in samples)
-    return {each.num_engines: each for each in tensor_partitions(model, Trial(batch, loss=cross_entropy), **named)}
+    return {each.num_engines: each for each in tensor_partitions(model, ModelTrial(batch, loss=cross_entropy), **named)}
 
 
 def test_linear_layers_are_paired_by_columns_and_by_rows():

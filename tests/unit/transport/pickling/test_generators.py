@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dnb.transport.pickling.generators import OwnGenerators
-from dnb.transport.pickling.payloads import adopt, pack
+from dnb.transport.pickling.payloads import adopt, pickle_payload
 
 
 def draw(generator):
@@ -19,9 +19,9 @@ def draw(generator):
 @pytest.fixture
 def arrived(tmp_path):
     def arrived(obj):
-        pickled, parcel, segment = pack(obj, name="parcel", folders=[tmp_path])
+        pickled, payload, segment = pickle_payload(obj, name="parcel", folders=[tmp_path])
         try:
-            return adopt(pickled, parcel)
+            return adopt(pickled, payload)
         finally:
             if segment is not None:
                 segment.unlink()

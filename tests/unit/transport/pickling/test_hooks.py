@@ -1,4 +1,4 @@
-"""Hooks that pickle drops: they travel in parcels, and those of one process alone are refused."""
+"""Hooks that pickle drops: they travel in payloads, and those of one process alone are refused."""
 
 import sys
 import threading
@@ -9,11 +9,11 @@ from torch import nn
 
 from dnb.errors import ArgumentError
 from dnb.transport.pickling.hooks import drop_gradient_hooks, gradient_hooks, refuse_global_hooks, step_hooks
-from dnb.transport.pickling.payloads import explain_unpicklable, pack, unpack
+from dnb.transport.pickling.payloads import explain_unpicklable, pickle_payload, unpack
 
 
 def travelled(obj, folder):
-    pickled, ref, segment = pack(obj, name="x", folders=[folder])
+    pickled, ref, segment = pickle_payload(obj, name="x", folders=[folder])
     try:
         return unpack(pickled, ref)
     finally:

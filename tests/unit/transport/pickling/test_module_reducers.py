@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from dnb.transport.pickling.payloads import pack, unpack
+from dnb.transport.pickling.payloads import pickle_payload, unpack
 
 
 class Symmetric(nn.Module):
@@ -19,8 +19,8 @@ def symmetric(layer):
 
 
 def arrive(model, tmp_path):
-    pickled, parcel, segment = pack(model, name="model", folders=[tmp_path])
-    found = unpack(pickled, parcel)
+    pickled, payload, segment = pickle_payload(model, name="model", folders=[tmp_path])
+    found = unpack(pickled, payload)
     segment.unlink()
     return found
 

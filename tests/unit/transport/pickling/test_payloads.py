@@ -13,18 +13,18 @@ from torch.utils.data import Dataset, Subset
 from dnb.api.arguments.losses import accuracy
 from dnb.errors import HubError, ShippingError, SpaceError
 from dnb.planning.sample_order import BatchOrder
-from dnb.protocol.memory import ParcelRef
-from dnb.transport.pickling.payloads import explain_unpicklable, pack, sign, unpack, verify
+from dnb.protocol.memory import PayloadRef
+from dnb.transport.pickling.payloads import explain_unpicklable, pickle_payload, sign, unpack, verify
 
-NOTHING = ParcelRef(buffers=(), arrays=(), segment=None)
+NOTHING = PayloadRef(buffers=(), arrays=(), segment=None)
 
 
 @pytest.fixture
-def ship(tmp_path: Path):
+def upload(tmp_path: Path):
     """Packs and unpacks, as from the kernel to an engine."""
 
     def round_trip(obj: Any) -> Any:
-        pickled, ref, segment = pack(obj, name="parcel", folders=[tmp_path])
+        pickled, ref, segment = pickle_payload(obj, name="parcel", folders=[tmp_path])
         try:
             return unpack(pickled, ref)
         finally:
@@ -70,53 +70,53 @@ def ship(tmp_path: Path):
         "no elements of something",
     ],
 )
-def test_a_tensor_arrives_equal(ship, tensor: torch.Tensor):
-    arrived = ship(tensor)
+def test_a_tensor_arrives_equal(upload, tensor: torch.Tensor):
+    arrived = upload(tensor)
     assert arrived.dtype == tensor.dtype
     assert arrived.shape == tensor.shape
     assert torch.equal(arrived, tensor)
 
 
-def test_a_lazily_conjugated_tensor_arrives_conjugated(ship):
-    assert torch.equal(ship(torch.tensor([1 + 2j]).conj()), torch.tensor([1 - 2j]))
+def test_a_lazily_conjugated_tensor_arrives_conjugated(upload):
+    assert torch.equal(upload(torch.tensor([1 + 2j]).conj()), torch.tensor([1 - 2j]))
 
 
-def test_a_lazily_negated_tensor_arrives_negated(ship):
-    assert torch.equal(ship(torch.tensor([1 + 2j]).conj().imag), torch.tensor([-2.0]))
+def test_a_lazily_negated_tensor_arrives_negated(upload):
+    assert torch.equal(upload(torch.tensor([1 + 2j]).conj().imag), torch.tensor([-2.0]))
 
 
-def test_a_tensor_that_requires_grad_still_does(ship):
-    assert ship(torch.ones(2, requires_grad=True)).requires_grad
+def test_a_tensor_that_requires_grad_still_does(upload):
+    assert upload(torch.ones(2, requires_grad=True)).requires_grad
 
 
-def test_a_result_of_a_computation_arrives_equal(ship):
+def test_a_result_of_a_computation_arrives_equal(upload):
     result = torch.ones(2, requires_grad=True) * 3
-    assert ship(result).tolist() == [3.0, 3.0]
+    assert upload(result).tolist() == [3.0, 3.0]
 
 
-def test_a_parameter_stays_a_parameter(ship):
-    arrived = ship(nn.Parameter(torch.ones(2), requires_grad=False))
+def test_a_parameter_stays_a_parameter(upload):
+    arrived = upload(nn.Parameter(torch.ones(2), requires_grad=False))
     assert type(arrived) is nn.Parameter
     assert not arrived.requires_grad
 
 
 def test_tensors_that_share_memory_are_shipped_once(tmp_path: Path):
     base = torch.arange(1000.0)
-    _, ref, segment = pack([base, base.view(10, 100)], name="parcel", folders=[tmp_path])
+    _, ref, segment = pickle_payload([base, base.view(10, 100)], name="parcel", folders=[tmp_path])
     segment.unlink()
     assert [buffer.num_bytes for buffer in ref.buffers] == [4000]
 
 
-def test_tensors_that_share_memory_still_do(ship):
+def test_tensors_that_share_memory_still_do(upload):
     base = torch.zeros(4)
-    first, second = ship([base, base.view(2, 2)])
+    first, second = upload([base, base.view(2, 2)])
     first[0] = 5.0
     assert second[0, 0] == 5.0
 
 
 def test_a_small_view_does_not_ship_the_large_tensor_behind_it(tmp_path: Path):
     large = torch.zeros(1_000_000)
-    pickled, ref, segment = pack(large[10:20], name="parcel", folders=[tmp_path])
+    pickled, ref, segment = pickle_payload(large[10:20], name="parcel", folders=[tmp_path])
     segment.unlink()
     assert sum(buffer.num_bytes for buffer in ref.buffers) == 40
     assert len(pickled) < 1000
@@ -124,20 +124,20 @@ def test_a_small_view_does_not_ship_the_large_tensor_behind_it(tmp_path: Path):
 
 def test_a_small_array_view_does_not_ship_the_large_array_behind_it(tmp_path: Path):
     large = np.zeros(1_000_000)
-    pickled, ref, segment = pack(large[10:20], name="parcel", folders=[tmp_path])
+    pickled, ref, segment = pickle_payload(large[10:20], name="parcel", folders=[tmp_path])
     segment.unlink()
     assert sum(buffer.num_bytes for buffer in ref.buffers) == 80
     assert len(pickled) < 1000
 
 
 def test_the_elements_of_a_tensor_are_not_in_the_pickle(tmp_path: Path):
-    pickled, _, segment = pack(nn.Linear(500, 500), name="parcel", folders=[tmp_path])
+    pickled, _, segment = pickle_payload(nn.Linear(500, 500), name="parcel", folders=[tmp_path])
     segment.unlink()
     assert len(pickled) < 5000
 
 
 def test_every_buffer_is_aligned_to_a_cache_line(tmp_path: Path):
-    _, ref, segment = pack([torch.ones(3), torch.ones(5), np.ones(7)], name="parcel", folders=[tmp_path])
+    _, ref, segment = pickle_payload([torch.ones(3), torch.ones(5), np.ones(7)], name="parcel", folders=[tmp_path])
     segment.unlink()
     assert [buffer.offset_bytes for buffer in ref.buffers] == [0, 64, 128]
 
@@ -157,14 +157,14 @@ def test_every_buffer_is_aligned_to_a_cache_line(tmp_path: Path):
     ],
     ids=["contiguous", "fortran", "strided", "no elements", "text", "objects"],
 )
-def test_an_array_arrives_equal(ship, array: np.ndarray):
-    arrived = ship(array)
+def test_an_array_arrives_equal(upload, array: np.ndarray):
+    arrived = upload(array)
     assert arrived.dtype == array.dtype
     assert arrived.tolist() == array.tolist()
 
 
-def test_arrays_and_tensors_keep_their_places(ship):
-    assert [list(part) for part in ship([np.ones(2), torch.zeros(3), np.full(1, 7.0)])] == [
+def test_arrays_and_tensors_keep_their_places(upload):
+    assert [list(part) for part in upload([np.ones(2), torch.zeros(3), np.full(1, 7.0)])] == [
         [1.0, 1.0],
         [0.0, 0.0, 0.0],
         [7.0],
@@ -174,58 +174,58 @@ def test_arrays_and_tensors_keep_their_places(ship):
 # models and optimizers -----------------------------------------------------------------------------
 
 
-def test_a_model_arrives_with_equal_parameters(ship):
+def test_a_model_arrives_with_equal_parameters(upload):
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
-    arrived = ship(model).state_dict()
+    arrived = upload(model).state_dict()
     assert all(torch.equal(arrived[name], value) for name, value in model.state_dict().items())
 
 
-def test_tied_parameters_stay_one_parameter(ship):
+def test_tied_parameters_stay_one_parameter(upload):
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
-    arrived = ship(model)
+    arrived = upload(model)
     assert arrived[1].weight is arrived[0].weight
 
 
-def test_an_optimizer_on_the_models_parameters_arrives_on_the_models_parameters(ship):
+def test_an_optimizer_on_the_models_parameters_arrives_on_the_models_parameters(upload):
     model = nn.Linear(3, 1)
-    arrived, optimizer = ship((model, torch.optim.Adam(model.parameters())))
+    arrived, optimizer = upload((model, torch.optim.Adam(model.parameters())))
     assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in arrived.parameters()]
 
 
-def test_the_state_of_an_optimizer_arrives_with_it(ship):
+def test_the_state_of_an_optimizer_arrives_with_it(upload):
     model = nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(torch.tensor([[1.0, 2.0]])).sum().backward()
     optimizer.step()
-    arrived, arrived_optimizer = ship((model, optimizer))
+    arrived, arrived_optimizer = upload((model, optimizer))
     assert arrived_optimizer.state[arrived.weight]["momentum_buffer"].tolist() == [[1.0, 2.0]]
 
 
-def test_a_scheduler_arrives_on_its_optimizer(ship):
+def test_a_scheduler_arrives_on_its_optimizer(upload):
     optimizer = torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    optimizer, scheduler = ship((optimizer, scheduler))
+    optimizer, scheduler = upload((optimizer, scheduler))
     assert scheduler.optimizer is optimizer
 
 
-def test_a_generator_arrives_with_its_state(ship):
+def test_a_generator_arrives_with_its_state(upload):
     generator = torch.Generator().manual_seed(3)
     torch.randperm(10, generator=generator)
-    arrived = ship(BatchOrder(num_samples=10, batch_size=2, generator=generator)).generator
+    arrived = upload(BatchOrder(num_samples=10, batch_size=2, generator=generator)).generator
     assert torch.equal(torch.randperm(10, generator=arrived), torch.randperm(10, generator=generator))
 
 
-def test_a_function_of_the_notebook_travels_by_value(ship):
+def test_a_function_of_the_notebook_travels_by_value(upload):
     scale = 3
-    assert ship(lambda value: scale * value)(2) == 6
+    assert upload(lambda value: scale * value)(2) == 6
 
 
 # the other side --------------------------------------------------------------------------------------
 
 
 def test_what_is_written_to_an_unpacked_tensor_is_not_seen_by_others(tmp_path: Path):
-    pickled, ref, segment = pack(torch.zeros(3), name="parcel", folders=[tmp_path])
+    pickled, ref, segment = pickle_payload(torch.zeros(3), name="parcel", folders=[tmp_path])
     unpack(pickled, ref).fill_(9.0)
     second = unpack(pickled, ref)
     segment.unlink()
@@ -233,19 +233,19 @@ def test_what_is_written_to_an_unpacked_tensor_is_not_seen_by_others(tmp_path: P
 
 
 def test_an_unpacked_tensor_outlives_the_name_of_its_segment(tmp_path: Path):
-    pickled, ref, segment = pack(torch.arange(3.0), name="parcel", folders=[tmp_path])
+    pickled, ref, segment = pickle_payload(torch.arange(3.0), name="parcel", folders=[tmp_path])
     arrived = unpack(pickled, ref)
     segment.unlink()
     assert arrived.tolist() == [0.0, 1.0, 2.0]
 
 
 def test_an_object_without_tensors_needs_no_segment(tmp_path: Path):
-    assert pack({"lr": 0.1}, name="parcel", folders=[tmp_path])[1:] == (NOTHING, None)
+    assert pickle_payload({"lr": 0.1}, name="parcel", folders=[tmp_path])[1:] == (NOTHING, None)
 
 
 def test_no_room_for_the_tensors_is_told(tmp_path: Path):
-    with pytest.raises(SpaceError, match=r"parcel needs 4\.0 MB of shared memory"):
-        pack(torch.zeros(1_000_000), name="parcel", folders=[])
+    with pytest.raises(SpaceError, match=r"payload needs 4\.0 MB of shared memory"):
+        pickle_payload(torch.zeros(1_000_000), name="parcel", folders=[])
 
 
 # signatures ------------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def test_a_signed_parcel_is_let_in():
     ],
 )
 def test_a_parcel_without_the_clusters_signature_is_refused(key: bytes, frames: list[bytes], signature: bytes):
-    with pytest.raises(HubError, match="a parcel without this cluster's signature was refused"):
+    with pytest.raises(HubError, match="a payload without this cluster's signature was refused"):
         verify(key, frames, signature)
 
 

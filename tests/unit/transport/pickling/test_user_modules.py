@@ -12,7 +12,7 @@ import torch
 
 from dnb.errors import ShippingError
 from dnb.transport.pickling import user_modules as own_code
-from dnb.transport.pickling.payloads import explain_unpicklable, pack
+from dnb.transport.pickling.payloads import explain_unpicklable, pickle_payload
 from dnb.transport.pickling.user_modules import dumps, loads, own_place
 
 # Another process, as an engine is: it takes functions over, calls them, and says what came.
@@ -143,7 +143,7 @@ def f():
 
 def test_globals_of_a_module_that_pickle_refuses_are_looked_up_where_it_arrives(write, call):
     module = write("locked_mod", LOCKED)
-    assert call(module.f, lambda function: pack(function, name="f", folders=())[0]) == "('word', True)"
+    assert call(module.f, lambda function: pickle_payload(function, name="f", folders=())[0]) == "('word', True)"
     module.STREAM.close()
 
 

@@ -15,7 +15,7 @@ from dnb.transport.sockets.channels import ENGINE_ROLE, RoleKeys, bind_router, c
 from dnb.transport.sockets.listeners import (
     HANDSHAKE_SECONDS,
     MOST_CALLERS,
-    Doorkeeper,
+    PortWatcher,
     Turnstile,
     is_near,
     listen,
@@ -111,9 +111,9 @@ class Hub:
         self.context: zmq.Context[Any] = zmq.Context()
         self.authenticator = start_authenticator(self.context, self.keys)
         self.port = listen("127.0.0.1")
-        self.local = listen_locally() if doors.HAS_LOCAL_DOORS else None
+        self.local = listen_locally() if doors.HAS_LOCAL_SOCKETS else None
         self.router = bind_router(self.context, self.keys, role=ENGINE_ROLE, listener=self.port, local=self.local)
-        self.doorkeeper = Doorkeeper({self.router: self.port})
+        self.doorkeeper = PortWatcher({self.router: self.port})
         self.doorkeeper.start()
         self.peers: list[zmq.Socket[Any]] = []
 
@@ -247,7 +247,7 @@ def test_a_port_that_a_hub_has_blocked_and_died_is_open_at_the_next_one(hub: Hub
     doors._blocker(hub.port)(True)
     assert not hub.hears(b"engine-1", local=False, timeout_seconds=0.2)
     hub.doorkeeper.stop()
-    hub.doorkeeper = Doorkeeper({hub.router: hub.port})
+    hub.doorkeeper = PortWatcher({hub.router: hub.port})
     hub.doorkeeper.start()
     assert hub.hears(b"engine-2", local=False)
 

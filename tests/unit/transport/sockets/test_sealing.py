@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import msgspec
 import pytest
 
-from dnb.hub.server.connections import Wiring
+from dnb.hub.server.connections import Connections
 from dnb.protocol.base import Message
 from dnb.protocol.engine_messages import Attach, EngineMessage, Loaded
 from dnb.transport.sockets.sealing import SEAL_BYTES, Seal, derive_keys
@@ -30,7 +30,7 @@ class Between:
         self.left.seal(outgoing=KEYS[0], incoming=KEYS[1])
         self.right.seal(outgoing=KEYS[1], incoming=KEYS[0])
         self.landing = bytearray(12)
-        self.right.landings[0] = memoryview(self.landing)
+        self.right.receive_buffers[0] = memoryview(self.landing)
         self.arrived: list[tuple[str, bytes]] = []
 
     def take(self) -> bytes:
@@ -106,7 +106,7 @@ def test_records_of_every_size_arrive(between: Between, num_bytes: int):
 def test_pieces_of_every_size_arrive(between: Between, num_bytes: int):
     source = bytes(index % 251 for index in range(num_bytes))
     landing = bytearray(num_bytes)
-    between.right.landings[0] = memoryview(landing)
+    between.right.receive_buffers[0] = memoryview(landing)
     between.give(between.piece(source) + between.sent("done"))
     assert landing == source
     assert between.arrived == [("done", b"")]
@@ -221,24 +221,24 @@ def test_what_is_cut_off_is_waited_for(between: Between):
 
 
 @pytest.fixture
-def wiring(monkeypatch: pytest.MonkeyPatch) -> Iterator[Wiring]:
+def wire_connections(monkeypatch: pytest.MonkeyPatch) -> Iterator[Connections]:
     monkeypatch.setenv(WIRES_VARIABLE, "sealed")
-    wiring = Wiring("127.0.0.1")
-    yield wiring
-    wiring.close()
+    wire_connections = Connections("127.0.0.1")
+    yield wire_connections
+    wire_connections.close()
 
 
-def attach(wiring: Wiring, connect: Callable[[], Wire]) -> tuple[Wire, Wire]:
+def attach(wire_connections: Connections, connect: Callable[[], Wire]) -> tuple[Wire, Wire]:
     """Both ends of a wire whose engine was let in."""
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as engine_side:
         calling = engine_side.submit(connect)
-        (ready, *_), _, _ = select.select(list(wiring.listeners), [], [], 10)
-        line = wiring.lines[wiring.accept(ready)]
+        (ready, *_), _, _ = select.select(list(wire_connections.listeners), [], [], 10)
+        line = wire_connections.lines[wire_connections.accept(ready)]
         wire = calling.result(10)
     ((packed, _),) = line.wire.wait_for_messages(timeout_seconds=10)
-    wiring.greet(line, msgspec.msgpack.decode(packed, type=EngineMessage))
+    wire_connections.greet(line, msgspec.msgpack.decode(packed, type=EngineMessage))
     return line.wire, wire
 
 
@@ -248,9 +248,9 @@ def say(sender: Wire, receiver: Wire, record: Message) -> Message:
     return msgspec.msgpack.decode(packed, type=EngineMessage)  # type: ignore[no-any-return]
 
 
-def test_hub_and_engine_have_the_same_keys(wiring: Wiring):
-    offer = wiring.offer(3, "socket")
-    at_hub, at_engine = attach(wiring, lambda: connect_wire(offer, engine=3, timeout_seconds=10))
+def test_hub_and_engine_have_the_same_keys(wire_connections: Connections):
+    offer = wire_connections.offer(3, "socket")
+    at_hub, at_engine = attach(wire_connections, lambda: connect_wire(offer, engine=3, timeout_seconds=10))
     assert at_hub.is_sealed
     assert at_engine.is_sealed
     assert say(at_hub, at_engine, Loaded(run="to the engine")) == Loaded(run="to the engine")
@@ -258,29 +258,29 @@ def test_hub_and_engine_have_the_same_keys(wiring: Wiring):
     at_engine.close()
 
 
-def test_what_an_engine_says_in_one_breath_with_its_greeting_is_checked_too(wiring: Wiring):
-    offer = wiring.offer(3, "socket")
+def test_what_an_engine_says_in_one_breath_with_its_greeting_is_checked_too(wire_connections: Connections):
+    offer = wire_connections.offer(3, "socket")
 
     def connect() -> Wire:
         wire = connect_wire(offer, engine=3, timeout_seconds=10)
         wire.send(Loaded(run="at once"))
         return wire
 
-    at_hub, at_engine = attach(wiring, connect)
+    at_hub, at_engine = attach(wire_connections, connect)
     ((packed, _),) = at_hub.wait_for_messages(timeout_seconds=10)
     assert msgspec.msgpack.decode(packed, type=EngineMessage) == Loaded(run="at once")
     at_engine.close()
 
 
-def test_an_engine_that_does_not_seal_is_not_let_in(wiring: Wiring):
-    offer = wiring.offer(3, "socket")
+def test_an_engine_that_does_not_seal_is_not_let_in(wire_connections: Connections):
+    offer = wire_connections.offer(3, "socket")
     host, _, port = offer.url.removeprefix("tcp://").rpartition(":")
     wire = Wire(socket.create_connection((host, int(port))))
-    (ready, *_), _, _ = select.select(list(wiring.listeners), [], [], 10)
-    line = wiring.lines[wiring.accept(ready)]
+    (ready, *_), _, _ = select.select(list(wire_connections.listeners), [], [], 10)
+    line = wire_connections.lines[wire_connections.accept(ready)]
     greeting = Attach(engine=3, proof=prove(offer.token, line.nonce))
     with pytest.raises(WireError, match="engine 3 calls from another host and does not seal what it says"):
-        wiring.greet(line, greeting)
+        wire_connections.greet(line, greeting)
     wire.close()
 
 
@@ -299,18 +299,18 @@ def test_what_leaves_the_host_is_sealed_and_nothing_else(
     monkeypatch: pytest.MonkeyPatch, host: str, is_near: bool, wish: str, sealed: bool
 ):
     monkeypatch.setenv(WIRES_VARIABLE, wish)
-    wiring = Wiring(host)
-    assert wiring.offer(3, "socket", is_near=is_near).sealed is sealed
-    wiring.close()
+    wire_connections = Connections(host)
+    assert wire_connections.offer(3, "socket", is_near=is_near).sealed is sealed
+    wire_connections.close()
 
 
 def test_a_unix_socket_is_not_sealed_though_tcp_would_be():
-    wiring = Wiring("0.0.0.0")
-    offer = wiring.offer(3, "socket")
-    at_hub, at_engine = attach(wiring, lambda: connect_wire(offer, engine=3, timeout_seconds=10))
+    wire_connections = Connections("0.0.0.0")
+    offer = wire_connections.offer(3, "socket")
+    at_hub, at_engine = attach(wire_connections, lambda: connect_wire(offer, engine=3, timeout_seconds=10))
     assert (offer.sealed, at_hub.is_sealed, at_engine.is_sealed) == (True, False, False)
     at_engine.close()
-    wiring.close()
+    wire_connections.close()
 
 
 class Meddler:
@@ -344,22 +344,22 @@ class Meddler:
 
 
 @pytest.mark.parametrize("place", [0, 40, 100, 10_000], ids="byte {}".format)
-def test_whoever_meddles_between_an_engine_and_its_hub_is_found_out(wiring: Wiring, place: int):
+def test_whoever_meddles_between_an_engine_and_its_hub_is_found_out(wire_connections: Connections, place: int):
     from concurrent.futures import ThreadPoolExecutor
 
-    offer = wiring.offer(3, "socket")
+    offer = wire_connections.offer(3, "socket")
     greeting = 16 + len(msgspec.msgpack.encode(Attach(engine=3, proof="0" * 64, nonce="0" * 32)))
     meddler = Meddler(offer.url, place=greeting + place)
     tampered = msgspec.structs.replace(offer, url=meddler.url)
     with ThreadPoolExecutor(2) as others:
         calling = others.submit(connect_wire, tampered, engine=3, timeout_seconds=10)
         relaying = others.submit(meddler.relay, greeting + 20_000)
-        (ready, *_), _, _ = select.select(list(wiring.listeners), [], [], 10)
-        line = wiring.lines[wiring.accept(ready)]
+        (ready, *_), _, _ = select.select(list(wire_connections.listeners), [], [], 10)
+        line = wire_connections.lines[wire_connections.accept(ready)]
         at_engine = calling.result(10)
         at_engine.send(Loaded(run="run"), bytes(20_000))
         ((packed, _),) = line.wire.wait_for_messages(timeout_seconds=10)
-        wiring.greet(line, msgspec.msgpack.decode(packed, type=EngineMessage))
+        wire_connections.greet(line, msgspec.msgpack.decode(packed, type=EngineMessage))
         with pytest.raises(WireError, match="a seal is broken"):
             line.wire.wait_for_messages(timeout_seconds=10)
         relaying.result(10)

@@ -182,7 +182,7 @@ def test_records_that_are_kept_do_not_change_when_more_arrive(pair: Pair):
 def test_a_piece_lands_where_it_should_and_nowhere_else(pair: Pair):
     left, right = pair
     landing = bytearray(12)
-    right.landings[5] = memoryview(landing)
+    right.receive_buffers[5] = memoryview(landing)
     left.queue_pieces(5, Flat(memoryview(b"abcdefghijkl")), [(3, 7)])
     left.queue(loaded())
     carry(left, right, num_messages=1)
@@ -193,7 +193,7 @@ def test_ranges_larger_than_a_piece_are_cut(pair: Pair):
     left, right = pair
     num_bytes = 2 * PIECE_BYTES + 17
     source, landing = pattern(num_bytes)[:num_bytes], bytearray(num_bytes)
-    right.landings[0] = memoryview(landing)
+    right.receive_buffers[0] = memoryview(landing)
     left.queue_pieces(0, Flat(memoryview(source)), [(0, num_bytes)])
     left.queue(loaded())
     carry(left, right, num_messages=1)
@@ -209,7 +209,7 @@ def test_an_empty_range_sends_nothing(pair: Pair):
 def test_pieces_and_records_arrive_in_line(pair: Pair):
     left, right = pair
     first, second = bytearray(3), bytearray(3)
-    right.landings = {0: memoryview(first), 1: memoryview(second)}
+    right.receive_buffers = {0: memoryview(first), 1: memoryview(second)}
     left.queue(loaded("a"), b"raw")
     left.queue_pieces(0, Flat(memoryview(b"abc")), [(0, 3)])
     left.queue(loaded("b"))
@@ -222,7 +222,7 @@ def test_pieces_and_records_arrive_in_line(pair: Pair):
 def test_the_last_of_two_pieces_for_one_place_counts(pair: Pair):
     left, right = pair
     landing = bytearray(3)
-    right.landings[0] = memoryview(landing)
+    right.receive_buffers[0] = memoryview(landing)
     left.queue_pieces(0, Flat(memoryview(b"old")), [(0, 3)])
     left.queue_pieces(0, Flat(memoryview(b"new")), [(0, 3)])
     left.queue(loaded())
@@ -233,7 +233,7 @@ def test_the_last_of_two_pieces_for_one_place_counts(pair: Pair):
 def test_a_piece_may_end_where_its_landing_ends(pair: Pair):
     left, right = pair
     landing = bytearray(PIECE_BYTES)
-    right.landings[0] = memoryview(landing)
+    right.receive_buffers[0] = memoryview(landing)
     source = pattern(PIECE_BYTES)[:PIECE_BYTES]
     left.queue_pieces(0, Flat(memoryview(source)), [(0, PIECE_BYTES)])
     left.queue(loaded())
@@ -244,7 +244,7 @@ def test_a_piece_may_end_where_its_landing_ends(pair: Pair):
 def test_frames_that_arrive_byte_by_byte_are_whole(peer_and_wire: tuple[socket.socket, Wire]):
     peer, wire = peer_and_wire
     landing = bytearray(5)
-    wire.landings[2] = memoryview(landing)
+    wire.receive_buffers[2] = memoryview(landing)
     stream = record_frame("a", b"raw") + piece_frame(2, 1, b"abc") + piece_frame(2, 0, b"") + record_frame("b")
     messages = []
     for byte in stream:
@@ -258,7 +258,7 @@ def test_frames_that_arrive_byte_by_byte_are_whole(peer_and_wire: tuple[socket.s
 def test_a_stream_may_be_cut_anywhere(peer_and_wire: tuple[socket.socket, Wire], cut: int):
     peer, wire = peer_and_wire
     landing = bytearray(30)
-    wire.landings[2] = memoryview(landing)
+    wire.receive_buffers[2] = memoryview(landing)
     stream = record_frame("a", b"raw") + piece_frame(2, 1, b"abcdefgh") + record_frame("b")
     peer.send(stream[:cut])
     messages = read(wire.receive())
@@ -273,7 +273,7 @@ def test_a_wire_does_not_read_for_ever_while_the_other_side_sends(pair: Pair):
     left, right = pair
     num_bytes = 48 << 20
     landing = memoryview(bytearray(PIECE_BYTES))
-    right.landings[0] = landing
+    right.receive_buffers[0] = landing
     source = Flat(memoryview(bytes(PIECE_BYTES)))
     for _ in range(num_bytes // PIECE_BYTES):
         left.queue_pieces(0, source, [(0, PIECE_BYTES)])
@@ -309,7 +309,7 @@ def test_a_record_whose_msgpack_is_longer_than_its_body_is_refused(peer_and_wire
 @pytest.mark.parametrize(("offset", "size"), [(8, 3), (11, 0), (0, 11), (2**63, 1), (2**64 - 1, 1)])
 def test_a_piece_outside_its_landing_is_refused(peer_and_wire: tuple[socket.socket, Wire], offset: int, size: int):
     peer, wire = peer_and_wire
-    wire.landings[0] = memoryview(bytearray(10))
+    wire.receive_buffers[0] = memoryview(bytearray(10))
     peer.send(HEADER.pack(PIECE, 0, size, offset))
     with pytest.raises(WireError, match=f"a piece of {size} bytes at {offset} has no place in slot 0"):
         wire.receive()
@@ -317,7 +317,7 @@ def test_a_piece_outside_its_landing_is_refused(peer_and_wire: tuple[socket.sock
 
 def test_a_piece_without_a_landing_is_refused(peer_and_wire: tuple[socket.socket, Wire]):
     peer, wire = peer_and_wire
-    wire.landings[0] = memoryview(bytearray(10))
+    wire.receive_buffers[0] = memoryview(bytearray(10))
     peer.send(piece_frame(7, 0, b"abc"))
     with pytest.raises(WireError, match="a piece of 3 bytes at 0 has no place in slot 7"):
         wire.receive()
@@ -325,7 +325,7 @@ def test_a_piece_without_a_landing_is_refused(peer_and_wire: tuple[socket.socket
 
 def test_a_piece_of_more_than_4_mb_is_refused(peer_and_wire: tuple[socket.socket, Wire]):
     peer, wire = peer_and_wire
-    wire.landings[0] = memoryview(bytearray(5 << 20))
+    wire.receive_buffers[0] = memoryview(bytearray(5 << 20))
     peer.send(HEADER.pack(PIECE, 0, 4_194_305, 0))
     with pytest.raises(WireError, match="a piece of 4194305 bytes at 0 has no place in slot 0"):
         wire.receive()
@@ -513,7 +513,7 @@ def test_pieces_of_an_outbox_are_there_before_the_record_that_follows_them(pair:
     right = pair[1]
     source = pattern(9_000_000)[:9_000_000]
     landing = bytearray(9_000_000)
-    right.landings[0] = memoryview(landing)
+    right.receive_buffers[0] = memoryview(landing)
     outbox.send_pieces(0, Flat(memoryview(source)), [(0, 5_000_000), (5_000_000, 9_000_000)])
     outbox.send(loaded())
     right.wait_for_messages(timeout_seconds=10)
@@ -611,7 +611,7 @@ def test_records_and_pieces_go_both_ways_once_connected(
     hub.wait_for_messages(timeout_seconds=10)
     engine = calling.result()
     landing = bytearray(3)
-    engine.landings[0] = memoryview(landing)
+    engine.receive_buffers[0] = memoryview(landing)
     hub.queue_pieces(0, Flat(memoryview(b"abc")), [(0, 3)])
     hub.send(loaded("to the engine"))
     engine.send(loaded("to the hub"))

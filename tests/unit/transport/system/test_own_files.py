@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dnb.hub.handover import AccountsMemo, read_memo, write_memo
+from dnb.hub.handover import StatsHandover, read_handover, write_handover
 from dnb.transport.system.own_files import open_file, read_file, remove_folder, replace_file
 
 
@@ -76,14 +76,14 @@ def test_a_memo_is_not_written_through_a_link_that_was_laid_for_it(tmp_path: Pat
     precious.write_text("precious")
     for name in ("memo", "memo.new"):
         (tmp_path / name).symlink_to(precious)
-    write_memo([tmp_path], "memo", AccountsMemo(departed=()))
+    write_handover([tmp_path], "memo", StatsHandover(departed=()))
     assert precious.read_text() == "precious"
-    assert read_memo([tmp_path], "memo", AccountsMemo) == AccountsMemo(departed=())
+    assert read_handover([tmp_path], "memo", StatsHandover) == StatsHandover(departed=())
 
 
 def test_a_memo_that_another_user_has_written_is_of_no_use(tmp_path: Path):
     if os.geteuid() != 0:
         pytest.skip("only root can give a file to another user")
-    write_memo([tmp_path], "memo", AccountsMemo(departed=()))
+    write_handover([tmp_path], "memo", StatsHandover(departed=()))
     os.chown(tmp_path / "memo", 65534, 65534)
-    assert read_memo([tmp_path], "memo", AccountsMemo) is None
+    assert read_handover([tmp_path], "memo", StatsHandover) is None

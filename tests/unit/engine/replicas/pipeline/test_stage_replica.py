@@ -421,7 +421,7 @@ def test_an_engine_whose_group_broke_while_it_was_built_meets_those_that_were_no
     team = team_of(mlp(), pipeline("4"))
     team.ask("close")
     number = team.tell_begin(pipeline("4"), members=[0])
-    store = engines.meeting(number).store
+    store = engines.rendezvous(number).store
     store.wait(["here-0"])
     store.set("here-1", "1")  # and then it dies
     store.wait(["0//cpu//0/0"])  # gloo waits for its address

@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from dnb.engine.replicas.replica import Outcome
+from dnb.engine.replicas.replica import WorkResult
 from dnb.engine.replicas.tensor.tensor_random import OwnNoise
 from dnb.partitioning.tensor.partitions import tensor_partitions
-from dnb.partitioning.tensor.trial import Trial
+from dnb.partitioning.tensor.trial import ModelTrial
 from dnb.protocol.run import Partition, TensorStyle
 from tests.unit.stage_teams import (
     Engines,
@@ -60,7 +60,7 @@ def divided(num_engines: int, styles: dict[str, TensorStyle], **shares: int) -> 
 
 
 def planned(model: nn.Module, samples: Any, num_engines: int) -> Partition:
-    trial = Trial(tuple(tensor[:4] for tensor in samples))
+    trial = ModelTrial(tuple(tensor[:4] for tensor in samples))
     return next(p for p in tensor_partitions(model, trial, wanted=num_engines) if p.num_engines == num_engines)
 
 
@@ -187,7 +187,7 @@ def test_loss_samples_and_metrics_are_reported_by_one_engine(team_of: MakeTeam):
 
 def test_a_step_function_has_the_whole_model(team_of: MakeTeam):
     team = team_of(mlp(), divided(2, PAIRS), loss=None, step=step)
-    outcome: Outcome = last_of(team.compute())
+    outcome: WorkResult = last_of(team.compute())
     assert outcome.parts[0].metric_totals["largest"] / 24 == pytest.approx(
         float(mlp()(vectors()[0]).detach().max()), abs=1e-10
     )

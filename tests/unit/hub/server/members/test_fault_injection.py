@@ -7,8 +7,8 @@ import psutil
 import pytest
 
 from dnb.errors import ArgumentError
-from dnb.hub.server.members.fault_injection import Mischief
-from dnb.protocol.client_messages import Chaos
+from dnb.hub.server.members.fault_injection import FaultInjector
+from dnb.protocol.client_messages import InjectFault
 from dnb.protocol.engine_messages import Slow
 from dnb.protocol.pool import EngineFacts, Process
 from dnb.transport.system.processes import find_process, signal_process
@@ -38,45 +38,47 @@ class Clock:
 
 
 def test_a_killed_engine_is_gone_and_counted(victim):
-    mischief = Mischief(lambda *_: None)
-    assert mischief.act(Chaos(verb="kill", engine=1), facts(find_process(victim.pid))) == (
+    fault_injector = FaultInjector(lambda *_: None)
+    assert fault_injector.act(InjectFault(verb="kill", engine=1), facts(find_process(victim.pid))) == (
         "engine 1 is killed on purpose"
     )
-    assert (victim.wait(10), mischief.num_killed) == (-9, 1)
+    assert (victim.wait(10), fault_injector.num_killed) == (-9, 1)
 
 
 def test_a_stopped_engine_goes_on_when_its_time_is_over_and_not_before(victim):
     clock = Clock()
-    mischief = Mischief(lambda *_: None, clock=clock)
-    mischief.act(Chaos(verb="stop", engine=1, amount=5.0), facts(find_process(victim.pid)))
+    fault_injector = FaultInjector(lambda *_: None, clock=clock)
+    fault_injector.act(InjectFault(verb="stop", engine=1, amount=5.0), facts(find_process(victim.pid)))
     clock.now = 4.9
-    mischief.look()
+    fault_injector.look()
     wait_until(lambda: state_of(victim) == psutil.STATUS_STOPPED)
     clock.now = 5.0
-    mischief.look()
+    fault_injector.look()
     wait_until(lambda: state_of(victim) != psutil.STATUS_STOPPED)
 
 
 def test_all_that_are_stopped_go_on_when_the_hub_ends(victim):
-    mischief = Mischief(lambda *_: None)
-    mischief.act(Chaos(verb="stop", engine=1, amount=1e6), facts(find_process(victim.pid)))
+    fault_injector = FaultInjector(lambda *_: None)
+    fault_injector.act(InjectFault(verb="stop", engine=1, amount=1e6), facts(find_process(victim.pid)))
     wait_until(lambda: state_of(victim) == psutil.STATUS_STOPPED)
-    mischief.close()
+    fault_injector.close()
     wait_until(lambda: state_of(victim) != psutil.STATUS_STOPPED)
 
 
 def test_an_engine_is_told_how_slow_to_be():
     sent = []
-    mischief = Mischief(lambda engine, record: sent.append((engine, record)))
-    mischief.act(Chaos(verb="slow", engine=1, amount=4.0), facts(Process(host="far", pid=1, create_time=0.0)))
+    fault_injector = FaultInjector(lambda engine, record: sent.append((engine, record)))
+    fault_injector.act(
+        InjectFault(verb="slow", engine=1, amount=4.0), facts(Process(host="far", pid=1, create_time=0.0))
+    )
     assert sent == [(1, Slow(factor=4.0))]
 
 
 @pytest.mark.parametrize("verb", ["kill", "stop"])
 def test_an_engine_of_another_host_is_not_signalled(verb):
     with pytest.raises(ArgumentError, match=rf"engine 1 is on far, where the hub on .* cannot {verb} it.*slow 1 4x"):
-        Mischief(lambda *_: None).act(
-            Chaos(verb=verb, engine=1, amount=1.0), facts(Process(host="far", pid=1, create_time=0.0))
+        FaultInjector(lambda *_: None).act(
+            InjectFault(verb=verb, engine=1, amount=1.0), facts(Process(host="far", pid=1, create_time=0.0))
         )
 
 
@@ -85,4 +87,4 @@ def test_a_later_process_with_the_pid_of_an_engine_is_left_alone(victim):
     earlier = Process(host=now.host, pid=now.pid, create_time=now.create_time - 1000)
     assert not signal_process(earlier, 9)
     with pytest.raises(ArgumentError, match="engine 1 has just ended"):
-        Mischief(lambda *_: None).act(Chaos(verb="kill", engine=1), facts(earlier))
+        FaultInjector(lambda *_: None).act(InjectFault(verb="kill", engine=1), facts(earlier))

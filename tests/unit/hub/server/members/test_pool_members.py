@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dnb.errors import ArgumentError
-from dnb.hub.handover import PoolMemo
+from dnb.hub.handover import PoolHandover
 from dnb.hub.server.members.membership import Membership
 from dnb.protocol.pool import EngineFacts, Process
 from dnb.transport.system.processes import Activity
@@ -49,7 +49,7 @@ def taken_over(*numbers: int, spares: tuple[int, ...] = (), leaving: tuple[int, 
     """The members of a pool whose hub has died."""
     members = Membership(look=nobody)
     members.restore(
-        PoolMemo(
+        PoolHandover(
             owner=None,
             kernels={},
             engines=tuple(facts_of(number) for number in numbers),
