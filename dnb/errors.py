@@ -20,7 +20,7 @@ class DnbError(Exception):
     """Base of all errors raised by dnb for a user to read."""
 
     def _render_traceback_(self) -> list[str]:
-        """What a notebook shows: the message, as frames of dnb itself help nobody there."""
+        """Return what a notebook shows: the message, as frames of dnb itself help nobody there."""
         return [f"{type(self).__name__}: {self}"]
 
 
@@ -118,7 +118,7 @@ def clean_text(text: str, *, length: int) -> str:
 
 
 def is_text(text: str) -> bool:
-    """Whether it can be sent: a file name in another encoding has lone surrogates, which are no characters."""
+    """Tell whether it can be sent: a file name in another encoding has lone surrogates, which are no characters."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -128,7 +128,7 @@ def _usual_engines() -> int:
 
 
 def _notes(pool: EnginePool | None, site: Site) -> list[str]:
-    """What the figures rest on."""
+    """Say what the figures rest on."""
     num_hosts = len({engine.host for engine in site.engines})
     notes = []
     if pool is None:

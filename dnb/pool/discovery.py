@@ -31,7 +31,7 @@ NUM_TOLD = 3
 
 @dataclass(frozen=True, slots=True)
 class PoolsOnDisk:
-    """What lies on disk, sorted by what can be done with it."""
+    """Pools as they lie on disk, sorted by what can be done with them."""
 
     ours: list[PoolFacts]  # of this very kernel
     orphans: list[PoolFacts]  # alive, and their kernel is gone
@@ -88,7 +88,7 @@ def _ask(places: Iterable[Address | None]) -> list[bool]:
 
 
 def _read_address(cluster_id: str, security_dir: Path) -> Address | None:
-    """Where the hub of a pool listens for clients; None if no file says so."""
+    """Return where the hub of a pool listens for clients; None if no file says so."""
 
     class Connection(msgspec.Struct):
         dnb: HubPlace
@@ -131,7 +131,7 @@ def _tell_strange(record: StrangeRecord) -> str:
 
 
 def _is_gone(record: StrangeRecord) -> bool:
-    """Whether nothing lives of a pool for certain."""
+    """Tell whether nothing lives of a pool for certain."""
     return record.supervisor is not None and not is_alive(record.supervisor)
 
 

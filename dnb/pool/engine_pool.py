@@ -128,12 +128,12 @@ class EnginePool:
 
     @property
     def is_open(self) -> bool:
-        """Whether the pool can still be asked; False after `shutdown` or if its hub has died."""
+        """True while the pool can be asked; False after `shutdown` or if its hub has died."""
         return self._is_open and is_alive(self._supervisor)
 
     @property
     def is_steered_here(self) -> bool:
-        """Whether this kernel may change things, and its end ends the pool; another one may have taken over."""
+        """True if this kernel may change things, and its end ends the pool; another one may have taken over."""
         owner = self.facts.owner
         return owner is not None and is_this_process(owner)
 
@@ -147,7 +147,7 @@ class EnginePool:
 
     @property
     def segment_folders(self) -> list[Path]:
-        """Where this pool's shared memory may lie."""
+        """The folders in which this pool's shared memory may lie."""
         return list(self._folders)
 
     # more and fewer engines
@@ -200,7 +200,7 @@ class EnginePool:
 
     @property
     def spares(self) -> int:
-        """How many engines are kept warm beside those that work; may be set, see `keep_spares`."""
+        """The number of engines that are kept warm beside those that work; may be set, see `keep_spares`."""
         return self._members().wanted_spares
 
     @spares.setter
@@ -238,7 +238,7 @@ class EnginePool:
 
     @property
     def restart(self) -> RestartPolicy:
-        """Whether engines that die are replaced by the kernel that steers: "never" or "always"; may be set."""
+        """The policy by which the kernel that steers replaces engines that die: "never" or "always"; may be set."""
         return self._members().restart
 
     @restart.setter
@@ -336,7 +336,7 @@ class EnginePool:
         remove_cluster_files(self.cluster_id, security_dir=self._security_dir, log_dir=self._log_dir)
 
     def _is_steered_elsewhere(self) -> bool:
-        """Whether another kernel ends it; a pool that dies while it is asked is cleared up from here."""
+        """Tell whether another kernel ends it; a pool that dies while it is asked is cleared up from here."""
         try:
             return self.is_open and not self.is_steered_here
         except DnbError as error:
@@ -387,7 +387,7 @@ def _ids(engines: int | Iterable[int]) -> list[int]:
 
 
 def _wait_until(holds: Callable[[], bool], limit_seconds: float) -> bool:
-    """Whether it held within the time."""
+    """Wait until something holds; say whether it did within the time."""
     deadline = time.monotonic() + limit_seconds
     while not holds():
         if time.monotonic() > deadline:

@@ -38,7 +38,7 @@ OUTPUT_LINES = 12
 
 
 class Registry:
-    """Which engines ipyparallel's controller knows: what its client was told, and what the controller says when asked.
+    """The engines that ipyparallel's controller knows: as its client was told, and as it says itself when asked.
 
     A client hears of an engine by a notification, and under load misses some.
 
@@ -171,7 +171,7 @@ class _Attempt:
 
     @property
     def is_watched(self) -> bool:
-        """Whether it knows of what was started."""
+        """True if it knows of what was started."""
         return self._launcher is not None
 
     def watch(self, launcher: Any, *, stop: Callable[[], object]) -> None:
@@ -226,7 +226,7 @@ class _Attempt:
             self._stop()
 
     def failure(self, error: BaseException, *, timeout_seconds: float) -> str:
-        """What went wrong, what became of it, and what the engines said."""
+        """Say what went wrong, what became of it, and what the engines said."""
         num_missing = self._num_engines - len(self.joined)
         came = f"; {', '.join(map(str, sorted(self.joined)))} joined" if self.joined else ""
         reason, way_out = str(error), ""
@@ -277,7 +277,7 @@ def start_joining(
 
 
 def count_ready(calls: Mapping[int, Any]) -> int:
-    """How many of the calls have come back."""
+    """Count the calls that have come back."""
     return sum(call.done() for call in calls.values())  # not ready(): that is for one thread
 
 
@@ -315,7 +315,7 @@ def last_words(output: str) -> str:
 
 
 def thread_environment(num_threads: int) -> dict[str, str]:
-    """What keeps an engine's libraries to so many threads, from their import on."""
+    """Return what keeps an engine's libraries to so many threads, from their import on."""
     return {name: str(num_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
 
 

@@ -74,7 +74,7 @@ class ForkedEngineLauncher(LocalEngineLauncher):
         return self.pid
 
     def _fork_server(self) -> str:
-        """Where the supervisor takes orders: as the connection file says, which only this user can read."""
+        """Return where the supervisor takes orders: as the connection file says, which only this user can read."""
         path = Path(self.profile_dir) / "security" / f"ipcontroller-{self.cluster_id}-engine.json"
         try:
             name: str = json.loads(path.read_text())["dnb"]["nursery"]
@@ -125,7 +125,7 @@ class PoolCluster(ipyparallel.Cluster):
     """A cluster whose file, which only other kernels and tools read, holds nobody up where the disk fails."""
 
     def to_dict(self) -> dict[str, Any]:
-        """What its file says: that it is ipyparallel's."""
+        """Return what its file says: that it is ipyparallel's."""
         described: dict[str, Any] = super().to_dict()
         described["cluster"]["class"] = f"{ipyparallel.Cluster.__module__}.{ipyparallel.Cluster.__name__}"
         return described
@@ -154,7 +154,7 @@ def _without_keys(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def fork_limit(cluster: Any, *, seconds: float) -> dict[str, float]:
-    """What `cluster.start_engines` is to be given so that the supervisor is not waited for any longer."""
+    """Return what `cluster.start_engines` is to be given so that the supervisor is not waited for any longer."""
     is_ours = issubclass(cluster.engine_launcher_class, ForkedEngineSetLauncher)
     return {"answer_by": time.monotonic() + seconds} if is_ours else {}
 

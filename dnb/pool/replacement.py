@@ -1,4 +1,4 @@
-"""What keeps a pool's number of engines: a thread that starts some in the place of those that died.
+"""A thread that keeps a pool's number of engines: it starts some in the place of those that died.
 
 Those that a run's work has ended are replaced whatever was wished: the run has paused, and is to go on.
 """
@@ -27,7 +27,7 @@ CRASH_LOOP_SECONDS = 30.0
 
 
 class ReplacementPolicy:
-    """How many engines are owed to a pool: those that died, if they are replaced or the hub says so, missing spares.
+    """The engines that are owed to a pool: those that died, if they are replaced or the hub says so, missing spares.
 
     Args:
         restart: whether the dead are replaced.
@@ -42,7 +42,7 @@ class ReplacementPolicy:
         self._crashes: deque[float] = deque()
 
     def count(self, members: Members, *, now: float) -> int:
-        """How many to start now.
+        """Return how many to start now.
 
         Args:
             members: of the pool.
@@ -58,7 +58,7 @@ class ReplacementPolicy:
         return max(self._owed, members.num_owed, missing_spares, 0)
 
     def has_nothing_to_keep(self, members: Members) -> bool:
-        """Whether the pool is as it is wanted, and may become smaller."""
+        """Tell whether the pool is as it is wanted, and may become smaller."""
         return self._restart == "never" and not members.num_owed and not members.wanted_spares
 
     def started(self, number: int) -> None:
@@ -70,7 +70,7 @@ class ReplacementPolicy:
         self._crashes.append(now)
 
     def is_crash_loop(self, *, now: float) -> bool:
-        """Whether there were too many deaths of late."""
+        """Tell whether there were too many deaths of late."""
         while self._crashes and now - self._crashes[0] > CRASH_LOOP_SECONDS:
             self._crashes.popleft()
         return len(self._crashes) > MOST_DEATHS

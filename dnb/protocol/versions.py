@@ -1,4 +1,4 @@
-"""Which dnb wrote a record or speaks over a socket, and what is said when it is another one."""
+"""The version of dnb that wrote a record or speaks over a socket, and what is said when it is another one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ REASON_LENGTH = 200
 
 
 class RecordHeader(msgspec.Struct, frozen=True, kw_only=True):
-    """What of a record is read first, as all versions can: other fields do not matter, and none has to be there."""
+    """The part of a record that all versions can read: other fields do not matter, and none has to be there."""
 
     format: int = 1
     version: str = ""

@@ -60,7 +60,7 @@ def read_source(value: Any, *, name: str, seed: int) -> Source:
 
 
 def _are_columns(value: Sequence[Any], *, name: str) -> bool:
-    """Whether the elements are parts of all samples, rather than samples."""
+    """Tell whether the elements are parts of all samples, rather than samples."""
     are_arrays = [_is_array(part) for part in value]
     if isinstance(value, tuple):
         return any(are_arrays) or (bool(value) and all(isinstance(part, list) for part in value))
@@ -91,7 +91,7 @@ def _is_array(part: Any) -> bool:
 
 
 def _is_frame(part: Any) -> bool:
-    """Whether it is a frame or series of pandas, polars or the like."""
+    """Tell whether it is a frame or series of pandas, polars or the like."""
     return callable(getattr(part, "to_numpy", None)) and not isinstance(part, type)
 
 
@@ -286,7 +286,7 @@ def _read_loader(loader: DataLoader[Any], *, name: str, seed: int) -> Source:
 
 
 def _usual_batch_size(batch_sampler: Any, *, num_samples: int) -> int:
-    """What a batch sampler says, else the mean over an epoch; without a length, `count_batches` refuses it."""
+    """Return what a batch sampler says, else the mean over an epoch; without a length, `count_batches` refuses it."""
     size = getattr(batch_sampler, "batch_size", None)
     if isinstance(size, int):
         return size

@@ -47,7 +47,7 @@ FEWEST_SAMPLES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What else of a run matters to its rehearsal.
+    """Options of a run that matter to its rehearsal.
 
     Args:
         seed: of the run.
@@ -62,7 +62,7 @@ class Options:
 
 @dataclass(slots=True, kw_only=True)
 class Computed:
-    """What came of one forward, and of backward, as far as they came.
+    """Results of one forward, and of backward, as far as they came.
 
     Args:
         output: what the model returned; None where a step function called it.

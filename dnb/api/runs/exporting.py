@@ -45,11 +45,11 @@ class Happening(Protocol):
 
     @property
     def kind(self) -> str:
-        """What sort of event it is."""
+        """The sort of event."""
 
     @property
     def text(self) -> str:
-        """What happened."""
+        """The event in words."""
 
     @property
     def step(self) -> int:
@@ -214,7 +214,7 @@ def _require_folder(folder: Path, *, of: Path) -> None:
 
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """What the system refuses, as one error."""
+    """Raise what the system refuses as one error."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What `fit` must know to divide a model over engines, found and checked before anything starts."""
+"""Divisions of a model over engines, found and checked before anything starts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MOST_TRIED = 2
 
 @dataclass(frozen=True, slots=True)
 class ModelDivision:
-    """How a run's model is divided.
+    """A division of a run's model.
 
     Args:
         partitions: over one engine of a team, over two, ...
@@ -262,7 +262,7 @@ class ModelDivision:
 def _refuse_what_no_team_can(
     strategy: str, axes: Mapping[str, int], stages: Any, *, batch_size: int, exact: bool, transport: Any
 ) -> None:
-    """What tensor parallelism cannot do."""
+    """Refuse what tensor parallelism cannot do."""
     if axes.get("pipeline", 1) > 1 or stages is not None:
         raise PlanError(
             "pipeline stages whose layers are divided, too, are not in this release: mesh='data=2,tensor=2' or "

@@ -121,7 +121,7 @@ def _call(pool: EnginePool, engine: int, function: Any, *arguments: Any, **optio
 
 
 def _result(call: Any, *, engine: int) -> Any:
-    """What a call comes to; a `PlanError` is raised here as it was there."""
+    """Return what a call comes to; a `PlanError` is raised here as it was there."""
     call.wait(MEASURE_SECONDS, return_when=FIRST_EXCEPTION)  # a plain get() sits on a dead engine for all of its time
     if not call.ready():
         raise PoolError(
@@ -136,7 +136,7 @@ def _result(call: Any, *, engine: int) -> Any:
 
 
 def exchange_of(pool: EnginePool) -> Exchange:
-    """What passing tensors costs in this pool: probed once, then kept for as long as the pool is."""
+    """Return what passing tensors costs in this pool: probed once, then kept for as long as the pool is."""
     if pool not in _exchanges:
         engines = working_engines(pool)
         memory = msgspec.msgpack.decode(_call(pool, engines[0].id, probe_memory), type=Memory)
@@ -232,7 +232,7 @@ def _with_memory(engines: list[EngineTraits], *, limit: int | None) -> tuple[Eng
 
 
 def _speeds(pool: EnginePool, engines: list[Engine]) -> dict[str, float]:
-    """Of each host, relative to the first one; engines of one host are alike."""
+    """Return the speed of each host, relative to the first one; engines of one host are alike."""
     first_of = {engine.host: engine.id for engine in reversed(engines)}
     if len(first_of) == 1:
         return dict.fromkeys(first_of, 1.0)

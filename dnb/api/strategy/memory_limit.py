@@ -30,7 +30,7 @@ EXACTLY = 1e-9
 
 
 class Limit:
-    """What may be held on each engine, and the model that is to be held.
+    """A limit of what each engine may hold, and the model that is to be held.
 
     Args:
         num_bytes: of parameters, gradients, activations and inputs, as `dnb.plan` counts them: without what a process
@@ -51,7 +51,7 @@ class Limit:
     def settle(
         self, division: ModelDivision | None, plan: Plan | None, *, num_engines: int, micro_batch: int | None
     ) -> ModelDivision | None:
-        """What `fit` may do under this limit: the division, perhaps cut elsewhere.
+        """Return what `fit` may do under this limit: the division, perhaps cut elsewhere.
 
         Args:
             division: None: every engine has the whole model.
@@ -182,7 +182,7 @@ class Limit:
         return fetch_batch(self._data.train, torch.arange(max(1, samples)))
 
     def _loss(self, batch: Any) -> Loss | None:
-        """What is kept for it counts, too; a step function's own is not known."""
+        """Return the loss, as what is kept for it counts, too; a step function's own is not known."""
         loss = self._job.loss
         if loss is None:
             return None
