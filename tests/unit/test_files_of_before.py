@@ -45,7 +45,7 @@ def test_its_events_and_the_use_of_its_engines_are_read():
 def test_it_is_found_by_its_name_compared_and_shown(tmp_path, monkeypatch, capsys):
     shutil.copytree(RUN, tmp_path / ".dnb" / "runs" / "before")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("dnb.api.training._pool", None)
+    monkeypatch.setattr("dnb.api.pools._pool", None)
     found = find_run("before", names={})
     assert table_text({"before": found}).splitlines()[1].split()[:4] == ["before", "finished", "9", "1.0697"]
     DtrainMagics(SimpleNamespace(user_ns={})).dtrain("dashboard before")
