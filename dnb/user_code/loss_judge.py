@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +29,7 @@ _TOLERANCE = 2e-5
 _COARSE = 2e-2
 _HALVES = (torch.float16, torch.bfloat16)
 # Of outputs with more elements only what was computed is looked at, and the same with targets that are ignored.
-_MANY_ELEMENTS = 1 << 21
+_MANY_ELEMENTS = 1 << 20
 # Values by which targets say that they do not count, if the loss does not tell its own.
 _MARKS = (-100, -1, 0)
 
@@ -92,7 +92,7 @@ def judge(
     num_samples: int,
     vary: Callable[[Any, int], Iterator[Any]] | None = None,
     fetch: Callable[[int, int], Any] | None = None,
-    leaves_out: bool = True,
+    leaves_out: Callable[[Any], bool] = lambda _loss: True,
 ) -> Verdict:
     """Compute the loss of a batch and of parts of it.
 
@@ -102,7 +102,7 @@ def judge(
         num_samples: there; of one alone nothing can be seen.
         vary: makes other batches of it, beside those in which targets do not count, if losses are cheap to compute.
         fetch: samples, from one to another, as a batch of their own, if it is nothing that can be cut.
-        leaves_out: whether targets may come that do not count, though none of the batch is so.
+        leaves_out: tells of the batch's loss whether targets may come that do not count, though none is so here.
     """
     cuts = _cuts(num_samples)
     if not cuts:
@@ -113,20 +113,24 @@ def judge(
         if whole is None:
             return Verdict(None, num_samples)
         is_dear = vary is None or _num_elements(batch) > _MANY_ELEMENTS
-        evidence = _Evidence({"samples", "targets", "sum"}, tolerance=_tolerance(batch))
         take = _taker(batch, num_samples, fetch)
-        marks = list(measure.ignored) if is_dear and measure.ignored else [*_MARKS, *measure.ignored]
-        variants = [iter([batch])]
-        if leaves_out:
-            variants.append(_without_some_targets(batch, num_samples, marks))
-        if vary is not None and not is_dear:
-            variants.append(vary(batch, num_samples))
-        for number, each in enumerate(chain.from_iterable(variants)):
-            # Of what was computed, and is cheap, all cuts are looked at.
-            seen = whole if number == 0 else measure(each)
-            _look(measure, each, seen, cuts[: 1 if number or is_dear else None], take, evidence)
-            if not evidence.kinds:
-                break
+
+        def variants() -> Iterator[Any]:
+            yield batch
+            marks = list(measure.ignored) if is_dear and measure.ignored else [*_MARKS, *measure.ignored]
+            if leaves_out(measure.loss):
+                yield from _without_some_targets(batch, num_samples, marks)
+            if vary is not None and not is_dear:
+                yield from vary(batch, num_samples)
+
+        first_cuts = cuts[: 1 if _num_elements(batch) > _MANY_ELEMENTS else None]  # of what was computed, and is cheap
+        evidence = _evidence_of(measure, whole, variants(), first_cuts, take)
+        # What comes out otherwise every time does not add up either.
+        if not evidence.kinds and not measure.is_steady(batch, whole):
+            whole = measure.without_chance(batch)
+            if whole is None:
+                return Verdict(None, num_samples)
+            evidence = _evidence_of(measure, whole, variants(), first_cuts, take)
     if not evidence.has_seen:
         return Verdict(None, num_samples)
     kind = next((kind for kind in ("targets", "samples", "sum") if kind in evidence.kinds), "batch")
@@ -140,14 +144,23 @@ class _Measure:
     def __init__(self, compute: Callable[[Any], Any]) -> None:
         self._compute = compute
         self._is_random = False
+        self._last: Any = None
+        self.loss: Any = None  # of the batch, as it was computed first
         self.ignored: set[int] = set()  # marks of targets that do not count, as the loss itself says
 
     def first(self, batch: Any) -> _Value | None:
-        """The loss of a batch; None if it cannot be computed, or comes out otherwise every time."""
+        """The loss of a batch; None if it cannot be computed."""
         before = _states()
         value = self(batch)
-        if value is None or (_states() == before and _is_same(value, self(batch))):
-            return value
+        self.loss = self._last
+        return value if value is None or _states() == before else self.without_chance(batch)
+
+    def is_steady(self, batch: Any, value: _Value) -> bool:
+        """Whether the loss of a batch comes out the same again."""
+        return self._is_random or _is_same(value, self(batch))
+
+    def without_chance(self, batch: Any) -> _Value | None:
+        """The loss of a batch, with the same random numbers from here on; None if it is another one every time."""
         self._is_random = True
         value = self(batch)
         return value if value is not None and _is_same(value, self(batch, seed=1)) else None
@@ -160,7 +173,7 @@ class _Measure:
                     value = self._compute(batch)
             else:
                 value = self._compute(batch)
-            loss = read_loss(value, needs_gradient=False)
+            loss = self._last = read_loss(value, needs_gradient=False)
         except KeyboardInterrupt:
             raise
         except USER_ERRORS:  # what cannot be computed says nothing of how it is put together
@@ -174,6 +187,18 @@ class _Measure:
 
 def _is_same(value: _Value, other: _Value | None) -> bool:
     return other is not None and (value == other or math.isnan(value.number))
+
+
+def _evidence_of(
+    measure: _Measure, whole: _Value, batches: Iterator[Any], cuts: Sequence[Sequence[tuple[int, int]]], take: Take
+) -> _Evidence:
+    """Look at batches, of which the first one's loss is known and all cuts are looked at."""
+    first = next(batches)
+    evidence = _Evidence({"samples", "targets", "sum"}, tolerance=_tolerance(first))
+    _look(measure, first, whole, cuts, take, evidence)
+    while evidence.kinds and (batch := next(batches, None)) is not None:
+        _look(measure, batch, measure(batch), cuts[:1], take, evidence)
+    return evidence
 
 
 def _look(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from dnb.api.rehearsal.trial import Trial
+from dnb.api.rehearsal.trial import LOSS_SAMPLES, Trial, outputs_to_judge
 from dnb.api.rehearsal.undisturbed import undisturbed
 from dnb.errors import USER_ERRORS, ArgumentError
 from dnb.job import Data
@@ -44,31 +45,42 @@ def check_loss(trial: Trial) -> list[Finding]:
 
 
 def _verdict_on(trial: Trial) -> Verdict:
-    job, num_samples = trial.job, len(trial.indices)
+    job = trial.job
+    if job.loss is None:
+        trial.widen(LOSS_SAMPLES[0])
+        verdict = _verdict_with_model(trial)
+        if verdict.kind in (None, "batch") and trial.widen(LOSS_SAMPLES[1]):
+            return _verdict_with_model(trial)
+        return verdict
     with undisturbed():
         trial.modes.be_training(mode=False)
-        if job.loss is None:
-            verdict = judge(trial.loss_of, trial.batch, num_samples=num_samples, fetch=trial.fetched)
-            if verdict.kind == "batch" and not _may_leave_out(trial):
-                # A sum of two losses is a mean over samples as long as every target counts, and here every one does.
-                options: dict[str, Any] = {"num_samples": num_samples, "fetch": trial.fetched, "leaves_out": False}
-                return judge(trial.loss_of, trial.batch, **options)
-            return verdict
-        output, target = trial.computed.output, trial.computed.target
+        output, target, num_samples = outputs_to_judge(trial)
         with trial.autocast():
             verdict = judge_loss(job.loss, output, target, num_samples=num_samples)
-            if verdict.kind == "targets" and all_count_the_same(job.loss, output, target, trial.given_data):
+            computed = trial.computed
+            if verdict.kind == "targets" and all_count_the_same(
+                job.loss, computed.output, computed.target, trial.given_data
+            ):
                 return replace(verdict, kind="samples")
     return verdict
 
 
-def _may_leave_out(trial: Trial) -> bool:
+def _verdict_with_model(trial: Trial) -> Verdict:
+    """Judge a loss that the model is computed for every time."""
+    # A sum of two losses is a mean over samples as long as every target counts.
+    leaves_out = partial(_may_leave_out, trial.given_data)
+    with undisturbed():
+        trial.modes.be_training(mode=False)
+        return judge(
+            trial.loss_of, trial.batch, num_samples=len(trial.indices), fetch=trial.fetched, leaves_out=leaves_out
+        )
+
+
+def _may_leave_out(data: Data, loss: Any) -> bool:
     """Tell whether targets may come that do not count; of what lies in memory it can be seen."""
-    data = trial.given_data
     sources = [source for source in (data.train, data.val) if source is not None]
     if any(source.collate is not None for source in sources):
         return True
-    loss = trial.loss_of(trial.batch)
     nodes = nodes_of_targets(loss) if isinstance(loss, torch.Tensor) else []
     if not nodes or any(node._saved_weight is not None for node in nodes):
         return True

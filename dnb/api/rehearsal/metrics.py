@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dnb.api.rehearsal.trial import Trial
+from dnb.api.rehearsal.trial import LOSS_SAMPLES, Trial, outputs_to_judge
 from dnb.api.rehearsal.undisturbed import undisturbed
 from dnb.errors import USER_ERRORS, ArgumentError
 from dnb.job import Job, Sum
@@ -78,7 +78,7 @@ def _check_number(trial: Trial, name: str, metric: Callable[..., Any]) -> None:
 
 
 def _is_mean(trial: Trial, name: str, metric: Callable[..., Any]) -> bool:
-    job, num_samples = trial.job, len(trial.indices)
+    job = trial.job
 
     def measured(output: Any, target: Any) -> Any:
         value = metric(output, target)
@@ -92,11 +92,13 @@ def _is_mean(trial: Trial, name: str, metric: Callable[..., Any]) -> bool:
 
     with torch.no_grad():
         if job.loss is None:
-            return judge(of_batch, trial.batch, num_samples=num_samples, fetch=trial.fetched).kind in (
-                "samples",
-                "targets",
-            )
-        pair = torch.utils._pytree.tree_map(_detached, trial.computed.output), trial.computed.target
+            found = judge(of_batch, trial.batch, num_samples=len(trial.indices), fetch=trial.fetched)
+            if found.kind not in ("samples", "targets") and trial.widen(LOSS_SAMPLES[1]):
+                trial.modes.be_training(mode=False)
+                found = judge(of_batch, trial.batch, num_samples=len(trial.indices), fetch=trial.fetched)
+            return found.kind in ("samples", "targets")
+        output, target, num_samples = outputs_to_judge(trial)
+        pair = torch.utils._pytree.tree_map(_detached, output), target
         found = judge(lambda pair: measured(*pair), pair, num_samples=num_samples, vary=other_outputs)
     return found.kind in ("samples", "targets")
 

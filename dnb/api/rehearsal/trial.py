@@ -34,13 +34,14 @@ from dnb.user_code.model_call import arguments_of
 from dnb.user_code.module_modes import Modes
 from dnb.user_code.return_values import read_loss, read_step
 
-# Of a large model each sample takes its time.
-LEAST_SAMPLES = 4
+# A large model, of which each takes its time, is computed with the fewest that have parts. A loss that takes the model
+# is judged with three, as of two a median is the mean; and with four if that leaves a doubt, as a part has one alone.
+LOSS_SAMPLES = (3, 4)
 SMALL_MODEL = 1_000_000  # parameters
 # Engines are held against the notebook by so many; of a large model, whose forwards are dear, by so many.
 PROBE_SAMPLES = 8
 PROBE_SAMPLES_OF_LARGE = 2
-# A model whose probe takes longer is tried with the fewest samples that have parts.
+# A model whose probe takes longer is never tried with more than the fewest.
 SLOW_SECONDS = 1.0
 FEWEST_SAMPLES = 2
 
@@ -112,6 +113,7 @@ class Trial:
         whole_metrics: likewise.
         fingerprint: of everything that findings come from, except for values that training changes; None: unknown.
         probe_shapes: shapes and dtypes of the batch that was last probed.
+        is_slow: whether the first probe took long.
     """
 
     given: Job
@@ -134,6 +136,7 @@ class Trial:
     whole_metrics: tuple[str, ...] = ()
     fingerprint: bytes | None = None
     probe_shapes: tuple[Any, ...] = ()
+    is_slow: bool = False
 
     @classmethod
     def of(cls, job: Job, data: Data, options: Options) -> Trial:
@@ -180,7 +183,8 @@ class Trial:
             attributes = Attributes(self.job.model, self.job.step)
             began = time.perf_counter()
             self.probed = self.probe()  # before anything has changed what forward depends on
-            if time.perf_counter() - began > SLOW_SECONDS and len(self.indices) > FEWEST_SAMPLES:
+            self.is_slow = time.perf_counter() - began > SLOW_SECONDS
+            if self.is_slow and len(self.indices) > FEWEST_SAMPLES:
                 self.indices = self.indices[:FEWEST_SAMPLES]
                 self.fetch()
             early = self.written
@@ -203,6 +207,18 @@ class Trial:
                 raise
             except USER_ERRORS as error:
                 self.computed = Computed(error=error, phase="data")
+
+    def widen(self, number: int) -> bool:
+        """Have a batch of more samples, if there are as many and the model is not slow; nothing is computed."""
+        if self.is_slow or not len(self.indices) < number <= self.given.order.num_samples:
+            return False
+        before = self.indices, self.batch, self.computed
+        self.indices = torch.arange(number)
+        self.fetch()
+        if self.computed.error is None:
+            return True
+        self.indices, self.batch, self.computed = before
+        return False
 
     def compute(self) -> Computed:
         """Run forward, loss and backward as a step does."""
@@ -273,6 +289,25 @@ class Trial:
         return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
+def outputs_to_judge(trial: Trial) -> tuple[Any, Any, int]:
+    """Have output and target of a trial, of so many samples that no part has one alone.
+
+    Returns:
+        Both, and the number of samples; of two the second comes three times, so that no part has the same as the whole.
+    """
+    pair, number = (trial.computed.output, trial.computed.target), len(trial.indices)
+    if number != FEWEST_SAMPLES:
+        return *pair, number
+    rows = torch.tensor([0, 1, 1, 1])
+
+    def repeated(leaf: Any) -> Any:
+        has_rows = isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and len(leaf) == number
+        return leaf.index_select(0, rows) if has_rows else leaf
+
+    output, target = torch.utils._pytree.tree_map(repeated, pair)
+    return output, target, len(rows)
+
+
 def _buffers_of(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.Tensor, torch.Tensor]]:
     """Every buffer, where it is, and a copy of its value."""
     return [
@@ -284,7 +319,7 @@ def _buffers_of(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torc
 
 
 def _samples_for(model: torch.nn.Module) -> int:
-    return MOST_SAMPLES if _is_small(model) else LEAST_SAMPLES
+    return MOST_SAMPLES if _is_small(model) else FEWEST_SAMPLES
 
 
 def _is_small(model: torch.nn.Module) -> bool:

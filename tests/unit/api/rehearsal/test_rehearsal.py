@@ -379,3 +379,51 @@ def test_a_slow_model_is_tried_with_two_samples(monkeypatch: pytest.MonkeyPatch)
     trial = trial_of(nn.Linear(6, 3))
     assert trial.batch[0].equal(X[:2])
     assert rehearsed(nn.Linear(6, 3), loss=lambda output, target: output.std() + 0 * target.sum()).loss_over == "batch"
+
+
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials, "SMALL_MODEL", 0)
+
+
+def median(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(output, target, reduction="none").quantile(0.5)
+
+
+@pytest.mark.usefixtures("large")
+def test_a_large_model_is_computed_with_two_samples_and_its_loss_judged_with_four_rows():
+    trial = trial_of(nn.Linear(6, 3))
+    output, target, number = trials.outputs_to_judge(trial)
+    assert (len(trial.computed.output), number) == (2, 4)
+    assert output.equal(trial.computed.output[[0, 1, 1, 1]])
+    assert target.equal(Y[:2][[0, 1, 1, 1]])
+
+
+@pytest.mark.usefixtures("large")
+def test_a_median_over_the_outputs_of_a_large_model_is_no_mean():
+    assert rehearsed(nn.Linear(6, 3), loss=median).loss_over == "batch"
+
+
+@pytest.mark.usefixtures("large")
+def test_a_step_of_a_large_model_that_takes_a_median_is_refused():
+    with pytest.raises(ArgumentError, match="step's loss is no mean over samples: of 4 of them"):
+        rehearsed(nn.Linear(6, 3), step=lambda model, batch: median(model(batch[0]), batch[1]))
+
+
+@pytest.mark.usefixtures("large")
+def test_a_step_of_a_large_model_that_takes_no_single_sample_is_judged_with_pairs():
+    def pairs(model: nn.Module, batch: Any) -> torch.Tensor:
+        assert len(batch[0]) > 1
+        return median(model(batch[0]), batch[1])
+
+    with pytest.raises(ArgumentError, match="step's loss is no mean over samples: of 4 of them"):
+        rehearsed(nn.Linear(6, 3), step=pairs)
+
+
+def test_a_step_that_draws_elsewhere_than_torch_is_left_to_the_run():
+    source = random.SystemRandom()
+
+    def step(model: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1]) * source.random()
+
+    assert rehearsed(nn.Linear(6, 3), step=step).reduction == "targets"
