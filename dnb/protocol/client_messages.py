@@ -29,7 +29,7 @@ class Submit(Message, frozen=True):
 
 
 class GetRun(Message, frozen=True):
-    """What is new in a run. Answered by RunState and raw float64 columns."""
+    """A request for a run's newest state and rows. Answered by `RunState` and raw float64 columns."""
 
     run: str
     seen: dict[str, int]  # rows already held, per column
@@ -68,7 +68,7 @@ class GetState(Message, frozen=True):
 
 
 class GetGradients(Message, frozen=True):
-    """What was seen of a run's gradients in its first steps. Answered by `GradientRows`."""
+    """A request for the gradient samples of a run's first steps. Answered by `GradientRows`."""
 
     run: str
 
@@ -81,7 +81,7 @@ class TakeCheckpoint(Message, frozen=True):
 
 
 class GetCheckpoint(Message, frozen=True):
-    """What became of `TakeCheckpoint`. Answered by CheckpointState."""
+    """A request for the outcome of a `TakeCheckpoint`. Answered by `CheckpointState`."""
 
     run: str
     ticket: int
@@ -188,7 +188,7 @@ class PoolState(Message, frozen=True):
 
 
 class Members(Message, frozen=True):
-    """Who is in the pool."""
+    """The pool's engines and spares, and the counts of those that died or are to be replaced."""
 
     workers: tuple[int, ...]
     spares: tuple[int, ...]
@@ -250,7 +250,7 @@ class GradientRows(Message, frozen=True):
 
 
 class CheckpointState(Message, frozen=True):
-    """How a checkpoint stands that was asked for."""
+    """The progress of a requested checkpoint."""
 
     ticket: int
     state: Literal["waiting", "writing", "durable", "failed"]

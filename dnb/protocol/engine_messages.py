@@ -10,7 +10,7 @@ from dnb.protocol.run import Failure, Partition, TransportKind
 
 
 class WireOffer(Record, frozen=True):
-    """Where an engine connects its wire, and the secret that lets it prove who it is."""
+    """The address at which an engine connects its wire, and the secret by which it proves its identity there."""
 
     url: str  # "unix://NAME" | "tcp://HOST:PORT"
     token: str
@@ -125,7 +125,7 @@ class WorkFailed(Message, frozen=True):
 
 
 class Diagnosis(Message, frozen=True):
-    """Where a gradient was not finite."""
+    """The origin of a gradient that was not finite: its shard, its parameter and the kind of value."""
 
     run: str
     step: int
@@ -135,7 +135,7 @@ class Diagnosis(Message, frozen=True):
 
 
 class Printed(Message, frozen=True):
-    """What user code has printed on an engine, and what else people should know of it there."""
+    """Lines that user code printed on an engine, or other notes from there, for the run's events."""
 
     run: str
     lines: tuple[str, ...]
@@ -231,7 +231,7 @@ class Shipped(Message, frozen=True):
 
 
 class Gathered(Record, frozen=True):
-    """What a step's loss is computed on: outputs and targets of the whole batch, in the order of its shards."""
+    """The input of a step's loss: outputs and targets of the whole batch, in the order of its shards."""
 
     leaves: tuple[OutputLeaf, ...]
     shard_sizes: tuple[int, ...]  # of all shards

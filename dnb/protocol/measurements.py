@@ -1,4 +1,4 @@
-"""What was measured of a run: sums, times, events, timelines, and what was predicted."""
+"""Records of measurements: sums, times, events, timelines, and predictions to hold them against."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RunEvent(Record, frozen=True):
 
 
 class Sums(Record, frozen=True):
-    """What becomes the mean loss and the mean metrics, once the sums of all engines are added up."""
+    """One engine's sums of losses and metrics; added up over all engines, they give the means."""
 
     loss_total: float
     loss_weight: float  # samples, or what a step function's Sum weighs
@@ -33,7 +33,7 @@ class Sums(Record, frozen=True):
 
 
 class Telemetry(Record, frozen=True):
-    """What an engine measured since its last report; all times in seconds."""
+    """An engine's measurements since its last report; all times in seconds."""
 
     compute_seconds: float
     data_seconds: float
@@ -70,7 +70,7 @@ class WorkerTotals(Record, frozen=True):
 
 
 class UsageRow(Record, frozen=True):
-    """How engines spent a span of a run, in seconds; those that were gone at its end are left out."""
+    """The seconds that engines spent on each activity in one span of a run; engines gone by its end are left out."""
 
     begin_seconds: float  # since the run was submitted
     end_seconds: float
@@ -83,7 +83,7 @@ class UsageRow(Record, frozen=True):
 
 
 class Prediction(Record, frozen=True):
-    """What a plan says of the run that follows it."""
+    """A plan's prediction of step time, bubble and memory for the run that follows it."""
 
     batch_size: int
     step_seconds: float
@@ -106,7 +106,7 @@ class Action(NamedTuple):
 
 
 class StageTraffic(Record, frozen=True):
-    """What one stage gave to other engines in a step; a neighbour on the same engine gets it for nothing."""
+    """The bytes that one stage sent to other engines in a step; neighbours on the same engine do not count."""
 
     stage: int
     forward_bytes: int  # activations
@@ -114,7 +114,7 @@ class StageTraffic(Record, frozen=True):
 
 
 class StageTrace(Record, frozen=True):
-    """What one engine of a pipeline did in one step, by its host's monotonic clock."""
+    """One pipeline engine's actions in one step, by its host's monotonic clock."""
 
     begin: float
     end: float
@@ -125,7 +125,7 @@ class StageTrace(Record, frozen=True):
 
 
 class EngineTimeline(Record, frozen=True):
-    """What one engine of a pipeline did in one step; times in seconds from the step's begin."""
+    """One pipeline engine's actions in one step; times in seconds from the step's begin."""
 
     engine: int
     team: int  # which of the run's pipelines, counted from 0

@@ -6,7 +6,7 @@ from dnb.protocol.base import Record
 
 
 class TensorSlot(Record, frozen=True):
-    """Where one tensor lies in a flat buffer."""
+    """The place of one tensor in a flat buffer."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class SegmentRef(Record, frozen=True):
 
 
 class BufferRef(Record, frozen=True):
-    """Where one out-of-band buffer of a payload lies in its segment."""
+    """The place of one out-of-band buffer of a payload in its segment."""
 
     offset_bytes: int
     num_bytes: int

@@ -24,7 +24,7 @@ class Process(Record, frozen=True):
 
 
 class EngineFacts(Record, frozen=True):
-    """What an engine says of itself when it joins."""
+    """An engine's description of itself and its host, sent when it joins."""
 
     engine: int
     process: Process
@@ -45,7 +45,7 @@ class EngineStatus(Record, frozen=True):
 
 
 class Address(Record, frozen=True):
-    """Where the hub listens and what one needs to be let in (Z85 CurveZMQ keys)."""
+    """The address of the hub, and the keys to be let in there (Z85 CurveZMQ keys)."""
 
     url: str
     server_public: str
@@ -83,7 +83,7 @@ class PoolFacts(Record, frozen=True):
 
 
 class HubConfig(Record, frozen=True):
-    """What the controller tells the hub's supervisor, on standard input."""
+    """The hub's configuration, which its supervisor reads from standard input."""
 
     cluster_id: str
     key: str  # signs payloads
@@ -96,7 +96,7 @@ class HubConfig(Record, frozen=True):
 
 
 class HubBinding(Record, frozen=True):
-    """What the supervisor answers once the hub's ports are bound."""
+    """The supervisor's answer to the controller once the hub's ports are bound."""
 
     supervisor: Process
     client: Address
@@ -106,7 +106,7 @@ class HubBinding(Record, frozen=True):
 
 
 class HubPlace(Record, frozen=True):
-    """What a connection file says of the hub, for its reader: an engine or a client."""
+    """The hub's entry in a connection file, for an engine or a client."""
 
     address: Address
     supervisor: Process = msgspec.field(name="guardian")

@@ -26,7 +26,7 @@ class Failure(Record, frozen=True):
 
 
 class CheckpointPolicy(Record, frozen=True):
-    """Which checkpoints a run writes by itself, and which of them it keeps."""
+    """The rule by which a run writes checkpoints by itself and removes old ones."""
 
     every: int  # steps
     keep: int  # the last so many
@@ -34,7 +34,7 @@ class CheckpointPolicy(Record, frozen=True):
 
 
 class PlainJob(Record, frozen=True):
-    """What of the user's objects can be said without pickle, so that a resume given the rest opens none."""
+    """The part of a job that can be written without pickle, so that a resume given the rest unpickles nothing."""
 
     loss: str | None  # name in torch.nn.functional
     optimizer: str | None
@@ -60,7 +60,7 @@ TensorStyle = Literal["colwise", "colwise_rep", "rowwise", "rowwise_rep"]
 
 
 class Partition(Record, frozen=True):
-    """How a model is divided over the engines of a team that computes together."""
+    """The division of a model over the engines of a team."""
 
     # "synced": the model is whole on all engines, and the batch is shared by those that wait for each other in forward.
     kind: Literal["pipeline", "tensor", "synced"]
@@ -77,7 +77,7 @@ class Partition(Record, frozen=True):
 
 
 class Finding(Record, frozen=True):
-    """What the rehearsal of a run has found, as an event of the run says it."""
+    """A finding of a run's dry run, as an event of the run says it."""
 
     kind: str  # of the event
     text: str
@@ -116,7 +116,7 @@ class Settings(Record, frozen=True):
 
 
 class RunSpec(Record, frozen=True):
-    """What a run is, as numbers and names; the objects travel beside it in a payload."""
+    """A run's definition in numbers and names; the objects travel beside it in a payload."""
 
     id: str  # unlike any other's: a name comes back when its folder is removed
     name: str
