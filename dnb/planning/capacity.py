@@ -1,4 +1,4 @@
-"""How many engines a host can hold, and how many threads each gets."""
+"""The number of engines that a host can hold, and the number of threads of each."""
 
 from __future__ import annotations
 

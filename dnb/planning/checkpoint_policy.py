@@ -1,4 +1,4 @@
-"""Which checkpoints are written, and which of them are kept."""
+"""The rules by which checkpoints are written and kept."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Goal:
     is_larger_better: bool
 
     def is_better(self, value: float, than: float | None) -> bool:
-        """Whether a value is the best so far; NaN never is."""
+        """Return whether a value is better than the best so far; NaN never is."""
         if math.isnan(value):
             return False
         return than is None or (value > than if self.is_larger_better else value < than)
 
 
 def read_goal(text: str) -> Goal:
-    """What "val_loss" (of losses, lower is better), "max:accuracy" or "min:error" stand for.
+    """Parse "val_loss" (of losses, lower is better), "max:accuracy" or "min:error".
 
     Raises:
         ArgumentError: it does not say which way is better.
@@ -56,11 +56,11 @@ class Retention:
         self._kept: list[tuple[int, float]] = []  # step, value of the goal (NaN: not measured)
 
     def is_due(self, step: int) -> bool:
-        """Whether a committed step is followed by a checkpoint."""
+        """Return whether a committed step is followed by a checkpoint."""
         return step % self._every == 0
 
     def is_record(self, measured: dict[str, float]) -> bool:
-        """Whether an evaluation was the best so far, so that a checkpoint is due whatever its step."""
+        """Return whether an evaluation was the best so far, so that a checkpoint is due whatever its step."""
         if self._goal is None or self._goal.name not in measured:
             return False
         value = measured[self._goal.name]

@@ -20,7 +20,7 @@ SHOWN_LETTERS = 80
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchOrder:
-    """How the global batches of an epoch are drawn, as the arguments of a `DataLoader`.
+    """The order in which an epoch's global batches are drawn, as the arguments of a `DataLoader`.
 
     `sampler` and `batch_sampler` are those of a user's own loader; then `shuffle` and, for a batch sampler,
     `batch_size` and `drop_last` do not count.
@@ -65,7 +65,7 @@ def iterate_epochs(order: BatchOrder) -> Iterator[Iterable[torch.Tensor]]:
 
 
 def has_sampler(order: BatchOrder) -> bool:
-    """Whether the user's own code draws the samples."""
+    """Return whether the user's own sampler draws the samples."""
     return order.sampler is not None or order.batch_sampler is not None
 
 
@@ -83,7 +83,7 @@ def _walk_loader(order: BatchOrder) -> Iterator[Iterable[torch.Tensor]]:
 
 
 def _walk_permutations(order: BatchOrder) -> Iterator[Iterable[torch.Tensor]]:
-    """What a loader without a sampler of its own does, for all samples of an epoch at once.
+    """Yield each epoch's batches in the order of a loader without a sampler of its own.
 
     It draws a base seed for its workers, then, if it shuffles, a permutation.
     """
@@ -131,7 +131,7 @@ def count_batches(order: BatchOrder) -> int:
 def samples_after(
     steps: NDArray[np.int64], *, num_samples: int, batch_size: int, steps_per_epoch: int
 ) -> NDArray[np.int64]:
-    """How many samples were seen after each of these steps, if batches are all of one size but an epoch's last."""
+    """Return the number of samples seen after each step, if batches are of one size but an epoch's last."""
     epochs, rest = np.divmod(steps, max(steps_per_epoch, 1))
     of_epoch = min(num_samples, steps_per_epoch * batch_size)  # less than all if the last batch is dropped
     seen: NDArray[np.int64] = epochs * of_epoch + rest * batch_size

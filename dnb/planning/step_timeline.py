@@ -1,4 +1,4 @@
-"""What a timeline says: how much of the engines' time went by idle, and what it would be by the formula."""
+"""The timeline of a step: the share of the engines' time that was idle, measured and by the formula."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ideal_bubble(num_engines: int, num_micro_batches: int, *, stages_per_engine:
 
 
 def busy_seconds(actions: Iterable[Action]) -> float:
-    """Of forwards and backwards."""
+    """Sum the durations of forwards and backwards."""
     return sum(action.end - action.begin for action in actions if action.kind in COMPUTING)
 
 
@@ -79,12 +79,12 @@ class Timeline(Sequence[EngineTimeline]):
 
     @property
     def step(self) -> int:
-        """Which step it is; 0 if there is none."""
+        """The number of the recorded step; 0 if there is none."""
         return 0 if self.record is None else self.record.step
 
     @property
     def num_micro_batches(self) -> int:
-        """Of every pipeline, in this step."""
+        """The number of micro-batches of every pipeline in this step."""
         return 0 if self.record is None else self.record.num_micro_batches
 
     @property
@@ -104,7 +104,7 @@ class Timeline(Sequence[EngineTimeline]):
 
     @property
     def ideal_bubble(self) -> float:
-        """What the formula says: see `dnb.planning.step_timeline.ideal_bubble`."""
+        """The bubble by the formula: see `dnb.planning.step_timeline.ideal_bubble`."""
         if self.record is None:
             return 0.0
         size = self.num_stage_engines
@@ -117,7 +117,7 @@ class Timeline(Sequence[EngineTimeline]):
 
     @property
     def core_share(self) -> float:
-        """How much of the bars' time the engines' processes had a core; less than 0.9 where others have them, too."""
+        """The share of the bars' time in which engines had a core; below 0.9 where other processes compete."""
         busy = sum(busy_seconds(engine.actions) for engine in self._engines)
         given = sum(engine.cpu_seconds for engine in self._engines)
         return min(1.0, given / busy) if busy > 0 else 1.0

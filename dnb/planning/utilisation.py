@@ -1,4 +1,4 @@
-"""How engines have spent their time over a run: what the hub has counted, in as few spans as a chart can show."""
+"""The engines' use of their time over a run: the hub's counts, in as few spans as a chart can show."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class StageCost:
 
     @property
     def path_seconds(self) -> float:
-        """What it adds to the way of one micro-batch through the pipeline and back."""
+        """The seconds that this stage and its link add to a micro-batch's way through the pipeline and back."""
         return self.forward_seconds + self.backward_seconds + self.link_seconds + self.link_back_seconds
 
 
@@ -45,11 +45,11 @@ class Workload:
         self.cut_gradient_bytes = [value_at(layer.cut_gradient_bytes, sizes, num_samples) for layer in layers]
 
     def forward_seconds(self, first: int, last: int) -> float:
-        """Of layers first to last - 1, on the engine that was profiled."""
+        """Return the forward seconds of layers first to last - 1, on the engine that was profiled."""
         return self._forward[last] - self._forward[first]
 
     def backward_seconds(self, first: int, last: int) -> float:
-        """Likewise."""
+        """Return the backward seconds of layers first to last - 1, on the engine that was profiled."""
         return self._backward[last] - self._backward[first]
 
     def state_bytes(self, first: int, last: int) -> float:
@@ -67,7 +67,7 @@ class Workload:
         return self.state_bytes(first, last) + num_in_flight * self.activation_bytes(first, last) + coming_back
 
     def activation_bytes(self, first: int, last: int) -> float:
-        """Of one micro-batch: what these layers keep for backward, and what came over the cut before them."""
+        """Return the bytes that these layers keep for one micro-batch's backward, input over the cut included."""
         return self._kept[last] - self._kept[first] + self.cut_bytes[first]
 
 
@@ -113,7 +113,7 @@ def stage_cost(
 
 
 def paces(cost: StageCost, schedule: ScheduleName) -> tuple[float, float]:
-    """What a stage or the link before it lets through: seconds per further micro-batch.
+    """Return the seconds that each further micro-batch takes at a stage or at the link before it, for each phase.
 
     GPipe ends all forwards before the first backward, so that each phase has a slowest stage of its own.
     """
@@ -136,7 +136,7 @@ def pipeline_seconds(costs: Sequence[StageCost], *, schedule: ScheduleName, num_
 
 
 def hub_seconds(profile: Profile, exchange: Exchange, *, num_slabs: int, num_engines: int, optimizer: str) -> float:
-    """What a step takes after the last gradient is in its slab: messages, sum, update."""
+    """Predict the seconds that a step takes after the last gradient is in its slab: messages, sum, update."""
     num_bytes = profile.gradient_bytes
     sums = num_slabs * num_bytes * exchange.sum_seconds_per_byte
     update = num_bytes * exchange.update_seconds_per_byte * UPDATE_SHARES.get(optimizer, 1.0)
@@ -144,7 +144,7 @@ def hub_seconds(profile: Profile, exchange: Exchange, *, num_slabs: int, num_eng
 
 
 def crowding(site: Site, engines: Sequence[int]) -> dict[int, float]:
-    """How many times as long engines take when these all compute at once, by index: hosts with too few cores."""
+    """Return the factors, by engine index, by which engines slow down when all compute on hosts with too few cores."""
     threads: dict[str, int] = {}
     for index in engines:
         engine = site.engines[index]

@@ -263,7 +263,7 @@ def _stages(num_layers: int) -> Iterator[tuple[int, int]]:
 
 
 def _spans(sums: Sequence[float]) -> Matrix:
-    """What lies between every two edges; infinite where there is nothing between them."""
+    """Return the differences of the sums between every two edges; infinite where the span is empty."""
     edges = np.array(sums)
     spans: Matrix = edges[None, :] - edges[:, None]
     spans[np.tril_indices(len(edges))] = inf

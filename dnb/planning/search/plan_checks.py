@@ -1,4 +1,4 @@
-"""What no plan can be: refused with the figures and the way out."""
+"""Checks that refuse an impossible plan with the figures and the way out."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def refuse_excess(found: Sequence[Candidate], profile: Profile, site: Site, ques
 
 
 def _way_out(profile: Profile, site: Site, question: Question, *, limit: int) -> str:
-    """How many engines would do, each with that much memory."""
+    """Suggest the number of engines with that much memory that would do."""
     most = len(profile.layers)
     samples = max(1, question.batch_size // (question.data or 1))
     enough = []

@@ -1,4 +1,4 @@
-"""Which strategy, mesh, cuts and number of micro-batches: all the small numbers are tried."""
+"""The search for strategy, mesh, cuts and number of micro-batches: all the small numbers are tried."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def describe(plan: Plan) -> str:
 
 
 def headline(plan: Plan) -> str:
-    """What is predicted, in one sentence."""
+    """Summarise the prediction of a plan in one sentence."""
     parts = [f"{milliseconds(plan.step_seconds)} per step of {plan.batch_size} samples predicted"]
     if plan.partition is not None:
         parts.append(f"{plan.num_micro_batches} micro-batches by {plan.schedule}")

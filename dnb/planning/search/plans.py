@@ -34,7 +34,7 @@ CHANGES = ("batch_size", "cuts", "data", "num_micro_batches", "num_stages", "sch
 
 
 class Alternative(Record, frozen=True):
-    """What was tried and lost."""
+    """A candidate that was tried and not chosen."""
 
     mesh: Mesh
     num_micro_batches: int
@@ -44,7 +44,7 @@ class Alternative(Record, frozen=True):
 
 
 class Plan(Record, frozen=True):
-    """Who computes what; made by `dnb.plan`, edited by `with_`, passed to `fit` as its strategy."""
+    """A plan of the computation; made by `dnb.plan`, edited by `with_`, passed to `fit` as its strategy."""
 
     strategy: str  # "data" | "pipeline" | "hybrid"
     mesh: Mesh
@@ -90,7 +90,7 @@ class Plan(Record, frozen=True):
 
     @property
     def prediction(self) -> Prediction:
-        """What is held beside what the run then takes."""
+        """The prediction against which the run's measurements are held."""
         return Prediction(
             batch_size=self.batch_size,
             step_seconds=self.step_seconds,

@@ -25,7 +25,7 @@ MOST_ACTIONS = 4000
 
 
 class Question(Record, frozen=True):
-    """What is to be planned; what is None is open."""
+    """The constraints of a plan to search for; a field that is None is free."""
 
     batch_size: int
     strategy: str = "auto"
@@ -37,7 +37,7 @@ class Question(Record, frozen=True):
 
 
 class Mesh(Record, frozen=True):
-    """How many engines there are along each axis."""
+    """The number of engines along each axis."""
 
     data: int = 1
     pipeline: int = 1
@@ -96,12 +96,12 @@ class Candidate(Record, frozen=True):
 
     @property
     def fits(self) -> bool:
-        """Whether every engine has the memory."""
+        """True if every engine has enough memory."""
         return all(stage.memory_limit is None or stage.memory_bytes <= stage.memory_limit for stage in self.stages)
 
     @property
     def excess_bytes(self) -> int:
-        """What the worst engine lacks; negative if all have enough."""
+        """The bytes that the worst engine lacks; negative if all have enough."""
         spare = [stage.memory_limit - stage.memory_bytes for stage in self.stages if stage.memory_limit is not None]
         return -min(spare, default=0)
 

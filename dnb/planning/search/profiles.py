@@ -1,4 +1,4 @@
-"""What was measured: a model layer by layer, and the site on which it is to be trained."""
+"""Measurements on which a plan rests: a model layer by layer, and the site where it is to be trained."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ class Profile(Record, frozen=True):
 
     @property
     def parameter_bytes(self) -> int:
-        """Of the whole model."""
+        """The bytes of the whole model's parameters."""
         return sum(layer.parameter_bytes for layer in self.layers)
 
     @property
     def gradient_bytes(self) -> int:
-        """Of the whole model."""
+        """The bytes of the whole model's gradients."""
         return sum(layer.gradient_bytes for layer in self.layers)
 
 
 class Exchange(Record, frozen=True):
-    """What it costs to pass tensors on and to take a step, on some machine."""
+    """The costs of passing tensors on and of taking a step, on some machine."""
 
     latency_seconds: float  # of a small tensor between two engines
     bytes_per_second: float
@@ -100,7 +100,7 @@ class EngineTraits(Record, frozen=True):
 
 
 class Site(Record, frozen=True):
-    """Where a plan is to run."""
+    """The engines, hosts and exchange costs with which a plan is to run."""
 
     engines: tuple[EngineTraits, ...]
     cores: dict[str, int]  # by host
@@ -108,7 +108,7 @@ class Site(Record, frozen=True):
 
 
 def mean_profile(profiles: Sequence[Profile]) -> Profile:
-    """What engines that measured the same at the same time saw on average, of the sizes that all of them measured."""
+    """Average the profiles of engines that measured at the same time, over the sizes that all of them measured."""
     number = min(len(profile.sizes) for profile in profiles)
     profiles = [_first_sizes(profile, number) for profile in profiles]
     first = profiles[0]

@@ -12,7 +12,7 @@ from dnb.protocol.run import ScheduleName
 
 @dataclass(frozen=True, slots=True)
 class SimulationResult:
-    """What came of it."""
+    """The result of a simulated step: its duration, and the busy time of all stages."""
 
     seconds: float
     busy_seconds: float  # of all stages together
@@ -23,7 +23,7 @@ class SimulationResult:
 
 
 def actions(schedule: ScheduleName, *, stage: int, num_stages: int, num_micro_batches: int) -> list[tuple[str, int]]:
-    """What one stage does in turn: ("forward" | "backward", micro-batch).
+    """Return one stage's actions in order: ("forward" | "backward", micro-batch).
 
     GPipe: Huang et al. 2019; 1F1B: Narayanan et al. 2019 (PipeDream-Flush).
     """
