@@ -1,4 +1,4 @@
-"""Where a model can be cut at all."""
+"""The places at which a model can be cut."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _follow(
     containers: Mapping[str, type],
     begins: Callable[[Found], Mapping[str, int]],
 ) -> Found | None:
-    """What an attempt finds that opens all containers, or else as many of them as can be opened.
+    """Call an attempt that opens all containers, or else as many of them as can be opened, and return its find.
 
     Containers of one class are opened together, as a forward that cannot be followed cannot be in any of them; only
     sequences, whose forward is torch's own, are tried one by one where they cannot all be opened.
@@ -107,7 +107,7 @@ def _follow(
 
 
 def _num_required(model: nn.Module) -> int:
-    """Of a forward's arguments."""
+    """Count the arguments that the model's forward requires."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(model.forward).parameters.values()
     return sum(p.default is p.empty and p.kind in kinds for p in parameters)
@@ -118,7 +118,7 @@ def _containers(model: nn.Module) -> dict[str, type]:
 
 
 def _is_container(module: nn.Module) -> bool:
-    """Whether there is something to cut inside; torch's own layers stay whole."""
+    """Return whether a module can be cut inside; torch's own layers stay whole."""
     if next(module.children(), None) is None:
         return False
     return isinstance(module, nn.Sequential) or not type(module).__module__.startswith("torch.nn")

@@ -27,7 +27,7 @@ OWN_FOLDER = str(Path(__file__).parents[1])
 
 
 def no_autocast() -> AbstractContextManager[Any]:
-    """What surrounds a forward in full precision."""
+    """Return the context of a forward in full precision, which changes nothing."""
     return nullcontext()
 
 
@@ -50,7 +50,7 @@ class DryRun:
 
     @property
     def has_data(self) -> bool:
-        """Whether values are computed."""
+        """True if values are computed, not only shapes."""
         return self._fake is None
 
     def convert(self, value: Any) -> Any:
@@ -206,21 +206,21 @@ def _is_users(name: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first."""
+    """Return an error's class and the first line of its text."""
     lines = [line.strip() for line in text_of(error).splitlines() if line.strip()]
     kind = kind_of(error)
     return clean_text(f"{kind}: {lines[0]}" if lines else kind, length=SUMMARY_LENGTH)
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a value holds for every batch of these shapes, such as a size."""
+    """Return whether a value holds for every batch of these shapes, such as a size."""
     if isinstance(value, tuple | list):
         return all(is_plain(element) for element in value)
     return value is None or isinstance(value, bool | int | float | complex | str | torch.dtype | torch.device | slice)
 
 
 def target_name(node: fx.Node) -> str:
-    """What a node calls, for people."""
+    """Return the name of the function or module that a node calls, for messages."""
     if isinstance(node.target, str):
         name = node.target.removeprefix(PREFIX)
         return repr(name) if node.op == "call_module" else name

@@ -1,4 +1,4 @@
-"""How much there is to compute between the places where a model can be cut, told without computing it."""
+"""The operations between the places where a model can be cut, counted without computing them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _Choice = tuple[int, int, float, tuple[int, ...]]
 
 
 def weigh(model: nn.Module, inputs: Inputs, points: Sequence[str]) -> list[float]:
-    """What each piece of a model weighs, in operations of one forward.
+    """Count the operations of one forward in each piece of a model.
 
     Args:
         model: is run once, without data.
@@ -68,7 +68,7 @@ def weigh_and_log(
 def balanced_cuts(
     weights: Sequence[float], points: Sequence[str], num_stages: int, *, alike: float = ALIKE
 ) -> tuple[str, ...]:
-    """Where to cut a chain so that its heaviest stage is as light as can be, by a dynamic programme over the last cut.
+    """Cut a chain so that its heaviest stage is as light as can be, by a dynamic programme over the last cut.
 
     Among cuts that are alike in that, those between outer modules win, as less goes over them than in the midst of one.
 

@@ -74,7 +74,7 @@ def users_of_parameters(trace: ModelTrace, cuts: Sequence[str]) -> dict[str, set
 
 
 def forbidden_places(trace: ModelTrace) -> list[tuple[int, int]]:
-    """Where no stage can begin, as (first, last) places: something between them could not cross that cut."""
+    """Return the spans of places, (first, last), where no stage can begin: a value there could not cross the cut."""
     found = [(changed.meta["place"] + 1, by.meta["place"]) for changed, by in trace.changes]
     end = max((node.meta["place"] for node in trace.graph.nodes), default=0)
     for node in trace.graph.nodes:

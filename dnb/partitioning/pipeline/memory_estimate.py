@@ -1,4 +1,4 @@
-"""How much memory an engine needs for its part of a model: parameters, gradients, activations and inputs.
+"""The memory that an engine needs for its part of a model: parameters, gradients, activations and inputs.
 
 Nothing is computed for it: forwards are rehearsed without data, and what autograd would keep is added up.
 """
@@ -25,7 +25,7 @@ Loss = Callable[[Any], Any]  # of the model's output
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What one engine has to hold at once, in bytes."""
+    """The bytes that one engine has to hold at once."""
 
     parameter_bytes: int  # buffers included
     gradient_bytes: int
@@ -39,7 +39,7 @@ class Need:
 
 @dataclass(slots=True)
 class _Kept:
-    """What autograd keeps, each piece of memory once."""
+    """The memory that autograd keeps for backward, each piece counted once."""
 
     left_out: frozenset[int]
     seen: dict[int, int] = field(default_factory=dict)
@@ -70,7 +70,7 @@ def whole_need(
     loss: Loss | None = None,
     autocast: Callable[[], AbstractContextManager[Any]] = no_autocast,
 ) -> Need:
-    """Of an engine that has the whole model, for one micro-batch.
+    """Estimate the memory of an engine that has the whole model, for one micro-batch.
 
     Args:
         model: what is trained.
@@ -99,7 +99,7 @@ def needs_of(
     loss: Loss | None = None,
     autocast: Callable[[], AbstractContextManager[Any]] = no_autocast,
 ) -> tuple[Need, ...]:
-    """Of each engine of a pipeline, in the order of their ranks.
+    """Estimate the memory of each engine of a pipeline, in the order of their ranks.
 
     Args:
         model: what is divided.
@@ -175,7 +175,7 @@ def _kept_by_stage(
     loss: Loss | None,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> list[int] | None:
-    """What each stage keeps of one micro-batch; None if the model needs values."""
+    """Return the bytes that each stage keeps of one micro-batch; None if the model needs values."""
     dry_run = DryRun(model, autocast)
     try:
         values = [dry_run.convert(value) for value in inputs.values]
@@ -205,7 +205,7 @@ def _run(model: nn.Module, parts: Sequence[StagePart], values: Sequence[Any], lo
 
 
 def _received(passed: Any) -> tuple[Any, ...]:
-    """What came over a cut: no stage keeps alive what the one before it has computed."""
+    """Detach the values that came over a cut: no stage keeps alive the results of the one before it."""
     return tuple(
         value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
         for value in passed

@@ -34,7 +34,7 @@ class Chain(nn.Module):
 
 
 def as_tuple(output: Any) -> tuple[Any, ...]:
-    """What a module hands to the next one."""
+    """Return a module's output as the arguments of the next one."""
     return tuple(output) if isinstance(output, tuple | list) else (output,)
 
 
@@ -73,7 +73,7 @@ def divide_chain(
 
 
 def _rehearse_chains(chains: Sequence[Chain], inputs: Inputs, dry_run: DryRun) -> list[tuple[torch.Tensor, ...]]:
-    """What crosses every cut."""
+    """Run the chains without data and return the tensors that cross every cut."""
     values: tuple[Any, ...] = tuple(dry_run.convert(value) for value in inputs.values)
     crossing: list[tuple[torch.Tensor, ...]] = []
     with dry_run.running():

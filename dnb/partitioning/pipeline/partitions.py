@@ -1,4 +1,4 @@
-"""How a model is divided over one engine, two, three, ...: what a run that may lose and gain engines has to know."""
+"""The partitions of a model over one engine, two, three, ...: for a run that may lose and gain engines."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def _check_cuts(model: nn.Module, partition: Partition, inputs: Inputs) -> None:
 
 
 def operations_of(call: ModelCall, inputs: Inputs, dry_run: DryRun) -> list[str]:
-    """What the model itself calls, for comparison."""
+    """Record the operations that the undivided model calls, for comparison."""
     if not dry_run.has_data:
         try:
             with dry_run.running() as operations:

@@ -18,7 +18,7 @@ from dnb.partitioning.pipeline.tracing import Inputs, ModelCall, ModelTrace, Not
 
 @dataclass(frozen=True, slots=True)
 class Followed:
-    """Where a model can be cut, and what lies between.
+    """A traced forward with the places where the model can be cut, and the weights between them.
 
     Args:
         model: its tensors are named, never copied.
@@ -84,7 +84,7 @@ def follow_once(model: nn.Module, inputs: Inputs) -> Followed:
 
 
 def _refusal(call: ModelCall, inputs: Inputs, dry_run: DryRun) -> NotTraceable | None:
-    """Where symbols stop that look into nothing below the model itself."""
+    """Trace the model's own forward alone, and return the error that stops the trace, if there is one."""
     try:
         trace_by_symbols(call, inputs, (), dry_run)
     except NotTraceable as error:

@@ -29,7 +29,7 @@ from dnb.user_code.model_call import arguments_of
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a model is called with, and whether its output bears the loss."""
+    """The arguments of a model's call, and the way to find the loss in its output."""
 
     positional: tuple[Any, ...]
     keywords: Mapping[str, Any] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Inputs:
 
     @classmethod
     def of(cls, batch: Any, *, find_loss: Callable[[Any], Any] | None = None, model: nn.Module | None = None) -> Inputs:
-        """Of a batch: what the model gets by name or by position; a target behind it is left out.
+        """Take a batch apart into what the model gets by name or by position; a target behind it is left out.
 
         Args:
             batch: named arguments, inputs with the target behind them, or, for a model that returns its own loss,
@@ -53,7 +53,7 @@ class Inputs:
 
     @property
     def has_loss(self) -> bool:
-        """Whether the model's output bears the loss."""
+        """True if the model's output bears the loss."""
         return self.find_loss is not None
 
     @property
@@ -222,7 +222,7 @@ class SymbolTracer(fx.Tracer):
 
     @property
     def is_following(self) -> bool:
-        """Whether what is called now is the user's forward, not a value beside it."""
+        """True while the user's forward is traced, not a value beside it."""
         return not self._is_computing and hasattr(self, "graph")
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:  # noqa: ARG002
@@ -234,7 +234,7 @@ class SymbolTracer(fx.Tracer):
         return root_fn, [self.root, *arguments]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:  # noqa: ARG002
-        """Whether a module stays whole."""
+        """Return whether a module stays whole."""
         return module_qualified_name not in self._opened
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which layers may be divided together: by columns, and by rows where their outputs come together again."""
+"""Layers that may be divided together: by columns, and by rows where their outputs come together again."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class LayerGroup:
 
 @dataclass(slots=True)
 class _LayerFlow:
-    """What went in and out of a layer, as nodes of the graph that autograd keeps."""
+    """The inputs and outputs of a layer, as nodes of autograd's graph."""
 
     inputs: list[Any] = field(default_factory=list)
     outputs: list[Any] = field(default_factory=list)
@@ -61,7 +61,7 @@ class FlowWatch:
             handle.remove()
 
     def groups(self, value: torch.Tensor) -> list[LayerGroup]:
-        """What may be divided together, as far as the flow of values says; in the order of the calls.
+        """Return the layers that may be divided together, as far as the flow of values says; in the order of calls.
 
         Args:
             value: what the model gave.

@@ -1,4 +1,4 @@
-"""Which layers of a model are divided by columns and which by rows, over two engines, over three, ..."""
+"""The division of a model's layers by columns and by rows, over two engines, over three, ..."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class _Planner:
         return tuple(_partition(number, chosen) for number in (1, *fitting))
 
     def _choose(self, groups: Sequence[LayerGroup], numbers: Sequence[int], *, origin: str) -> LayerGroup:
-        """What can be divided over the first number of engines over which anything can be."""
+        """Return the layers that can be divided over the first number of engines over which any can be."""
         for number in numbers:
             if not self._fault(_merged(groups), number):
                 return _merged(groups)  # the usual case, for one rehearsal
@@ -109,7 +109,7 @@ class _Planner:
     def _refuse_what_fewer_could(
         self, groups: Sequence[LayerGroup], passing: Sequence[LayerGroup], wanted: int
     ) -> None:
-        """What the user's number of engines does not divide, and a smaller one would, he should know of."""
+        """Refuse a number of engines that leaves layers whole which a smaller number would divide."""
         kinds = {group.kind for group in passing}
         for group in groups:
             if group.kind in kinds:

@@ -1,4 +1,4 @@
-"""What a user, or a model, says of how its layers are to be divided."""
+"""Tensor plans as a user, or a model, gives them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WAY_OUT = "say which layers: tensor_plan={'layers.*.up': 'colwise', 'layers.*.do
 
 
 def plan_of_model(model: nn.Module) -> dict[str, TensorStyle] | None:
-    """What a transformer of Hugging Face says of its layers; None if it says nothing of any that can be divided.
+    """Read the tensor plan of a Hugging Face transformer; None if it names no layer that can be divided.
 
     Raises:
         PlanError: it wants a style that is not known here.
@@ -127,7 +127,7 @@ def _style(wish: Any) -> TensorStyle | None:
 
 
 def _style_of_object(wish: Any) -> TensorStyle | None:
-    """Of torch's own objects, by what they say of inputs and outputs."""
+    """Return the style of one of torch's own objects, by its input and output layouts."""
     name = type(wish).__name__
     is_rep = {
         "ColwiseParallel": lambda: _is_replicate(wish.output_layouts),

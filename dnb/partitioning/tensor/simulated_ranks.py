@@ -91,7 +91,7 @@ def whole_of(model: nn.Module, value: torch.Tensor, evaluate: Evaluate) -> Whole
 
 
 def fault_of(whole: WholeResult, styles: Styles, shares: Mapping[str, int], num_engines: int) -> str:
-    """What is wrong with a division, for people; empty if nothing is."""
+    """Compute a division on simulated ranks and describe where it differs from the whole; empty if nowhere."""
     group = _RankGroup(num_engines)
     ranks = [_Rank(whole, styles, shares, group, rank) for rank in range(num_engines)]
     threads = [threading.Thread(target=rank.run, name=f"dnb-rehearsal-{rank.rank}") for rank in ranks]
@@ -210,7 +210,7 @@ class _Rank:
 
 
 def _forward(layer: nn.Module, style: TensorStyle, group: _RankGroup, rank: int, values: torch.Tensor) -> torch.Tensor:
-    """What a divided layer gives on one engine."""
+    """Compute a divided layer's output on one rank."""
     if isinstance(layer, nn.Embedding):
         if style.startswith("rowwise"):
             return _apply(_Total, _rows_of(layer, values, rank), group, rank)

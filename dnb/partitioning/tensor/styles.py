@@ -19,7 +19,7 @@ def dividable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def is_dividable(layer: nn.Module) -> bool:
-    """Whether DTensor can divide a layer, which computes as torch wrote it."""
+    """Return whether DTensor can divide a layer, which computes as torch wrote it."""
     if type(layer).forward is nn.Linear.forward:
         return set(layer._parameters) == {"weight", "bias"} and not layer._buffers
     if type(layer).forward is not nn.Embedding.forward:
