@@ -35,12 +35,12 @@ def segment_roots() -> list[Path]:
 
 
 def pool_folders(name: str) -> list[Path]:
-    """Where the segments of one pool lie, whether the folders exist or not."""
+    """Return the folders for the segments of one pool, whether they exist or not."""
     return [root / f"dnb-{name}" for root in segment_roots()]
 
 
 def draw_pool_folders() -> list[Path]:
-    """Where the segments of a new pool shall lie: names that nobody can guess, one of its own in every root."""
+    """Draw folders for the segments of a new pool: names that nobody can guess, one of its own in every root."""
     return [root / f"dnb-{secrets.token_hex(16)}" for root in segment_roots()]
 
 
@@ -70,7 +70,7 @@ class Segment:
 
     @property
     def ref(self) -> SegmentRef:
-        """What another process needs to map the same memory."""
+        """The path and size by which another process maps the same memory."""
         return SegmentRef(path=str(self.path), num_bytes=len(self.memory))
 
     def unlink(self) -> None:

@@ -15,7 +15,7 @@ LEAST_OF_A_TENSOR = 8
 
 
 def positions(sizes: Sequence[int]) -> list[torch.Tensor]:
-    """Which elements are taken of tensors of these sizes: all of a small one, else some that lie anywhere.
+    """Choose elements of tensors of these sizes: all of a small one, else some that lie anywhere.
 
     Args:
         sizes: numbers of elements.

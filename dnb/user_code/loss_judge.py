@@ -1,4 +1,4 @@
-"""How the losses of the parts of a batch are put together: found by computing a few samples, whole and in parts."""
+"""The rule by which losses of parts of a batch add up: found by computing a few samples, whole and in parts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _MARKS = (-100, -1, 0)
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How the losses of parts are put together.
+    """The rule by which the losses of parts are put together.
 
     Args:
         kind: "batch" if the loss looks at all samples of a batch at once; None if nothing could be computed.
@@ -378,7 +378,7 @@ def _same_chance(seed: int = 0) -> Iterator[None]:
 
 
 def _states() -> tuple[Any, ...]:
-    """What random numbers come next."""
+    """Return the states of all generators of random numbers."""
     kind, keys, *rest = np.random.get_state()
     return random.getstate(), kind, bytes(keys), rest, bytes(torch.default_generator.get_state().numpy())  # type: ignore[arg-type]
 

@@ -66,7 +66,7 @@ def ignored_by(node: Any) -> int:
 
 
 def _is_number(node: Any) -> bool:
-    """Whether one number alone comes out of it."""
+    """Return whether a node takes the gradient of a single number."""
     shapes = [each.shape for each in getattr(node, "_input_metadata", ())]
     return bool(shapes) and all(size == 1 for shape in shapes for size in shape)
 

@@ -1,4 +1,4 @@
-"""How a model is called with a batch: its arguments, and the target that a loss compares its output with."""
+"""The call of a model with a batch: its arguments, and the target that a loss compares its output with."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def with_parts(batch: Any, parts: Mapping[str, Any]) -> Any:
 
 
 def takes_positional(model: nn.Module, number: int) -> bool:
-    """Whether forward can be called with so many arguments by position; what cannot be told is taken for yes."""
+    """Return whether forward can be called with so many arguments by position; True if that cannot be known."""
     found = _parameters_of(model)
     return found.most_positional is None or len(found.required) <= number <= found.most_positional
 

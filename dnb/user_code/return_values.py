@@ -1,4 +1,4 @@
-"""What step functions, losses and metrics return: read, and refused in words where it cannot be used."""
+"""Return values of step functions, losses and metrics: read, and refused in words where they cannot be used."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ def _loss_in(result: Any, by: Returner) -> Any:
 
 
 def _may_be_loss(value: Any, *, most_dims: int | None) -> bool:
-    """Whether an element of a tuple may be the loss: of 0 dimensions, or else of one element."""
+    """Return whether an element of a tuple may be the loss: of 0 dimensions, or else of one element."""
     if isinstance(value, Sum):
         return True
     if not _is_tensor(value) or not value.is_floating_point():
@@ -276,7 +276,7 @@ def _fault_of(value: torch.Tensor, device: torch.device) -> str:
 
 
 def _described(value: Any) -> str:
-    """What was returned, for a sentence; asks nothing of it that user code could answer."""
+    """Describe a returned value for a sentence, without calling any method that user code could override."""
     if value is None:
         return "None"
     if isinstance(value, torch.Tensor):

@@ -40,7 +40,7 @@ class KeptState:
 
     @property
     def are_there(self) -> bool:
-        """Whether there are functions at all."""
+        """True if there are functions at all."""
         return bool(self._functions)
 
     def read(self) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def _is_leaf(value: Any) -> bool:
 
 
 def _is_plain_container(value: Any) -> bool:
-    """Whether it holds nothing but numbers, words, tensors and such containers."""
+    """Return whether a value is a container of nothing but numbers, strings, tensors and such containers."""
     if isinstance(value, dict):
         return all(isinstance(key, str | int) for key in value) and all(map(_is_simple, value.values()))
     return isinstance(value, list | tuple | deque | set) and all(map(_is_simple, value))
@@ -275,7 +275,7 @@ def _names_in(code: types.CodeType) -> set[str]:
 
 
 def _is_own_object(value: Any) -> bool:
-    """Whether it is of a class that the user has written."""
+    """Return whether an object is of a class that the user has written."""
     kind = type(value)
     if isinstance(value, type | types.ModuleType | types.FunctionType) or not hasattr(value, "__dict__"):
         return False
@@ -289,7 +289,7 @@ def _is_own_object(value: Any) -> bool:
 
 @cache
 def _is_installed(file: str) -> bool:
-    """Whether a file belongs to Python, to torch or to another package that was installed."""
+    """Return whether a file belongs to Python, to torch or to another package that was installed."""
     if not file or file.startswith("<frozen"):
         return bool(file)
     path = Path(file)

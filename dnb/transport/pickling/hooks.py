@@ -32,7 +32,7 @@ def gradient_hooks(tensor: Any) -> GradientHooks:
 
 
 def has_gradient_hooks(tensor: torch.Tensor) -> bool:
-    """Whether autograd would call somebody."""
+    """Return whether autograd would call hooks for a leaf tensor's gradient."""
     return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
 
 
@@ -61,7 +61,7 @@ def step_hooks(optimizer: Any) -> tuple[Hook, ...]:
 
 
 def reduce_optimizer(optimizer: Any, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
-    """How pickle makes an optimizer anew with its hooks, and with what its class keeps besides torch's own.
+    """Reduce an optimizer for pickle, with its hooks and with what its class keeps besides torch's own.
 
     Args:
         optimizer: to be pickled.

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 
 def reduce_module(obj: Any) -> Any:
-    """How a module or function of torch's is taken apart where its own way is refused; None for all others."""
+    """Reduce a module or function of torch's that pickle refuses by itself; None for all others."""
     if isinstance(obj, torch.jit.ScriptModule | torch.jit.ScriptFunction):
         return _load_script, (_script_bytes(obj),)
     if isinstance(obj, torch.nn.Module) and is_parametrized(obj):

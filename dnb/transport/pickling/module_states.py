@@ -141,7 +141,7 @@ def bring_states_home(model: nn.Module, state: Mapping[str, Any]) -> None:
 
 
 def is_same(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
-    """Whether two buffers are equal to the bit, in shape and dtype."""
+    """Return whether two buffers are equal to the bit, in shape and dtype."""
     if left is None or right is None:
         return left is right
     return left.shape == right.shape and left.dtype == right.dtype and torch.equal(left, right)

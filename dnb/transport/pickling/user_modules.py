@@ -53,7 +53,7 @@ class UserModule(NamedTuple):
 
 
 def own_place(module: types.ModuleType | None) -> UserModule | None:
-    """Where a module of the user's own lies; None if it is part of Python, of an installed package, or of dnb."""
+    """Return the name, file and digest of a user's module; None if it belongs to Python, to a package, or to dnb."""
     if not isinstance(module, types.ModuleType):
         return None
     name, file = vars(module).get("__name__"), vars(module).get("__file__")
@@ -105,7 +105,7 @@ def _installed_folders() -> tuple[str, ...]:
 
 
 def _digest_of(file: str) -> str:
-    """Of a module's source; empty if it is gone."""
+    """Return the digest of a module's source; empty if the file is gone."""
     try:
         facts = os.stat(file)
     except OSError:
@@ -317,7 +317,7 @@ def _adopting_modules(adopt: bool) -> Iterator[None]:
 
 
 def read_whole(unpickler: pickle.Unpickler, *, adopt: bool) -> tuple[Any, OwnGenerators]:
-    """What `CodePickler.dump_whole` took, and the generators in it.
+    """Unpickle what `CodePickler.dump_whole` wrote, and the generators in it.
 
     Args:
         unpickler: of what it has written.
@@ -337,7 +337,7 @@ def read_whole(unpickler: pickle.Unpickler, *, adopt: bool) -> tuple[Any, OwnGen
 
 
 def loads(pickled: bytes, *, adopt: bool) -> Any:
-    """What `dumps` took."""
+    """Unpickle what `dumps` returned."""
     return read_whole(pickle.Unpickler(io.BytesIO(pickled)), adopt=adopt)[0]  # noqa: S301 - the caller has verified it
 
 

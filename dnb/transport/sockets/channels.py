@@ -80,7 +80,7 @@ class RoleKeys:
         self.roles = {role: self.pairs[role] for role in (ENGINE_ROLE, CLIENT_ROLE)}
 
     def address(self, role: str, url: str, *, local: str = "") -> Address:
-        """What a peer of this role needs to connect."""
+        """Return the address and keys with which a peer of this role connects."""
         public, secret = self.roles[role]
         return Address(
             url=url,
@@ -224,7 +224,7 @@ class HubClient:
 
     @property
     def is_alive(self) -> bool:
-        """Whether an answer may still come."""
+        """True while an answer may still come."""
         return self._is_alive()
 
     def ask(
@@ -313,7 +313,7 @@ class HubClient:
         )
 
     def _take_break(self) -> bool:
-        """Whether the connection has broken since this was asked last."""
+        """Return whether the connection has broken since the last call."""
         has_broken = False
         while self._breaks.poll(0):
             self._breaks.recv_multipart()
@@ -368,7 +368,7 @@ def refuse_unreadable(header: bytes, error: BaseException, *, kernel: str) -> Hu
 
 
 def find_answering(addresses: Sequence[Address], *, limit_seconds: float) -> list[bool]:
-    """Whether a hub with the expected keys is at each of these addresses; told within the limit."""
+    """Return, for each address, whether a hub with the expected keys answers there within the limit."""
     context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
     try:
         calls = [_AdmissionCall(context, address) for address in addresses]

@@ -1,4 +1,4 @@
-"""Whose process is at the other end of a connection on this host, as the system says."""
+"""The user of the process at the other end of a connection on this host, as the system says."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ANSWER_SECONDS = 1.0
 
 
 def is_foreign(sock: socket.socket) -> bool:
-    """Whether the other end is known to be a process of another user of this host, root's apart."""
+    """Return whether the other end is known to be a process of another user of this host, root's apart."""
     return user_of_peer(sock) not in (os.geteuid(), ROOT, None)
 
 

@@ -1,4 +1,4 @@
-"""Where peers of the hub's ROUTERs knock: a TCP port, and on Linux a local socket for this user's processes only.
+"""Listeners of the hub's ROUTERs: a TCP port, and on Linux a local socket for this user's processes only.
 
 ZeroMQ accepts whoever calls, and keeps a file for each until its handshake has failed. A doorkeeper counts those who
 have not proved yet to have a key: while they are too many, the system drops new calls at the port. Peers on this host
@@ -61,7 +61,7 @@ def listen_locally() -> socket.socket:
 
 
 def url_of(listener: socket.socket) -> str:
-    """Where it is reached, as ZeroMQ writes it."""
+    """Return a listener's URL, as ZeroMQ writes it."""
     if listener.family == socket.AF_UNIX:
         return f"ipc://@{listener.getsockname()[1:].decode()}"
     host, port = listener.getsockname()[:2]
@@ -69,7 +69,7 @@ def url_of(listener: socket.socket) -> str:
 
 
 def is_near(url: str) -> bool:
-    """Whether a local socket is on this host, and of this user."""
+    """Return whether a local socket is on this host, and of this user."""
     if not HAS_LOCAL_SOCKETS or not url:
         return False
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -95,7 +95,7 @@ def open_door(router: zmq.Socket[Any], listener: socket.socket) -> None:
 
 
 class Turnstile:
-    """How many have called at a port, and have neither come in nor been sent away.
+    """The count of callers at a port that have neither been let in nor been sent away.
 
     Args:
         block: told to let nobody call, or anybody again.
@@ -110,7 +110,7 @@ class Turnstile:
 
     @property
     def has_callers(self) -> bool:
-        """Whether somebody may still be sent away."""
+        """True while a caller may still be sent away."""
         return bool(self._callers)
 
     def call(self, file: int) -> None:
@@ -182,7 +182,7 @@ class PortWatcher(threading.Thread):
 
 
 def _watch(router: zmq.Socket[Any]) -> zmq.Socket[Any]:
-    """Where a ROUTER tells who calls. It never waits until that is read: its thread carries all messages."""
+    """Open the monitor socket of a ROUTER. It never waits until that is read: its thread carries all messages."""
     url = f"inproc://doorkeeper-{secrets.token_hex(8)}"
     router.monitor(url, _EVENTS)
     events: zmq.Socket[Any] = router.context.socket(zmq.PAIR)

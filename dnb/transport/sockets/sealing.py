@@ -62,7 +62,7 @@ class Seal:
 
 
 def is_seal(expected: bytes, found: bytes | bytearray | memoryview) -> bool:
-    """Whether a seal is the one that it should be; takes as long for any that is not."""
+    """Return whether a seal is the expected one; takes as long for any that is not."""
     return hmac.compare_digest(expected, bytes(found))
 
 

@@ -134,7 +134,7 @@ class Wire:
 
     @property
     def wants_to_write(self) -> bool:
-        """Whether something waits for the other side to read."""
+        """True while something waits for the other side to read."""
         return bool(self._queue) and not self.is_closed
 
     def seal(self, *, outgoing: bytes, incoming: bytes) -> None:
@@ -144,7 +144,7 @@ class Wire:
 
     @property
     def is_sealed(self) -> bool:
-        """Whether every byte is authenticated."""
+        """True if every byte is authenticated."""
         return self._sealing is not None
 
     def send(self, record: Message, raw: bytes | memoryview = b"") -> None:
@@ -227,7 +227,7 @@ class Wire:
             raise WireError("the other side is gone")
 
     def receive(self) -> list[tuple[memoryview, memoryview]]:
-        """What has come, as (msgpack, raw bytes); pieces are in their landings. At the end `is_closed` is set.
+        """Return the messages that have come, as (msgpack, raw bytes); pieces are in their buffers already.
 
         Raises:
             WireError: a frame breaks the rules.
@@ -397,7 +397,7 @@ class Outbox(threading.Thread):
 
 
 class WireListener:
-    """Where engines connect: by a Unix socket on the hub's host where there is one, and by TCP.
+    """The listener for engines: a Unix socket on the hub's host where there is one, and TCP.
 
     Args:
         host: the interface to bind.

@@ -19,7 +19,7 @@ class LossyOutput(io.TextIOBase):
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """Of the target."""
+        """The target's encoding."""
         return self._target.encoding
 
     def writable(self) -> bool:
@@ -31,7 +31,7 @@ class LossyOutput(io.TextIOBase):
         return self._target.isatty()
 
     def fileno(self) -> int:
-        """Of the target's file."""
+        """Return the descriptor of the target's file."""
         return self._target.fileno()
 
     def write(self, text: str) -> int:

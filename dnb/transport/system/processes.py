@@ -1,4 +1,4 @@
-"""Which processes live, by pid and start time, and how they are ended."""
+"""Processes by pid and start time: whether they live, and the ways to end them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def end_with_parent(number: signal.Signals) -> None:
 
 @cache
 def boot_id() -> str:
-    """What this boot of the host has as a name, on Linux; else ""."""
+    """Return the identifier of this boot of the host, on Linux; else ""."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -78,12 +78,12 @@ def find_process(pid: int) -> Process | None:
 
 
 def is_this_process(process: Process) -> bool:
-    """Whether it is the one that calls."""
+    """Return whether the process is the caller's own."""
     return process.pid == os.getpid() and _find(process) is not None
 
 
 def is_here(process: Process) -> bool:
-    """Whether its pid can be looked up: it is of this host, of this boot of it, and of this container."""
+    """Return whether a process's pid can be looked up: it is of this host, this boot of it, and this container."""
     return process.host == socket.gethostname() and all(
         theirs == ours
         for theirs, ours in ((process.boot_id, boot_id()), (process.pid_namespace, pid_namespace()))
@@ -92,14 +92,14 @@ def is_here(process: Process) -> bool:
 
 
 def is_of_earlier_boot(process: Process) -> bool:
-    """Whether this host has been started anew since, so that the process is gone; not if another host has its name."""
+    """Return whether this host was rebooted since, so that the process is gone; not if another host has its name."""
     has_restarted = bool(process.boot_id and boot_id()) and process.boot_id != boot_id()
     is_older = process.create_time + CLOCK_SECONDS < psutil.boot_time()
     return has_restarted and is_older and process.host == socket.gethostname()
 
 
 def is_same(one: Process | None, other: Process | None) -> bool:
-    """Whether both are one process, although their start times were looked up apart."""
+    """Return whether both are one process, although their start times were looked up apart."""
     if one is None or other is None:
         return one is other
     is_close = abs(one.create_time - other.create_time) < CLOCK_SECONDS
@@ -109,14 +109,14 @@ def is_same(one: Process | None, other: Process | None) -> bool:
 
 
 def is_alive(process: Process) -> bool:
-    """Whether this very process, not a later one with its pid, still runs; True elsewhere, see `is_here`."""
+    """Return whether this very process, not a later one with its pid, still runs; True elsewhere, see `is_here`."""
     if is_here(process):
         return _find(process) is not None
     return not is_of_earlier_boot(process)  # only its connection can tell more
 
 
 def look_at(process: Process) -> Literal["alive", "stopped", "gone"]:
-    """Whether this very process still runs, or was stopped by a signal; "alive" elsewhere, see `is_here`."""
+    """Return whether this very process runs, or was stopped by a signal; "alive" elsewhere, see `is_here`."""
     if not is_here(process):
         return "alive" if is_alive(process) else "gone"
     own = _find(process)
@@ -127,7 +127,7 @@ def look_at(process: Process) -> Literal["alive", "stopped", "gone"]:
 
 
 def exit_code_of(process: Process) -> int | None:
-    """How this very process of this host has ended or is ending, as `subprocess` counts; None if it is not known.
+    """Return the exit code with which this very process of this host ends, as `subprocess` counts; None if unknown.
 
     It is known from the moment of a signal or exit until the parent has waited for it, on Linux.
     """
@@ -148,19 +148,19 @@ def exit_code_of(process: Process) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """What the system knows of a process that says nothing itself."""
+    """The system's account of a process that says nothing itself."""
 
     cpu_seconds: float  # of all its threads so far
     waits_for_disk: bool = False  # one of its threads is in a sleep that nothing can interrupt
 
 
 def has_worked(before: Activity, after: Activity, *, seconds: float) -> bool:
-    """Whether a process has done something between two looks, so many seconds apart."""
+    """Return whether a process has worked between two samples, so many seconds apart."""
     return after.waits_for_disk or after.cpu_seconds - before.cpu_seconds >= WORKING_SHARE * seconds
 
 
 def activity_of(process: Process) -> Activity | None:
-    """How active this very process is; None if it is gone, or on another host."""
+    """Sample the activity of this very process; None if it is gone, or on another host."""
     own = _find(process)
     if own is None:
         return None
@@ -172,7 +172,7 @@ def activity_of(process: Process) -> Activity | None:
 
 
 def _waits_for_disk(own: psutil.Process) -> bool:
-    """Whether a thread of it does; a process only shows the state of its main thread."""
+    """Return whether any thread waits for a disk; a process only shows the state of its main thread."""
     if sys.platform != "linux":
         return own.status() == psutil.STATUS_DISK_SLEEP
     for thread in os.listdir(f"/proc/{own.pid}/task"):
