@@ -1,4 +1,4 @@
-"""What a hub leaves for the next one, in the pool's folder: in memory, and gone with the pool.
+"""Handover from a hub to the next one, in the pool's folder: in memory, and gone with the pool.
 
 Three records, each replaced in one move: who belongs to the pool, what was submitted, and the accounts of engines that
 are gone from it. How far a run has come is not in them: that is in its folder, and in `dnb.hub.parameters.journal`.
@@ -32,7 +32,7 @@ LOST_FILE = "lost.msgpack"  # in the place of RUN_FILE, a `dnb.hub.server.lost_r
 
 
 class PoolHandover(Record, frozen=True):
-    """Who belongs to the pool."""
+    """The members of the pool, and what was asked of them."""
 
     owner: Process | None
     kernels: dict[str, Process]  # by the names of their sockets, in hexadecimal
@@ -59,7 +59,7 @@ class RunHandover(Record, frozen=True):
 
 
 class StatsHandover(Record, frozen=True):
-    """Who is gone from the run that the hub holds."""
+    """The final statistics of engines that are gone from the hub's run."""
 
     departed: tuple[WorkerTotals, ...]
 
@@ -82,7 +82,7 @@ def write_memo_bytes(folders: Sequence[Path], name: str, content: bytes) -> bool
 
 
 def read_handover(folders: Sequence[Path], name: str, kind: type[T]) -> T | None:
-    """What the hub before has left, if there was one."""
+    """Read a record of the hub before, if it left one."""
     content = read_memo_bytes(folders, name)
     if content is None:
         return None
@@ -94,7 +94,7 @@ def read_handover(folders: Sequence[Path], name: str, kind: type[T]) -> T | None
 
 
 def read_memo_bytes(folders: Sequence[Path], name: str) -> bytes | None:
-    """What is kept under a name."""
+    """Return the bytes kept under a name, None if there are none."""
     for folder in folders:
         try:
             return read_file(folder / name)

@@ -47,7 +47,7 @@ _RUN_OFFSET, _RUN_BYTES = 64, 128
 
 
 class Caution(IntEnum):
-    """How a hub treats the run that it finds."""
+    """The degree of caution with which a hub treats the run that it finds."""
 
     NONE = 0  # it goes on
     FAIL = 1  # it has failed: what was trained can still be had
@@ -103,7 +103,7 @@ class Recorder:
         self._memory[_RUN_OFFSET : _RUN_OFFSET + _RUN_BYTES] = packed.ljust(_RUN_BYTES, b"\0")
 
     def set_at_work(self, value: bool) -> None:
-        """Whether the run is to advance."""
+        """Record whether the run is to advance."""
         self._words[_AT_WORK] = value
 
     def report_healthy(self) -> None:
@@ -132,11 +132,11 @@ class Recorder:
 
     @property
     def has_ended_as_meant(self) -> bool:
-        """Whether the hub has ended the pool."""
+        """True if the hub has ended the pool."""
         return bool(self._words[_ENDED])
 
     def crash(self, code: int, *, lived_seconds: float) -> Crash:
-        """What is known of the end of a hub.
+        """Compose the record of a hub's end.
 
         Args:
             code: as `subprocess` counts.
@@ -161,7 +161,7 @@ class Recorder:
 
 
 def place_of(error: BaseException) -> str:
-    """Where an exception was raised: "in _tick (service.py:700)"; empty if nothing says so."""
+    """Return the place where an exception was raised: "in _tick (service.py:700)"; empty if unknown."""
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return ""
@@ -170,7 +170,7 @@ def place_of(error: BaseException) -> str:
 
 
 def caution_after(crashes: Sequence[Crash]) -> Caution:
-    """How the next hub is to treat the run that it finds.
+    """Return the caution with which the next hub treats the run that it finds.
 
     Deaths with progress between them make nobody cautious, however many there are.
 
@@ -186,17 +186,17 @@ def caution_after(crashes: Sequence[Crash]) -> Caution:
 
 
 def num_idle_deaths(crashes: Sequence[Crash]) -> int:
-    """How many hubs in a row, the last ones, have died before they were of any use."""
+    """Count the last hubs in a row that have died before they were of any use."""
     return _count_back(crashes, lambda crash: not crash.was_healthy and not crash.num_commits)
 
 
 def restarts_of(crashes: Sequence[Crash]) -> tuple[HubRestart, ...]:
-    """What people are told of it."""
+    """Return the restarts that these crashes have caused, as users see them."""
     return tuple(HubRestart(time=each.time, reason=each.reason, traceback=each.traceback) for each in crashes)
 
 
 def _count_same(crashes: Sequence[Crash]) -> int:
-    """How many hubs in a row, the last ones, have died of one cause in one step of one run."""
+    """Count the last hubs in a row that have died of one cause in one step of one run."""
     if not crashes or not crashes[-1].was_at_work:
         return 0
     last = crashes[-1]
@@ -236,7 +236,7 @@ def _explain(code: int, text: bytes) -> tuple[str, str, str]:
 
 
 def _last_line_of_fault(text: str) -> str:
-    """Where the thread was that crashed, from what the fault handler wrote; empty if it wrote nothing."""
+    """Return the place of the crashed thread, from the fault handler's text; empty if it wrote nothing."""
     lines = iter(text.splitlines())
     for line in lines:
         if line.startswith("Current thread"):

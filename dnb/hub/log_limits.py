@@ -44,7 +44,7 @@ class LogLimit(logging.Filter):
         handler.addFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the line is written."""
+        """Count a line, and return whether it is written."""
         if getattr(record, "is_count", False):
             return True
         with self._lock:

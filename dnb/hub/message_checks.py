@@ -1,4 +1,4 @@
-"""What engines and clients may say: checked where it arrives, before anything in the hub has changed.
+"""Checks of messages from engines and clients: made on arrival, before anything in the hub has changed.
 
 Types are checked by decoding. Here it is whether values make sense, by themselves or for the run as it is. Who breaks
 the rules loses its line, or has its request refused; nothing else happens.
@@ -125,7 +125,7 @@ def check_request(request: Request) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What an engine can say about one run."""
+    """The limits of what an engine can say about one run."""
 
     num_gradients: int  # slots of the gradient layout
     num_parameters: int  # of the parameter layout

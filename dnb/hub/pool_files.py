@@ -1,4 +1,4 @@
-"""What a pool leaves on disk while it lives: one record beside ipyparallel's connection files."""
+"""A pool's files on disk while it lives: one record beside ipyparallel's connection files."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class _Named(RecordHeader, frozen=True):
 
 
 def client_file(cluster_id: str, security_dir: Path) -> Path:
-    """Where ipyparallel writes what a client needs to reach a cluster."""
+    """Return the path at which ipyparallel writes what a client needs to reach a cluster."""
     return security_dir / f"ipcontroller-{cluster_id}-client.json"
 
 

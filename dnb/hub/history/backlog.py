@@ -1,4 +1,4 @@
-"""What waits for a disk that takes nothing: in the pool's memory folder, so that the next hub finds it, too."""
+"""Lines that wait for a disk that takes nothing: in the pool's memory folder, so that the next hub finds them, too."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Backlog:
 
     @property
     def is_shared(self) -> bool:
-        """Whether the next hub would find all of it."""
+        """True if the next hub would find all of it."""
         return not self._rest
 
     def begin(self, offset: int) -> None:
@@ -95,7 +95,7 @@ class Backlog:
         return b"".join(pieces)
 
     def settle(self, offset: int) -> None:
-        """Where the lines belong is known now."""
+        """Set the offset in the file at which the lines belong."""
         self.offset = offset
         if self._descriptor is not None:
             self._write(_OFFSET.pack(offset), at=0)
@@ -133,7 +133,7 @@ class Backlog:
             return
 
     def _write(self, content: bytes, *, at: int) -> bool:
-        """Whether there was room for all of it."""
+        """Write to the shared file, and return whether there was room for all of it."""
         assert self._descriptor is not None
         try:
             return os.pwrite(self._descriptor, content, at) == len(content)

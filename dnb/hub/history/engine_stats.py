@@ -1,4 +1,4 @@
-"""Where the time of a run's engines went, and what was measured: the numbers that viewers ask for."""
+"""The time and the measurements of a run's engines: the numbers that viewers ask for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dnb.protocol.pool import EngineFacts
 
 @dataclass(slots=True)
 class _Account:
-    """What is known of one engine's part in the run."""
+    """One engine's part in the run."""
 
     facts: EngineFacts
     joined: float
@@ -104,7 +104,7 @@ class EngineStats:
             worker.left, worker.exit_state = time.monotonic(), exit_state
 
     def begin_task(self) -> None:
-        """What went before, a pause or the loading, was nobody's wait."""
+        """Start the clock of a task: time before it, a pause or the loading, was nobody's wait."""
         self._task_opened = time.monotonic()
 
     def add(self, engine: int, telemetry: Telemetry) -> None:
@@ -238,7 +238,7 @@ class HistoryColumns:
             self.by_evaluation.setdefault(name, array("d")).extend((step, value))
 
     def after(self, seen: dict[str, int]) -> tuple[tuple[Column, ...], list[bytes]]:
-        """What a viewer does not have yet, and how many rows that is per column."""
+        """Return the rows that a viewer does not have yet, and their number per column."""
         columns: list[Column] = []
         frames: list[bytes] = []
         for name, values in self.by_step.items():

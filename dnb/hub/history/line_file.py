@@ -47,12 +47,12 @@ class LineFile:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the file is there and nothing waits for it."""
+        """True if the file is there and nothing waits for it."""
         return self.fault is None
 
     @property
     def is_catching_up(self) -> bool:
-        """Whether the disk took what it was last given, and more waits."""
+        """True if the disk took the last write, and more waits."""
         return self.fault is not None and self.fault.errno == errno.EAGAIN
 
     def append(self, lines: bytes) -> None:
@@ -121,7 +121,7 @@ class LineFile:
             num_bytes *= 2
 
     def is_in_place(self) -> bool:
-        """Whether the path still leads to the file that is written; True also if that cannot be told."""
+        """Return whether the path still leads to the file that is written; True also if that cannot be known."""
         if self._descriptor is None:
             return True
         try:
@@ -168,7 +168,7 @@ class LineFile:
         return written + self._backlog.read_from(self._num_done)
 
     def forget(self) -> None:
-        """What waits is given up."""
+        """Drop the lines that wait."""
         self._backlog.clear()
 
     def close(self) -> None:

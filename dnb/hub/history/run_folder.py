@@ -1,4 +1,4 @@
-"""What a run leaves on disk: run.json, and append-only history and events that survive a crash."""
+"""A run's folder on disk: run.json, and append-only history and events that survive a crash."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class HistoryRow(Record, frozen=True):
 
 
 class RunSummary(Record, frozen=True):
-    """What run.json says: the run's numbers, and how it stands."""
+    """The content of run.json: the run's numbers, and its status."""
 
     format: int
     name: str
@@ -226,11 +226,11 @@ class RunFolder:
         return self._read(self._history, HistoryRow)
 
     def events(self) -> list[RunEvent]:
-        """Likewise."""
+        """Return the events, also those that are not on disk yet."""
         return self._read(self._events, RunEvent)
 
     def usage(self) -> list[UsageRow]:
-        """Likewise."""
+        """Return the rows of usage, also those that are not on disk yet."""
         return self._read(self._usage, UsageRow)
 
     def _read(self, file: LineFile, kind: type[T]) -> list[T]:
@@ -260,11 +260,11 @@ class RunFolder:
 
     @property
     def num_waiting_bytes(self) -> int:
-        """What is not on disk yet."""
+        """The number of bytes that are not on disk yet."""
         return sum(file.num_waiting for file in self._lines.values())
 
     def _is_catching_up(self) -> bool:
-        """Whether the disk takes again what has waited, and there is more."""
+        """Return whether the disk takes the backlog again, and more waits."""
         is_rebuilding = self._unkept_from is not None and self._history.is_whole
         return is_rebuilding or any(file.is_catching_up for file in self._lines.values())
 
@@ -459,7 +459,7 @@ def explain_unreadable_run(path: Path, error: Exception) -> ArgumentError:
 
 
 class _RunHeader(msgspec.Struct):
-    """What of run.json every version can read."""
+    """The fields of run.json that every version can read."""
 
     format: int
     versions: dict[str, Any] = {}

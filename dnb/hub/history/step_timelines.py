@@ -1,4 +1,4 @@
-"""What the engines of a divided run did in one step: which steps are looked at, and what came of the newest."""
+"""Timelines of single steps of a divided run: the choice of steps, and the newest that all engines have reported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUM_KEPT = 64
 
 
 class EngineTrace(NamedTuple):
-    """What one engine reported, and which place it had."""
+    """One engine's trace of a step, and its place in the run."""
 
     trace: StageTrace
     team: int
@@ -44,7 +44,7 @@ class Timelines:
         self._past: deque[tuple[float, float]] = deque(maxlen=NUM_KEPT)
 
     def wants(self, step: int, now: float) -> bool:
-        """Whether engines shall report what they do in this step."""
+        """Return whether engines shall report their actions in this step."""
         if step == self._wanted:
             return True
         if self._num_asked >= NUM_FIRST and now - self._asked_at < PERIOD_SECONDS:

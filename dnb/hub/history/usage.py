@@ -1,4 +1,4 @@
-"""How engines spent their time, span by span: what a chart of the whole run is drawn from."""
+"""The engines' use of their time, span by span: the data of a chart of the whole run."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class UsageMeter:
         self._before: dict[int, tuple[float, float, float, float]] = {}
 
     def is_due(self, seconds: float) -> bool:
-        """Whether the span that is open has lasted long enough."""
+        """Return whether the open span has lasted long enough."""
         return seconds - self._since >= max(LEAST_SECONDS, seconds * MOST_OF_RUN)
 
     def skip_to(self, seconds: float) -> None:
-        """What went before, the loading of the run, is in no span."""
+        """Leave the time until then, that of loading the run, out of all spans."""
         self._since = seconds
 
     def take(self, seconds: float, step: int, totals: Sequence[WorkerTotals]) -> UsageRow | None:

@@ -30,7 +30,7 @@ Copy = tuple[Any, Any]  # arrays of bytes: what is changed, and its place in the
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """What is saved and changed at once."""
+    """A slice of parameters and state that is saved and changed at once."""
 
     part: AdamPart
     copies: list[Copy]
@@ -52,7 +52,7 @@ class _ParameterGroup:
 
 
 def undo_bytes(tensors: Sequence[torch.Tensor], num_threads: int) -> tuple[int, int]:
-    """How large an undo area is for these parameters, and how many there are."""
+    """Return the size of an undo area for these parameters, and the number of areas."""
     total = sum(_room(tensor) for tensor in tensors)
     num_areas = len(ThreadTeam(num_threads).cut(sum(tensor.numel() for tensor in tensors)))
     return len(_WRITTEN) * min(total, CHUNK_BYTES), num_areas
@@ -194,7 +194,7 @@ def _spans(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
 
 
 def bytes_at(memories: Sequence[Any], begin: int, end: int) -> Any:
-    """What lies between two addresses.
+    """Return the bytes between two addresses, as a view of the memory that holds them.
 
     Raises:
         ValueError: nothing of ours.

@@ -1,4 +1,4 @@
-"""What makes a hub's death in the middle of an update harmless: the update is finished, or undone, by the next hub.
+"""Recovery from a hub's death in the middle of an update: the next hub finishes the update, or undoes it.
 
 Adam and AdamW by their fused kernel are *rolled forward*: gradient, parameters, moments and undo areas of a few MB lie
 in shared memory, and the journal says how far the update is. Every other optimizer is *rolled back*: while engines
@@ -78,7 +78,7 @@ Buffers = Iterable[tuple[str, torch.Tensor]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MasterState:
-    """What a master copy consists of."""
+    """The parts of a master copy."""
 
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler | None
@@ -153,7 +153,7 @@ class UpdateLog:
 
     @property
     def step(self) -> int:
-        """That was committed last."""
+        """The step that was committed last."""
         return self.journal.step
 
     def begin(self, *, step: int, evaluated: int) -> None:
@@ -244,7 +244,7 @@ class UpdateLog:
         self._try(lambda: self.journal.publish(step=step, kind="evaluation", values=values, samples={}, evaluated=step))
 
     def forget(self) -> None:
-        """Which parameters have gradients, or where these lie, has changed."""
+        """Drop the plan of updates, as other parameters have gradients now, or these lie elsewhere."""
         self._chunked_adam, self._is_planned = None, False
 
     @property
@@ -328,7 +328,7 @@ class UpdateLog:
     # forward
 
     def _plan(self, update: OptimizerUpdate) -> ChunkedAdam | None:
-        """How to roll forward, if that can be."""
+        """Return the Adam by which the update can be rolled forward, or None if it cannot be."""
         if not self._is_adam or update.slab is None or self._is_off or has_hooks(self._held.optimizer):
             return None
         if self._held.functions.are_there:

@@ -1,4 +1,4 @@
-"""Which parameters of a run train, as user code sets it in mid-run: on engines, or in functions that the hub calls."""
+"""Parameters frozen or thawed by user code in mid-run: on engines, or in functions that the hub calls."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Freezing:
 
     @property
     def now(self) -> dict[str, bool]:
-        """Whether those train that are `toggled`, or frozen on engines."""
+        """The present `requires_grad` of parameters that are `toggled`, or frozen on engines."""
         return {name: self._named[name].requires_grad for name in self.toggled} | dict.fromkeys(self.on_engines, False)
 
     def check(self, names: Iterable[str]) -> None:

@@ -104,7 +104,7 @@ class Intent(Record, frozen=True):
 
 
 class State(Record, frozen=True):
-    """What is not in tensors, and where those are."""
+    """The state that is not in tensors, and the places of those."""
 
     parameters: SegmentRef
     optimizer: SegmentRef | None
@@ -146,12 +146,12 @@ class Journal:
 
     @property
     def step(self) -> int:
-        """That was committed last."""
+        """The step that was committed last."""
         return self.last.step
 
     @property
     def has_begun(self) -> bool:
-        """Whether it holds anything."""
+        """True once it holds anything."""
         return bool(self._words[SEQUENCE])
 
     # words
@@ -161,16 +161,16 @@ class Journal:
         self._words[place] = value
 
     def mark_count(self, place: int, step: int, count: int) -> None:
-        """How far something has come within a step."""
+        """Record the progress of something within a step."""
         self.mark(place, step << COUNT_BITS | count)
 
     def count(self, place: int, step: int) -> int:
-        """How far it had come; 0 if it was not begun in this step."""
+        """Return the progress recorded in this step; 0 if there is none."""
         word = self._words[place]
         return word & _COUNT if word >> COUNT_BITS == step else 0
 
     def is_marked(self, place: int, step: int) -> bool:
-        """Whether a word is of this step."""
+        """Return whether a word is of this step."""
         return self._words[place] == step
 
     # records

@@ -56,7 +56,7 @@ class HubStates:
 
     @property
     def segments(self) -> list[Segment]:
-        """What the next hub reads."""
+        """The segments that the next hub reads."""
         return self._segments
 
     def as_tensor(self) -> torch.Tensor | None:
@@ -64,7 +64,7 @@ class HubStates:
         return torch.frombuffer(bytearray(self.packed), dtype=torch.uint8) if self.packed else None
 
     def is_loose(self, name: str) -> bool:
-        """Whether a buffer is among them, so that its place in the layout does not count."""
+        """Return whether a buffer is among them, so that its place in the layout does not count."""
         return name in self._now.buffers
 
     def check(self, found: LooseStates) -> None:

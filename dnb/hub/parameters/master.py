@@ -42,7 +42,7 @@ NOWHERE = SegmentRef(path="", num_bytes=0)
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """What one engine brings to a step: one slab, or what was added to one."""
+    """One engine's contribution to a step: one slab, or the shards that were added to one."""
 
     engine: int
     slab: int
@@ -66,7 +66,7 @@ class StepResult:
 
     @property
     def num_samples(self) -> int:
-        """Of all engines."""
+        """The number of samples of all engines."""
         return sum(self.samples.values())
 
 
@@ -98,7 +98,7 @@ class HubSlab:
 
     @property
     def ref(self) -> SegmentRef:
-        """What the engine needs to map it."""
+        """The segment by which the engine maps it."""
         return self.segment.ref if self.segment is not None and self._is_shared else NOWHERE
 
 
@@ -263,13 +263,13 @@ class Master:
 
     @property
     def segments(self) -> list[Segment]:
-        """What outlives the process, but for slabs."""
+        """The segments that outlive the process, but for slabs."""
         kept = [] if self._update_log is None else self._update_log.segments
         return [self._segment, *kept, *self.states.segments]
 
     @property
     def held(self) -> MasterState:
-        """What a journal is kept of."""
+        """The state for which an update log is kept."""
         return MasterState(
             optimizer=self.optimizer,
             scheduler=self.scheduler,
@@ -306,7 +306,7 @@ class Master:
 
     @property
     def parameters_ref(self) -> SegmentRef:
-        """Where engines map the parameters."""
+        """The segment in which engines map the parameters."""
         return self._segment.ref
 
     @property
@@ -446,7 +446,7 @@ class Master:
             ) from error
 
     def take_news(self) -> str:
-        """What is to be told of the last steps; mostly nothing."""
+        """Return a note on the last steps for the user, once; mostly empty."""
         if not self._differing:
             return ""
         names, self._differing = self._differing, []
@@ -547,7 +547,7 @@ class Master:
         return take([parameter.grad for parameter in self._trainable], self._sampled)
 
     def _find_culprit(self, keys: Sequence[tuple[int, int]]) -> NotFinite:
-        """Whose gradient it was; the first slab holds the sum by now, so it is asked last."""
+        """Find the slab whose gradient is not finite; the first slab holds the sum by now, so it is checked last."""
         for engine, slab in [*keys[1:], keys[0]]:
             for slot, gradient in zip(self.gradient_layout.slots, self._slabs[engine, slab].gradients, strict=True):
                 if not torch.isfinite(gradient).all():

@@ -82,7 +82,7 @@ class SharedOptimizerState:
         self._described = None
 
     def _is_unchanged(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether it still works on these very tensors, and has nothing else that may have changed within."""
+        """Return whether the optimizer still uses these very tensors, and nothing else that can change within."""
         values = _values(optimizer)
         return len(values) == len(self._seen) and all(
             new is old and (isinstance(new, _PLAIN) or (isinstance(new, torch.Tensor) and self._has(new)))
@@ -193,7 +193,7 @@ def give_scheduler(scheduler: LRScheduler | None, packed: bytes) -> None:
 
 
 def _pack(values: Mapping[str, Any]) -> list[Any]:
-    """What can be written down of a dict; functions are made anew by the user's code."""
+    """Encode the values of a dict that can be written down; functions are made anew by the user's code."""
     trees: dict[str, Any] = {}
     tensors: dict[str, torch.Tensor] = {}
     for name, value in values.items():

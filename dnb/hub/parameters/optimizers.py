@@ -107,7 +107,7 @@ def build_optimizer(
 
 
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether torch updates each tensor in one pass."""
+    """Return whether torch updates each tensor in one pass."""
     return all(group.get("fused") for group in optimizer.param_groups)
 
 
@@ -129,7 +129,7 @@ class Stepper:
         self._groups: list[AdamGroup] = []
 
     def forget(self) -> None:
-        """Which parameters have gradients, or where these lie, has changed."""
+        """Drop the groups of tensors, as other parameters have gradients now, or these lie elsewhere."""
         self._groups = []
 
     def step(self) -> None:
@@ -149,7 +149,7 @@ class Stepper:
 
 
 def has_kernel(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is an Adam or AdamW that its kernel alone can step."""
+    """Return whether an optimizer is an Adam or AdamW that its fused kernel alone can step."""
     is_plain = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW) and is_fused(optimizer)
     return is_plain and hasattr(torch, "_fused_adam_") and hasattr(torch, "_fused_adamw_")
 
@@ -237,7 +237,7 @@ def _needs_closure(kind: type[torch.optim.Optimizer]) -> bool:
 
 
 def has_hooks(optimizer: Any) -> bool:
-    """Whether somebody wants to be called before or after a step."""
+    """Return whether an optimizer has hooks before or after its step."""
     return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
 
 

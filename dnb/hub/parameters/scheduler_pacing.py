@@ -30,7 +30,7 @@ class SchedulerPace:
         self._value = every if every.startswith(VALUE_PREFIX) else "val_loss"
 
     def is_due(self, step: int) -> bool:
-        """Whether the scheduler is stepped with the commit of this step."""
+        """Return whether the scheduler is stepped with the commit of this step."""
         if self.scheduler is None or isinstance(self.scheduler, ReduceLROnPlateau):
             return False
         return step % self._steps_per_epoch == 0

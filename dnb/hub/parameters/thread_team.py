@@ -48,7 +48,7 @@ class ThreadTeam:
         return [(begin, min(begin + size, num_elements)) for begin in range(0, num_elements, size)]
 
     def share(self, tasks: Sequence[Callable[[], T]]) -> list[T]:
-        """What each task returned, in order.
+        """Run tasks side by side and return their results in order.
 
         Raises:
             Exception: of the first task that failed, when all have ended.

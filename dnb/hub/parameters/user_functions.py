@@ -58,11 +58,11 @@ class OwnFunctions:
 
     @property
     def has_gradient_hooks(self) -> bool:
-        """Whether `adjust_gradients` has something to do."""
+        """True if `adjust_gradients` has hooks to call."""
         return bool(self._hooked)
 
     def bind(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Where the model's tensors lie, so that one that a function has moved is brought back there."""
+        """Remember the memory of the model's tensors, so that one that a function has moved is brought back there."""
         if self.are_there:
             self._homes = [(name, tensor, tensor.detach()) for name, tensor in tensors.items()]
 
@@ -98,7 +98,7 @@ class OwnFunctions:
             self._bring_back()
 
     def read(self) -> dict[str, Any]:
-        """What the functions keep."""
+        """Return the state that the functions keep."""
         if self._state is None:
             return {}
         with user_code("in what after_step or a hook keeps"):
@@ -134,7 +134,7 @@ class OwnFunctions:
 
 
 def state_of_functions(model: torch.nn.Module, optimizer: Any, after_step: Any) -> KeptState:
-    """What functions keep that the hub calls, walked alike in the notebook and in the hub."""
+    """Collect the state of the functions that the hub calls, walked alike in the notebook and in the hub."""
     functions: dict[str, Any] = {"after_step": after_step}
     if isinstance(optimizer, torch.optim.Optimizer):
         functions |= {f"hook {number} of the optimizer": hook for number, hook in enumerate(step_hooks(optimizer))}
@@ -152,7 +152,7 @@ def _put_back(model: torch.nn.Module, name: str, tensor: torch.Tensor, home: tor
 
 
 class KeptMemory:
-    """What functions keep, in shared memory: in one of two places, the other of which holds until the next commit.
+    """The functions' state in shared memory: in one of two places, the other of which holds until the next commit.
 
     Args:
         segment: as `create_kept_memory` made it.
@@ -198,7 +198,7 @@ def create_kept_memory(values: dict[str, Any], *, name: str, folders: Sequence[P
 
 
 def open_kept_memory(ref: SegmentRef) -> KeptMemory:
-    """That of another process."""
+    """Map the state that another process keeps."""
     return KeptMemory(open_segment(ref))
 
 

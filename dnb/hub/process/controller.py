@@ -152,7 +152,7 @@ class DnbController(IPController):
             self.hub.engine_state_file = ""  # nobody reads it, and a full disk would keep it from saying who is gone
 
     def _prepare_monitor(self, *, kwargs: dict[str, Any], **_options: Any) -> BaseProcess:
-        """Where ipyparallel makes the process of its heart monitor, which it starts later."""
+        """Stand in for the process class of ipyparallel's heart monitor, which it starts later."""
         self._monitor_options = kwargs
         return self._make_monitor(heartbeat_monitor=())
 

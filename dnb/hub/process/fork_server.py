@@ -57,7 +57,7 @@ QUEUE_SECONDS = 0.005
 
 
 class ForkRequest(Record, frozen=True):
-    """How an engine is to be started."""
+    """A request to fork an engine: its arguments, environment and limits."""
 
     arguments: tuple[str, ...]  # of ipyparallel's engine command
     environment: dict[str, str]
@@ -209,7 +209,7 @@ def _call(line: socket.socket, name: str, *, deadline: float) -> None:
 
 
 def _has_gone(caller: socket.socket) -> bool:
-    """Whether the other side is closed; that it sends nothing more is not enough."""
+    """Return whether the other side is closed; that it sends nothing more is not enough."""
     poller = select.poll()
     poller.register(caller, select.POLLHUP)
     return bool(poller.poll(0))

@@ -74,7 +74,7 @@ class Supervisor:
 
     @property
     def binding(self) -> HubBinding:
-        """How to reach the hub."""
+        """The addresses and keys by which the hub is reached."""
         urls = {name: url_of(listener) for name, listener in self._listeners.items()}
         addresses = {
             role: self._keys.address(role, urls[role], local=urls.get(local(role), ""))
@@ -146,7 +146,7 @@ class Supervisor:
                 time.sleep(AGAIN_SECONDS)
 
     def _wait(self, pid: int) -> int | None:
-        """How the child has ended, or None after a while; meanwhile engines are born and buried."""
+        """Wait a while for the child, forking and reaping engines meanwhile; its exit code, or None while it lives."""
         if self._fork_server is None:
             time.sleep(LOOK_SECONDS)
         else:
@@ -199,7 +199,7 @@ class Supervisor:
 
 
 class HubLaunch(Record, frozen=True):
-    """What a hub is given by its supervisor."""
+    """The state that a hub gets from its supervisor when it starts."""
 
     config: HubConfig
     supervisor: Process
