@@ -26,7 +26,7 @@ class Sum:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What hub and engines both need."""
+    """The user's objects that hub and engines both need."""
 
     model: torch.nn.Module
     loss: Callable[..., Any] | None
@@ -59,7 +59,7 @@ class DataSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
-    """What only engines need."""
+    """The user's data, which only engines need."""
 
     train: DataSource
     val: DataSource | None

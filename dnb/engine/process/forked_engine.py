@@ -1,4 +1,4 @@
-"""How a fork of the hub's supervisor becomes an engine like one that was started by a command."""
+"""The way of a fork of the hub's supervisor to an engine like one that was started by a command."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _close_all_but_standard() -> None:
 
 
 def _seed_anew() -> None:
-    """What was seeded by chance at its import must not be the same in all engines."""
+    """Seed the global generators by chance: what the parent seeded at import would be the same in all engines."""
     random.seed()
     np.random.seed()
 

@@ -14,7 +14,7 @@ LINE_LENGTH = 500
 
 
 class CapturedOutput:
-    """What this thread prints while a run is loaded; other threads print as before."""
+    """The output of this thread while a run is loaded; other threads print as before."""
 
     def __init__(self) -> None:
         self._thread = threading.get_ident()
@@ -29,7 +29,7 @@ class CapturedOutput:
             self._replaced.append((name, before, split))
 
     def take(self) -> tuple[str, ...]:
-        """What was printed since it was asked last."""
+        """Return the lines printed since the last call."""
         if self._rest:
             self._end_line(self._rest)
             self._rest = ""

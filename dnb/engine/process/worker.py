@@ -93,7 +93,7 @@ def has_run() -> bool:
 
 
 def engine_facts(engine: int, *, num_threads: int) -> EngineFacts:
-    """What this process is and has."""
+    """Describe this process and its host."""
     return EngineFacts(
         engine=engine,
         process=this_process(),
@@ -105,7 +105,7 @@ def engine_facts(engine: int, *, num_threads: int) -> EngineFacts:
 
 
 def _read_connection(connection_file: str) -> tuple[HubPlace, bytes]:
-    """Where the hub is, and the cluster's key."""
+    """Read the hub's address and the cluster's key from the connection file."""
     # Taken out: it holds the cluster's key, which is no business of cells and of what they start.
     text = os.environ.pop("IPP_CONNECTION_INFO", None)
     if text is None:
@@ -149,7 +149,7 @@ class TrainingThread(threading.Thread):
 
     @property
     def has_session(self) -> bool:
-        """Whether a run is loaded."""
+        """True while a run is loaded."""
         return self._session is not None
 
     def run(self) -> None:

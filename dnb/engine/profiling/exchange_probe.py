@@ -99,7 +99,7 @@ def _action_seconds() -> float:
 
 
 def probe_memory() -> bytes:
-    """What the hub does with gradients, in this process; the encoded `Memory`."""
+    """Time the hub's sum and update of gradients in this process; the encoded `Memory`."""
     slab, total, parameter, mean, square = torch.zeros(5, MEMORY_BYTES // 4)
     step = torch.zeros(())
 
@@ -119,7 +119,7 @@ def probe_memory() -> bytes:
 
 
 def product_seconds() -> float:
-    """What a fixed product of matrices takes here: by this hosts are told apart."""
+    """Time a fixed product of matrices, by which the speeds of hosts are compared."""
     factor = torch.ones(SPEED_WIDTH, SPEED_WIDTH)
     return _usual_seconds(lambda: factor @ factor, MEMORY_ROUNDS * 3)
 

@@ -60,7 +60,7 @@ class _LayerCall:
 
 @dataclass(slots=True)
 class ForwardFlow:
-    """What a forward made, used and kept, by layer."""
+    """The tensors that a forward made, used and kept, in bytes by layer."""
 
     num_layers: int
     cut_bytes: list[int]  # before each layer; before the first: the model's inputs
@@ -136,7 +136,7 @@ def _chain(call: _LayerCall, *, whole: int) -> Iterator[_LayerCall]:
 
 
 def _is_wide(call: _LayerCall, *, whole: int) -> bool:
-    """Whether it is worth looking into, and what is seen there is all of it."""
+    """Return whether a module is worth opening: a container of several calls, with enough of the parameters."""
     is_own = not type(call.module).__module__.startswith("torch.nn.")
     is_open = is_own or isinstance(call.module, _CHAINS)
     return is_open and len(call.calls) > 1 and _parameter_bytes(call.module) >= LEAST_SHARE * whole

@@ -54,7 +54,7 @@ LEAST_SAMPLES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileInput:
-    """What goes through the model when it is profiled; without loss and step, the mean of its outputs is minimised."""
+    """The model and batch of a profile; without loss and step, the mean of the outputs is minimised."""
 
     model: nn.Module
     batch: Any  # tensor, (inputs..., target), or mapping of the model's arguments
@@ -225,7 +225,7 @@ def _mean_of(output: Any) -> torch.Tensor:
 
 
 def _total(seconds: tuple[list[float], list[float]]) -> float:
-    """Of forward and backward together."""
+    """Sum the seconds of forward and backward."""
     return sum(seconds[0]) + sum(seconds[1])
 
 

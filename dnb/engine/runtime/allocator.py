@@ -1,4 +1,4 @@
-"""How this process's memory allocator treats what is freed: kept between steps, given back after a run."""
+"""The treatment of freed memory by this process's allocator: kept between steps, given back after a run."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class EngineStates:
         self._with_empty = [table for table in self._tables if table.empty_at_first]
 
     def is_loose(self, name: str) -> bool:
-        """Whether the layout's place of a buffer does not count any more."""
+        """Return whether a buffer is kept here, so that its place in the layout does not count."""
         return name in self._truth.buffers
 
     def adopt(self, packed: bytes) -> None:

@@ -89,7 +89,7 @@ def release(error: BaseException) -> None:
 
 
 def is_about_peers(error: BaseException) -> bool:
-    """Whether an error that was raised outside user code only says that a connection has ended."""
+    """Return whether an error raised outside user code only says that a connection has ended."""
     if isinstance(error, dist.DistError):
         return True
     text = text_of(error)
@@ -142,6 +142,6 @@ def _loopback_name() -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, or else its class."""
+    """Return the first line of an error's text, or else its class."""
     lines = text_of(error).strip().splitlines()
     return clean_text(lines[0], length=SUMMARY_LENGTH) if lines else kind_of(error)

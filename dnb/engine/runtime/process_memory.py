@@ -1,4 +1,4 @@
-"""How much memory this process holds, and has held at most since a run began."""
+"""The memory that this process holds, and its peak since a run began."""
 
 from __future__ import annotations
 

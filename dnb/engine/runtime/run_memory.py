@@ -1,4 +1,4 @@
-"""What an engine reads and writes: the hub's own memory, or a copy that travels over its wire."""
+"""An engine's memory of a run: the hub's own, or a copy that travels over its wire."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class Publisher:
 
 
 def _ends(layout: Layout) -> list[int]:
-    """Where each slot's bytes end: at the next slot's begin, padding included."""
+    """Return the end of each slot's bytes: the next slot's begin, padding included."""
     begins = [slot.offset_bytes for slot in layout.slots]
     return [*begins[1:], layout.num_bytes]
 

@@ -1,4 +1,4 @@
-"""Where an engine's time goes, and what its process uses."""
+"""Measurements of an engine: seconds per activity, and the resources of its process."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Stopwatch:
         self._seconds[activity] += seconds
 
     def take(self) -> Telemetry:
-        """What was measured since the last call; the counters start again."""
+        """Return the measurements since the last call; the counters start again."""
         self._sample_process()
         seconds, self._seconds = self._seconds, dict.fromkeys(self._seconds, 0.0)
         return Telemetry(

@@ -79,7 +79,7 @@ class WriteGuard:
         return [parameter._version for parameter in self._parameters]
 
     def _differs(self) -> bool:
-        """Whether any byte differs."""
+        """Return whether any byte differs."""
         if self._addresses is None:
             self._addresses = _address_of(self._memory.parameters), _address_of(self._memory.hub_parameters())
         left, right = self._addresses
@@ -118,7 +118,7 @@ def _address_of(memory: mmap.mmap) -> int:
 
 
 def _ranges_of(slots: Sequence[TensorSlot]) -> list[tuple[int, int]]:
-    """Where the slots lie, in bytes, neighbours as one."""
+    """Return the byte ranges of the slots, neighbours as one."""
     ranges: list[tuple[int, int]] = []
     for slot in sorted(slots, key=lambda slot: slot.offset_bytes):
         end = slot.offset_bytes + math.prod(slot.shape) * dtype_named(slot.dtype).itemsize
