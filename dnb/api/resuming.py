@@ -16,7 +16,7 @@ import torch
 from dnb.api.arguments.checks import check_positive
 from dnb.api.arguments.data import count_val_samples
 from dnb.api.arguments.data_sources import Source, read_source
-from dnb.api.arguments.losses import accuracy, check_metrics_are_computed
+from dnb.api.arguments.losses import check_metrics_are_computed
 from dnb.api.kept_objects import (
     GivenObjects,
     data_of,
@@ -47,6 +47,7 @@ from dnb.pool.engine_pool import EnginePool
 from dnb.progress import long_work
 from dnb.protocol.run import ResumeFrom, RunSpec, Settings
 from dnb.transport.system.process_settings import notebook_settings
+from dnb.user_code.accuracy import accuracy
 
 log = logging.getLogger(__name__)
 

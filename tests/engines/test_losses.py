@@ -7,8 +7,8 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 import dnb
-from dnb.api.arguments.losses import accuracy
 from dnb.errors import ArgumentError
+from dnb.user_code.accuracy import accuracy
 from tests.engines.pools import wait
 from tests.models import adamw, digits, largest_gap, mlp, plain_run, twice
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from dnb.api.arguments.data_sources import WHAT_TO_GIVE
-from dnb.api.arguments.losses import accuracy, check_loss_fits
+from dnb.api.arguments.losses import check_loss_fits
 from dnb.api.rehearsal.trial import Trial
 from dnb.api.rehearsal.undisturbed import undisturbed
 from dnb.errors import USER_ERRORS, ArgumentError, summary_of
 from dnb.job import DataSource
 from dnb.protocol.run import Finding
 from dnb.transport.pickling.copies import close_files
+from dnb.user_code.accuracy import accuracy
 from dnb.user_code.loader import fetch_batch
 from dnb.user_code.return_values import ReturnError
 

@@ -107,8 +107,19 @@ class _Packer(CodePickler):
         return _rebuild_tensor, (ref, tensor.dtype, *place, tensor.requires_grad)
 
 
-# Modules of earlier versions, named by pickles in checkpoints, and where what they held lives now.
-_MOVED = {"dnb.inputs": "dnb.api.arguments.losses"}
+# Modules of dnb 0.1.0, named by pickles in checkpoints, and where what they held lives now.
+_MOVED = {
+    "dnb.inputs": "dnb.user_code.accuracy",
+    "dnb.planning.calling": "dnb.user_code.model_call",
+    "dnb.transport.hooks": "dnb.transport.pickling.hooks",
+    "dnb.transport.job": "dnb.job",
+    "dnb.transport.module_reducers": "dnb.transport.pickling.module_reducers",
+    "dnb.transport.own_code": "dnb.transport.pickling.user_modules",
+    "dnb.transport.own_generators": "dnb.transport.pickling.generators",
+    "dnb.transport.parcels": "dnb.transport.pickling.payloads",
+    "dnb.transport.returned": "dnb.user_code.return_values",
+    "dnb.transport.stateful_metrics": "dnb.user_code.stateful_metrics",
+}
 
 
 class _Unpacker(pickle.Unpickler):

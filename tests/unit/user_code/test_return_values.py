@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from dnb.api.arguments.losses import accuracy, read_metrics
+from dnb.api.arguments.losses import read_metrics
 from dnb.errors import ArgumentError
 from dnb.hub.history.engine_stats import HistoryColumns
 from dnb.job import Sum
+from dnb.user_code.accuracy import accuracy
 from dnb.user_code.return_values import (
     MOST_NAMES,
     RESERVED_NAMES,

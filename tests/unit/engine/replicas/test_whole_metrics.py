@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from torchmetrics import MeanSquaredError, MetricCollection, SumMetric
 
-from dnb.api.arguments.losses import accuracy, are_objects, read_metrics
+from dnb.api.arguments.losses import are_objects, read_metrics
 from dnb.api.rehearsal.metrics import whole_metrics_of
 from dnb.engine.replicas.whole_metrics import WholeMetrics, joined
 from dnb.errors import ArgumentError
 from dnb.job import Job
+from dnb.user_code.accuracy import accuracy
 from dnb.user_code.stateful_metrics import StatefulMetric
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from dnb.api.arguments.losses import accuracy
 from dnb.errors import HubError, ShippingError, SpaceError
 from dnb.planning.sample_order import BatchOrder
 from dnb.protocol.memory import PayloadRef
 from dnb.transport.pickling.payloads import explain_unpicklable, pickle_payload, sign, unpack, verify
+from dnb.user_code.accuracy import accuracy
 
 NOTHING = PayloadRef(buffers=(), arrays=(), segment=None)
 
