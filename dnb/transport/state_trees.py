@@ -1,14 +1,24 @@
-"""Nested states (of optimizers and schedulers) as plain JSON and named tensors, so that nothing is unpickled."""
+"""Nested states (of models, optimizers, schedulers, functions) without pickle: plain JSON, and named tensors beside it.
+
+One walk takes a state apart, one puts it together. What becomes of the two halves is the caller's: a checkpoint writes
+JSON and a safetensors file, the hub's log its own shared memory; here they travel as a record with a frame for each
+tensor (`encode_state`), or in one piece (`pack_state`).
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
+
+from dnb.protocol.client_messages import StateTree
+from dnb.protocol.memory import TensorSlot
+from dnb.transport.layout import dtype_name, dtype_named
 
 # What JSON does not have is an object with this key, which says what it is.
 TAG = "$"
@@ -16,7 +26,7 @@ _LARGEST = 1 << 63  # JSON readers agree on integers of 64 bits
 
 
 def take_apart(value: Any, *, root: str) -> tuple[Any, dict[str, torch.Tensor]]:
-    """A nested state as plain JSON, and its tensors under names that begin with `root`; nothing is copied.
+    """Return a nested state as plain JSON, and its tensors under names that begin with `root`; nothing is copied.
 
     Raises:
         TypeError: it holds something other than containers, numbers, text, None and tensors; says where.
@@ -25,8 +35,29 @@ def take_apart(value: Any, *, root: str) -> tuple[Any, dict[str, torch.Tensor]]:
     return _walk(value, root, tensors), tensors
 
 
+def take_items_apart(
+    values: Mapping[str, Any], *, root: str
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], tuple[str, ...]]:
+    """Take apart the items of a dictionary that can be; functions, say, are made anew by the user's code.
+
+    Returns:
+        Trees by key, all their tensors, and the keys of what had to be left out.
+    """
+    trees: dict[str, Any] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    left_out: list[str] = []
+    for key, value in values.items():
+        try:
+            trees[key], found = take_apart(value, root=f"{root}.{key}")
+        except TypeError:
+            left_out.append(key)
+        else:
+            tensors |= found
+    return trees, tensors, tuple(left_out)
+
+
 def put_together(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
-    """The reverse of `take_apart`; the tensors are those of the mapping.
+    """Return the state that `take_apart` took; the tensors are those of the mapping.
 
     Raises:
         KeyError: a tensor is missing.
@@ -44,6 +75,72 @@ def put_together(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     if kind not in _MAKERS:
         raise ValueError(f"{kind!r} is not a kind of value")
     return _MAKERS[kind](put_together(inner, tensors))
+
+
+def encode_state(state: Any) -> tuple[StateTree, list[memoryview]]:
+    """Take a nested state apart, to be sent: a record, and the bytes of each tensor.
+
+    Raises:
+        TypeError: it holds something that `take_apart` does not know; says what and where.
+    """
+    tree, tensors = take_apart(state, root="state")
+    slots = [
+        TensorSlot(name=name, shape=tuple(tensor.shape), dtype=dtype_name(tensor.dtype), offset_bytes=0)
+        for name, tensor in tensors.items()
+    ]
+    packed = msgspec.msgpack.encode(tree)
+    return StateTree(tree=packed, tensors=tuple(slots)), [_bytes_of(tensor) for tensor in tensors.values()]
+
+
+def decode_state(tree: StateTree, frames: Sequence[bytes | memoryview]) -> Any:
+    """Return the state that `encode_state` took; tensors own their memory.
+
+    Raises:
+        ValueError: a frame does not have the size that its slot declares.
+    """
+    tensors = {
+        slot.name: _tensor_of(slot.name, slot.dtype, slot.shape, frame)
+        for slot, frame in zip(tree.tensors, frames, strict=True)
+    }
+    return put_together(msgspec.msgpack.decode(tree.tree), tensors)
+
+
+def pack_state(state: Any) -> bytes:
+    """Return a nested state in one piece.
+
+    Raises:
+        TypeError: it holds something that `take_apart` does not know; says what and where.
+    """
+    return pack_apart(*take_apart(state, root="state"))
+
+
+def pack_apart(tree: Any, tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """Return in one piece what `take_apart` gave."""
+    told = {name: (dtype_name(each.dtype), tuple(each.shape), _bytes_of(each)) for name, each in tensors.items()}
+    return msgspec.msgpack.encode((tree, told))
+
+
+def unpack_state(packed: bytes | memoryview) -> Any:
+    """Return the state that is in one piece; tensors own their memory.
+
+    Raises:
+        Exception: it is none; decoding raises more than its own errors.
+    """
+    tree, told = msgspec.msgpack.decode(packed, type=tuple[Any, dict[str, tuple[str, tuple[int, ...], bytes]]])
+    return put_together(tree, {name: _tensor_of(name, *facts) for name, facts in told.items()})
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _tensor_of(name: str, dtype: str, shape: Sequence[int], raw: bytes | memoryview) -> torch.Tensor:
+    kind = dtype_named(dtype)
+    if min(shape, default=0) < 0 or len(raw) != math.prod(shape) * kind.itemsize:
+        raise ValueError(f"tensor {name} of shape {tuple(shape)} came with {len(raw)} bytes")
+    if not raw:
+        return torch.empty(tuple(shape), dtype=kind)
+    return torch.frombuffer(bytearray(raw), dtype=kind).view(tuple(shape))
 
 
 def _walk(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:

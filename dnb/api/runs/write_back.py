@@ -20,8 +20,7 @@ from dnb.protocol.client_messages import GetState, StateTree
 from dnb.transport.pickling.function_state import KeptState
 from dnb.transport.pickling.module_states import bring_states_home
 from dnb.transport.sockets.channels import HubClient
-from dnb.transport.state_trees import put_together
-from dnb.transport.tensor_trees import decode_state
+from dnb.transport.state_trees import decode_state
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +136,7 @@ class NotebookObjects:
         if self.scheduler is not None and state["scheduler"] is not None:
             give_scheduler_home(self.scheduler, state["scheduler"])
         if self.functions is not None and "kept" in state:
-            self.functions.give(put_together(state["kept"]["tree"], state["kept"]["tensors"]))
+            self.functions.give(state["kept"])
         if self.order is not None:
             self._follow_order(self.order, run, step)
 
@@ -166,7 +165,6 @@ def give_scheduler_home(scheduler: LRScheduler, state: Mapping[str, Any]) -> Non
 
     Args:
         scheduler: the notebook's own; functions that its state may hold stay.
-        state: "tree" and "tensors", as `dnb.transport.state_trees.take_apart` made them.
+        state: of the hub's, as far as it can travel.
     """
-    found = put_together(state["tree"], state["tensors"])
-    scheduler.load_state_dict({**scheduler.state_dict(), **found})
+    scheduler.load_state_dict({**scheduler.state_dict(), **state})

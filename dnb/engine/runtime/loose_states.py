@@ -10,7 +10,7 @@ from torch import nn
 
 from dnb.errors import DnbError
 from dnb.transport.pickling.module_states import LooseStates, extra_owners, is_same, put_buffer
-from dnb.transport.tensor_trees import pack_state, unpack_state
+from dnb.transport.state_trees import pack_state, unpack_state
 
 # What an engine reports of a step, 32 MB, is to hold these and the rest.
 MOST_BYTES = 24_000_000

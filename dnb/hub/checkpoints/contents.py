@@ -16,8 +16,7 @@ import torch
 from dnb.hub.checkpoints.format import StateFacts
 from dnb.hub.history.engine_stats import HistoryColumns
 from dnb.hub.parameters.master import Master
-from dnb.transport.state_trees import take_apart
-from dnb.transport.tensor_trees import pack_state, unpack_state
+from dnb.transport.state_trees import put_together, take_apart, take_items_apart
 
 Tensors = dict[str, torch.Tensor]
 
@@ -52,7 +51,7 @@ def extra_file_of(master: Master) -> bytes:
     if not extra:
         return b""
     file = io.BytesIO()
-    torch.save(unpack_state(pack_state(extra)), file)  # plain containers, whatever they were
+    torch.save(put_together(*take_apart(extra, root="extra")), file)  # plain containers, whatever they were
     return file.getvalue()
 
 
@@ -60,19 +59,11 @@ def state_of(owner: Any, root: str, *, is_strict: bool) -> tuple[StateFacts | No
     """The state of an optimizer or scheduler, its tensors, and what had to be left out."""
     if owner is None:
         return None, {}, ()
-    tree: dict[str, Any] = {}
-    tensors: Tensors = {}
-    left_out: list[str] = []
-    for key, value in owner.state_dict().items():
-        try:
-            tree[key], found = take_apart(value, root=f"{root}.{key}")
-        except TypeError:
-            if is_strict:
-                raise
-            left_out.append(key)
-        else:
-            tensors |= found
-    return StateFacts(kind=type(owner).__name__, tree=tree), tensors, tuple(left_out)
+    state = owner.state_dict()
+    tree, tensors, left_out = take_items_apart(state, root=root)
+    if left_out and is_strict:
+        take_apart(state[left_out[0]], root=f"{root}.{left_out[0]}")  # says what and where
+    return StateFacts(kind=type(owner).__name__, tree=tree), tensors, left_out
 
 
 def history_of(columns: HistoryColumns) -> tuple[Tensors, int]:

@@ -13,9 +13,9 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from dnb.protocol.memory import Layout, SegmentRef
-from dnb.transport.layout import ALIGNMENT_BYTES, dtype_name, dtype_named, plan_layout, slot_views
+from dnb.transport.layout import ALIGNMENT_BYTES, plan_layout, slot_views
 from dnb.transport.segments import Segment, create_segment, open_segment
-from dnb.transport.state_trees import put_together, take_apart
+from dnb.transport.state_trees import pack_apart, put_together, take_apart, take_items_apart, unpack_state
 
 _LENGTH = struct.Struct("<Q")
 _ROOT = "state"
@@ -177,50 +177,25 @@ def pack_groups(optimizer: torch.optim.Optimizer) -> bytes:
 
 def give_groups(optimizer: torch.optim.Optimizer, packed: bytes) -> None:
     """The reverse of `pack_groups`."""
-    for group, options in zip(optimizer.param_groups, msgspec.msgpack.decode(packed), strict=True):
-        group.update(_unpack(options))
+    for group, options in zip(optimizer.param_groups, msgspec.msgpack.decode(packed, type=list[bytes]), strict=True):
+        group.update(unpack_state(options))
 
 
 def pack_scheduler(scheduler: LRScheduler | None) -> bytes:
     """Its state."""
-    return b"" if scheduler is None else msgspec.msgpack.encode(_pack(scheduler.state_dict()))
+    return b"" if scheduler is None else _pack(scheduler.state_dict())
 
 
 def give_scheduler(scheduler: LRScheduler | None, packed: bytes) -> None:
     """The reverse of `pack_scheduler`."""
     if scheduler is not None:
-        scheduler.load_state_dict(_unpack(msgspec.msgpack.decode(packed)))
+        scheduler.load_state_dict(unpack_state(packed))
 
 
-def _pack(values: Mapping[str, Any]) -> list[Any]:
-    """Encode the values of a dict that can be written down; functions are made anew by the user's code."""
-    trees: dict[str, Any] = {}
-    tensors: dict[str, torch.Tensor] = {}
-    for name, value in values.items():
-        try:
-            trees[name], found = take_apart(value, root=name)
-        except TypeError:
-            continue
-        tensors |= found
-    return [trees, {name: _bytes_of(tensor) for name, tensor in tensors.items()}]
-
-
-def _unpack(packed: list[Any]) -> dict[str, Any]:
-    trees, tensors = packed
-    views = {name: _tensor_of(*each) for name, each in tensors.items()}
-    return {name: put_together(tree, views) for name, tree in trees.items()}
-
-
-def _bytes_of(tensor: torch.Tensor) -> tuple[str, tuple[int, ...], bytes]:
-    flat = tensor.detach().contiguous().reshape(-1)
-    raw = flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""
-    return dtype_name(tensor.dtype), tuple(tensor.shape), raw
-
-
-def _tensor_of(dtype: str, shape: Sequence[int], raw: bytes) -> torch.Tensor:
-    if not raw:
-        return torch.empty(tuple(shape), dtype=dtype_named(dtype))
-    return torch.frombuffer(bytearray(raw), dtype=dtype_named(dtype)).view(tuple(shape))
+def _pack(values: Mapping[str, Any]) -> bytes:
+    """Pack what can be written down of a dictionary; functions are made anew by the user's code."""
+    tree, tensors, _ = take_items_apart(values, root=_ROOT)
+    return pack_apart(tree, tensors)
 
 
 def _states(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -309,9 +309,7 @@ def _verdict(crashes: Sequence[Crash]) -> str:
 
 
 def _tensors_of(run: ActiveRun, request: GetState) -> tuple[Message, Sequence[Any]]:
-    from dnb.hub.checkpoints.contents import state_of
-    from dnb.transport.state_trees import take_apart
-    from dnb.transport.tensor_trees import encode_state
+    from dnb.transport.state_trees import encode_state, put_together, take_items_apart
 
     state: dict[str, Any] = {
         "parameters": dict(run.master.model.named_parameters()),
@@ -322,11 +320,11 @@ def _tensors_of(run: ActiveRun, request: GetState) -> tuple[Message, Sequence[An
     if request.optimizer:
         state["optimizer"] = run.master.optimizer.state_dict()
     if request.scheduler:
-        facts, tensors, _ = state_of(run.master.scheduler, "scheduler", is_strict=False)
-        state["scheduler"] = None if facts is None else {"tree": facts.tree, "tensors": tensors}
+        scheduler = run.master.scheduler
+        apart = None if scheduler is None else take_items_apart(scheduler.state_dict(), root="scheduler")
+        state["scheduler"] = None if apart is None else put_together(*apart[:2])
     if request.kept:
-        tree, tensors = take_apart(run.master.functions.read(), root="kept")
-        state["kept"] = {"tree": tree, "tensors": tensors}
+        state["kept"] = run.master.functions.read()
     return encode_state(state)
 
 

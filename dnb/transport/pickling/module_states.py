@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dnb.errors import ArgumentError, kind_of, summary_of
-from dnb.transport.tensor_trees import pack_state, unpack_state
+from dnb.transport.state_trees import pack_state, unpack_state
 
 # As torch calls them in a state_dict.
 EXTRA = "_extra_state"
@@ -47,7 +47,7 @@ class LooseStates:
         """In one piece.
 
         Raises:
-            TypeError: an extra state holds what cannot travel without pickle.
+            TypeError: an extra state holds what cannot be kept without pickle.
         """
         return pack_state({"extra": self.extra, "buffers": self.buffers, "transient": sorted(self.transient)})
 

@@ -9,7 +9,7 @@ from dnb.api.arguments.data import order_of
 from dnb.api.arguments.data_sources import read_source
 from dnb.api.runs.write_back import OrderFollower, give_scheduler_home
 from dnb.planning.sample_order import count_batches
-from dnb.transport.state_trees import take_apart
+from dnb.transport.state_trees import put_together, take_items_apart
 
 
 def seeded(number=7):
@@ -101,13 +101,9 @@ def test_a_scheduler_goes_on_from_where_that_of_the_hub_is(make):
     (own_optimizer, own), (optimizer, theirs) = made(), made()
     for _ in range(3):
         step(optimizer, theirs)
-    state = {}
-    tensors = {}
-    for key, value in theirs.state_dict().items():
-        state[key], found = take_apart(value, root=key)
-        tensors |= found
+    trees, tensors, _ = take_items_apart(theirs.state_dict(), root="scheduler")
     own_optimizer.load_state_dict(optimizer.state_dict())
-    give_scheduler_home(own, {"tree": state, "tensors": tensors})
+    give_scheduler_home(own, put_together(trees, tensors))
     for _ in range(4):
         step(optimizer, theirs)
         step(own_optimizer, own)

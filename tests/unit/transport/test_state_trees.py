@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict, deque
 from typing import Any
 
 import msgspec
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dnb.protocol.client_messages import StateTree
-from dnb.transport.tensor_trees import decode_state, encode_state
+from dnb.transport.state_trees import decode_state, encode_state, pack_state, take_items_apart, unpack_state
 
 
 def round_trip(state: Any) -> Any:
@@ -135,7 +135,7 @@ def test_a_learning_rate_that_numpy_computed_survives():
 @pytest.mark.parametrize("num_bytes", [0, 4, 12])
 def test_a_frame_of_the_wrong_size_is_refused(num_bytes: int):
     tree, _ = encode_state({"weight": torch.ones(2)})
-    with pytest.raises(ValueError, match=rf"tensor 0 of shape \(2,\) came with {num_bytes} bytes"):
+    with pytest.raises(ValueError, match=rf"tensor state.weight of shape \(2,\) came with {num_bytes} bytes"):
         decode_state(tree, [bytes(num_bytes)])
 
 
@@ -145,8 +145,44 @@ def test_a_missing_frame_is_refused():
         decode_state(tree, [])
 
 
-@pytest.mark.parametrize("value", [{1, 2}, b"bytes", object(), len], ids=["set", "bytes", "object", "function"])
-def test_what_would_need_pickle_is_refused(value: Any):
+@pytest.mark.parametrize("value", [object(), len], ids=["object", "function"])
+@pytest.mark.parametrize("take", [encode_state, pack_state])
+def test_what_would_need_pickle_is_refused_with_its_place(take: Any, value: Any):
     kind = type(value).__name__
-    with pytest.raises(TypeError, match=f"a {kind} in the state cannot travel without pickle"):
-        encode_state({"state": [value]})
+    with pytest.raises(TypeError, match=rf"state\.inner\.1 is a {kind}, which cannot be kept without pickle"):
+        take({"inner": [0, value]})
+
+
+@pytest.mark.parametrize("value", [{1, 2}, b"bytes", deque([1, 2], maxlen=None), Counter("aab"), 1 << 80], ids=repr)
+def test_sets_bytes_and_large_numbers_survive(value: Any):
+    assert round_trip(value) == value
+    assert unpack_state(pack_state(value)) == value
+
+
+def test_a_state_in_one_piece_is_the_same_state():
+    state = {
+        "a": [torch.arange(6.0).view(2, 3).t(), {0: torch.tensor(7)}],
+        "b": (math.inf, None),
+        "c": torch.empty(0, 3),
+    }
+    torch.testing.assert_close(unpack_state(pack_state(state)), state, rtol=0, atol=0)
+
+
+def test_equal_states_are_equal_in_one_piece():
+    assert pack_state({"a": torch.ones(2)}) == pack_state({"a": torch.ones(2)})
+    assert pack_state({"a": torch.ones(2)}) != pack_state({"a": torch.zeros(2)})
+
+
+@pytest.mark.parametrize("shape", [[3], [-2], [1 << 62, 4]])
+def test_a_tensor_in_one_piece_has_the_bytes_that_its_shape_says(shape: list[int]):
+    tree, told = msgspec.msgpack.decode(pack_state({"weight": torch.ones(2)}))
+    told["state.weight"][1] = shape
+    with pytest.raises(ValueError, match=r"tensor state\.weight of shape .* came with 8 bytes"):
+        unpack_state(msgspec.msgpack.encode((tree, told)))
+
+
+def test_items_that_cannot_be_kept_are_left_out_by_name():
+    trees, tensors, left_out = take_items_apart({"lr": 0.1, "at": torch.ones(1), "lr_lambdas": [len]}, root="scheduler")
+    assert trees == {"lr": 0.1, "at": {"$": "tensor", "of": "scheduler.at"}}
+    assert list(tensors) == ["scheduler.at"]
+    assert left_out == ("lr_lambdas",)
