@@ -230,14 +230,15 @@ def _evaluate(expression: str, names: Mapping[str, Any]) -> Any:
 
 
 def _is_flag(word: Word) -> bool:
-    return not word.is_expression and word.text.startswith("-") and not _is_number(word.text)
+    return not word.is_expression and word.text.startswith("-") and not is_number(word.text)
 
 
 def _is_switch(parameter: inspect.Parameter) -> bool:
     return isinstance(parameter.default, bool)
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether a word is a number."""
     try:
         float(text)
     except ValueError:

@@ -13,9 +13,9 @@ from dnb.planning.step_timeline import Timeline
 from dnb.planning.utilisation import SHARES as SHARES
 from dnb.planning.utilisation import Utilisation
 from dnb.protocol.measurements import Prediction
+from dnb.protocol.run import ENDED
 
 SET_APART = frozenset({"spare", "dead", "left"})  # states of engines that do not take part now
-ENDED = frozenset({"failed", "stopped", "finished"})
 
 
 class HistoryView(Protocol):

@@ -8,7 +8,7 @@ import dnb
 from dnb.api.runs.run import Run
 from dnb.errors import PlanError
 from dnb.notebook.text.summary import summary
-from dnb.planning.search.plan_text import amount
+from dnb.units import amount
 from tests.engines.pools import wait
 from tests.models import digits, mlp
 

@@ -9,6 +9,7 @@ import torch
 
 from dnb.api.rehearsal.trial import LOSS_SAMPLES, Trial, outputs_to_judge
 from dnb.api.rehearsal.undisturbed import undisturbed
+from dnb.engine.replicas.pipeline.whole_loss import detached
 from dnb.errors import USER_ERRORS, ArgumentError
 from dnb.job import Job, Sum
 from dnb.protocol.run import Finding
@@ -69,7 +70,7 @@ def _check_number(trial: Trial, name: str, metric: Callable[..., Any]) -> None:
     """Refuse before the run what its first step would refuse."""
     try:
         with torch.no_grad():
-            value = metric(torch.utils._pytree.tree_map(_detached, trial.computed.output), trial.computed.target)
+            value = metric(torch.utils._pytree.tree_map(detached, trial.computed.output), trial.computed.target)
     except KeyboardInterrupt:
         raise
     except USER_ERRORS:  # of a few samples some cannot be computed
@@ -98,10 +99,6 @@ def _is_mean(trial: Trial, name: str, metric: Callable[..., Any]) -> bool:
                 found = judge(of_batch, trial.batch, num_samples=len(trial.indices), fetch=trial.fetched)
             return found.kind in ("samples", "targets")
         output, target, num_samples = outputs_to_judge(trial)
-        pair = torch.utils._pytree.tree_map(_detached, output), target
+        pair = torch.utils._pytree.tree_map(detached, output), target
         found = judge(lambda pair: measured(*pair), pair, num_samples=num_samples, vary=other_outputs)
     return found.kind in ("samples", "targets")
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf

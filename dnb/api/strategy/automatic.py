@@ -10,10 +10,10 @@ from dnb.api.strategy.measurement import profile_on, site_of, working_engines
 from dnb.engine.profiling.profiler import ProfileInput
 from dnb.errors import PlanError
 from dnb.job import Data, Job
-from dnb.planning.search.plan_text import amount, milliseconds
 from dnb.planning.search.plans import Alternative, Plan, draw_up
 from dnb.planning.search.prediction import Question
 from dnb.pool.engine_pool import EnginePool
+from dnb.units import amount, milliseconds
 from dnb.user_code.loader import fetch_batch
 
 # A smaller model is not profiled: the gradients of so few parameters are added up in the time that it would take to
@@ -43,7 +43,7 @@ def choose_plan(
     Raises:
         PlanError: it does not fit into `memory_limit`, however it is divided.
     """
-    num_bytes = sum(each.numel() * each.element_size() for each in job.model.parameters())
+    num_bytes = sum(each.nbytes for each in job.model.parameters())
     if not _may_be_divided(job, pool, exact=exact, transport=transport):
         return None, ""
     if num_bytes < LEAST_BYTES and memory_limit is None:

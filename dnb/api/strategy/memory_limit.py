@@ -20,9 +20,9 @@ from dnb.partitioning.pipeline.dry_run import no_autocast
 from dnb.partitioning.pipeline.flop_counts import balanced_cuts
 from dnb.partitioning.pipeline.memory_estimate import Loss, Need, needs_of, whole_need
 from dnb.partitioning.pipeline.stage_builder import StageBuilder
-from dnb.planning.search.plan_text import amount
 from dnb.planning.search.plans import Plan
 from dnb.protocol.run import Partition
+from dnb.units import amount
 from dnb.user_code.loader import fetch_batch
 
 # Where memory is short, stages are alike only if they are equal.
@@ -138,7 +138,7 @@ class Limit:
         points = cut_points(self._job.model, model_inputs(self._job, batch))
         layers = msgspec.structs.replace(partition, num_stages=len(points) + 1, cuts=tuple(points))
         parts = StageBuilder(self._job.model, layers, autocast=self._autocast).parts(model_inputs(self._job, batch))
-        weights = [sum(each.numel() * each.element_size() for each in part.parameters.values()) + 1 for part in parts]
+        weights = [sum(each.nbytes for each in part.parameters.values()) + 1 for part in parts]
         cuts = balanced_cuts(weights, points, partition.num_stages, alike=EXACTLY)
         moved = msgspec.structs.replace(partition, cuts=cuts)
         others = self._needs(moved, None, batch)

@@ -143,7 +143,7 @@ def _is_wide(call: _LayerCall, *, whole: int) -> bool:
 
 
 def _parameter_bytes(module: nn.Module) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 @contextmanager
@@ -184,7 +184,7 @@ class _TensorWatch(TorchFunctionMode):
 
     def add_input(self, tensor: torch.Tensor) -> None:
         """A tensor of the batch: it is there before the first layer."""
-        self._known[tensor] = trace = _TensorUse(-1, -1, _bytes_of(tensor))
+        self._known[tensor] = trace = _TensorUse(-1, -1, tensor.nbytes)
         self.traces.append(trace)
 
     def made_in(self, storage: torch.UntypedStorage) -> int:
@@ -205,7 +205,7 @@ class _TensorWatch(TorchFunctionMode):
         result = func(*args, **kwargs)
         for tensor in _tensors(result):
             if id(tensor) not in self._names and tensor not in self._known:
-                trace = _TensorUse(self.layer, self.layer, _bytes_of(tensor), tensor.requires_grad)
+                trace = _TensorUse(self.layer, self.layer, tensor.nbytes, tensor.requires_grad)
                 self._known[tensor] = trace
                 self.traces.append(trace)
         return result
@@ -279,7 +279,3 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 def _address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
-
-
-def _bytes_of(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

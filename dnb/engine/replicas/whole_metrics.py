@@ -9,6 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from dnb.engine.replicas.gathered_loss import form_of, tree_of
+from dnb.engine.replicas.pipeline.whole_loss import detached
 from dnb.protocol.measurements import Sums
 from dnb.user_code.return_values import weighed
 
@@ -40,7 +41,7 @@ class WholeMetrics:
     def add(self, output: Any, target: Any, num_samples: int) -> None:
         """Take outputs and targets of one part; nothing is copied."""
         if self._metrics:
-            self._pairs.append(pytree.tree_map(_detached, (output, target)))
+            self._pairs.append(pytree.tree_map(detached, (output, target)))
             self._sizes.append(num_samples)
 
     def take(self) -> list[Sums]:
@@ -85,7 +86,3 @@ def joined(pairs: Sequence[tuple[Any, Any]], sizes: Sequence[int]) -> tuple[Any,
 def _joined_column(column: Sequence[torch.Tensor], sizes: Sequence[int]) -> torch.Tensor:
     has_rows = all(part.dim() > 0 and len(part) == size for part, size in zip(column, sizes, strict=True))
     return torch.cat(list(column)) if has_rows else column[0]
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf

@@ -184,7 +184,7 @@ class Master:
         self.gradient_layout = plan_gradients(trained.items())
         self.buffer_layout = plan_layout(self._buffers.items(), start_bytes=self.gradient_layout.num_bytes)
         self.changing = _merged(
-            (slot.offset_bytes, slot.offset_bytes + views_bytes(self._tensors[slot.name]))
+            (slot.offset_bytes, slot.offset_bytes + self._tensors[slot.name].nbytes)
             for slot in self.parameter_layout.slots
             # Functions of the user's may write anything.
             if slot.name in trained or slot.name in self._buffers or self.functions.are_there
@@ -661,11 +661,6 @@ def mean_of(sums: Sequence[Sums]) -> tuple[float, dict[str, float]]:
     names = sorted({name for part in sums for name in part.metric_totals})
     metrics = {name: _mean_metric(name, sums) for name in names}
     return loss, metrics
-
-
-def views_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of a tensor's elements."""
-    return tensor.numel() * tensor.element_size()
 
 
 def _mean_metric(name: str, sums: Sequence[Sums]) -> float:

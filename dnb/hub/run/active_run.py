@@ -37,7 +37,6 @@ from dnb.hub.scheduling import events as machine
 from dnb.hub.scheduling.coordinator import Coordinator
 from dnb.hub.scheduling.note_words import text_of
 from dnb.hub.scheduling.teams import FIRST_TEAM, Teams
-from dnb.planning.search.plan_text import amount
 from dnb.planning.thawing import half_frozen_text, thawed_text
 from dnb.protocol.base import Message
 from dnb.protocol.client_messages import CheckpointState, GetRun, GradientRows, RunState
@@ -73,6 +72,7 @@ from dnb.transport.segments import open_segment
 from dnb.transport.sockets.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Flat, Wire
 from dnb.transport.system.failures import TRACEBACK_LENGTH, clean_text
 from dnb.transport.system.processes import this_process
+from dnb.units import amount
 from dnb.user_code.return_values import EVALUATION_PREFIX, STEP_COLUMNS
 
 log = logging.getLogger(__name__)

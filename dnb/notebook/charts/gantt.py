@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from dnb.notebook.charts import subplots as panels
 from dnb.notebook.text.pipeline_text import words_of
 from dnb.notebook.text.summary import inert
-from dnb.planning.search.plan_text import milliseconds
 from dnb.planning.step_timeline import Timeline
 from dnb.protocol.measurements import Action, EngineTimeline, Prediction
+from dnb.units import milliseconds
 
 # What is one trace: its name, the kinds of actions in it, colour (Okabe and Ito), pattern, and the bars' width: what is
 # no computing is thin, so that colour is not the only sign.

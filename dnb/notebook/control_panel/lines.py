@@ -7,7 +7,7 @@ from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from dnb.errors import ArgumentError
-from dnb.notebook.arguments import split_line
+from dnb.notebook.arguments import is_number, split_line
 
 USUAL_BATCH_SIZE = 64  # of `fit`
 # A word that means itself in a cell, too: no blanks, no quotes, no "?" behind which IPython would look for help.
@@ -126,7 +126,7 @@ def typed(text: str) -> str:
     Anything else becomes a string, which the verb refuses in its own words: never another flag.
     """
     text = text.strip()
-    if _PLAIN.fullmatch(text) and (not text.startswith("-") or _is_number(text)):
+    if _PLAIN.fullmatch(text) and (not text.startswith("-") or is_number(text)):
         return text
     is_expression = text.startswith("{") and text.endswith("}") and text.isprintable() and _is_one_word(text)
     return text if is_expression or not text else quoted(text)
@@ -149,14 +149,6 @@ def _is_one_word(text: str) -> bool:
         return len(split_line(text)) == 1
     except ArgumentError:
         return False
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def _flag(name: str, value: str) -> str:

@@ -11,9 +11,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dnb.notebook.text.summary import one_line
-from dnb.planning.search.plan_text import amount, describe, headline, layer_span, milliseconds, shortened
+from dnb.planning.search.plan_text import describe, headline, layer_span, shortened
 from dnb.planning.search.plans import Plan
 from dnb.planning.search.prediction import Stage
+from dnb.units import amount, milliseconds
 
 # Okabe and Ito's, without black and yellow, which vanish on one of the two backgrounds.
 TINTS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")

@@ -17,7 +17,7 @@ from dnb.hub.history.run_folder import NOT_READ, RunSummary, read_summary
 from dnb.notebook.pages.snapshot import PLOTLY_MIME, bundle
 from dnb.notebook.text.summary import duration, one_line, summary
 from dnb.notebook.views import RunView, WorkerView
-from dnb.planning.search.plan_text import amount, milliseconds
+from dnb.units import amount, milliseconds
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from dnb.hub.server.members.heartbeats import SILENT_SECONDS
 from dnb.notebook.formatting import counted, one_line
 from dnb.notebook.text.pipeline_text import memory_in_words
 from dnb.notebook.views import SHARES, RunView, WorkerView, has_ended
-from dnb.planning.search.plan_text import amount
+from dnb.units import amount
 
 NOT_KNOWN = "not known"
 GONE = frozenset({"dead", "left"})

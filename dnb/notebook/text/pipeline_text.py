@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from dnb.notebook.views import RunView, WorkerView
-from dnb.planning.search.plan_text import amount, milliseconds
 from dnb.planning.step_timeline import FULL_SHARE, Timeline
 from dnb.protocol.measurements import Prediction, StageTraffic
+from dnb.units import amount, milliseconds
 
 # More stages than this are not told one by one.
 MOST_STAGES = 4

@@ -9,8 +9,8 @@ import numpy as np
 from dnb.notebook.formatting import counted, listed, numbered
 from dnb.notebook.text.run_facts import Diagnosed, Rule, RunFacts, held, percent
 from dnb.notebook.views import SHARES, RunView
-from dnb.planning.search.plan_text import milliseconds
 from dnb.planning.step_timeline import FULL_SHARE, busy_seconds
+from dnb.units import milliseconds
 
 # From here on a share of the engines' time is worth a sentence of its own.
 DATA_SHARE = 0.25

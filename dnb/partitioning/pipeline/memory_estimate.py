@@ -154,7 +154,7 @@ def _need(parameters: Iterable[nn.Parameter], buffers: Iterable[torch.Tensor], a
 
 
 def _bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 class _Function(nn.Module):

@@ -9,9 +9,9 @@ from typing import Any
 from dnb.errors import PlanError, nearest
 from dnb.planning.search.costs import Workload
 from dnb.planning.search.cut_search import CutSearch, EnginePlace
-from dnb.planning.search.plan_text import amount
 from dnb.planning.search.prediction import MICRO_BATCHES, Candidate, Question
 from dnb.planning.search.profiles import Profile, Site
+from dnb.units import amount
 
 
 def check_question(question: Question, profile: Profile, site: Site) -> None:

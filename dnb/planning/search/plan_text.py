@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dnb.planning.search.prediction import Stage
+from dnb.units import amount, milliseconds
 
 if TYPE_CHECKING:
     from dnb.planning.search.plans import Alternative, Plan
@@ -68,17 +69,3 @@ def shortened(engines: Sequence[int]) -> str:
     if len(engines) <= 4:
         return ", ".join(map(str, engines))
     return f"{engines[0]}, {engines[1]}, ... {engines[-1]} ({len(engines)} engines)"
-
-
-def milliseconds(seconds: float) -> str:
-    """With three digits."""
-    value = seconds * 1e3
-    return f"{value:.3g} ms" if value < 1000 else f"{seconds:.3g} s"
-
-
-def amount(num_bytes: float) -> str:
-    """Bytes for people: 1 MB is 10^6."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
-    return f"{num_bytes:.0f} B"

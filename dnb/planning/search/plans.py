@@ -12,7 +12,7 @@ from dnb.errors import PlanError, nearest
 from dnb.planning.search.costs import Workload
 from dnb.planning.search.plan_checks import check_question, read_cuts, refuse_excess
 from dnb.planning.search.plan_search import candidates
-from dnb.planning.search.plan_text import amount, describe, milliseconds
+from dnb.planning.search.plan_text import describe
 from dnb.planning.search.prediction import (
     Candidate,
     Mesh,
@@ -27,6 +27,7 @@ from dnb.planning.search.profiles import ParameterShape, Profile, Site
 from dnb.protocol.base import Record
 from dnb.protocol.measurements import Prediction
 from dnb.protocol.run import Partition, ScheduleName
+from dnb.units import amount, milliseconds
 
 MOST_ALTERNATIVES = 8
 # Editable by `Plan.with_`.

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import functools
 import sys
-import sysconfig
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+
+from dnb.transport.pickling.user_modules import is_installed
 
 Put = Callable[[Any], None]  # puts another value into the place of one that cannot be changed itself
 
@@ -255,7 +254,7 @@ def _items_of(items: Mapping[Any, Any], put_at: Callable[[Any, Any], None]) -> I
 
 
 def _parts_of_function(function: types.FunctionType) -> Iterator[tuple[str, Any, Put]]:
-    if _is_installed(function.__code__.co_filename):
+    if is_installed(function.__code__.co_filename):
         return
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
@@ -284,16 +283,4 @@ def _is_own_object(value: Any) -> bool:
     if kind.__module__.partition(".")[0] in ("dnb", "builtins"):
         return False
     module = sys.modules.get(kind.__module__)
-    return module is None or not _is_installed(getattr(module, "__file__", None) or "")
-
-
-@cache
-def _is_installed(file: str) -> bool:
-    """Return whether a file belongs to Python, to torch or to another package that was installed."""
-    if not file or file.startswith("<frozen"):
-        return bool(file)
-    path = Path(file)
-    return any(path.is_relative_to(folder) for folder in _INSTALLED) or "site-packages" in path.parts
-
-
-_INSTALLED = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+    return module is None or not is_installed(getattr(module, "__file__", None) or "")

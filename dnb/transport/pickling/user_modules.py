@@ -59,7 +59,7 @@ def own_place(module: types.ModuleType | None) -> UserModule | None:
     name, file = vars(module).get("__name__"), vars(module).get("__file__")
     if not isinstance(name, str) or not isinstance(file, str) or name in ("__main__", "__mp_main__"):
         return None
-    if not file.endswith(SOURCE_SUFFIXES) or _is_installed(file):
+    if not file.endswith(SOURCE_SUFFIXES) or is_installed(file):
         return None
     return UserModule(name, os.path.abspath(file), _digest_of(file))
 
@@ -89,9 +89,10 @@ def _is_own(name: str, module: Any) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_installed(file: str) -> bool:
+def is_installed(file: str) -> bool:
+    """Whether a file belongs to Python, to dnb or to another package that was installed."""
     folders = _installed_folders()
-    if file.startswith(folders):
+    if file.startswith(("<frozen", *folders)):
         return True
     path = os.path.realpath(file)
     return path.startswith(folders) or any(part in ("site-packages", "dist-packages") for part in Path(path).parts)

@@ -137,7 +137,7 @@ class WatchedStage(PipelineStage):
 
 
 def _bytes_of(operations: Sequence[Any]) -> int:
-    return sum(operation.tensor.numel() * operation.tensor.element_size() for operation in operations)
+    return sum(operation.tensor.nbytes for operation in operations)
 
 
 def num_micro_batches_for(num_samples: int, partition: Partition, *, least: int = 1) -> int:

@@ -39,7 +39,7 @@ class WholeLoss:
         """Take the output of the next micro-batch; one number, from which its backward begins."""
         outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
         number = len(self._pairs)
-        self._pairs.append((pytree.tree_map(_detached, output), target))
+        self._pairs.append((pytree.tree_map(detached, output), target))
         if not torch.is_grad_enabled():
             return torch.zeros(1)
         start: torch.Tensor = _Start.apply(self, number, *outputs)  # type: ignore[no-untyped-call]
@@ -114,5 +114,6 @@ class _Start(torch.autograd.Function):
         return (None, None, *ctx.whole.gradients_of(ctx.number))
 
 
-def _detached(leaf: Any) -> Any:
+def detached(leaf: Any) -> Any:
+    """Return a tensor without its graph, and anything else as it is."""
     return leaf.detach() if isinstance(leaf, torch.Tensor) else leaf

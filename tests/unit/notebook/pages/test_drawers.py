@@ -22,7 +22,7 @@ def test_a_shell_draws_plans_and_timelines_once_a_public_name_was_used():
         "shell.history_manager.end_session()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout.strip() == "('dnb.planning.step_timeline', 'Timeline') ('dnb.planning.search.plans', 'Plan')"
+    assert done.stdout.strip() == "('dnb.planning.search.plans', 'Plan') ('dnb.planning.step_timeline', 'Timeline')"
 
 
 def test_no_file_below_the_notebook_names_it_as_a_string():

@@ -9,7 +9,7 @@ from IPython.core.formatters import DisplayFormatter
 
 from dnb.notebook.pages.drawers import register_drawers
 from dnb.notebook.pages.plan_drawing import MOST_ROWS, bundle, draw
-from dnb.planning.search.plan_text import amount, milliseconds
+from dnb.units import amount, milliseconds
 from tests.unit.planned import layer, profile
 from tests.unit.planning.search.test_plans import plan
 
