@@ -22,7 +22,7 @@ _SMALL = (("samples_per_second", "samples per second", "y4"), ("lr", "learning r
 
 
 @dataclass(frozen=True, slots=True)
-class _RunStyle:
+class _RunLook:
     """How a run is told from the others: colour is never the only sign."""
 
     color: str
@@ -32,13 +32,13 @@ class _RunStyle:
 
 # Okabe and Ito's colours, the ones that can be seen on white and on black first.
 _LOOKS = (
-    _RunStyle("#0072B2", "solid", "circle"),
-    _RunStyle("#D55E00", "dash", "diamond"),
-    _RunStyle("#009E73", "dot", "square"),
-    _RunStyle("#CC79A7", "dashdot", "triangle-up"),
-    _RunStyle("#E69F00", "longdash", "x"),
-    _RunStyle("#56B4E9", "solid", "cross"),
-    _RunStyle("#999999", "dash", "star"),
+    _RunLook("#0072B2", "solid", "circle"),
+    _RunLook("#D55E00", "dash", "diamond"),
+    _RunLook("#009E73", "dot", "square"),
+    _RunLook("#CC79A7", "dashdot", "triangle-up"),
+    _RunLook("#E69F00", "longdash", "x"),
+    _RunLook("#56B4E9", "solid", "cross"),
+    _RunLook("#999999", "dash", "star"),
 )
 
 
@@ -88,7 +88,7 @@ def _loss(runs: Mapping[str, RunView], alongs: Mapping[str, Abscissa], *, bottom
     )
 
 
-def _losses(run: RunView, along: Abscissa, *, look: _RunStyle, label: str) -> list[dict[str, Any]]:
+def _losses(run: RunView, along: Abscissa, *, look: _RunLook, label: str) -> list[dict[str, Any]]:
     means, window = running_mean(curve(run.history, "loss"), limit=MAX_POINTS)
     validation = curve(run.history, "val_loss")
     kept = validation.at(decimate(validation.values, limit=MAX_POINTS // 3))

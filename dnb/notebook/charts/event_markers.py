@@ -22,7 +22,7 @@ MAX_TEXT = 120
 
 
 @dataclass(frozen=True, slots=True)
-class _MarkerStyle:
+class _MarkerLook:
     """How a kind of event is drawn: colour is never the only sign."""
 
     color: str
@@ -31,13 +31,13 @@ class _MarkerStyle:
 
 # Okabe and Ito's colours, as in `panels`.
 _LOOKS = {
-    "failed": _MarkerStyle("#D55E00", "longdash"),
-    "died": _MarkerStyle("#D55E00", "solid"),
-    "hung": _MarkerStyle("#CC79A7", "solid"),
-    "paused": _MarkerStyle("#E69F00", "dashdot"),
-    "left": _MarkerStyle("#999999", "dash"),
-    "joined": _MarkerStyle("#009E73", "dash"),
-    "checkpoint": _MarkerStyle("#0072B2", "dot"),
+    "failed": _MarkerLook("#D55E00", "longdash"),
+    "died": _MarkerLook("#D55E00", "solid"),
+    "hung": _MarkerLook("#CC79A7", "solid"),
+    "paused": _MarkerLook("#E69F00", "dashdot"),
+    "left": _MarkerLook("#999999", "dash"),
+    "joined": _MarkerLook("#009E73", "dash"),
+    "checkpoint": _MarkerLook("#0072B2", "dot"),
 }
 _URGENCY = tuple(_LOOKS)  # what a marker of several kinds looks like
 

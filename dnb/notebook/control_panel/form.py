@@ -17,73 +17,79 @@ NO_MODEL = "no fitting model: define a torch.nn.Module"
 NO_DATA = "no fitting data: define (X, y) or a Dataset"
 
 
-class TrainingForm:
-    """Widgets for the arguments of `fit`; `box` is all of them."""
+class FormWidgets:
+    """Widgets for the arguments of `fit`, by the arguments' names; `box` is all of them."""
 
     def __init__(self) -> None:
         self._hidden: Mapping[str, Any] = {}
-        self.model = chooser("Model")
-        self.train = chooser("Train data")
-        self.val = chooser("Validation")
-        self.loss = chooser("Loss or step")
-        self.metrics = chooser("Metrics")
-        self.optimizer = chooser("Optimizer")
-        self.strategy = chooser("Strategy")
-        self.lr = field("Learning rate", hint="torch's default")
-        self.batch_size = field("Batch size", hint="64")
-        self.epochs = field("Epochs", hint="1")
-        self.steps = field("Steps", hint="by epochs")
-        self.shards = field("Shards", hint="automatic")
-        self.seed = field("Seed", hint="0")
-        self.clip_norm = field("Clip norm", hint="not clipped")
-        self.checkpoint_every = field("Checkpoint", hint="every so many steps: none")
-        self.name = field("Name", hint="by the model's class")
-        self.exact = widgets.Checkbox(
-            description="Exact to the bit",
-            indent=True,
-            style={"description_width": LABEL_WIDTH},
-            layout=widgets.Layout(width="auto", min_width="0"),
-        )
-        self.choosers = (
-            self.model, self.train, self.val, self.loss, self.metrics, self.optimizer, self.strategy,
-        )  # fmt: skip
-        self.fields = (
-            self.lr, self.batch_size, self.epochs, self.steps, self.shards, self.seed, self.clip_norm,
-            self.checkpoint_every, self.name, self.exact,
-        )  # fmt: skip
-        self.box = widgets.VBox([grid(self.choosers, least=330), grid(self.fields, least=240)])
+        self.choosers = {
+            "model": chooser("Model"),
+            "train": chooser("Train data"),
+            "val": chooser("Validation"),
+            "loss": chooser("Loss or step"),
+            "metrics": chooser("Metrics"),
+            "optimizer": chooser("Optimizer"),
+            "strategy": chooser("Strategy"),
+        }
+        self.fields = {
+            "lr": field("Learning rate", hint="torch's default"),
+            "batch_size": field("Batch size", hint="64"),
+            "epochs": field("Epochs", hint="1"),
+            "steps": field("Steps", hint="by epochs"),
+            "shards": field("Shards", hint="automatic"),
+            "seed": field("Seed", hint="0"),
+            "clip_norm": field("Clip norm", hint="not clipped"),
+            "checkpoint_every": field("Checkpoint", hint="every so many steps: none"),
+            "name": field("Name", hint="by the model's class"),
+            "exact": widgets.Checkbox(
+                description="Exact to the bit",
+                indent=True,
+                style={"description_width": LABEL_WIDTH},
+                layout=widgets.Layout(width="auto", min_width="0"),
+            ),
+        }
+        parts = grid(list(self.choosers.values()), least=330), grid(list(self.fields.values()), least=240)
+        self.box = widgets.VBox(parts)
+
+    def __getitem__(self, name: str) -> widgets.Widget:
+        return self.choosers[name] if name in self.choosers else self.fields[name]
+
+    @property
+    def inputs(self) -> list[widgets.Widget]:
+        """All that the user may change."""
+        return [*self.choosers.values(), *self.fields.values()]
 
     def offer(self, names: Mapping[str, Any], *, hidden: Mapping[str, Any]) -> None:
         """Offer what fits among the notebook's variables; each choice that still fits stays."""
         self._hidden = hidden
         own = panel_choices.own_names(names, hidden=hidden)
         data = panel_choices.data_sets(own)
-        offer(self.model, panel_choices.models(own), wish="model", nothing=NO_MODEL)
-        offer(self.train, data, wish="train", nothing=NO_DATA)
-        offer(self.val, [Choice("none", ""), *data])
-        offer(self.loss, [Choice("none: the model returns it", ""), *panel_choices.losses(own, names=names)])
-        offer(self.metrics, panel_choices.metrics(own, names=names))
-        offer(self.strategy, panel_choices.strategies(own, names=names))
+        offer(self["model"], panel_choices.models(own), wish="model", nothing=NO_MODEL)
+        offer(self["train"], data, wish="train", nothing=NO_DATA)
+        offer(self["val"], [Choice("none", ""), *data])
+        offer(self["loss"], [Choice("none: the model returns it", ""), *panel_choices.losses(own, names=names)])
+        offer(self["metrics"], panel_choices.metrics(own, names=names))
+        offer(self["strategy"], panel_choices.strategies(own, names=names))
         self.adapt(names)
 
     def adapt(self, names: Mapping[str, Any]) -> None:
         """Fit what depends on other choices: optimizers of the model, and numbers that objects bring along."""
         own = panel_choices.own_names(names, hidden=self._hidden)
-        offer(self.optimizer, panel_choices.optimizers(own, model=own.get(self.model.value), names=names))
-        is_instance = self.optimizer.value.removeprefix("--optimizer ") in own
-        _give_up(self.lr, if_so=is_instance, because="the optimizer's own", hint="torch's default")
-        is_loader = isinstance(names.get(self.train.value), DataLoader)
-        _give_up(self.batch_size, if_so=is_loader, because="the DataLoader's own", hint="64")
-        _give_up(self.epochs, if_so=bool(self.steps.value.strip()), because="as many as the steps take", hint="1")
+        offer(self["optimizer"], panel_choices.optimizers(own, model=own.get(self["model"].value), names=names))
+        is_instance = self["optimizer"].value.removeprefix("--optimizer ") in own
+        _give_up(self["lr"], if_so=is_instance, because="the optimizer's own", hint="torch's default")
+        is_loader = isinstance(names.get(self["train"].value), DataLoader)
+        _give_up(self["batch_size"], if_so=is_loader, because="the DataLoader's own", hint="64")
+        _give_up(self["epochs"], if_so=bool(self["steps"].value.strip()), because="as many as the steps take", hint="1")
 
     def read(self) -> FitForm:
         """What is chosen and typed; fields that are given up do not count."""
         chosen: dict[str, Any] = {
-            name: getattr(self, name).value
+            name: self[name].value
             for name in ("model", "train", "val", "loss", "metrics", "optimizer", "strategy", "exact", "name")
         }
         names = ("lr", "batch_size", "epochs", "steps", "shards", "seed", "clip_norm", "checkpoint_every")
-        fields: dict[str, widgets.Text] = {name: getattr(self, name) for name in names}
+        fields: dict[str, widgets.Text] = {name: self[name] for name in names}
         return FitForm(**chosen | {name: "" if each.disabled else each.value for name, each in fields.items()})
 
     def plan_line(self, names: Mapping[str, Any]) -> str:
@@ -96,7 +102,7 @@ class TrainingForm:
     @property
     def missing(self) -> str:
         """What has to be there before a line is one; "" if nothing."""
-        return NO_MODEL if not self.model.value else NO_DATA if not self.train.value else ""
+        return NO_MODEL if not self["model"].value else NO_DATA if not self["train"].value else ""
 
 
 def _give_up(text: widgets.Text, *, if_so: bool, because: str, hint: str) -> None:

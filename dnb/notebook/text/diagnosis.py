@@ -10,7 +10,7 @@ from itertools import islice
 from dnb.notebook.formatting import counted, numbered
 from dnb.notebook.text.engine_text import GONE, heard_words
 from dnb.notebook.text.loss_rules import LOSS_RULES
-from dnb.notebook.text.run_facts import Diagnosed, Rule, RunFacts, held, look
+from dnb.notebook.text.run_facts import Rule, RuleFinding, RunFacts, held, look
 from dnb.notebook.text.time_rules import TIME_RULES
 from dnb.notebook.views import SET_APART, RunView
 
@@ -18,12 +18,12 @@ from dnb.notebook.views import SET_APART, RunView
 RECENT_DEATH_SECONDS = 30.0
 
 
-def diagnosis(run: RunView) -> Diagnosed:
+def diagnosis(run: RunView) -> RuleFinding:
     """The one sentence that matters most."""
     return findings(run)[0]
 
 
-def findings(run: RunView) -> list[Diagnosed]:
+def findings(run: RunView) -> list[RuleFinding]:
     """Everything worth a sentence, most important first; at least one."""
     seen = look(run)
     rules = _STANDING if run.status in ("starting", "paused") or not run.step else _GOING
@@ -33,60 +33,60 @@ def findings(run: RunView) -> list[Diagnosed]:
         spent = (finding for rule in TIME_RULES if (finding := rule(seen)) is not None)
         found += islice(spent, 1)
     spend = seen.verb("yet of how the engines spend", "of how the engines spent")
-    return found or [Diagnosed("unknown", f"nothing is known {spend} their time")]
+    return found or [RuleFinding("unknown", f"nothing is known {spend} their time")]
 
 
 # a run that does not go on
 
 
-def _no_step(seen: RunFacts) -> Diagnosed | None:
+def _no_step(seen: RunFacts) -> RuleFinding | None:
     run = seen.run
     if seen.is_over:
-        return Diagnosed("no step", f"nothing was trained: the run {_ended(run)} before its first step")
+        return RuleFinding("no step", f"nothing was trained: the run {_ended(run)} before its first step")
     if run.status == "paused":
         return None
     loading = [worker for worker in run.workers if worker.state not in SET_APART and worker.engine not in seen.hung]
     if not loading:
-        return Diagnosed("nobody", "no engine takes part yet, so nothing is computed")
+        return RuleFinding("nobody", "no engine takes part yet, so nothing is computed")
     verb = "is" if len(loading) == 1 else "are"
     step = "the next step" if run.step else "the first step"
-    return Diagnosed("loading", f"{counted(len(loading), 'engine')} {verb} getting ready for {step}")
+    return RuleFinding("loading", f"{counted(len(loading), 'engine')} {verb} getting ready for {step}")
 
 
-def _paused(seen: RunFacts) -> Diagnosed | None:
+def _paused(seen: RunFacts) -> RuleFinding | None:
     if seen.run.status != "paused":
         return None
     error = (seen.run.error or "").lower()
     if "run.resume" in error:  # the status already says what to do
-        return Diagnosed("paused", "nothing is computed until the run is resumed or stopped")
-    return Diagnosed("paused", "nothing is computed while the run is paused; Resume, or run.resume(), goes on")
+        return RuleFinding("paused", "nothing is computed until the run is resumed or stopped")
+    return RuleFinding("paused", "nothing is computed while the run is paused; Resume, or run.resume(), goes on")
 
 
 # engines
 
 
-def _nobody_left(seen: RunFacts) -> Diagnosed | None:
+def _nobody_left(seen: RunFacts) -> RuleFinding | None:
     workers = seen.run.workers
     if seen.is_over or not workers or any(worker.state not in GONE for worker in workers):
         return None
-    return Diagnosed("all gone", "no engine is left, so nothing is computed")
+    return RuleFinding("all gone", "no engine is left, so nothing is computed")
 
 
-def _silence(seen: RunFacts) -> Diagnosed | None:
+def _silence(seen: RunFacts) -> RuleFinding | None:
     silent = [worker for worker in seen.run.workers if worker.engine in seen.hung]
     if not silent:
         return None
     ids = [worker.engine for worker in silent]
     kind = f"silent {ids}"
     if len(silent) > 1:
-        return Diagnosed(kind, f"{numbered(ids)} are silent")
+        return RuleFinding(kind, f"{numbered(ids)} are silent")
     (worker,) = silent
     ago = heard_words(worker.heartbeat_age_seconds)
     told = f" (last heard {ago})" if ago not in ("", "now") else ""
-    return Diagnosed(kind, f"engine {worker.engine} is silent{told}{held(seen, worker.shards)}")
+    return RuleFinding(kind, f"engine {worker.engine} is silent{told}{held(seen, worker.shards)}")
 
 
-def _recent_death(seen: RunFacts) -> Diagnosed | None:
+def _recent_death(seen: RunFacts) -> RuleFinding | None:
     run = seen.run
     dead = {worker.engine for worker in run.workers if worker.state == "dead"}
     now = run.started + run.elapsed_seconds
@@ -100,7 +100,7 @@ def _recent_death(seen: RunFacts) -> Diagnosed | None:
     ids = sorted({event.engine for event in died if event.engine is not None})
     living = [worker for worker in run.workers if worker.state not in SET_APART]
     others = f": {counted(len(living), 'engine')} {'is' if len(living) == 1 else 'are'} left" if living else ""
-    return Diagnosed(f"died {ids}", f"{numbered(ids)} died after step {died[-1].step:,}{others}")
+    return RuleFinding(f"died {ids}", f"{numbered(ids)} died after step {died[-1].step:,}{others}")
 
 
 def _ended(run: RunView) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dnb.notebook.formatting import number
-from dnb.notebook.text.run_facts import Diagnosed, Rule, RunFacts
+from dnb.notebook.text.run_facts import Rule, RuleFinding, RunFacts
 
 # A loss is judged by means over eight equal parts of the steps, each of at least as many steps.
 NUM_PARTS = 8
@@ -15,7 +15,7 @@ NUM_WORSE = 3
 WORSE = 1.02
 
 
-def _not_finite(seen: RunFacts) -> Diagnosed | None:
+def _not_finite(seen: RunFacts) -> RuleFinding | None:
     steps, losses = seen.run.history.column("loss")
     if not len(losses) or np.isfinite(losses[-1]):
         return None
@@ -24,12 +24,12 @@ def _not_finite(seen: RunFacts) -> Diagnosed | None:
     verb = seen.verb("is", "was")
     _, rates = seen.run.history.column("lr")
     rate = f" (now {rates[-1]:.3g})" if len(rates) and not seen.is_over else ""
-    return Diagnosed(
+    return RuleFinding(
         "not finite", f"the loss {verb} not a finite number {since}: try a smaller learning rate{rate}, or clip_norm"
     )
 
 
-def _no_progress(seen: RunFacts) -> Diagnosed | None:
+def _no_progress(seen: RunFacts) -> RuleFinding | None:
     """The lowest of the parts' means is in the first half: since then nothing was won."""
     steps, losses = seen.run.history.column("loss")
     size = len(losses) // NUM_PARTS
@@ -43,14 +43,14 @@ def _no_progress(seen: RunFacts) -> Diagnosed | None:
         return None
     last = int(steps[len(losses) - (NUM_PARTS - 1 - best) * size - 1])
     verb = seen.verb("has not improved", "did not improve")
-    return Diagnosed(
+    return RuleFinding(
         "no progress",
         f"the loss {verb} since about step {last:,}: on average {number(float(means[best]))} then, "
         f"{number(float(means[-1]))} {seen.verb('now', 'at the end')}",
     )
 
 
-def _overfitting(seen: RunFacts) -> Diagnosed | None:
+def _overfitting(seen: RunFacts) -> RuleFinding | None:
     steps, values = seen.run.history.column("val_loss")
     if not np.isfinite(values).any():
         return None
@@ -62,7 +62,7 @@ def _overfitting(seen: RunFacts) -> Diagnosed | None:
         return None
     told = f"the validation loss was best at step {steps[best]:,} ({number(float(values[best]))})"
     verb = seen.verb("has been", "was")
-    return Diagnosed("validation turned", f"{told} and {verb} worse in all {len(since)} evaluations since")
+    return RuleFinding("validation turned", f"{told} and {verb} worse in all {len(since)} evaluations since")
 
 
 LOSS_RULES: tuple[Rule, ...] = (_not_finite, _no_progress, _overfitting)

@@ -15,7 +15,7 @@ from dnb.planning.utilisation import Utilisation
 
 
 @dataclass(frozen=True, slots=True)
-class Diagnosed:
+class RuleFinding:
     """One sentence. While its kind stays, only figures in it have changed."""
 
     kind: str
@@ -70,7 +70,7 @@ class RunFacts:
         return fmean(getattr(worker, share) for worker in self.active)
 
 
-Rule = Callable[[RunFacts], Diagnosed | None]
+Rule = Callable[[RunFacts], RuleFinding | None]
 
 
 def look(run: RunView) -> RunFacts:

@@ -7,7 +7,7 @@ from statistics import fmean, median
 import numpy as np
 
 from dnb.notebook.formatting import counted, listed, numbered
-from dnb.notebook.text.run_facts import Diagnosed, Rule, RunFacts, held, percent
+from dnb.notebook.text.run_facts import Rule, RuleFinding, RunFacts, held, percent
 from dnb.notebook.views import SHARES, RunView
 from dnb.planning.step_timeline import FULL_SHARE, busy_seconds
 from dnb.units import milliseconds
@@ -32,7 +32,7 @@ SHORT_STEP_SECONDS = 0.02
 RECENT_STEPS = 200
 
 
-def _bubble(seen: RunFacts) -> Diagnosed | None:
+def _bubble(seen: RunFacts) -> RuleFinding | None:
     timeline = seen.run.timeline
     if not timeline or timeline.median_bubble < BUBBLE_SHARE:
         return None
@@ -42,31 +42,31 @@ def _bubble(seen: RunFacts) -> Diagnosed | None:
         f"(formula: {percent(formula)})"
     )
     if share - formula < BUBBLE_GAP:
-        return Diagnosed("bubble", f"{told}: more micro-batches would make that less")
+        return RuleFinding("bubble", f"{told}: more micro-batches would make that less")
     if timeline.core_share < FULL_SHARE:
-        return Diagnosed("bubble, cores", f"{told}: they {seen.verb('share', 'shared')} cores with others")
+        return RuleFinding("bubble, cores", f"{told}: they {seen.verb('share', 'shared')} cores with others")
     busy = {engine.engine: busy_seconds(engine.actions) for engine in timeline}
     slowest = max(busy, key=lambda engine: busy[engine])
     ratio = busy[slowest] / fmean(busy.values())
     if ratio > UNEQUAL_STAGES:
         verb = seen.verb("computes", "computed")
-        return Diagnosed(
+        return RuleFinding(
             f"bubble {slowest}", f"{told}: engine {slowest} {verb} {percent(ratio - 1)} longer than the mean"
         )
-    return Diagnosed("bubble", told)
+    return RuleFinding("bubble", told)
 
 
-def _nothing_to_do(seen: RunFacts) -> Diagnosed | None:
+def _nothing_to_do(seen: RunFacts) -> RuleFinding | None:
     empty = [worker.engine for worker in seen.active if worker.shards is not None and not worker.shards]
     if seen.is_over or not empty or len(empty) == len(seen.active) or not seen.run.num_shards:
         return None
     verb = "holds" if len(empty) == 1 else "hold"
-    return Diagnosed(
+    return RuleFinding(
         f"no shards {empty}", f"{numbered(empty)} {verb} none of the {counted(seen.run.num_shards, 'shard')} of a batch"
     )
 
 
-def _slowest(seen: RunFacts) -> Diagnosed | None:
+def _slowest(seen: RunFacts) -> RuleFinding | None:
     """One engine waits much less than all others: it is the one they wait for."""
     if len(seen.active) < 2:
         return None
@@ -88,17 +88,17 @@ def _slowest(seen: RunFacts) -> Diagnosed | None:
         typical = median(worker.wait for worker in waiting)
         who = f"{len(waiting)} engines {seen.verb('wait', 'waited')} {percent(typical)} of the time"
     shards = "" if seen.is_over else held(seen, least.shards)
-    return Diagnosed(f"slowest {least.engine}", f"{who}: {why}{shards}")
+    return RuleFinding(f"slowest {least.engine}", f"{who}: {why}{shards}")
 
 
-def _data(seen: RunFacts) -> Diagnosed | None:
+def _data(seen: RunFacts) -> RuleFinding | None:
     if not seen.active or seen.mean("data") < DATA_SHARE:
         return None
     told = f"{seen.engines('loads', 'load', 'loaded')} data {percent(seen.mean('data'))} of the time"
-    return Diagnosed("data", f"{told}: try a dataset that does less for each sample, or holds ready tensors")
+    return RuleFinding("data", f"{told}: try a dataset that does less for each sample, or holds ready tensors")
 
 
-def _exchange(seen: RunFacts) -> Diagnosed | None:
+def _exchange(seen: RunFacts) -> RuleFinding | None:
     """Even the busiest engine waits."""
     if not seen.active or min(worker.wait for worker in seen.active) < WAIT_SHARE:
         return None
@@ -111,25 +111,25 @@ def _exchange(seen: RunFacts) -> Diagnosed | None:
         reason = f"steps {seen.verb('are', 'were')} short ({milliseconds(seconds)})"
     else:
         reason = "for the hub, or for each other in turn" if many else "for the hub"
-    return Diagnosed("exchange", f"{told}, {'as ' * reason.startswith('steps')}{reason}: try a larger batch_size")
+    return RuleFinding("exchange", f"{told}, {'as ' * reason.startswith('steps')}{reason}: try a larger batch_size")
 
 
-def _idle(seen: RunFacts) -> Diagnosed | None:
+def _idle(seen: RunFacts) -> RuleFinding | None:
     if not seen.active or seen.mean("idle") < IDLE_SHARE:
         return None
     many = len(seen.active) > 1
     told = f"{seen.engines('is', 'are', 'were' if many else 'was')} idle {percent(seen.mean('idle'))} of the time"
-    return Diagnosed("idle", f"{told}: the run {seen.verb('has', 'had')} no work for {'them' if many else 'it'} then")
+    return RuleFinding("idle", f"{told}: the run {seen.verb('has', 'had')} no work for {'them' if many else 'it'} then")
 
 
-def _computing(seen: RunFacts) -> Diagnosed | None:
+def _computing(seen: RunFacts) -> RuleFinding | None:
     if not seen.active or seen.mean("compute") < COMPUTE_SHARE:
         return None
     told = f"{seen.engines('computes', 'compute', 'computed')} {percent(seen.mean('compute'))} of the time"
-    return Diagnosed("computing", told)
+    return RuleFinding("computing", told)
 
 
-def _mixed(seen: RunFacts) -> Diagnosed | None:
+def _mixed(seen: RunFacts) -> RuleFinding | None:
     """No share stands out: all that are worth a word."""
     if not seen.active:
         return None
@@ -148,7 +148,7 @@ def _mixed(seen: RunFacts) -> Diagnosed | None:
     ]
     first, *rest = told
     who = f"engine {seen.active[0].engine}" if one else "engines"
-    return Diagnosed("mixed", f"{who} {listed([f'{first} of the time', *rest])}")
+    return RuleFinding("mixed", f"{who} {listed([f'{first} of the time', *rest])}")
 
 
 def _step_seconds(run: RunView) -> float | None:

@@ -10,7 +10,8 @@ from torch import nn
 from dnb.errors import PoolError, RunError
 from dnb.notebook import output as outlet
 from dnb.notebook.control_panel import panel as control_panel
-from dnb.notebook.control_panel.panel import FALLBACK, ControlPanel, close_panel, open_panel
+from dnb.notebook.control_panel.panel import ControlPanel, close_panel, open_panel
+from dnb.notebook.control_panel.watcher import FALLBACK
 from dnb.notebook.live import display
 from dnb.notebook.pages.snapshot import PLOTLY_MIME
 from dnb.progress import long_work
@@ -70,21 +71,21 @@ class Kernel:
         self.panel._look_again()
 
     def press(self, name: str) -> None:
-        self.panel.actions[name].button.click()
+        self.panel.widgets.actions[name].button.click()
         assert self.panel.join(timeout_seconds=20)
 
     def told(self) -> str:
-        return "".join(message.value for message in self.panel.messages.values())
+        return "".join(message.value for message in self.panel.widgets.messages.values())
 
     def row(self, name: str) -> str:
-        return self.panel.actions[name].shown.value
+        return self.panel.widgets.actions[name].shown.value
 
 
 @pytest.fixture
 def kernel():
     kernel = Kernel()
     yield kernel
-    if not kernel.panel._closed.is_set():
+    if not kernel.panel._watcher.is_closed:
         kernel.panel.close()
     assert kernel.panel.join(timeout_seconds=20)
 
@@ -101,13 +102,13 @@ def training(kernel):
 
 
 def test_the_line_follows_what_is_typed(kernel):
-    kernel.panel.form.lr.value = "1e-3"
-    kernel.panel.form.loss.value = "--loss cross_entropy"
+    kernel.panel.widgets.form["lr"].value = "1e-3"
+    kernel.panel.widgets.form["loss"].value = "--loss cross_entropy"
     assert "%dtrain fit model train --loss cross_entropy --lr 1e-3<" in kernel.row("fit")
 
 
 def test_a_press_runs_the_line_that_is_shown(kernel):
-    kernel.panel.n.value = "3"
+    kernel.panel.widgets.n.value = "3"
     shown = kernel.row("start")
     kernel.press("start")
     assert "%dtrain start -n 3<" in shown
@@ -121,7 +122,7 @@ def test_every_line_runs_beside_the_main_thread(training):
 
 
 def test_what_is_typed_is_shown_and_not_run_by_the_browser(kernel):
-    kernel.panel.form.name.value = "<script>x</script>"
+    kernel.panel.widgets.form["name"].value = "<script>x</script>"
     assert "&lt;script&gt;" in kernel.row("fit")
     assert "<script>" not in kernel.row("fit")
 
@@ -129,18 +130,18 @@ def test_what_is_typed_is_shown_and_not_run_by_the_browser(kernel):
 def test_an_optimizer_of_the_users_own_brings_its_learning_rate(kernel):
     kernel.names["mine"] = torch.optim.SGD(kernel.names["model"].parameters(), lr=0.1)
     kernel.panel.refill()
-    kernel.panel.form.lr.value = "1"
-    kernel.panel.form.optimizer.value = "--optimizer mine"
-    assert kernel.panel.form.lr.disabled
-    assert kernel.panel.actions["fit"].line == "fit model train --optimizer mine"
+    kernel.panel.widgets.form["lr"].value = "1"
+    kernel.panel.widgets.form["optimizer"].value = "--optimizer mine"
+    assert kernel.panel.widgets.form["lr"].disabled
+    assert kernel.panel.widgets.actions["fit"].line == "fit model train --optimizer mine"
 
 
 def test_a_loader_brings_its_batch_size(kernel):
     kernel.names["loader"] = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*kernel.names["train"]))
     kernel.panel.refill()
-    kernel.panel.form.batch_size.value = "16"
-    kernel.panel.form.train.value = "loader"
-    assert kernel.panel.actions["fit"].line == "fit model loader"
+    kernel.panel.widgets.form["batch_size"].value = "16"
+    kernel.panel.widgets.form["train"].value = "loader"
+    assert kernel.panel.widgets.actions["fit"].line == "fit model loader"
 
 
 # the choices
@@ -149,29 +150,29 @@ def test_a_loader_brings_its_batch_size(kernel):
 def test_choices_follow_the_variables_after_a_cell(kernel):
     kernel.names["other"] = nn.Linear(4, 2)
     kernel.panel.refill()
-    assert [words for _, words in kernel.panel.form.model.options] == ["model", "other"]
+    assert [words for _, words in kernel.panel.widgets.form["model"].options] == ["model", "other"]
 
 
 def test_what_was_chosen_stays_while_it_fits(kernel):
     kernel.names["other"] = nn.Linear(4, 2)
     kernel.panel.refill()
-    kernel.panel.form.model.value = "other"
+    kernel.panel.widgets.form["model"].value = "other"
     kernel.names["third"] = nn.Linear(4, 2)
     kernel.panel.refill()
-    assert kernel.panel.form.model.value == "other"
+    assert kernel.panel.widgets.form["model"].value == "other"
 
 
 def test_without_a_model_there_is_no_line_but_the_reason(kernel):
     del kernel.names["model"]
     kernel.panel.refill()
-    assert kernel.panel.actions["fit"].button.disabled
+    assert kernel.panel.widgets.actions["fit"].button.disabled
     assert "no fitting model: define a torch.nn.Module" in kernel.row("fit")
 
 
 def test_engines_to_remove_are_chosen(kernel):
     kernel.pool = FakePool(engines=(0, 1, 2))
     kernel.look()
-    kernel.panel.leaving.value = (1, 2)
+    kernel.panel.widgets.leaving.value = (1, 2)
     kernel.press("remove")
     assert kernel.lines == ["remove 1-2"]
 
@@ -182,23 +183,23 @@ def test_engines_to_remove_are_chosen(kernel):
 def test_a_pool_that_a_cell_started_is_seen(kernel):
     kernel.pool = FakePool()
     kernel.panel.refill()
-    wait_until(lambda: "2 engines on host-a" in kernel.panel.pool_state.value)
+    wait_until(lambda: "2 engines on host-a" in kernel.panel.widgets.pool_state.value)
 
 
 def test_fit_says_why_it_waits_while_a_run_is_active(training):
-    assert training.panel.actions["fit"].button.disabled
+    assert training.panel.widgets.actions["fit"].button.disabled
     assert "run digits is running: stop it, or wait for its end" in training.row("fit")
 
 
 def test_the_end_of_a_run_is_heard(training):
     training.pool.run.end("finished")
-    wait_until(lambda: not training.panel.actions["fit"].button.disabled)
-    assert "finished after" in training.panel.run_state.value
+    wait_until(lambda: not training.panel.widgets.actions["fit"].button.disabled)
+    assert "finished after" in training.panel.widgets.run_state.value
 
 
 def test_a_run_that_dies_is_told_with_its_reason(training):
     training.pool.run.end("failed", error="engine <0> died")
-    wait_until(lambda: "failed at step 0: engine &lt;0&gt; died" in training.panel.run_state.value)
+    wait_until(lambda: "failed at step 0: engine &lt;0&gt; died" in training.panel.widgets.run_state.value)
 
 
 def test_a_pool_that_is_lost_is_told(kernel, monkeypatch):
@@ -208,14 +209,14 @@ def test_a_pool_that_is_lost_is_told(kernel, monkeypatch):
     kernel.pool = FakePool(run=FakeRun())
     monkeypatch.setattr(FakePool, "facts", property(lost))
     kernel.look()
-    assert "its hub has died" in kernel.panel.pool_state.value
-    assert not kernel.panel.actions["start"].button.disabled
+    assert "its hub has died" in kernel.panel.widgets.pool_state.value
+    assert not kernel.panel.widgets.actions["start"].button.disabled
 
 
 def test_pause_gives_way_to_resume(training):
     training.pool.run.status = "paused"
     training.look()
-    rows = {name: training.panel.actions[name].box.layout.display for name in ("pause", "resume")}
+    rows = {name: training.panel.widgets.actions[name].box.layout.display for name in ("pause", "resume")}
     assert rows == {"pause": "none", "resume": ""}
 
 
@@ -225,13 +226,13 @@ def test_pause_gives_way_to_resume(training):
 def test_while_engines_are_added_the_pool_waits_and_the_run_can_be_steered(training):
     done = threading.Event()
     training.does = lambda: done.wait(20)
-    training.panel.actions["add"].button.click()
-    assert training.panel.actions["shutdown"].button.disabled
+    training.panel.widgets.actions["add"].button.click()
+    assert training.panel.widgets.actions["shutdown"].button.disabled
     assert "<b>Working</b>" in training.told()
-    assert not training.panel.actions["stop"].button.disabled
+    assert not training.panel.widgets.actions["stop"].button.disabled
     done.set()
     assert training.panel.join(timeout_seconds=20)
-    assert not training.panel.actions["shutdown"].button.disabled
+    assert not training.panel.widgets.actions["shutdown"].button.disabled
 
 
 def test_how_far_long_work_is_stands_beside_its_line(kernel):
@@ -243,7 +244,7 @@ def test_how_far_long_work_is_stands_beside_its_line(kernel):
             assert told.wait(20)
 
     kernel.does = start_slowly
-    kernel.panel.actions["start"].button.click()
+    kernel.panel.widgets.actions["start"].button.click()
     wait_until(lambda: "starting 2 engines: 1 of 2 is there" in kernel.told())
     told.set()
 
@@ -252,7 +253,7 @@ def test_a_second_press_does_not_run_the_line_again(kernel):
     done = threading.Event()
     kernel.does = lambda: done.wait(20)
     for _ in range(2):
-        kernel.panel.actions["start"].button.click()
+        kernel.panel.widgets.actions["start"].button.click()
     done.set()
     assert kernel.panel.join(timeout_seconds=20)
     assert kernel.lines == ["start"]
@@ -274,7 +275,7 @@ def test_an_error_is_one_escaped_message(kernel):
     kernel.press("start")
     assert "<b>Failed</b>" in kernel.told()
     assert "PoolError: no &lt;room&gt;" in kernel.told()
-    assert not kernel.panel.actions["start"].button.disabled
+    assert not kernel.panel.widgets.actions["start"].button.disabled
 
 
 def test_an_engines_traceback_is_folded_behind_the_message(kernel):
@@ -296,7 +297,7 @@ def test_fit_shows_the_live_view_in_the_panel(kernel):
     kernel.does = lambda: display.show(run, display="widget")
     kernel.press("start")
     assert kernel.shown == [run]
-    assert kernel.panel.run_view.children[0].value == "live"
+    assert kernel.panel.widgets.run_view.children[0].value == "live"
 
 
 def test_when_the_run_has_ended_its_plain_chart_stays(kernel):
@@ -305,8 +306,8 @@ def test_when_the_run_has_ended_its_plain_chart_stays(kernel):
     kernel.does = lambda: display.show(run, display="widget")
     kernel.press("start")
     run.end("finished")
-    wait_until(lambda: isinstance(kernel.panel.run_view.children[0], widgets.Output))
-    assert PLOTLY_MIME in kernel.panel.run_view.children[0].outputs[0]["data"]
+    wait_until(lambda: isinstance(kernel.panel.widgets.run_view.children[0], widgets.Output))
+    assert PLOTLY_MIME in kernel.panel.widgets.run_view.children[0].outputs[0]["data"]
 
 
 def test_a_saved_notebook_says_what_was_there_and_how_to_open_it_again(kernel):
@@ -332,8 +333,8 @@ def test_a_closed_panel_leaves_text_and_hears_nothing_more(training):
 
 
 def test_every_field_has_a_label(kernel):
-    form = kernel.panel.form
-    fields = (*form.choosers, *form.fields, kernel.panel.n, kernel.panel.leaving, kernel.panel.lr)
+    form = kernel.panel.widgets.form
+    fields = (*form.inputs, kernel.panel.widgets.n, kernel.panel.widgets.leaving, kernel.panel.widgets.lr)
     assert all(field.description for field in fields)
 
 

@@ -61,7 +61,7 @@ class LongCheckpoint(FakeRun):
 
 def buttons(controls: Controls) -> dict[str, bool]:
     """What is written on the buttons, and whether they can be pressed."""
-    shown = (controls.pause_button, controls.stop_button, controls.checkpoint_button)
+    shown = (controls.buttons.pause, controls.buttons.stop, controls.buttons.checkpoint)
     return {button.description: not button.disabled for button in shown}
 
 
@@ -103,21 +103,21 @@ def test_the_name_of_a_run_is_shown_and_not_run():
 
 def test_a_press_on_stop_stops_the_run():
     run = FakeRun()
-    Controls(run).stop_button.click()
+    Controls(run).buttons.stop.click()
     wait_until(lambda: run.num_stops == 1)
 
 
 def test_stopping_does_not_block_the_thread_of_the_callback():
     run = SlowRun()
-    Controls(run).stop_button.click()
+    Controls(run).buttons.stop.click()
     wait_until(lambda: run.num_stops == 1)
     assert run.stopper == "dnb-stop-digits"
 
 
 def test_stop_cannot_be_pressed_twice():
     controls = Controls(FakeRun())
-    controls.stop_button.click()
-    assert controls.stop_button.disabled
+    controls.buttons.stop.click()
+    assert controls.buttons.stop.disabled
 
 
 def test_stop_cannot_be_pressed_when_the_run_has_ended():
@@ -125,20 +125,20 @@ def test_stop_cannot_be_pressed_when_the_run_has_ended():
     controls = Controls(run)
     run.status = "finished"
     controls.refresh()
-    assert controls.stop_button.disabled
+    assert controls.buttons.stop.disabled
 
 
 def test_a_stop_that_failed_is_told():
     controls = Controls(StubbornRun())
-    controls.stop_button.click()
-    wait_until(lambda: "stop failed: the hub did not answer within 5 s &lt;b&gt;" in controls.notice.value)
+    controls.buttons.stop.click()
+    wait_until(lambda: "stop failed: the hub did not answer within 5 s &lt;b&gt;" in controls.buttons.notice.value)
 
 
 def test_a_stop_that_failed_can_be_tried_again():
     controls = Controls(StubbornRun())
-    controls.stop_button.click()
-    wait_until(lambda: "stop failed" in controls.notice.value)
-    assert not controls.stop_button.disabled
+    controls.buttons.stop.click()
+    wait_until(lambda: "stop failed" in controls.buttons.notice.value)
+    assert not controls.buttons.stop.disabled
 
 
 def test_a_refresh_without_news_sends_nothing():
@@ -173,30 +173,30 @@ def test_buttons_can_be_pressed_while_they_apply(status, expected):
 
 def test_a_press_on_pause_pauses_the_run():
     run = FakeRun()
-    Controls(run).pause_button.click()
+    Controls(run).buttons.pause.click()
     wait_until(lambda: run.num_pauses == 1)
 
 
 def test_a_press_on_resume_lets_a_paused_run_go_on():
     run = FakeRun(status="paused")
-    Controls(run).pause_button.click()
+    Controls(run).buttons.pause.click()
     wait_until(lambda: run.num_resumes == 1)
 
 
 @pytest.mark.parametrize(
     ("name", "status", "told"),
     [
-        ("pause_button", "running", "Pausing"),
-        ("pause_button", "paused", "Resuming"),
-        ("stop_button", "running", "Stopping"),
-        ("checkpoint_button", "running", "Writing"),
+        ("pause", "running", "Pausing"),
+        ("pause", "paused", "Resuming"),
+        ("stop", "running", "Stopping"),
+        ("checkpoint", "running", "Writing"),
     ],
 )
 def test_a_press_is_seen_at_once_and_cannot_be_repeated(name, status, told):
     run = LongCheckpoint(status=status)
     run.written = threading.Event()
     controls = Controls(run)
-    getattr(controls, name).click()
+    getattr(controls.buttons, name).click()
     assert buttons(controls)[told] is False
     run.written.set()
 
@@ -204,7 +204,7 @@ def test_a_press_is_seen_at_once_and_cannot_be_repeated(name, status, told):
 def test_pausing_ends_when_the_run_stands_still():
     run = FakeRun()
     controls = Controls(run)
-    controls.pause_button.click()
+    controls.buttons.pause.click()
     wait_until(lambda: run.num_pauses == 1)
     run.status = "paused"
     controls.refresh()
@@ -214,7 +214,7 @@ def test_pausing_ends_when_the_run_stands_still():
 def test_the_effect_of_a_press_is_shown_as_soon_as_the_run_tells_of_it():
     run = FakeRun()
     controls = Controls(run)
-    controls.pause_button.click()
+    controls.buttons.pause.click()
     wait_until(lambda: run.num_pauses == 1)
     run.status = "paused"
     run.tell()
@@ -226,7 +226,7 @@ def test_nobody_listens_when_nothing_was_pressed():
     controls = Controls(run)
     assert run.listeners == []
     for _ in range(2):
-        controls.checkpoint_button.click()
+        controls.buttons.checkpoint.click()
         wait_until(lambda: buttons(controls).get("Checkpoint", False))
     run.tell()
     assert run.listeners == []
@@ -235,8 +235,8 @@ def test_nobody_listens_when_nothing_was_pressed():
 def test_a_pause_that_somebody_took_back_can_be_asked_for_again():
     run = FakeRun(step=10)
     controls = Controls(run)
-    controls.pause_button.click()
-    wait_until(lambda: controls._pending.get("pause") == 10)
+    controls.buttons.pause.click()
+    wait_until(lambda: controls.buttons._pending.get("pause") == 10)
     run.step = 13
     controls.refresh()
     assert buttons(controls)["Pause"]
@@ -244,40 +244,40 @@ def test_a_pause_that_somebody_took_back_can_be_asked_for_again():
 
 def test_a_checkpoint_is_told_with_its_folder():
     controls = Controls(FakeRun(step=12))
-    controls.checkpoint_button.click()
-    wait_until(lambda: "checkpoint written: /work/checkpoints/step-12" in controls.notice.value)
+    controls.buttons.checkpoint.click()
+    wait_until(lambda: "checkpoint written: /work/checkpoints/step-12" in controls.buttons.notice.value)
     assert buttons(controls)["Checkpoint"]
 
 
 @pytest.mark.parametrize(
     ("name", "status", "verb"),
     [
-        ("pause_button", "running", "pause"),
-        ("pause_button", "paused", "resume"),
-        ("stop_button", "running", "stop"),
-        ("checkpoint_button", "running", "checkpoint"),
+        ("pause", "running", "pause"),
+        ("pause", "paused", "resume"),
+        ("stop", "running", "stop"),
+        ("checkpoint", "running", "checkpoint"),
     ],
 )
 def test_a_kernel_that_only_watches_is_told_so(name, status, verb):
     controls = Controls(WatchedRun(status=status))
-    getattr(controls, name).click()
-    wait_until(lambda: f"{verb} failed: {WATCHED}" in html.unescape(controls.notice.value))
+    getattr(controls.buttons, name).click()
+    wait_until(lambda: f"{verb} failed: {WATCHED}" in html.unescape(controls.buttons.notice.value))
 
 
 def test_a_failure_is_forgotten_when_the_next_press_succeeds():
     run = WatchedRun()
     controls = Controls(run)
-    controls.pause_button.click()
-    wait_until(lambda: "failed" in controls.notice.value)
+    controls.buttons.pause.click()
+    wait_until(lambda: "failed" in controls.buttons.notice.value)
     run.pause = lambda: None
-    controls.pause_button.click()
-    wait_until(lambda: controls.notice.value == "")
+    controls.buttons.pause.click()
+    wait_until(lambda: controls.buttons.notice.value == "")
 
 
 def test_a_failure_is_spoken():
     controls = Controls(StubbornRun())
-    controls.stop_button.click()
-    wait_until(lambda: 'role="alert"' in controls.notice.value)
+    controls.buttons.stop.click()
+    wait_until(lambda: 'role="alert"' in controls.buttons.notice.value)
 
 
 def test_every_button_has_its_name_in_words():
@@ -287,25 +287,25 @@ def test_every_button_has_its_name_in_words():
 def test_another_axis_is_told_to_whoever_draws():
     chosen = []
     controls = Controls(FakeRun(), on_axis=chosen.append)
-    controls.axis.value = "time"
+    controls.choices.axis.value = "time"
     assert chosen == ["time"]
 
 
 def test_axes_are_step_samples_and_time():
-    assert Controls(FakeRun()).axis.options == ("step", "samples", "time")
+    assert Controls(FakeRun()).choices.axis.options == ("step", "samples", "time")
 
 
 def test_an_axis_and_a_scale_can_be_chosen_when_nobody_draws():
     controls = Controls(FakeRun())
-    controls.axis.value = "samples"
-    controls.log_loss.value = True
+    controls.choices.axis.value = "samples"
+    controls.choices.log_loss.value = True
 
 
 def test_a_scale_of_the_loss_is_told_to_whoever_draws():
     chosen = []
     controls = Controls(FakeRun(), on_loss_scale=chosen.append)
-    controls.log_loss.value = True
-    controls.log_loss.value = False
+    controls.choices.log_loss.value = True
+    controls.choices.log_loss.value = False
     assert chosen == ["log", "linear"]
 
 

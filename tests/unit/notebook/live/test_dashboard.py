@@ -481,7 +481,7 @@ def test_an_axis_that_was_chosen_is_painted_soon_and_kept_at_the_end(dashboard, 
 def test_a_logarithmic_loss_is_painted_soon_and_kept_at_the_end(dashboard, run, notebook):
     wait_until(lambda: dashboard.figure is not None)
     dashboard.show()
-    dashboard.controls.log_loss.value = True
+    dashboard.controls.choices.log_loss.value = True
     wait_until(lambda: dashboard.figure.layout.yaxis.type == "log")
     run.end("finished")
     assert dashboard.join(timeout_seconds=30)
