@@ -238,7 +238,7 @@ def _is_switch(parameter: inspect.Parameter) -> bool:
 
 
 def is_number(text: str) -> bool:
-    """Whether a word is a number."""
+    """Say whether a word is a number."""
     try:
         float(text)
     except ValueError:

@@ -16,7 +16,7 @@ _ROW = 400  # pixels that a button, its field and its line need
 
 
 class PanelWidgets:
-    """What there is to see and to press; `box` is all of it.
+    """All that there is to see and to press; `box` holds it.
 
     Args:
         press_pool: takes the line of a button that changes the pool, or begins a run.
@@ -112,7 +112,7 @@ class PanelWidgets:
 
 
 def _visible(now: PanelState) -> dict[str, bool]:
-    """Which rows there are: what makes no sense at all now would only be in the way."""
+    """Say which rows there are: what makes no sense at all now would only be in the way."""
     has_pool, has_run = now.engines is not None, now.is_held
     is_watched = now.steered_by is not None
     shown = {"start": not has_pool, "plan": True, "fit": True, "attach": not has_run or is_watched}

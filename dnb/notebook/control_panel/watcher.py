@@ -35,7 +35,7 @@ class PanelWatcher:
 
     @property
     def is_closed(self) -> bool:
-        """Whether nothing is to be shown any more."""
+        """True once nothing is to be shown any more."""
         return self._closed.is_set()
 
     def start(self) -> None:

@@ -126,7 +126,7 @@ class Controls:
 
 
 class ChartChoices:
-    """What the chart's axes are to be: a row of buttons.
+    """A row of buttons that choose the chart's axes.
 
     Args:
         on_axis: called with "step", "samples" or "time" when another x axis is chosen.

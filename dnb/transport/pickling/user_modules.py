@@ -90,7 +90,7 @@ def _is_own(name: str, module: Any) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def is_installed(file: str) -> bool:
-    """Whether a file belongs to Python, to dnb or to another package that was installed."""
+    """Say whether a file belongs to Python, to dnb or to another package that was installed."""
     folders = _installed_folders()
     if file.startswith(("<frozen", *folders)):
         return True
