@@ -10,7 +10,7 @@ HUB_BYTES = 300_000_000
 
 
 def choose_num_threads(num_cores: int, *, num_engines: int) -> int:
-    """Threads per engine such that the engines of a host together do not oversubscribe it."""
+    """Return the threads per engine such that the engines of a host together do not oversubscribe it."""
     return max(1, num_cores // num_engines)
 
 

@@ -82,7 +82,7 @@ class Retention:
         return gone
 
     def release(self, step: int) -> None:
-        """This one is the user's now, and stays."""
+        """Leave a checkpoint to the user: it is not removed any more."""
         self._kept = [entry for entry in self._kept if entry[0] != step]
 
     def _best_step(self) -> int | None:

@@ -70,7 +70,7 @@ def has_sampler(order: BatchOrder) -> bool:
 
 
 def name_sampler(order: BatchOrder) -> str:
-    """The user's sampler, for messages."""
+    """Name the user's sampler for messages."""
     if order.batch_sampler is not None:
         return f"the batch sampler {type(order.batch_sampler).__name__}"
     return f"the sampler {type(order.sampler).__name__}"
@@ -105,7 +105,7 @@ def _walk_epoch(
 
 
 def count_batches(order: BatchOrder) -> int:
-    """Global batches in one epoch, as the user's sampler says if there is one.
+    """Count the global batches of one epoch, as the user's sampler says if there is one.
 
     Raises:
         ArgumentError: it does not say, or there is none.
@@ -156,7 +156,7 @@ class _Indices(Dataset[Any]):
         return index
 
     def __getitems__(self, batch: Any) -> NDArray[np.int64]:
-        """A whole batch, checked; an index below 0 counts from the end, if the data set of the user says so."""
+        """Check a whole batch and return it; an index below 0 counts from the end, if the user's data set says so."""
         if isinstance(batch, str | bytes) or not isinstance(batch, Iterable):
             raise ArgumentError(f"{self._name} yielded {_shown(batch)} for a batch: it must be a list of indices")
         items = batch if isinstance(batch, list) else list(batch)
@@ -184,7 +184,7 @@ class _Indices(Dataset[Any]):
 
 
 def _shown(value: Any) -> str:
-    """A value and its kind, for a message."""
+    """Describe a value and its kind for a message."""
     try:
         text = repr(value)
     except Exception:  # noqa: BLE001 - the value is the user's, and so is its __repr__

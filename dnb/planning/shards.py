@@ -16,7 +16,7 @@ SAMPLES_AT_LEAST = 2
 
 
 def choose_num_shards(num_engines: int, *, batch_size: int) -> int:
-    """The default number of shards: the first multiple of the engines that is at least 48.
+    """Return the default number of shards: the first multiple of the engines that is at least 48.
 
     Never more than samples in a batch.
     """
@@ -25,7 +25,7 @@ def choose_num_shards(num_engines: int, *, batch_size: int) -> int:
 
 
 def choose_exact_shards(num_engines: int, *, batch_size: int) -> int:
-    """The default of an exact run: 4 for up to 4 engines, else the next power of two.
+    """Return the default of an exact run: 4 for up to 4 engines, else the next power of two.
 
     Each shard is a forward and a gradient of its own, so fewer are faster; and their number must not follow the
     engines, or else the answer would.
@@ -50,7 +50,7 @@ def shard_bounds(num_samples: int, *, num_shards: int) -> list[tuple[int, int]]:
 
 
 def first_filled_shard(num_samples: int, *, num_shards: int) -> int:
-    """The first shard of a batch that is not empty."""
+    """Return the first shard of a batch that is not empty."""
     return -(-num_shards // _num_filled(num_samples, num_shards)) - 1
 
 

@@ -15,7 +15,7 @@ FULL_SHARE = 0.9
 
 
 def ideal_bubble(num_engines: int, num_micro_batches: int, *, stages_per_engine: int = 1) -> float:
-    """Share of the engines' time that equal stages without any cost of exchange would spend idle.
+    """Return the idle share of the engines' time with equal stages and without any cost of exchange.
 
     (p - 1) / (m + p - 1) for GPipe (Huang et al. 2019, section 2.3) and 1F1B; with v stages on each engine
     (p - 1) / (v m + p - 1), which is the (p - 1) / (v m) of computing time in Megatron-LM (Narayanan et al. 2021,
@@ -35,14 +35,14 @@ def busy_seconds(actions: Iterable[Action]) -> float:
 
 
 def span_of(engines: Sequence[EngineTimeline]) -> float:
-    """From the first action of a pipeline to its last."""
+    """Return the seconds from the first action of a pipeline to its last."""
     ends = [action.end for engine in engines for action in engine.actions]
     begins = [action.begin for engine in engines for action in engine.actions]
     return max(ends) - min(begins) if ends else 0.0
 
 
 def measured_bubble(engines: Sequence[EngineTimeline]) -> float:
-    """1 - busy / (engines x span), of the pipelines' mean; 0 if nothing was done."""
+    """Return 1 - busy / (engines x span), of the pipelines' mean; 0 if nothing was done."""
     shares = []
     for team in sorted({engine.team for engine in engines}):
         members = [engine for engine in engines if engine.team == team]

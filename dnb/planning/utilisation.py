@@ -73,7 +73,7 @@ class Utilisation:
         )
 
     def spans(self, *, limit: int) -> Spans:
-        """The whole run in at most `limit` spans.
+        """Merge the spans of the whole run into at most `limit`.
 
         Their width is a power of two of a quarter of a second, so that they do not tremble while the run grows.
         """

@@ -118,7 +118,7 @@ class EnginePool:
 
     @property
     def restarts(self) -> tuple[HubRestart, ...]:
-        """When and why the hub was started again, the last times; empty if it lives since the pool was started."""
+        """The last restarts of the hub, with time and reason; empty if it has not been restarted."""
         return self.facts.restarts
 
     @property
@@ -251,11 +251,11 @@ class EnginePool:
 
     @property
     def trouble(self) -> str:
-        """Why engines are not replaced any more; "" if nothing is wrong."""
+        """The reason why engines are not replaced any more; "" if nothing is wrong."""
         return "" if self._replacer is None else self._replacer.trouble
 
     def _keep(self) -> None:
-        """Have a keeper if there is something to keep."""
+        """Start an engine replacer if there is something to keep."""
         if self._replacer is not None and self._replacer.is_alive() and not self._replacer.is_done:
             return
         members = self._members()
@@ -288,7 +288,7 @@ class EnginePool:
         return self._starter.start(n, num_threads=num_threads, timeout_seconds=timeout_seconds)
 
     def _members_if_steered(self) -> Members:
-        """For the keeper: who is there, unless another kernel has taken over and keeps the pool itself."""
+        """Return the members for the replacer, unless another kernel has taken over and replaces engines itself."""
         if not self.is_steered_here:
             raise PoolError("another kernel steers it")
         return self._members()

@@ -52,14 +52,14 @@ class Registry:
         self._asked = float("-inf")
 
     def look(self) -> list[int]:
-        """Those that are known by now; asks anew now and then, and never waits. For one thread."""
+        """Return the engines known by now; asks anew now and then, and never waits. For one thread."""
         self._take_answer()
         if self._answer is None and time.monotonic() - self._asked > ASK_SECONDS:
             self._ask()
         return list(self._client.ids)
 
     def catch_up(self, *, limit_seconds: float) -> list[int]:
-        """Those that are known when the controller has answered, or after the time is up."""
+        """Return the engines known when the controller has answered, or after the time is up."""
         deadline = time.monotonic() + limit_seconds
         self._ask()
         while self._answer is not None and time.monotonic() < deadline:
@@ -109,7 +109,7 @@ class EngineStarter:
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:
-        """The pool ends: what is being started is ended, too."""
+        """End what is being started, as the pool ends."""
         self._cancelled.set()
 
     def start(self, n: int, *, num_threads: int, timeout_seconds: float) -> list[int]:
@@ -175,14 +175,14 @@ class _Attempt:
         return self._launcher is not None
 
     def watch(self, launcher: Any, *, stop: Callable[[], object]) -> None:
-        """Know the processes, where they are this host's; else only how to stop all of them."""
+        """Find the processes, where they are this host's; else keep only the way to stop all of them."""
         self._stop = stop
         self.own(launcher)
         if type(launcher) in LOCAL_LAUNCHERS and len(self._processes) < self._num_engines:
             raise RuntimeError("an engine ended at once")
 
     def own(self, launcher: Any) -> None:
-        """Know the processes that this launcher has started so far, where they are this host's."""
+        """Find the processes that this launcher has started so far, where they are this host's."""
         self._launcher = launcher
         if type(launcher) in LOCAL_LAUNCHERS:  # their subclasses have the pids of other hosts
             found = [find_process(each.pid) for each in list(launcher.launchers.values()) if each.pid > 0]
@@ -282,7 +282,7 @@ def count_ready(calls: Mapping[int, Any]) -> int:
 
 
 def reopen_cluster(profile_dir: Path, cluster_id: str) -> ipyparallel.Cluster:
-    """A cluster that another kernel started, as far as starting more engines needs it.
+    """Reopen a cluster that another kernel started, as far as starting more engines needs it.
 
     Not `Cluster.from_file`: that would watch processes which are not ours to watch, and rewrite the file.
 
@@ -309,7 +309,7 @@ def reopen_cluster(profile_dir: Path, cluster_id: str) -> ipyparallel.Cluster:
 
 
 def last_words(output: str) -> str:
-    """The end of a process's output, as it is added to an error."""
+    """Return the end of a process's output, as it is added to an error."""
     lines = output.strip().splitlines()[-OUTPUT_LINES:]
     return "\n" + "\n".join(lines) if lines else ""
 
@@ -320,12 +320,12 @@ def thread_environment(num_threads: int) -> dict[str, str]:
 
 
 def quiet_log() -> logging.Logger:
-    """Ipyparallel prints its log into notebooks unless it is given another one."""
+    """Return a log for ipyparallel, which prints into notebooks unless it is given one."""
     quiet = logging.getLogger("dnb.ipyparallel")
     quiet.setLevel(logging.ERROR)
     return quiet
 
 
 def free_bytes() -> int:
-    """Memory that new processes of this host may use."""
+    """Return the memory that new processes of this host may use."""
     return int(psutil.virtual_memory().available)

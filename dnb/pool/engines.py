@@ -41,7 +41,7 @@ def engine_of(status: EngineStatus) -> Engine:
 
 
 def all_processes(facts: PoolFacts) -> list[Process]:
-    """Supervisor, hub, controller, schedulers and engines of a pool."""
+    """List supervisor, hub, controller, schedulers and engines of a pool."""
     return [
         facts.supervisor,  # first: it would start the hub again
         facts.hub,
@@ -52,7 +52,7 @@ def all_processes(facts: PoolFacts) -> list[Process]:
 
 
 def describe_engines(engines: list[Engine]) -> str:
-    """One line per engine, for people."""
+    """Describe each engine in a line, for people."""
     rows = [("engine", "host", "pid", "state", "threads", "memory", "device")]
     for engine in engines:
         used = "?" if engine.rss_bytes is None else f"{engine.rss_bytes / 1e9:.2f}"

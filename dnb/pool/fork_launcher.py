@@ -160,5 +160,5 @@ def fork_limit(cluster: Any, *, seconds: float) -> dict[str, float]:
 
 
 def engine_launcher(name: str) -> Any:
-    """The launcher of that name; local engines are forked where that is safe."""
+    """Return the launcher of that name; local engines are forked where that is safe."""
     return ForkedEngineSetLauncher if CAN_FORK and name.lower() == "local" else name

@@ -62,11 +62,11 @@ class ReplacementPolicy:
         return self._restart == "never" and not members.num_owed and not members.wanted_spares
 
     def started(self, number: int) -> None:
-        """So many have come up."""
+        """Count engines that have come up."""
         self._owed = max(self._owed - number, 0)
 
     def failed(self, *, now: float) -> None:
-        """A start has failed: that counts like a death."""
+        """Count a failed start like a death."""
         self._crashes.append(now)
 
     def is_crash_loop(self, *, now: float) -> bool:

@@ -189,7 +189,7 @@ class _Controller:
 
     @property
     def seconds_left(self) -> float:
-        """Until the deadline; never less than a look takes."""
+        """The seconds until the deadline; never less than a check takes."""
         return max(self._deadline - time.monotonic(), LOOK_SECONDS)
 
     def start(self) -> None:
@@ -247,7 +247,7 @@ class _Controller:
             return last_words(file.read())
 
     def close(self) -> None:
-        """Its output is not needed any more."""
+        """Close its output, which is not needed any more."""
         if self._output is not None:
             self._output.close()
 

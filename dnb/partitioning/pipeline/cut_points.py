@@ -25,7 +25,7 @@ Found = TypeVar("Found")
 
 
 def cut_points(model: nn.Module, inputs: Inputs | None = None) -> list[str]:
-    """Names of the modules at which a stage can begin, in the order in which they run.
+    """Return the names of the modules at which a stage can begin, in the order in which they run.
 
     A model whose forward cannot be followed can be cut nowhere, unless the user gives its stages.
 
@@ -42,7 +42,7 @@ def cut_points(model: nn.Module, inputs: Inputs | None = None) -> list[str]:
 
 
 def follow(model: nn.Module, inputs: Inputs, dry_run: DryRun) -> tuple[ModelTrace, list[str]] | None:
-    """The trace of a forward down to the smallest modules that can be cut at, and its operations, or None.
+    """Trace a forward down to the smallest modules that can be cut at, with its operations; None if it cannot be.
 
     It looks into all modules that hold others; where that fails, into those only that can be followed themselves.
     """
@@ -57,7 +57,7 @@ def follow(model: nn.Module, inputs: Inputs, dry_run: DryRun) -> tuple[ModelTrac
 
 
 def _begins_without_values(model: nn.Module) -> dict[str, int] | None:
-    """Modules that a forward calls, told by symbols alone."""
+    """Find the modules that a forward calls, by symbols alone."""
     unknown = Inputs(tuple(torch.empty(0) for _ in range(_num_required(model))))
 
     def attempt(opened: Iterable[str]) -> dict[str, int] | None:
@@ -125,7 +125,7 @@ def _is_container(module: nn.Module) -> bool:
 
 
 def points_of(model: nn.Module, trace: ModelTrace) -> list[str]:
-    """The modules of a traced model at which a stage can begin, in the order in which they run.
+    """Return the modules of a traced model at which a stage can begin, in the order in which they run.
 
     Places at which something could not cross the cut are none, unless all are such: then a refusal can say why.
     """
@@ -138,7 +138,7 @@ def points_of(model: nn.Module, trace: ModelTrace) -> list[str]:
 
 
 def _distinct(model: nn.Module, begins: Mapping[str, int]) -> list[str]:
-    """One module per place, the outermost; none at the very beginning, and none that works in place."""
+    """Keep one module per place, the outermost; none at the very beginning, and none that works in place."""
     found: list[str] = []
     last = 0
     for name, place in begins.items():

@@ -45,7 +45,7 @@ class DryRun:
         self._fake: FakeTensorMode | None = FakeTensorMode(allow_non_fake_inputs=True)
 
     def use_data(self) -> None:
-        """From now on, compute with values."""
+        """Compute with values from now on."""
         self._fake = None
 
     @property
@@ -54,14 +54,14 @@ class DryRun:
         return self._fake is None
 
     def convert(self, value: Any) -> Any:
-        """A tensor as it is handed to a forward."""
+        """Return a tensor as it is handed to a forward."""
         if not isinstance(value, torch.Tensor):
             return value
         return value.detach() if self._fake is None else self._fake.from_tensor(value.detach())
 
     @contextmanager
     def running(self) -> Iterator[list[str]]:
-        """Around a forward; gives the operations that it calls."""
+        """Enter the modes of a dry run; gives the operations that a forward calls."""
         log = _OperationLog()
         states = random.getstate(), np.random.get_state()
         # Without data, too, a tensor of one element, such as BatchNorm's count, changes: torch takes it for a constant.
@@ -87,7 +87,7 @@ class DryRun:
                 _put_back(module._buffers, buffers)
 
     def _without_data(self, fake: FakeTensorMode) -> AbstractContextManager[Any]:
-        """The model's own tensors without data: torch remembers what an operation makes of those, and of no others."""
+        """Replace the model's own tensors by fakes: torch remembers results of operations on those only."""
         named = chain(
             self._model.named_parameters(remove_duplicate=False), self._model.named_buffers(remove_duplicate=False)
         )
@@ -129,7 +129,7 @@ class MutationWatch:
 
     @contextmanager
     def during(self, node: fx.Node, arguments: Any) -> Iterator[Callable[[Any], None]]:
-        """Around an operation; what is given is to be called with what it makes."""
+        """Watch an operation; the function it gives is to be called with the result."""
         given = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
         versions = [_version(tensor) for tensor in given]
 
@@ -149,7 +149,7 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    """Views of one tensor have one; what has no storage, such as a sparse tensor, has no views."""
+    """Return the identity of the storage that all views of a tensor share; a sparse tensor has no views."""
     with torch._C.DisableTorchFunction():
         try:
             return int(tensor.untyped_storage()._cdata)
@@ -189,7 +189,7 @@ def rehearse(
 
 
 def users_line(error: BaseException) -> str:
-    """The innermost line of the user's own code that an error went through, for people."""
+    """Return the innermost line of the user's own code that an error went through, for people."""
     seen: BaseException | None = error
     while seen is not None:
         frames = [(frame.f_code.co_filename, number) for frame, number in traceback.walk_tb(seen.__traceback__)]

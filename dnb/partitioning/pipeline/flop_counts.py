@@ -50,7 +50,7 @@ def weigh(model: nn.Module, inputs: Inputs, points: Sequence[str]) -> list[float
 def weigh_and_log(
     call: ModelCall, inputs: Inputs, points: Sequence[str], dry_run: DryRun
 ) -> tuple[list[float], list[str]]:
-    """The weights of a model's pieces, and the operations that it calls; raises what its forward raises."""
+    """Return the weights of a model's pieces, and the operations that it calls; raises what its forward raises."""
     counter = _Counter(len(points) + 1)
     hooks = [
         call.model.get_submodule(name).register_forward_pre_hook(partial(counter.enter, piece))
@@ -118,7 +118,7 @@ class _Counter(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def enter(self, piece: int, *_: Any) -> None:
-        """The next piece begins; a module that is called again begins none."""
+        """Count for the next piece; a module that is called again begins none."""
         if piece == self._piece + 1:
             self._piece = piece
 

@@ -18,7 +18,7 @@ Built = tuple[nn.Module, tuple[int, ...], tuple[torch.Tensor, ...], tuple[torch.
 
 
 def split(trace: ModelTrace, cuts: Sequence[str], inputs: Inputs) -> list[Built]:
-    """Module, inputs, what is received and what is sent, of every stage.
+    """Build the module, the inputs, and the values received and sent, of every stage.
 
     Args:
         trace: of the whole model; split only once, as values that cross a cut are taken apart in it.
@@ -47,7 +47,7 @@ def split(trace: ModelTrace, cuts: Sequence[str], inputs: Inputs) -> list[Built]
 
 
 def users_of_parameters(trace: ModelTrace, cuts: Sequence[str]) -> dict[str, set[int]]:
-    """The stages that use each tensor of the model, by its name below `Call`, if it is cut so; nothing is built.
+    """Return the stages that use each tensor, by its name below `Call`, if the model is cut so; builds nothing.
 
     Raises:
         PlanError: as of `split`.
@@ -122,7 +122,7 @@ def _described(trace: ModelTrace, nodes: Sequence[fx.Node]) -> tuple[torch.Tenso
 
 
 def _crossings(trace: ModelTrace, nodes: Sequence[fx.Node], num_stages: int) -> list[list[fx.Node]]:
-    """For every stage the values made before it that it, or one behind it, uses."""
+    """Return for every stage the values made before it that it, or one behind it, uses."""
     received: list[list[fx.Node]] = [[] for _ in range(num_stages)]
     for node in nodes:
         if node.op in ("placeholder", "get_attr", "output"):
@@ -151,7 +151,7 @@ def _stage_of_use(user: fx.Node, num_stages: int) -> int:
 
 
 def _take_apart(trace: ModelTrace, node: fx.Node, value: Sequence[Any]) -> None:
-    """Later stages use the elements of a tuple, each of which can be handed on."""
+    """Let later stages use the elements of a tuple, each of which can be handed on."""
     home = _stage_of(node)
     with trace.graph.inserting_after(node):
         elements: list[fx.Node] = []
@@ -187,7 +187,7 @@ def _stage_graph(
     behind: Sequence[fx.Node] | None,
     placeholders: Mapping[fx.Node, int],
 ) -> tuple[fx.Graph, tuple[int, ...]]:
-    """The stage alone, and which of the model's inputs it uses, in its arguments' order."""
+    """Build the graph of one stage, and list the model's inputs it uses, in its arguments' order."""
     mine = [n for n in trace.graph.nodes if _stage_of(n) == stage and n.op.startswith("call")]
     output = next(node for node in trace.graph.nodes if node.op == "output")
     needs = {read for node in mine for read in node.all_input_nodes}

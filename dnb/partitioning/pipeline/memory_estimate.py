@@ -130,7 +130,7 @@ def _need_of_rank(
 
 
 def num_held(partition: Partition, rank: int, num_micro_batches: int) -> int:
-    """Micro-batches whose activations an engine holds at once, counted per stage.
+    """Count the micro-batches whose activations an engine holds at once, per stage.
 
     GPipe holds all; 1F1B as many as there are stages from its own on; interleaved as in Megatron-LM (Narayanan et al.
     2021, section 2.2.2), whose warm-up is 2 (p - rank - 1) + (v - 1) p forwards.

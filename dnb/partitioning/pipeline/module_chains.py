@@ -41,7 +41,7 @@ def as_tuple(output: Any) -> tuple[Any, ...]:
 def divide_chain(
     modules: Sequence[nn.Module], partition: Partition, inputs: Inputs, dry_run: DryRun
 ) -> list[StagePart]:
-    """Stages of modules that hand tensors to each other; without names of their parameters yet.
+    """Build stages of modules that hand tensors to each other; without names of their parameters yet.
 
     Raises:
         PlanError: what they hand on cannot cross a cut.

@@ -31,7 +31,7 @@ def pipelines(
     schedule: ScheduleName,
     stages: Sequence[nn.Module] | None = None,
 ) -> tuple[tuple[Partition, ...], tuple[str, ...]]:
-    """The partitions over 1, 2, ... engines, and the parameters that more than one engine uses in any of them.
+    """Find the partitions over 1, 2, ... engines, and the parameters that several engines use in any of them.
 
     Args:
         model: what is divided.
@@ -75,7 +75,7 @@ def pipelines(
 
 
 def read_schedule(schedule: str) -> ScheduleName:
-    """A schedule by its name.
+    """Return a schedule by its name.
 
     Raises:
         ArgumentError: there is none of that name.
@@ -87,7 +87,7 @@ def read_schedule(schedule: str) -> ScheduleName:
 
 
 def read_stages(model: nn.Module, stages: Sequence[str | nn.Module] | None) -> list[nn.Module] | None:
-    """The user's own stages as modules.
+    """Return the user's own stages as modules.
 
     Raises:
         ArgumentError: one is neither a module nor the name of one.
@@ -110,7 +110,7 @@ def read_stages(model: nn.Module, stages: Sequence[str | nn.Module] | None) -> l
 
 
 def read_mesh(mesh: str | Mapping[str, int] | None) -> dict[str, int]:
-    """Engines along each axis, from "data=2,pipeline=2" or a dictionary.
+    """Parse the engines along each axis, from "data=2,pipeline=2" or a dictionary.
 
     Raises:
         ArgumentError: an axis or a number is none.
@@ -152,7 +152,7 @@ def _num_micro_batches(num_samples: int, micro_batch: int | None, *, num_stages:
 def _users_of_chain(
     model: nn.Module, partition: Partition, inputs: Inputs, stages: Sequence[nn.Module] | None
 ) -> dict[str, set[int]]:
-    """The stages that use each trainable parameter, where the user gives them."""
+    """Return the stages that use each trainable parameter, where the user gives them."""
     users: dict[str, set[int]] = {}
     for stage, part in enumerate(StageBuilder(model, partition, stages=stages).parts(inputs)):
         for name, parameter in part.parameters.items():
@@ -162,5 +162,5 @@ def _users_of_chain(
 
 
 def _ties(users: Mapping[str, set[int]], num_engines: int) -> list[str]:
-    """The parameters that more than one engine uses."""
+    """Return the parameters that more than one engine uses."""
     return [name for name, stages in users.items() if len({stage % num_engines for stage in stages}) > 1]

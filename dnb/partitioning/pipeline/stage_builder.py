@@ -56,7 +56,7 @@ class StageBuilder:
         self._by_symbols: dict[bool, bool] = {}  # by mode, once it was seen whether symbols tell all that is called
 
     def parts(self, inputs: Inputs) -> tuple[StagePart, ...]:
-        """The stages, in the mode (train or eval) that the model is in, for inputs of these shapes.
+        """Build the stages, in the mode (train or eval) that the model is in, for inputs of these shapes.
 
         Args:
             inputs: of one micro-batch.
@@ -79,7 +79,7 @@ class StageBuilder:
         return _named(model, [StagePart(*part, {}, {}, begins[stage]) for stage, part in enumerate(built)])
 
     def _trace(self, call: ModelCall, inputs: Inputs, opened: Iterable[str]) -> ModelTrace:
-        """By symbols if that calls the very operations that the model calls, else by torch.export."""
+        """Trace by symbols if that calls the very operations that the model calls, else by torch.export."""
         refusal: NotTraceable | None = None
         is_enough = self._by_symbols.get(call.training)
         if is_enough is not False:
@@ -100,7 +100,7 @@ class StageBuilder:
 
 
 def exported(call: ModelCall, inputs: Inputs, dry_run: DryRun, *, refusal: NotTraceable | None = None) -> ModelTrace:
-    """The trace by torch.export.
+    """Trace a forward by torch.export.
 
     Args:
         call: the model.
@@ -120,7 +120,7 @@ def exported(call: ModelCall, inputs: Inputs, dry_run: DryRun, *, refusal: NotTr
 def divide(
     model: nn.Module, partition: Partition, inputs: Inputs, *, stages: Sequence[nn.Module] | None = None
 ) -> tuple[StagePart, ...]:
-    """The stages of a model, once; see `StageBuilder`."""
+    """Build the stages of a model, once; see `StageBuilder`."""
     return StageBuilder(model, partition, stages=stages).parts(inputs)
 
 
@@ -165,7 +165,7 @@ def operations_of(call: ModelCall, inputs: Inputs, dry_run: DryRun) -> list[str]
 
 
 def untraceable(call: ModelCall, error: NotTraceable) -> PlanError:
-    """The refusal of a model that cannot be traced."""
+    """Compose the refusal of a model that cannot be traced."""
     name = type(call.model).__name__
     after = f" (after the operation {error.operator!r})" if error.operator else ""
     return PlanError(
@@ -193,7 +193,7 @@ def check_begun(begun: Sequence[str], cuts: Sequence[str]) -> None:
 
 
 def _named(model: nn.Module, parts: Sequence[StagePart]) -> tuple[StagePart, ...]:
-    """The same with the model's own names of all tensors that they use."""
+    """Give stages the model's own names of all tensors that they use."""
     parameters = {id(p): name for name, p in model.named_parameters()}
     buffers = {id(b): name for name, b in model.named_buffers()}
     return tuple(

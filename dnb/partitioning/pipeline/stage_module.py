@@ -35,5 +35,5 @@ class StagePart:
 
 
 def described(value: torch.Tensor) -> torch.Tensor:
-    """A tensor's shape and dtype, and whether it wants a gradient, without data; rows are contiguous."""
+    """Return a tensor without data, of the same shape, dtype and want of a gradient; rows are contiguous."""
     return torch.empty(value.shape, dtype=value.dtype, device="meta", requires_grad=value.requires_grad)

@@ -33,7 +33,7 @@ class Followed:
     weights: Sequence[float]
 
     def users(self, cuts: Sequence[str]) -> dict[str, set[int]]:
-        """The stages that use each trainable parameter, if the model is cut so.
+        """Return the stages that use each trainable parameter, if the model is cut so.
 
         Args:
             cuts: names of modules.
@@ -93,7 +93,7 @@ def _refusal(call: ModelCall, inputs: Inputs, dry_run: DryRun) -> NotTraceable |
 
 
 def _follow_with_data(call: ModelCall, inputs: Inputs, dry_run: DryRun) -> Followed:
-    """A model that looks at values, which torch.export cannot follow."""
+    """Trace a model that looks at values, which torch.export cannot follow."""
     dry_run.use_data()
     operations = weigh_and_log(call, inputs, (), dry_run)[1]
     found = follow(call.model, inputs, dry_run)

@@ -101,7 +101,7 @@ class ModelTrace:
     changes: Sequence[tuple[fx.Node, fx.Node]]
 
     def begun(self, cuts: Sequence[str]) -> list[str]:
-        """Those of the modules that are called, in that order."""
+        """Return those of the modules that are called, in that order."""
         return [name for name in self.begins if name in cuts]
 
     def assign(self, cuts: Sequence[str]) -> None:
@@ -171,7 +171,7 @@ class _Symbol(fx.Proxy):
 
 
 def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[_Symbol, Any], Any]:
-    """An augmented assignment: fx would make a new value of it, where a tensor is changed."""
+    """Make an augmented assignment that changes its tensor: fx would make a new value of it."""
     return lambda symbol, other: symbol.tracer.create_proxy("call_function", function, (symbol, other), {})
 
 
@@ -226,7 +226,7 @@ class SymbolTracer(fx.Tracer):
         return not self._is_computing and hasattr(self, "graph")
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:  # noqa: ARG002
-        """One symbol per tensor."""
+        """Create one symbol per tensor."""
         arguments = [
             self.create_proxy("placeholder", f"input_{number}", (), {}) if isinstance(value, torch.Tensor) else value
             for number, value in enumerate(self._inputs)
@@ -238,29 +238,29 @@ class SymbolTracer(fx.Tracer):
         return module_qualified_name not in self._opened
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        """Notice where a module begins."""
+        """Record the place at which a module begins."""
         if self._is_computing:
             return forward(*args, **kwargs)
         self.begins.setdefault(self.path_of_module(m), self._num_nodes)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Parameters and buffers are symbols to the user's forward only."""
+        """Return parameters and buffers as symbols to the user's forward only."""
         return attr_val if self._is_computing else super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, kind: str, *arguments: Any, **named: Any) -> fx.Node:
-        """Nodes know their place."""
+        """Create a node that knows its place."""
         node = super().create_node(kind, *arguments, **named)
         node.meta["place"] = self._num_nodes
         self._num_nodes += kind not in ("placeholder", "get_attr", "output")
         return node
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """A symbol that knows its shape."""
+        """Create a symbol that knows its shape."""
         return _Symbol(node, self)
 
     def create_proxy(self, kind: str, *arguments: Any, **named: Any) -> Any:
-        """A symbol; but what is known for every batch of this shape, such as a size, is no symbol."""
+        """Create a symbol; a value known for every batch of this shape, such as a size, stays a value."""
         proxy = super().create_proxy(kind, *arguments, **named)
         node = proxy.node
         if node.op.startswith("call"):
@@ -326,7 +326,7 @@ class _Factories(TorchFunctionMode):
 def trace_by_symbols(
     call: ModelCall, inputs: Inputs, opened: Iterable[str], dry_run: DryRun
 ) -> tuple[ModelTrace, list[str]]:
-    """The trace of a forward, and the operations that are called.
+    """Trace a forward by symbols, and record the operations that are called.
 
     Args:
         call: the model.
@@ -351,7 +351,7 @@ def trace_by_symbols(
 
 
 def containing(cuts: Iterable[str]) -> set[str]:
-    """The modules in which these lie."""
+    """Return the modules in which these lie."""
     found: set[str] = set()
     for cut in cuts:
         parts = cut.split(".")
@@ -360,7 +360,7 @@ def containing(cuts: Iterable[str]) -> set[str]:
 
 
 def trace_by_export(call: ModelCall, inputs: Inputs, dry_run: DryRun) -> ModelTrace:
-    """Like `trace_by_symbols`, by `torch.export`: holds for these shapes and for this mode only.
+    """Trace like `trace_by_symbols`, by `torch.export`: holds for these shapes and for this mode only.
 
     Raises:
         NotTraceable: `torch.distributed.pipelining.pipeline` could not trace it, either.
@@ -400,7 +400,7 @@ def trace_by_export(call: ModelCall, inputs: Inputs, dry_run: DryRun) -> ModelTr
 
 
 def _scopes(node: fx.Node) -> list[str]:
-    """Names of the modules within whose forward an operation was called, outer ones first."""
+    """Return the names of the modules within whose forward an operation was called, outer ones first."""
     names: dict[str, None] = {}
     for path, _kind in node.meta.get("nn_module_stack", {}).values():
         parts = path.removeprefix("L['self'].").split("@")[0].split(".")
@@ -409,7 +409,7 @@ def _scopes(node: fx.Node) -> list[str]:
 
 
 def _attribute(call: ModelCall, module: nn.Module, target: str) -> Any:
-    """The model's own tensor of that name, if it has one, as torch.export may make tensors of its own."""
+    """Return the model's own tensor of that name, if it has one, as torch.export may make tensors of its own."""
     for owner in (call, module):
         try:
             return operator.attrgetter(target)(owner)

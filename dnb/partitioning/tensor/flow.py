@@ -93,7 +93,7 @@ class FlowWatch:
         return not any(self._is_tied(each) for each in (name, *found))
 
     def _alone(self, name: str) -> Iterator[LayerGroup]:
-        """A layer whose output is put together again at once."""
+        """Yield the group of one layer whose output is put together again at once, if it can be divided."""
         layer = self._layers[name]
         assert isinstance(layer, nn.Linear | nn.Embedding)
         if layer.weight.numel() < LEAST_ELEMENTS:
@@ -109,7 +109,7 @@ class FlowWatch:
         )
 
     def _holders(self, name: str) -> list[str]:
-        """The modules that have a layer's weight."""
+        """Return the modules that have a layer's weight."""
         weight = self._layers[name]._parameters["weight"]
         modules = self._model.named_modules(remove_duplicate=False)
         return [other for other, module in modules if any(each is weight for each in module._parameters.values())]
@@ -124,7 +124,7 @@ class FlowWatch:
         return LayerGroup(styles, (*parents, *words, *shapes), head_counts(self._model, styles))
 
     def _sources(self, nodes: Iterable[Any], *, strict: bool = True) -> set[str] | None:
-        """The layers whose outputs reach some nodes through no other layer; None if other parameters are on the way."""
+        """Return the layers whose outputs reach nodes directly; None if other parameters are on the way."""
         owners = {node: name for name, flow in self._flows.items() for node in flow.outputs}
         found: set[str] = set()
         seen: set[Any] = set()
@@ -152,7 +152,7 @@ class FlowWatch:
 
 
 def head_counts(model: nn.Module, styles: Mapping[str, TensorStyle]) -> dict[str, int]:
-    """Numbers of heads in the modules whose layers are divided by columns.
+    """Return the numbers of heads in the modules whose layers are divided by columns.
 
     A forward that says `view(batch, time, self.num_heads, self.head_dim)` is right on every engine if it counts the
     heads that are there; see PyTorch's tutorial on tensor parallelism.
@@ -167,7 +167,7 @@ def head_counts(model: nn.Module, styles: Mapping[str, TensorStyle]) -> dict[str
 
 
 def uneven(model: nn.Module, group: LayerGroup, num_engines: int) -> str:
-    """The first size that so many engines cannot share evenly, for people; empty if there is none."""
+    """Name the first size that so many engines cannot share evenly, for people; empty if there is none."""
     for name, number in group.counts.items():
         if number % num_engines:
             return f"{name!r} is {number}, which {num_engines} engines cannot share evenly"

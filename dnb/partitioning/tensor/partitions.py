@@ -29,7 +29,7 @@ Wish = Mapping[str, Any] | None
 def tensor_partitions(
     model: nn.Module, trial: ModelTrial, *, wanted: int | None = None, plan: Wish = None
 ) -> tuple[Partition, ...]:
-    """The partitions over 1, 2, ... engines; all that are given were rehearsed, but for the first.
+    """Find the partitions over 1, 2, ... engines; all but the first were tried on simulated ranks.
 
     Args:
         model: what is divided; it stays as it is.
@@ -60,7 +60,7 @@ class _Planner:
         self._known: dict[Any, str] = {}
 
     def partitions(self, wish: LayerGroup | None, *, wanted: int | None, origin: str = "") -> tuple[Partition, ...]:
-        """Over one engine, and over all numbers of them that divide what can be divided."""
+        """Return the partition over one engine, and over all numbers of them that divide what can be divided."""
         groups = _by_kind(self._found) if wish is None else [wish]
         if not groups:
             raise PlanError(
@@ -97,7 +97,7 @@ class _Planner:
         return [found for found in others if found is not None]
 
     def _passing(self, group: LayerGroup, number: int) -> LayerGroup | None:
-        """A group as it can be divided: with the model's own numbers of heads, or with an engine's share of them."""
+        """Return a group as it can be divided: with the model's own numbers of heads, or an engine's share of them."""
         plain = replace(group, counts={})
         if not self._fault(plain, number):
             return plain
@@ -122,7 +122,7 @@ class _Planner:
                 )
 
     def _why_not(self, group: LayerGroup, number: int) -> str:
-        """The figure, if one says it all."""
+        """Return the figure that does not divide, if one says it all."""
         return uneven(self._model, group, number) or self._fault(replace(group, counts={}), number)
 
     def _fault(self, group: LayerGroup, number: int) -> str:
@@ -152,7 +152,7 @@ class _Planner:
 
 
 def _computed(model: nn.Module, trial: ModelTrial) -> tuple[WholeResult, list[LayerGroup]]:
-    """The whole model, in doubles if it can be, and what the flow of its values says."""
+    """Compute the whole model, in doubles if it can be, and the flow of its values."""
     num_elements = sum(parameter.numel() for parameter in model.parameters())
     dtypes = (torch.float64, torch.float32) if num_elements <= MOST_DOUBLES else (torch.float32,)
     for dtype in dtypes:
@@ -177,7 +177,7 @@ def _computed(model: nn.Module, trial: ModelTrial) -> tuple[WholeResult, list[La
 
 
 def shares_of(group: LayerGroup, number: int) -> dict[str, int]:
-    """An engine's share of the numbers of heads."""
+    """Return an engine's share of the numbers of heads."""
     return {name: count // number for name, count in group.counts.items()}
 
 
@@ -197,7 +197,7 @@ def _merged(groups: Sequence[LayerGroup]) -> LayerGroup:
 
 
 def _by_kind(groups: Sequence[LayerGroup]) -> list[LayerGroup]:
-    """Layers that are alike are tried together."""
+    """Merge layers that are alike, which are tried together."""
     kinds: dict[tuple[Any, ...], list[LayerGroup]] = {}
     for group in groups:
         kinds.setdefault(group.kind, []).append(group)

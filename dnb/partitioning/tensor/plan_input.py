@@ -58,7 +58,7 @@ def _said_by(model: nn.Module) -> dict[str, Any]:
 
 
 def _with_ties(model: nn.Module, styles: dict[str, TensorStyle]) -> dict[str, TensorStyle]:
-    """An embedding whose weight is that of a head which is divided, is divided with it; other ties stay whole."""
+    """Divide an embedding with the head whose weight it has, if that is divided; other ties stay whole."""
     found = dict(styles)
     for holders in _holders(model).values():
         if len(holders) < 2 or not any(name in styles for name in holders):
@@ -76,7 +76,7 @@ def _with_ties(model: nn.Module, styles: dict[str, TensorStyle]) -> dict[str, Te
 
 
 def _holders(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
-    """The modules that have a weight, by its identity."""
+    """Return the modules that have a weight, by its identity."""
     holders: dict[int, dict[str, nn.Module]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module._parameters.values():
@@ -86,7 +86,7 @@ def _holders(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
 
 
 def read_tensor_plan(model: nn.Module, plan: Mapping[str, Any]) -> dict[str, TensorStyle]:
-    """A plan with its patterns resolved: "*" stands for one word between dots, or a part of one.
+    """Resolve the patterns of a plan: "*" stands for one word between dots, or a part of one.
 
     Raises:
         ArgumentError: a name matches nothing, or a style is none.
@@ -148,7 +148,7 @@ def _is_replicate(layouts: Sequence[Any]) -> bool:
 
 
 def _matches(pattern: Any, name: str) -> bool:
-    """As in torch's `parallelize_module`: word by word."""
+    """Match a pattern as torch's `parallelize_module` does: word by word."""
     patterns, words = str(pattern).split("."), name.split(".")
     return len(patterns) == len(words) and all(map(fnmatchcase, words, patterns))
 
@@ -165,7 +165,7 @@ def _refuse_undividable(name: str, module: nn.Module) -> None:
 
 
 def _refuse_torn_ties(model: nn.Module, styles: Mapping[str, TensorStyle]) -> None:
-    """A weight that several layers have must be cut by all of them, and along one dimension."""
+    """Refuse a weight of several layers that is not cut by all of them, and along one dimension."""
     cuts: dict[int, dict[str, int | None]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for key, parameter in module._parameters.items():

@@ -52,7 +52,7 @@ class WholeResult:
 
 
 def number_of(output: Any) -> torch.Tensor:
-    """One number that depends on every element of every floating-point tensor of an output."""
+    """Sum an output to one number that depends on every element of its floating-point tensors."""
     total = torch.zeros((), dtype=torch.float64)
     generator = torch.Generator().manual_seed(7)
     for leaf in pytree.tree_leaves(output):
@@ -63,7 +63,7 @@ def number_of(output: Any) -> torch.Tensor:
 
 
 def moved_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy in eval mode, all of whose parameters want gradients and are a little off."""
+    """Copy a model in eval mode, all of whose parameters want gradients and are a little off."""
     moved = copy.deepcopy(model).to(dtype).eval()
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def moved_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def whole_of(model: nn.Module, value: torch.Tensor, evaluate: Evaluate) -> WholeResult:
-    """A moved copy that was computed whole, with its gradients.
+    """Compute a moved copy whole, with its gradients.
 
     Args:
         model: the copy.
@@ -122,7 +122,7 @@ def _difference(whole: WholeResult, ranks: Sequence[_Rank]) -> str:
 
 
 def _gradients_of(name: str, ranks: Sequence[_Rank]) -> list[torch.Tensor | None]:
-    """As all ranks together have it, or as each has it whole."""
+    """Return a parameter's gradients as all ranks together have it, or as each has it whole."""
     parts = [rank.parameters[name].grad for rank in ranks]
     dim = ranks[0].dims.get(name)
     present = [part for part in parts if part is not None]

@@ -12,7 +12,7 @@ STYLES: tuple[TensorStyle, ...] = ("colwise", "colwise_rep", "rowwise", "rowwise
 
 
 def dividable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Layers that DTensor can divide."""
+    """Return the layers that DTensor can divide."""
     for name, layer in model.named_modules():
         if is_dividable(layer):
             yield name, layer
@@ -30,7 +30,7 @@ def is_dividable(layer: nn.Module) -> bool:
 
 
 def cut_dim(layer: nn.Module, key: str, style: TensorStyle) -> int | None:
-    """Along which a parameter of a layer is cut; None: it stays whole."""
+    """Return the dimension along which a parameter of a layer is cut; None: it stays whole."""
     by_columns = style.startswith("colwise")
     if isinstance(layer, nn.Embedding):
         return 1 if by_columns else 0

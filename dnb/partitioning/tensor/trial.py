@@ -30,7 +30,7 @@ class ModelTrial:
         self._batch = batch
 
     def convert(self, dtype: torch.dtype) -> None:
-        """From now on samples are of this precision."""
+        """Convert the samples to this precision, for all calls that follow."""
         self._batch = pytree.tree_map_only(
             torch.Tensor, lambda value: value.to(dtype) if value.is_floating_point() else value, self._given
         )

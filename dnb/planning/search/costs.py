@@ -53,7 +53,7 @@ class Workload:
         return self._backward[last] - self._backward[first]
 
     def state_bytes(self, first: int, last: int) -> float:
-        """Parameters and gradients, those included that an earlier stage has, too."""
+        """Return the bytes of parameters and gradients, those included that an earlier stage has, too."""
         again = sum(
             shared.parameter_bytes + shared.gradient_bytes
             for shared in self.profile.shared
@@ -62,7 +62,7 @@ class Workload:
         return self._state[last] - self._state[first] + again
 
     def memory_bytes(self, first: int, last: int, *, num_in_flight: int) -> float:
-        """State, and inputs and activations of the micro-batches that wait for their backward."""
+        """Return the bytes of state, and of inputs and activations of micro-batches that wait for their backward."""
         coming_back = self.cut_gradient_bytes[last] if last < self.num_layers else 0.0
         return self.state_bytes(first, last) + num_in_flight * self.activation_bytes(first, last) + coming_back
 
@@ -76,7 +76,7 @@ def _sums(values: Sequence[float]) -> list[float]:
 
 
 def num_in_flight(schedule: ScheduleName, *, num_behind: int, num_micro_batches: int) -> int:
-    """Micro-batches whose activations a stage holds at once.
+    """Count the micro-batches whose activations a stage holds at once.
 
     Args:
         schedule: of the pipeline.
@@ -97,7 +97,7 @@ def stage_cost(
     num_behind: int,
     num_micro_batches: int,
 ) -> StageCost:
-    """Layers first to last - 1 as one stage."""
+    """Return the cost of layers first to last - 1 as one stage."""
     there = back = 0.0
     if first > 0:
         there = exchange.latency_seconds + load.cut_bytes[first] / exchange.bytes_per_second

@@ -86,7 +86,7 @@ class CutSearch:
         self._paces = [(first, second) for _, first, second in timed]
 
     def bounds(self, most_stages: int) -> list[float]:
-        """For 1, 2, ... stages, seconds that no division can beat; infinite where nothing fits."""
+        """Return the seconds that no division into 1, 2, ... stages can beat; infinite where nothing fits."""
         paths = self._tables(self._paths, most_stages)
         least = np.array([_least(table) for table in paths[1:]])
         if self._further:
@@ -96,7 +96,7 @@ class CutSearch:
         return [float(seconds) for seconds in least]
 
     def divide(self, num_stages: int) -> StageCuts | None:
-        """The fastest division into exactly so many stages, or None if none fits."""
+        """Find the fastest division into exactly so many stages, or None if none fits."""
         best = self._walk(num_stages, (inf, inf))
         if best is None:
             return None
@@ -116,7 +116,7 @@ class CutSearch:
         return found.path + self._further * sum(found.paces)
 
     def _walk(self, num_stages: int, limits: tuple[float, float]) -> _BestPath | None:
-        """The best by path and one pace, the other no more than its limit."""
+        """Find the best division by path and one pace, the other no more than its limit."""
         phase = 1 if self._schedule == "gpipe" else 0
         best = self._shortest(num_stages, limits)
         if best is None or not self._further:
@@ -140,7 +140,7 @@ class CutSearch:
         return best
 
     def _smoothest(self, num_stages: int, limits: tuple[float, float], *, phase: int) -> _BestPath:
-        """The shortest way of those with the least pace."""
+        """Find the shortest path among the divisions with the least pace."""
         matrices = [np.where(self._allowed(kind, limits), pace[phase], inf) for kind, pace in enumerate(self._paces)]
         pace = _least(self._tables(matrices, num_stages, np.maximum)[num_stages])
         found = self._shortest(num_stages, (pace, limits[1]) if phase == 0 else (limits[0], pace))
@@ -148,7 +148,7 @@ class CutSearch:
         return found
 
     def _shortest(self, num_stages: int, limits: tuple[float, float]) -> _BestPath | None:
-        """The division with the shortest way whose paces are within limits."""
+        """Find the division with the shortest path whose paces are within limits."""
         matrices = [np.where(self._allowed(kind, limits), path, inf) for kind, path in enumerate(self._paths)]
         tables = self._tables(matrices, num_stages)
         used = min(tables[num_stages], key=lambda used: float(tables[num_stages][used][0]), default=None)
@@ -168,7 +168,7 @@ class CutSearch:
     def _step(
         self, matrices: Sequence[Matrix], tails: dict[Used, Matrix], used: Used, first: int, behind: int
     ) -> tuple[int, int]:
-        """By which kind and until which layer the shortest way goes on."""
+        """Return the kind and the last layer of the next stage on the shortest path."""
         options = []
         for kind, matrix in enumerate(matrices):
             before = _with(used, kind, -1)
@@ -181,7 +181,7 @@ class CutSearch:
     def _tables(
         self, matrices: Sequence[Matrix], most_stages: int, combine: np.ufunc = np.add
     ) -> list[dict[Used, Matrix]]:
-        """For 0, 1, ... stages and the kinds they take: the least from each layer to the end."""
+        """Return, for 0, 1, ... stages and the kinds they take, the least cost from each layer to the end."""
         end = np.full(self._load.num_layers + 1, inf)
         end[-1] = 0.0
         tables: list[dict[Used, Matrix]] = [{(0,) * len(self._limits): end}]
@@ -202,7 +202,7 @@ class CutSearch:
         return (one <= limits[0]) & (two <= limits[1])
 
     def _room(self, kind: int, behind: int) -> Matrix:
-        """Nothing where a stage fits, infinity where it does not."""
+        """Return a matrix that is 0 where a stage fits in memory, and infinite where it does not."""
         limit = self._memory[kind]
         held = num_in_flight(self._schedule, num_behind=behind, num_micro_batches=self._num_micro_batches)
         if (limit, held) not in self._rooms:
@@ -216,7 +216,7 @@ class CutSearch:
 
 
 def _kinds(places: Sequence[EnginePlace]) -> list[tuple[EnginePlace, list[int]]]:
-    """Equal places together; where there are too many kinds, the most alike become one, as slow and as small."""
+    """Group equal places; where there are too many kinds, the most alike become one, as slow and as small."""
     members: dict[EnginePlace, list[int]] = {}
     for index, place in enumerate(places):
         members.setdefault(place, []).append(index)
@@ -230,7 +230,7 @@ def _kinds(places: Sequence[EnginePlace]) -> list[tuple[EnginePlace, list[int]]]
 
 
 def _times(load: Workload, speed: float, exchange: Exchange, schedule: ScheduleName) -> tuple[Matrix, Matrix, Matrix]:
-    """Path and paces of every stage, by its first layer and the one behind its last; as `costs.stage_cost` has them."""
+    """Return path and paces of every stage, by its first layer and the one behind its last; as `costs.stage_cost`."""
     num_layers = load.num_layers
     edges = range(num_layers + 1)
     forward = _spans([load.forward_seconds(0, edge) for edge in edges]) / speed + exchange.action_seconds
@@ -248,7 +248,7 @@ def _times(load: Workload, speed: float, exchange: Exchange, schedule: ScheduleN
 
 
 def _memory_matrices(load: Workload) -> tuple[Matrix, Matrix, Matrix]:
-    """State, activations of one micro-batch, and gradients that come back, of every stage."""
+    """Return the bytes of state, of one micro-batch's activations, and of gradients sent back, of every stage."""
     num_layers = load.num_layers
     state = np.full((num_layers + 1, num_layers + 1), inf)
     activations = np.full_like(state, inf)
@@ -283,5 +283,5 @@ def _below(value: float) -> float:
 
 
 def edges_of(cuts: Sequence[int], num_layers: int) -> list[tuple[int, int]]:
-    """First layer, and the one behind the last, of each stage."""
+    """Return the first layer, and the one behind the last, of each stage."""
     return list(pairwise([0, *cuts, num_layers]))

@@ -92,7 +92,7 @@ def _way_out(profile: Profile, site: Site, question: Question, *, limit: int) ->
 
 
 def read_cuts(cuts: Any, profile: Profile) -> list[int]:
-    """Numbers of the layers that are named.
+    """Return the numbers of the layers that are named.
 
     Raises:
         PlanError: no such layer, not in the order of the layers, or the first one.

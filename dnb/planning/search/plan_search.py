@@ -50,7 +50,7 @@ class _Option:
 
 
 def candidates(profile: Profile, site: Site, question: Question) -> list[Candidate]:
-    """The best of the promising meshes, the fastest first, and those that fit before all others.
+    """Work out the best of the promising meshes, the fastest first, and those that fit before all others.
 
     Pipelines are worked out in the order of a bound that none can beat, until nothing better can come.
     """
@@ -79,7 +79,7 @@ def candidates(profile: Profile, site: Site, question: Question) -> list[Candida
 
 
 def _promise(option: _Option) -> tuple[float, int, int]:
-    """The best bound first; of those that do not fit, the one with the smallest micro-batches, which lacks least."""
+    """Return the sort key of an option: best bound first; of those that do not fit, the one that lacks least."""
     return option.bound, option.num_stages, -option.num_micro_batches if isinf(option.bound) else 0
 
 
@@ -100,7 +100,7 @@ def _numbers_of_teams(num_engines: int, question: Question) -> list[int]:
 
 
 def _options(profile: Profile, site: Site, question: Question, *, data: int) -> list[_Option]:
-    """Every number of stages and micro-batches, each with its bound."""
+    """Return every number of stages and micro-batches, each with its bound."""
     groups = place_groups(site, data=data)
     most = min(len(groups), len(profile.layers))
     wanted = range(2, most + 1) if question.num_stages is None else [question.num_stages]
@@ -128,7 +128,7 @@ def _options(profile: Profile, site: Site, question: Question, *, data: int) -> 
 
 
 def _work_out(option: _Option, site: Site, question: Question, *, worth_seconds: float) -> Candidate:
-    """Cuts and prediction; where nothing fits, what is best without limits, to say what is lacking."""
+    """Choose cuts and predict; where nothing fits, the best without limits, to say what is lacking."""
     division = option.divider.divide(option.num_stages)
     if division is None:
         roomy = [EnginePlace(place.speed, None) for place in places_of(site, option.groups)]
@@ -152,7 +152,7 @@ def _work_out(option: _Option, site: Site, question: Question, *, worth_seconds:
 def _starts(
     option: _Option, site: Site, question: Question, made: Candidate, division: StageCuts
 ) -> Iterator[tuple[Candidate, StageCuts]]:
-    """From where to move: the best by 1F1B's formula, and by GPipe's, to which a short 1F1B comes near."""
+    """Yield the divisions to improve: the best by 1F1B's formula, and by GPipe's, to which a short 1F1B comes near."""
     yield made, division
     if option.schedule == "1f1b" and 1 < option.num_micro_batches <= 2 * option.num_stages:
         phased = CutSearch(
@@ -191,7 +191,7 @@ def _neighbours(
     site: Site,
     groups: Sequence[tuple[int, ...]],
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """One cut elsewhere between its neighbours, or two unlike engines exchanged; of few stages, both at once."""
+    """Yield divisions with one cut moved, or two unlike engines exchanged; of few stages, both at once."""
     moved = list(_moved(cuts, num_layers))
     exchanged = list(_exchanged(places, places_of(site, groups)))
     yield from ((each, places) for each in moved)

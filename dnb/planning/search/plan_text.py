@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def describe(plan: Plan) -> str:
-    """All that a drawing of the plan shows, in words."""
+    """Describe in words all that a drawing of the plan shows."""
     lines = [headline(plan)]
     for rank, stage in enumerate(plan.stages):
         lines.append("  " + ", ".join(stage_facts(plan, rank, stage)))
@@ -36,7 +36,7 @@ def headline(plan: Plan) -> str:
 
 
 def stage_facts(plan: Plan, rank: int, stage: Stage) -> list[str]:
-    """One stage: where, which layers, milliseconds and bytes."""
+    """Describe one stage: its engines, layers, milliseconds and bytes."""
     plural = "s" if len(stage.engines) > 1 else ""
     limit = "" if stage.memory_limit is None else f" of {amount(stage.memory_limit)}"
     facts = [
@@ -51,7 +51,7 @@ def stage_facts(plan: Plan, rank: int, stage: Stage) -> list[str]:
 
 
 def layer_span(plan: Plan, stage: Stage) -> str:
-    """Its layers, from the first to the last."""
+    """Name the stage's layers, from the first to the last."""
     layers = plan.profile.layers
     first, last = layers[stage.first].name or plan.profile.model, layers[stage.last - 1].name
     count = stage.last - stage.first
@@ -59,13 +59,13 @@ def layer_span(plan: Plan, stage: Stage) -> str:
 
 
 def lost_line(alternative: Alternative) -> str:
-    """One alternative."""
+    """Describe one alternative in a line."""
     pieces = f", {alternative.num_micro_batches} micro-batches" if alternative.num_micro_batches > 1 else ""
     return f"{alternative.mesh}{pieces}: {milliseconds(alternative.step_seconds)}, {alternative.why}"
 
 
 def shortened(engines: Sequence[int]) -> str:
-    """Engine ids; only the first and the last of many."""
+    """List engine ids; only the first and the last of many."""
     if len(engines) <= 4:
         return ", ".join(map(str, engines))
     return f"{engines[0]}, {engines[1]}, ... {engines[-1]} ({len(engines)} engines)"

@@ -108,7 +108,7 @@ class Plan(Record, frozen=True):
         )
 
     def with_(self, **changes: Any) -> Self:
-        """The same with some things settled, all figures predicted anew.
+        """Return the same plan with some things settled, all figures predicted anew.
 
         Args:
             changes: `cuts` (names of the layers at which stages 1, 2, ... begin), `num_stages`, `num_micro_batches`,
@@ -172,7 +172,7 @@ class Plan(Record, frozen=True):
 
 
 def draw_up(profile: Profile, site: Site, question: Question, *, notes: Iterable[str] = ()) -> Plan:
-    """The fastest plan that fits, among all that were asked for.
+    """Find the fastest plan that fits, among all that were asked for.
 
     Raises:
         PlanError: it cannot be divided so, or does not fit however it is divided.
@@ -186,7 +186,7 @@ def draw_up(profile: Profile, site: Site, question: Question, *, notes: Iterable
 
 
 def predict(profile: Profile, site: Site, question: Question, *, cuts: Sequence[int] | None) -> Candidate:
-    """One settled mesh, with given cuts or the best."""
+    """Predict one settled mesh, with given cuts or the best."""
     assert question.data is not None
     if question.num_stages == 1:
         return data_parallel(profile, site, question, data=question.data)
@@ -259,7 +259,7 @@ def _lost(one: Candidate, best: Candidate) -> Alternative:
 
 
 def _why(one: Candidate, best: Candidate) -> str:
-    """One line: by how much it lost, and what it is that takes so long."""
+    """Explain in one line by how much a candidate lost, and what takes it so long."""
     if not one.fits:
         worst = max(one.stages, key=lambda stage: stage.memory_bytes - (stage.memory_limit or stage.memory_bytes))
         return (

@@ -112,7 +112,7 @@ class Candidate(Record, frozen=True):
 
 
 def numbers_of_micro_batches(samples: int, question: Question) -> list[int]:
-    """Those that divide the team's part of the batch, if there are any but 1."""
+    """Return the numbers that divide the team's part of the batch, if there are any but 1."""
     if question.num_micro_batches is not None:
         return [question.num_micro_batches]
     possible = [number for number in MICRO_BATCHES if number <= samples]
@@ -121,7 +121,7 @@ def numbers_of_micro_batches(samples: int, question: Question) -> list[int]:
 
 
 def ranked(site: Site) -> list[int]:
-    """Indices of the engines, the fastest and largest first."""
+    """Return the indices of the engines, the fastest and largest first."""
     engines = site.engines
     return sorted(range(len(engines)), key=lambda index: (-engines[index].speed, -(_memory(engines[index]))))
 
@@ -131,13 +131,13 @@ def _memory(engine: EngineTraits) -> float:
 
 
 def place_groups(site: Site, *, data: int) -> list[tuple[int, ...]]:
-    """Engines that have the same stage in different teams: neighbours in speed, so that no team waits for another."""
+    """Group engines that have the same stage in different teams: neighbours in speed, so that no team waits."""
     order = ranked(site)
     return [tuple(order[begin : begin + data]) for begin in range(0, len(order) - data + 1, data)]
 
 
 def places_of(site: Site, groups: Sequence[tuple[int, ...]]) -> list[EnginePlace]:
-    """Each group by its slowest and its smallest engine."""
+    """Describe each group by its slowest and its smallest engine."""
     return [
         EnginePlace(min(site.engines[index].speed for index in group), _least_memory(site, group)) for group in groups
     ]
@@ -147,7 +147,7 @@ def places_of(site: Site, groups: Sequence[tuple[int, ...]]) -> list[EnginePlace
 
 
 def data_parallel(profile: Profile, site: Site, question: Question, *, data: int) -> Candidate:
-    """Every engine has the whole model and a part of the batch as large as it is fast."""
+    """Predict data parallelism: each engine has the whole model, and a part of the batch by its speed."""
     chosen = ranked(site)[:data]
     slower = crowding(site, chosen)
     rates = {index: site.engines[index].speed / slower[index] for index in chosen}
@@ -192,7 +192,7 @@ def data_parallel(profile: Profile, site: Site, question: Question, *, data: int
 
 
 def _num_pieces(profile: Profile, samples: float, *, question: Question, limit: int | None) -> int:
-    """Micro-batches one after the other, as few as fit; what is asked for if it is, and 1 if none fit."""
+    """Return the fewest micro-batches, one after the other, that fit; what is asked for if it is, and 1 if none fit."""
     if question.num_micro_batches is not None:
         return question.num_micro_batches
     if limit is None:
@@ -225,7 +225,7 @@ def candidate(
     schedule: ScheduleName,
     num_micro_batches: int,
 ) -> Candidate:
-    """A division, with what it takes on these engines and their hosts' cores.
+    """Predict a division on these engines and their hosts' cores.
 
     Args:
         load: at the size of one micro-batch.
@@ -311,7 +311,7 @@ def _pipeline(
     schedule: ScheduleName,
     num_micro_batches: int,
 ) -> tuple[float, float]:
-    """Seconds of a step's forwards and backwards, and those in which the stages of one pipeline compute."""
+    """Return the seconds of a step's forwards and backwards, and the busy seconds of one pipeline's stages."""
     hosts = [[site.engines[index].host for index in team] for team in teams]
     slots = {}
     for host, cores in site.cores.items():

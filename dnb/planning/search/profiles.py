@@ -128,7 +128,7 @@ def mean_profile(profiles: Sequence[Profile]) -> Profile:
 
 
 def _first_sizes(profile: Profile, number: int) -> Profile:
-    """A profile of the smallest sizes only."""
+    """Return a profile of the smallest sizes only."""
     return msgspec.structs.replace(
         profile,
         sizes=profile.sizes[:number],
@@ -151,7 +151,7 @@ def _means(rows: Sequence[Sequence[float]]) -> tuple[float, ...]:
 
 
 def value_at(values: Sequence[float], sizes: Sequence[int], num_samples: float) -> float:
-    """A quantity at another size, on straight lines between those that were measured.
+    """Interpolate a quantity at another size, on straight lines between those that were measured.
 
     It never falls as samples are added, and never faster than in proportion as they are taken away: what looks like
     that is noise.

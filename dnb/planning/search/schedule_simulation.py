@@ -18,7 +18,7 @@ class SimulationResult:
     busy_seconds: float  # of all stages together
 
     def bubble(self, num_stages: int) -> float:
-        """Share of the stages' time in which they did nothing."""
+        """Return the share of the stages' time in which they did nothing."""
         return 1.0 - self.busy_seconds / (num_stages * self.seconds)
 
 
@@ -81,7 +81,7 @@ class _Game:
         self._end = 0.0
 
     def play(self) -> SimulationResult:
-        """To the end of the last backward."""
+        """Run to the end of the last backward."""
         for assignment in self._next:
             self._look(assignment)
         busy = 0.0
