@@ -53,13 +53,13 @@ def plan_layout(tensors: Iterable[tuple[str, torch.Tensor]], *, start_bytes: int
 
 
 def plan_gradients(tensors: Iterable[tuple[str, torch.Tensor]]) -> Layout:
-    """Like `plan_layout`, with small tensors before large ones, so that the small can be zeroed at once."""
+    """Plan like `plan_layout`, with small tensors before large ones, so that the small can be zeroed at once."""
     named = list(tensors)
     return plan_layout(sorted(named, key=lambda item: item[1].numel() >= LARGE_ELEMENTS))
 
 
 def slot_views(layout: Layout, memory: Buffer) -> dict[str, torch.Tensor]:
-    """Each tensor as a contiguous view of the buffer; nothing is copied."""
+    """Return each tensor as a contiguous view of the buffer; nothing is copied."""
     return {
         slot.name: _view(memory, slot.dtype, slot.offset_bytes, _num_elements(slot.shape)).view(slot.shape)
         for slot in layout.slots
@@ -67,17 +67,17 @@ def slot_views(layout: Layout, memory: Buffer) -> dict[str, torch.Tensor]:
 
 
 def region_views(layout: Layout, memory: Buffer) -> list[torch.Tensor]:
-    """Each region as one flat tensor, padding (zeros) included."""
+    """Return each region as one flat tensor, padding (zeros) included."""
     return [_view(memory, region.dtype, region.offset_bytes, region.num_elements) for region in layout.regions]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.float32` -> "float32"."""
+    """Return the name of a dtype: `torch.float32` -> "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """The reverse of `dtype_name`.
+    """Return the dtype of a name that `dtype_name` gave.
 
     Raises:
         ValueError: no such dtype.

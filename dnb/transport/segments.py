@@ -26,7 +26,7 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, err
 
 
 def segment_roots() -> list[Path]:
-    """Folders where pools may put segments, the best first."""
+    """Return the folders where pools may put segments, the best first."""
     named = os.environ.get(FOLDERS_VARIABLE)
     if named:
         return [Path(folder) for folder in named.split(os.pathsep)]
@@ -45,7 +45,7 @@ def draw_pool_folders() -> list[Path]:
 
 
 def named_folders(folders: Iterable[str], cluster_id: str) -> list[Path]:
-    """The folders that a record names; one of an older dnb names none, its pool's had the name of the cluster."""
+    """Return the folders that a record names; in an older dnb's, which names none, they bear the cluster's name."""
     return [Path(folder) for folder in folders] or pool_folders(cluster_id)
 
 
@@ -127,7 +127,7 @@ def open_segment(ref: SegmentRef, *, private: bool = False) -> Segment:
 
 
 def megabytes(num_bytes: int) -> str:
-    """For messages: 1 MB = 10^6 bytes."""
+    """Format bytes for messages: 1 MB = 10^6 bytes."""
     return f"{num_bytes / 1e6:,.1f} MB"
 
 

@@ -31,7 +31,7 @@ def positions(sizes: Sequence[int]) -> list[torch.Tensor]:
 
 
 def take(gradients: Iterable[torch.Tensor | None], chosen: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The chosen elements of all tensors in one row of float64; those of a gradient that is not there are 0."""
+    """Gather the chosen elements of all tensors in one row of float64; those of an absent gradient are 0."""
     parts = [
         torch.zeros(len(places), dtype=torch.float64)
         if gradient is None

@@ -10,7 +10,7 @@ from dnb.job import DataSource
 
 
 def fetch_batch(source: DataSource, indices: torch.Tensor) -> Any:
-    """The batch of these samples, as a `DataLoader` would make it.
+    """Fetch the batch of these samples, as a `DataLoader` would make it.
 
     Args:
         source: tensors are indexed at once; a data set is asked for each sample, or for all if it has

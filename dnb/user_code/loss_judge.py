@@ -149,24 +149,24 @@ class _Measure:
         self.ignored: set[int] = set()  # marks of targets that do not count, as the loss itself says
 
     def first(self, batch: Any) -> _Value | None:
-        """The loss of a batch; None if it cannot be computed."""
+        """Compute the loss of a batch for the first time; None if that cannot be done."""
         before = _states()
         value = self(batch)
         self.loss = self._last
         return value if value is None or _states() == before else self.without_chance(batch)
 
     def is_steady(self, batch: Any, value: _Value) -> bool:
-        """Whether the loss of a batch comes out the same again."""
+        """Return whether the loss of a batch comes out the same again."""
         return self._is_random or _is_same(value, self(batch))
 
     def without_chance(self, batch: Any) -> _Value | None:
-        """The loss of a batch, with the same random numbers from here on; None if it is another one every time."""
+        """Compute a batch's loss with the same random numbers from here on; None if it is another one every time."""
         self._is_random = True
         value = self(batch)
         return value if value is not None and _is_same(value, self(batch, seed=1)) else None
 
     def __call__(self, batch: Any, *, seed: int = 0) -> _Value | None:
-        """The loss of a batch; None if it cannot be computed."""
+        """Compute the loss of a batch; None if that cannot be done."""
         try:
             if self._is_random:
                 with _same_chance(seed), _WithoutChance():
@@ -229,7 +229,7 @@ def _look(
 
 
 def _together(kind: Kind, whole: _Value, parts: Sequence[_Value], sizes: Sequence[int]) -> float | None:
-    """The loss of parts, put together; None if they do not say what that takes."""
+    """Put the losses of parts together; None if they do not say what that takes."""
     values = [whole, *parts]
     if any(value.is_sum for value in values):
         weights = [part.weight or 0.0 for part in parts]
@@ -258,7 +258,7 @@ def _alone(value: _Value) -> float:
 
 
 def _cuts(num_samples: int) -> list[list[tuple[int, int]]]:
-    """Uneven partitions; no part has one sample if it can be helped, as none has on engines."""
+    """Return uneven partitions; no part has one sample if it can be helped, as none has on engines."""
     if num_samples < 2:
         return []
     starts = {2: [(1,)], 3: [(1,)], 4: [(2,)], 5: [(2,)]}.get(num_samples, [(2,), (3,), (2, num_samples // 2)])
@@ -300,7 +300,7 @@ def _tolerance(batch: Any) -> float:
 
 
 def other_outputs(pair: tuple[Any, Any], num_samples: int) -> Iterator[tuple[Any, Any]]:
-    """Outputs that are mixed among the samples, so that they stay what the loss takes, and outputs at random."""
+    """Yield outputs mixed among the samples, so that they stay what the loss takes, and outputs at random."""
     output, target = pair
     generator = torch.Generator().manual_seed(0)
 
@@ -325,7 +325,7 @@ def other_outputs(pair: tuple[Any, Any], num_samples: int) -> Iterator[tuple[Any
 
 
 def _without_some_targets(batch: Any, num_samples: int, marks_of_classes: Sequence[int]) -> Iterator[Any]:
-    """Batches in which targets do not count: all of one sample, and half of another, by each mark in each tensor."""
+    """Yield batches in which targets do not count: all of one sample, and half of another, by each mark."""
     leaves, spec = pytree.tree_flatten(batch)
     for index, leaf in enumerate(leaves):
         if not isinstance(leaf, torch.Tensor) or not _has_samples(leaf, num_samples) or leaf.is_complex():

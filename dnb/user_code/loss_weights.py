@@ -60,7 +60,7 @@ def nodes_of_targets(loss: torch.Tensor) -> list[Any]:
 
 
 def ignored_by(node: Any) -> int:
-    """The target that does not count, of a node of `nodes_of_targets`."""
+    """Return the target that does not count, of a node of `nodes_of_targets`."""
     index: int = node._saved_ignore_index  # a size_t, though it was given as -100
     return index - (1 << 64) if index >= 1 << 63 else index
 
@@ -72,7 +72,7 @@ def _is_number(node: Any) -> bool:
 
 
 def weight_of(loss: torch.Tensor) -> float | None:
-    """The weight of all targets that a loss is a mean over; None if it is no such mean, or of several weights."""
+    """Return the weight of all targets that a loss is a mean over; None if it is no such mean, or has several."""
     nodes = nodes_of_targets(loss)
     if not nodes:
         return None

@@ -70,7 +70,7 @@ def arguments_of(model: nn.Module | None, batch: Any, *, has_target: bool) -> Ar
 
 
 def no_target(batch: Any, *, name: str) -> str:
-    """The sentence on a batch in which a loss finds no target."""
+    """Compose the sentence on a batch in which a loss finds no target."""
     if named_parts(batch) is not None:
         return (
             f"{name} is a {type(batch).__name__} with names, so that the model gets it whole and returns its own loss: "
@@ -84,7 +84,7 @@ def no_target(batch: Any, *, name: str) -> str:
 
 
 def named_parts(batch: Any) -> Mapping[str, Any] | None:
-    """The parts of a mapping or a dataclass by name; None if it is neither."""
+    """Return the parts of a mapping or a dataclass by name; None if it is neither."""
     if isinstance(batch, torch.Tensor | tuple | list):
         return None
     if isinstance(batch, Mapping):
@@ -97,13 +97,13 @@ def named_parts(batch: Any) -> Mapping[str, Any] | None:
 
 
 def plain_batch(batch: Any) -> Any:
-    """A batch whose tensors can be found by whoever knows only tuples, lists and dictionaries."""
+    """Convert a batch so that code which knows only tuples, lists and dictionaries finds its tensors."""
     named = named_parts(batch)
     return batch if named is None else named
 
 
 def with_parts(batch: Any, parts: Mapping[str, Any]) -> Any:
-    """A mapping or dataclass like this one, with other parts."""
+    """Return a mapping or dataclass like this one, with other parts."""
     if type(batch) is dict:
         return dict(parts)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type | Mapping):

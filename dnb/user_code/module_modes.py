@@ -24,7 +24,7 @@ class Modes:
         self._is_training: bool | None = None
 
     def be_training(self, *, mode: bool) -> None:
-        """Switch when it changes, as a loop does around its evaluation; each switch walks the whole model."""
+        """Switch the mode when it changes, as a loop does around its evaluation; each switch walks the whole model."""
         if self._is_training is mode:
             return
         for root in self._roots:

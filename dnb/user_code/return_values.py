@@ -71,7 +71,7 @@ def read_step(
 
 
 def own_loss(output: Any) -> Any:
-    """The loss in the output of a model that computes it; symbols of a traced forward will do, too.
+    """Find the loss in the output of a model that computes it; symbols of a traced forward will do, too.
 
     Raises:
         ReturnError: none can be told.
@@ -119,7 +119,7 @@ class MetricReader:
         self._names: set[str] = set()
 
     def read(self, metrics: Mapping[Any, Any], num_samples: int) -> Metrics:
-        """Total and weight of each metric.
+        """Return total and weight of each metric.
 
         Args:
             metrics: means over samples, or `Sum`s, by name; integers, such as those of classes, become words.
@@ -156,7 +156,7 @@ class MetricReader:
 
 
 def fault_of_name(name: str) -> str:
-    """Why a metric cannot have this name; empty if it can."""
+    """Explain why a metric cannot have this name; empty if it can."""
     if name in RESERVED_NAMES or name.startswith(EVALUATION_PREFIX):
         return f"{name!r} cannot be the name of a metric: the history uses it; choose another"
     if not name.strip():
@@ -170,7 +170,7 @@ def fault_of_name(name: str) -> str:
 
 
 def weighed(value: Any, num_samples: int, *, name: str) -> tuple[float, float]:
-    """A metric's total and weight.
+    """Return a metric's total and weight.
 
     Raises:
         ReturnError: it is no number.
@@ -182,7 +182,7 @@ def weighed(value: Any, num_samples: int, *, name: str) -> tuple[float, float]:
 
 
 def number_of(value: Any, *, what: str, name: str | None = None) -> float:
-    """A number of Python, NumPy or torch, or what says itself which number it is.
+    """Return a number of Python, NumPy or torch, or of an object that converts itself to one.
 
     Args:
         value: a tensor or array must have one element.
@@ -215,7 +215,7 @@ def _weight_of(value: Sum, *, what: str) -> float:
 
 
 def _loss_in(result: Any, by: Returner) -> Any:
-    """The loss in what is more than a loss; what is nothing of the kind is given back as it is."""
+    """Find the loss in a returned value that holds more; any other value is given back as it is."""
     if isinstance(result, Mapping):
         if "loss" in result:
             return result["loss"]
@@ -295,7 +295,7 @@ def _described(value: Any) -> str:
 
 
 def _key(key: Any) -> str:
-    """A key of a dictionary, for a sentence."""
+    """Describe a key of a dictionary for a sentence."""
     return _shortened(key) if type(key) is str else _described(key)
 
 

@@ -25,7 +25,7 @@ class StatefulMetric:
     metric: Any
 
     def __call__(self, output: Any, target: Any) -> Any:
-        """The metric of these samples alone."""
+        """Compute the metric of these samples alone."""
         metric = copy.deepcopy(self.metric)
         if isinstance(metric, torch.nn.Module):
             _be_alone(metric)
@@ -47,7 +47,7 @@ def is_collection(metric: Any) -> bool:
 
 
 def spread(metrics: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
-    """Each metric with its name; those of a collection have that of the collection before theirs."""
+    """Return each metric with its name; those of a collection have that of the collection before theirs."""
     for name, metric in metrics.items():
         if is_collection(metric):
             yield from ((f"{name}_{own}", each) for own, each in metric.items())

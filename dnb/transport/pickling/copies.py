@@ -122,7 +122,7 @@ class _BoundedPacker(_CopyPacker):
 
 
 def _fingerprint(packer: _Packer, free: Collection[int]) -> bytes | None:
-    """A digest of a pickle, and of the tensors and arrays beside it, except for those at some addresses."""
+    """Digest a pickle, and the tensors and arrays beside it, except for those at some addresses."""
     digest = hashlib.blake2b(packer.file.getvalue(), digest_size=16)
     left = MOST_HASHED_BYTES
     for buffer in packer.buffers:

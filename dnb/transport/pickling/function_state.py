@@ -43,7 +43,7 @@ class KeptState:
         return bool(self._functions)
 
     def read(self) -> dict[str, Any]:
-        """Containers and tensors, and numbers and words that have changed since the beginning."""
+        """Return containers and tensors, and numbers and words that have changed since the beginning."""
         found: dict[str, Any] = {}
         for place, value, _ in self._places():
             if isinstance(value, _PLAIN):
@@ -116,11 +116,11 @@ _NOWHERE = _Nowhere()
 
 
 def _cannot_put(_: Any) -> None:
-    """A function itself is not replaced."""
+    """Do nothing: a function itself is not replaced."""
 
 
 def _cannot_put_at(_: Any, __: Any) -> None:
-    """Nor is an element of a tuple."""
+    """Do nothing: an element of a tuple is not replaced."""
 
 
 def _all_within(objects: Iterable[Any]) -> Iterator[Any]:
@@ -200,7 +200,7 @@ def _give_dict(value: dict[Any, Any], given: dict[Any, Any]) -> None:
 
 
 def _merged(old: Any, new: Any) -> Any:
-    """The old object with what the new one holds, as others may refer to it."""
+    """Return the old object with the new one's content where it can take it, as others may refer to it."""
     if isinstance(old, torch.Tensor) and isinstance(new, torch.Tensor) and _is_alike(old, new):
         old.detach().copy_(new)
         return old

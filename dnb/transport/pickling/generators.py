@@ -48,7 +48,7 @@ class OwnGenerators:
         return iter([generator for generator, _ in self._generators])
 
     def states(self) -> list[bytes]:
-        """Digests of where they are now: a generator that has drawn has another one."""
+        """Return digests of the generators' states: one that has drawn has another one."""
         return [_digest(generator) for generator in self]
 
     def seed(self, seed: int) -> None:

@@ -27,7 +27,7 @@ class GradientHooks(NamedTuple):
 
 
 def gradient_hooks(tensor: Any) -> GradientHooks:
-    """The hooks that autograd would call for a leaf tensor."""
+    """Return the hooks that autograd would call for a leaf tensor."""
     return GradientHooks(_values(tensor._backward_hooks), _values(tensor._post_accumulate_grad_hooks))
 
 
@@ -56,7 +56,7 @@ def drop_gradient_hooks(model: torch.nn.Module) -> None:
 
 
 def step_hooks(optimizer: Any) -> tuple[Hook, ...]:
-    """The hooks before and after an optimizer's step."""
+    """Return the hooks before and after an optimizer's step."""
     return _values(optimizer._optimizer_step_pre_hooks) + _values(optimizer._optimizer_step_post_hooks)
 
 
@@ -82,7 +82,7 @@ def reduce_optimizer(optimizer: Any, reduced: tuple[Any, ...]) -> tuple[Any, ...
 
 
 def set_optimizer(optimizer: Any, state: tuple[dict[str, Any], Sequence[Hook], Sequence[Hook]]) -> None:
-    """The reverse of `reduce_optimizer`."""
+    """Fill an unpickled optimizer with the state and hooks that `reduce_optimizer` took."""
     own, before, after = state
     optimizer.__setstate__(own)
     for hook in before:

@@ -44,7 +44,7 @@ class LooseStates:
         self.transient = (self.transient - later.buffers.keys()) | later.transient
 
     def pack(self) -> bytes:
-        """In one piece.
+        """Encode all states in one piece.
 
         Raises:
             TypeError: an extra state holds what cannot be kept without pickle.
@@ -53,7 +53,7 @@ class LooseStates:
 
     @classmethod
     def unpack(cls, packed: bytes | memoryview) -> LooseStates:
-        """The reverse of `pack`.
+        """Decode what `pack` has encoded.
 
         Raises:
             ValueError: it is none.
@@ -71,7 +71,7 @@ class LooseStates:
 
 
 def extra_owners(model: nn.Module) -> dict[str, nn.Module]:
-    """Modules that have an extra state, by its name in a state_dict."""
+    """Return the modules that have an extra state, by its name in a state_dict."""
     found: dict[str, nn.Module] = {}
     for path, module in model.named_modules():
         kind = type(module)

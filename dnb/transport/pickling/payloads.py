@@ -183,7 +183,7 @@ def _pack(obj: Any, *, name: str, folders: Sequence[Path], report: Report) -> tu
 
 
 def _packed(obj: Any, *, begin: Callable[..., _Packer] | None = None) -> _Packer:
-    """A pickler that has taken an object; globals of the user's modules that pickle refuses are looked up there."""
+    """Return a pickler that has taken an object; it holds the globals of user's modules that pickle refuses."""
     referenced: dict[tuple[str, str], Any] = {}
     while True:
         packer = (begin or _Packer)(io.BytesIO(), referenced=referenced)
@@ -200,7 +200,7 @@ def _packed(obj: Any, *, begin: Callable[..., _Packer] | None = None) -> _Packer
 
 
 def copy_of(obj: Any) -> Any:
-    """A copy of an object as an engine would get it, but that its tensors and arrays show the same memory.
+    """Copy an object as an engine would get it, but that its tensors and arrays show the same memory.
 
     Raises:
         ShippingError: something in it cannot be pickled.
@@ -247,7 +247,7 @@ def _unpack(data: bytes, payload: PayloadRef, *, memory: memoryview | None, adop
 
 
 def sign(key: bytes, frames: Sequence[bytes]) -> bytes:
-    """HMAC-SHA256 over the frames with the cluster's key, as ipyparallel signs its own messages."""
+    """Return the HMAC-SHA256 of the frames with the cluster's key, as ipyparallel signs its own messages."""
     signature: bytes = Session(key=key, signature_scheme="hmac-sha256").sign(list(frames))
     return signature
 

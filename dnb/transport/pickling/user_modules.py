@@ -65,12 +65,12 @@ def own_place(module: types.ModuleType | None) -> UserModule | None:
 
 
 def own_names() -> list[str]:
-    """The names of all modules of the user's own that are imported; there are thousands of others."""
+    """Return the names of all modules of the user's own that are imported; there are thousands of others."""
     return [name for name, module in _modules_now() if _is_own(name, module)]
 
 
 def _modules_now() -> list[tuple[str, Any]]:
-    """All modules by name, as they are at one moment: other threads import meanwhile."""
+    """Copy the table of all modules, as other threads import meanwhile."""
     while True:
         try:
             return list(sys.modules.items())
@@ -244,7 +244,7 @@ class CodePickler(cloudpickle.Pickler):  # type: ignore[misc]
         return self._places[name]
 
     def _not_sent(self) -> dict[str, dict[str, Any]]:
-        """By module, what functions look up in it and has not gone yet."""
+        """Return, by module, what functions look up in it and has not gone yet."""
         found: dict[str, dict[str, Any]] = {}
         for module_name, module in list(self._modules.items()):
             sent = self._sent.setdefault(module_name, set())
@@ -278,7 +278,7 @@ def _registered(names: list[str]) -> Iterator[None]:
 
 
 def unpicklable_globals(pickler: CodePickler) -> dict[tuple[str, str], Any]:
-    """Those of the globals on which a pickler has come that cannot be pickled, each by itself."""
+    """Return those of the globals on which a pickler has come that cannot be pickled, each by itself."""
     found = {}
     for key, value in pickler.own_globals.items():
         others = {other: None for other in pickler.own_globals if other != key}
@@ -366,7 +366,7 @@ def _attribute_of(name: str, file: str, digest: str, attribute: str) -> Any:
 
 
 def _module_of(name: str, file: str, digest: str) -> types.ModuleType:
-    """The module of this process, imported anew if its source is not that of the notebook's."""
+    """Return the module of this process, imported anew if its source is not that of the notebook's."""
     module = sys.modules.get(name)
     if module is not None and (not _adopting.get() or _adopted.get(name) == digest):
         return module

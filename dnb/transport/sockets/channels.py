@@ -32,7 +32,7 @@ CLIENT_ROLE = "client"
 
 
 def local(role: str) -> str:
-    """The name under which the socket for this host's peers of a role is kept, beside the role's port."""
+    """Return the name under which the socket for this host's peers of a role is kept, beside the role's port."""
     return f"{role} local"
 
 
@@ -63,7 +63,7 @@ ANSWERS = (
 
 
 def encode(record: Message, frames: Sequence[Any] = ()) -> list[Any]:
-    """The parts of one message."""
+    """Encode the parts of one message."""
     return [encode_record(record), *frames]
 
 
@@ -114,7 +114,7 @@ def start_authenticator(context: zmq.Context[Any], keys: RoleKeys) -> ThreadAuth
 def bind_router(
     context: zmq.Context[Any], keys: RoleKeys, *, role: str, listener: socket.socket, local: socket.socket | None = None
 ) -> zmq.Socket[bytes]:
-    """A ROUTER that only peers of `role` may enter; where they call stays open when the ROUTER is gone.
+    """Bind a ROUTER that only peers of `role` may enter; its listener stays open when the ROUTER is gone.
 
     Args:
         context: of the process.
@@ -139,7 +139,7 @@ def bind_router(
 
 
 def connect_dealer(context: zmq.Context[Any], address: Address, *, identity: bytes | None = None) -> zmq.Socket[bytes]:
-    """A DEALER towards the hub; its sends raise zmq.Again when ZeroMQ has given the connection up for good.
+    """Connect a DEALER to the hub; its sends raise zmq.Again when ZeroMQ has given the connection up for good.
 
     So it does after a handshake that failed: the keys are wrong, or whoever listens there is no hub.
     """
@@ -271,7 +271,7 @@ class HubClient:
             ) from error
 
     def _why(self) -> str:
-        """Why the hub was started again, for an error; empty if it does not say."""
+        """Ask why the hub was started again, for an error; empty if it does not say."""
         self._count += 1
         number, request = str(self._count).encode(), GetMembers()
         parts = [number, *encode(request)]

@@ -31,7 +31,7 @@ def is_foreign(sock: socket.socket) -> bool:
 
 
 def user_of_peer(sock: socket.socket) -> int | None:
-    """The user whose process is at the other end; None if the system does not say, as for another host's.
+    """Return the user whose process is at the other end; None if the system does not say, as for another host's.
 
     Args:
         sock: connected, of a Unix socket or TCP.
@@ -50,7 +50,7 @@ def user_of_peer(sock: socket.socket) -> int | None:
 
 
 def _ask(family: int, source: tuple[str, int], destination: tuple[str, int]) -> int | None:
-    """The user who holds the end of a TCP connection that has this source."""
+    """Ask the system for the user who holds the end of a TCP connection that has this source."""
     addresses = b"".join(socket.inet_pton(family, host).ljust(16, b"\0") for host, _ in (source, destination))
     request = (
         _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, _ANY_STATE)

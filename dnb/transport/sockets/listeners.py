@@ -42,7 +42,7 @@ _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
 
 
 def listen(host: str) -> socket.socket:
-    """A free port of this host; `open_door` takes it, in this process or in one that inherits it."""
+    """Open a free port of this host for `open_door`, in this process or in one that inherits it."""
     host = "0.0.0.0" if host == "*" else host  # as ipyparallel was told
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listener.bind((host, 0))
@@ -52,7 +52,7 @@ def listen(host: str) -> socket.socket:
 
 
 def listen_locally() -> socket.socket:
-    """A local socket of a name that nobody can guess, and that leaves no file behind."""
+    """Open a local socket of a name that nobody can guess, and that leaves no file behind."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(f"\0hub-{secrets.token_hex(16)}")
     listener.listen(LOCAL_QUEUE_LENGTH)
@@ -114,19 +114,19 @@ class Turnstile:
         return bool(self._callers)
 
     def call(self, file: int) -> None:
-        """Somebody calls."""
+        """Count a caller."""
         self._callers.pop(file, None)
         self._callers[file] = self._clock()
         self.look()
 
     def come_in(self) -> None:
-        """Somebody has proved to have a key; ZeroMQ does not say who, and one is like the other."""
+        """Count one caller less, who has proved to have a key; ZeroMQ does not say who, and one is like the other."""
         if self._callers:
             del self._callers[next(iter(self._callers))]
         self.look()
 
     def leave(self, file: int) -> None:
-        """A connection has ended."""
+        """Forget a caller whose connection has ended."""
         self._callers.pop(file, None)
         self.look()
 
@@ -210,7 +210,7 @@ def _take(events: zmq.Socket[Any], turnstile: Turnstile) -> bool:
 
 
 def _blocker(listener: socket.socket) -> Callable[[bool], None]:
-    """Drops what calls at a port, where the system can."""
+    """Return a function that drops new calls at a port, where the system can."""
 
     def block(wanted: bool) -> None:
         if sys.platform != "linux":

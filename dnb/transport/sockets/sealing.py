@@ -33,7 +33,7 @@ class Seal:
         self._open = self._fresh
 
     def begin(self, header: bytes | bytearray) -> bytes:
-        """The seal of the next frame's header."""
+        """Return the seal of the next frame's header."""
         self._open = self._fresh.copy()
         self._open.update(_NUMBER.pack(self._number))
         self._number += 1
@@ -41,16 +41,16 @@ class Seal:
         return self._open.digest()[:SEAL_BYTES]
 
     def add(self, piece: bytes | bytearray | memoryview) -> None:
-        """More of the frame's body."""
+        """Add a piece of the frame's body."""
         self._open.update(piece)
 
     def end(self) -> bytes:
-        """The seal of header and body."""
+        """Return the seal of header and body."""
         self._open.update(b"end")  # so that a body of no bytes has another seal than its header
         return self._open.digest()[:SEAL_BYTES]
 
     def seal(self, header: bytes, body: bytes | memoryview) -> memoryview:
-        """A whole frame with its seals; the body is copied once, and what is sealed is the copy."""
+        """Seal a whole frame; the body is copied once, and the copy is sealed."""
         frame = bytearray(len(header) + len(body) + 2 * SEAL_BYTES)
         first = len(header) + SEAL_BYTES
         frame[: len(header)] = header
@@ -67,7 +67,7 @@ def is_seal(expected: bytes, found: bytes | bytearray | memoryview) -> bool:
 
 
 def derive_keys(token: str, *, hub_nonce: str, engine_nonce: str) -> tuple[bytes, bytes]:
-    """The keys of a connection: to the hub, and to the engine (keyed BLAKE2b, RFC 7693).
+    """Derive the keys of a connection: to the hub, and to the engine (keyed BLAKE2b, RFC 7693).
 
     Args:
         token: of the offer, which only these two know.

@@ -119,7 +119,7 @@ class Wire:
             self.trust()
 
     def trust(self, *, max_record_bytes: int = MAX_WORK_BYTES) -> None:
-        """The other side is known: from now on it may send what belongs to a run, and as fast as it can."""
+        """Accept messages of a run, as fast as they come, from the other side, which is known now."""
         with contextlib.suppress(OSError):  # a Unix socket has no Nagle
             self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
@@ -129,7 +129,7 @@ class Wire:
         self._turn_bytes = TURN_BYTES
 
     def fileno(self) -> int:
-        """For polling."""
+        """Return the socket's descriptor, for polling."""
         return self._sock.fileno()
 
     @property
@@ -138,7 +138,7 @@ class Wire:
         return bool(self._queue) and not self.is_closed
 
     def seal(self, *, outgoing: bytes, incoming: bytes) -> None:
-        """From now on every frame is sealed with a key, in each direction with another."""
+        """Seal every frame from now on, with one key for each direction."""
         self._sealing, self._checking = Seal(outgoing), Seal(incoming)
         self._seal_bytes = SEAL_BYTES
 
@@ -304,7 +304,7 @@ class Wire:
         self._make_room(_HEADER.size + 2 * seal)
 
     def _check_header(self) -> None:
-        """Nothing that a header announces is received before it is known to be of the other side."""
+        """Check a header before anything that it announces is received."""
         if self._checking is None or self._is_header_checked:
             return
         end = self._start + _HEADER.size
@@ -356,7 +356,7 @@ class Wire:
 
 
 def frame_of(record: Message, raw: bytes | memoryview = b"") -> bytes:
-    """A record with raw bytes behind it, as it travels."""
+    """Encode a record with raw bytes behind it as one frame."""
     packed = encode_record(record)
     return b"".join((_HEADER.pack(_RECORD, 0, len(packed) + len(raw), len(packed)), packed, raw))
 
@@ -420,7 +420,7 @@ class WireListener:
             sock.setblocking(False)
 
     def accept(self, listening: socket.socket) -> tuple[Wire, str]:
-        """A new wire that may send one greeting, and the nonce it was challenged with.
+        """Accept a new wire that may send one greeting, and return it with the nonce of its challenge.
 
         Raises:
             BlockingIOError: nobody calls.
@@ -470,7 +470,7 @@ def connect_wire(offer: WireOffer, *, engine: int, timeout_seconds: float) -> Wi
 
 
 def _call(url: str, *, deadline: float, timeout_seconds: float) -> tuple[Wire, str]:
-    """A wire to the hub, and what it was challenged with; where many call, more than one call may be needed."""
+    """Connect to the hub, and return the wire and its challenge; where many call, that may take several tries."""
     while True:
         try:
             return _call_once(url, timeout_seconds=timeout_seconds)
@@ -503,7 +503,7 @@ def _call_once(url: str, *, timeout_seconds: float) -> tuple[Wire, str]:
 
 
 def prove(token: str, nonce: str) -> str:
-    """The answer to a challenge (HMAC-SHA256, RFC 2104)."""
+    """Return the answer to a challenge (HMAC-SHA256, RFC 2104)."""
     return hmac.digest(token.encode(), nonce.encode(), "sha256").hex()
 
 

@@ -22,7 +22,7 @@ _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 @contextlib.contextmanager
 def open_folder(path: Path, *, make: bool = False, of_anybody: bool = False) -> Iterator[int]:
-    """A descriptor of a folder in which no other user can replace anything, for `dir_fd`.
+    """Open a folder in which no other user can replace anything, for `dir_fd`; its descriptor.
 
     Args:
         path: of the folder; a link is not followed.
@@ -56,7 +56,7 @@ def open_folder(path: Path, *, make: bool = False, of_anybody: bool = False) -> 
 
 
 def create_file(name: str, *, folder: int) -> int:
-    """A descriptor of a new file, open for reading and writing.
+    """Create a file, open for reading and writing; its descriptor.
 
     Args:
         name: in the folder.
@@ -72,7 +72,7 @@ def create_file(name: str, *, folder: int) -> int:
 
 
 def open_file(path: Path, *, writable: bool = False, in_any_folder: bool = False) -> int:
-    """A descriptor of a file that this user has made, in a folder of this user.
+    """Open a file that this user has made, in a folder of this user; its descriptor.
 
     Args:
         path: of the file; a link is not followed.
@@ -105,7 +105,7 @@ def open_file(path: Path, *, writable: bool = False, in_any_folder: bool = False
 
 
 def read_file(path: Path, *, in_any_folder: bool = False) -> bytes:
-    """All bytes of a file of this user, see `open_file`."""
+    """Read all bytes of a file of this user, see `open_file`."""
     with os.fdopen(open_file(path, in_any_folder=in_any_folder), "rb") as file:
         return file.read()
 

@@ -63,7 +63,7 @@ def notebook_settings() -> Settings:
 
 
 def imported_packages() -> dict[str, Package]:
-    """Every package that is imported here and says its version."""
+    """List every package that is imported here and says its version."""
     found = {}
     for name, module in list(sys.modules.items()):
         if "." in name or name in ("__main__", "dnb") or not isinstance(module, types.ModuleType):
@@ -100,7 +100,7 @@ def _is_same_file(one: str, other: str) -> bool:
 
 
 def without_variables(settings: Settings | None) -> Settings | None:
-    """The same for a file: what is in a notebook's environment may be a secret."""
+    """Leave the environment out of settings for a file, as it may hold secrets."""
     return None if settings is None else msgspec.structs.replace(settings, variables={}, packages={})
 
 
@@ -111,7 +111,7 @@ def _own_folder() -> str:
 
 
 def _changed_variables() -> dict[str, str | None]:
-    """By name, also of those that have been changed at an earlier run; None: there is none now."""
+    """Return variables changed since the start, also those of an earlier run; None: there is none now."""
     before = _environment_at_start()
     now = {name: value for name, value in os.environ.items() if is_text(name) and is_text(value)}
     names = {name for name in now.keys() | before.keys() if now.get(name) != before.get(name) and is_text(name)}

@@ -35,7 +35,7 @@ PF_EXITING = 0x4
 
 
 def this_process() -> Process:
-    """The process that calls."""
+    """Identify the calling process."""
     return _describe(psutil.Process())
 
 
@@ -62,7 +62,7 @@ def boot_id() -> str:
 
 @cache
 def pid_namespace() -> str:
-    """A name of the table in which this process's pid counts, on Linux; else ""."""
+    """Return a name of the table in which this process's pid counts, on Linux; else ""."""
     try:
         return str(os.stat("/proc/self/ns/pid").st_ino)
     except OSError:
@@ -70,7 +70,7 @@ def pid_namespace() -> str:
 
 
 def find_process(pid: int) -> Process | None:
-    """The process of this host that has the pid now; None if there is none."""
+    """Find the process of this host that has the pid now; None if there is none."""
     try:
         return _describe(psutil.Process(pid))
     except psutil.NoSuchProcess:
@@ -184,7 +184,7 @@ def _waits_for_disk(own: psutil.Process) -> bool:
 
 
 def children_of(parents: Iterable[Process]) -> tuple[Process, ...]:
-    """The children of processes of this host."""
+    """Return the children of processes of this host."""
     children: list[Process] = []
     for parent in parents:
         own = _find(parent)
@@ -234,7 +234,7 @@ def end_processes(
 
 
 def _wait_until_gone(processes: Iterable[Process], *, limit_seconds: float) -> list[Process]:
-    """Those that still live at the limit. A zombie counts as gone: only its parent can do more."""
+    """Return those that still run at the limit. A zombie counts as gone: only its parent can do more."""
     deadline = time.monotonic() + limit_seconds
     while (left := [process for process in processes if _find(process) is not None]) and time.monotonic() < deadline:
         time.sleep(LOOK_SECONDS)
