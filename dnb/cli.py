@@ -78,7 +78,7 @@ def _printed(notebook: Any) -> str:
 
 
 def quickstart_path() -> Path:
-    """The quickstart notebook: beside the package in a checkout, inside it when installed."""
+    """Return the path of the quickstart notebook: beside the package in a checkout, inside it when installed."""
     beside = PACKAGE.parent / "notebooks" / "quickstart.ipynb"
     return beside if beside.exists() else PACKAGE / "quickstart.ipynb"
 

@@ -66,7 +66,7 @@ class RunError(DnbError):
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
-    """The end of an error message: the closest of `choices`, and all of them."""
+    """Compose the end of an error message: the closest of `choices`, and all of them."""
     names = sorted(choices)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
@@ -84,13 +84,13 @@ _MARK_LENGTH = 50  # of what stands where something was cut out
 
 
 def kind_of(error: BaseException) -> str:
-    """The name of an exception's class, also of one whose metaclass would say something else."""
+    """Return the name of an exception's class, also of one whose metaclass would say something else."""
     name: str = type.__dict__["__name__"].__get__(type(error))
     return name
 
 
 def text_of(error: BaseException) -> str:
-    """The text of an exception, as long as it is; never raises, as a user's `__str__` may do anything."""
+    """Return the text of an exception, as long as it is; never raises, as a user's `__str__` may do anything."""
     try:
         text = str(error)
     except BaseException as second:  # noqa: BLE001 - see above
@@ -99,7 +99,7 @@ def text_of(error: BaseException) -> str:
 
 
 def summary_of(error: BaseException, *, length: int = SUMMARY_LENGTH) -> str:
-    """Class and text of an exception, for a sentence; never raises."""
+    """Return class and text of an exception, for a sentence; never raises."""
     text = text_of(error).strip()
     return clean_text(f"{kind_of(error)}: {text}" if text else kind_of(error), length=length)
 

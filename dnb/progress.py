@@ -36,7 +36,7 @@ def watching(watch: Watch) -> Iterator[None]:
 
 @contextmanager
 def long_work(what: str) -> Iterator[Report]:
-    """A block that may take seconds; it reports figures that are really known, and no guesses.
+    """Announce a block that may take seconds; it reports figures that are really known, and no guesses.
 
     Args:
         what: is done, as "starting 4 engines".
@@ -51,4 +51,4 @@ def long_work(what: str) -> Iterator[Report]:
 
 
 def _say_nothing(_figure: str | Callable[[], str]) -> None:
-    """Nobody listens."""
+    """Do nothing, as nobody listens."""

@@ -44,7 +44,7 @@ class user_code:  # noqa: N801 - a context manager; a class, as a generator take
         self._place = place
 
     def __enter__(self) -> None:
-        """Nothing to prepare."""
+        """Do nothing: there is nothing to prepare."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

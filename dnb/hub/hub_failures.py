@@ -87,17 +87,17 @@ class Recorder:
     # in the hub
 
     def begin(self) -> None:
-        """This process is the hub: its native crashes are written down, too."""
+        """Make this process, the hub, write its native crashes down, too."""
         self._stream = os.fdopen(os.dup(self.descriptor), "wb", buffering=0)
         faulthandler.enable(self._stream, all_threads=True)
 
     def count_commit(self, step: int) -> None:
-        """Something was committed: a step, or an evaluation after it."""
+        """Count a commit: of a step, or of an evaluation after it."""
         self._words[_COMMITS] += 1
         self._words[_STEP] = step
 
     def hold(self, run: str, *, step: int) -> None:
-        """The hub holds a run, which has come so far."""
+        """Record the run that the hub holds, and its step."""
         self._words[_STEP] = step
         packed = run.encode()[:_RUN_BYTES]
         self._memory[_RUN_OFFSET : _RUN_OFFSET + _RUN_BYTES] = packed.ljust(_RUN_BYTES, b"\0")
@@ -107,15 +107,15 @@ class Recorder:
         self._words[_AT_WORK] = value
 
     def report_healthy(self) -> None:
-        """The hub has done something, so that its death is not one of those that lead nowhere."""
+        """Record that the hub has been of use, so that its death is not one of those that lead nowhere."""
         self._words[_USEFUL] = 1
 
     def end_as_meant(self) -> None:
-        """The pool ends because somebody wants it to."""
+        """Record that the pool ends because somebody wants it to."""
         self._words[_ENDED] = 1
 
     def leave(self, error: BaseException) -> None:
-        """The hub ends by this exception."""
+        """Record the exception by which the hub ends."""
         place, error = (error.place, error.error) if isinstance(error, UserCodeError) else ("", error)
         failure = describe_error(error, place=", ".join(filter(None, (place, place_of(error)))))
         failure = msgspec.structs.replace(failure, whole="")  # it stays in memory as long as the pool lives
@@ -125,7 +125,7 @@ class Recorder:
     # in the supervisor
 
     def reset(self) -> None:
-        """Another hub is started."""
+        """Clear the record for another hub."""
         self._memory[:] = bytes(_HEADER_BYTES)
         os.ftruncate(self.descriptor, _HEADER_BYTES)
         os.lseek(self.descriptor, _HEADER_BYTES, os.SEEK_SET)
@@ -217,7 +217,7 @@ def _count_back(crashes: Sequence[Crash], holds: Callable[[Crash], bool]) -> int
 
 
 def _explain(code: int, text: bytes) -> tuple[str, str, str]:
-    """Cause, reason, and traceback of an end."""
+    """Return cause, reason, and traceback of an end."""
     if code < 0:
         try:
             name = signal.Signals(-code).name

@@ -183,7 +183,7 @@ def check_parts(report: WorkReport, *, num_slabs: int, num_samples: int, is_divi
 
 
 def shortened(failure: Failure) -> Failure:
-    """The same, of a length that people read; the whole, if it was cut, of one that a file can have."""
+    """Shorten a failure for people to read, and its whole text, if it was cut, to what a file can hold."""
     return Failure(
         kind=clean_text(failure.kind, length=NAME_LENGTH),
         message=clean_text(failure.message, length=MESSAGE_LENGTH),
@@ -197,7 +197,7 @@ def shortened(failure: Failure) -> Failure:
 
 
 def _checked_report(report: WorkReport, rules: Rules) -> WorkReport:
-    """Shards and step are held against the lease, if there is one; without one nothing of a report is looked at."""
+    """Check a report's shards and step against the lease; without one nothing of a report is looked at."""
     unused = report.unused
     if unused and not 0 <= min(unused) <= max(unused) < rules.num_gradients:
         raise PeerError(f"of the model's {rules.num_gradients} gradients, {unused[:3]} are said to be unused")
@@ -217,7 +217,7 @@ def _checked_report(report: WorkReport, rules: Rules) -> WorkReport:
 
 
 def _check_sums(part: Sums) -> None:
-    """Totals may be NaN, if the model's are; weights are counted by the engine itself."""
+    """Check sums: totals may be NaN, if the model's are; weights are counted by the engine itself."""
     if not 0 <= part.loss_weight < math.inf:
         raise PeerError("a weight is no number of at least 0")
     if not 0 < part.unit < math.inf:

@@ -70,7 +70,7 @@ def run_engine(
 
 
 def _leave_parent(output: int, *, supervisor: int) -> None:
-    """A session, descriptors, signal handlers and log of its own; the parent's death is its own."""
+    """Give the fork a session, descriptors, signal handlers and log of its own; it ends with its parent."""
     os.setsid()
     end_with_parent(signal.SIGTERM)
     with open(os.devnull, "rb") as nothing:
@@ -128,7 +128,7 @@ class _NannyInWaiting:
         self.stdout: IO[bytes] = os.fdopen(ours_out, "rb")
 
     def start(self, **facts: Any) -> tuple[str, _NannyInWaiting]:
-        """As `ipyparallel.engine.nanny.start_nanny`: its address, and what must be kept for it to live."""
+        """Replace `ipyparallel.engine.nanny.start_nanny`: returns its address, and what must be kept while it runs."""
         with self.stdin as pipe:
             pipe.write(pickle.dumps(facts | {"pid": os.getpid()}))
         address = self.stdout.readline().decode().strip()

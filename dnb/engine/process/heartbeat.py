@@ -44,7 +44,7 @@ class HeartbeatThread(threading.Thread):
         self._stopped = threading.Event()
 
     def run(self) -> None:
-        """Beat."""
+        """Send heartbeats until stopped."""
         watcher = None if self._watched is None else _start_watcher(self._watched)
         context = zmq.Context()
         dealer = connect_dealer(context, self._address, identity=self._identity)
@@ -62,13 +62,13 @@ class HeartbeatThread(threading.Thread):
             context.term()
 
     def stop(self) -> None:
-        """Beat no more."""
+        """Stop the heartbeats."""
         self._stopped.set()
         self.join()
 
 
 def _start_watcher(watched: Watched) -> subprocess.Popen[bytes]:
-    """A process of its own: what it must know comes by its standard input, as keys are among it."""
+    """Start the watcher's process, which reads its facts from standard input, as keys are among them."""
     watcher = subprocess.Popen([sys.executable, "-m", "dnb.engine.process.heartbeat_watcher"], stdin=subprocess.PIPE)
     assert watcher.stdin is not None
     watcher.stdin.write(msgspec.json.encode(watched) + b"\n")

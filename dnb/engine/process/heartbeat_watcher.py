@@ -60,7 +60,7 @@ def watch(watched: Watched, heartbeat_thread: int) -> None:
 
 
 def main() -> None:
-    """Be the watcher."""
+    """Run the watcher."""
     name_process("dnb-watcher")
     with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as heartbeat_thread:
         watched = msgspec.json.decode(heartbeat_thread.readline(), type=Watched)

@@ -136,7 +136,7 @@ class Session:
         self._early.clear()
 
     def num_threads(self, usual: int) -> int:
-        """For torch: one in an exact run, as the number of threads shows in the last bits."""
+        """Return torch's number of threads: one in an exact run, as it shows in the last bits."""
         return 1 if self._spec.exact else usual
 
     def take(self, packed: memoryview, raw: memoryview) -> None:
@@ -265,7 +265,7 @@ class Session:
         )
 
     def _trace(self, work: Work) -> StageTrace | None:
-        """Only the stages of a pipeline have one."""
+        """Return the trace of the work, which only the stages of a pipeline have."""
         take: Callable[[], StageTrace] | None = getattr(self._replica, "trace", None) if work.trace else None
         return None if take is None else take()
 

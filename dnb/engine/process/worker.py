@@ -262,7 +262,7 @@ class TrainingThread(threading.Thread):
             self._session.send(Loaded(run=load.run, team=team))
 
     def _wire_to(self, load: Load) -> Wire:
-        """A new wire for every run: the hub's first records on it belong to that run."""
+        """Connect a new wire for a run, so that the hub's first records on it belong to that run."""
         self._drop_wire()
         self._wire = connect_wire(load.wire, engine=self._facts.engine, timeout_seconds=WIRE_SECONDS)
         self._poller.register(self._wire.fileno(), zmq.POLLIN)
@@ -279,7 +279,7 @@ class TrainingThread(threading.Thread):
             self._wire = None
 
     def _forget_closed(self) -> None:
-        """A closed socket has no number any more by which it could be taken from the poller."""
+        """Drop closed sockets from the poller: they have no number any more by which to unregister them."""
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
 

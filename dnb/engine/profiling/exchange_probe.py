@@ -45,7 +45,7 @@ class Memory(Record, frozen=True):
 
 
 def pass_tensors(rank: int, *, port: int, prefix: str, timeout_seconds: float) -> bytes:
-    """One side of the probe between two processes of one host; runs in both at once.
+    """Run one side of the probe between two processes of one host; both at once.
 
     It has a process group of its own, apart from the default one.
 
@@ -76,7 +76,7 @@ def pass_tensors(rank: int, *, port: int, prefix: str, timeout_seconds: float) -
 
 
 def _way_seconds(group: Any, rank: int, *, num_bytes: int, rounds: int) -> float:
-    """Seconds of one way: half of there and back."""
+    """Return the seconds of one way: half of there and back."""
     tensor = torch.zeros(num_bytes // 4)
     other = 1 - rank
 
@@ -92,7 +92,7 @@ def _way_seconds(group: Any, rank: int, *, num_bytes: int, rounds: int) -> float
 
 
 def _action_seconds() -> float:
-    """A forward or backward as a schedule calls it: so many times a plain one, which any machine can measure alone."""
+    """Estimate a scheduled forward or backward as so many plain ones, which any machine can measure alone."""
     layer = torch.nn.Linear(1, 1)
     one = torch.zeros(1, 1)
     return ACTION_TIMES * _usual_seconds(lambda: layer(one).mean().backward(), ACTION_ROUNDS)
@@ -125,7 +125,7 @@ def product_seconds() -> float:
 
 
 def _usual_seconds(act: Callable[[], object], rounds: int) -> float:
-    """The lower quartile of all repetitions but the first, which meets new pages: others may be at work here, too."""
+    """Return the lower quartile of all repetitions but the first, which meets new pages: others may be at work."""
     seconds = []
     for _ in range(rounds + 1):
         began = time.perf_counter()

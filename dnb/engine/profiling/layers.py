@@ -44,7 +44,7 @@ class Begin(NamedTuple):
 
 
 def begin_now() -> Begin:
-    """A layer begins now."""
+    """Return the beginning of a layer that begins now."""
     return Begin(time.perf_counter(), torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 
@@ -70,12 +70,12 @@ class ForwardFlow:
 
 
 def find_layers(model: nn.Module, forward: Forward) -> list[Layer]:
-    """The chain of modules that a forward runs one after the other; see `find_beginnings`."""
+    """Find the chain of modules that a forward runs one after the other; see `find_beginnings`."""
     return [layer for layer, _ in find_beginnings(model, forward)]
 
 
 def find_beginnings(model: nn.Module, forward: Forward) -> list[tuple[Layer, Begin]]:
-    """The chain of modules that a forward runs one after the other, and when each began.
+    """Find the chain of modules that a forward runs one after the other, and when each began.
 
     It looks into the model, into sequences within it, and into modules that hold much of it and are not one of several
     of their kind (those are a chain themselves). A module that is called more than once is no beginning of a layer.
@@ -188,7 +188,7 @@ class _TensorWatch(TorchFunctionMode):
         self.traces.append(trace)
 
     def made_in(self, storage: torch.UntypedStorage) -> int:
-        """The layer that made a tensor which is kept now: what a function was not given, it has made itself."""
+        """Return the layer that made a kept tensor: what a function was not given, it has made itself."""
         return self._given.get(storage.data_ptr(), self.layer)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -217,7 +217,7 @@ class _TensorWatch(TorchFunctionMode):
 
 
 def watch_flow(model: nn.Module, layers: list[Layer], forward: Forward, *, inputs: Any) -> ForwardFlow:
-    """One forward, and which bytes it makes, keeps, and brings from one layer to a later one.
+    """Run one forward, and record the bytes it makes, keeps, and brings from one layer to a later one.
 
     Args:
         model: in training mode.
@@ -265,7 +265,7 @@ def watch_flow(model: nn.Module, layers: list[Layer], forward: Forward, *, input
 
 
 def _name_unseen_users(model: nn.Module, layers: list[Layer], users: dict[str, list[int]]) -> None:
-    """A parameter that no function was seen to take belongs to the layer it lies in, or else to the first."""
+    """Assign a parameter that no function was seen to take to the layer it lies in, or else to the first."""
     owners = {id(parameter): number for number, layer in reversed(list(enumerate(layers)))
               for parameter in layer.module.parameters()}  # fmt: skip
     for name, parameter in model.named_parameters():

@@ -145,7 +145,7 @@ def profile_trial(
 
 
 def shapes_of(model: nn.Module) -> tuple[ParameterShape, ...]:
-    """By these a model is known again."""
+    """Return the shapes of the parameters, by which a model is known again."""
     return tuple(
         ParameterShape(name=name, shape=tuple(parameter.shape), dtype=str(parameter.dtype).removeprefix("torch."))
         for name, parameter in model.named_parameters()
@@ -153,7 +153,7 @@ def shapes_of(model: nn.Module) -> tuple[ParameterShape, ...]:
 
 
 def choose_sizes(num_samples: int) -> tuple[int, ...]:
-    """The micro-batches that are measured, ascending."""
+    """Return the micro-batches that are measured, ascending."""
     return tuple(sorted({max(min(LEAST_SAMPLES, num_samples), num_samples // share) for share in SHARES}))
 
 
@@ -161,7 +161,7 @@ def choose_sizes(num_samples: int) -> tuple[int, ...]:
 
 
 def count_samples(batch: Any) -> int:
-    """Samples of a batch: the length of its first tensor.
+    """Count the samples of a batch: the length of its first tensor.
 
     Raises:
         PlanError: there is no tensor with samples in it.
@@ -177,7 +177,7 @@ def count_samples(batch: Any) -> int:
 
 
 def take_samples(batch: Any, num_samples: int, *, of: int) -> Any:
-    """The first samples of every tensor that has one entry per sample."""
+    """Return the first samples of every tensor that has one entry per sample."""
 
     def take(leaf: Any) -> Any:
         has_samples = isinstance(leaf, torch.Tensor) and leaf.dim() and len(leaf) == of
@@ -217,7 +217,7 @@ def _total_of(loss: torch.Tensor | Sum) -> torch.Tensor:
 
 
 def _mean_of(output: Any) -> torch.Tensor:
-    """Stands for a loss that is not given: backward goes through every output."""
+    """Sum the means of all outputs, in place of a loss that is not given."""
     values = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
     if not values:
         raise PlanError("no output of the model depends on its parameters, so that there is nothing to minimise")
@@ -234,7 +234,7 @@ def _total_of_try(tried: tuple[list[Layer], tuple[list[float], list[float]]]) ->
 
 
 def _affordable(sizes: tuple[int, ...], *, seconds: float) -> tuple[int, ...]:
-    """The sizes of which one pass takes no more than is well spent, the smallest in any case.
+    """Return the sizes of which one pass takes no more than is well spent, the smallest in any case.
 
     Args:
         sizes: samples, ascending.
@@ -271,7 +271,7 @@ def _first_try(
 def _time_layers(
     layers: list[Layer], attempt: Callable[[], torch.Tensor], *, budget_seconds: float
 ) -> tuple[list[float], list[float]]:
-    """Median seconds of each layer, forward and backward.
+    """Return the median seconds of each layer, forward and backward.
 
     Watching takes time, too: what was seen of the layers is scaled to what goes by when nobody watches.
     """
@@ -348,7 +348,7 @@ def _time_nodes(loss: torch.Tensor, numbers: list[int], seconds: list[float]) ->
 
 
 def _layer_of(node: Any, numbers: list[int], *, behind: int) -> int:
-    """Nodes are numbered as they are made; those that add to a parameter's gradient have no number of their own."""
+    """Return a node's layer, by its number; those that add to a parameter's gradient have no number of their own."""
     if not hasattr(node, "_sequence_nr") or node.name().endswith("AccumulateGrad"):
         return behind
     return max(0, bisect.bisect_right(numbers, node._sequence_nr()) - 1)
@@ -412,7 +412,7 @@ def _bytes(parameter: torch.Tensor) -> int:
 
 @contextmanager
 def _as_before(model: nn.Module) -> Iterator[None]:
-    """Training mode inside, gradients freed as soon as they are there; afterwards everything is as it was."""
+    """Set training mode inside, and free gradients as soon as they are there; afterwards restore everything."""
     modes = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
@@ -442,7 +442,7 @@ def _as_before(model: nn.Module) -> Iterator[None]:
 
 
 def _add_up(sums: torch.Tensor, parameter: torch.Tensor) -> None:
-    """In a run every micro-batch adds its gradients to the slab; nothing is kept of them here."""
+    """Add a gradient to a sum, as every micro-batch of a run adds its own to the slab, and free it."""
     gradient, parameter.grad = parameter.grad, None
     if gradient is not None and not gradient.is_sparse:
         sums[: gradient.numel()].view(gradient.shape).add_(gradient)

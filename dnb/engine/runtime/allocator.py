@@ -49,13 +49,13 @@ class Ration:
         self._most_bytes: int | None = None
 
     def set(self, most_bytes: int | None, *, start_bytes: int | None) -> None:
-        """From now on the run may hold so much beyond what there was; None: as much as there is."""
+        """Set the growth that the run may hold from now on; None: as much as there is."""
         self._most_bytes = None
         if most_bytes is not None and start_bytes is not None and _SIZES.exists():
             self._most_bytes = start_bytes + round(_SHORT_SHARE * most_bytes)
 
     def look(self) -> None:
-        """After something large was freed; ten microseconds if there is a limit."""
+        """Give kept memory back if the process is near its limit; ten microseconds if there is a limit."""
         if self._most_bytes is not None and _resident_bytes() > self._most_bytes:
             release_freed_memory()
 

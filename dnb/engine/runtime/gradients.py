@@ -1,4 +1,4 @@
-"""Gradients born in a slab: which parameter writes where, and which got none."""
+"""Gradients in a slab: backward writes each parameter's into its slot, and slots without one are reported."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Gradients:
             self._handles += [_registered(self._parameters[index], self._notifier(index)) for index in self._small]
 
     def begin(self, slab: int, flat: Flat, *, fresh: bool) -> None:
-        """From now on backward writes into this slab; a fresh one starts from zero."""
+        """Bind the gradients to this slab, into which backward writes from now on; a fresh one starts from zero."""
         views = self._slabs.get(slab)
         if views is None:
             views = self._slabs[slab] = _SlabViews(self._layout, flat, small=self._small)
@@ -95,7 +95,7 @@ class Gradients:
         self._versions = [self._views[index]._version for index in self._small]
 
     def versions(self) -> list[int]:
-        """Numbers of which some are others after each backward, also after one that user code has run."""
+        """Return version numbers, some of which change with each backward, also with one that user code has run."""
         own = [view._version for view in self._views]
         for index in self._small if self._views else ():
             gradient = self._parameters[index].grad
@@ -104,7 +104,7 @@ class Gradients:
         return own
 
     def bring_home(self) -> None:
-        """After a backward: what user code put elsewhere, as `zero_grad` does, is added to the slab."""
+        """Add to the slab, after a backward, gradients that user code has put elsewhere, as `zero_grad` does."""
         for direct in self._direct:
             direct.take()
         for index in self._small:
@@ -112,7 +112,7 @@ class Gradients:
                 self._take_small(index)
 
     def finish(self) -> tuple[int, ...]:
-        """The slots that got no gradient since `begin`; in a fresh slab they are zero."""
+        """Return the slots that got no gradient since `begin`; in a fresh slab they are zero."""
         self.bring_home()
         unused: list[int] = []
         for direct in self._direct:
@@ -134,7 +134,7 @@ class Gradients:
         parameter.grad = view
 
     def first_fault(self) -> tuple[str, str] | None:
-        """The first slot whose gradient is not finite, by name, and what it holds: "NaN" or "inf"."""
+        """Return the first slot whose gradient is not finite, by name, and its fault: "NaN" or "inf"."""
         for slot, view in zip(self._layout.slots, self._views, strict=True):
             if not torch.isfinite(view).all():
                 return slot.name, "NaN" if torch.isnan(view).any() else "inf"

@@ -40,7 +40,7 @@ class _Table:
         return len(now) != self.num_at_first or any(now.get(key) is not None for key in self.empty_at_first)
 
     def loose(self, placed: Mapping[str, object]) -> list[str]:
-        """Names of buffers that are there now, and were not at first."""
+        """Return the names of buffers that are there now, and were not at first."""
         now = self.module._buffers.items()
         return [key for key, value in now if value is not None and self.name(key) not in placed]
 
@@ -135,7 +135,7 @@ class EngineStates:
         return packed
 
     def _others(self) -> list[_Table]:
-        """Tables that have other buffers than at first; mostly none."""
+        """Return the tables that have other buffers than at first; mostly none."""
         numbers = [len(table.module._buffers) for table in self._tables]
         if numbers == self._numbers and not any(table.has_other() for table in self._with_empty):
             return []

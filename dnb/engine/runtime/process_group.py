@@ -98,7 +98,7 @@ def is_about_peers(error: BaseException) -> bool:
 
 
 def _join_store(assignment: RankAssignment) -> TCPStore:
-    """The team's store; at once an error if the hub has closed it, which torch's client would try again and again."""
+    """Connect to the team's store; an error at once if the hub has closed it, which torch's client would retry."""
     socket.create_connection((assignment.host, assignment.port), timeout=CONNECT_SECONDS).close()
     connect = timedelta(seconds=CONNECT_SECONDS)
     return TCPStore(assignment.host, assignment.port, is_master=False, timeout=connect, wait_for_workers=False)
@@ -122,7 +122,7 @@ def _meet(store: TCPStore, rank: int, size: int) -> None:
 
 @contextmanager
 def _loopback_if(host: str) -> Iterator[None]:
-    """On one host gloo listens where nobody else can reach it."""
+    """Bind gloo to the loopback interface if the team is on one host, where nobody else can reach it."""
     before = os.environ.get(INTERFACE_VARIABLE)
     name = _loopback_name() if host in ("127.0.0.1", "localhost") else None
     if name is not None and before is None:

@@ -27,7 +27,7 @@ class Footprint:
         self._has_own_peak = False  # the system's counts from `begin` on
 
     def begin(self) -> None:
-        """A run begins: the peak starts from what there is now."""
+        """Start the peaks from what there is now, as a run begins."""
         try:
             _CLEAR.write_bytes(b"5")
             self._has_own_peak = True
@@ -37,7 +37,7 @@ class Footprint:
         self.start_bytes = self.look()
 
     def look(self) -> int:
-        """Resident memory now; the peaks are brought up to date."""
+        """Return the resident memory now, and update the peaks."""
         found = _read_status()
         if "VmRSS" not in found:
             found = {"VmRSS": psutil.Process().memory_info().rss}

@@ -37,7 +37,7 @@ class EngineMemory:
             self.parameters = mmap.mmap(-1, max(load.parameters.num_bytes, 1))
 
     def hub_parameters(self) -> mmap.mmap:
-        """The hub's own memory, to be compared with; only where it is shared."""
+        """Map the hub's own memory, to be compared with; only where it is shared."""
         if self._hub_parameters is None:
             self._hub_parameters = open_segment(self._ref).memory
         return self._hub_parameters
@@ -92,7 +92,7 @@ class Publisher:
         self.is_last_backward = False
 
     def begin(self, slab: int, flat: Flat) -> None:
-        """A slab is about to be written."""
+        """Prepare for a slab that is about to be written."""
         self._slab, self._flat = slab, flat
         self._left = list(self._awaited)
         self._seen.clear()
@@ -100,7 +100,7 @@ class Publisher:
         self.is_last_backward = False
 
     def gradient_is_written(self, index: int) -> None:
-        """The gradient of a slot has its value, unless backward comes to it again."""
+        """Note that a slot's gradient has its value, unless backward comes to it again."""
         if not self.is_last_backward:
             return
         if index in self._seen:

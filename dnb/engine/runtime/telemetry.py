@@ -30,7 +30,7 @@ class Stopwatch:
         self._cpu_percent: float | None = None
 
     def begin_run(self) -> None:
-        """From now on memory is that of another run."""
+        """Measure memory for another run from now on."""
         self._footprint.begin()
         self._num_sampled = 0
 

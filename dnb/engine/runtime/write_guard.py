@@ -93,7 +93,7 @@ class WriteGuard:
         return False
 
     def _differing(self) -> list[str]:
-        """The parameters whose bytes stay others than the hub's."""
+        """Return the parameters whose bytes stay others than the hub's."""
         own, hubs = (
             slot_views(self._memory.layout, memory)
             for memory in (self._memory.parameters, self._memory.hub_parameters())

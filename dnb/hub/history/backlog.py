@@ -43,7 +43,7 @@ class Backlog:
         self._take_up()
 
     def __len__(self) -> int:
-        """Bytes that wait."""
+        """Return the number of bytes that wait."""
         return self._num_kept + len(self._rest)
 
     @property
@@ -52,7 +52,7 @@ class Backlog:
         return not self._rest
 
     def begin(self, offset: int) -> None:
-        """The lines that follow belong there in their file; it is empty until now."""
+        """Set the offset in their file of the lines that follow; it is empty until now."""
         self.offset = offset
         for folder in self._folders:
             path = folder / self._name
@@ -80,14 +80,14 @@ class Backlog:
             self._rest += lines
 
     def read(self, begin: int, num_bytes: int) -> bytes:
-        """A piece of what waits."""
+        """Return a piece of the waiting bytes."""
         if self._descriptor is None or begin >= self._num_kept:
             first = begin - self._num_kept
             return bytes(self._rest[first : first + num_bytes])
         return os.pread(self._descriptor, min(num_bytes, self._num_kept - begin), _OFFSET.size + begin)
 
     def read_from(self, begin: int) -> bytes:
-        """All that waits from there on."""
+        """Return all waiting bytes from an offset on."""
         pieces: list[bytes] = []
         while piece := self.read(begin, 1 << 24):
             pieces.append(piece)
@@ -101,7 +101,7 @@ class Backlog:
             self._write(_OFFSET.pack(offset), at=0)
 
     def clear(self) -> None:
-        """Nothing waits any more."""
+        """Drop all lines."""
         self._forget_file()
         self._num_kept, self._rest, self.offset = 0, bytearray(), UNKNOWN
 

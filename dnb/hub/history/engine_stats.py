@@ -62,7 +62,7 @@ class EngineStats:
         return [engine for engine, worker in self._workers.items() if worker.left is None]
 
     def open(self, facts: EngineFacts) -> None:
-        """An engine joins, or comes back: what it did before stays counted, the time it was away does not."""
+        """Open the account of an engine that joins, or comes back: the time it was away does not count."""
         now = time.monotonic()
         worker = self._workers.setdefault(facts.engine, _Account(facts, now))
         if (former := self._former.pop(facts.engine, None)) is not None:
@@ -73,7 +73,7 @@ class EngineStats:
             worker.joined, worker.left, worker.busy_seconds = now - worker.former_seconds, None, 0.0
 
     def restore(self, former: Iterable[WorkerTotals], counts: Mapping[int, tuple[int, int]]) -> None:
-        """Go on from what the hub before had counted.
+        """Continue from the counts of the hub before.
 
         Args:
             former: the engines it knew; their times may be old.
@@ -91,12 +91,12 @@ class EngineStats:
         return tuple(totals for totals in self.totals(working=()) if totals.state in ("dead", "left"))
 
     def begin(self, engine: int) -> None:
-        """The engine's time counts from now: it has loaded the run."""
+        """Start an engine's time, as it has loaded the run."""
         worker = self._workers[engine]
         worker.joined = time.monotonic() - worker.former_seconds
 
     def leave(self, engine: int, *, exit_state: Literal["dead", "left"] = "dead") -> None:
-        """The engine's time counts no further."""
+        """Stop an engine's time, as it has left or died."""
         if engine in self._former:
             self._former[engine] = msgspec.structs.replace(self._former[engine], state=exit_state)
         worker = self._workers.get(engine)
@@ -121,14 +121,14 @@ class EngineStats:
         worker.peak_private_bytes = _larger(worker.peak_private_bytes, telemetry.peak_private_bytes)
 
     def grown_bytes(self, engine: int) -> int | None:
-        """By how much an engine's resident memory has grown at most; None if it has not said."""
+        """Return the peak growth of an engine's resident memory; None if it has not said."""
         worker = self._workers[engine]
         if worker.peak_rss_bytes is None or worker.start_rss_bytes is None:
             return None
         return worker.peak_rss_bytes - worker.start_rss_bytes
 
     def end_task(self, contributors: Collection[int]) -> None:
-        """A contributor that did not compute or load in this task was waiting for it to be whole."""
+        """End the task; a contributor that did not compute or load in it was waiting for it to be whole."""
         now = time.monotonic()
         for engine, worker in self._workers.items():
             if engine in contributors:
@@ -143,11 +143,11 @@ class EngineStats:
             self._workers[engine].steps += 1
 
     def close(self) -> None:
-        """The run has ended: nobody's time counts further."""
+        """Stop everybody's time, as the run has ended."""
         self._closed = time.monotonic()
 
     def totals(self, *, working: Collection[int], resting: Collection[int] = ()) -> tuple[WorkerTotals, ...]:
-        """Every account, in order of the engines' ids."""
+        """Return every account, in order of the engines' ids."""
         totals = [
             self._total(engine, "busy" if engine in working else "spare" if engine in resting else "ready")
             for engine in self._workers
@@ -180,7 +180,7 @@ class EngineStats:
 
 
 def account_of(facts: EngineFacts) -> WorkerTotals:
-    """The empty account of an engine that is known."""
+    """Return the empty account of an engine that is known."""
     return msgspec.structs.replace(
         _stranger(facts.engine),
         host=facts.process.host,

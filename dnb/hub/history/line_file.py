@@ -111,7 +111,7 @@ class LineFile:
             self.fault = None
 
     def _next_piece(self) -> bytes:
-        """Whole lines that wait."""
+        """Return whole lines that wait."""
         num_bytes = PIECE_BYTES
         while True:
             piece = self._backlog.read(self._num_done, num_bytes)
@@ -159,7 +159,7 @@ class LineFile:
         self._descriptor = descriptor
 
     def content(self) -> bytes:
-        """Every whole line, also of those that wait."""
+        """Return every whole line, also those that wait."""
         written = self._read()
         offset = self._backlog.offset
         if offset != UNKNOWN:
@@ -189,7 +189,7 @@ class LineFile:
         self._descriptor = descriptor
 
     def _write(self, lines: bytes) -> int:
-        """Bytes of whole lines that were written; all, or this has failed."""
+        """Write whole lines and return the number of bytes written; all, or this has failed."""
         assert self._descriptor is not None
         done = os.write(self._descriptor, lines)
         if done == len(lines):
@@ -236,7 +236,7 @@ def _more_waits() -> OSError:
 
 
 def _cut_torn_line(descriptor: int) -> None:
-    """A torn line of an earlier life must not swallow the next one."""
+    """Cut off the torn last line of an earlier hub, which would swallow the next one."""
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         return

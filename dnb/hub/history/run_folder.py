@@ -86,7 +86,7 @@ class RunSummary(Record, frozen=True):
 
 
 def summarize(spec: RunSpec, **state: Any) -> RunSummary:
-    """run.json of a run that has this spec and stands as `state` says."""
+    """Compose run.json of a run that has this spec and stands as `state` says."""
     names = (
         "num_samples",
         "num_val_samples",
@@ -212,7 +212,7 @@ class RunFolder:
     # what a hub finds that takes over
 
     def summary(self) -> RunSummary:
-        """As it was written last, wherever that is.
+        """Return the summary as it was written last, on disk or in memory.
 
         Raises:
             OSError: there is none.
@@ -222,7 +222,7 @@ class RunFolder:
         return read_summary(self.path) if kept is None else msgspec.json.decode(kept, type=RunSummary)
 
     def rows(self) -> list[HistoryRow]:
-        """The history, also what is not on disk yet."""
+        """Return the history, also what is not on disk yet."""
         return self._read(self._history, HistoryRow)
 
     def events(self) -> list[RunEvent]:
@@ -239,7 +239,7 @@ class RunFolder:
     # disks that fail
 
     def tick(self) -> list[str]:
-        """Now and then: write what waits, look after what was removed; sentences for people on what is new."""
+        """Write what waits, and restore what was removed, now and then; returns sentences on what is new."""
         now = self._clock()
         is_behind = self._is_catching_up()
         if now >= self._next_look or is_behind:
@@ -252,7 +252,7 @@ class RunFolder:
         return news
 
     def finish(self) -> list[str]:
-        """The run has ended: write all that waits; sentences for people."""
+        """Write all that waits, as the run has ended; returns sentences for people."""
         self._catch_up(limit_bytes=None)
         self._tell(self._clock())
         news, self._news = self._news, []
@@ -355,7 +355,7 @@ class RunFolder:
         return f"kept-{hashlib.sha256(os.fsencode(self.path)).hexdigest()[:16]}-{name}"
 
     def forget(self) -> None:
-        """Nothing is left for another hub: the run is over, and all of it on disk, or lost with the pool."""
+        """Remove what was kept for another hub: the run is over, and all of it on disk, or lost with the pool."""
         if self.num_waiting_bytes:
             log.warning("%s lacks %d bytes, which could not be written", self.path, self.num_waiting_bytes)
         for file in self._lines.values():
@@ -363,7 +363,7 @@ class RunFolder:
         remove_handover(self._folders, self._name_of(RUN_FILE))
 
     def discard(self) -> None:
-        """The run cannot begin: leave nothing of it, unless others have put something there."""
+        """Remove the folder of a run that cannot begin, unless others have put something there."""
         self.forget()
         self.close()
         for name in LINE_FILES:
@@ -474,7 +474,7 @@ def _other_version(path: Path, header: _RunHeader, reason: str) -> ArgumentError
 
 
 def read_timeline(path: Path) -> StepTimeline | None:
-    """The newest step whose timeline was written; None if there is none that can be read."""
+    """Read the newest timeline that was written; None if there is none that can be read."""
     try:
         return msgspec.json.decode((path / TIMELINE_FILE).read_bytes(), type=StepTimeline)
     except NOT_READ:
@@ -482,7 +482,7 @@ def read_timeline(path: Path) -> StepTimeline | None:
 
 
 def read_history(path: Path, *, skip_broken: bool = False) -> list[HistoryRow]:
-    """Every whole line of the history; a torn last line is left out.
+    """Read every whole line of the history; a torn last line is left out.
 
     Args:
         path: of the run's folder.
@@ -492,12 +492,12 @@ def read_history(path: Path, *, skip_broken: bool = False) -> list[HistoryRow]:
 
 
 def read_events(path: Path, *, skip_broken: bool = False) -> list[RunEvent]:
-    """Every whole line of the events; a torn last line is left out."""
+    """Read every whole line of the events; a torn last line is left out."""
     return list(_read_lines(path / EVENTS_FILE, RunEvent, skip_broken=skip_broken))
 
 
 def read_usage(path: Path, *, skip_broken: bool = False) -> list[UsageRow]:
-    """Every whole line of how engines spent their time; none if a run has no such file, as older ones have not."""
+    """Read every whole line of usage; none if a run has no such file, as older ones have not."""
     try:
         return list(_read_lines(path / USAGE_FILE, UsageRow, skip_broken=skip_broken))
     except FileNotFoundError:

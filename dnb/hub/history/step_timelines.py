@@ -54,11 +54,11 @@ class Timelines:
         return True
 
     def newer_than(self, step: int) -> StepTimeline | None:
-        """For a viewer that has seen this step's; None if there is nothing else."""
+        """Return the newest timeline to a viewer that has seen this step's; None if there is nothing else."""
         return None if self.newest is None or self.newest.step == step else self.newest
 
     def take(self, step: int, parts: Mapping[int, EngineTrace]) -> StepTimeline:
-        """All engines have reported a step."""
+        """Build the timeline of a step that all engines have reported."""
         engines = _aligned(parts)
         first = next(iter(parts.values()))
         if self._num_asked == 2 and len(self._past) == 1:
@@ -79,7 +79,7 @@ class Timelines:
 
 
 def _aligned(parts: Mapping[int, EngineTrace]) -> tuple[EngineTimeline, ...]:
-    """By pipeline and rank, all times from the begin of whoever was first."""
+    """Sort traces by pipeline and rank, all times from the begin of whoever was first."""
     numbers = {team: number for number, team in enumerate(sorted({part.team for part in parts.values()}))}
     begin = min(part.trace.begin for part in parts.values())
     order = sorted(parts, key=lambda engine: (parts[engine].team, parts[engine].rank))

@@ -18,7 +18,7 @@ _SHOWN_NAMES = 3
 
 
 def read_buffer_rules(wishes: object, model: torch.nn.Module) -> dict[str, str]:
-    """The rule of every buffer for which one is given, by the buffer's whole name.
+    """Return the rule of every buffer for which one is given, by the buffer's whole name.
 
     Args:
         wishes: rules by whole names, by patterns such as "layers.*.seen", or by a buffer's own name in its module.
@@ -47,13 +47,13 @@ def read_buffer_rules(wishes: object, model: torch.nn.Module) -> dict[str, str]:
 
 
 def default_rule(name: str, buffer: torch.Tensor) -> BufferRule:
-    """The mean for running statistics, and what the engine with the batch's first shard has for all others."""
+    """Return the mean for running statistics, and "first", the batch's first shard, for all others."""
     is_statistic = name.rpartition(".")[2] in RUNNING_STATISTICS and buffer.is_floating_point()
     return "mean" if is_statistic else "first"
 
 
 def differing_text(names: list[str]) -> str:
-    """The event that tells of buffers of which engines have made different things, and no rule was given."""
+    """Word the event about buffers without a rule that came out differently on several engines."""
     shown = ", ".join(repr(name) for name in names[:_SHOWN_NAMES])
     more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
     return (

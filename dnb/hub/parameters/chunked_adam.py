@@ -144,7 +144,7 @@ class ChunkedAdam:
 
 
 def _chunks(part: AdamPart, memories: Sequence[Any], area: Any) -> list[_Chunk]:
-    """A part cut into chunks; a large tensor into several, where vectors of the CPU end."""
+    """Cut a part into chunks; a large tensor into several, where vectors of the CPU end."""
     chunks: list[_Chunk] = []
     pieces: AdamPart = [[] for _ in part]
     filled = 0
@@ -181,7 +181,7 @@ def _chunk(part: AdamPart, memories: Sequence[Any], area: Any) -> _Chunk:
 
 
 def _spans(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
-    """Addresses of tensors, neighbours as one."""
+    """Return the addresses of tensors, neighbours as one."""
     spans: list[tuple[int, int]] = []
     for begin, end in sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors):
         if begin == end:

@@ -200,7 +200,7 @@ class UpdateLog:
                 segment.unlink()
 
     def keep_freezing(self) -> None:
-        """Engines have frozen other parameters than before."""
+        """Record that engines have frozen other parameters than before."""
         if not self._is_off:
             self._write_state()
             self._try(self.journal.republish)
@@ -230,7 +230,7 @@ class UpdateLog:
             self._copy_aside()
 
     def change(self, *, clip_norm: float | None) -> None:
-        """Options of the optimizer, or the clipping, were changed between two steps."""
+        """Record that options of the optimizer, or the clipping, were changed between two steps."""
         self._clip_norm = clip_norm
         if not self._is_off:
             self._write_state()
@@ -257,14 +257,14 @@ class UpdateLog:
         return found + ([self._optimizer_state.segment] if self._optimizer_state is not None else [])
 
     def unlink(self) -> None:
-        """Nobody will go on from here."""
+        """Remove the segments, as no hub will go on from here."""
         for segment in self.segments:
             segment.unlink()
 
     # going on
 
     def recover(self) -> LastCommit:
-        """Come to the state after the last committed step, in a new process.
+        """Restore the state after the last committed step, in a new process.
 
         Raises:
             Torn: the hub died in an update that can be neither finished nor undone.
@@ -379,7 +379,7 @@ class UpdateLog:
         self._finish_update(chunked_adam, intent)
 
     def _finish_update(self, chunked_adam: ChunkedAdam, intent: Intent) -> None:
-        """The same in the process that began it and in the one that finishes it."""
+        """Finish an update, in the process that began it or in the next one."""
         assert self._undo is not None
         for name in intent.staged:
             self._held.buffers[name].copy_(self._undo.staged[name])
@@ -562,7 +562,7 @@ class UpdateLog:
         return create_optimizer_state(tensors, name=f"{self._held.prefix}-optimizer", folders=self._held.folders)
 
     def _open_undo(self, state: State | None) -> _Undo | None:
-        """The areas that rolling forward needs; those of the process before, if there was one."""
+        """Open the undo areas for rolling forward; those of the process before, if there was one."""
         if not self._is_adam:
             return None
         held = self._held
@@ -633,5 +633,5 @@ def remove_segments(folders: Sequence[Path], prefix: str, *, but: Iterable[Segme
 
 
 def _mark_as_stepped(optimizer: Any) -> None:
-    """Or the scheduler warns that it is stepped before the optimizer, whose `step` is not called."""
+    """Mark an optimizer as stepped, as its `step` is not called and the scheduler would warn."""
     optimizer._opt_called = True

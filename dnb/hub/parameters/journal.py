@@ -157,7 +157,7 @@ class Journal:
     # words
 
     def mark(self, place: int, value: int) -> None:
-        """One store of 8 bytes: whoever is killed has done it or not."""
+        """Store 8 bytes at once: a killed process has done it or not."""
         self._words[place] = value
 
     def mark_count(self, place: int, step: int, count: int) -> None:
@@ -182,7 +182,7 @@ class Journal:
         self._next_place = place
 
     def write_intent(self, intent: Intent) -> None:
-        """From here on the next process finishes this step, should this one die."""
+        """Record that the next process finishes this step, should this one die."""
         self._write(_HEADER_BYTES + 2 * _COMMIT_BYTES, _INTENT_BYTES, intent)
         self.mark(INTENT, intent.step)
 
@@ -215,12 +215,12 @@ class Journal:
         self.last, self._next_place = commit, None
 
     def republish(self) -> None:
-        """Only the state record has changed."""
+        """Commit a state record that alone has changed."""
         last = self.last
         self.publish(step=last.step, kind=last.kind, when=last.time)
 
     def give_up(self) -> None:
-        """Nothing that follows is written down, so nothing that is may be believed."""
+        """Invalidate the journal: later steps are not written down, so its content may not be believed."""
         self.mark(0, 0)
 
     # reading
@@ -238,7 +238,7 @@ class Journal:
         return self._read(self._state_offset(self.last.place), State)
 
     def read_intent(self) -> Intent | None:
-        """The update that was under way, if it is to be finished."""
+        """Return the update that was under way, if it is to be finished."""
         if not self.is_marked(INTENT, self.last.step + 1):
             return None
         return self._read(_HEADER_BYTES + 2 * _COMMIT_BYTES, Intent)
@@ -261,7 +261,7 @@ class Journal:
 
 
 def create_journal(name: str, *, state_bytes: int, folders: Sequence[Path]) -> Journal:
-    """An empty journal; it holds nothing before the first `publish`.
+    """Create an empty journal; it holds nothing before the first `publish`.
 
     Args:
         name: begins the file's name.

@@ -60,7 +60,7 @@ class HubStates:
         return self._segments
 
     def as_tensor(self) -> torch.Tensor | None:
-        """All that have changed since the run began, as it travels among tensors; None: nothing has."""
+        """Encode all states that have changed since the run began as one tensor; None: nothing has."""
         return torch.frombuffer(bytearray(self.packed), dtype=torch.uint8) if self.packed else None
 
     def is_loose(self, name: str) -> bool:
@@ -129,7 +129,7 @@ class HubStates:
         self._apply(states)
 
     def unlink(self) -> None:
-        """Nobody will go on from here."""
+        """Remove the segments, as no hub will go on from here."""
         for segment in self._segments:
             segment.unlink()
 

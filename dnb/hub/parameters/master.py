@@ -293,7 +293,7 @@ class Master:
             self._update_log.finish_deferred()
 
     def commit_evaluation(self, step: int, values: dict[str, float]) -> None:
-        """An evaluation of the state after a step: nothing changes but a scheduler that looks for a plateau.
+        """Commit an evaluation after a step: nothing changes but a scheduler that looks for a plateau.
 
         Raises:
             UserCodeError: the scheduler has failed.
@@ -315,7 +315,7 @@ class Master:
         return Flat(memoryview(self._segment.memory))
 
     def slabs_of(self, engine: int) -> list[HubSlab]:
-        """The slabs of an engine, in the order of their numbers."""
+        """Return the slabs of an engine, in the order of their numbers."""
         return [slab for (owner, _), slab in sorted(self._slabs.items()) if owner == engine]
 
     def add_slabs(self, engine: int, number: int, *, kind: TransportKind) -> list[HubSlab]:
@@ -391,7 +391,7 @@ class Master:
         return [parameter.grad for parameter in self._trainable if parameter.grad is not None]
 
     def _take_states(self, states: LooseStates) -> None:
-        """Before the step counts, as they are written down with its number."""
+        """Adopt the new states before the step counts, as they are written down with its number."""
         try:
             self.states.take(states, step=0 if self._update_log is None else self._update_log.step + 1)
         except SpaceError as error:
@@ -460,7 +460,7 @@ class Master:
         self._stepper.forget()
 
     def digests(self) -> tuple[int, bytes]:
-        """CRC-32 (ISO 3309) of all parameters and buffers, and those of each, as uint32."""
+        """Return the CRC-32 (ISO 3309) of all parameters and buffers, and those of each, as uint32."""
         each = [_digest(self._tensors[slot.name]) for slot in self.parameter_layout.slots]
         packed = np.array(each, dtype=np.uint32).tobytes()
         return zlib.crc32(packed), packed
@@ -557,7 +557,7 @@ class Master:
     def _mixed_buffers(
         self, keys: Sequence[tuple[int, int]], contributions: Sequence[Contribution]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Those that change: by the rule that was given for each, else by `default_rule`."""
+        """Compute the buffers that change: by the rule that was given for each, else by `default_rule`."""
         if not self._buffers:
             return
         weights = dict.fromkeys(keys, 0)
@@ -589,7 +589,7 @@ class Master:
 
 
 def _summed(master: torch.Tensor, seen: Sequence[torch.Tensor]) -> torch.Tensor:
-    """A buffer with what each part has added to it."""
+    """Sum a buffer and what each part has added to it."""
     wide = _wide(master)
     total = master.to(wide).clone()
     for buffer in seen:
@@ -605,7 +605,7 @@ def _averaged(seen: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Te
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype in which buffers are added up."""
+    """Return the dtype in which buffers are added up."""
     if tensor.is_complex():
         return torch.complex128
     return torch.float64 if tensor.is_floating_point() else tensor.dtype
@@ -655,7 +655,7 @@ def _sum_part(target: torch.Tensor, others: Sequence[torch.Tensor], divisor: flo
 
 
 def mean_of(sums: Sequence[Sums]) -> tuple[float, dict[str, float]]:
-    """The mean loss and mean metrics of several parts."""
+    """Return the mean loss and mean metrics of several parts."""
     weight = sum(part.loss_weight for part in sums)
     loss = sum(part.loss_total for part in sums) / weight if weight else math.nan
     names = sorted({name for part in sums for name in part.metric_totals})
@@ -669,7 +669,7 @@ def _mean_metric(name: str, sums: Sequence[Sums]) -> float:
 
 
 def _square_of(gradients: Sequence[torch.Tensor]) -> float:
-    """The sum of the squares of all elements."""
+    """Sum the squares of all elements."""
     return sum(gradient.abs().double().square().sum().item() for gradient in gradients)
 
 
@@ -686,7 +686,7 @@ def _chunks(tensors: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, ...
 
 
 def _merged(ranges: Iterator[tuple[int, int]] | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Neighbouring ranges as one; the padding between two slots travels with them."""
+    """Merge neighbouring ranges; the padding between two slots travels with them."""
     merged: list[tuple[int, int]] = []
     for first, last in sorted(ranges):
         if merged and first - merged[-1][1] < mmap.PAGESIZE:

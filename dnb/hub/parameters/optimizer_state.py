@@ -46,7 +46,7 @@ class SharedOptimizerState:
         self.has_moved = False  # whether the last `hold` has given the optimizer other tensors
 
     def find(self, index: int, key: str) -> torch.Tensor:
-        """The place of one parameter's tensor; zeros until it is used."""
+        """Return the place of one parameter's tensor; zeros until it is used."""
         return self.views[_name(index, key)]
 
     def hold(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -72,13 +72,13 @@ class SharedOptimizerState:
         return True
 
     def describe(self, optimizer: torch.optim.Optimizer) -> bytes:
-        """The state without its tensors, which lie here."""
+        """Encode the state without its tensors, which lie here."""
         if not self.hold(optimizer) or self._described is None:
             raise ValueError("the optimizer's state has outgrown its place")
         return self._described
 
     def forget(self) -> None:
-        """Other parameters have a state now."""
+        """Drop the state's description, as other parameters have a state now."""
         self._described = None
 
     def _is_unchanged(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -115,12 +115,12 @@ def create_optimizer_state(
 
 
 def open_optimizer_state(ref: SegmentRef) -> SharedOptimizerState:
-    """Those of another process."""
+    """Map the state of another process."""
     return SharedOptimizerState(open_segment(ref))
 
 
 def tensors_of(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The state's tensors, by the names of their places.
+    """Return the state's tensors, by the names of their places.
 
     Raises:
         TypeError: its state holds what cannot be written down.
@@ -129,7 +129,7 @@ def tensors_of(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
 
 
 def adam_tensors(optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.Tensor]]:
-    """Stand-ins for the state that Adam will have of every parameter that can get a gradient.
+    """Return stand-ins for the state that Adam will have of every parameter that can get a gradient.
 
     Neighbours among the parameters are neighbours among each of their moments.
     """
@@ -149,7 +149,7 @@ def adam_tensors(optimizer: torch.optim.Optimizer) -> list[tuple[str, torch.Tens
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    """All that it steps, in the order that numbers them."""
+    """Return all parameters of an optimizer, in the order that numbers them."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
@@ -162,14 +162,14 @@ def give_state(optimizer: torch.optim.Optimizer, states: Mapping[str, Any]) -> N
 
 
 def unpack_optimizer_state(packed: bytes, optimizer_state: SharedOptimizerState | None) -> dict[str, Any]:
-    """The states by the parameters' numbers, as `SharedOptimizerState.describe` packed them."""
+    """Decode the states, by the parameters' numbers, that `SharedOptimizerState.describe` encoded."""
     tree = msgspec.msgpack.decode(packed) if packed else {}
     found: dict[str, Any] = put_together(tree, optimizer_state.views if optimizer_state is not None else {})
     return found
 
 
 def pack_groups(optimizer: torch.optim.Optimizer) -> bytes:
-    """The options of each parameter group."""
+    """Encode the options of each parameter group."""
     return msgspec.msgpack.encode(
         [_pack({name: value for name, value in group.items() if name != "params"}) for group in optimizer.param_groups]
     )
@@ -187,7 +187,7 @@ def pack_scheduler(scheduler: LRScheduler | None) -> bytes:
 
 
 def give_scheduler(scheduler: LRScheduler | None, packed: bytes) -> None:
-    """The reverse of `pack_scheduler`."""
+    """Give a scheduler the state that `pack_scheduler` encoded."""
     if scheduler is not None:
         scheduler.load_state_dict(unpack_state(packed))
 

@@ -27,7 +27,7 @@ _REASONS = {
 
 
 def optimizer_classes() -> dict[str, type[torch.optim.Optimizer]]:
-    """The optimizers of `torch.optim` that take dense gradients, by lower-case name."""
+    """Return the optimizers of `torch.optim` that take dense gradients, by lower-case name."""
     found = {
         name.lower(): value
         for name, value in vars(torch.optim).items()
@@ -133,7 +133,7 @@ class Stepper:
         self._groups = []
 
     def step(self) -> None:
-        """One optimizer step."""
+        """Take one optimizer step."""
         if not self._has_kernel or not self._groups or has_hooks(self._optimizer):
             with user_code("in the optimizer"):
                 self._optimizer.step()
@@ -168,7 +168,7 @@ class AdamGroup:
 
 
 def adam_groups(optimizer: torch.optim.Optimizer, thread_team: ThreadTeam) -> list[AdamGroup]:
-    """Tensors by group and dtype; none if a group is out of the ordinary."""
+    """Sort tensors by group and dtype; none if a group is out of the ordinary."""
     found: list[AdamGroup] = []
     for group in optimizer.param_groups:
         if group.get("capturable") or group.get("differentiable") or isinstance(group["lr"], torch.Tensor):
@@ -210,7 +210,7 @@ def update_adam(optimizer: torch.optim.Optimizer, options: dict[str, Any], part:
 
 
 def _adam_parts(lists: AdamPart, thread_team: ThreadTeam) -> list[AdamPart]:
-    """The same elements in as many parts as the thread team makes of them; a tensor may be cut."""
+    """Cut the elements into as many parts as the thread team takes; a tensor may be cut."""
     sizes = [parameter.numel() for parameter in lists[0]]
     bounds = thread_team.cut(sum(sizes))
     if len(bounds) == 1:

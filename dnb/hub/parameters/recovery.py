@@ -19,7 +19,7 @@ from dnb.transport.segments import open_segment
 def recover_master(
     job: Job, *, journal: SegmentRef, folders: Sequence[Path], prefix: str, spec: RunSpec | None = None
 ) -> tuple[Master, LastCommit]:
-    """Come to the state after the last committed step, and keep the same journal from there on.
+    """Restore the state after the last committed step, and keep the same journal from there on.
 
     The slabs of the hub that died are removed: those who write into them must have been told to stop.
 

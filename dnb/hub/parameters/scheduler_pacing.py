@@ -67,7 +67,7 @@ class DecayWatch:
         self._largest = largest
 
     def look(self, step: int, lr: float) -> str:
-        """A sentence, once, if the rate of this step is next to nothing; else empty."""
+        """Return a warning, once, if the rate of this step is next to nothing; else empty."""
         if step > self._last:
             return ""
         self._largest = max(self._largest, lr)

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def usable_threads() -> int:
-    """Threads for a thread team in this process: while the hub commits, engines wait and leave their cores to it."""
+    """Return the threads for a team in this process: while the hub commits, engines leave their cores to it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
     return max(1, min(MOST_THREADS, cores or 1))
 

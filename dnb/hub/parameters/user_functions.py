@@ -67,7 +67,7 @@ class OwnFunctions:
             self._homes = [(name, tensor, tensor.detach()) for name, tensor in tensors.items()]
 
     def begin(self, step: int) -> None:
-        """Random numbers of these functions depend on the step alone."""
+        """Seed these functions' random numbers, by the step alone."""
         if self.are_there:
             digest = hashlib.blake2b(f"{self._seed}/{step}/hub".encode(), digest_size=8).digest()
             torch.default_generator.manual_seed(int.from_bytes(digest, "little") >> 1)
@@ -105,7 +105,7 @@ class OwnFunctions:
             return self._state.read()
 
     def give(self, values: dict[str, Any]) -> tuple[str, ...]:
-        """The reverse of `read`; what has no place here."""
+        """Give functions the state that `read` returned; the names of values without a place here."""
         if self._state is None:
             return tuple(values)
         with user_code("in what after_step or a hook keeps"):
@@ -176,7 +176,7 @@ class KeptMemory:
         return True
 
     def read(self, place: int) -> dict[str, Any]:
-        """The values in a place."""
+        """Return the values in a place."""
         memory = self._memory[place * self._room : (place + 1) * self._room]
         length = int.from_bytes(memory[:8], "little")
         tree, packed = msgspec.msgpack.decode(memory[8 : 8 + length], type=tuple[Any, bytes])
@@ -203,7 +203,7 @@ def open_kept_memory(ref: SegmentRef) -> KeptMemory:
 
 
 def _laid_out(values: dict[str, Any]) -> tuple[bytes, Layout, dict[str, torch.Tensor]]:
-    """The head, which says what lies where behind it, and the tensors."""
+    """Lay out values: the head, which names the places behind it, and the tensors."""
     tree, tensors = take_apart(values, root=_ROOT)
     room = 4096
     while True:

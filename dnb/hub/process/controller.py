@@ -63,7 +63,7 @@ class HubChild:
         return msgspec.json.decode(line, type=HubBinding)
 
     def start(self) -> None:
-        """Nothing is left to do: it was started before the connection files were written."""
+        """Do nothing: the process was started before the connection files were written."""
 
     def terminate(self) -> None:
         """Ask the hub to end the pool."""
@@ -124,7 +124,7 @@ class DnbController(IPController):
         self._ports = HeldPorts()
 
     def next_port(self, pool_name: str = "common") -> int:
-        """A port that is free, and stays so for the socket that binds it later."""
+        """Draw a free port, which stays free for the socket that binds it later."""
         while True:
             num_drawn = self._random_port_count
             port = int(super().next_port(pool_name))
@@ -161,7 +161,7 @@ class DnbController(IPController):
         return multiprocessing.Process(target=be_heart_monitor, kwargs=options, daemon=True)
 
     def _start_monitor(self) -> BaseProcess:
-        """Another one; it misses those whose engines are registered and do not answer it."""
+        """Start another monitor; it misses those whose engines are registered and do not answer it."""
         monitor = self._make_monitor(heartbeat_monitor=self.hub.heartbeat_monitor)
         monitor.start()
         self.heartmonitor_process = monitor
@@ -232,7 +232,7 @@ class DnbController(IPController):
         self._watch_monitor()
 
     def _end_without_hub(self, code: int) -> None:
-        """Without a supervisor there is no hub: end the pool, and remove what a killed hub could not."""
+        """End a pool whose supervisor died, and remove what a killed hub could not."""
         from dnb.hub.pool_files import remove_pool_files
         from dnb.transport.segments import named_folders, remove_folders
 

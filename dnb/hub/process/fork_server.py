@@ -78,7 +78,7 @@ class ForkServer:
         self.exits = ExitWriter()
 
     def fileno(self) -> int:
-        """For `select`."""
+        """Return the listener's descriptor, for `select`."""
         return self._listener.fileno()
 
     def serve(self) -> None:
@@ -111,7 +111,7 @@ class ForkServer:
                 os.kill(pid, signal.SIGKILL)
 
     def _next_caller(self) -> socket.socket | None:
-        """The next process of this user in line; strangers before it are sent away."""
+        """Accept the next process of this user in line; strangers before it are sent away."""
         for _ in range(MOST_STRANGERS):
             try:
                 caller, _ = self._listener.accept()
@@ -128,7 +128,7 @@ class ForkServer:
         self._listener.close()
 
     def bury(self) -> None:
-        """Let engines that have ended leave the table of processes."""
+        """Reap engines that have ended."""
         for pid in list(self._engines):
             ended, status = os.waitpid(pid, os.WNOHANG)
             if ended:
@@ -229,7 +229,7 @@ def _take(caller: socket.socket) -> tuple[ForkRequest, int]:
 
 
 def _run_engine(order: ForkRequest, output: int, supervisor: int) -> NoReturn:
-    """In the fork: never come back into the supervisor's loop."""
+    """Run an engine in the fork, which never comes back into the supervisor's loop."""
     code = 1
     try:
         code = importlib.import_module(ENGINE_MODULE).run_engine(

@@ -31,7 +31,7 @@ LONGEST_WAIT_SECONDS = 10.0
 
 
 def be_heart_monitor(**options: Any) -> None:
-    """Be the process of ipyparallel's heart monitor, which ends with its controller, also with one that is killed."""
+    """Run ipyparallel's heart monitor in this process, which ends with its controller, also with a killed one."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGABRT):  # not as the controller's, which ends its children
         signal.signal(number, signal.SIG_DFL)
     end_with_parent(signal.SIGKILL)

@@ -156,7 +156,7 @@ class Supervisor:
         return os.waitstatus_to_exitcode(status) if ended else None
 
     def _attend(self, fork_server: fork_server.ForkServer, *, hub: int) -> None:
-        """Start and bury engines for a while, or until the hub has ended."""
+        """Fork and reap engines for a while, or until the hub has ended."""
         try:
             watched = os.pidfd_open(hub)
             try:
@@ -225,7 +225,7 @@ def warm_up(*, with_engines: bool = False) -> None:
 def _serve(
     launch: HubLaunch, listeners: dict[str, socket.socket], recorder: Recorder, *, exits: int | None = None
 ) -> NoReturn:
-    """Be the hub. If it ends by an exception, nothing is done that SIGKILL would not have done."""
+    """Run the hub. If it ends by an exception, nothing is done that SIGKILL would not have done."""
     code = 1
     try:
         from dnb.hub.server.members.engine_exits import ExitReader
