@@ -109,8 +109,8 @@ class WorkReport(Message, frozen=True):
     frozen: tuple[int, ...] = ()  # slots of the gradient layout that user code has frozen, in one of the parts at least
 
 
-# Kind of the failure of an engine that could not go on because another one of its team was gone.
-PEER_LOST = "PeerLost"
+# Kind of the failure of an engine that could not go on because another one of its team was gone: its error's class.
+PEER_LOST = "PeerLostError"
 
 
 class WorkFailed(Message, frozen=True):

@@ -37,7 +37,7 @@ class SyncReplica(TeamReplica):
         If it raises, this engine has left its group, and the replica can only be closed.
 
         Raises:
-            PeerLost: another engine of the team failed or died.
+            PeerLostError: another engine of the team failed or died.
         """
         with self._leaving_if_it_fails():
             is_alone = work.kind == "evaluation" and self._is_one_to_evaluate

@@ -36,7 +36,7 @@ def open_group(assignment: RankAssignment, device: torch.device) -> None:
     """Meet the other engines of the team; the group is torch's default one.
 
     Raises:
-        PeerLost: somebody does not come, or the hub has given the team up.
+        PeerLostError: somebody does not come, or the hub has given the team up.
         PlanError: the process has a group already.
     """
     if dist.is_initialized():

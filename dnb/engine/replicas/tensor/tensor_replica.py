@@ -101,7 +101,7 @@ class TensorReplica(TeamReplica):
         reported as unused. If it raises, this engine has left its group, and the replica can only be closed.
 
         Raises:
-            PeerLost: another engine of the team failed or died.
+            PeerLostError: another engine of the team failed or died.
         """
         with self._leaving_if_it_fails():
             outcome = super().compute(work, indices)

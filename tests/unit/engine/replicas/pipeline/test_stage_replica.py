@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from dnb.engine.replicas.pipeline.schedules import num_micro_batches_for, schedule_for
 from dnb.engine.replicas.pipeline.stage_memory import own_layout
 from dnb.job import Sum
+from dnb.protocol.engine_messages import PEER_LOST
 from dnb.protocol.run import Partition, ScheduleName
 from dnb.transport.layout import plan_gradients
 from tests.unit.stage_teams import (
@@ -364,7 +365,7 @@ def test_a_stage_that_raises_frees_the_others(team_of: MakeTeam, tmp_path: Path)
     team.compute()
     switch.touch()
     answers = team.compute()
-    assert [answer.kind for answer in answers] == ["PeerLost", "ArithmeticError", "PeerLost"]
+    assert [answer.kind for answer in answers] == [PEER_LOST, "ArithmeticError", PEER_LOST]
     assert answers[1].message == "layer out of order"
     assert answers[1].place == "stage 1 (from 2), one of shards 0 to 3, samples 0, 1, 2, 3, 4, 5"
 
@@ -383,7 +384,7 @@ def test_engines_that_were_freed_form_a_new_group(team_of: MakeTeam, tmp_path: P
 def test_a_failing_loss_frees_the_others(team_of: MakeTeam):
     team = team_of(mlp(), pipeline("4"), loss=failing_loss)
     answers = team.compute()
-    assert [answer.kind for answer in answers] == ["PeerLost", "ZeroDivisionError"]
+    assert [answer.kind for answer in answers] == [PEER_LOST, "ZeroDivisionError"]
 
 
 def failing_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -398,7 +399,7 @@ def test_a_killed_stage_frees_the_others_which_form_a_smaller_group(team_of: Mak
     team.tell_compute()
     team.engines.wait_for_death(1)
     answers = [team.engines.answer(0), team.engines.answer(2)]
-    assert [answer.kind for answer in answers] == ["PeerLost", "PeerLost"]
+    assert [answer.kind for answer in answers] == [PEER_LOST, PEER_LOST]
     switch.unlink()
     team.begin(pipeline("3"), members=[0, 2])
     team.compute()
@@ -411,7 +412,7 @@ def test_a_team_that_the_hub_gives_up_is_not_waited_for(team_of: MakeTeam, engin
     number = team.tell_begin(pipeline("4"), members=[0])
     engines.cancel(number)
     answer = engines.answer(0)
-    assert answer.kind == "PeerLost"
+    assert answer.kind == PEER_LOST
     assert answer.message.startswith(f"team {number} did not come together")
 
 
@@ -427,7 +428,7 @@ def test_an_engine_whose_group_broke_while_it_was_built_meets_those_that_were_no
     store.wait(["0//cpu//0/0"])  # gloo waits for its address
     engines.cancel(number)
     del store
-    assert engines.answer(0).kind == "PeerLost"
+    assert engines.answer(0).kind == PEER_LOST
     team.begin(pipeline("4"), members=[0, 1])
     team.compute()
     assert differing(team.gradients(), plain_gradients(mlp(), vectors(), 4)) == []

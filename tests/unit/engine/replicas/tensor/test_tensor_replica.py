@@ -16,6 +16,7 @@ from dnb.engine.replicas.replica import WorkResult
 from dnb.engine.replicas.tensor.tensor_random import OwnNoise
 from dnb.partitioning.tensor.partitions import tensor_partitions
 from dnb.partitioning.tensor.trial import ModelTrial
+from dnb.protocol.engine_messages import PEER_LOST
 from dnb.protocol.run import Partition, TensorStyle
 from tests.unit.stage_teams import (
     Engines,
@@ -287,7 +288,7 @@ def test_an_engine_that_raises_frees_the_others_and_all_can_form_a_new_team(
     answers = team.compute()
     assert answers[rank].kind == "ArithmeticError"
     assert answers[rank].place == "one of shards 0 to 3, samples 0, 1, 2, 3, 4, 5, 6, 7 and 16 more"
-    assert answers[1 - rank].kind == "PeerLost"
+    assert answers[1 - rank].kind == PEER_LOST
     path.unlink()
     team.begin(divided(2, TWO_PAIRS))
     team.compute()
@@ -303,7 +304,7 @@ def test_an_engine_that_is_killed_frees_the_others_which_go_on_without_it(
     path.touch()
     team.tell_compute()
     engines.wait_for_death(2)
-    assert [engines.answer(member).kind for member in (0, 1, 3)] == ["PeerLost"] * 3
+    assert [engines.answer(member).kind for member in (0, 1, 3)] == [PEER_LOST] * 3
     path.unlink()
     team.begin(divided(2, TWO_PAIRS), [1, 3])
     team.compute()
