@@ -13,7 +13,9 @@ from dnb.api.runs.run import Run
 from dnb.hub.checkpoints.format import HISTORY_FILE, MODEL_FILE, OPTIMIZER_FILE, find_checkpoint
 from dnb.notebook.commands.magics import DtrainMagics
 from dnb.notebook.live.compare import find_run, table_text
+from dnb.transport.pickling.payloads import unpack
 from dnb.transport.state_trees import put_together
+from dnb.user_code.accuracy import accuracy
 
 DATA = Path(__file__).parents[1] / "data"
 RUN = DATA / "run_of_before"
@@ -83,3 +85,14 @@ def test_states_of_optimizer_and_scheduler_are_put_together(checkpoint):
     assert state["param_groups"][0]["betas"] == (0.9, 0.999)
     scheduler = put_together(checkpoint.manifest.scheduler.tree, tensors)
     assert (scheduler["step_size"], scheduler["last_epoch"], scheduler["_last_lr"]) == (4, 6, [0.005])
+
+
+def test_the_objects_of_a_checkpoint_are_unpickled(checkpoint):
+    job = unpack(
+        bytes(checkpoint.load("job.pickle")),
+        checkpoint.manifest.spec.job,
+        memory=memoryview(checkpoint.load("job.buffers")),
+    )
+    assert [type(layer).__name__ for layer in job.model] == ["Linear", "BatchNorm1d", "ReLU", "Linear"]
+    assert job.metrics == {"accuracy": accuracy}
+    assert (job.order.num_samples, job.order.batch_size) == (48, 16)

@@ -108,9 +108,10 @@ class _Packer(CodePickler):
 
 
 # Modules of dnb 0.1.0, named by pickles in checkpoints, and where what they held lives now.
-_MOVED = {
+MOVED_MODULES = {
     "dnb.inputs": "dnb.user_code.accuracy",
     "dnb.planning.calling": "dnb.user_code.model_call",
+    "dnb.rehearsal.fitting": "dnb.api.rehearsal.fitting",
     "dnb.transport.hooks": "dnb.transport.pickling.hooks",
     "dnb.transport.job": "dnb.job",
     "dnb.transport.module_reducers": "dnb.transport.pickling.module_reducers",
@@ -129,7 +130,7 @@ class _Unpacker(pickle.Unpickler):
         super().__init__(file, buffers=[buffers[index] for index in arrays])
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        return super().find_class(_MOVED.get(module_name, module_name), global_name)
+        return super().find_class(MOVED_MODULES.get(module_name, module_name), global_name)
 
     def persistent_load(self, pid: Any) -> torch.Tensor:
         if pid not in self._storages:
