@@ -62,7 +62,8 @@ def arm_everything() -> None:
     from dnb.hub.parameters import durability as keeping
     from dnb.hub.parameters import journal
     from dnb.hub.parameters import master as reducer
-    from dnb.hub.run import active_run
+    from dnb.hub.run import active_run, recorder
+    from dnb.hub.run.execution import deferred_work, task_executor
     from dnb.hub.scheduling import coordinator
     from dnb.hub.server import connection_poller, pool_records, run_slot, service
     from dnb.hub.server import connections as wire_connections
@@ -79,8 +80,15 @@ def arm_everything() -> None:
     throw_around(run_slot.RunSlot, "_take_over_run", label="take_over")
     throw_around(pool_records.PoolRecords, "write_pool_file", label="pool_file")
     throw_around(pool_records.PoolRecords, "write_memos", label="memos")
-    for name in ("start", "_assign", "_commit", "_prepare", "_record", "_take_digest", "run_deferred", "_note", "tick"):
-        throw_around(active_run.ActiveRun, name, label=f"run{name if name.startswith('_') else f'_{name}'}")
+    throw_around(active_run.ActiveRun, "start", label="run_start")
+    throw_around(active_run.ActiveRun, "tick", label="run_tick")
+    throw_around(task_executor.TaskExecutor, "assign", label="run_assign")
+    throw_around(task_executor.TaskExecutor, "commit", label="run_commit")
+    throw_around(task_executor.TaskExecutor, "_prepare", label="run_prepare")
+    throw_around(task_executor.TaskExecutor, "_take_digest", label="run_take_digest")
+    throw_around(deferred_work.DeferredWork, "run", label="run_do_chores")
+    throw_around(recorder.RunRecorder, "record", label="run_record")
+    throw_around(recorder.RunRecorder, "add_event", label="run_note")
     throw_around(coordinator.Coordinator, "handle", key=1, label="coordinator")
     throw_around(reducer.Master, "_reduce", label="reduce")
     throw_around(keeping.UpdateLog, "_roll_forward", label="roll_forward")

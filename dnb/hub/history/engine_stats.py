@@ -50,6 +50,8 @@ class EngineStats:
         self._former: dict[int, WorkerTotals] = {}  # as the hub before had counted, of those who are not back
         self._task_opened = time.monotonic()
         self._closed: float | None = None
+        self._held: tuple[tuple[int, tuple[int, ...]], ...] = ()  # engines and shards of the last step
+        self._over_limit: set[int] = set()  # engines of which that was told
         for facts in engines:
             self.open(facts)
 
@@ -127,6 +129,14 @@ class EngineStats:
             return None
         return worker.peak_rss_bytes - worker.start_rss_bytes
 
+    def take_excess(self, engine: int, limit: int) -> int | None:
+        """Return, once for each engine, by how much its memory has grown if that is more than a limit."""
+        grown = self.grown_bytes(engine)
+        if grown is None or grown <= limit or engine in self._over_limit:
+            return None
+        self._over_limit.add(engine)
+        return grown
+
     def end_task(self, contributors: Collection[int]) -> None:
         """End the task; a contributor that did not compute or load in it was waiting for it to be whole."""
         now = time.monotonic()
@@ -141,6 +151,18 @@ class EngineStats:
         for engine, num_samples in samples.items():
             self._workers[engine].samples += num_samples
             self._workers[engine].steps += 1
+
+    def hold(self, reports: tuple[tuple[int, tuple[int, ...]], ...]) -> None:
+        """Remember which engine had which shards of the last step; it may have reported them in several parts."""
+        self._held = reports
+
+    @property
+    def shards(self) -> dict[int, tuple[int, ...]] | None:
+        """The shards of the last step, by engine; None before the first."""
+        held: dict[int, tuple[int, ...]] = {}
+        for engine, shards in self._held:
+            held[engine] = tuple(sorted({*held.get(engine, ()), *shards}))
+        return held or None
 
     def close(self) -> None:
         """Stop everybody's time, as the run has ended."""

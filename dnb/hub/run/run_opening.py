@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,26 +12,14 @@ import msgspec
 from dnb.errors import DnbError, HubError, RunError
 from dnb.hub.guarded_calls import UserCodeError, user_code
 from dnb.hub.handover import STATS_FILE, RunHandover, StatsHandover, read_handover
-from dnb.protocol.engine_messages import WireOffer
+from dnb.hub.run.pool_links import PoolLinks
 from dnb.protocol.pool import EngineFacts
 from dnb.protocol.run import Failure, RunSpec
 
 if TYPE_CHECKING:  # torch takes seconds to import: the sockets are bound first
-    from dnb.hub.run.active_run import ActiveRun, Send
+    from dnb.hub.run.active_run import ActiveRun
     from dnb.hub.run.initial_state import InitialState
     from dnb.transport.system.process_settings import AppliedSettings
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolLinks:
-    """The functions of the pool that a run calls, as `ActiveRun` describes them."""
-
-    send: Send
-    offer_wire: Callable[..., WireOffer]
-    release: Callable[[int], None]
-    evict: Callable[[int], None]
-    replace: Callable[[int], None]
-    count_commit: Callable[[int], None]
 
 
 class RunOpener:
@@ -146,20 +133,14 @@ class RunOpener:
     ) -> ActiveRun:
         from dnb.hub.run.active_run import ActiveRun
 
-        links = self._links
         return ActiveRun(
             spec,
             frames,
             initial_state,
             engines=engines,
-            send=links.send,
-            offer_wire=links.offer_wire,
-            release=links.release,
-            evict=links.evict,
-            replace=links.replace,
+            pool=self._links,
             generation=self._generation,
             departed=() if engine_stats is None else engine_stats.departed,
-            count_commit=links.count_commit,
         )
 
 

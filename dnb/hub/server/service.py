@@ -25,7 +25,8 @@ from dnb.hub.hub_failures import Crash, Recorder, restarts_of
 from dnb.hub.log_limits import look_at_logs
 from dnb.hub.message_checks import PeerError, check_request, decode_peer
 from dnb.hub.pool_files import remove_pool_files
-from dnb.hub.run.run_opening import PoolLinks, RunOpener
+from dnb.hub.run.pool_links import PoolLinks
+from dnb.hub.run.run_opening import RunOpener
 from dnb.hub.server.connection_poller import ConnectionPoller
 from dnb.hub.server.connections import Connections
 from dnb.hub.server.members.engine_exits import ExitReader

@@ -10,6 +10,7 @@ from math import prod
 from dnb.hub.message_checks import PeerError
 from dnb.protocol.engine_messages import Gathered, OutputLeaf, WorkReport
 from dnb.protocol.memory import LEAF_ALIGNMENT
+from dnb.protocol.run import RunSpec
 
 # What is gathered goes back behind a record, see `dnb.transport.sockets.wires.MAX_WORK_BYTES`, with the samples'
 # indices.
@@ -26,6 +27,11 @@ ITEM_BYTES = {
 
 class CannotGather(Exception):  # noqa: N818 - a verdict, not a fault
     """The parts of a batch do not fit together; says why."""
+
+
+def gathers_outputs(spec: RunSpec) -> bool:
+    """Return whether a run's loss looks at outputs that several engines compute; a team has the whole batch at hand."""
+    return spec.loss_over == "batch" and not spec.partitions
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from dnb.hub.scheduling.failures import ranges_text
 from dnb.planning.sample_order import BatchOrder, has_sampler, iterate_epochs, name_sampler
 from dnb.planning.shards import shard_bounds, split_evenly
 from dnb.protocol.measurements import WorkKind
+from dnb.protocol.run import RunSpec
 
 
 class Batches:
@@ -133,6 +134,27 @@ class Batches:
         while self._draws.count < self._num_done:
             self._draws.next()
         return self._draws.next().numpy()
+
+
+def batches_of(spec: RunSpec, order: BatchOrder, *, num_done: int, val_order: BatchOrder | None) -> Batches:
+    """Return the batches of a run that begins after so many steps."""
+    return Batches(
+        order,
+        num_steps=spec.num_steps,
+        num_shards=spec.num_shards,
+        num_val_samples=spec.num_val_samples,
+        num_done=num_done,
+        steps_per_epoch=spec.steps_per_epoch,
+        val_batch=_val_batch(spec),
+        val_order=val_order,
+    )
+
+
+def _val_batch(spec: RunSpec) -> int | None:
+    """Return how many samples of an evaluation one engine must have together."""
+    if spec.whole_metrics:
+        return max(spec.num_val_samples, 1)
+    return spec.val_batch_size or (spec.batch_size if spec.loss_over == "batch" else None)
 
 
 class _Evaluations:
