@@ -17,7 +17,8 @@ from dnb.api.arguments.losses import are_objects, read_loss, read_metrics
 from dnb.api.run_specs import OBJECTS
 from dnb.api.submission import NOTHING, Upload, upload
 from dnb.errors import USER_ERRORS, ArgumentError, summary_of
-from dnb.hub.checkpoints.format import Checkpoint, DamagedError, Manifest
+from dnb.hub.checkpoints.format import Manifest
+from dnb.hub.checkpoints.reader import Checkpoint, DamagedError
 from dnb.hub.checkpoints.user_objects import REPLACED_FUNCTIONS_FILE
 from dnb.job import Data, Job
 from dnb.planning.sample_order import BatchOrder, count_batches

@@ -38,7 +38,8 @@ from dnb.api.runs.write_back import NotebookObjects, OrderFollower
 from dnb.api.strategy.division import ModelDivision
 from dnb.api.submission import NOTHING, own_path
 from dnb.errors import ArgumentError, PlanError
-from dnb.hub.checkpoints.format import Checkpoint, Manifest, find_checkpoint, remove_torn
+from dnb.hub.checkpoints.format import Manifest, remove_torn
+from dnb.hub.checkpoints.reader import Checkpoint, find_checkpoint
 from dnb.hub.checkpoints.signing import SecretError, is_signed, read_secret
 from dnb.job import Job
 from dnb.planning.sample_order import count_batches

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dnb.api.arguments.checks import PRECISIONS, check_choice, check_number, check_positive, read_checkpoint_policy
 from dnb.errors import ArgumentError, DnbError
-from dnb.hub.checkpoints.format import LARGEST_NUMBER
+from dnb.hub.checkpoints.reader import LARGEST_NUMBER
 from dnb.hub.parameters.optimizers import check_optimizer
 from dnb.protocol.run import PlainJob, RunSpec
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import dnb
 from dnb.api.runs.run import Run
 from dnb.errors import ArgumentError, HubError
-from dnb.hub.checkpoints.format import find_checkpoint
+from dnb.hub.checkpoints.reader import find_checkpoint
 from tests.engines.pools import until, wait, wait_until
 from tests.models import digits, dropout_net, largest_gap, largest_relative_gap, mlp, plain_run, twice
 from tests.unit.kept_runs import rewrite

@@ -10,7 +10,7 @@ import pytest
 
 from dnb.api.resuming import resume
 from dnb.errors import RunError
-from dnb.hub.checkpoints.format import find_checkpoint
+from dnb.hub.checkpoints.reader import find_checkpoint
 from dnb.pool.discovery import find_pools, reap_dead
 from dnb.pool.startup import profile_folder
 from tests import disks

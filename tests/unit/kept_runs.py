@@ -13,7 +13,8 @@ import msgspec
 import torch
 from torch import nn
 
-from dnb.hub.checkpoints.format import MANIFEST_FILE, Checkpoint, Disk, open_checkpoint, step_folder
+from dnb.hub.checkpoints.format import MANIFEST_FILE, Disk, step_folder
+from dnb.hub.checkpoints.reader import Checkpoint, open_checkpoint
 from dnb.hub.checkpoints.signing import Signer
 from dnb.hub.checkpoints.writer import Checkpointer, RunProgress
 from dnb.hub.history.engine_stats import HistoryColumns

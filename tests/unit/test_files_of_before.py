@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from dnb.api.runs.run import Run
-from dnb.hub.checkpoints.format import HISTORY_FILE, MODEL_FILE, OPTIMIZER_FILE, find_checkpoint
+from dnb.hub.checkpoints.format import HISTORY_FILE, MODEL_FILE, OPTIMIZER_FILE
+from dnb.hub.checkpoints.reader import find_checkpoint
 from dnb.notebook.commands.magics import DtrainMagics
 from dnb.notebook.live.compare import find_run, table_text
 from dnb.transport.pickling.payloads import unpack

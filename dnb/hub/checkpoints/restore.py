@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from dnb.errors import ArgumentError
-from dnb.hub.checkpoints.format import HISTORY_FILE, MODEL_FILE, OPTIMIZER_FILE, Checkpoint, Manifest, open_checkpoint
+from dnb.hub.checkpoints.format import HISTORY_FILE, MODEL_FILE, OPTIMIZER_FILE, Manifest
+from dnb.hub.checkpoints.reader import Checkpoint, open_checkpoint
 from dnb.hub.guarded_calls import UserCodeError, user_code
 from dnb.hub.history.engine_stats import HistoryColumns
 from dnb.hub.history.run_folder import HistoryRow

@@ -15,7 +15,8 @@ from pathlib import Path
 import msgspec
 
 from dnb.errors import ArgumentError
-from dnb.hub.checkpoints.format import find_checkpoint, remove_torn
+from dnb.hub.checkpoints.format import remove_torn
+from dnb.hub.checkpoints.reader import find_checkpoint
 from dnb.hub.checkpoints.restore import restore, rows_between, rows_of
 from dnb.hub.handover import RunHandover
 from dnb.hub.history.engine_stats import HistoryColumns

@@ -28,13 +28,11 @@ from dnb.hub.checkpoints.format import (
     OPTIMIZER_FILE,
     SIGNATURE_FILE,
     TENSOR_FILES,
-    DamagedError,
     Disk,
-    find_checkpoint,
-    open_checkpoint,
     remove_torn,
     write_file,
 )
+from dnb.hub.checkpoints.reader import DamagedError, find_checkpoint, open_checkpoint
 from dnb.hub.checkpoints.restore import restore, rows_of
 from dnb.hub.checkpoints.signing import Signer, is_signed, keep_secret
 from dnb.hub.checkpoints.tensor_files import CODES, TensorBuffer, read_tensors

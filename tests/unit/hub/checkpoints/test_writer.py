@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from dnb.hub.checkpoints.format import Disk, find_checkpoint
+from dnb.hub.checkpoints.format import Disk
+from dnb.hub.checkpoints.reader import find_checkpoint
 from dnb.protocol.run import CheckpointPolicy
 from tests.unit.kept_runs import KeptRun, job_of
 
