@@ -13,7 +13,7 @@ import dnb
 from dnb.api.runs.run_folders import RUNS_FOLDER
 from dnb.errors import ArgumentError, RunError, ShippingError
 from dnb.hub.handover import POOL_FILE
-from dnb.hub.history.run_folder import read_history
+from dnb.hub.history.run_files import read_history
 from tests.engines.pools import PATIENCE_SECONDS, wait
 from tests.models import DigitRows, digits, largest_gap, largest_relative_gap, mlp, plain_losses
 

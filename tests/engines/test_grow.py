@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from dnb.errors import ArgumentError, PoolError
-from dnb.hub.history.run_folder import read_history
+from dnb.hub.history.run_files import read_history
 from dnb.transport.system.processes import children_of, is_alive
 from tests.engines.pools import open_small_pool, until, wait, wait_until
 from tests.models import cross_entropy_step, digits, dropout_net, largest_gap, mlp, plain_losses, twice

@@ -11,7 +11,7 @@ import pytest
 from dnb.api.runs.run import Run
 from dnb.errors import ArgumentError, PoolError
 from dnb.hub.checkpoints.reader import newest_step
-from dnb.hub.history.run_folder import read_events, read_history, read_summary, read_usage
+from dnb.hub.history.run_files import read_events, read_history, read_summary, read_usage
 from dnb.hub.pool_files import read_pool_files
 from tests.disks import Filler, read_only, small_disk
 from tests.engines.pools import open_small_pool, until, wait, wait_until

@@ -10,7 +10,7 @@ import torch
 from dnb.api import pools
 from dnb.hub.checkpoints.format import step_folder
 from dnb.hub.checkpoints.reader import find_checkpoint
-from dnb.hub.history.run_folder import read_history, read_summary
+from dnb.hub.history.run_files import read_history, read_summary
 from tests.engines.pools import until, wait, wait_until
 from tests.models import digits, largest_gap, mlp, plain_losses
 

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from dnb.api import pools
-from dnb.hub.history.run_folder import read_history
+from dnb.hub.history.run_files import read_history
 from dnb.pool.startup import profile_folder
 from tests.engines.pools import wait, wait_until
 from tests.faults.kernels import Kernel

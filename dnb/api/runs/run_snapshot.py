@@ -9,7 +9,7 @@ from pathlib import Path
 from dnb.api.runs.history import History
 from dnb.api.runs.workers import EngineUsage, usage_of
 from dnb.hub.checkpoints.reader import newest_step
-from dnb.hub.history.run_folder import (
+from dnb.hub.history.run_files import (
     NOT_READ,
     RunSummary,
     explain_unreadable_run,

@@ -14,7 +14,7 @@ from dnb.hub.checkpoints.format import HISTORY_FILE, MODEL_FILE, OPTIMIZER_FILE,
 from dnb.hub.checkpoints.reader import Checkpoint, open_checkpoint
 from dnb.hub.guarded_calls import UserCodeError, user_code
 from dnb.hub.history.engine_stats import HistoryColumns
-from dnb.hub.history.run_folder import HistoryRow
+from dnb.hub.history.run_files import HistoryRow
 from dnb.hub.parameters.master import Master
 from dnb.transport.pickling.module_states import LooseStates
 from dnb.transport.state_trees import put_together

@@ -1,19 +1,15 @@
-"""A run's folder on disk: run.json, and append-only history and events that survive a crash."""
+"""The folder of a run, as the hub writes it: run.json, and append-only history and events that survive a crash."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import logging
-import math
 import os
-import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -24,11 +20,23 @@ import msgspec
 from dnb.errors import ArgumentError
 from dnb.hub.handover import read_memo_bytes, remove_handover, write_memo_bytes
 from dnb.hub.history.backlog import Backlog
+from dnb.hub.history.disk_news import DiskNews
 from dnb.hub.history.line_file import PIECE_BYTES, LineFile
-from dnb.protocol.base import Record
-from dnb.protocol.measurements import Prediction, RunEvent, StepTimeline, UsageRow
-from dnb.protocol.run import RunSpec, RunStatus
-from dnb.protocol.versions import explain_unreadable, name_dnb, name_this_dnb
+from dnb.hub.history.run_files import (
+    ERRORS_FOLDER,
+    EVENTS_FILE,
+    HISTORY_FILE,
+    LINE_FILES,
+    RUN_FILE,
+    TIMELINE_FILE,
+    USAGE_FILE,
+    HistoryRow,
+    RunSummary,
+    decode_lines,
+    line_of,
+    read_summary,
+)
+from dnb.protocol.measurements import RunEvent, StepTimeline, UsageRow
 from dnb.transport.segments import megabytes
 from dnb.transport.system.private_files import make_private_folder, open_private
 
@@ -36,89 +44,13 @@ T = TypeVar("T", bound=msgspec.Struct)
 
 log = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
-HISTORY_FILE = "history.jsonl"
-EVENTS_FILE = "events.jsonl"
-USAGE_FILE = "usage.jsonl"
-TIMELINE_FILE = "timeline.json"
-ERRORS_FOLDER = "errors"  # texts that were cut where they are told
-LINE_FILES = (HISTORY_FILE, EVENTS_FILE, USAGE_FILE)
-FORMAT = 1
-
 # How often a disk that failed is tried again, and removed files are looked for.
 RETRY_SECONDS = 1.0
-# A disk that is full, free and full again says so no more often.
-QUIET_SECONDS = 60.0
 # So much of the history waits line by line: a quarter of a million steps. Later ones are rebuilt from the columns.
 MOST_WAITING_BYTES = 64 << 20
 STEPS_AT_ONCE = 4096
 # Without so much room no run is begun.
 LEAST_ROOM_BYTES = 256 << 10
-
-
-class HistoryRow(Record, frozen=True):
-    """One line of the history: a committed step, or an evaluation after one."""
-
-    kind: str  # "step" | "evaluation"
-    step: int
-    time: float  # seconds since the epoch
-    values: dict[str, float]
-    samples: dict[int, int] = msgspec.field(default_factory=dict)  # that each engine brought to the step
-
-
-class RunSummary(Record, frozen=True):
-    """The content of run.json: the run's numbers, and its status."""
-
-    format: int
-    name: str
-    status: RunStatus
-    error: str
-    remote_traceback: str
-    started: float  # seconds since the epoch
-    elapsed_seconds: float
-    step: int
-    num_steps: int
-    steps_per_epoch: int
-    options: dict[str, Any]
-    prediction: Prediction | None = None
-    versions: dict[str, str] = msgspec.field(default_factory=dict)  # with which it was trained
-    ending: RunStatus | None = None  # how it ends once its last checkpoint is whole; until then it is "running"
-
-
-def summarize(spec: RunSpec, **state: Any) -> RunSummary:
-    """Compose run.json of a run that has this spec and stands as `state` says."""
-    names = (
-        "num_samples",
-        "num_val_samples",
-        "batch_size",
-        "num_shards",
-        "seed",
-        "clip_norm",
-        "micro_batch",
-        "precision",
-        "exact",
-        "memory_limit",
-    )
-    options = {name: getattr(spec, name) for name in names}
-    if spec.plain is not None:
-        words = {name: getattr(spec.plain, name) for name in ("loss", "optimizer", "lr", "shuffle", "drop_last")}
-        options |= words | {"metrics": list(spec.plain.metrics)}
-    return RunSummary(
-        format=FORMAT,
-        name=spec.name,
-        num_steps=spec.num_steps,
-        steps_per_epoch=spec.steps_per_epoch,
-        options=options,
-        prediction=spec.prediction,
-        versions=_versions(),
-        **state,
-    )
-
-
-@cache
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), **{name: version(name) for name in ("dnb", "torch", "numpy")}}
-
 
 Rebuild = Callable[[int, int], list[HistoryRow]]  # first step, number of steps
 
@@ -150,18 +82,14 @@ class RunFolder:
         self._rebuild: Rebuild = lambda _first, _num_steps: []
         self._clock = clock
         self._lines = {name: LineFile(path / name, self._backlog(name)) for name in LINE_FILES}
-        self._history, self._events, self._usage = self._lines.values()
+        self._history = self._lines[HISTORY_FILE]
         self._encoder = msgspec.json.Encoder()
         self._contents: dict[str, bytes] = {}  # of the files that are replaced, as they should be
         self._owed: dict[str, OSError] = {}  # of them, those that are not on disk, and why
         self._unkept_from: int | None = None  # from this step on, rows do not wait but are rebuilt
         self._next_look = 0.0
-        was_behind = any(file.was_behind for file in self._lines.values())
-        self._trouble = "as a hub before has told" if was_behind else ""  # that was told and is not over
-        self._quiet_until = 0.0  # of disks that fail, and of files that are removed
-        self._quiet_until_again = 0.0
         self._displaced: OSError | None = None  # why a file that was removed is not there again
-        self._news: list[str] = []
+        self._news = DiskNews(path, was_behind=any(file.was_behind for file in self._lines.values()))
 
     def rebuild_with(self, rebuild: Rebuild) -> None:
         """Have rows that are too many to wait made anew when they can be written."""
@@ -173,18 +101,18 @@ class RunFolder:
             return
         if self._unkept_from is None and row.kind == "step" and self._history.num_waiting > self._most_waiting_bytes:
             self._unkept_from = row.step
-            self._news.append(
+            self._news.add(
                 f"{megabytes(self._history.num_waiting)} wait to be written to {self.path}: steps from {row.step} on "
                 "will be there, too, but without which engine had which samples"
             )
             return
-        self._append(self._history, _line(row))
+        self._append(self._history, line_of(row))
 
     def append_rows(self, rows: Iterable[HistoryRow]) -> None:
         """Add many lines to the history, as those of a run that is continued."""
         rows = iter(rows)
         while some := list(islice(rows, STEPS_AT_ONCE)):
-            self._history.append(b"".join(self._encoder.encode(_line(row)) + b"\n" for row in some))
+            self._history.append(b"".join(self._encoder.encode(line_of(row)) + b"\n" for row in some))
 
     def replace_history(self, rows: Iterable[HistoryRow]) -> None:
         """Write the history anew."""
@@ -193,11 +121,11 @@ class RunFolder:
 
     def append_event(self, event: RunEvent) -> None:
         """Add a line to the events."""
-        self._append(self._events, event)
+        self._append(self._lines[EVENTS_FILE], event)
 
     def append_usage(self, row: UsageRow) -> None:
         """Add a line to how engines spent their time."""
-        self._append(self._usage, row)
+        self._append(self._lines[USAGE_FILE], row)
 
     def write_summary(self, summary: RunSummary) -> None:
         """Replace run.json in one move: a reader never sees half of it. The next hub finds it in memory, too."""
@@ -227,14 +155,14 @@ class RunFolder:
 
     def events(self) -> list[RunEvent]:
         """Return the events, also those that are not on disk yet."""
-        return self._read(self._events, RunEvent)
+        return self._read(self._lines[EVENTS_FILE], RunEvent)
 
     def usage(self) -> list[UsageRow]:
         """Return the rows of usage, also those that are not on disk yet."""
-        return self._read(self._usage, UsageRow)
+        return self._read(self._lines[USAGE_FILE], UsageRow)
 
     def _read(self, file: LineFile, kind: type[T]) -> list[T]:
-        return list(_decode_lines(file.content(), kind, path=file.path, skip_broken=True))
+        return list(decode_lines(file.content(), kind, path=file.path, skip_broken=True))
 
     # disks that fail
 
@@ -248,15 +176,13 @@ class RunFolder:
                 self._put_back(now)
             self._catch_up(limit_bytes=PIECE_BYTES)
             self._tell(now)
-        news, self._news = self._news, []
-        return news
+        return self._news.take()
 
     def finish(self) -> list[str]:
         """Write all that waits, as the run has ended; returns sentences for people."""
         self._catch_up(limit_bytes=None)
         self._tell(self._clock())
-        news, self._news = self._news, []
-        return news
+        return self._news.take()
 
     @property
     def num_waiting_bytes(self) -> int:
@@ -296,24 +222,12 @@ class RunFolder:
             if not (self.path / name).exists():
                 self._replace(name, self._contents[name])
                 removed.append(name)
-        if removed and now >= self._quiet_until_again:
-            self._quiet_until_again = now + QUIET_SECONDS
-            self._news.append(f"{', '.join(removed)} in {self.path} had been removed or replaced: written anew")
+        self._news.add_removed(removed, now)
 
     def _tell(self, now: float) -> None:
         found = [*(file.fault for file in self._lines.values()), *self._owed.values(), self._displaced]
         faults = [fault for fault in found if fault is not None]
-        is_over = not faults and self._unkept_from is None
-        if faults and not self._trouble and now >= self._quiet_until:
-            self._trouble = faults[0].strerror or str(faults[0])
-            self._quiet_until = now + QUIET_SECONDS
-            self._news.append(
-                f"{self.path} cannot be written ({self._trouble}): training goes on, and what is missing there is "
-                "written as soon as it can be"
-            )
-        elif is_over and self._trouble:
-            self._trouble = ""
-            self._news.append(f"{self.path} is whole again: all that waited for the disk is there")
+        self._news.add_faults(faults, now, is_over=not faults and self._unkept_from is None)
 
     def write_error(self, name: str, text: str) -> Path | None:
         """Put the whole text of an error into a file of its own, for its owner alone; None if it cannot be written."""
@@ -422,108 +336,3 @@ def _free(path: Path) -> str:
         return megabytes(shutil.disk_usage(there).free)
     except OSError:
         return "unknown space"
-
-
-def read_summary(path: Path) -> RunSummary:
-    """Read run.json.
-
-    Raises:
-        OSError: there is none.
-        ArgumentError: it is of another format.
-        msgspec.MsgspecError: it is not one.
-    """
-    text = (path / RUN_FILE).read_bytes()
-    header = msgspec.json.decode(text, type=_RunHeader)
-    if header.format != FORMAT:
-        raise _other_version(path, header, "it is of another format")
-    return msgspec.json.decode(text, type=RunSummary)
-
-
-# What reading the files of a run may raise that anybody may have written; a UnicodeDecodeError is a ValueError.
-NOT_READ = (OSError, msgspec.MsgspecError, ValueError, RecursionError, KeyError)
-
-
-def explain_unreadable_run(path: Path, error: Exception) -> ArgumentError:
-    """Say why a run cannot be read from its folder: as it holds none, or as another version has written it."""
-    if isinstance(error, ArgumentError):
-        return error
-    try:
-        header = msgspec.json.decode((path / RUN_FILE).read_bytes(), type=_RunHeader)
-    except NOT_READ:
-        header = None
-    if header is not None and isinstance(error, msgspec.ValidationError):
-        return _other_version(path, header, explain_unreadable(error))
-    if header is not None:
-        return ArgumentError(f"the run in {path} is damaged: {error or type(error).__name__}")
-    return ArgumentError(f"{path} is not the folder of a run: {error or type(error).__name__}")
-
-
-class _RunHeader(msgspec.Struct):
-    """The fields of run.json that every version can read."""
-
-    format: int
-    versions: dict[str, Any] = {}
-
-
-def _other_version(path: Path, header: _RunHeader, reason: str) -> ArgumentError:
-    writer = name_dnb(str(header.versions.get("dnb", "")), header.format)
-    return ArgumentError(
-        f"{path} was written by {writer}, and this is {name_this_dnb(FORMAT)}, which cannot read it ({reason}): "
-        "read it with that version"
-    )
-
-
-def read_timeline(path: Path) -> StepTimeline | None:
-    """Read the newest timeline that was written; None if there is none that can be read."""
-    try:
-        return msgspec.json.decode((path / TIMELINE_FILE).read_bytes(), type=StepTimeline)
-    except NOT_READ:
-        return None
-
-
-def read_history(path: Path, *, skip_broken: bool = False) -> list[HistoryRow]:
-    """Read every whole line of the history; a torn last line is left out.
-
-    Args:
-        path: of the run's folder.
-        skip_broken: leave out what somebody else has written there, too, as a run that goes on must.
-    """
-    return list(_read_lines(path / HISTORY_FILE, HistoryRow, skip_broken=skip_broken))
-
-
-def read_events(path: Path, *, skip_broken: bool = False) -> list[RunEvent]:
-    """Read every whole line of the events; a torn last line is left out."""
-    return list(_read_lines(path / EVENTS_FILE, RunEvent, skip_broken=skip_broken))
-
-
-def read_usage(path: Path, *, skip_broken: bool = False) -> list[UsageRow]:
-    """Read every whole line of usage; none if a run has no such file, as older ones have not."""
-    try:
-        return list(_read_lines(path / USAGE_FILE, UsageRow, skip_broken=skip_broken))
-    except FileNotFoundError:
-        return []
-
-
-def _line(row: HistoryRow) -> dict[str, Any]:
-    # JSON has no NaN and no infinity: they are written as words.
-    values = {name: value if math.isfinite(value) else str(value) for name, value in row.values.items()}
-    line = {"kind": row.kind, "step": row.step, "time": row.time, "values": values}
-    return line | {"samples": row.samples} if row.samples else line
-
-
-def _read_lines(path: Path, kind: type[T], *, skip_broken: bool) -> Iterator[T]:
-    return _decode_lines(path.read_bytes(), kind, path=path, skip_broken=skip_broken)
-
-
-def _decode_lines(content: bytes, kind: type[T], *, path: Path, skip_broken: bool) -> Iterator[T]:
-    decoder = msgspec.json.Decoder(kind, strict=False)  # words become numbers again
-    lines = content.split(b"\n")
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last line feed is empty, or torn
-        try:
-            record = decoder.decode(line)
-        except (ValueError, RecursionError, msgspec.MsgspecError) as error:
-            if not skip_broken:
-                raise
-            log.warning("line %d of %s is left out: %s: %s", number, path, type(error).__name__, error)
-            continue
-        yield record

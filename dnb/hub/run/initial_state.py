@@ -20,15 +20,8 @@ from dnb.hub.checkpoints.reader import find_checkpoint
 from dnb.hub.checkpoints.restore import restore, rows_between, rows_of
 from dnb.hub.handover import RunHandover
 from dnb.hub.history.engine_stats import HistoryColumns
-from dnb.hub.history.run_folder import (
-    HistoryRow,
-    RunFolder,
-    RunSummary,
-    make_run_folder,
-    read_events,
-    read_history,
-    summarize,
-)
+from dnb.hub.history.run_files import HistoryRow, RunSummary, read_events, read_history, summarize
+from dnb.hub.history.run_folder import RunFolder, make_run_folder
 from dnb.hub.parameters.durability import remove_segments
 from dnb.hub.parameters.journal import LastCommit, Unrecoverable
 from dnb.hub.parameters.master import Master

@@ -10,7 +10,7 @@ import msgspec
 
 from dnb.hub.checkpoints.restore import rows_of
 from dnb.hub.history.engine_stats import EngineStats, account_of
-from dnb.hub.history.run_folder import HistoryRow, read_timeline, summarize
+from dnb.hub.history.run_files import HistoryRow, read_timeline, summarize
 from dnb.hub.history.step_timelines import EngineTrace, Timelines
 from dnb.hub.history.usage import UsageMeter
 from dnb.hub.parameters.master import StepResult

@@ -10,7 +10,8 @@ from pathlib import Path
 import msgspec
 
 from dnb.hub.history.engine_stats import HistoryColumns
-from dnb.hub.history.run_folder import RunFolder, RunSummary, read_usage
+from dnb.hub.history.run_files import RunSummary, read_usage
+from dnb.hub.history.run_folder import RunFolder
 from dnb.hub.run.initial_state import columns_of, events_in, rows_in
 from dnb.protocol.base import Record
 from dnb.protocol.client_messages import GetRun, RunState

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dnb.api.runs.exporting import replacing
-from dnb.hub.history.run_folder import NOT_READ, RunSummary, read_summary
+from dnb.hub.history.run_files import NOT_READ, RunSummary, read_summary
 from dnb.notebook.pages.snapshot import PLOTLY_MIME, bundle
 from dnb.notebook.text.summary import duration, one_line, summary
 from dnb.notebook.views import RunView, WorkerView

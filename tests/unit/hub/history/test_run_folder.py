@@ -16,17 +16,8 @@ from dnb.api.runs.run import Run
 from dnb.errors import ArgumentError
 from dnb.hub.checkpoints.restore import rows_between
 from dnb.hub.history.engine_stats import HistoryColumns
-from dnb.hub.history.run_folder import (
-    FORMAT,
-    HistoryRow,
-    RunFolder,
-    RunSummary,
-    make_run_folder,
-    read_events,
-    read_history,
-    read_summary,
-    summarize,
-)
+from dnb.hub.history.run_files import FORMAT, HistoryRow, RunSummary, read_events, read_history, read_summary, summarize
+from dnb.hub.history.run_folder import RunFolder, make_run_folder
 from dnb.protocol.measurements import RunEvent
 from dnb.protocol.memory import PayloadRef
 from dnb.protocol.run import PlainJob, RunSpec

@@ -1,7 +1,8 @@
 import msgspec
 import pytest
 
-from dnb.hub.history.run_folder import RunFolder, read_timeline
+from dnb.hub.history.run_files import read_timeline
+from dnb.hub.history.run_folder import RunFolder
 from dnb.hub.history.step_timelines import EngineTrace, Timelines
 from dnb.protocol.measurements import Action, StageTrace
 from dnb.protocol.run import Partition

@@ -9,7 +9,8 @@ import msgspec
 import numpy as np
 import pytest
 
-from dnb.hub.history.run_folder import HistoryRow, RunFolder, read_events, read_summary, summarize
+from dnb.hub.history.run_files import HistoryRow, read_events, read_summary, summarize
+from dnb.hub.history.run_folder import RunFolder
 from dnb.hub.server.lost_run import LostRun, lose
 from dnb.protocol.client_messages import GetRun
 from dnb.protocol.measurements import RunEvent

@@ -7,7 +7,8 @@ import pytest
 
 from dnb.api.runs.run import Run
 from dnb.errors import ArgumentError, PoolError
-from dnb.hub.history.run_folder import HistoryRow, RunFolder, summarize
+from dnb.hub.history.run_files import HistoryRow, summarize
+from dnb.hub.history.run_folder import RunFolder
 from dnb.notebook.commands.magics import DtrainMagics
 from dnb.notebook.commands.verbs import VERBS
 from tests.unit.kept_runs import SPEC

@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 import pytest
 
 from dnb.errors import ArgumentError
-from dnb.hub.history.run_folder import HistoryRow, RunFolder, summarize
+from dnb.hub.history.run_files import HistoryRow, summarize
+from dnb.hub.history.run_folder import RunFolder
 from dnb.notebook.charts.svg_image import SVG_MIME
 from dnb.notebook.live.display import TextView, dashboard_of, keep, show
 from dnb.notebook.pages.snapshot import PLOTLY_MIME

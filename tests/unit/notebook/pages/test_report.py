@@ -12,7 +12,8 @@ import pytest
 
 from dnb.api.runs.run import Run
 from dnb.errors import ArgumentError
-from dnb.hub.history.run_folder import HistoryRow, RunFolder, RunSummary, summarize
+from dnb.hub.history.run_files import HistoryRow, RunSummary, summarize
+from dnb.hub.history.run_folder import RunFolder
 from dnb.notebook.pages import report as module
 from dnb.notebook.pages.report import report
 from dnb.protocol.measurements import Prediction, RunEvent
