@@ -16,7 +16,8 @@ from torch import nn
 from dnb.hub.checkpoints.format import MANIFEST_FILE, Disk, step_folder
 from dnb.hub.checkpoints.reader import Checkpoint, open_checkpoint
 from dnb.hub.checkpoints.signing import Signer
-from dnb.hub.checkpoints.writer import Checkpointer, RunProgress
+from dnb.hub.checkpoints.state_copy import Place
+from dnb.hub.checkpoints.writer import Checkpointer
 from dnb.hub.history.engine_stats import HistoryColumns
 from dnb.job import Data, DataSource, Job
 from dnb.planning.sample_order import BatchOrder
@@ -124,7 +125,7 @@ class KeptRun:
             [b"spec", uploaded[0][0], uploaded[1][0], b"signature"],
             self.master,
             self.columns,
-            place=lambda: RunProgress(self.step, self.evaluated, 1.5),
+            place=lambda: Place(self.step, self.evaluated, 1.5),
             tell=lambda kind, text, step: self.events.append((kind, text, step)),
             disk=disk,
             signer=signer,
@@ -165,7 +166,7 @@ class KeptRun:
 
     def wait(self) -> KeptRun:
         """Until nothing is being written."""
-        self.until(lambda: self.checkpoints._thread is None, what="nothing is being written")
+        self.until(lambda: not self.checkpoints._thread.is_busy, what="nothing is being written")
         return self
 
     def wait_for_end(self) -> KeptRun:

@@ -4,43 +4,27 @@ from __future__ import annotations
 
 import errno
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from typing import Literal
 
-import msgspec
-
 from dnb.errors import ArgumentError
-from dnb.hub.checkpoints.contents import extra_file_of, extra_of, history_of, in_json, named_tensors, state_of, versions
-from dnb.hub.checkpoints.format import (
-    FORMAT,
-    HISTORY_FILE,
-    MANIFEST_FILE,
-    MODEL_FILE,
-    OPTIMIZER_FILE,
-    Disk,
-    Manifest,
-    facts_of,
-    remove_checkpoint,
-    step_folder,
-    write_checkpoint,
-)
+from dnb.hub.checkpoints.format import MANIFEST_FILE, TENSOR_FILES, Disk, Manifest, remove_checkpoint, step_folder
+from dnb.hub.checkpoints.news import CheckpointNews, Tell
 from dnb.hub.checkpoints.signing import Signer
+from dnb.hub.checkpoints.state_copy import RunProgress, StateCopier
 from dnb.hub.checkpoints.tensor_files import TensorBuffer
+from dnb.hub.checkpoints.tickets import CheckpointTickets
 from dnb.hub.checkpoints.user_objects import Sources
+from dnb.hub.checkpoints.writer_thread import CheckpointThread, PendingCheckpoint, WriteResult
 from dnb.hub.history.engine_stats import HistoryColumns
 from dnb.hub.parameters.master import Master
 from dnb.planning.checkpoint_policy import Retention, read_goal
 from dnb.protocol.client_messages import CheckpointState
 from dnb.protocol.run import CheckpointPolicy, RunSpec
 from dnb.transport.segments import megabytes
-from dnb.transport.state_trees import take_apart
 from dnb.transport.system.failures import describe_error
-from dnb.transport.system.process_settings import without_variables
 
 log = logging.getLogger(__name__)
 
@@ -52,40 +36,6 @@ CLOSE_SECONDS = 10.0
 MARGIN_BYTES = 1 << 18
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-
-Tell = Callable[[Literal["checkpoint", "disk"], str, int], None]  # kind, text, step
-
-
-@dataclass(frozen=True, slots=True)
-class RunProgress:
-    """How far a run has come."""
-
-    step: int
-    evaluated: int
-    elapsed_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class _WriteJob:
-    """One checkpoint that is being written."""
-
-    target: Path
-    manifest: Manifest
-    buffers: dict[str, TensorBuffer]
-    tickets: tuple[int, ...]
-    is_of_policy: bool
-    needed_bytes: int
-    extra: bytes = b""
-
-
-@dataclass(frozen=True, slots=True)
-class _WriteResult:
-    """What became of it."""
-
-    job: _WriteJob
-    error: BaseException | None
-    num_bytes: int = 0
-    seconds: float = 0.0
 
 
 class Checkpointer:
@@ -117,31 +67,20 @@ class Checkpointer:
         signer: Signer | None = None,
     ) -> None:
         self._spec = spec
-        self._master = master
-        self._columns = columns
         self._place = place
-        self._tell = tell
-        self._disk = disk or Disk()
-        self._signer = signer or Signer()
-        self._is_unsigned_told = False
+        self._copier = StateCopier(master, columns)
         self._sources = Sources(frames, spec)
+        self._thread = CheckpointThread(self._sources, disk=disk or Disk(), signer=signer or Signer())
+        self._news = CheckpointNews(tell)
+        self._tickets = CheckpointTickets(spec.name, first=generation << 32)
         self._retention = _retention(spec.checkpoints)
-        self._first_step = 0 if spec.resumed is None else spec.resumed.step
-        self._tensors = named_tensors(master)
         self._buffers: dict[str, TensorBuffer] = {}
         self._is_due = False
         self._is_record = False  # what is due is the best so far: it waits in memory rather than being left out
-        self._left_out: int | None = (
-            None  # the step whose turn came too early; told once another step has taken its place
-        )
-        self._waiting: _WriteJob | None = None
-        self._asked: dict[int, Path | None] = {}  # by ticket; None: in the run's own folder
-        self._tickets: dict[int, CheckpointState] = {}
-        self._first_ticket = generation << 32
-        self._thread: threading.Thread | None = None
-        self._outcomes: SimpleQueue[_WriteResult] = SimpleQueue()
+        # The step whose turn came too early; told once another step has taken its place.
+        self._left_out: int | None = None
+        self._waiting: PendingCheckpoint | None = None
         self._last_taken = (-1, -1)
-        self._faults: set[str] = set()  # that were told
         self._ended: float | None = None
         self.is_torn = False  # the optimizer failed in the middle of an update
 
@@ -158,11 +97,12 @@ class Checkpointer:
         """
         self.is_torn = False
         if self._left_out is not None and step > self._left_out:
-            self._tell_left_out(self._left_out)
+            self._news.tell_left_out(self._left_out)
+            self._left_out = None
         if self._retention is not None and not owes_evaluation:
             self._is_record = kind == "evaluation" and self._retention.is_record(dict(values))
             self._is_due = self._is_due or self._is_record or self._retention.is_due(step)
-        return self._is_due or bool(self._asked)
+        return self._is_due or bool(self._tickets)
 
     def go_on_with(self, spec: RunSpec) -> None:
         """The run's numbers have changed: later checkpoints hold these."""
@@ -178,10 +118,7 @@ class Checkpointer:
             raise ArgumentError("the run failed in the middle of an update, so that its state cannot be kept")
         if path is not None:
             check_target(path)
-        ticket = self._first_ticket + len(self._tickets) + 1
-        self._asked[ticket] = path
-        self._tickets[ticket] = CheckpointState(ticket=ticket, state="waiting")
-        return self._tickets[ticket]
+        return self._tickets.ask(path)
 
     def state_of(self, ticket: int) -> CheckpointState:
         """What became of a wish.
@@ -190,9 +127,7 @@ class Checkpointer:
             ArgumentError: there was no such wish.
         """
         self.collect()
-        if ticket not in self._tickets:
-            raise ArgumentError(f"no checkpoint of run {self._spec.name!r} was asked for with the number {ticket}")
-        return self._tickets[ticket]
+        return self._tickets.state_of(ticket)
 
     def replace_functions(self, pickled: bytes) -> None:
         """Another step or loss function belongs to every later checkpoint."""
@@ -201,11 +136,11 @@ class Checkpointer:
     def tick(self, *, is_still: bool) -> None:
         """Look after the thread; serve wishes, if no commit will come that does it."""
         self.collect()
-        if not is_still or self._thread is not None:
+        if not is_still or self._thread.is_busy:
             return
         if self._left_out is not None:  # the state of its step is still there, and there is time now
             self._is_due, self._left_out = True, None
-        if self._is_due or self._asked:
+        if self._is_due or self._tickets:
             self.take()
 
     @property
@@ -215,7 +150,7 @@ class Checkpointer:
 
     @property
     def _is_unwritten(self) -> bool:
-        return self._ended is not None and (self._thread is not None or self._is_due)
+        return self._ended is not None and (self._thread.is_busy or self._is_due)
 
     @property
     def shortfall(self) -> str:
@@ -230,23 +165,24 @@ class Checkpointer:
         self._ended = time.monotonic()
         self._is_due = False
         place = self._place()
-        is_new = (place.step, place.evaluated) != self._last_taken and place.step > self._first_step
+        first_step = 0 if self._spec.resumed is None else self._spec.resumed.step
+        is_new = (place.step, place.evaluated) != self._last_taken and place.step > first_step
         left_out, self._left_out = self._left_out, None
         if self._retention is not None and is_new and not self.is_torn:
             self._is_due = True
         elif left_out is not None:
-            self._tell_left_out(left_out)
+            self._news.tell_left_out(left_out)
         self.tick(is_still=True)
-        if self._thread is None and not self._is_due:
+        if not self._thread.is_busy and not self._is_due:
             self._sources.forget_data()
 
     def close(self) -> None:
         """Wait for what is yet to be written, but not for ever: what is not whole by then is left aside."""
         deadline = time.monotonic() + CLOSE_SECONDS
-        while self._thread is not None and time.monotonic() < deadline:
+        while self._thread.is_busy and time.monotonic() < deadline:
             self._thread.join(max(deadline - time.monotonic(), 0.0))
             self.tick(is_still=True)  # the last one may have waited for the one before
-        if self._thread is None:
+        if not self._thread.is_busy:
             self._sources.close()
 
     # copying
@@ -257,57 +193,46 @@ class Checkpointer:
         While another one is written it is left out; only the best so far waits for its turn.
         """
         self.collect()
-        if self._thread is not None and not (self._is_due and self._is_record):
+        if self._thread.is_busy and not (self._is_due and self._is_record):
             self._skip()
             return
-        if not self._is_due and not self._asked:
+        if not self._is_due and not self._tickets:
             return  # served already
         place = self._place()
-        target, tickets = self._next_target(place.step)
+        own = step_folder(Path(self._spec.folder), place.step)
+        path, tickets = self._tickets.take(is_own=self._is_due)
+        target = path or own
         is_of_policy, self._is_due = self._is_due, False
         if tickets and self._is_there(target, place):
             self._settle_as_there(target, tickets, place.step)
             return
-        buffers = self._buffers if self._buffers and self._thread is None else {name: TensorBuffer() for name in _FILES}
+        buffers = (
+            self._buffers
+            if self._buffers and not self._thread.is_busy
+            else {name: TensorBuffer() for name in TENSOR_FILES}
+        )
         try:
-            manifest = self._copy(place, buffers)
-            extra = extra_file_of(self._master)
+            manifest, extra = self._copier.copy(self._spec, place, buffers)
         except BaseException as error:  # noqa: BLE001 - state_dict of a user's optimizer may raise anything
             failure = describe_error(error)
             self._fail(tickets, place.step, "checkpoint", f"{failure.kind}: {failure.message}", error)
             return
-        if target == step_folder(Path(self._spec.folder), place.step):
+        if target == own:
             self._last_taken = (place.step, place.evaluated)
             self._left_out = None
         if self._waiting is not None:  # a better one takes its place, and fulfils its wishes
             tickets += self._waiting.tickets
         needed = sum(buffer.num_bytes for buffer in buffers.values()) + self._sources.pending_bytes
-        job = _WriteJob(target, manifest, buffers, tickets, is_of_policy, needed + MARGIN_BYTES, extra)
-        if self._thread is None:
-            self._write(job)
+        checkpoint = PendingCheckpoint(target, manifest, buffers, tickets, is_of_policy, needed + MARGIN_BYTES, extra)
+        if self._thread.is_busy:
+            self._waiting = checkpoint
         else:
-            self._waiting = job
+            self._write(checkpoint)
 
     def _skip(self) -> None:
         if self._is_due and self._ended is None:
             self._is_due = False
             self._left_out = self._place().step
-
-    def _tell_left_out(self, step: int) -> None:
-        self._left_out = None
-        text = f"the checkpoint of step {step} was left out, as the one before was still being written"
-        log.info(text)
-        self._tell_once("slow", "checkpoint", text, step)
-
-    def _next_target(self, step: int) -> tuple[Path, tuple[int, ...]]:
-        """Where the next one goes, and the wishes that it fulfils."""
-        own = step_folder(Path(self._spec.folder), step)
-        paths = [None] if self._is_due else list(self._asked.values())[:1]
-        tickets = tuple(ticket for ticket, path in self._asked.items() if path in paths)
-        for ticket in tickets:
-            del self._asked[ticket]
-            self._tickets[ticket] = CheckpointState(ticket=ticket, state="writing")
-        return paths[0] or own, tickets
 
     def _is_there(self, target: Path, place: RunProgress) -> bool:
         is_own = target == step_folder(Path(self._spec.folder), place.step)
@@ -320,126 +245,44 @@ class Checkpointer:
     def _settle_as_there(self, target: Path, tickets: Sequence[int], step: int) -> None:
         if self._retention is not None:
             self._retention.release(step)
-        self._settle(tickets, CheckpointState(ticket=0, state="durable", path=str(target), step=step))
-
-    def _copy(self, place: RunProgress, buffers: dict[str, TensorBuffer]) -> Manifest:
-        states = self._master.states
-        own, tied, others = named_tensors(self._master) if states.version else self._tensors
-        extra, extra_tensors = extra_of(self._master)
-        optimizer, optimizer_tensors, _ = state_of(self._master.optimizer, "optimizer", is_strict=True)
-        scheduler, scheduler_tensors, left_out = state_of(self._master.scheduler, "scheduler", is_strict=False)
-        kept, kept_tensors = take_apart(self._master.functions.read(), root="kept")
-        history, num_rows = history_of(self._columns)
-        buffers[MODEL_FILE].fill(own, tied)
-        in_optimizer = {**optimizer_tensors, **scheduler_tensors, **kept_tensors, **others, **extra_tensors}
-        buffers[OPTIMIZER_FILE].fill(in_optimizer, {})
-        buffers[HISTORY_FILE].fill(history, {})
-        assert optimizer is not None
-        return Manifest(
-            digest="",
-            format=FORMAT,
-            name=self._spec.name,
-            step=place.step,
-            num_steps=self._spec.num_steps,
-            evaluated=place.evaluated,
-            num_history_rows=num_rows,
-            time=time.time(),
-            elapsed_seconds=place.elapsed_seconds,
-            versions=versions(),
-            metrics=in_json(self._measured(place.step)),
-            parameters=facts_of(dict(self._master.model.named_parameters())),
-            buffers=facts_of(dict(self._master.model.named_buffers())),
-            tied=tied,
-            optimizer=optimizer,
-            scheduler=scheduler,
-            left_out=left_out,
-            spec=msgspec.structs.replace(self._spec, settings=without_variables(self._spec.settings)),
-            files={},
-            kept=kept or None,
-            extra=extra,
-            loose=tuple(states.now.buffers),
-            empty=tuple(name for name, value in states.now.buffers.items() if value is None),
-            transient=tuple(sorted(states.now.transient)),
-            toggled=self._master.freezing.toggled,
-            frozen_on_engines=tuple(sorted(self._master.freezing.on_engines)),
-        )
-
-    def _measured(self, step: int) -> dict[str, float]:
-        measured = {name: values[-1] for name, values in self._columns.by_step.items() if values}
-        for name, pairs in self._columns.by_evaluation.items():
-            if pairs and pairs[-2] == step and name != "digest":
-                measured[name] = pairs[-1]
-        return measured
+        self._tickets.settle(tickets, CheckpointState(ticket=0, state="durable", path=str(target), step=step))
 
     # writing
 
-    def _write(self, job: _WriteJob) -> None:
-        self._buffers = job.buffers
-        self._thread = threading.Thread(target=self._write_aside, args=(job,), name="dnb-checkpoint", daemon=True)
-        self._thread.start()
-
-    def _write_aside(self, job: _WriteJob) -> None:
-        """In the thread: it touches only what was copied."""
-        began = time.monotonic()
-        try:
-            free = self._disk.free_bytes(job.target.parent)
-            if free < job.needed_bytes:  # the history needs the little there is
-                raise OSError(errno.ENOSPC, "No space left on device")
-            num_bytes = write_checkpoint(
-                job.target,
-                job.manifest,
-                job.buffers,
-                add_sources=lambda folder: self._sources.add_to(folder, self._disk),
-                disk=self._disk,
-                sign=self._signer.sign,
-                extra=job.extra,
-            )
-        except BaseException as error:  # noqa: BLE001 - whatever it is, the run goes on, and says what it was
-            self._outcomes.put(_WriteResult(job, error))
-        else:
-            self._outcomes.put(_WriteResult(job, None, num_bytes, time.monotonic() - began))
+    def _write(self, checkpoint: PendingCheckpoint) -> None:
+        self._buffers = checkpoint.buffers
+        self._thread.start(checkpoint)
 
     def collect(self) -> None:
         """Take over what the thread has done."""
-        try:
-            outcome = self._outcomes.get_nowait()
-        except Empty:
+        result = self._thread.collect()
+        if result is None:
             return
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if outcome.error is None:
-            self._succeed(outcome)
+        if result.error is None:
+            self._succeed(result)
         else:
-            self._explain(outcome.job, outcome.error)
+            self._explain(result.checkpoint, result.error)
         if self._waiting is not None:
-            job, self._waiting = self._waiting, None
-            self._write(job)
+            checkpoint, self._waiting = self._waiting, None
+            self._write(checkpoint)
         elif self._retention is None:
             self._buffers = {}  # as large as model and optimizer: not kept for a wish that may not come
-        if self._ended is not None and self._thread is None and not self._is_due and not self._asked:
+        if self._ended is not None and not self._thread.is_busy and not self._is_due and not self._tickets:
             self._sources.forget_data()
 
-    def _succeed(self, outcome: _WriteResult) -> None:
-        job = outcome.job
-        step = job.manifest.step
-        if job.is_of_policy and self._retention is not None:
-            gone = self._retention.add(step, self._measured_at(job.manifest))
-            if job.tickets:
+    def _succeed(self, result: WriteResult) -> None:
+        checkpoint = result.checkpoint
+        step = checkpoint.manifest.step
+        if checkpoint.is_of_policy and self._retention is not None:
+            gone = self._retention.add(step, _measured_at(checkpoint.manifest))
+            if checkpoint.tickets:
                 self._retention.release(step)
             self._remove(gone)
-        self._faults.clear()
-        size = megabytes(outcome.num_bytes)
-        self._tell("checkpoint", f"step {step} is in {job.target} ({size} in {outcome.seconds:.2g} s)", step)
-        self._settle(job.tickets, CheckpointState(ticket=0, state="durable", path=str(job.target), step=step))
-        if self._signer.fault and not self._is_unsigned_told:
-            self._is_unsigned_told = True
-            text = f"checkpoints are not signed: {self._signer.fault}; dnb.resume needs trust=True for their pickles"
-            log.warning(text)
-            self._tell("checkpoint", text, step)
-
-    def _measured_at(self, manifest: Manifest) -> dict[str, float]:
-        return {name: float(value) for name, value in manifest.metrics.items()}
+        self._news.tell_written(result, signer_fault=self._thread.signer_fault)
+        self._tickets.settle(
+            checkpoint.tickets,
+            CheckpointState(ticket=0, state="durable", path=str(checkpoint.target), step=step),
+        )
 
     def _remove(self, steps: Sequence[int]) -> None:
         for step in steps:
@@ -449,19 +292,16 @@ class Checkpointer:
             except OSError as error:
                 log.warning("the old checkpoint %s is not removed: %s", folder, error)
 
-    def _explain(self, job: _WriteJob, error: BaseException) -> None:
-        step = job.manifest.step
+    def _explain(self, checkpoint: PendingCheckpoint, error: BaseException) -> None:
+        step = checkpoint.manifest.step
         if not isinstance(error, OSError):
             failure = describe_error(error)
-            self._fail(job.tickets, step, "checkpoint", f"{failure.kind}: {failure.message}", error)
+            self._fail(checkpoint.tickets, step, "checkpoint", f"{failure.kind}: {failure.message}", error)
             return
-        try:
-            free = megabytes(self._disk.free_bytes(job.target.parent))
-        except OSError:
-            free = "unknown"
-        needed = megabytes(job.needed_bytes)
-        text = f"{job.target} cannot be written ({error.strerror}): {needed} needed, {free} free"
-        self._fail(job.tickets, step, "disk", text, error)
+        free = self._thread.free_space(checkpoint.target)
+        needed = megabytes(checkpoint.needed_bytes)
+        text = f"{checkpoint.target} cannot be written ({error.strerror}): {needed} needed, {free} free"
+        self._fail(checkpoint.tickets, step, "disk", text, error)
 
     def _fail(
         self,
@@ -472,35 +312,14 @@ class Checkpointer:
         error: BaseException,
     ) -> None:
         self._last_taken = (-1, -1)
-        cause = f"{type(error).__name__} {error.errno if isinstance(error, OSError) else reason}"
-        goes_on = "the run goes on, and " if self._ended is None else ""
-        text = f"no checkpoint of step {step}: {reason}; {goes_on}earlier checkpoints stay"
-        if self._ended is not None:
-            self._faults.discard(cause)  # that the last one is missing is told in any case
-        if cause not in self._faults:
-            log.warning(text)
-        self._tell_once(cause, kind, text, step)
+        text = self._news.tell_failure(step, kind, reason, error, is_last=self._ended is not None)
         named = "SpaceError" if isinstance(error, OSError) and error.errno in _FULL else "ArgumentError"
-        self._settle(tickets, CheckpointState(ticket=0, state="failed", error=named, message=text, step=step))
-
-    def _tell_once(self, cause: str, kind: Literal["checkpoint", "disk"], text: str, step: int) -> None:
-        if cause not in self._faults:
-            self._faults.add(cause)
-            self._tell(kind, text, step)
-
-    def _settle(self, tickets: Sequence[int], state: CheckpointState) -> None:
-        for ticket in tickets:
-            self._tickets[ticket] = CheckpointState(
-                ticket=ticket,
-                state=state.state,
-                path=state.path,
-                step=state.step,
-                error=state.error,
-                message=state.message,
-            )
+        failed = CheckpointState(ticket=0, state="failed", error=named, message=text, step=step)
+        self._tickets.settle(tickets, failed)
 
 
-_FILES = (MODEL_FILE, OPTIMIZER_FILE, HISTORY_FILE)
+def _measured_at(manifest: Manifest) -> dict[str, float]:
+    return {name: float(value) for name, value in manifest.metrics.items()}
 
 
 def check_target(path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Literal
 
 import msgspec
 
-from dnb.hub.checkpoints.writer import Checkpointer, RunProgress
+from dnb.hub.checkpoints.state_copy import Place
+from dnb.hub.checkpoints.writer import Checkpointer
 from dnb.hub.handover import RunHandover
 from dnb.hub.run.engine_links import EngineLinks
 from dnb.hub.run.execution.deferred_work import DeferredWork
@@ -375,8 +376,8 @@ class ActiveRun:
     def _keep_whole(self, failure: Failure) -> Failure:
         return self._recorder.keep_whole(failure, self.step + 1, "hub")
 
-    def _place(self) -> RunProgress:
-        return RunProgress(self._coordinator.step, self._coordinator.evaluated, self._recorder.clock.seconds)
+    def _place(self) -> Place:
+        return Place(self._coordinator.step, self._coordinator.evaluated, self._recorder.clock.seconds)
 
     def close(self) -> None:
         """Let go of memory and files; the parameters can be asked for until then."""

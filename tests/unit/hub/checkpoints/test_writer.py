@@ -56,7 +56,7 @@ def run_of(tmp_path: Path):
 
     yield make
     for run in runs:
-        gate = run.checkpoints._disk
+        gate = run.checkpoints._thread.disk
         if isinstance(gate, Gate):
             gate.opened.set()
         run.close()
