@@ -69,8 +69,8 @@ class Checkpointer:
         self._spec = spec
         self._place = place
         self._copier = StateCopier(master, columns)
-        self._sources = Sources(frames, spec)
-        self._thread = CheckpointThread(self._sources, disk=disk or Disk(), signer=signer or Signer())
+        sources = Sources(frames, spec)
+        self._thread = CheckpointThread(sources, disk=disk or Disk(), signer=signer or Signer())
         self._news = CheckpointNews(tell)
         self._tickets = CheckpointTickets(spec.name, first=generation << 32)
         self._retention = _retention(spec.checkpoints)
@@ -131,7 +131,7 @@ class Checkpointer:
 
     def replace_functions(self, pickled: bytes) -> None:
         """Another step or loss function belongs to every later checkpoint."""
-        self._sources.replace_functions(pickled)
+        self._thread.sources.replace_functions(pickled)
 
     def tick(self, *, is_still: bool) -> None:
         """Look after the thread; serve wishes, if no commit will come that does it."""
@@ -174,7 +174,7 @@ class Checkpointer:
             self._news.tell_left_out(left_out)
         self.tick(is_still=True)
         if not self._thread.is_busy and not self._is_due:
-            self._sources.forget_data()
+            self._thread.sources.forget_data()
 
     def close(self) -> None:
         """Wait for what is yet to be written, but not for ever: what is not whole by then is left aside."""
@@ -183,7 +183,7 @@ class Checkpointer:
             self._thread.join(max(deadline - time.monotonic(), 0.0))
             self.tick(is_still=True)  # the last one may have waited for the one before
         if not self._thread.is_busy:
-            self._sources.close()
+            self._thread.sources.close()
 
     # copying
 
@@ -222,7 +222,7 @@ class Checkpointer:
             self._left_out = None
         if self._waiting is not None:  # a better one takes its place, and fulfils its wishes
             tickets += self._waiting.tickets
-        needed = sum(buffer.num_bytes for buffer in buffers.values()) + self._sources.pending_bytes
+        needed = sum(buffer.num_bytes for buffer in buffers.values()) + self._thread.sources.pending_bytes
         checkpoint = PendingCheckpoint(target, manifest, buffers, tickets, is_of_policy, needed + MARGIN_BYTES, extra)
         if self._thread.is_busy:
             self._waiting = checkpoint
@@ -268,7 +268,7 @@ class Checkpointer:
         elif self._retention is None:
             self._buffers = {}  # as large as model and optimizer: not kept for a wish that may not come
         if self._ended is not None and not self._thread.is_busy and not self._is_due and not self._tickets:
-            self._sources.forget_data()
+            self._thread.sources.forget_data()
 
     def _succeed(self, result: WriteResult) -> None:
         checkpoint = result.checkpoint

@@ -49,7 +49,7 @@ class CheckpointThread:
     """
 
     def __init__(self, sources: Sources, *, disk: Disk, signer: Signer) -> None:
-        self._sources = sources
+        self.sources = sources
         self.disk = disk
         self._signer = signer
         self._thread: threading.Thread | None = None
@@ -102,7 +102,7 @@ class CheckpointThread:
                 checkpoint.target,
                 checkpoint.manifest,
                 checkpoint.buffers,
-                add_sources=lambda folder: self._sources.add_to(folder, self.disk),
+                add_sources=lambda folder: self.sources.add_to(folder, self.disk),
                 disk=self.disk,
                 sign=self._signer.sign,
                 extra=checkpoint.extra,
