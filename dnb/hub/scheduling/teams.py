@@ -17,7 +17,7 @@ team is busy if a member is. An answer counts if it comes from a member of a tea
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from dnb.hub.scheduling.coordinator import START_SECONDS, Coordinator
 from dnb.hub.scheduling.events import (
@@ -51,35 +51,10 @@ from dnb.hub.scheduling.events import (
     UserCodeFailed,
     WorkDone,
 )
+from dnb.hub.scheduling.member_watch import MemberWatch
 from dnb.hub.scheduling.note_words import text_of, traceback_of
+from dnb.hub.scheduling.team_formation import FIRST_TEAM, Team, TeamFormation
 from dnb.protocol.run import ENDED, Partition, RunStatus
-
-# Teams are numbered from here, so that no engine has the number of one.
-FIRST_TEAM = 1 << 20
-# A member says that it lost a peer; if nobody is found dead by then, the team is formed anew all the same.
-GRACE_SECONDS = 1.0
-# How long a member may be silent, after the hub has noticed it, until it is ended: one that was stopped, and one that
-# loads, or may sleep in a call that lets no other thread of its process run.
-SILENT_SECONDS, ASLEEP_SECONDS = 1.0, 30.0
-
-
-@dataclass(slots=True)
-class Team:
-    """Some engines, in the order of their ranks."""
-
-    number: int
-    members: tuple[int, ...]
-    partition: Partition
-    loading: set[int]
-    lease: int | None = None  # under way
-    reports: dict[int, WorkDone] = field(default_factory=dict)  # of it
-    is_whole: bool = True
-    broken_since: float | None = None
-
-    @property
-    def owner(self) -> int:
-        """The member whose slab all write into."""
-        return self.members[-1]
 
 
 class Teams:
@@ -104,22 +79,10 @@ class Teams:
         returning: Iterable[int] = (),
         first: int = FIRST_TEAM,
     ) -> None:
-        self._partitions = dict(partitions)
-        self._size = size
+        self._formation = TeamFormation(partitions, size=size, engines=engines, returning=returning, first=first)
         self._now = 0.0
-        self._next = first
-        self._names: dict[int, str] = {}
-        self._teams: dict[int, Team] = {}
-        self._rosters: dict[int, tuple[int, ...]] = {}  # members of all teams, also of those that are gone
-        self._team_of: dict[int, Team] = {}
-        self._free: set[int] = set(engines)
-        self._resting: set[int] = set()
-        self._retiring: set[int] = set()
-        self._silent: dict[int, tuple[float, str, float]] = {}  # since when, what the hub says, how long it may be
-        self._busy: set[int] = set()
-        self._told_busy: set[int] = set()
-        self._returning: set[int] = set(returning)
         self._since: float | None = None  # when the first event came
+        self._watch = MemberWatch()
         self._inner = make([team.number for team in self._form()])
 
     # what others ask
@@ -138,18 +101,18 @@ class Teams:
     def error(self) -> str:
         """Why it is paused or has failed, for people."""
         trouble = self._inner.trouble
-        return "" if trouble is None else text_of(trouble, self._names)
+        return "" if trouble is None else text_of(trouble, self._formation.names)
 
     @property
     def last_word(self) -> str:
         """How the run has ended, for people."""
-        return text_of(self._inner.last_note, self._names)
+        return text_of(self._inner.last_note, self._formation.names)
 
     @property
     def traceback(self) -> str:
         """Of what is in `error`."""
         trouble = self._inner.trouble
-        return "" if trouble is None else traceback_of(trouble, self._names)
+        return "" if trouble is None else traceback_of(trouble, self._formation.names)
 
     @property
     def evaluated(self) -> int:
@@ -159,28 +122,27 @@ class Teams:
     @property
     def resting(self) -> frozenset[int]:
         """Engines that are in no team."""
-        return frozenset(self._free)
+        return frozenset(self._formation.free)
 
     @property
     def working(self) -> frozenset[int]:
         """Engines that compute."""
-        return frozenset(
-            engine for number in self._inner.working if number in self._teams for engine in self._teams[number].members
-        )
+        teams = self._formation.teams
+        return frozenset(engine for n in self._inner.working if n in teams for engine in teams[n].members)
 
     def assignment_of(self, engine: int) -> tuple[int, int, Partition] | None:
         """Team, rank and partition of an engine; None if it is in no team."""
-        team = self._team_of.get(engine)
+        team = self._formation.team_of.get(engine)
         return None if team is None else (team.number, team.members.index(engine), team.partition)
 
     def owner_of(self, engine: int) -> int:
         """The engine whose slab an engine writes into."""
-        team = self._team_of.get(engine)
+        team = self._formation.team_of.get(engine)
         return engine if team is None else team.owner
 
     def expects(self, report: WorkDone) -> bool:
         """Whether it is of a whole team, and of its open lease."""
-        team = self._team_of.get(report.engine)
+        team = self._formation.team_of.get(report.engine)
         if team is None or not team.is_whole or team.loading:
             return False
         return self._inner.expects(replace(report, engine=team.number))
@@ -189,7 +151,8 @@ class Teams:
 
     def start(self) -> list[Action]:
         """The first actions."""
-        return [*map(self._plan_of, self._teams.values()), *self._out(self._inner.start())]
+        plans = [Note("planned", team.plan) for team in self._formation.teams.values()]
+        return [*plans, *self._out(self._inner.start())]
 
     def handle(self, event: Event, now: float | None = None) -> list[Action]:  # noqa: C901 - the table of events
         """As `Coordinator.handle`, of engines and not of teams."""
@@ -219,7 +182,7 @@ class Teams:
             case MakeSpare(engine):
                 return self._rest(engine)
             case ActivateSpare(engine):
-                self._resting.discard(engine)
+                self._formation.resting.discard(engine)
                 return self._grow()
             case Tick():
                 return self._tick(event)
@@ -238,36 +201,11 @@ class Teams:
     # teams
 
     def _form(self) -> list[Team]:
-        """As many teams as there are engines for; the numbers of those that are new."""
-        formed: list[Team] = []
-        while (members := self._choose()) is not None:
-            team = Team(self._next, members, self._partitions[len(members)], set(members))
-            self._next += 1
-            self._teams[team.number] = team
-            self._names[team.number] = _name(team)
-            self._rosters[team.number] = members
-            self._free -= set(members)
-            for engine in members:
-                self._team_of[engine] = team
-            formed.append(team)
-        return formed
-
-    def _choose(self) -> tuple[int, ...] | None:
-        """Engines for one more team: of the usual size, or of what is left if there is no team at all."""
-        able = sorted(self._free - self._resting - self._retiring)
-        if not able or self._is_return_awaited():
-            return None
-        largest = max(self._partitions)
-        size = min(self._size or largest, largest)
-        if len(able) < size:
-            if any(team.is_whole for team in self._teams.values()):
-                return None
-            size = max((number for number in self._partitions if number <= len(able)), default=0)
-        return tuple(able[:size]) if size else None
+        return [] if self._is_return_awaited() else self._formation.form()
 
     def _is_return_awaited(self) -> bool:
-        if not self._returning or self._since is None:
-            return bool(self._returning)
+        if not self._formation.returning or self._since is None:
+            return bool(self._formation.returning)
         return self._now - self._since < START_SECONDS
 
     def _grow(self) -> list[Action]:
@@ -275,34 +213,15 @@ class Teams:
         return [action for team in self._form() for action in self._welcome(team)]
 
     def _welcome(self, team: Team) -> list[Action]:
-        actions = [self._plan_of(team), *self._tell(EngineJoined(team.number))]
-        return actions + (self._tell(EngineBusy(team.number)) if self._busy & set(team.members) else [])
-
-    def _plan_of(self, team: Team) -> Note:
-        size = len(team.members)
-        if team.partition.kind == "synced":
-            part = f"each has 1/{size} of every batch" if size > 1 else "it has every batch"
-            return Note("planned", f"{self._names[team.number]}: {part}; BatchNorm takes statistics of the whole batch")
-        if team.partition.kind == "tensor":
-            num_layers = len(team.partition.styles)
-            part = f"each has 1/{size} of {num_layers} layers" if num_layers else "it has the whole model"
-            return Note("planned", f"{self._names[team.number]}: {part}")
-        stages = [
-            f"stage{'s' * (team.partition.num_stages > size)} "
-            f"{', '.join(map(str, range(rank, team.partition.num_stages, size)))} on engine {engine}"
-            for rank, engine in enumerate(team.members)
-        ]
-        return Note("planned", f"{self._names[team.number]}: {'; '.join(stages)}")
+        actions = [Note("planned", team.plan), *self._tell(EngineJoined(team.number))]
+        return actions + (self._tell(EngineBusy(team.number)) if self._watch.is_busy(team) else [])
 
     def _grow_if_it_pays(self) -> list[Action]:
         """Between two tasks: a pipeline over all engines takes in those that have come."""
-        if self._size is not None or len(self._teams) != 1:
+        wider = self._formation.find_wider()
+        if wider is None:
             return []
-        team = next(iter(self._teams.values()))
-        able = len(team.members) + len(self._free - self._resting - self._retiring)
-        wanted = max((number for number in self._partitions if number <= able), default=0)
-        if not team.is_whole or team.loading or wanted <= len(team.members):
-            return []
+        team, wanted = wider
         return self._replace(team, f"it is formed anew over {wanted} engines")
 
     def _replace(self, team: Team, reason: str, *, dead: EngineLost | None = None) -> list[Action]:
@@ -313,33 +232,24 @@ class Teams:
             reason: for people.
             dead: the member that is the reason; the others are free.
         """
-        self._break(team)
-        for engine in team.members:
-            del self._team_of[engine]
-            if dead is None or engine != dead.engine:
-                self._free.add(engine)
-        del self._teams[team.number]
+        self._formation.disband(team, dead=None if dead is None else dead.engine)
         actions = [Disband(team.number), *self._grow()]
         lost = EngineLost(team.number, reason, is_slab_lost=True)  # the next team may write into the same
         if dead is not None:
             lost = replace(dead, engine=team.number, is_slab_lost=True, member=dead.engine)
         return actions + self._tell(lost) + self._release_retired()
 
-    def _break(self, team: Team) -> None:
-        team.is_whole = False
-        team.reports.clear()
-
     # what happens to engines
 
     def _join(self, engine: int) -> list[Action]:
-        if engine in self._free or engine in self._team_of:
+        if engine in self._formation.free or engine in self._formation.team_of:
             return []
-        self._returning.discard(engine)
-        self._free.add(engine)
+        self._formation.returning.discard(engine)
+        self._formation.free.add(engine)
         return self._grow()
 
     def _load(self, engine: int) -> list[Action]:
-        team = self._team_of.get(engine)
+        team = self._formation.team_of.get(engine)
         if team is None or engine not in team.loading or not team.is_whole:
             return []
         team.loading.discard(engine)
@@ -347,86 +257,68 @@ class Teams:
 
     def _lose(self, event: EngineLost) -> list[Action]:
         engine = event.engine
-        known = engine in self._free or engine in self._team_of or engine in self._returning
-        self._silent.pop(engine, None)
-        self._busy.discard(engine)
-        self._free.discard(engine)
-        self._returning.discard(engine)
-        self._resting.discard(engine)
-        self._retiring.discard(engine)
-        if not known:
+        self._watch.end_silence(engine)
+        self._watch.end_busy(engine)
+        if not self._formation.forget(engine):
             return []
         died = Note("died", event.reason, engine, "found")
-        team = self._team_of.get(engine)
+        team = self._formation.team_of.get(engine)
         if team is None:
             return [died, *self._grow()]
         return [died, *self._replace(team, event.reason, dead=event)]
 
     def _silence(self, engine: int, reason: str, *, is_asleep: bool) -> list[Action]:
         """The others of its team are stuck until it ends."""
-        if engine in self._silent:
-            return []
-        self._silent[engine] = self._now, reason, ASLEEP_SECONDS if is_asleep else SILENT_SECONDS
-        return self._forget_busy(engine)
+        is_new = self._watch.note_silent(engine, self._now, reason, is_asleep=is_asleep)
+        return self._forget_busy(engine) if is_new else []
 
     def _miss(self, engine: int) -> list[Action]:
         """It does not beat, but works; whoever was silent before stays so until it is heard."""
-        team = self._team_of.get(engine)
-        if engine in self._silent or engine in self._busy:
+        team = self._formation.team_of.get(engine)
+        if not self._watch.note_busy(engine) or team is None:
             return []
-        self._busy.add(engine)
-        if team is None:
-            return []
-        is_told = engine in self._told_busy or bool(team.loading)
+        is_told = bool(team.loading) or not self._watch.note_told(engine)
         note = [] if is_told else [Note("busy", engine=engine, reason="in a call")]
-        self._told_busy.update([engine] if note else [])
         return [*note, *(a for a in self._tell(EngineBusy(team.number)) if not isinstance(a, Note))]
 
     def _hear(self, engine: int) -> list[Action]:
-        self._silent.pop(engine, None)
+        self._watch.end_silence(engine)
         return self._forget_busy(engine)
 
     def _forget_busy(self, engine: int) -> list[Action]:
         """A team is busy no more if none of its members is."""
-        team = self._team_of.get(engine)
-        was_busy = engine in self._busy
-        self._busy.discard(engine)
-        if team is None or not was_busy or self._busy & set(team.members):
+        team = self._formation.team_of.get(engine)
+        was_busy = self._watch.end_busy(engine)
+        if team is None or not was_busy or self._watch.is_busy(team):
             return []
         return self._tell(EngineHeard(team.number))
 
     def _end_silent(self) -> list[Action]:
         """Those that are silent for too long are ended."""
-        actions: list[Action] = []
-        for engine, (since, reason, patience) in list(self._silent.items()):
-            team = self._team_of.get(engine)
-            patience = ASLEEP_SECONDS if team is not None and engine in team.loading else patience
-            if team is not None and self._now - since > patience:
-                del self._silent[engine]
-                actions += [Note("hung", reason, engine, "held up its team"), EvictEngine(engine)]
-        return actions
+        overdue = self._watch.take_overdue(self._formation.team_of, self._now)
+        hung = [(Note("hung", reason, engine, "held up its team"), EvictEngine(engine)) for engine, reason in overdue]
+        return [action for pair in hung for action in pair]
 
     def _suspect(self, engine: int, lease: int | None) -> list[Action]:
-        team = self._team_of.get(engine)
+        team = self._formation.team_of.get(engine)
         if team is not None and team.lease == lease and team.broken_since is None:
             team.broken_since = self._now
         return []
 
     def _tick(self, event: Tick) -> list[Action]:
         actions: list[Action] = self._end_silent()
-        for team in list(self._teams.values()):
-            if team.broken_since is not None and self._now - team.broken_since > GRACE_SECONDS:
-                actions += self._replace(team, "has lost a connection")
-        if self._returning and not self._is_return_awaited():
-            self._returning.clear()
-        if not self._teams:
+        for team in self._formation.find_broken(self._now):
+            actions += self._replace(team, "has lost a connection")
+        if self._formation.returning and not self._is_return_awaited():
+            self._formation.returning.clear()
+        if not self._formation.teams:
             actions += self._grow()
         return actions + self._tell(event)
 
     def _take(self, engine: int, report: WorkDone) -> list[Action]:
         if not self.expects(report):
             return []
-        team = self._team_of[engine]
+        team = self._formation.team_of[engine]
         team.reports[engine] = report
         if len(team.reports) < len(team.members):
             return []
@@ -437,7 +329,7 @@ class Teams:
 
     def _fail(self, engine: int, event: UserCodeFailed) -> list[Action]:
         """What one of them raised has freed the others: the step is given up, and the team formed anew."""
-        team = self._team_of.get(engine)
+        team = self._formation.team_of.get(engine)
         if team is None or not team.is_whole:
             return []
         if event.lease not in (0, team.lease):
@@ -448,24 +340,21 @@ class Teams:
         return actions + self._replace(team, "was ended by a failure")
 
     def _retire(self, engine: int) -> list[Action]:
-        team = self._team_of.get(engine)
-        self._retiring.add(engine)
+        team = self._formation.team_of.get(engine)
+        self._formation.retiring.add(engine)
         if team is None:
             return self._release_retired()
         return self._replace(team, f"engine {engine} leaves, as asked")
 
     def _release_retired(self) -> list[Action]:
-        leaving = sorted(self._retiring & self._free)
-        self._retiring -= set(leaving)
-        self._free -= set(leaving)
         actions: list[Action] = []
-        for engine in leaving:
+        for engine in self._formation.release():
             actions += [Note("left", engine=engine, reason="left, as asked"), Release(engine)]
         return actions
 
     def _rest(self, engine: int) -> list[Action]:
-        self._resting.add(engine)
-        team = self._team_of.get(engine)
+        self._formation.resting.add(engine)
+        team = self._formation.team_of.get(engine)
         return [] if team is None else self._replace(team, f"engine {engine} rests")
 
     # what the coordinator wants
@@ -476,19 +365,20 @@ class Teams:
     def _translated(self, action: Action) -> list[Action]:
         match action:
             case LoadEngine(number):
-                team = self._teams.get(number)
+                team = self._formation.teams.get(number)
                 return [] if team is None else [LoadEngine(engine) for engine in team.members]
             case Assign(engine=number, in_extra_slab=True, lease=lease):
                 return self._tell(LeaseDeclined(number, lease))  # there is one slab for all members
             case Assign(engine=number, lease=lease):
-                team = self._teams.get(number)
+                team = self._formation.teams.get(number)
                 if team is None:
                     return []
                 team.lease = lease
                 team.reports.clear()
                 return [replace(action, engine=engine) for engine in team.members]
             case Commit(reports=reports):
-                everybody = [(engine, shards) for number, shards in reports for engine in self._rosters[number]]
+                rosters = self._formation.rosters
+                everybody = [(engine, shards) for number, shards in reports for engine in rosters[number]]
                 return [replace(action, reports=tuple(everybody))]
             case Release():
                 return []  # engines are released, not teams
@@ -496,19 +386,13 @@ class Teams:
                 return self._note(action)
             case End(status):
                 # Else engines that still wait for each other would never hear of the next run.
-                return [*map(Disband, self._teams), End(status, self.error, self.traceback)]
+                return [*map(Disband, self._formation.teams), End(status, self.error, self.traceback)]
             case _:
                 return [action]
 
     def _note(self, note: Note) -> list[Action]:
         """Say it of the team by its name, and not at all if it was told of the engine."""
-        is_of_team = note.engine in self._names
+        is_of_team = note.engine in self._formation.names
         if is_of_team and note.kind in ("died", "left"):
             return []
-        return [Note(note.kind, text_of(note, self._names), None if is_of_team else note.engine)]
-
-
-def _name(team: Team) -> str:
-    engines = ", ".join(map(str, team.members))
-    kind = {"tensor": "tensor team", "synced": "team", "pipeline": "pipeline"}[team.partition.kind]
-    return f"the {kind} of engines {engines}" if len(team.members) > 1 else f"engine {engines}"
+        return [Note(note.kind, text_of(note, self._formation.names), None if is_of_team else note.engine)]

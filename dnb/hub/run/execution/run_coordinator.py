@@ -9,7 +9,8 @@ from dnb.hub.run.execution.gathered_batch import gathers_outputs
 from dnb.hub.run.initial_state import InitialState
 from dnb.hub.scheduling.coordinator import Coordinator
 from dnb.hub.scheduling.events import Action, Event, WorkDone
-from dnb.hub.scheduling.teams import FIRST_TEAM, Teams
+from dnb.hub.scheduling.team_formation import FIRST_TEAM
+from dnb.hub.scheduling.teams import Teams
 from dnb.protocol.measurements import WorkKind
 from dnb.protocol.pool import EngineFacts
 from dnb.protocol.run import Partition, RunSpec, RunStatus

@@ -8,8 +8,10 @@ import pytest
 
 from dnb.hub.scheduling import events as e
 from dnb.hub.scheduling.coordinator import Coordinator
+from dnb.hub.scheduling.member_watch import ASLEEP_SECONDS, SILENT_SECONDS
 from dnb.hub.scheduling.note_words import text_of
-from dnb.hub.scheduling.teams import ASLEEP_SECONDS, GRACE_SECONDS, SILENT_SECONDS, Teams
+from dnb.hub.scheduling.team_formation import GRACE_SECONDS
+from dnb.hub.scheduling.teams import Teams
 from dnb.protocol.run import Failure, Partition
 
 
