@@ -16,7 +16,7 @@ from torch import nn
 from dnb.hub.checkpoints.format import MANIFEST_FILE, Disk, step_folder
 from dnb.hub.checkpoints.reader import Checkpoint, open_checkpoint
 from dnb.hub.checkpoints.signing import Signer
-from dnb.hub.checkpoints.state_copy import Place
+from dnb.hub.checkpoints.state_copy import RunProgress
 from dnb.hub.checkpoints.writer import Checkpointer
 from dnb.hub.history.engine_stats import HistoryColumns
 from dnb.job import Data, DataSource, Job
@@ -125,7 +125,7 @@ class KeptRun:
             [b"spec", uploaded[0][0], uploaded[1][0], b"signature"],
             self.master,
             self.columns,
-            place=lambda: Place(self.step, self.evaluated, 1.5),
+            place=lambda: RunProgress(self.step, self.evaluated, 1.5),
             tell=lambda kind, text, step: self.events.append((kind, text, step)),
             disk=disk,
             signer=signer,

@@ -18,7 +18,7 @@ from dnb.transport.system.process_settings import without_variables
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RunProgress:
     """How far a run has come."""
 
     step: int
@@ -39,7 +39,7 @@ class StateCopier:
         self._columns = columns
         self._tensors = named_tensors(master)
 
-    def copy(self, spec: RunSpec, place: Place, buffers: dict[str, TensorBuffer]) -> tuple[Manifest, bytes]:
+    def copy(self, spec: RunSpec, place: RunProgress, buffers: dict[str, TensorBuffer]) -> tuple[Manifest, bytes]:
         """Fill the buffers; return what the manifest says, and the extra states."""
         states = self._master.states
         own, tied, others = named_tensors(self._master) if states.version else self._tensors

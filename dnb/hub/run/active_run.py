@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-from dnb.hub.checkpoints.state_copy import Place
+from dnb.hub.checkpoints.state_copy import RunProgress
 from dnb.hub.checkpoints.writer import Checkpointer
 from dnb.hub.handover import RunHandover
 from dnb.hub.run.engine_links import EngineLinks
@@ -21,7 +21,7 @@ from dnb.hub.run.initial_state import InitialState
 from dnb.hub.run.message_handler import MessageHandler
 from dnb.hub.run.pool_links import PoolLinks
 from dnb.hub.run.recorder import RunRecorder
-from dnb.hub.run.run_end import RunEnd, remove_parcel
+from dnb.hub.run.run_end import RunEnd, remove_payload
 from dnb.hub.scheduling import events as machine
 from dnb.protocol.client_messages import CheckpointState, GetRun, GradientRows, RunState
 from dnb.protocol.engine_messages import EngineMessage
@@ -202,7 +202,7 @@ class ActiveRun:
             self._recorder.add_event(machine.Note("failed", self._initial_state.error))
             self._recorder.write_summary()
             self.master.drop_slabs()
-            remove_parcel(self.spec.data)
+            remove_payload(self.spec.data)
 
     # engines speak
 
@@ -370,22 +370,22 @@ class ActiveRun:
         if self._deferred.fault is not None and self.is_active:
             self._dispatcher.dispatch(machine.CommitFailed(self.step + 1, self._deferred.fault))
         self._checkpoints.tick(is_still=not self.is_active or self.status != "running")
-        self._ending.finish_deferred()
+        self._ending.tell()
         self._recorder.tick()
 
     def _keep_whole(self, failure: Failure) -> Failure:
         return self._recorder.keep_whole(failure, self.step + 1, "hub")
 
-    def _place(self) -> Place:
-        return Place(self._coordinator.step, self._coordinator.evaluated, self._recorder.clock.seconds)
+    def _place(self) -> RunProgress:
+        return RunProgress(self._coordinator.step, self._coordinator.evaluated, self._recorder.clock.seconds)
 
     def close(self) -> None:
         """Let go of memory and files; the parameters can be asked for until then."""
         self.run_deferred()
         self._checkpoints.close()
-        self._ending.finish_deferred(is_closing=True)
+        self._ending.tell(is_closing=True)
         self.master.drop_slabs()
-        remove_parcel(self.spec.data)
-        remove_parcel(self.spec.job)
+        remove_payload(self.spec.data)
+        remove_payload(self.spec.job)
         self.master.close()
         self._recorder.close()

@@ -68,11 +68,11 @@ class RunEnd:
         self._checkpoints.end()
         self._links.unload(self._recorder.stats.living)
         self._master.drop_slabs()
-        self.finish_deferred()
+        self.tell()
         if not self._recorder.is_over:
             self._recorder.write_summary()  # a hub that takes the run over has its last checkpoint written
 
-    def finish_deferred(self, *, is_closing: bool = False) -> None:
+    def tell(self, *, is_closing: bool = False) -> None:
         """Say that the run has ended, in events and folder, unless its last checkpoint is still to come."""
         if self._recorder.is_over or self._coordinator.status not in ENDED:
             return
@@ -87,7 +87,7 @@ class RunEnd:
         if self._last_word is not None:
             self._recorder.add_event(self._last_word)
         self._recorder.write_summary()
-        remove_parcel(self._data)  # what makes the model stays, for a hub that takes an ended run over
+        remove_payload(self._data)  # what makes the model stays, for a hub that takes an ended run over
 
     def _tell_lateness(self) -> None:
         if not self._is_lateness_told and self._recorder.clock.seconds_since_end > LATE_SECONDS:
@@ -97,7 +97,7 @@ class RunEnd:
             self._recorder.add_event(Note("checkpoint", text))
 
 
-def remove_parcel(payload: PayloadRef) -> None:
+def remove_payload(payload: PayloadRef) -> None:
     """Remove what the client has handed over, if it lies in shared memory."""
     if payload.segment is not None:
         Path(payload.segment.path).unlink(missing_ok=True)
