@@ -94,7 +94,7 @@ def arm_everything() -> None:
     throw_around(keeping.UpdateLog, "_roll_forward", label="roll_forward")
     throw_around(keeping.UpdateLog, "_roll_back", label="roll_back")
     throw_around(keeping.UpdateLog, "_copy_aside", label="copy_aside")
-    throw_around(keeping.UpdateLog, "settle", label="settle")
+    throw_around(keeping.UpdateLog, "finish_deferred", label="settle")
     throw_around(keeping.UpdateLog, "recover", label="recover")
     throw_around(chunked_adam.ChunkedAdam, "_raise_steps", label="raise_steps")
     throw_around(chunked_adam.ChunkedAdam, "_update", label="update")
