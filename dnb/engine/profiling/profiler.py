@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import bisect
 import itertools
-import random
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from dnb.engine.process.session import adopt_path
 from dnb.engine.process.worker import has_run
-from dnb.engine.profiling.layers import ForwardFlow, Layer, entering, find_beginnings, watch_flow
+from dnb.engine.profiling.layer_times import time_layers, time_nodes
+from dnb.engine.profiling.layers import ForwardFlow, Layer, find_beginnings, watch_flow
+from dnb.engine.profiling.untouched_model import model_as_before, torch_threads
 from dnb.engine.runtime.allocator import release_freed_memory
 from dnb.errors import USER_ERRORS, PlanError, summary_of
 from dnb.job import Sum
@@ -35,17 +33,13 @@ from dnb.transport.system.process_settings import AppliedSettings
 from dnb.user_code.model_call import arguments_of, named_parts, plain_batch, takes_positional, with_parts
 from dnb.user_code.return_values import ReturnError, read_loss, read_step
 
-# All repetitions of all sizes together; at least this many of each size are done anyway.
+# All repetitions of all sizes together; some of each size are done anyway.
 BUDGET_SECONDS = 2.0
-LEAST_REPETITIONS = 3  # besides the first
-MOST_REPETITIONS = 15
 # A pass through a large model takes seconds, which swing little: such sizes are not measured, but for the smallest,
 # once, and what is known of it counts by samples.
 DEAR_SECONDS = 0.5
 # A pass of the smallest size that takes less is mostly what does not depend on the samples.
 CHEAP_SECONDS = 0.1
-# What takes longer is not slowed by being watched.
-UNDISTURBED_SECONDS = 0.03
 # Sizes to measure, as shares of the batch: a layer's time has a part that does not depend on the samples.
 SHARES = (16, 4, 1)
 # Some layers, such as BatchNorm, refuse a single sample.
@@ -114,7 +108,7 @@ def profile_trial(
     began = time.perf_counter()
     samples = count_samples(trial.batch)
     sizes = sizes or choose_sizes(samples)
-    with _as_before(trial.model), _threads(num_threads):
+    with model_as_before(trial.model), torch_threads(num_threads):
         parts = [take_samples(trial.batch, size, of=samples) for size in sizes]
         tries = [partial(_loss_of, trial, part) for part in parts]
         layers, first = _first_try(trial, tries[0], num_samples=sizes[0])
@@ -131,7 +125,7 @@ def profile_trial(
         for attempt in tries if not is_dear else ():
             if report is not None:
                 report(f"{len(times)} of {len(sizes)} sizes of batch are timed, {len(layers)} layers each")
-            times.append(_time_layers(layers, attempt, budget_seconds=BUDGET_SECONDS / len(sizes)))
+            times.append(time_layers(layers, attempt, budget_seconds=BUDGET_SECONDS / len(sizes)))
         threads = torch.get_num_threads()
     return Profile(
         model=type(trial.model).__name__,
@@ -255,7 +249,7 @@ def _first_try(
         end, began = time.perf_counter(), [begin for _, begin in found]
         moments = [begin.seconds for begin in began] + [end]
         backward = [0.0] * len(found)
-        _time_nodes(losses[0], [0, *(begin.node for begin in began[1:])], backward)
+        time_nodes(losses[0], [0, *(begin.node for begin in began[1:])], backward)
         losses[0].backward()
     except (PlanError, KeyboardInterrupt):
         raise
@@ -263,103 +257,6 @@ def _first_try(
         raise PlanError(f"the model fails on {num_samples} samples of the batch: {summary_of(error)}") from error
     forward = [later - earlier for earlier, later in itertools.pairwise(moments)]
     return [layer for layer, _ in found], (forward, backward)
-
-
-# time
-
-
-def _time_layers(
-    layers: list[Layer], attempt: Callable[[], torch.Tensor], *, budget_seconds: float
-) -> tuple[list[float], list[float]]:
-    """Return the median seconds of each layer, forward and backward.
-
-    Watching takes time, too: what was seen of the layers is scaled to what goes by when nobody watches.
-    """
-    deadline = time.perf_counter() + budget_seconds
-    plain: list[tuple[float, float]] = []
-    watched: list[tuple[list[float], list[float]]] = []
-    for repetition in range(MOST_REPETITIONS):
-        if repetition > LEAST_REPETITIONS and time.perf_counter() > deadline:
-            break
-        if not plain or sum(plain[-1]) < UNDISTURBED_SECONDS:
-            plain.append(_time_plain(attempt))
-        watched.append(_time_watched(layers, attempt))
-    forward, backward = zip(*watched[1:], strict=True)  # the first one meets new pages
-    there, back = _medians(forward), _medians(backward)
-    if len(plain) < len(watched):
-        return there, back
-    return _scaled(there, median(each for each, _ in plain[1:])), _scaled(back, median(each for _, each in plain[1:]))
-
-
-def _medians(repetitions: Iterable[list[float]]) -> list[float]:
-    return [median(each) for each in zip(*repetitions, strict=True)]
-
-
-def _scaled(parts: list[float], whole: float) -> list[float]:
-    seen = sum(parts)
-    return [part * whole / seen for part in parts] if seen else parts
-
-
-def _time_plain(attempt: Callable[[], torch.Tensor]) -> tuple[float, float]:
-    began = time.perf_counter()
-    loss = attempt()
-    middle = time.perf_counter()
-    loss.backward()
-    return middle - began, time.perf_counter() - middle
-
-
-def _time_watched(layers: list[Layer], attempt: Callable[[], torch.Tensor]) -> tuple[list[float], list[float]]:
-    """Forward between the beginnings of layers; backward by the nodes of the graph that each layer has added.
-
-    So it does not matter how layers are connected, and what is between two of them counts with the first.
-    """
-    moments = [0.0] * (len(layers) + 1)
-    numbers = [0] * len(layers)  # of the first node of each layer
-
-    def enter(number: int) -> None:
-        moments[number] = time.perf_counter()
-        numbers[number] = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
-
-    with entering(layers, enter):
-        enter(0)
-        loss = attempt()
-        moments[-1] = time.perf_counter()
-    seconds = [0.0] * len(layers)
-    _time_nodes(loss, numbers, seconds)
-    loss.backward()
-    return [end - begin for begin, end in itertools.pairwise(moments)], seconds
-
-
-def _time_nodes(loss: torch.Tensor, numbers: list[int], seconds: list[float]) -> None:
-    """Let every node of the graph add what it takes to the seconds of its layer."""
-    assert loss.grad_fn is not None
-    pending: list[tuple[Any, int]] = [(loss.grad_fn, len(numbers) - 1)]
-    seen = set()
-    while pending:
-        node, layer = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        own = _layer_of(node, numbers, behind=layer)
-        began = [0.0]
-        node.register_prehook(partial(_begin, began))
-        node.register_hook(partial(_end, began, seconds, own))
-        pending += [(each, own) for each, _ in node.next_functions if each is not None]
-
-
-def _layer_of(node: Any, numbers: list[int], *, behind: int) -> int:
-    """Return a node's layer, by its number; those that add to a parameter's gradient have no number of their own."""
-    if not hasattr(node, "_sequence_nr") or node.name().endswith("AccumulateGrad"):
-        return behind
-    return max(0, bisect.bisect_right(numbers, node._sequence_nr()) - 1)
-
-
-def _begin(began: list[float], *_: Any) -> None:
-    began[0] = time.perf_counter()
-
-
-def _end(began: list[float], seconds: list[float], layer: int, *_: Any) -> None:
-    seconds[layer] += time.perf_counter() - began[0]
 
 
 # records
@@ -405,56 +302,3 @@ def _shared_parameters(model: nn.Module, flow: ForwardFlow) -> tuple[SharedParam
 
 def _bytes(parameter: torch.Tensor) -> int:
     return parameter.numel() * parameter.element_size()
-
-
-# leaving no trace
-
-
-@contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
-    """Set training mode inside, and free gradients as soon as they are there; afterwards restore everything."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = {buffer: buffer.detach().clone() for buffer in model.buffers()}
-    gradients = {parameter: parameter.grad for parameter in model.parameters()}
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    sums = torch.zeros(max((parameter.numel() for parameter in trained), default=0))
-    hooks = [p.register_post_accumulate_grad_hook(partial(_add_up, sums)) for p in trained]
-    for parameter in model.parameters():
-        parameter.grad = None
-    model.train()
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
-        for parameter, gradient in gradients.items():
-            parameter.grad = gradient
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-
-
-def _add_up(sums: torch.Tensor, parameter: torch.Tensor) -> None:
-    """Add a gradient to a sum, as every micro-batch of a run adds its own to the slab, and free it."""
-    gradient, parameter.grad = parameter.grad, None
-    if gradient is not None and not gradient.is_sparse:
-        sums[: gradient.numel()].view(gradient.shape).add_(gradient)
-
-
-@contextmanager
-def _threads(num_threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if num_threads is not None and num_threads != before:
-        torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        if torch.get_num_threads() != before:
-            torch.set_num_threads(before)
