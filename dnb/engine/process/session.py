@@ -12,8 +12,9 @@ import msgspec
 import torch
 
 from dnb.engine.process.user_output import CapturedOutput
-from dnb.engine.replicas.gathered_loss import GatheringReplica, bytes_of
+from dnb.engine.replicas.gathered_loss import GatheringReplica
 from dnb.engine.replicas.replica import Replica
+from dnb.engine.replicas.whole_batch.output_form import bytes_of
 from dnb.engine.runtime.allocator import ration
 from dnb.engine.runtime.run_memory import EngineMemory, Publisher
 from dnb.engine.runtime.telemetry import Stopwatch

@@ -2,47 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate
-from math import prod
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from dnb.engine.replicas.outcome import mean_sums
 from dnb.engine.replicas.replica import Replica, WorkResult, added, is_out_of_memory, pieces_of
+from dnb.engine.replicas.whole_batch.gathered_batch import GatheredBatch, unpack_batch
+from dnb.engine.replicas.whole_batch.output_form import (
+    OutputForm,
+    check_constant,
+    compared_form,
+    form_of,
+    join_pairs,
+    join_rows,
+    leaf_of,
+    rows_of,
+    tree_of,
+)
 from dnb.errors import USER_ERRORS, PlanError
 from dnb.job import DataSource, Sum
-from dnb.protocol.engine_messages import Gathered, OutputLeaf, Work
+from dnb.protocol.engine_messages import Work
 from dnb.protocol.measurements import Sums
-from dnb.protocol.memory import LEAF_ALIGNMENT
 from dnb.user_code.loader import fetch_batch
 from dnb.user_code.model_call import arguments_of
-from dnb.user_code.return_values import Metrics, ReturnError, read_loss, weighed
+from dnb.user_code.return_values import Metrics, read_loss, weighed
 
 # So many samples, and one fewer, show which tensors have a row for each.
 NUM_LEARNED = 3
-# A tensor without rows is computed by every engine, by the same kernels, from the same parameters.
-TOLERANCE = 1e-3
-# What stands behind one record, see `dnb.transport.sockets.wires.MAX_RECORD_BYTES`; and all that is gathered of one
-# batch.
-PART_BYTES = 16 << 20
-MOST_OUTPUT_BYTES = (1 << 30) - (64 << 20)
-# May stand among outputs and targets, if they are the same for all samples.
-PLAIN = (type(None), bool, int, float, str)
-
-
-@dataclass(frozen=True, slots=True)
-class _BatchForm:
-    """The form of outputs and target, whatever the samples are."""
-
-    spec: pytree.TreeSpec  # of (output, target)
-    plain: tuple[Any, ...]  # leaves that are no tensors
-    is_tensor: tuple[bool, ...]  # of all leaves
-    num_outputs: int  # tensors of the output, the others are of the target
-    has_rows: tuple[bool, ...] | None  # of each tensor; None: not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +43,6 @@ class _KeptForward:
     shards: tuple[int, ...]
     outputs: Sequence[torch.Tensor]
     buffers: Sequence[torch.Tensor | None]  # as they were after it
-
-
-@dataclass(frozen=True, slots=True)
-class _GatheredLoss:
-    """What is gathered, and the loss of it."""
-
-    gathered: Gathered
-    indices: torch.Tensor  # of the whole batch
-    edges: tuple[int, ...]  # where its shards begin
-    outputs: Sequence[torch.Tensor]
-    loss: float
-    gradients: Sequence[torch.Tensor | None]  # of the loss by each tensor of the output
-    metrics: Metrics  # of the whole batch
-
-    @property
-    def first(self) -> int:
-        """The first shard that has samples: what has no rows gets its gradient there."""
-        return next(shard for shard, size in enumerate(self.gathered.shard_sizes) if size)
 
 
 class GatheringReplica(Replica):
@@ -86,7 +59,7 @@ class GatheringReplica(Replica):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._kept: list[_KeptForward] = []
-        self._form: _BatchForm | None = None
+        self._form: OutputForm | None = None
         self._batch_memory = memoryview(b"")
 
     def take_gathered(self, memory: memoryview) -> None:
@@ -130,11 +103,8 @@ class GatheringReplica(Replica):
                     raise
                 self._kept.clear()  # so that all of them are computed again in the second half
                 note = self._shrink(len(indices), error)
-        has_rows = self._rows_of(tensors, len(indices))
-        leaves = tuple(
-            OutputLeaf(dtype=str(t.dtype).removeprefix("torch."), shape=tuple(t.shape), has_rows=rows)
-            for t, rows in zip(tensors, has_rows, strict=True)
-        )
+        has_rows = rows_of(tensors, self._form, num_samples=len(indices))
+        leaves = tuple(leaf_of(tensor, has_rows=rows) for tensor, rows in zip(tensors, has_rows, strict=True))
         return WorkResult((_counted(len(indices)),), is_sum=False, note=note, leaves=leaves, tensors=tensors)
 
     def _outputs_of(self, work: Work, indices: torch.Tensor) -> list[torch.Tensor]:
@@ -155,7 +125,7 @@ class GatheringReplica(Replica):
                 parts.append([tensor.detach() for tensor in (*outputs, *targets)])
                 sizes.append(len(piece))
             self._collect_states(work.step, shards, work.batch_samples)
-        return self._joined(parts, sizes)
+        return join_rows(parts, sizes, form=self._form)
 
     def _forwards(self, work: Work, indices: torch.Tensor) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
         """The shards that go through forward together, and their samples."""
@@ -173,7 +143,7 @@ class GatheringReplica(Replica):
         form = self._form
         leaves, spec = pytree.tree_flatten((output, target))
         if form is None or spec != form.spec:
-            form = self._form = form_of(output, target, has_rows=None)
+            form = self._form = form_of(output, target)
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         return tensors[: form.num_outputs], tensors[form.num_outputs :]
 
@@ -183,7 +153,7 @@ class GatheringReplica(Replica):
         with self._stopwatch.measure("compute"), self._autocast():
             return self._job.model(*given.positional), given.target
 
-    def _learn(self) -> _BatchForm:
+    def _learn(self) -> OutputForm:
         """Compute few samples, and one fewer, and see which tensors have a row for each."""
         most = min(NUM_LEARNED, self._spec.num_samples)
         self._read_buffers()
@@ -198,32 +168,8 @@ class GatheringReplica(Replica):
                     break
         if len(found) < 2:
             output, target = found[0] if found else self._forward_pair(self._data.train, torch.arange(most))
-            return form_of(output, target, has_rows=None)
-        forms = [form_of(*pair, has_rows=None) for pair in found]
-        tensors = [[t for t in pytree.tree_leaves(pair) if isinstance(t, torch.Tensor)] for pair in found]
-        if forms[0].spec != forms[1].spec or len(tensors[0]) != len(tensors[1]):
-            raise ReturnError(
-                "this loss looks at the whole batch, and what the model gives has another structure for "
-                f"{most} samples than for {most - 1}: it can be gathered if it is one, with a row for each sample"
-            )
-        rows = tuple(_has_rows(a, b, most) for a, b in zip(*tensors, strict=True))
-        return dataclasses.replace(forms[0], has_rows=rows)
-
-    def _rows_of(self, tensors: Sequence[torch.Tensor], num_samples: int) -> tuple[bool, ...]:
-        """Which tensors have a row for each sample."""
-        known = None if self._form is None else self._form.has_rows
-        if known is not None and len(known) == len(tensors):
-            return known
-        return tuple(tensor.dim() > 0 and len(tensor) == num_samples for tensor in tensors)
-
-    def _joined(self, parts: Sequence[Sequence[torch.Tensor]], sizes: Sequence[int]) -> list[torch.Tensor]:
-        """The rows of several forwards, one after the other."""
-        if len(parts) < 2:
-            return list(parts[0]) if parts else []
-        rows = [self._rows_of(tensors, size) for tensors, size in zip(parts, sizes, strict=True)]
-        columns = zip(*parts, strict=True)
-        has_rows = [all(each) for each in zip(*rows, strict=True)]
-        return [torch.cat(column) if are else column[0] for column, are in zip(columns, has_rows, strict=True)]
+            return form_of(output, target)
+        return compared_form(*found, num_samples=most)
 
     # The step -----------------------------------------------------------------------------------------
 
@@ -248,9 +194,9 @@ class GatheringReplica(Replica):
                     self._finish_together(before, whole, fresh=number == 0, publish=False)
                 fresh = not earlier
             else:
-                return WorkResult((self._sums_of(work.shards, whole),), is_sum=False, unused=unused, note=note)
+                return WorkResult((whole.sums_of(work.shards),), is_sum=False, unused=unused, note=note)
 
-    def _finish_together(self, work: Work, whole: _GatheredLoss, *, fresh: bool, publish: bool) -> tuple[int, ...]:
+    def _finish_together(self, work: Work, whole: GatheredBatch, *, fresh: bool, publish: bool) -> tuple[int, ...]:
         assert work.gathered is not None
         groups = work.gathered.groups
         kept = {each.shards: each for each in self._kept}
@@ -267,7 +213,7 @@ class GatheringReplica(Replica):
                 self._recompute(work.step, group, wanted, whole, is_last=is_last)
         return self._end(slab, publish=publish)
 
-    def _finish_each_shard(self, work: Work, whole: _GatheredLoss) -> WorkResult:
+    def _finish_each_shard(self, work: Work, whole: GatheredBatch) -> WorkResult:
         kept = {each.shards: each for each in self._kept}
         self._kept.clear()
         unused: set[int] | None = None
@@ -281,22 +227,22 @@ class GatheringReplica(Replica):
                 self._recompute(work.step, (shard,), {shard}, whole, is_last=True)
             left = set(self._end(slab, publish=True))
             unused = left if unused is None else unused & left
-        parts = tuple(self._sums_of((shard,), whole) for shard in work.shards)
+        parts = tuple(whole.sums_of((shard,)) for shard in work.shards)
         return WorkResult(parts, is_sum=False, unused=tuple(sorted(unused or ())))
 
     def _recompute(
         self,
         step: int,
         group: tuple[int, ...],
-        wanted: frozenset[int] | set[int],
-        whole: _GatheredLoss,
+        wanted: Set[int],
+        whole: GatheredBatch,
         *,
         is_last: bool,
     ) -> None:
         """Forward of some shards as it was, and backward from the rows that are wanted."""
         self._seed(step, group[0])
-        positions = _positions(group, whole)
-        needed = torch.isin(positions, _positions([s for s in group if s in wanted], whole))
+        positions = whole.positions(group)
+        needed = torch.isin(positions, whole.positions([s for s in group if s in wanted]))
         pieces = pieces_of(torch.arange(len(positions)), self._most_at_once)
         for number, places in enumerate(pieces, 1):
             is_needed = bool(needed[places].any())
@@ -308,12 +254,10 @@ class GatheringReplica(Replica):
                 self._descend(outputs, positions[places], needed[places], whole, is_first=is_first, is_last=is_end)
         self._collect_states(step, group, len(whole.indices))
 
-    def _backward(
-        self, done: _KeptForward, wanted: frozenset[int] | set[int], whole: _GatheredLoss, *, is_last: bool
-    ) -> None:
+    def _backward(self, done: _KeptForward, wanted: Set[int], whole: GatheredBatch, *, is_last: bool) -> None:
         """Backward of a forward that was kept."""
-        positions = _positions(done.shards, whole)
-        needed = torch.isin(positions, _positions([s for s in done.shards if s in wanted], whole))
+        positions = whole.positions(done.shards)
+        needed = torch.isin(positions, whole.positions([s for s in done.shards if s in wanted]))
         is_first = whole.first in wanted and whole.first in done.shards
         self._descend(done.outputs, positions, needed, whole, is_first=is_first, is_last=is_last)
 
@@ -322,7 +266,7 @@ class GatheringReplica(Replica):
         outputs: Sequence[torch.Tensor],
         positions: torch.Tensor,
         needed: torch.Tensor,
-        whole: _GatheredLoss,
+        whole: GatheredBatch,
         *,
         is_first: bool,
         is_last: bool,
@@ -349,21 +293,12 @@ class GatheringReplica(Replica):
         if not is_last:
             self._gradients.bring_home()
 
-    def _whole_of(self, work: Work) -> _GatheredLoss:
+    def _whole_of(self, work: Work) -> GatheredBatch:
         """The loss of the whole batch, and its gradient by the outputs."""
         gathered, form = work.gathered, self._form
         assert gathered is not None
         assert form is not None
-        memory = bytearray(self._batch_memory)
-        batch_bytes = 8 * work.batch_samples
-        indices = torch.frombuffer(memory, dtype=torch.int64, count=work.batch_samples)
-        tensors: list[torch.Tensor] = []
-        offset = batch_bytes
-        for leaf in gathered.leaves:
-            offset += -offset % LEAF_ALIGNMENT
-            tensor = _tensor_of(leaf, memory, offset)
-            offset += tensor.nbytes
-            tensors.append(tensor)
+        indices, tensors = unpack_batch(self._batch_memory, gathered, num_samples=work.batch_samples)
         roots = [t.requires_grad_() if t.is_floating_point() or t.is_complex() else t for t in tensors]
         used = [*(root.clone() for root in roots[: form.num_outputs]), *(t.detach() for t in roots[form.num_outputs :])]
         output, target = tree_of(form, used)
@@ -374,12 +309,7 @@ class GatheringReplica(Replica):
             found = iter(torch.autograd.grad(loss, sources, allow_unused=True))
         gradients = [next(found) if root.requires_grad else None for root in roots[: form.num_outputs]]
         edges = tuple(accumulate(gathered.shard_sizes, initial=0))
-        return _GatheredLoss(gathered, indices, edges, roots, loss.item(), gradients, metrics)
-
-    @property
-    def _metrics_of_parts(self) -> dict[str, Any]:
-        """Metrics that are means over samples."""
-        return {name: each for name, each in self._job.metrics.items() if name not in self._spec.whole_metrics}
+        return GatheredBatch(gathered, indices, edges, roots, loss.item(), gradients, metrics)
 
     def _loss_and_metrics(
         self,
@@ -402,18 +332,6 @@ class GatheringReplica(Replica):
             used = pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, torch.Tensor) else leaf, output)
             metrics = {name: weighed(metric(used, target), num_samples, name=name) for name, metric in wanted.items()}
         return value, metrics
-
-    def _sums_of(self, shards: Sequence[int], whole: _GatheredLoss) -> Sums:
-        """The loss by the samples of these shards, so that the mean of all is the loss of the whole batch."""
-        num_samples = sum(whole.gathered.shard_sizes[shard] for shard in shards)
-        metrics = whole.metrics if whole.first in shards else {}
-        return Sums(
-            loss_total=whole.loss * num_samples,
-            loss_weight=float(num_samples),
-            metric_totals={name: total for name, (total, _) in metrics.items()},
-            metric_weights={name: weight for name, (_, weight) in metrics.items()},
-            num_samples=num_samples,
-        )
 
     # Evaluations --------------------------------------------------------------------------------------
 
@@ -445,40 +363,20 @@ class GatheringReplica(Replica):
         """Output and target of a batch."""
         assert self._data.val is not None
         pieces = pieces_of(indices, self._most_at_once)
-        return self._joined_pair(
-            [self._forward_pair(self._data.val, piece) for piece in pieces], list(map(len, pieces))
-        )
-
-    def _joined_pair(self, pairs: Sequence[tuple[Any, Any]], sizes: Sequence[int]) -> tuple[Any, Any]:
-        """Outputs and targets of several pieces as those of one."""
-        if len(pairs) == 1:
-            return pairs[0]
-        forms = [form_of(*pair, has_rows=None) for pair in pairs]
-        tensors = [[t for t in pytree.tree_leaves(pair) if isinstance(t, torch.Tensor)] for pair in pairs]
-        return tree_of(forms[0], self._joined(tensors, sizes))
+        pairs = [self._forward_pair(self._data.val, piece) for piece in pieces]
+        return join_pairs(pairs, list(map(len, pieces)), form=self._form)
 
     def _sums_of_batch(self, pair: tuple[Any, Any], num_samples: int) -> Sums:
-        loss, metrics = self._loss_and_metrics(*pair, num_samples, needs_gradient=False, among=self._metrics_of_parts)
-        return Sums(
-            loss_total=loss.item() * num_samples,
-            loss_weight=float(num_samples),
-            metric_totals={name: total for name, (total, _) in metrics.items()},
-            metric_weights={name: weight for name, (_, weight) in metrics.items()},
-            num_samples=num_samples,
-        )
+        means = {name: each for name, each in self._job.metrics.items() if name not in self._spec.whole_metrics}
+        loss, metrics = self._loss_and_metrics(*pair, num_samples, needs_gradient=False, among=means)
+        return mean_sums(loss.item(), metrics, num_samples=num_samples)
 
     def _sums_of_all(self, pairs: Sequence[tuple[Any, Any]], sizes: Sequence[int]) -> Sums:
         """Metrics of all that was evaluated, which are no means of those of batches."""
-        output, target = self._joined_pair(pairs, sizes)
+        output, target = join_pairs(pairs, sizes, form=self._form)
         wanted = {name: self._job.metrics[name] for name in self._spec.whole_metrics if name in self._job.metrics}
         found = {name: weighed(metric(output, target), sum(sizes), name=name) for name, metric in wanted.items()}
-        return Sums(
-            loss_total=0.0,
-            loss_weight=0.0,
-            metric_totals={name: total for name, (total, _) in found.items()},
-            metric_weights={name: weight for name, (_, weight) in found.items()},
-            num_samples=0,
-        )
+        return mean_sums(0.0, found, num_samples=0)
 
     # Buffers ------------------------------------------------------------------------------------------
 
@@ -494,100 +392,6 @@ class GatheringReplica(Replica):
     def _put_buffers(self, buffers: Sequence[torch.Tensor | None]) -> None:
         for (module, key, _, _), buffer in zip(self._buffers, buffers, strict=True):
             module._buffers[key] = buffer
-
-
-def form_of(output: Any, target: Any, *, has_rows: tuple[bool, ...] | None) -> _BatchForm:
-    """Find the tensors in what is to be gathered.
-
-    Raises:
-        ReturnError: there is something else in it.
-    """
-    num_outputs = sum(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(output))
-    leaves, spec = pytree.tree_flatten((output, target))
-    for leaf in leaves:
-        if not isinstance(leaf, (torch.Tensor, *PLAIN)) or (isinstance(leaf, torch.Tensor) and leaf.is_sparse):
-            raise ReturnError(
-                "this loss looks at the whole batch, and what the model and the data set give it must be dense "
-                f"tensors, in tuples, lists or dictionaries, to be gathered: not {type(leaf).__name__}"
-            )
-    plain = tuple(None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
-    is_tensor = tuple(isinstance(leaf, torch.Tensor) for leaf in leaves)
-    return _BatchForm(spec, plain, is_tensor, num_outputs, has_rows)
-
-
-def tree_of(form: _BatchForm, tensors: Sequence[torch.Tensor]) -> tuple[Any, Any]:
-    """Output and target of these tensors."""
-    rest = iter(tensors)
-    leaves = [next(rest) if is_one else plain for plain, is_one in zip(form.plain, form.is_tensor, strict=True)]
-    output, target = pytree.tree_unflatten(leaves, form.spec)
-    return output, target
-
-
-def _has_rows(more: torch.Tensor, fewer: torch.Tensor, num_samples: int) -> bool:
-    """Whether a tensor has a row for each of `num_samples` samples, and for one fewer.
-
-    Raises:
-        ReturnError: it depends on the number of samples in another way.
-    """
-    lengths = more.shape[:1], fewer.shape[:1]
-    if lengths == ((num_samples,), (num_samples - 1,)):
-        return True
-    if more.shape == fewer.shape:
-        return False
-    raise ReturnError(
-        f"this loss looks at the whole batch, and for {num_samples} samples there is a tensor of shape "
-        f"{tuple(more.shape)} among outputs and targets, for {num_samples - 1} of shape {tuple(fewer.shape)}: it "
-        "can be gathered if it has a row for each sample, such as (samples, views, features) instead of (views * "
-        "samples, features), or is the same for all"
-    )
-
-
-def check_constant(own: torch.Tensor, gathered: torch.Tensor) -> None:
-    """Refuse a tensor without rows that is another one on another engine.
-
-    Raises:
-        ReturnError: it is.
-    """
-    if own.shape == gathered.shape and torch.allclose(own.detach(), gathered.detach(), rtol=TOLERANCE, equal_nan=True):
-        return
-    raise ReturnError(
-        f"this loss looks at the whole batch, and an output of shape {tuple(own.shape)}, which has no row for each "
-        "sample, depends on the samples: return one row for each, so that it can be gathered"
-    )
-
-
-def _tensor_of(leaf: OutputLeaf, memory: bytearray, offset: int) -> torch.Tensor:
-    dtype = getattr(torch, leaf.dtype)
-    count = prod(leaf.shape)
-    if not count:
-        return torch.empty(leaf.shape, dtype=dtype)
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).view(leaf.shape)
-
-
-def _positions(shards: Sequence[int], whole: _GatheredLoss) -> torch.Tensor:
-    """Places of these shards' samples in the batch."""
-    parts = [torch.arange(whole.edges[shard], whole.edges[shard + 1]) for shard in shards]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
-
-
-def bytes_of(tensors: Sequence[torch.Tensor]) -> list[bytes]:
-    """The elements of some tensors, one after the other, in parts that a record can carry.
-
-    Raises:
-        ReturnError: they are more than can be gathered.
-    """
-    if sum(tensor.nbytes for tensor in tensors) > MOST_OUTPUT_BYTES:
-        raise ReturnError(
-            f"this loss looks at the whole batch, and outputs and targets of a part of it are "
-            f"{sum(tensor.nbytes for tensor in tensors) / 1e9:.2f} GB, of which at most "
-            f"{MOST_OUTPUT_BYTES / 1e9:.2f} GB can be gathered: a smaller batch_size, or fewer outputs"
-        )
-    whole = b"".join(_raw(tensor) for tensor in tensors)
-    return [whole[begin : begin + PART_BYTES] for begin in range(0, max(len(whole), 1), PART_BYTES)]
-
-
-def _raw(tensor: torch.Tensor) -> Any:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
 
 
 def _counted(num_samples: int) -> Sums:

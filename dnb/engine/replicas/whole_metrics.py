@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from dnb.engine.replicas.gathered_loss import form_of, tree_of
+from dnb.engine.replicas.outcome import mean_sums
 from dnb.engine.replicas.pipeline.whole_loss import detached
+from dnb.engine.replicas.whole_batch.output_form import form_of, tensors_in, tree_of
 from dnb.protocol.measurements import Sums
 from dnb.user_code.return_values import weighed
 
@@ -59,15 +60,7 @@ class WholeMetrics:
             found = {
                 name: weighed(metric(output, target), sum(sizes), name=name) for name, metric in self._metrics.items()
             }
-        return [
-            Sums(
-                loss_total=0.0,
-                loss_weight=0.0,
-                metric_totals={name: total for name, (total, _) in found.items()},
-                metric_weights={name: weight for name, (_, weight) in found.items()},
-                num_samples=0,
-            )
-        ]
+        return [mean_sums(0.0, found, num_samples=0)]
 
 
 def joined(pairs: Sequence[tuple[Any, Any]], sizes: Sequence[int]) -> tuple[Any, Any]:
@@ -78,8 +71,8 @@ def joined(pairs: Sequence[tuple[Any, Any]], sizes: Sequence[int]) -> tuple[Any,
     """
     if len(pairs) == 1:
         return pairs[0]
-    forms = [form_of(*pair, has_rows=None) for pair in pairs]
-    parts = [[leaf for leaf in pytree.tree_leaves(pair) if isinstance(leaf, torch.Tensor)] for pair in pairs]
+    forms = [form_of(*pair) for pair in pairs]
+    parts = [tensors_in(pair) for pair in pairs]
     return tree_of(forms[0], [_joined_column(column, sizes) for column in zip(*parts, strict=True)])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from dnb.engine.replicas.gathered_loss import check_constant, form_of, tree_of
+from dnb.engine.replicas.whole_batch.output_form import check_constant, form_of, tensors_in, tree_of
 from dnb.user_code.return_values import Metrics
 
 
@@ -37,7 +37,7 @@ class WholeLoss:
 
     def add(self, output: Any, target: Any) -> torch.Tensor:
         """Take the output of the next micro-batch; one number, from which its backward begins."""
-        outputs = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+        outputs = tensors_in(output)
         number = len(self._pairs)
         self._pairs.append((pytree.tree_map(detached, output), target))
         if not torch.is_grad_enabled():
@@ -47,9 +47,9 @@ class WholeLoss:
 
     def settle(self, *, needs_gradient: bool) -> None:
         """Compute loss and metrics, and the gradient by all outputs."""
-        forms = [form_of(*pair, has_rows=None) for pair in self._pairs]
+        forms = [form_of(*pair) for pair in self._pairs]
         num_outputs = forms[0].num_outputs
-        parts = [[t for t in pytree.tree_leaves(pair) if isinstance(t, torch.Tensor)] for pair in self._pairs]
+        parts = [tensors_in(pair) for pair in self._pairs]
         columns = [*zip(*parts, strict=True)]
         has_rows = [self._has_rows(column, is_output=index < num_outputs) for index, column in enumerate(columns)]
         for column, rows in zip(columns, has_rows, strict=True):

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from dnb.engine.replicas.gathered_loss import GatheringReplica, bytes_of
+from dnb.engine.replicas.gathered_loss import GatheringReplica
 from dnb.engine.replicas.replica import WorkResult
+from dnb.engine.replicas.whole_batch.output_form import bytes_of
 from dnb.engine.runtime.run_memory import EngineMemory, Publisher
 from dnb.engine.runtime.telemetry import Stopwatch
 from dnb.hub.message_checks import PeerError
