@@ -15,12 +15,14 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from dnb.engine.replicas.pipeline.stage_replica import StageReplica
 from dnb.engine.replicas.replica import WorkResult
+from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.replicas.tensor.tensor_replica import TensorReplica
 from dnb.engine.runtime.run_memory import EngineMemory
 from dnb.engine.runtime.telemetry import Stopwatch
@@ -244,7 +246,9 @@ def begin(
     memory = EngineMemory(load)
     memory.add_slabs(slabs)
     kind = TensorReplica if assignment.partition.kind == "tensor" else StageReplica
-    return kind(spec, job, data, load, memory=memory, stopwatch=Stopwatch(), assignment=assignment)
+    load = msgspec.structs.replace(load, assignment=assignment)
+    context = ReplicaContext(spec=spec, job=job, data=data, load=load, memory=memory, stopwatch=Stopwatch())
+    return kind(context)
 
 
 class Raised:

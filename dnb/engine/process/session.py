@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING
 
 import msgspec
 import torch
 
 from dnb.engine.process.user_output import CapturedOutput
+from dnb.engine.replicas.engine_replica import EngineReplica
 from dnb.engine.replicas.gathered_loss import GatheringReplica
 from dnb.engine.replicas.replica import Replica
+from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.replicas.whole_batch.output_form import bytes_of
 from dnb.engine.runtime.allocator import ration
 from dnb.engine.runtime.run_memory import EngineMemory, Publisher
@@ -36,7 +36,6 @@ from dnb.protocol.engine_messages import (
     WorkFailed,
     WorkReport,
 )
-from dnb.protocol.measurements import StageTrace
 from dnb.protocol.memory import PayloadRef
 from dnb.protocol.run import RunSpec
 from dnb.transport.pickling.hooks import drop_gradient_hooks
@@ -45,9 +44,6 @@ from dnb.transport.pickling.user_modules import loads
 from dnb.transport.sockets.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Outbox, Wire
 from dnb.transport.system.failures import describe_error
 from dnb.transport.system.process_settings import AppliedSettings, differing_packages
-
-if TYPE_CHECKING:
-    from dnb.engine.replicas.pipeline.stage_replica import StageReplica
 
 # How long the hub may take to send model and data, and to read what is sent to it.
 SHIP_SECONDS = 300.0
@@ -117,16 +113,18 @@ class Session:
             # Now that whatever model and data need is imported.
             if spec.settings is not None and (told := differing_packages(spec.settings.packages)):
                 self._settings.notes.append(told)
-            self._replica: Replica | StageReplica = _kind_of_replica(load, spec)(
-                spec,
-                job,
-                data,
-                msgspec.structs.replace(load, gradient_layout=self._layouts[0], buffer_layout=self._layouts[1]),
+            layouts = {"gradient_layout": self._layouts[0], "buffer_layout": self._layouts[1]}
+            context = ReplicaContext(
+                spec=spec,
+                job=job,
+                data=data,
+                load=msgspec.structs.replace(load, **layouts),
                 memory=memory,
                 stopwatch=stopwatch,
                 publisher=self._make_publisher(),
                 generators=of_job + of_data,
             )
+            self._replica: EngineReplica = _kind_of_replica(load, spec)(context)
         except BaseException:
             if self._outbox is not None:
                 self._outbox.stop()
@@ -230,7 +228,7 @@ class Session:
             note=f"engine {self._engine}: {outcome.note}" if outcome.note else "",
             probe=probe,
             digests=self._replica.digests() if work.check_copy else b"",  # of what this work has begun with
-            trace=self._trace(work),
+            trace=self._replica.trace() if work.trace else None,
             outputs=outcome.leaves,
             states=outcome.states,
             thawed=outcome.thawed,
@@ -264,11 +262,6 @@ class Session:
                 failure=describe_error(error, place=place),
             )
         )
-
-    def _trace(self, work: Work) -> StageTrace | None:
-        """Return the trace of the work, which only the stages of a pipeline have."""
-        take: Callable[[], StageTrace] | None = getattr(self._replica, "trace", None) if work.trace else None
-        return None if take is None else take()
 
     def _diagnose(self, request: Diagnose, indices: torch.Tensor) -> None:
         try:
@@ -321,26 +314,26 @@ class Session:
         return payloads
 
 
-def _kind_of_replica(load: Load, spec: RunSpec | None = None) -> Callable[..., Replica | StageReplica]:
+def _kind_of_replica(load: Load, spec: RunSpec | None = None) -> Callable[[ReplicaContext], EngineReplica]:
     if load.assignment is None:
         return GatheringReplica if spec is not None and spec.loss_over == "batch" else Replica
     if load.assignment.partition.kind in ("tensor", "synced"):
         return _kind_of_tensor_replica(load.assignment)
     from dnb.engine.replicas.pipeline.stage_replica import StageReplica  # torch's pipelines take two seconds to import
 
-    return partial(StageReplica, assignment=load.assignment)
+    return StageReplica
 
 
-def _kind_of_tensor_replica(assignment: RankAssignment) -> Callable[..., Replica]:
+def _kind_of_tensor_replica(assignment: RankAssignment) -> Callable[[ReplicaContext], EngineReplica]:
     if assignment.partition.num_engines == 1:
         return Replica  # nothing is divided
     if assignment.partition.kind == "synced":
         from dnb.engine.replicas.sync_replica import SyncReplica
 
-        return partial(SyncReplica, assignment=assignment)
+        return SyncReplica
     from dnb.engine.replicas.tensor.tensor_replica import TensorReplica  # DTensor takes a second to import
 
-    return partial(TensorReplica, assignment=assignment)
+    return TensorReplica
 
 
 def import_for(load: Load) -> None:

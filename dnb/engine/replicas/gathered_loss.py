@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from dnb.engine.replicas.outcome import mean_sums
 from dnb.engine.replicas.replica import Replica, WorkResult, added, is_out_of_memory, pieces_of
+from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.replicas.whole_batch.gathered_batch import GatheredBatch, unpack_batch
 from dnb.engine.replicas.whole_batch.output_form import (
     OutputForm,
@@ -56,8 +57,8 @@ class GatheringReplica(Replica):
 
     _gathers = True
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, context: ReplicaContext) -> None:
+        super().__init__(context)
         self._kept: list[_KeptForward] = []
         self._form: OutputForm | None = None
         self._batch_memory = memoryview(b"")

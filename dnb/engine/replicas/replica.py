@@ -16,21 +16,20 @@ import numpy as np
 import torch
 
 from dnb.engine.replicas.new_loss import judge_new_loss
+from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.runtime.gradients import Gradients
 from dnb.engine.runtime.loose_states import EngineStates
-from dnb.engine.runtime.run_memory import EngineMemory, Publisher
-from dnb.engine.runtime.telemetry import Stopwatch
+from dnb.engine.runtime.run_memory import Publisher
 from dnb.engine.runtime.write_guard import ParameterWrittenError, WriteGuard
 from dnb.errors import USER_ERRORS, DnbError, kind_of, summary_of, text_of
-from dnb.job import Data, DataSource, Job, Sum
+from dnb.job import DataSource, Sum
 from dnb.planning.shards import SAMPLES_AT_LEAST, first_filled_shard
 from dnb.planning.thawing import thawed_text
-from dnb.protocol.engine_messages import Diagnose, Diagnosis, Load, OutputLeaf, Work
-from dnb.protocol.measurements import Sums
+from dnb.protocol.engine_messages import Diagnose, Diagnosis, OutputLeaf, Work
+from dnb.protocol.measurements import StageTrace, Sums
 from dnb.protocol.memory import Layout
-from dnb.protocol.run import Reduction, RunSpec
+from dnb.protocol.run import Reduction
 from dnb.transport.layout import slot_views
-from dnb.transport.pickling.generators import OwnGenerators
 from dnb.user_code.loader import fetch_batch
 from dnb.user_code.loss_weights import counting_targets, part_of, weighed_loss
 from dnb.user_code.model_call import arguments_of
@@ -68,36 +67,19 @@ class Replica:
     """Computes shards of steps and evaluations of one run.
 
     Args:
-        spec: the run's numbers.
-        job: as unpacked; its model is bound to the memory.
-        data: as unpacked.
-        load: the layouts of that memory.
-        memory: parameters and slabs.
-        stopwatch: counts data and compute time.
-        publisher: sends what is written; None where the hub shares the memory.
-        generators: of random numbers, inside job and data.
+        context: the run; its model is bound to the memory.
     """
 
     _gathers = False
 
-    def __init__(
-        self,
-        spec: RunSpec,
-        job: Job,
-        data: Data,
-        load: Load,
-        *,
-        memory: EngineMemory,
-        stopwatch: Stopwatch,
-        publisher: Publisher | None = None,
-        generators: OwnGenerators | None = None,
-    ) -> None:
+    def __init__(self, context: ReplicaContext) -> None:
+        spec, job, load, memory = context.spec, context.job, context.load, context.memory
         self._spec = spec
-        self._generators = generators or OwnGenerators()
+        self._generators = context.generators
         self._job = job
-        self._data = data
+        self._data = context.data
         self._memory = memory
-        self._stopwatch = stopwatch
+        self._stopwatch = context.stopwatch
         master = slot_views(load.parameter_layout, memory.parameters)
         self._named = dict(job.model.named_parameters())
         for name, parameter in self._named.items():
@@ -109,7 +91,7 @@ class Replica:
         self._slab_buffers: dict[int, dict[str, torch.Tensor]] = {}
         self._of_this_step: list[tuple[Work, torch.Tensor]] = []
         self._names: list[str] = []
-        self._bind_slabs(load.gradient_layout, load.buffer_layout, publisher)
+        self._bind_slabs(load.gradient_layout, load.buffer_layout, context.publisher)
         self._buffers: list[tuple[torch.nn.Module, str, torch.Tensor, str]] = []
         for name, buffer in job.model.named_buffers():
             buffer.data = master[name].clone()
@@ -272,6 +254,10 @@ class Replica:
             is_same = own.data_ptr() == master.data_ptr() and own.shape == master.shape
             found.append(0 if shared and is_same else tensor_digest(own))
         return np.array(found, dtype=np.uint32).tobytes()
+
+    def trace(self) -> StageTrace | None:
+        """Return nothing: there are no stages."""
+        return None
 
     def close(self) -> None:
         """Let go of the gradients."""

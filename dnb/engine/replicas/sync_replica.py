@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from dnb.engine.replicas.replica import WorkResult, pieces_of
+from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.replicas.sync_batch_norm import SharedBatch, normalizing_layers, synchronize
 from dnb.engine.replicas.team_replica import TeamReplica
 from dnb.planning.shards import SAMPLES_AT_LEAST, split_evenly
@@ -22,8 +22,8 @@ class SyncReplica(TeamReplica):
     too short to be shared is computed by the first engine alone.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(self, context: ReplicaContext) -> None:
+        super().__init__(context)
         self._exchange = SharedBatch()
         layers = [module for _, module in normalizing_layers(self._job.model, all_of_them=self._spec.sync_batchnorm)]
         synchronize(layers, self._exchange)

@@ -8,56 +8,34 @@ from contextlib import contextmanager
 import torch
 
 from dnb.engine.replicas.replica import Replica, samples_text
+from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.runtime.process_group import PeerLostError, close_group, first_line, is_about_peers, open_group
-from dnb.engine.runtime.run_memory import EngineMemory, Publisher
-from dnb.engine.runtime.telemetry import Stopwatch
 from dnb.errors import PlanError, text_of
-from dnb.job import Data, DataSource, Job
-from dnb.protocol.engine_messages import Load, RankAssignment, Work
+from dnb.job import DataSource
+from dnb.protocol.engine_messages import Work
 from dnb.protocol.measurements import Sums
-from dnb.protocol.run import RunSpec
-from dnb.transport.pickling.generators import OwnGenerators
 
 
 class TeamReplica(Replica):
     """Computes with the whole model, and waits inside it for the other engines of its team.
 
     Args:
-        spec: the run's numbers.
-        job: as unpacked; its model is bound to the memory.
-        data: as unpacked.
-        load: the layouts of that memory.
-        memory: parameters and slabs, shared with the hub and the other engines of the team.
-        stopwatch: counts data and compute time, with the time in which engines wait for each other inside a layer.
-        assignment: the place in the team.
-        publisher: must be None.
-        generators: of the user's objects.
+        context: the run, and the place in the team; its model is bound to the memory.
 
     Raises:
         PlanError: this engine does not share the hub's memory.
         PeerLostError: the team does not come together.
     """
 
-    def __init__(
-        self,
-        spec: RunSpec,
-        job: Job,
-        data: Data,
-        load: Load,
-        *,
-        memory: EngineMemory,
-        stopwatch: Stopwatch,
-        assignment: RankAssignment,
-        publisher: Publisher | None = None,
-        generators: OwnGenerators | None = None,
-    ) -> None:
-        if spec.exact:
+    def __init__(self, context: ReplicaContext) -> None:
+        assignment = context.assignment
+        if context.spec.exact:
             raise PlanError(
                 "exact=True needs a gradient per shard, and engines that compute together have one per step"
             )
-        if memory.kind != "memory" or publisher is not None:
+        if context.memory.kind != "memory" or context.publisher is not None:
             raise PlanError("the engines of a team share the hub's memory: they must be on its host")
-        super().__init__(spec, job, data, load, memory=memory, stopwatch=stopwatch, generators=generators)
+        super().__init__(context)
         self._rank = assignment.rank
         self._num_engines = assignment.partition.num_engines
         self._samples = torch.empty(0, dtype=torch.int64)

@@ -18,20 +18,19 @@ from dnb.engine.replicas.pipeline.schedules import Trouble, WatchedStage, build_
 from dnb.engine.replicas.pipeline.stage_memory import StageMemory
 from dnb.engine.replicas.pipeline.whole_loss import WholeLoss
 from dnb.engine.replicas.replica import NO_SUMS, WorkResult, added, one_kind, part_seed, samples_text
+from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.replicas.whole_metrics import WholeMetrics
 from dnb.engine.runtime.loose_states import EngineStates
 from dnb.engine.runtime.process_group import PeerLostError, close_group, first_line, is_about_peers, open_group, release
-from dnb.engine.runtime.run_memory import EngineMemory, Publisher
-from dnb.engine.runtime.telemetry import Stopwatch
+from dnb.engine.runtime.run_memory import EngineMemory
 from dnb.errors import PlanError
-from dnb.job import Data, DataSource, Job, Sum
+from dnb.job import DataSource, Job, Sum
 from dnb.partitioning.pipeline.stage_builder import StageBuilder
 from dnb.partitioning.pipeline.stage_module import StagePart
 from dnb.planning.shards import SAMPLES_AT_LEAST, first_filled_shard
-from dnb.protocol.engine_messages import Diagnose, Diagnosis, Load, RankAssignment, Work
+from dnb.protocol.engine_messages import Diagnose, Diagnosis, Work
 from dnb.protocol.measurements import Action, StageTrace, Sums
 from dnb.protocol.run import Partition, Reduction, RunSpec
-from dnb.transport.pickling.generators import OwnGenerators
 from dnb.user_code.loader import fetch_batch
 from dnb.user_code.loss_weights import counting_targets, nothing_of, weighed_loss
 from dnb.user_code.model_call import plain_batch
@@ -93,15 +92,7 @@ class StageReplica:
     """Computes the stages of one engine of a team; all engines of the team must be given the same work.
 
     Args:
-        spec: the run's numbers.
-        job: as unpacked; what of its model this engine uses is bound to the memory.
-        data: as unpacked; read by stages that use inputs, and by the last one.
-        load: the layouts of that memory.
-        memory: parameters and slabs, shared with the hub and the other engines of the team.
-        stopwatch: counts data and compute time; what is left of a step is waiting for other stages.
-        assignment: the place in the team.
-        publisher: must be None.
-        generators: of random numbers, inside job and data.
+        context: the run, and the place in the team; what of its model this engine uses is bound to the memory.
         device: of activations; the group is NCCL's on "cuda", gloo's elsewhere.
 
     Raises:
@@ -109,32 +100,20 @@ class StageReplica:
         PeerLostError: the team does not come together.
     """
 
-    def __init__(
-        self,
-        spec: RunSpec,
-        job: Job,
-        data: Data,
-        load: Load,
-        *,
-        memory: EngineMemory,
-        stopwatch: Stopwatch,
-        assignment: RankAssignment,
-        publisher: Publisher | None = None,
-        generators: OwnGenerators | None = None,
-        device: torch.device = CPU,
-    ) -> None:
-        _check(spec, job, memory, assignment.partition, has_publisher=publisher is not None)
+    def __init__(self, context: ReplicaContext, *, device: torch.device = CPU) -> None:
+        spec, job, load, assignment = context.spec, context.job, context.load, context.assignment
+        _check(spec, job, context.memory, assignment.partition, has_publisher=context.publisher is not None)
         self._spec = spec
         self._job = job
-        self._data = data
-        self._stopwatch = stopwatch
+        self._data = context.data
+        self._stopwatch = context.stopwatch
         self._partition = assignment.partition
         of_team = spec.batch_size // max(spec.num_shards, 1)
         # A short batch is not cut into single samples, unless that is how whole ones are cut.
         self._least_samples = min(of_team // assignment.partition.num_micro_batches, SAMPLES_AT_LEAST) or 1
         self._rank = assignment.rank
         self._device = device
-        self._generators = generators or OwnGenerators()
+        self._generators = context.generators
         self._passes: OrderedDict[Any, _StagePass] = OrderedDict()
         self._timeline = ActionLog()
         self._reduction: Reduction = spec.reduction
@@ -153,7 +132,7 @@ class StageReplica:
         )
         parts = self._first_parts()
         self._begins = [part.begins for part in parts]
-        self._slots = StageMemory(job.model, load, memory, parts, assignment)
+        self._slots = StageMemory(job.model, load, context.memory, parts, assignment)
         placed = [slot.name for slot in load.buffer_layout.slots]
         self._states = EngineStates(job.model, placed=placed, rules=spec.buffers)
         open_group(assignment, self._device)

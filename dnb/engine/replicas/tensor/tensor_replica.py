@@ -9,18 +9,14 @@ import torch
 import torch.distributed as dist
 
 from dnb.engine.replicas.replica import NO_SUMS, WorkResult, added
+from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.replicas.team_replica import TeamReplica
 from dnb.engine.replicas.tensor.divided_layers import TeamGradients, divide
 from dnb.engine.replicas.tensor.tensor_random import OwnNoise
 from dnb.engine.replicas.whole_metrics import WholeMetrics
-from dnb.engine.runtime.run_memory import EngineMemory, Publisher
-from dnb.engine.runtime.telemetry import Stopwatch
-from dnb.job import Data, Job
-from dnb.protocol.engine_messages import Diagnose, Diagnosis, Load, RankAssignment, Work
+from dnb.protocol.engine_messages import Diagnose, Diagnosis, Work
 from dnb.protocol.measurements import Sums
-from dnb.protocol.run import RunSpec
 from dnb.transport.layout import slot_views
-from dnb.transport.pickling.generators import OwnGenerators
 from dnb.user_code.return_values import Metrics, weighed
 
 
@@ -32,46 +28,18 @@ class TensorReplica(TeamReplica):
     dropout there depends on the number of engines.
 
     Args:
-        spec: the run's numbers.
-        job: as unpacked; its model is bound to the memory, and divided.
-        data: as unpacked.
-        load: the layouts of that memory.
-        memory: parameters and slabs, shared with the hub and the other engines of the team.
-        stopwatch: counts data and compute time, with the time in which engines wait for each other inside a layer.
-        assignment: the place in the team.
-        publisher: must be None.
+        context: the run, and the place in the team; its model is bound to the memory, and divided.
 
     Raises:
         PlanError: this engine does not share the hub's memory.
         PeerLostError: the team does not come together.
     """
 
-    def __init__(
-        self,
-        spec: RunSpec,
-        job: Job,
-        data: Data,
-        load: Load,
-        *,
-        memory: EngineMemory,
-        stopwatch: Stopwatch,
-        assignment: RankAssignment,
-        publisher: Publisher | None = None,
-        generators: OwnGenerators | None = None,
-    ) -> None:
+    def __init__(self, context: ReplicaContext) -> None:
+        job, load, memory, assignment = context.job, context.load, context.memory, context.assignment
         self._entrance: Any = None
-        super().__init__(
-            spec,
-            job,
-            data,
-            load,
-            memory=memory,
-            stopwatch=stopwatch,
-            assignment=assignment,
-            publisher=publisher,
-            generators=generators,
-        )
-        self._whole_metrics = WholeMetrics(job.metrics, spec.whole_metrics)
+        super().__init__(context)
+        self._whole_metrics = WholeMetrics(job.metrics, context.spec.whole_metrics)
         self._gradients.close()
         self._had_fast_path = torch.backends.mha.get_fastpath_enabled()
         # Torch's fused encoder layer reads weights past their layers, as if they were whole.

@@ -14,6 +14,7 @@ from torch import nn
 
 from dnb.engine.replicas.gathered_loss import GatheringReplica
 from dnb.engine.replicas.replica import WorkResult
+from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.replicas.whole_batch.output_form import bytes_of
 from dnb.engine.runtime.run_memory import EngineMemory, Publisher
 from dnb.engine.runtime.telemetry import Stopwatch
@@ -112,13 +113,15 @@ class Team:
                 publisher = Publisher(load.gradient_layout, load.buffer_layout.num_bytes, delivery)
                 memory.parameters[:] = self.master.parameters_flat.memory
             self.engines[number] = GatheringReplica(
-                self.spec,
-                copy.deepcopy(self.job),
-                self.data,
-                load,
-                memory=memory,
-                stopwatch=Stopwatch(),
-                publisher=publisher,
+                ReplicaContext(
+                    spec=self.spec,
+                    job=copy.deepcopy(self.job),
+                    data=self.data,
+                    load=load,
+                    memory=memory,
+                    stopwatch=Stopwatch(),
+                    publisher=publisher,
+                )
             )
         return self.engines[number]
 

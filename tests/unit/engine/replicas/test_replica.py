@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dnb.engine.replicas.replica import ModelChangedError, Replica, WorkResult, part_seed, tensor_digest
+from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.runtime.run_memory import EngineMemory, Publisher
 from dnb.engine.runtime.telemetry import Stopwatch
 from dnb.hub.parameters.master import Contribution, HubSlab, Master
@@ -129,13 +130,15 @@ class Engines:
                 publisher = Publisher(load.gradient_layout, load.buffer_layout.num_bytes, delivery)
                 self.upload(engine)
             self.replicas[engine] = Replica(
-                self.spec,
-                copy.deepcopy(self.job),
-                self.data,
-                load,
-                memory=memory,
-                stopwatch=Stopwatch(),
-                publisher=publisher,
+                ReplicaContext(
+                    spec=self.spec,
+                    job=copy.deepcopy(self.job),
+                    data=self.data,
+                    load=load,
+                    memory=memory,
+                    stopwatch=Stopwatch(),
+                    publisher=publisher,
+                )
             )
             self.slabs[engine], self.buffers[engine] = self.views(engine, 0)
         return self.replicas[engine]
