@@ -115,14 +115,14 @@ class GatheringReplica(Replica):
             if not len(part):
                 continue
             if self._spec.exact or (work.fresh and number == 0) or not self._kept:
-                self._read_buffers()
+                self._buffers.read()
             self._seed(work.step, shards[0])
             pieces = [piece for piece in pieces_of(part, self._most_at_once) if len(piece)]
             for piece in pieces:
                 with torch.set_grad_enabled(len(pieces) == 1):
                     outputs, targets = self._forward_tensors(self._data.train, piece)
                 if len(pieces) == 1:
-                    self._kept.append(_KeptForward(shards, outputs, self._own_buffers()))
+                    self._kept.append(_KeptForward(shards, outputs, self._buffers.keep() if self._spec.exact else []))
                 parts.append([tensor.detach() for tensor in (*outputs, *targets)])
                 sizes.append(len(piece))
             self._collect_states(work.step, shards, work.batch_samples)
@@ -157,7 +157,7 @@ class GatheringReplica(Replica):
     def _learn(self) -> OutputForm:
         """Compute few samples, and one fewer, and see which tensors have a row for each."""
         most = min(NUM_LEARNED, self._spec.num_samples)
-        self._read_buffers()
+        self._buffers.read()
         self._be_training(mode=True)
         self._seed(0, 0)
         found = []
@@ -222,7 +222,7 @@ class GatheringReplica(Replica):
             found = kept.pop((shard,), None)
             self._begin(slab, fresh=True, reads=found is None)
             if found is not None:
-                self._put_buffers(found.buffers)
+                self._buffers.put(found.buffers)
                 self._backward(found, {shard}, whole, is_last=True)
             elif whole.gathered.shard_sizes[shard]:
                 self._recompute(work.step, (shard,), {shard}, whole, is_last=True)
@@ -342,7 +342,7 @@ class GatheringReplica(Replica):
         if self._job.val_step is not None:
             return super()._evaluate(work, indices)
         size = self._spec.val_batch_size or self._spec.batch_size
-        self._read_buffers()
+        self._buffers.read()
         self._be_training(mode=False)
         parts: list[Sums] = []
         seen: list[tuple[Any, Any]] = []  # outputs and targets that metrics want to see together
@@ -378,21 +378,6 @@ class GatheringReplica(Replica):
         wanted = {name: self._job.metrics[name] for name in self._spec.whole_metrics if name in self._job.metrics}
         found = {name: weighed(metric(output, target), sum(sizes), name=name) for name, metric in wanted.items()}
         return mean_sums(0.0, found, num_samples=0)
-
-    # Buffers ------------------------------------------------------------------------------------------
-
-    def _own_buffers(self) -> list[torch.Tensor | None]:
-        """What the last forward has made of the buffers, which no other one shall change; of an exact run."""
-        if not self._spec.exact:
-            return []
-        found = [module._buffers[key] for module, key, _, _ in self._buffers]
-        # The graph may hold them: the next forward gets others instead of these with other values.
-        self._buffers = [(module, key, own.clone(), name) for module, key, own, name in self._buffers]
-        return found
-
-    def _put_buffers(self, buffers: Sequence[torch.Tensor | None]) -> None:
-        for (module, key, _, _), buffer in zip(self._buffers, buffers, strict=True):
-            module._buffers[key] = buffer
 
 
 def _counted(num_samples: int) -> Sums:

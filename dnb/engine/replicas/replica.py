@@ -6,8 +6,7 @@ import dataclasses
 import hashlib
 import logging
 import random
-import zlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,14 +16,14 @@ import torch
 
 from dnb.engine.replicas.new_loss import judge_new_loss
 from dnb.engine.replicas.replica_context import ReplicaContext
+from dnb.engine.runtime.bound_parameters import BoundParameters, ModelChangedError
 from dnb.engine.runtime.gradients import Gradients
-from dnb.engine.runtime.loose_states import EngineStates
+from dnb.engine.runtime.model_buffers import ModelBuffers
 from dnb.engine.runtime.run_memory import Publisher
-from dnb.engine.runtime.write_guard import ParameterWrittenError, WriteGuard
-from dnb.errors import USER_ERRORS, DnbError, kind_of, summary_of, text_of
+from dnb.engine.runtime.write_guard import ParameterWrittenError
+from dnb.errors import USER_ERRORS, kind_of, summary_of, text_of
 from dnb.job import DataSource, Sum
 from dnb.planning.shards import SAMPLES_AT_LEAST, first_filled_shard
-from dnb.planning.thawing import thawed_text
 from dnb.protocol.engine_messages import Diagnose, Diagnosis, OutputLeaf, Work
 from dnb.protocol.measurements import StageTrace, Sums
 from dnb.protocol.memory import Layout
@@ -42,10 +41,6 @@ MOST_SAMPLES_SHOWN = 8
 
 # Of a member of a team that has no part in the loss.
 NO_SUMS = Sums(loss_total=0.0, loss_weight=0.0, metric_totals={}, metric_weights={}, num_samples=0)
-
-
-class ModelChangedError(DnbError):
-    """User code replaced a parameter, so that its gradient is born elsewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,22 +76,10 @@ class Replica:
         self._memory = memory
         self._stopwatch = context.stopwatch
         master = slot_views(load.parameter_layout, memory.parameters)
-        self._named = dict(job.model.named_parameters())
-        for name, parameter in self._named.items():
-            parameter.data = master[name]
-        self._master = master
-        self._guard = WriteGuard(self._named, memory)
-        self._thawed: dict[str, None] = {}  # names, in the order in which they were found
-        self._frozen_slots: set[int] = set()  # of this work
-        self._slab_buffers: dict[int, dict[str, torch.Tensor]] = {}
+        self._parameters = BoundParameters(job.model, master, memory)
         self._of_this_step: list[tuple[Work, torch.Tensor]] = []
-        self._names: list[str] = []
-        self._bind_slabs(load.gradient_layout, load.buffer_layout, context.publisher)
-        self._buffers: list[tuple[torch.nn.Module, str, torch.Tensor, str]] = []
-        for name, buffer in job.model.named_buffers():
-            buffer.data = master[name].clone()
-            self._buffers.append((*buffer_owner(job.model, name), buffer, name))
-        self._states = EngineStates(job.model, placed=[name for *_, name in self._buffers], rules=spec.buffers)
+        self._place_gradients(load.gradient_layout, context.publisher)
+        self._buffers = ModelBuffers(job.model, master, layout=load.buffer_layout, memory=memory, rules=spec.buffers)
         self._found_states = 0, b""  # step, and what its first shard has made of them
         self._most_at_once = spec.micro_batch
         self._modes = Modes([job.model])
@@ -108,18 +91,12 @@ class Replica:
         self._units: dict[int, float | None] = {}  # likewise, of slabs
         self._initial_state: tuple[object, torch.Tensor] = None, torch.empty(0)  # of backward; mostly the same again
 
-    def _bind_slabs(self, gradients: Layout, buffers: Layout, publisher: Publisher | None) -> None:
-        """Let gradients of these parameters be born in slabs; those among them that were frozen train from now on."""
+    def _place_gradients(self, layout: Layout, publisher: Publisher | None) -> None:
+        """Let gradients be born in slabs of a layout."""
         self._publisher = publisher
-        self._buffer_layout = buffers
-        before, self._names = set(self._names), [slot.name for slot in gradients.slots]
-        placed = set(self._names)
-        for name in placed - before:
-            self._named[name].requires_grad_(True)
-        self._frozen = [(name, each) for name, each in self._named.items() if name not in placed]
         self._gradients = Gradients(
-            [self._named[name] for name in self._names],
-            gradients,
+            self._parameters.place(layout),
+            layout,
             is_written=None if publisher is None else publisher.gradient_is_written,
         )
 
@@ -132,14 +109,13 @@ class Replica:
             publisher: of such slabs.
         """
         self._gradients.close()
-        self._slab_buffers.clear()
         self._of_this_step.clear()
-        self._bind_slabs(gradients, buffers, publisher)
+        self._place_gradients(gradients, publisher)
+        self._buffers.move(buffers)
 
     def freeze(self, names: Collection[str]) -> None:
         """Let these parameters be frozen, of those that have a place in slabs, and all others train."""
-        for name in self._names:
-            self._named[name].requires_grad_(name not in names)
+        self._parameters.freeze(names)
 
     def compute(self, work: Work, indices: torch.Tensor) -> WorkResult:
         """Do what is asked; for a step, the gradients are then in the slabs.
@@ -155,27 +131,25 @@ class Replica:
             ReturnError: user code returned what is no loss, or no metric.
         """
         if work.states:
-            self._states.adopt(work.states)
+            self._buffers.states.adopt(work.states)
         if work.kind == "evaluation":
             if len(self._generators):
                 self._generators.seed(part_seed(self._spec.seed, work.step, work.shards[0]))
             evaluated = WorkResult((self._evaluate(work, indices),), is_sum=False)
-            self._guard.check(work.step, thoroughly=work.check_copy)
+            self._parameters.guard.check(work.step, thoroughly=work.check_copy)
             return evaluated
         self._be_training(mode=True)
-        self._thawed.clear()
-        self._frozen_slots.clear()
+        self._parameters.begin_work()
         try:
             outcome = self._with_states(work, self._compute_step(work, indices))
-            self._guard.check(work.step, thoroughly=work.check_copy)
-            if self._thawed or self._frozen_slots:
-                frozen = tuple(sorted(self._frozen_slots))
-                return dataclasses.replace(outcome, thawed=tuple(self._thawed), frozen=frozen)
+            self._parameters.guard.check(work.step, thoroughly=work.check_copy)
+            thawed, frozen = self._parameters.thawed, self._parameters.frozen
+            if thawed or frozen:
+                return dataclasses.replace(outcome, thawed=tuple(thawed), frozen=tuple(sorted(frozen)))
             return outcome
         except USER_ERRORS:
-            for name in self._named:
-                self._check_parameter(name)  # if one was replaced, that is the cause
-            self._guard.check(work.step)  # or written
+            self._parameters.check_all()  # if one was replaced, that is the cause
+            self._parameters.guard.check(work.step)  # or written
             raise
 
     def diagnose(self, request: Diagnose, indices: torch.Tensor) -> Diagnosis:
@@ -228,7 +202,7 @@ class Replica:
     def probe(self) -> float | None:
         """The loss of the first samples, to be held against other engines; None if it cannot be had by itself."""
         indices = torch.arange(min(self._spec.probe_samples, self._spec.num_samples))
-        self._read_buffers()
+        self._buffers.read()
         self._be_training(mode=False)
         states = random.getstate(), np.random.get_state()
         self._seed(0, 0, also_python=True)
@@ -245,15 +219,8 @@ class Replica:
         return sums.loss_total / weight if weight else None
 
     def digests(self) -> bytes:
-        """CRC-32 of every tensor as the model holds it, as uint32; 0 for those that are the hub's own memory."""
-        shared = self._memory.kind == "memory"
-        found = []
-        for slot in self._memory.layout.slots:
-            master = self._master[slot.name]
-            own: torch.Tensor = self._named.get(slot.name, master)  # buffers are read anew for every step
-            is_same = own.data_ptr() == master.data_ptr() and own.shape == master.shape
-            found.append(0 if shared and is_same else tensor_digest(own))
-        return np.array(found, dtype=np.uint32).tobytes()
+        """Return the CRC-32 of every tensor as the model holds it, as uint32; 0 for the hub's own memory."""
+        return self._parameters.digests()
 
     def trace(self) -> StageTrace | None:
         """Return nothing: there are no stages."""
@@ -280,7 +247,7 @@ class Replica:
     def _collect_states(self, step: int, shards: Sequence[int], batch_samples: int) -> None:
         """After a forward: what it has made of loose states counts if it had the batch's first shard."""
         if self._first_shard(batch_samples) in shards:
-            self._found_states = step, self._states.collect(self._misfits())
+            self._found_states = step, self._buffers.collect_states()
 
     def _compute_together(self, work: Work, indices: torch.Tensor) -> WorkResult:
         """All shards in one forward, or in as many micro-batches as memory wants."""
@@ -342,7 +309,7 @@ class Replica:
     def _begin(self, slab: int, *, fresh: bool, reads: bool = True) -> None:
         flat = self._memory.slabs[slab]
         if fresh and reads:
-            self._read_buffers()
+            self._buffers.read()
         self._unit = None if fresh else self._units.get(slab)
         self._gradients.begin(slab, flat, fresh=fresh)
         if self._publisher is not None:
@@ -351,28 +318,14 @@ class Replica:
     def _end(self, slab: int, *, publish: bool) -> tuple[int, ...]:
         unused = self._gradients.finish()
         self._units[slab] = self._unit
-        for name, parameter in self._frozen:
-            if parameter.grad is not None:
-                self._find_thawed(name, parameter)
+        self._parameters.find_thawed(refuses=bool(self._spec.partitions))
         self._write_buffers(slab)
-        for index in unused:
-            self._check_parameter(self._names[index])
-        self._look_at_frozen(unused)
+        self._parameters.check_unused(unused)
+        if not self._spec.partitions:
+            self._parameters.note_frozen(unused)
         if self._publisher is not None and publish:
             self._publisher.finish()
         return unused
-
-    def _look_at_frozen(self, slots: Iterable[int]) -> None:
-        """Remember which of these user code has frozen: all engines are to agree on it."""
-        if not self._spec.partitions:
-            self._frozen_slots.update(slot for slot in slots if not self._named[self._names[slot]].requires_grad)
-
-    def _find_thawed(self, name: str, parameter: torch.nn.Parameter) -> None:
-        """Remember a gradient that has no place; the hub makes one, and has the step computed again."""
-        if self._spec.partitions:
-            refuse_thawed(name, parameter)
-        parameter.grad = None
-        self._thawed[name] = None
 
     def _pieces(self, indices: torch.Tensor) -> Sequence[torch.Tensor]:
         """What goes through forward at once in a step."""
@@ -385,8 +338,8 @@ class Replica:
             if self._publisher is not None:
                 self._publisher.is_last_backward = number == len(pieces)
             parts.append(self._forward(self._data.train, piece, batch_samples=batch_samples))
-            if len(pieces) > 1:  # another one may have written a gradient of what this one has frozen
-                self._look_at_frozen(range(len(self._names)))
+            if len(pieces) > 1 and not self._spec.partitions:
+                self._parameters.note_frozen()  # another one may have written a gradient of what this one has frozen
             if number < len(pieces):
                 self._gradients.bring_home()
         if len(parts) == 1:
@@ -486,7 +439,7 @@ class Replica:
 
     def _evaluate(self, work: Work, indices: torch.Tensor) -> Sums:  # noqa: ARG002 - see `dnb.engine.replicas.gathered_loss`
         assert self._data.val is not None
-        self._read_buffers()
+        self._buffers.read()
         self._be_training(mode=False)
         size = self._most_at_once or self._spec.batch_size
         if self._job.val_step is not None and self._spec.val_batch_size is not None:
@@ -523,44 +476,8 @@ class Replica:
             random.seed(seed)
             np.random.seed(seed & 0xFFFFFFFF)
 
-    def _read_buffers(self) -> None:
-        for module, key, own, name in self._buffers:
-            put_back(module, key, own, self._master[name])
-        self._states.begin()
-
-    def _misfits(self) -> dict[str, torch.Tensor | None]:
-        """Buffers that do not fit into their places any more."""
-        found: dict[str, torch.Tensor | None] = {}
-        for module, key, own, name in self._buffers:
-            now = module._buffers.get(key, own)
-            if not fits(now, self._master[name]) or self._states.is_loose(name):
-                found[name] = now
-        return found
-
     def _write_buffers(self, slab: int) -> None:
-        if not self._buffers:
-            return
-        views = self._slab_buffers.get(slab)
-        if views is None:
-            views = self._slab_buffers[slab] = slot_views(self._buffer_layout, self._memory.slabs[slab].memory)
-        for module, key, own, name in self._buffers:
-            now, master = module._buffers.get(key, own), self._master[name]
-            views[name].copy_(now.detach() if now is not None and fits(now, master) else master)
-
-    def _check_parameter(self, name: str) -> None:
-        """A parameter that got no gradient may have been replaced; then its successor trains in vain."""
-        master = self._master[name]
-        try:
-            now = self._job.model.get_parameter(name)
-        except AttributeError:
-            now = None
-        if now is self._named[name] and now.data_ptr() == master.data_ptr() and now.shape == master.shape:
-            return
-        exit_state = "is gone" if now is None else f"now has shape {tuple(now.shape)}"
-        raise ModelChangedError(
-            f"parameter {name!r} of shape {tuple(master.shape)} was replaced while the run went on, and {exit_state}: "
-            "change a model before fit, or its values in place (parameter.data.copy_) between runs"
-        )
+        self._buffers.write(slab)
 
     def _shrink(self, num_samples: int, error: Exception) -> str:
         """Halve the micro-batch; the sentence that says so."""
@@ -580,36 +497,6 @@ class Replica:
         for number, (work, indices) in enumerate(earlier):
             self._accumulate(work, indices, fresh=number == 0, publish=False)
         return not earlier
-
-
-def fits(buffer: torch.Tensor | None, place: torch.Tensor) -> bool:
-    """Whether a buffer still has the shape and dtype of its place."""
-    return buffer is not None and buffer.shape == place.shape and buffer.dtype == place.dtype
-
-
-def put_back(module: torch.nn.Module, key: str, own: torch.Tensor, master: torch.Tensor) -> None:
-    """Let a module have its own buffer again, as the hub has it."""
-    if own.shape == master.shape:
-        own.copy_(master)
-    else:  # user code has given it other data
-        own.data = master.clone()
-    module._buffers[key] = own
-
-
-def refuse_thawed(name: str, parameter: torch.nn.Parameter) -> None:
-    """Refuse a gradient that has no place where engines compute together, as its parameter was frozen at the beginning.
-
-    Raises:
-        ModelChangedError: says so.
-    """
-    parameter.grad = None
-    raise ModelChangedError(thawed_text(name))
-
-
-def tensor_digest(tensor: torch.Tensor) -> int:
-    """CRC-32 (ISO 3309) of a tensor's bytes in row-major order."""
-    flat = tensor.detach().contiguous().reshape(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
 
 
 def part_seed(seed: int, step: int, shard: int) -> int:
@@ -657,12 +544,6 @@ def one_kind(are_sums: Sequence[bool]) -> bool:
             f"it did for {sum(are_sums)} of {len(are_sums)} parts"
         )
     return any(are_sums)
-
-
-def buffer_owner(model: torch.nn.Module, name: str) -> tuple[torch.nn.Module, str]:
-    """The module that holds a tensor, and its name there."""
-    path, _, key = name.rpartition(".")
-    return model.get_submodule(path), key
 
 
 def pieces_of(indices: torch.Tensor, size: int | None) -> Sequence[torch.Tensor]:

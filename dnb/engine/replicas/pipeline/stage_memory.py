@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from dnb.engine.replicas.replica import buffer_owner, fits, put_back, refuse_thawed, tensor_digest
+from dnb.engine.runtime.bound_parameters import refuse_thawed, tensor_digest
 from dnb.engine.runtime.gradients import Gradients
 from dnb.engine.runtime.loose_states import EngineStates
+from dnb.engine.runtime.model_buffers import buffer_owner, fits, put_back
 from dnb.engine.runtime.run_memory import EngineMemory
 from dnb.engine.runtime.write_guard import WriteGuard
 from dnb.errors import PlanError

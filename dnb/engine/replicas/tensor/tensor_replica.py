@@ -48,11 +48,13 @@ class TensorReplica(TeamReplica):
         assert group is not None
         model = divide(job.model, assignment.partition, group, slot_views(load.parameter_layout, memory.parameters))
         self._entrance = model.entrance
-        self._divided = {each.name for each in model.parameters}
+        self._parameters.divided = divided = frozenset(each.name for each in model.parameters)
         self._noise = OwnNoise(job.model, assignment.partition.styles, assignment.rank)
         trained = {slot.name for slot in load.gradient_layout.slots}
         whole = {
-            name: parameter for name, parameter in self._named.items() if name in trained and name not in self._divided
+            name: parameter
+            for name, parameter in self._parameters.named.items()
+            if name in trained and name not in divided
         }
         self._gradients: Any = TeamGradients(
             load.gradient_layout,
@@ -130,7 +132,3 @@ class TensorReplica(TeamReplica):
     def _write_buffers(self, slab: int) -> None:
         if self._rank == 0:  # they are the same on all engines
             super()._write_buffers(slab)
-
-    def _check_parameter(self, name: str) -> None:
-        if name not in self._divided:
-            super()._check_parameter(name)

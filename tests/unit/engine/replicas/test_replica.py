@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from dnb.engine.replicas.replica import ModelChangedError, Replica, WorkResult, part_seed, tensor_digest
+from dnb.engine.replicas.replica import Replica, WorkResult, part_seed
 from dnb.engine.replicas.replica_context import ReplicaContext
+from dnb.engine.runtime.bound_parameters import ModelChangedError, tensor_digest
 from dnb.engine.runtime.run_memory import EngineMemory, Publisher
 from dnb.engine.runtime.telemetry import Stopwatch
 from dnb.hub.parameters.master import Contribution, HubSlab, Master
