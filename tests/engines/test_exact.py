@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dnb.engine.replicas.replica import part_seed
+from dnb.engine.replicas.outcome import part_seed
 from dnb.planning.shards import shard_bounds
 from dnb.transport.layout import plan_layout
 from tests.engines.pools import let_join, start_engine, wait, wait_until

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from dnb.engine.replicas.outcome import WorkResult
 from dnb.engine.replicas.pipeline.stage_replica import StageReplica
-from dnb.engine.replicas.replica import WorkResult
 from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.replicas.tensor.tensor_replica import TensorReplica
 from dnb.engine.runtime.run_memory import EngineMemory

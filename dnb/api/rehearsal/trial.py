@@ -23,7 +23,7 @@ from dnb.api.rehearsal.trial_copies import (
 )
 from dnb.api.rehearsal.undisturbed import undisturbed
 from dnb.api.rehearsal.watching import WriteWatch
-from dnb.engine.replicas.replica import part_seed
+from dnb.engine.replicas.outcome import part_seed
 from dnb.errors import USER_ERRORS
 from dnb.job import Data, Job, Sum
 from dnb.protocol.run import Reduction

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
+from dnb.engine.replicas.outcome import WorkResult
 from dnb.protocol.engine_messages import Diagnose, Diagnosis, Work
 from dnb.protocol.measurements import StageTrace
-
-if TYPE_CHECKING:
-    from dnb.engine.replicas.replica import WorkResult
 
 
 class EngineReplica(Protocol):

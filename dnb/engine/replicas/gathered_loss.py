@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from dnb.engine.replicas.outcome import mean_sums
-from dnb.engine.replicas.replica import Replica, WorkResult, added, is_out_of_memory, pieces_of
+from dnb.engine.replicas.outcome import WorkResult, added, is_out_of_memory, mean_sums, pieces_of
+from dnb.engine.replicas.replica import Replica
 from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.replicas.whole_batch.gathered_batch import GatheredBatch, unpack_batch
 from dnb.engine.replicas.whole_batch.output_form import (

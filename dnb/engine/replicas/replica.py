@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import random
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from dnb.engine.replicas.new_loss import judge_new_loss
+from dnb.engine.replicas.outcome import (
+    WorkResult,
+    added,
+    is_out_of_memory,
+    narrowed,
+    one_kind,
+    part_seed,
+    pieces_of,
+    samples_text,
+)
 from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.runtime.bound_parameters import BoundParameters, ModelChangedError
 from dnb.engine.runtime.gradients import Gradients
@@ -24,7 +32,7 @@ from dnb.engine.runtime.write_guard import ParameterWrittenError
 from dnb.errors import USER_ERRORS, kind_of, summary_of, text_of
 from dnb.job import DataSource, Sum
 from dnb.planning.shards import SAMPLES_AT_LEAST, first_filled_shard
-from dnb.protocol.engine_messages import Diagnose, Diagnosis, OutputLeaf, Work
+from dnb.protocol.engine_messages import Diagnose, Diagnosis, Work
 from dnb.protocol.measurements import StageTrace, Sums
 from dnb.protocol.memory import Layout
 from dnb.protocol.run import Reduction
@@ -36,26 +44,6 @@ from dnb.user_code.module_modes import Modes
 from dnb.user_code.return_values import OWN_LOOP, MetricReader, Metrics, ReturnError, read_loss, read_step, weighed
 
 log = logging.getLogger(__name__)
-
-MOST_SAMPLES_SHOWN = 8
-
-# Of a member of a team that has no part in the loss.
-NO_SUMS = Sums(loss_total=0.0, loss_weight=0.0, metric_totals={}, metric_weights={}, num_samples=0)
-
-
-@dataclass(frozen=True, slots=True)
-class WorkResult:
-    """What a work item came to; the gradients are in the slabs."""
-
-    parts: tuple[Sums, ...]
-    is_sum: bool  # the gradients are yet to be divided by the weight
-    unused: tuple[int, ...] = ()
-    note: str = ""
-    states: bytes = b""  # loose ones that have changed
-    leaves: tuple[OutputLeaf, ...] = ()  # of outputs that are gathered
-    tensors: Sequence[torch.Tensor] = ()
-    thawed: tuple[str, ...] = ()  # parameters without a slot that got a gradient
-    frozen: tuple[int, ...] = ()  # slots that were frozen in one of the parts at least
 
 
 class Replica:
@@ -196,7 +184,7 @@ class Replica:
         shards = [*zip(work.shards, indices.split(work.shard_sizes), strict=True)]
         for shard, part in shards:
             if len(part) and fails(part):
-                return f"shard {shard}, {samples_text(_narrowed(part, fails))}"
+                return f"shard {shard}, {samples_text(narrowed(part, fails))}"
         return f"one of shards {work.shards[0]} to {work.shards[-1]}" if len(shards) > 1 else f"shard {shards[0][0]}"
 
     def probe(self) -> float | None:
@@ -497,77 +485,3 @@ class Replica:
         for number, (work, indices) in enumerate(earlier):
             self._accumulate(work, indices, fresh=number == 0, publish=False)
         return not earlier
-
-
-def part_seed(seed: int, step: int, shard: int) -> int:
-    """The seed of random numbers in a part of a step; it does not depend on who computes it."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{shard}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def _narrowed(part: torch.Tensor, fails: Callable[[torch.Tensor], bool]) -> torch.Tensor:
-    """The smallest half of a half of samples that still fails."""
-    while len(part) > 1:
-        half = next((half for half in part.split(-(-len(part) // 2)) if fails(half)), None)
-        if half is None:
-            break
-        part = half
-    return part
-
-
-def samples_text(samples: torch.Tensor) -> str:
-    """Indices of samples, for people."""
-    shown = ", ".join(str(sample) for sample in samples[:MOST_SAMPLES_SHOWN].tolist())
-    if len(samples) == 1:
-        return f"sample {shown}"
-    more = len(samples) - MOST_SAMPLES_SHOWN
-    return f"samples {shown}{f' and {more} more' if more > 0 else ''}"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there is not enough memory."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = text_of(error)
-    return "DefaultCPUAllocator" in text or "not enough memory" in text
-
-
-def one_kind(are_sums: Sequence[bool]) -> bool:
-    """Whether the parts of a step are `Sum`s, as all of them must be, or none.
-
-    Raises:
-        ReturnError: some are.
-    """
-    if len(set(are_sums)) > 1:
-        raise ReturnError(
-            "step must return dnb.Sum(total, weight) for all samples of a step, or for none: "
-            f"it did for {sum(are_sums)} of {len(are_sums)} parts"
-        )
-    return any(are_sums)
-
-
-def pieces_of(indices: torch.Tensor, size: int | None) -> Sequence[torch.Tensor]:
-    """Indices in pieces of at most `size`, none of which has one sample, unless that is the size.
-
-    A rest of one is given a sample of the piece before it, or, if that has only two, is added to it.
-    """
-    if size is None or len(indices) <= size:
-        return [indices]
-    whole, rest = divmod(len(indices), size)
-    sizes = [size] * whole + ([rest] if rest else [])
-    if rest == 1 and size > 1:
-        sizes[-2:] = [size - 1, 2] if size > SAMPLES_AT_LEAST else [size + 1]
-    return torch.split(indices, sizes)
-
-
-def added(parts: Sequence[Sums]) -> Sums:
-    """The sums of several parts together."""
-    names = {name for part in parts for name in part.metric_totals}
-    return Sums(
-        loss_total=sum(part.loss_total for part in parts),
-        loss_weight=sum(part.loss_weight for part in parts),
-        metric_totals={name: sum(part.metric_totals.get(name, 0.0) for part in parts) for name in names},
-        metric_weights={name: sum(part.metric_weights.get(name, 0.0) for part in parts) for name in names},
-        num_samples=sum(part.num_samples for part in parts),
-        unit=parts[0].unit if parts else 1.0,
-    )

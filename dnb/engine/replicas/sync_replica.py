@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dnb.engine.replicas.replica import WorkResult, pieces_of
+from dnb.engine.replicas.outcome import WorkResult, pieces_of
 from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.replicas.sync_batch_norm import SharedBatch, normalizing_layers, synchronize
 from dnb.engine.replicas.team_replica import TeamReplica

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from dnb.engine.replicas.replica import Replica, samples_text
+from dnb.engine.replicas.outcome import samples_text
+from dnb.engine.replicas.replica import Replica
 from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.runtime.process_group import PeerLostError, close_group, first_line, is_about_peers, open_group
 from dnb.errors import PlanError, text_of

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from dnb.engine.replicas.new_loss import judge_new_loss
-from dnb.engine.replicas.outcome import mean_sums
+from dnb.engine.replicas.outcome import mean_sums, one_kind, part_seed
 from dnb.engine.replicas.pipeline.whole_loss import WholeLoss
-from dnb.engine.replicas.replica import one_kind, part_seed
 from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.replicas.whole_metrics import WholeMetrics
 from dnb.job import Job, Sum

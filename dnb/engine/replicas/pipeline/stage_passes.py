@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from dnb.engine.replicas.outcome import part_seed
 from dnb.engine.replicas.pipeline.action_log import ActionLog
 from dnb.engine.replicas.pipeline.micro_batches import model_inputs, shapes_of
 from dnb.engine.replicas.pipeline.pipeline_step import PipelineStep
 from dnb.engine.replicas.pipeline.schedules import Trouble, WatchedStage, build_schedule
 from dnb.engine.replicas.pipeline.stage_memory import StageMemory
-from dnb.engine.replicas.replica import part_seed
 from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.job import DataSource
 from dnb.partitioning.pipeline.stage_builder import StageBuilder

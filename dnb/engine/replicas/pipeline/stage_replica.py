@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from dnb.engine.replicas.outcome import NO_SUMS, WorkResult, added, part_seed, samples_text
 from dnb.engine.replicas.pipeline.action_log import ActionLog
 from dnb.engine.replicas.pipeline.micro_batches import fetch_micro_batches
 from dnb.engine.replicas.pipeline.pipeline_step import PipelineFeed, PipelineStep
 from dnb.engine.replicas.pipeline.schedules import Trouble, num_micro_batches_for
 from dnb.engine.replicas.pipeline.stage_memory import StageMemory
 from dnb.engine.replicas.pipeline.stage_passes import StageParts, StagePasses, stages_of
-from dnb.engine.replicas.replica import NO_SUMS, WorkResult, added, part_seed, samples_text
 from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.runtime.loose_states import EngineStates
 from dnb.engine.runtime.process_group import PeerLostError, close_group, first_line, is_about_peers, open_group, release

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dnb.engine.replicas.replica import part_seed
+from dnb.engine.replicas.outcome import part_seed
 from dnb.protocol.run import TensorStyle
 
 

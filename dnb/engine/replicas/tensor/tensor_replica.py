@@ -8,7 +8,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from dnb.engine.replicas.replica import NO_SUMS, WorkResult, added
+from dnb.engine.replicas.outcome import NO_SUMS, WorkResult, added
 from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.replicas.team_replica import TeamReplica
 from dnb.engine.replicas.tensor.divided_layers import TeamGradients, divide

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dnb.engine.replicas.gathered_loss import GatheringReplica
-from dnb.engine.replicas.replica import WorkResult
+from dnb.engine.replicas.outcome import WorkResult
 from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.replicas.whole_batch.output_form import bytes_of
 from dnb.engine.runtime.run_memory import EngineMemory, Publisher

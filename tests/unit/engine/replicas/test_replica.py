@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from dnb.engine.replicas.replica import Replica, WorkResult, part_seed
+from dnb.engine.replicas.outcome import WorkResult, part_seed
+from dnb.engine.replicas.replica import Replica
 from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.runtime.bound_parameters import ModelChangedError, tensor_digest
 from dnb.engine.runtime.run_memory import EngineMemory, Publisher

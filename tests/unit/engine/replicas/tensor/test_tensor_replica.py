@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from dnb.engine.replicas.replica import WorkResult
+from dnb.engine.replicas.outcome import WorkResult
 from dnb.engine.replicas.tensor.tensor_random import OwnNoise
 from dnb.partitioning.tensor.partitions import tensor_partitions
 from dnb.partitioning.tensor.trial import ModelTrial
