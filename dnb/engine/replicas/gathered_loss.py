@@ -151,7 +151,7 @@ class GatheringReplica(Replica):
     def _forward_pair(self, source: DataSource, indices: torch.Tensor) -> tuple[Any, Any]:
         with self._stopwatch.measure("data"):
             given = arguments_of(self._job.model, fetch_batch(source, indices), has_target=True)
-        with self._stopwatch.measure("compute"), self._autocast():
+        with self._stopwatch.measure("compute"), self._loss.autocast():
             return self._job.model(*given.positional), given.target
 
     def _learn(self) -> OutputForm:
@@ -209,7 +209,7 @@ class GatheringReplica(Replica):
         for number, group in enumerate(groups, 1):
             is_last = number == len(groups)
             if is_kept:
-                self._backward(kept.pop(group), wanted, whole, is_last=is_last)
+                self._go_back(kept.pop(group), wanted, whole, is_last=is_last)
             else:
                 self._recompute(work.step, group, wanted, whole, is_last=is_last)
         return self._end(slab, publish=publish)
@@ -223,7 +223,7 @@ class GatheringReplica(Replica):
             self._begin(slab, fresh=True, reads=found is None)
             if found is not None:
                 self._buffers.put(found.buffers)
-                self._backward(found, {shard}, whole, is_last=True)
+                self._go_back(found, {shard}, whole, is_last=True)
             elif whole.gathered.shard_sizes[shard]:
                 self._recompute(work.step, (shard,), {shard}, whole, is_last=True)
             left = set(self._end(slab, publish=True))
@@ -255,7 +255,7 @@ class GatheringReplica(Replica):
                 self._descend(outputs, positions[places], needed[places], whole, is_first=is_first, is_last=is_end)
         self._collect_states(step, group, len(whole.indices))
 
-    def _backward(self, done: _KeptForward, wanted: Set[int], whole: GatheredBatch, *, is_last: bool) -> None:
+    def _go_back(self, done: _KeptForward, wanted: Set[int], whole: GatheredBatch, *, is_last: bool) -> None:
         """Backward of a forward that was kept."""
         positions = whole.positions(done.shards)
         needed = torch.isin(positions, whole.positions([s for s in done.shards if s in wanted]))
@@ -323,7 +323,7 @@ class GatheringReplica(Replica):
     ) -> tuple[torch.Tensor, Metrics]:
         job = self._job
         assert job.loss is not None
-        with self._autocast():
+        with self._loss.autocast():
             loss = read_loss(job.loss(output, target), needs_gradient=needs_gradient)
         value = loss.total / loss.weight if isinstance(loss, Sum) else loss
         wanted = job.metrics if among is None else among

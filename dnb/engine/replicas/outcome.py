@@ -10,7 +10,7 @@ import torch
 
 from dnb.errors import text_of
 from dnb.planning.shards import SAMPLES_AT_LEAST
-from dnb.protocol.engine_messages import OutputLeaf
+from dnb.protocol.engine_messages import OutputLeaf, Work
 from dnb.protocol.measurements import Sums
 from dnb.user_code.return_values import Metrics, ReturnError
 
@@ -52,7 +52,22 @@ def part_seed(seed: int, step: int, shard: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def narrowed(part: torch.Tensor, fails: Callable[[torch.Tensor], bool]) -> torch.Tensor:
+def failing_place(work: Work, indices: torch.Tensor, fails: Callable[[torch.Tensor], bool]) -> str:
+    """Name the shard and the samples at which some work fails, as narrow as can be found, for people.
+
+    Args:
+        work: that has failed.
+        indices: of its samples.
+        fails: whether some of them fail by themselves.
+    """
+    shards = [*zip(work.shards, indices.split(work.shard_sizes), strict=True)]
+    for shard, part in shards:
+        if len(part) and fails(part):
+            return f"shard {shard}, {samples_text(_narrowed(part, fails))}"
+    return f"one of shards {work.shards[0]} to {work.shards[-1]}" if len(shards) > 1 else f"shard {shards[0][0]}"
+
+
+def _narrowed(part: torch.Tensor, fails: Callable[[torch.Tensor], bool]) -> torch.Tensor:
     """Return the smallest half of a half of samples that still fails."""
     while len(part) > 1:
         half = next((half for half in part.split(-(-len(part) // 2)) if fails(half)), None)
@@ -108,7 +123,7 @@ def pieces_of(indices: torch.Tensor, size: int | None) -> Sequence[torch.Tensor]
 
 
 def added(parts: Sequence[Sums]) -> Sums:
-    """The sums of several parts together."""
+    """Add up the sums of several parts."""
     names = {name for part in parts for name in part.metric_totals}
     return Sums(
         loss_total=sum(part.loss_total for part in parts),

@@ -4,44 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import random
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 
-from dnb.engine.replicas.new_loss import judge_new_loss
+from dnb.engine.replicas.forward_pass import ForwardPass
+from dnb.engine.replicas.model_loss import ModelLoss
 from dnb.engine.replicas.outcome import (
     WorkResult,
     added,
+    failing_place,
     is_out_of_memory,
-    narrowed,
     one_kind,
     part_seed,
     pieces_of,
-    samples_text,
 )
 from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.runtime.bound_parameters import BoundParameters, ModelChangedError
 from dnb.engine.runtime.gradients import Gradients
 from dnb.engine.runtime.model_buffers import ModelBuffers
+from dnb.engine.runtime.random_states import same_python_states, seed_everything
 from dnb.engine.runtime.run_memory import Publisher
+from dnb.engine.runtime.scaled_backward import ScaledBackward
 from dnb.engine.runtime.write_guard import ParameterWrittenError
 from dnb.errors import USER_ERRORS, kind_of, summary_of, text_of
-from dnb.job import DataSource, Sum
-from dnb.planning.shards import SAMPLES_AT_LEAST, first_filled_shard
+from dnb.job import DataSource, Job
+from dnb.planning.shards import first_filled_shard
 from dnb.protocol.engine_messages import Diagnose, Diagnosis, Work
 from dnb.protocol.measurements import StageTrace, Sums
 from dnb.protocol.memory import Layout
-from dnb.protocol.run import Reduction
 from dnb.transport.layout import slot_views
-from dnb.user_code.loader import fetch_batch
-from dnb.user_code.loss_weights import counting_targets, part_of, weighed_loss
-from dnb.user_code.model_call import arguments_of
 from dnb.user_code.module_modes import Modes
-from dnb.user_code.return_values import OWN_LOOP, MetricReader, Metrics, ReturnError, read_loss, read_step, weighed
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +53,6 @@ class Replica:
         spec, job, load, memory = context.spec, context.job, context.load, context.memory
         self._spec = spec
         self._generators = context.generators
-        self._job = job
         self._data = context.data
         self._memory = memory
         self._stopwatch = context.stopwatch
@@ -68,16 +61,17 @@ class Replica:
         self._of_this_step: list[tuple[Work, torch.Tensor]] = []
         self._place_gradients(load.gradient_layout, context.publisher)
         self._buffers = ModelBuffers(job.model, master, layout=load.buffer_layout, memory=memory, rules=spec.buffers)
-        self._found_states = 0, b""  # step, and what its first shard has made of them
         self._most_at_once = spec.micro_batch
         self._modes = Modes([job.model])
-        self._reduction: Reduction = spec.reduction
-        self._is_loss_new = spec.is_loss_new
-        self._step_metrics = MetricReader()
         self._evaluates_gradients = False
-        self._unit: float | None = None  # of what is added up in the slab under way, once there is something
-        self._units: dict[int, float | None] = {}  # likewise, of slabs
-        self._initial_state: tuple[object, torch.Tensor] = None, torch.empty(0)  # of backward; mostly the same again
+        self._loss = ModelLoss(context, self._gradients)
+        self._backward = ScaledBackward()
+        self._forward_pass = ForwardPass(context, self._loss, self._backward)
+
+    @property
+    def _job(self) -> Job:
+        """The run's model, and its functions as they are by now."""
+        return self._loss.job
 
     def _place_gradients(self, layout: Layout, publisher: Publisher | None) -> None:
         """Let gradients be born in slabs of a layout."""
@@ -99,6 +93,7 @@ class Replica:
         self._gradients.close()
         self._of_this_step.clear()
         self._place_gradients(gradients, publisher)
+        self._loss.gradients = self._gradients
         self._buffers.move(buffers)
 
     def freeze(self, names: Collection[str]) -> None:
@@ -155,11 +150,7 @@ class Replica:
 
     def replace_functions(self, *, step: Callable[..., Any] | None, loss: Callable[..., Any] | None) -> None:
         """Go on with another step function, or another loss; one of them is None."""
-        if step is not None or loss is not self._job.loss:  # else what is known of it stays so, to the bit
-            self._reduction = "targets"  # where it is a mean over targets; all else is a mean over samples
-            self._is_loss_new = loss is not None
-        self._job = dataclasses.replace(self._job, step=step, loss=loss)
-        self._step_metrics = MetricReader()
+        self._loss.replace(step=step, loss=loss)
 
     def find_place(self, work: Work, indices: torch.Tensor, error: BaseException) -> str:
         """The shard and the samples at which an error comes up again, as narrow as can be found, for people.
@@ -181,29 +172,21 @@ class Replica:
                 return kind_of(again) == kind_of(error)  # a class may be made where it is raised
             return False
 
-        shards = [*zip(work.shards, indices.split(work.shard_sizes), strict=True)]
-        for shard, part in shards:
-            if len(part) and fails(part):
-                return f"shard {shard}, {samples_text(narrowed(part, fails))}"
-        return f"one of shards {work.shards[0]} to {work.shards[-1]}" if len(shards) > 1 else f"shard {shards[0][0]}"
+        return failing_place(work, indices, fails)
 
     def probe(self) -> float | None:
         """The loss of the first samples, to be held against other engines; None if it cannot be had by itself."""
         indices = torch.arange(min(self._spec.probe_samples, self._spec.num_samples))
         self._buffers.read()
         self._be_training(mode=False)
-        states = random.getstate(), np.random.get_state()
-        self._seed(0, 0, also_python=True)
         try:
-            with torch.no_grad():
+            with same_python_states(), torch.no_grad():
+                self._seed(0, 0, also_python=True)
                 sums, _ = self._forward(self._data.train, indices, batch_samples=None)
         except USER_ERRORS as error:  # a step function may need gradients; its own step will tell
             log.info("the model was not probed: %s", summary_of(error))
             return None
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-        weight = self._spec.batch_size if self._reduction == "sum" else sums.loss_weight
+        weight = self._spec.batch_size if self._loss.reduction == "sum" else sums.loss_weight
         return sums.loss_total / weight if weight else None
 
     def digests(self) -> bytes:
@@ -224,8 +207,8 @@ class Replica:
         return self._compute_together(work, indices)
 
     def _with_states(self, work: Work, outcome: WorkResult) -> WorkResult:
-        step, packed = self._found_states
-        if not packed or step != work.step or self._first_shard(work.batch_samples) not in work.shards:
+        packed = self._buffers.found_states(work.step)
+        if not packed or self._first_shard(work.batch_samples) not in work.shards:
             return outcome
         return dataclasses.replace(outcome, states=packed)
 
@@ -235,7 +218,7 @@ class Replica:
     def _collect_states(self, step: int, shards: Sequence[int], batch_samples: int) -> None:
         """After a forward: what it has made of loose states counts if it had the batch's first shard."""
         if self._first_shard(batch_samples) in shards:
-            self._found_states = step, self._buffers.collect_states()
+            self._buffers.collect_states(step)
 
     def _compute_together(self, work: Work, indices: torch.Tensor) -> WorkResult:
         """All shards in one forward, or in as many micro-batches as memory wants."""
@@ -298,16 +281,16 @@ class Replica:
         flat = self._memory.slabs[slab]
         if fresh and reads:
             self._buffers.read()
-        self._unit = None if fresh else self._units.get(slab)
+        self._backward.begin(slab, fresh=fresh)
         self._gradients.begin(slab, flat, fresh=fresh)
         if self._publisher is not None:
             self._publisher.begin(slab, flat)
 
     def _end(self, slab: int, *, publish: bool) -> tuple[int, ...]:
         unused = self._gradients.finish()
-        self._units[slab] = self._unit
+        self._backward.end()
         self._parameters.find_thawed(refuses=bool(self._spec.partitions))
-        self._write_buffers(slab)
+        self._buffers.write(slab)
         self._parameters.check_unused(unused)
         if not self._spec.partitions:
             self._parameters.note_frozen(unused)
@@ -342,88 +325,9 @@ class Replica:
         batch_samples: int | None,
         needs_gradient: bool = False,
     ) -> tuple[Sums, bool]:
-        """Loss and metrics of one micro-batch, with backward if it is part of a global batch."""
+        """Compute loss and metrics of one micro-batch, with backward if it is part of a global batch."""
         needs_gradient = needs_gradient or batch_samples is not None
-        with self._stopwatch.measure("data"):
-            batch = fetch_batch(source, indices)
-        num_samples = indices.numel()
-        with self._stopwatch.measure("compute"):
-            step, reduction = self._job.step, self._reduction
-            if self._job.val_step is not None and source is self._data.val:
-                step, reduction = self._job.val_step, "targets"
-            with self._autocast(), counting_targets(reduction) as weights:
-                loss, metrics = self._apply(step, batch, num_samples, needs_gradient=needs_gradient)
-            if self._spec.exact and reduction == "targets":
-                loss = weighed_loss(loss, weights)  # its bits are those of totals, and a product shows in them
-            part = part_of(
-                loss,
-                reduction=reduction,
-                weights=weights,
-                num_samples=num_samples,
-                batch_samples=batch_samples or self._spec.batch_size,
-            )
-            unit = part.unit
-            if batch_samples is not None:
-                if part.is_sum:
-                    unit = self._unit = self._unit or unit  # one for all that is added up in a slab
-                if part.tensor.requires_grad:
-                    self._go_back(part.tensor, part.factor / unit)
-            value = part.tensor.item()
-        sums = Sums(
-            loss_total=value * part.factor,
-            loss_weight=part.weight,
-            metric_totals={name: total for name, (total, _) in metrics.items()},
-            metric_weights={name: weight for name, (_, weight) in metrics.items()},
-            num_samples=num_samples,
-            unit=unit if part.is_sum else 1.0,
-        )
-        return sums, part.is_sum
-
-    def _go_back(self, loss: torch.Tensor, scale: float) -> None:
-        """Backward of a multiple of a loss, without a product that autograd would have to follow."""
-        if type(loss) is not torch.Tensor:
-            (loss * scale).backward()
-            return
-        key = scale, loss.dtype, loss.shape
-        if self._initial_state[0] != key:
-            self._initial_state = key, torch.full_like(loss, scale, requires_grad=False)
-        loss.backward(self._initial_state[1])
-
-    def _apply(
-        self, step: Callable[..., Any] | None, batch: Any, num_samples: int, *, needs_gradient: bool
-    ) -> tuple[torch.Tensor | Sum, Metrics]:
-        model, job = self._job.model, self._job
-        if step is not None:
-            before = self._gradients.versions()
-            returned = step(model, batch)
-            if self._gradients.versions() != before:
-                raise ReturnError(f"step {OWN_LOOP}")
-            loss, found = read_step(returned, needs_gradient=needs_gradient)
-            return loss, self._step_metrics.read(found, num_samples) if found else {}
-        given = arguments_of(model, batch, has_target=job.loss is not None)
-        output = model(*given.positional, **given.keywords)
-        if job.loss is None:
-            loss, compared = read_step(output, needs_gradient=needs_gradient, by="model")[0], batch
-        else:
-            if self._is_loss_new and needs_gradient and self._spec.loss_over == "samples":
-                self._judge_loss(job.loss, output, given.target, num_samples)
-            loss, compared = read_loss(job.loss(output, given.target), needs_gradient=needs_gradient), given.target
-        if not job.metrics:
-            return loss, {}
-        with torch.no_grad():
-            return loss, self._measure(output, compared, num_samples)
-
-    def _measure(self, output: Any, compared: Any, num_samples: int) -> Metrics:
-        """The metrics of one micro-batch."""
-        return {
-            name: weighed(metric(output, compared), num_samples, name=name)
-            for name, metric in self._job.metrics.items()
-        }
-
-    def _judge_loss(self, loss: Callable[..., Any], output: Any, target: Any, num_samples: int) -> None:
-        found = judge_new_loss(loss, output, target, num_samples=num_samples, spec=self._spec)
-        if found is not None or num_samples > SAMPLES_AT_LEAST:  # else more samples may tell
-            self._reduction, self._is_loss_new = found or self._reduction, False
+        return self._forward_pass.run(source, indices, batch_samples=batch_samples, needs_gradient=needs_gradient)
 
     def _evaluate(self, work: Work, indices: torch.Tensor) -> Sums:  # noqa: ARG002 - see `dnb.engine.replicas.gathered_loss`
         assert self._data.val is not None
@@ -448,24 +352,10 @@ class Replica:
     def _be_training(self, *, mode: bool) -> None:
         self._modes.be_training(mode=mode)
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self._spec.precision == "float32":
-            return nullcontext()
-        return torch.autocast("cpu", dtype=torch.bfloat16)
-
     def _seed(self, step: int, shard: int, *, also_python: bool = False) -> None:
         """Random numbers depend on the step and the shard, never on the engine."""
         seed = part_seed(self._spec.seed, step, shard)
-        # torch.manual_seed takes 0.3 ms, as it looks for every kind of accelerator.
-        torch.default_generator.manual_seed(seed)
-        if len(self._generators):
-            self._generators.seed(seed)
-        if self._spec.exact or also_python:  # what a data set or a model may draw from besides
-            random.seed(seed)
-            np.random.seed(seed & 0xFFFFFFFF)
-
-    def _write_buffers(self, slab: int) -> None:
-        self._buffers.write(slab)
+        seed_everything(seed, self._generators, also_python=self._spec.exact or also_python)
 
     def _shrink(self, num_samples: int, error: Exception) -> str:
         """Halve the micro-batch; the sentence that says so."""

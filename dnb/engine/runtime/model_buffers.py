@@ -37,6 +37,8 @@ class ModelBuffers:
         self._memory = memory
         self._places: list[tuple[torch.nn.Module, str, torch.Tensor, str]] = []
         self._views: dict[int, dict[str, torch.Tensor]] = {}  # by slab
+        self._found = 0, b""  # step, and what its first shard has made of the states
+        self.is_writer = True  # of a team, one engine is
         for name, buffer in model.named_buffers():
             buffer.data = master[name].clone()
             self._places.append((*buffer_owner(model, name), buffer, name))
@@ -55,7 +57,7 @@ class ModelBuffers:
 
     def write(self, slab: int) -> None:
         """Copy the buffers into a slab, as forward has left them."""
-        if not self._places:
+        if not self._places or not self.is_writer:
             return
         views = self._views.get(slab)
         if views is None:
@@ -64,14 +66,18 @@ class ModelBuffers:
             now, master = module._buffers.get(key, own), self._master[name]
             views[name].copy_(now.detach() if now is not None and fits(now, master) else master)
 
-    def collect_states(self) -> bytes:
+    def found_states(self, step: int) -> bytes:
+        """Return the states that have changed in a step; empty if they were not collected in it."""
+        return self._found[1] if self._found[0] == step else b""
+
+    def collect_states(self, step: int) -> None:
         """Pack the states that have changed, with buffers that do not fit into their places any more."""
         misfits: dict[str, torch.Tensor | None] = {}
         for module, key, own, name in self._places:
             now = module._buffers.get(key, own)
             if not fits(now, self._master[name]) or self.states.is_loose(name):
                 misfits[name] = now
-        return self.states.collect(misfits)
+        self._found = step, self.states.collect(misfits)
 
     def keep(self) -> list[torch.Tensor | None]:
         """Return the buffers as the last forward has left them; no other forward shall change these tensors."""

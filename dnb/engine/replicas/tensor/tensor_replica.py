@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -63,6 +64,9 @@ class TensorReplica(TeamReplica):
             rank=assignment.rank,
             num_engines=assignment.partition.num_engines,
         )
+        self._loss.gradients = self._gradients
+        self._loss.measure = partial(_measure, self._whole_metrics, self._rank)
+        self._buffers.is_writer = self._rank == 0  # they are the same on all engines
 
     def compute(self, work: Work, indices: torch.Tensor) -> WorkResult:
         """Do this engine's part of what the team is asked.
@@ -111,16 +115,6 @@ class TensorReplica(TeamReplica):
         self._whole_metrics.begin()
         return added([super()._evaluate(work, indices), *self._whole_metrics.take()])
 
-    def _measure(self, output: Any, compared: Any, num_samples: int) -> Metrics:
-        """Metrics of one micro-batch, by the engine that reports them."""
-        if self._rank != 0:
-            return {}
-        self._whole_metrics.add(output, compared, num_samples)
-        return {
-            name: weighed(metric(output, compared), num_samples, name=name)
-            for name, metric in self._whole_metrics.of_parts.items()
-        }
-
     def _forget(self) -> None:
         if self._entrance is not None:
             self._entrance.forget()
@@ -129,6 +123,10 @@ class TensorReplica(TeamReplica):
         self._noise.forget()
         super()._seed(step, shard, also_python=also_python)
 
-    def _write_buffers(self, slab: int) -> None:
-        if self._rank == 0:  # they are the same on all engines
-            super()._write_buffers(slab)
+
+def _measure(whole: WholeMetrics, rank: int, output: Any, compared: Any, num_samples: int) -> Metrics:
+    """Compute the metrics of one micro-batch, by the engine that reports them."""
+    if rank != 0:
+        return {}
+    whole.add(output, compared, num_samples)
+    return {name: weighed(metric(output, compared), num_samples, name=name) for name, metric in whole.of_parts.items()}

@@ -1,0 +1,103 @@
+"""The loss and the metrics of a whole model on an engine, as the user's functions compute them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+
+from dnb.engine.replicas.new_loss import judge_new_loss
+from dnb.engine.replicas.replica_context import ReplicaContext
+from dnb.job import Sum
+from dnb.planning.shards import SAMPLES_AT_LEAST
+from dnb.protocol.run import Reduction
+from dnb.user_code.model_call import arguments_of
+from dnb.user_code.return_values import OWN_LOOP, MetricReader, Metrics, ReturnError, read_loss, read_step, weighed
+
+
+class Versioned(Protocol):
+    """Gradients whose versions tell whether somebody has written them."""
+
+    def versions(self) -> Any:
+        """Return something that is equal as long as nobody has."""
+
+
+class ModelLoss:
+    """The loss of one run, which may be replaced in mid-run, and is then looked at anew.
+
+    Args:
+        context: the run.
+        gradients: of its model.
+    """
+
+    def __init__(self, context: ReplicaContext, gradients: Versioned) -> None:
+        spec = context.spec
+        self.job = context.job
+        self.gradients = gradients
+        self.measure: Callable[[Any, Any, int], Metrics] | None = None  # in the place of all metrics
+        self.reduction: Reduction = spec.reduction
+        self._spec = spec
+        self._is_new = spec.is_loss_new
+        self._step_metrics = MetricReader()
+
+    def replace(self, *, step: Callable[..., Any] | None, loss: Callable[..., Any] | None) -> None:
+        """Go on with another step function, or another loss; one of them is None."""
+        if step is not None or loss is not self.job.loss:  # else what is known of it stays so, to the bit
+            self.reduction = "targets"  # where it is a mean over targets; all else is a mean over samples
+            self._is_new = loss is not None
+        self.job = dataclasses.replace(self.job, step=step, loss=loss)
+        self._step_metrics = MetricReader()
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Compute in the precision of the run."""
+        if self._spec.precision == "float32":
+            return nullcontext()
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+    def compute(
+        self, step: Callable[..., Any] | None, batch: Any, num_samples: int, *, needs_gradient: bool
+    ) -> tuple[torch.Tensor | Sum, Metrics]:
+        """Compute loss and metrics of some samples.
+
+        Args:
+            step: the step function; None: the model is called, then the loss.
+            batch: of the data set.
+            num_samples: in it.
+            needs_gradient: backward follows.
+
+        Raises:
+            ReturnError: user code returned what is no loss, or no metric.
+        """
+        job = self.job
+        if step is not None:
+            before = self.gradients.versions()
+            returned = step(job.model, batch)
+            if self.gradients.versions() != before:
+                raise ReturnError(f"step {OWN_LOOP}")
+            loss, found = read_step(returned, needs_gradient=needs_gradient)
+            return loss, self._step_metrics.read(found, num_samples) if found else {}
+        given = arguments_of(job.model, batch, has_target=job.loss is not None)
+        output = job.model(*given.positional, **given.keywords)
+        if job.loss is None:
+            loss, compared = read_step(output, needs_gradient=needs_gradient, by="model")[0], batch
+        else:
+            if self._is_new and needs_gradient and self._spec.loss_over == "samples":
+                self._judge(job.loss, output, given.target, num_samples)
+            loss, compared = read_loss(job.loss(output, given.target), needs_gradient=needs_gradient), given.target
+        if not job.metrics:
+            return loss, {}
+        with torch.no_grad():
+            return loss, (self.measure or self._measure_all)(output, compared, num_samples)
+
+    def _measure_all(self, output: Any, compared: Any, num_samples: int) -> Metrics:
+        return {
+            name: weighed(metric(output, compared), num_samples, name=name) for name, metric in self.job.metrics.items()
+        }
+
+    def _judge(self, loss: Callable[..., Any], output: Any, target: Any, num_samples: int) -> None:
+        found = judge_new_loss(loss, output, target, num_samples=num_samples, spec=self._spec)
+        if found is not None or num_samples > SAMPLES_AT_LEAST:  # else more samples may tell
+            self.reduction, self._is_new = found or self.reduction, False
