@@ -17,7 +17,7 @@ from dnb.pool.engines import all_processes
 from dnb.protocol.pool import Address, HubPlace, PoolFacts
 from dnb.protocol.versions import name_this_dnb
 from dnb.transport.segments import named_folders, remove_folders
-from dnb.transport.sockets.channels import find_answering
+from dnb.transport.sockets.admission_calls import find_answering
 from dnb.transport.system.processes import end_processes, is_alive, is_here, is_this_process
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from dnb.api.runs.run_folders import RUNS_FOLDER
 from dnb.errors import ArgumentError
-from dnb.transport.sockets.wires import WIRES_VARIABLE
+from dnb.transport.sockets.wire_connections import WIRES_VARIABLE
 from tests.engines.pools import open_small_pool, wait
 from tests.engines.test_fit import weighted_step
 from tests.models import DigitRows, batch_norm_net, digits, mlp, twice

@@ -25,7 +25,7 @@ from dnb.protocol.client_messages import GetMembers
 from dnb.protocol.engine_messages import Attach, Heartbeat, HubMessage, Join, Load, WorkReport
 from dnb.protocol.pool import Address
 from dnb.transport.sockets.channels import connect_dealer, encode
-from dnb.transport.sockets.wires import connect_wire
+from dnb.transport.sockets.wire_connections import connect_wire
 from dnb.transport.system.processes import this_process
 from tests import stranger_frames
 from tests.engines.pools import open_small_pool, wait_until

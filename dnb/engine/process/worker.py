@@ -39,7 +39,8 @@ from dnb.protocol.engine_messages import (
 from dnb.protocol.pool import Address, EngineFacts, HubPlace, Process
 from dnb.protocol.versions import POOL_FORMAT, VERSION, RecordHeader, name_dnb, name_this_dnb
 from dnb.transport.sockets.channels import SEND_SECONDS, connect_dealer, encode
-from dnb.transport.sockets.wires import Wire, WireError, connect_wire
+from dnb.transport.sockets.wire_connections import connect_wire
+from dnb.transport.sockets.wires import Wire, WireError
 from dnb.transport.system.failures import describe_error
 from dnb.transport.system.processes import is_alive, is_here, this_process
 

@@ -20,7 +20,8 @@ import msgspec
 from dnb.protocol.engine_messages import Attach, EngineMessage, WireOffer
 from dnb.protocol.run import TransportKind
 from dnb.transport.sockets.sealing import derive_keys
-from dnb.transport.sockets.wires import MAX_RECORD_BYTES, WIRES_VARIABLE, Wire, WireError, WireListener, prove
+from dnb.transport.sockets.wire_connections import WIRES_VARIABLE, WireListener, prove
+from dnb.transport.sockets.wires import MAX_RECORD_BYTES, Wire, WireError
 
 log = logging.getLogger(__name__)
 

@@ -12,14 +12,8 @@ from torch import nn
 from dnb.errors import USER_ERRORS
 from dnb.partitioning.pipeline.dry_run import PREFIX, DryRun, no_autocast
 from dnb.partitioning.pipeline.graph_split import forbidden_places
-from dnb.partitioning.pipeline.tracing import (
-    Inputs,
-    ModelCall,
-    ModelTrace,
-    NotTraceable,
-    SymbolTracer,
-    trace_by_symbols,
-)
+from dnb.partitioning.pipeline.symbol_tracer import SymbolTracer, trace_by_symbols
+from dnb.partitioning.pipeline.tracing import Inputs, ModelCall, ModelTrace, NotTraceable
 
 Found = TypeVar("Found")
 

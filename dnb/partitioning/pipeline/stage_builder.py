@@ -19,15 +19,8 @@ from dnb.partitioning.pipeline.dry_run import PREFIX, DryRun, no_autocast
 from dnb.partitioning.pipeline.graph_split import split
 from dnb.partitioning.pipeline.module_chains import divide_chain
 from dnb.partitioning.pipeline.stage_module import WAY_OUT, StagePart
-from dnb.partitioning.pipeline.tracing import (
-    Inputs,
-    ModelCall,
-    ModelTrace,
-    NotTraceable,
-    containing,
-    trace_by_export,
-    trace_by_symbols,
-)
+from dnb.partitioning.pipeline.symbol_tracer import trace_by_symbols
+from dnb.partitioning.pipeline.tracing import Inputs, ModelCall, ModelTrace, NotTraceable, containing, trace_by_export
 from dnb.protocol.run import Partition
 
 

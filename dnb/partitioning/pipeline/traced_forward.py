@@ -13,7 +13,8 @@ from dnb.partitioning.pipeline.dry_run import PREFIX, DryRun, no_autocast
 from dnb.partitioning.pipeline.flop_counts import weigh_and_log
 from dnb.partitioning.pipeline.graph_split import users_of_parameters
 from dnb.partitioning.pipeline.stage_builder import check_begun, exported, untraceable
-from dnb.partitioning.pipeline.tracing import Inputs, ModelCall, ModelTrace, NotTraceable, trace_by_symbols
+from dnb.partitioning.pipeline.symbol_tracer import trace_by_symbols
+from dnb.partitioning.pipeline.tracing import Inputs, ModelCall, ModelTrace, NotTraceable
 
 
 @dataclass(frozen=True, slots=True)

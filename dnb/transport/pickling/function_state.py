@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dnb.transport.pickling.user_modules import is_installed
+from dnb.transport.pickling.module_sources import is_installed
 
 Put = Callable[[Any], None]  # puts another value into the place of one that cannot be changed itself
 

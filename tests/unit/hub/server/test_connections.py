@@ -15,7 +15,8 @@ import pytest
 from dnb.hub.server.connections import Connections, EngineConnection
 from dnb.protocol.base import Message
 from dnb.protocol.engine_messages import Attach, Challenge, EngineMessage, Loaded, WireOffer
-from dnb.transport.sockets.wires import MAX_RECORD_BYTES, Wire, WireError, prove
+from dnb.transport.sockets.wire_connections import prove
+from dnb.transport.sockets.wires import MAX_RECORD_BYTES, Wire, WireError
 from tests.strangers import need_another_user, start_stranger
 
 

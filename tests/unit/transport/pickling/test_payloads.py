@@ -23,7 +23,7 @@ def upload(tmp_path: Path):
     """Packs and unpacks, as from the kernel to an engine."""
 
     def round_trip(obj: Any) -> Any:
-        pickled, ref, segment = pickle_payload(obj, name="parcel", folders=[tmp_path])
+        pickled, ref, segment = pickle_payload(obj, name="payload", folders=[tmp_path])
         try:
             return unpack(pickled, ref)
         finally:
@@ -101,7 +101,7 @@ def test_a_parameter_stays_a_parameter(upload):
 
 def test_tensors_that_share_memory_are_shipped_once(tmp_path: Path):
     base = torch.arange(1000.0)
-    _, ref, segment = pickle_payload([base, base.view(10, 100)], name="parcel", folders=[tmp_path])
+    _, ref, segment = pickle_payload([base, base.view(10, 100)], name="payload", folders=[tmp_path])
     segment.unlink()
     assert [buffer.num_bytes for buffer in ref.buffers] == [4000]
 
@@ -115,7 +115,7 @@ def test_tensors_that_share_memory_still_do(upload):
 
 def test_a_small_view_does_not_ship_the_large_tensor_behind_it(tmp_path: Path):
     large = torch.zeros(1_000_000)
-    pickled, ref, segment = pickle_payload(large[10:20], name="parcel", folders=[tmp_path])
+    pickled, ref, segment = pickle_payload(large[10:20], name="payload", folders=[tmp_path])
     segment.unlink()
     assert sum(buffer.num_bytes for buffer in ref.buffers) == 40
     assert len(pickled) < 1000
@@ -123,20 +123,20 @@ def test_a_small_view_does_not_ship_the_large_tensor_behind_it(tmp_path: Path):
 
 def test_a_small_array_view_does_not_ship_the_large_array_behind_it(tmp_path: Path):
     large = np.zeros(1_000_000)
-    pickled, ref, segment = pickle_payload(large[10:20], name="parcel", folders=[tmp_path])
+    pickled, ref, segment = pickle_payload(large[10:20], name="payload", folders=[tmp_path])
     segment.unlink()
     assert sum(buffer.num_bytes for buffer in ref.buffers) == 80
     assert len(pickled) < 1000
 
 
 def test_the_elements_of_a_tensor_are_not_in_the_pickle(tmp_path: Path):
-    pickled, _, segment = pickle_payload(nn.Linear(500, 500), name="parcel", folders=[tmp_path])
+    pickled, _, segment = pickle_payload(nn.Linear(500, 500), name="payload", folders=[tmp_path])
     segment.unlink()
     assert len(pickled) < 5000
 
 
 def test_every_buffer_is_aligned_to_a_cache_line(tmp_path: Path):
-    _, ref, segment = pickle_payload([torch.ones(3), torch.ones(5), np.ones(7)], name="parcel", folders=[tmp_path])
+    _, ref, segment = pickle_payload([torch.ones(3), torch.ones(5), np.ones(7)], name="payload", folders=[tmp_path])
     segment.unlink()
     assert [buffer.offset_bytes for buffer in ref.buffers] == [0, 64, 128]
 
@@ -224,7 +224,7 @@ def test_a_function_of_the_notebook_travels_by_value(upload):
 
 
 def test_what_is_written_to_an_unpacked_tensor_is_not_seen_by_others(tmp_path: Path):
-    pickled, ref, segment = pickle_payload(torch.zeros(3), name="parcel", folders=[tmp_path])
+    pickled, ref, segment = pickle_payload(torch.zeros(3), name="payload", folders=[tmp_path])
     unpack(pickled, ref).fill_(9.0)
     second = unpack(pickled, ref)
     segment.unlink()
@@ -232,19 +232,19 @@ def test_what_is_written_to_an_unpacked_tensor_is_not_seen_by_others(tmp_path: P
 
 
 def test_an_unpacked_tensor_outlives_the_name_of_its_segment(tmp_path: Path):
-    pickled, ref, segment = pickle_payload(torch.arange(3.0), name="parcel", folders=[tmp_path])
+    pickled, ref, segment = pickle_payload(torch.arange(3.0), name="payload", folders=[tmp_path])
     arrived = unpack(pickled, ref)
     segment.unlink()
     assert arrived.tolist() == [0.0, 1.0, 2.0]
 
 
 def test_an_object_without_tensors_needs_no_segment(tmp_path: Path):
-    assert pickle_payload({"lr": 0.1}, name="parcel", folders=[tmp_path])[1:] == (NOTHING, None)
+    assert pickle_payload({"lr": 0.1}, name="payload", folders=[tmp_path])[1:] == (NOTHING, None)
 
 
 def test_no_room_for_the_tensors_is_told(tmp_path: Path):
-    with pytest.raises(SpaceError, match=r"parcel needs 4\.0 MB of shared memory"):
-        pickle_payload(torch.zeros(1_000_000), name="parcel", folders=[])
+    with pytest.raises(SpaceError, match=r"payload needs 4\.0 MB of shared memory"):
+        pickle_payload(torch.zeros(1_000_000), name="payload", folders=[])
 
 
 # signatures ------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ import torch
 
 from dnb.errors import ShippingError
 from dnb.transport.pickling import user_modules as own_code
+from dnb.transport.pickling.module_sources import own_place
 from dnb.transport.pickling.payloads import explain_unpicklable, pickle_payload
-from dnb.transport.pickling.user_modules import dumps, loads, own_place
+from dnb.transport.pickling.user_modules import dumps, loads
 
 # Another process, as an engine is: it takes functions over, calls them, and says what came.
 OTHER = """

@@ -15,6 +15,7 @@ from dnb.protocol.client_messages import Done, GetPool, Hello, KillHub, Members,
 from dnb.protocol.pool import Address, Process
 from dnb.protocol.versions import VERSION
 from dnb.transport.sockets import channels
+from dnb.transport.sockets.admission_calls import find_answering
 from dnb.transport.sockets.channels import (
     CLIENT_ROLE,
     ENGINE_ROLE,
@@ -23,7 +24,6 @@ from dnb.transport.sockets.channels import (
     bind_router,
     connect_dealer,
     encode,
-    find_answering,
     listen,
     refuse_unreadable,
     start_authenticator,

@@ -13,7 +13,8 @@ from dnb.hub.server.connections import Connections
 from dnb.protocol.base import Message
 from dnb.protocol.engine_messages import Attach, EngineMessage, Loaded
 from dnb.transport.sockets.sealing import SEAL_BYTES, Seal, derive_keys
-from dnb.transport.sockets.wires import PIECE_BYTES, WIRES_VARIABLE, Flat, Wire, WireError, connect_wire, prove
+from dnb.transport.sockets.wire_connections import WIRES_VARIABLE, connect_wire, prove
+from dnb.transport.sockets.wires import PIECE_BYTES, Flat, Wire, WireError
 
 KEYS = derive_keys("token", hub_nonce="a" * 32, engine_nonce="b" * 32)
 HEADER_BYTES = 16

@@ -16,17 +16,8 @@ import pytest
 from dnb.errors import HubError
 from dnb.protocol.base import Message
 from dnb.protocol.engine_messages import Attach, EngineMessage, Loaded, WireOffer
-from dnb.transport.sockets.wires import (
-    MAX_RECORD_BYTES,
-    PIECE_BYTES,
-    Flat,
-    Outbox,
-    Wire,
-    WireError,
-    WireListener,
-    connect_wire,
-    prove,
-)
+from dnb.transport.sockets.wire_connections import WireListener, connect_wire, prove
+from dnb.transport.sockets.wires import MAX_RECORD_BYTES, PIECE_BYTES, Flat, Outbox, Wire, WireError
 from tests.strangers import need_another_user, start_stranger
 
 HEADER = struct.Struct("<BxHIQ")  # kind, slot, bytes of the body, bytes of msgpack | offset in the landing
