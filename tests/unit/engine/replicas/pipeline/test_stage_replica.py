@@ -286,7 +286,7 @@ def test_stages_of_the_user_are_computed(team_of: MakeTeam):
 def test_another_loss_counts_from_the_next_step(team_of: MakeTeam):
     team = team_of(mlp(), pipeline("4"))
     team.compute()
-    team.ask("mend", step=None, loss=loss_per_weight)
+    team.ask("replace_functions", step=None, loss=loss_per_weight)
     assert last_of(team.compute()).is_sum
 
 
