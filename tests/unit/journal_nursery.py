@@ -204,7 +204,7 @@ class Hub:
 
     def state(self) -> str:
         """Every bit that a later step depends on."""
-        self.master.settle()
+        self.master.finish_deferred()
         master = self.master
         parts: list[Any] = [
             {name: _raw(each) for name, each in master.model.state_dict().items()},
@@ -242,7 +242,7 @@ def die() -> None:
 
 def scripted(hub: Hub, order: dict[str, Any]) -> None:
     """Let the hub die at one of its stores, or in the middle of one of its changes."""
-    die_at_stores(hub.master._keeper.journal, order)
+    die_at_stores(hub.master._update_log.journal, order)
     die_in_kernels(order)
     die_in_optimizers(hub, order)
     die_in_schedulers(hub, order)
@@ -283,7 +283,7 @@ def die_in_optimizers(hub: Hub, order: dict[str, Any]) -> None:
     step = stepper.step
 
     def stepped() -> None:
-        if order.get("step") == hub.master._keeper.step + 1:
+        if order.get("step") == hub.master._update_log.step + 1:
             for parameter in hub.master.model.parameters():
                 parameter.data.fill_(77)
             for value in (value for state in hub.master.optimizer.state.values() for value in state.values()):
@@ -303,7 +303,7 @@ def die_in_schedulers(hub: Hub, order: dict[str, Any]) -> None:
 
     def stepped() -> None:
         step()
-        if hub.master._keeper.step + 1 == order["scheduler"]:
+        if hub.master._update_log.step + 1 == order["scheduler"]:
             die()
 
     scheduler.step = stepped
@@ -363,7 +363,7 @@ def generation(case: Case, folder: Path, order: dict[str, Any], wanted: Any) -> 
             for path in folder.iterdir():
                 path.unlink()  # of a hub that was killed before it had a journal
             hub.begin()
-        replace(log, str(hub.master._keeper.step))
+        replace(log, str(hub.master._update_log.step))
         scripted(hub, order)
         return live(hub, log, order, wanted)
 
@@ -387,12 +387,12 @@ def revive(hub: Hub, noted: int, wanted: Any) -> str:
 
 def live(hub: Hub, log: Path, order: dict[str, Any], wanted: Any) -> str:
     """Go on to the last step."""
-    for step in range(hub.master._keeper.step + 1, NUM_STEPS + 1):
+    for step in range(hub.master._update_log.step + 1, NUM_STEPS + 1):
         if hub.commit(step) != wanted[1][step]:
             return f"the values of step {step}"
         replace(log, str(step))
         if order.get("settles", True):
-            hub.master.settle()
+            hub.master.finish_deferred()
     if hub.state() != wanted[0][NUM_STEPS]:
         return "the last state is another"
     (log.parent / "ref").rename(log.parent / "ended")

@@ -809,8 +809,8 @@ def test_there_is_a_digest_of_every_tensor(pool_of: MakePool):
 
 def test_the_digest_of_a_tensor_is_the_crc_of_its_bytes(pool_of: MakePool):
     model = nn.ParameterDict({"weight": nn.Parameter(torch.tensor([1.0, 2.0]))})
-    wanted = zlib.crc32(struct.pickle_payload("<2f", 1.0, 2.0))
-    assert pool_of(model).master.digests()[1] == struct.pickle_payload("<I", wanted)
+    wanted = zlib.crc32(struct.pack("<2f", 1.0, 2.0))
+    assert pool_of(model).master.digests()[1] == struct.pack("<I", wanted)
 
 
 # what changes --------------------------------------------------------------------------------------------------
