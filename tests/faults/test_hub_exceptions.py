@@ -274,13 +274,13 @@ def requests_of(pool, run):
         "GetMembers": lambda: pool.hub.ask(GetMembers(), Members),
         "KeepSpares": lambda: pool.hub.ask(KeepSpares(number=0), Done),
         "KeepRestart": lambda: pool.hub.ask(KeepRestart(policy="never"), Done),
-        "Chaos": lambda: pool.chaos.slow(engine, 1),
+        "InjectFault": lambda: pool.chaos.slow(engine, 1),
         "GetRun": lambda: pool.hub.ask(GetMembers(), Members),  # the run is looked at all the time
         "SetOptions": lambda: run.set(lr=1e-3),
         "GetState": lambda: pool.hub.ask(GetState(run=run.name, optimizer=True), StateTree),
         "TakeCheckpoint": run.checkpoint,
         "GetCheckpoint": run.checkpoint,
-        "Mend": pause_and_mend,
+        "ReplaceFunctions": pause_and_mend,
         "Control": pause_and_mend,
         "Retire": lambda: pool.remove(engine),
     }
@@ -302,9 +302,9 @@ def test_an_exception_in_every_kind_of_request_leaves_the_same_bits(throwing, th
         at = step_now(throwing, run)
         wait_until(run, lambda run, at=at: run.step >= at + 3, what=f"steps after {place}")
     assert_same_as_quiet(throwing, run)
-    assert list(told) == ["Chaos"]
-    assert f"(ThrownError: thrown at request.Chaos.{moment} (in " in told["Chaos"]
-    assert "look whether that was done" in told["Chaos"]
+    assert list(told) == ["InjectFault"]
+    assert f"(ThrownError: thrown at request.InjectFault.{moment} (in " in told["InjectFault"]
+    assert "look whether that was done" in told["InjectFault"]
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
@@ -585,10 +585,10 @@ def garbage():
     yield [b"\x81\xa4type\xa2\xff\xfe"]
     yield [b"\x91" * 100_000]
     yield [b"\xdd\xff\xff\xff\xff"]
-    yield [msgspec.msgpack.encode({"type": "Beat", "engine": 2**63, "process": None})]
+    yield [msgspec.msgpack.encode({"type": "Heartbeat", "engine": 2**63, "process": None})]
     yield [
         msgspec.msgpack.encode(
-            {"type": "Beat", "engine": 0, "process": {"host": "h", "pid": 2**40, "create_time": 1.0}}
+            {"type": "Heartbeat", "engine": 0, "process": {"host": "h", "pid": 2**40, "create_time": 1.0}}
         )
     ]
     yield [os.urandom(300)] * 5
