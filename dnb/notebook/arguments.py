@@ -146,7 +146,7 @@ def bind(
 
 
 def parse_settings(line: str, *, names: Mapping[str, Any]) -> dict[str, Any]:
-    """What `name=value` words stand for; a value may be a variable, a number, none, or an expression in braces.
+    """Parse `name=value` words; a value may be a variable, a number, none, or an expression in braces.
 
     Raises:
         ArgumentError: a word is not of that form, or a name is given twice.

@@ -10,14 +10,14 @@ MAX_MESSAGE = 300
 
 
 def number(value: float) -> str:
-    """A loss or metric with four decimals, or in powers of ten where those would say nothing."""
+    """Write a loss or metric with four decimals, or in powers of ten where those would say nothing."""
     if not np.isfinite(value) or value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:.4f}"
     return f"{value:.3e}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person would say them."""
+    """Write seconds as a person would say them."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -28,7 +28,7 @@ def duration(seconds: float) -> str:
 
 
 def time_left(seconds: float) -> str:
-    """An estimate: whole seconds, since tenths would pretend to know."""
+    """Write an estimate of the time left: whole seconds, since tenths would pretend to know."""
     return (
         "under 1 s left"
         if seconds < 1
@@ -39,28 +39,28 @@ def time_left(seconds: float) -> str:
 
 
 def one_line(text: str, *, limit: int = MAX_MESSAGE) -> str:
-    """Text of unknown origin on one line: no control characters, no more than `limit` characters."""
+    """Put text of unknown origin on one line: no control characters, no more than `limit` characters."""
     words = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return words if len(words) <= limit else words[: limit - 1].rstrip() + "…"
 
 
 def inert(text: str) -> str:
-    """Text that plotly shows as it is: no tags, and no dollar signs, which would be typeset as TeX."""
+    """Escape text so that plotly shows it as it is: no tags, and no dollar signs, which would be typeset as TeX."""
     return html.escape(text, quote=False).replace("$", "&#36;")
 
 
 def counted(count: int, noun: str) -> str:
-    """How many: "1 step", "12,800 steps"."""
+    """Write a count with its noun: "1 step", "12,800 steps"."""
     return f"1 {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def listed(words: list[str]) -> str:
-    """Words in a row: "a", "a and b", "a, b and c"."""
+    """Write words in a row: "a", "a and b", "a, b and c"."""
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
 def numbered(engines: list[int], *, limit: int = 4) -> str:
-    """Engines by their ids: "engine 1", "engines 1 and 3"; of many only the first."""
+    """Write engines by their ids: "engine 1", "engines 1 and 3"; of many only the first."""
     if len(engines) == 1:
         return f"engine {engines[0]}"
     named = [str(engine) for engine in engines[:limit]]

@@ -1,4 +1,4 @@
-"""Where a verb's words and views go: into the cell that runs it, or to whoever runs it from somewhere else."""
+"""The destination of a verb's words and views: the cell that runs it, or a caller from somewhere else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dnb.notebook.views import RunView
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlet:
-    """What takes the words of a verb, and the run that it would show."""
+    """The receiver of a verb's words, and of the run that it would show."""
 
     say: Callable[[str], None]
     show: Callable[[RunView], None]
@@ -24,7 +24,7 @@ _outlet: ContextVar[Outlet | None] = ContextVar("dnb_outlet", default=None)
 
 
 def say(text: str) -> None:
-    """Say something for the verb under way."""
+    """Write something for the verb under way."""
     outlet = _outlet.get()
     if outlet is None:
         sys.stdout.write(text.rstrip() + "\n")
@@ -33,13 +33,13 @@ def say(text: str) -> None:
 
 
 def current() -> Outlet | None:
-    """Where the verb under way is to speak; None for the cell."""
+    """Return the outlet of the verb under way; None for the cell."""
     return _outlet.get()
 
 
 @contextmanager
 def speaking_into(outlet: Outlet) -> Iterator[None]:
-    """What this thread calls meanwhile speaks there."""
+    """Send to `outlet` everything that this thread says meanwhile."""
     token = _outlet.set(outlet)
     try:
         yield

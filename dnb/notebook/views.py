@@ -1,4 +1,4 @@
-"""What the notebook side needs to know of a run: protocols, so that pictures and texts need no pool."""
+"""Protocols of a run as the notebook side reads it, so that pictures and texts need no pool."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class HistoryView(Protocol):
     def __iter__(self) -> Iterator[str]: ...
 
     def column(self, key: str, /) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """1-based step numbers and values; both empty if there is nothing under `key` yet."""
+        """Return 1-based step numbers and values; both empty if there is nothing under `key` yet."""
 
 
 class WorkerView(Protocol):
@@ -90,7 +90,7 @@ class EventView(Protocol):
 
 
 class RunView(Protocol):
-    """What `dnb.api.runs.run.Run` offers to whoever draws it."""
+    """The part of `dnb.api.runs.run.Run` that drawing needs."""
 
     @property
     def name(self) -> str: ...
@@ -106,19 +106,19 @@ class RunView(Protocol):
     def elapsed_seconds(self) -> float: ...
     @property
     def started(self) -> float:
-        """When it was submitted, in seconds since the epoch; less what a run took that it continues."""
+        """The time of submission, in seconds since the epoch; less the time of a run that it continues."""
 
     @property
     def batch_size(self) -> int:
-        """0 before it is known."""
+        """The samples of a batch; 0 before it is known."""
 
     @property
     def num_samples(self) -> int:
-        """Of the training set; 0 before it is known."""
+        """The size of the training set; 0 before it is known."""
 
     @property
     def num_shards(self) -> int:
-        """Of a batch; 0 before it is known."""
+        """The number of shards of a batch; 0 before it is known."""
 
     @property
     def seconds_left(self) -> float | None: ...
@@ -140,19 +140,19 @@ class RunView(Protocol):
     def prediction(self) -> Prediction | None: ...
 
     def samples_at(self, steps: NDArray[np.int64], /) -> NDArray[np.int64]:
-        """How many samples were seen after each of these steps."""
+        """Return the number of samples seen after each of these steps."""
 
     def stop(self) -> None:
         """Ask the run to end; may block for a moment."""
 
     def pause(self) -> None:
-        """Ask the run to stand still between two steps; likewise."""
+        """Ask the run to stand still between two steps; may block for a moment."""
 
     def resume(self) -> None:
-        """Ask it to go on; likewise."""
+        """Ask the run to go on; may block for a moment."""
 
     def checkpoint(self) -> Path:
-        """Write one after the step under way; blocks until it is durable."""
+        """Write a checkpoint after the step under way; blocks until it is durable."""
 
     def add_listener(self, callback: Callable[[RunView], None]) -> None:
         """Call `callback` in the run's watcher thread while anything changes, and at the end."""
@@ -165,10 +165,10 @@ class RunView(Protocol):
 
 
 def has_ended(run: RunView) -> bool:
-    """Whether the run's status can no longer change."""
+    """Return True if the run's status can no longer change."""
     return run.status in ENDED
 
 
 def shown_workers(run: RunView) -> Sequence[WorkerView]:
-    """The engines with the shares to draw: of the last seconds, or of the whole run once it ended."""
+    """Return the engines with the shares to draw: of the last seconds, or of the whole run once it ended."""
     return run.workers if has_ended(run) else run.recent_workers

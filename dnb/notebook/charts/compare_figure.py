@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dnb.notebook.charts import subplots as panels
+from dnb.notebook.charts import subplots
 from dnb.notebook.charts.curves import Curve, curve, decimate, running_mean
 from dnb.notebook.charts.subplots import SubplotGroup, axis, heading, line, note
 from dnb.notebook.charts.x_axis import Abscissa, abscissa
@@ -23,7 +23,7 @@ _SMALL = (("samples_per_second", "samples per second", "y4"), ("lr", "learning r
 
 @dataclass(frozen=True, slots=True)
 class _RunLook:
-    """How a run is told from the others: colour is never the only sign."""
+    """One run's colour, dash and symbol: colour is never the only sign."""
 
     color: str
     dash: str
@@ -31,7 +31,7 @@ class _RunLook:
 
 
 # Okabe and Ito's colours, the ones that can be seen on white and on black first.
-_LOOKS = (
+_STYLES = (
     _RunLook("#0072B2", "solid", "circle"),
     _RunLook("#D55E00", "dash", "diamond"),
     _RunLook("#009E73", "dot", "square"),
@@ -42,8 +42,8 @@ _LOOKS = (
 )
 
 
-def comparison(runs: Mapping[str, RunView], *, x: str = "step") -> panels.Figure:
-    """The figure of several runs as they are now.
+def comparison(runs: Mapping[str, RunView], *, x: str = "step") -> subplots.Figure:
+    """Draw the figure of several runs as they are now.
 
     Args:
         runs: by the label that each is to bear.
@@ -57,20 +57,20 @@ def comparison(runs: Mapping[str, RunView], *, x: str = "step") -> panels.Figure
     plot_pixels = LOSS_PIXELS + len(_SMALL) * (GAP_PIXELS + SMALL_PIXELS)
     longest = max(alongs.values(), key=lambda along: len(along.title)) if alongs else None
     parts = [_loss(runs, alongs, bottom=1 - LOSS_PIXELS / plot_pixels)]
-    for place, (key, told, name) in enumerate(_SMALL):
+    for place, (key, text, name) in enumerate(_SMALL):
         top = 1 - (LOSS_PIXELS + GAP_PIXELS + place * (SMALL_PIXELS + GAP_PIXELS)) / plot_pixels
-        parts.append(_small(runs, alongs, key, told, name, domain=(max(0.0, top - SMALL_PIXELS / plot_pixels), top)))
+        parts.append(_small(runs, alongs, key, text, name, domain=(max(0.0, top - SMALL_PIXELS / plot_pixels), top)))
     if longest is not None:
         shared = {**axis("", anchor=_SMALL[-1][2], domain=[0, 1], nticks=10), **longest.axis()}
         parts.append(SubplotGroup(layout={"xaxis": shared}))
-    margin = {**panels.MARGIN, "t": 12 + LEGEND_LINE_PIXELS * max(len(runs), 1), "b": 46}
-    return panels.compose(parts, plot_pixels=plot_pixels, margin=margin)
+    margin = {**subplots.MARGIN, "t": 12 + LEGEND_LINE_PIXELS * max(len(runs), 1), "b": 46}
+    return subplots.compose(parts, plot_pixels=plot_pixels, margin=margin)
 
 
 def _loss(runs: Mapping[str, RunView], alongs: Mapping[str, Abscissa], *, bottom: float) -> SubplotGroup:
     traces = []
     for place, (label, run) in enumerate(runs.items()):
-        traces += _losses(run, alongs[label], look=_LOOKS[place % len(_LOOKS)], label=shown_name(label))
+        traces += _losses(run, alongs[label], style=_STYLES[place % len(_STYLES)], label=shown_name(label))
     has_points = any(len(trace["x"]) for trace in traces)
     return SubplotGroup(
         traces=traces,
@@ -78,7 +78,7 @@ def _loss(runs: Mapping[str, RunView], alongs: Mapping[str, Abscissa], *, bottom
             "yaxis": axis("loss", anchor="x", domain=[bottom, 1.0], nticks=8),
             # a line for each run
             "legend": {
-                **panels.legend(x=0, xanchor="left"),
+                **subplots.legend(x=0, xanchor="left"),
                 "y": 1.01,
                 "entrywidth": 0.44,
                 "entrywidthmode": "fraction",
@@ -88,26 +88,26 @@ def _loss(runs: Mapping[str, RunView], alongs: Mapping[str, Abscissa], *, bottom
     )
 
 
-def _losses(run: RunView, along: Abscissa, *, look: _RunLook, label: str) -> list[dict[str, Any]]:
+def _losses(run: RunView, along: Abscissa, *, style: _RunLook, label: str) -> list[dict[str, Any]]:
     means, window = running_mean(curve(run.history, "loss"), limit=MAX_POINTS)
     validation = curve(run.history, "val_loss")
     kept = validation.at(decimate(validation.values, limit=MAX_POINTS // 3))
-    told = f"mean of {window} steps" if window > 1 else "training"
+    text = f"mean of {window} steps" if window > 1 else "training"
     training = line(
-        f"{label}: {told}",
+        f"{label}: {text}",
         means,
         along.at(means.steps),
         mode="lines+markers" if len(means) < 2 else "lines",
-        line={"color": look.color, "width": 2.5, "dash": look.dash},
-        marker={"color": look.color, "size": 6, "symbol": look.symbol},
+        line={"color": style.color, "width": 2.5, "dash": style.dash},
+        marker={"color": style.color, "size": 6, "symbol": style.symbol},
     )
     checked = line(
         f"{label}: validation" if len(kept) else f"{label}: no validation",
         kept,
         along.at(kept.steps),
         mode="lines+markers",
-        line={"color": look.color, "width": 1, "dash": look.dash},
-        marker={"color": look.color, "size": 8, "symbol": look.symbol},
+        line={"color": style.color, "width": 1, "dash": style.dash},
+        marker={"color": style.color, "size": 8, "symbol": style.symbol},
     )
     return [{**training, "showlegend": True}, {**checked, "showlegend": True}]
 
@@ -116,23 +116,23 @@ def _small(
     runs: Mapping[str, RunView],
     alongs: Mapping[str, Abscissa],
     key: str,
-    told: str,
+    text: str,
     name: str,
     *,
     domain: Sequence[float],
 ) -> SubplotGroup:
     traces = []
     for place, (label, run) in enumerate(runs.items()):
-        look, kept = _LOOKS[place % len(_LOOKS)], _thinned(curve(run.history, key), is_noisy=key != "lr")
+        style, kept = _STYLES[place % len(_STYLES)], _thinned(curve(run.history, key), is_noisy=key != "lr")
         traces.append(
             {
                 **line(
-                    f"{shown_name(label)}: {told}",
+                    f"{shown_name(label)}: {text}",
                     kept,
                     alongs[label].at(kept.steps),
                     mode="lines+markers" if len(kept) < 2 else "lines",
-                    line={"color": look.color, "width": 1.8, "dash": look.dash},
-                    marker={"color": look.color, "size": 5, "symbol": look.symbol},
+                    line={"color": style.color, "width": 1.8, "dash": style.dash},
+                    marker={"color": style.color, "size": 5, "symbol": style.symbol},
                     yaxis=name,
                 ),
                 "showlegend": False,
@@ -144,7 +144,7 @@ def _small(
     return SubplotGroup(
         traces=traces,
         layout={f"yaxis{name[1:]}": y},
-        notes=[heading(told, xref="x domain", yref=f"{name} domain"), *missing],
+        notes=[heading(text, xref="x domain", yref=f"{name} domain"), *missing],
     )
 
 
@@ -155,5 +155,5 @@ def _thinned(values: Curve, *, is_noisy: bool) -> Curve:
 
 
 def shown_name(label: str) -> str:
-    """A label as plotly shows it, whatever is in it."""
+    """Return a label as plotly shows it: one line, shortened, without markup."""
     return inert(one_line(label, limit=MAX_NAME))

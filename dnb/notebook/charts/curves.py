@@ -34,23 +34,23 @@ class Curve:
 
     @property
     def last_step(self) -> int:
-        """0 if there is none yet."""
+        """The last step with a value; 0 if there is none yet."""
         return int(self.steps[-1]) if len(self) else 0
 
     def at(self, indices: NDArray[np.intp]) -> Curve:
-        """Only the points at `indices`."""
+        """Return only the points at `indices`."""
         return Curve(steps=self.steps[indices], values=self.values[indices])
 
 
 def curve(history: HistoryView, key: str) -> Curve:
-    """A column as a curve; a value beyond float32 becomes what it is for a plot: infinite."""
+    """Read a column as a curve; a value beyond float32 becomes infinite, as a plot shows it."""
     steps, values = history.column(key)
     with np.errstate(over="ignore"):
         return Curve(steps=steps.astype(np.int32), values=values.astype(np.float32))
 
 
 def decimate(values: NDArray[Any], *, limit: int = MAX_POINTS) -> NDArray[np.intp]:
-    """Which points to keep so that spikes and gaps stay visible.
+    """Choose points to keep so that spikes and gaps stay visible.
 
     Args:
         values: one number per step.
@@ -81,7 +81,7 @@ def decimate(values: NDArray[Any], *, limit: int = MAX_POINTS) -> NDArray[np.int
 
 
 def running_mean(curve: Curve, *, limit: int = MAX_SMOOTH_POINTS) -> tuple[Curve, int]:
-    """The mean of the values around, at no more than `limit` of the steps, and of how many values.
+    """Return the means of the values around, at no more than `limit` of the steps, and of how many values.
 
     That many is a power of two, about a thirtieth of the run; at both ends half of them are missing. A mean of the
     last values would lag, and draw a falling training loss above the validation loss. Only values inside a window
@@ -105,7 +105,7 @@ def running_mean(curve: Curve, *, limit: int = MAX_SMOOTH_POINTS) -> tuple[Curve
 
 
 def _extremes(values: NDArray[Any], *, width: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Where each bucket's lowest and highest value is; the last bucket may be shorter."""
+    """Return the indices of each bucket's lowest and highest value; the last bucket may be shorter."""
     whole = len(values) // width * width
     rows = values[:whole].reshape(-1, width)
     starts = width * np.arange(len(rows))
@@ -117,7 +117,7 @@ def _extremes(values: NDArray[Any], *, width: int) -> tuple[NDArray[np.intp], ND
 
 
 def _in_rows(values: NDArray[Any], *, width: int) -> NDArray[Any]:
-    """Rows of `width` values, the last one filled up with NaN."""
+    """Return rows of `width` values, the last one filled up with NaN."""
     num_rows = -(-len(values) // width)
     padded = np.full(num_rows * width, np.nan, dtype=values.dtype)
     padded[: len(values)] = values
@@ -125,7 +125,7 @@ def _in_rows(values: NDArray[Any], *, width: int) -> NDArray[Any]:
 
 
 def _sums_around(values: NDArray[Any], *, num: int) -> NDArray[Any]:
-    """For each value, the sum of the `num` values around it, as far as there are any."""
+    """Return for each value the sum of the `num` values around it, as far as there are any."""
     before = num // 2
     padded = np.pad(values, (before, num - 1 - before))
     sums: NDArray[Any] = sliding_window_view(padded, num).sum(axis=1)
@@ -133,5 +133,5 @@ def _sums_around(values: NDArray[Any], *, num: int) -> NDArray[Any]:
 
 
 def _power_of_two_from(value: float) -> int:
-    """The smallest power of two that is at least `value`; powers keep a growing curve from trembling."""
+    """Return the smallest power of two that is at least `value`; powers keep a growing curve from trembling."""
     return 1 << max(0, int(np.ceil(np.log2(max(value, 1.0)))))

@@ -1,4 +1,4 @@
-"""What happened to a run, as vertical markers through its panels, told on the loss; pure functions."""
+"""A run's events as vertical markers through its subplots, labelled on the loss; pure functions."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from dnb.notebook.views import EventView, RunView
 
 # Events that are closer than a part of the axis share a marker: more than this many would hide the curve.
 MAX_MARKERS = 24
-# Of the events of one marker, as many are told in full.
-MAX_TOLD = 6
+# Of the events of one marker, as many are listed in full.
+MAX_LISTED = 6
 MAX_TEXT = 120
 
 
 @dataclass(frozen=True, slots=True)
 class _MarkerLook:
-    """How a kind of event is drawn: colour is never the only sign."""
+    """The colour and dash of a kind of event: colour is never the only sign."""
 
     color: str
     dash: str
 
 
-# Okabe and Ito's colours, as in `panels`.
-_LOOKS = {
+# Okabe and Ito's colours, as in `subplots`.
+_STYLES = {
     "failed": _MarkerLook("#D55E00", "longdash"),
     "died": _MarkerLook("#D55E00", "solid"),
     "hung": _MarkerLook("#CC79A7", "solid"),
@@ -39,19 +39,19 @@ _LOOKS = {
     "joined": _MarkerLook("#009E73", "dash"),
     "checkpoint": _MarkerLook("#0072B2", "dot"),
 }
-_URGENCY = tuple(_LOOKS)  # what a marker of several kinds looks like
+_URGENCY = tuple(_STYLES)  # what a marker of several kinds looks like
 
 
 @dataclass(frozen=True, slots=True)
 class Ranges:
-    """From where to where markers go, in parts of the plot's height: through the panels on the left, on the right."""
+    """The vertical ranges of markers, in parts of the plot's height: through the subplots on the left, on the right."""
 
     left: tuple[float, float]
     right: tuple[float, float]
 
 
 def marker_part(run: RunView, along: Abscissa, *, ranges: Ranges) -> SubplotGroup:
-    """The markers of a run's events, on every axis of steps or time.
+    """Draw the markers of a run's events, on every axis of steps or time.
 
     Events before the first step are left out: those who join then are what was asked for.
     """
@@ -66,14 +66,14 @@ def marker_part(run: RunView, along: Abscissa, *, ranges: Ranges) -> SubplotGrou
 
 
 def vertical(place: float, *, x: str, between: tuple[float, float], **properties: Any) -> dict[str, Any]:
-    """A line through all panels that share an x axis."""
+    """Draw a line through all subplots that share an x axis."""
     first, last = between
     return {"type": "line", "xref": x, "yref": "paper", "x0": place, "x1": place, "y0": first, "y1": last, **properties}
 
 
 def _group(events: Sequence[EventView], along: Abscissa, *, last_step: int) -> list[tuple[float, list[EventView]]]:
-    """Neighbours together; widths are powers of two, so that markers do not jump while the axis grows."""
-    shown = [event for event in events if event.kind in _LOOKS and event.step > 0]
+    """Group neighbours; widths are powers of two, so that markers do not jump while the axis grows."""
+    shown = [event for event in events if event.kind in _STYLES and event.step > 0]
     if not shown:
         return []
     places = along.at_events(shown).tolist()
@@ -96,13 +96,13 @@ def _kind(group: Sequence[EventView]) -> str:
 
 
 def _lines(place: float, group: Sequence[EventView], ranges: Ranges, *, has_spans: bool) -> list[dict[str, Any]]:
-    look = _LOOKS[_kind(group)]
+    style = _STYLES[_kind(group)]
     left = vertical(
-        place, x="x", between=ranges.left, layer="below", line={"color": look.color, "width": 1, "dash": look.dash}
+        place, x="x", between=ranges.left, layer="below", line={"color": style.color, "width": 1, "dash": style.dash}
     )
     # dark, for it crosses areas of all colours
     right = vertical(
-        place, x="x7", between=ranges.right, layer="above", line={"color": INK_ON_BARS, "width": 1, "dash": look.dash}
+        place, x="x7", between=ranges.right, layer="above", line={"color": INK_ON_BARS, "width": 1, "dash": style.dash}
     )
     return [left, right] if has_spans else [left]
 
@@ -110,7 +110,7 @@ def _lines(place: float, group: Sequence[EventView], ranges: Ranges, *, has_span
 def _label(place: float, group: Sequence[EventView]) -> dict[str, Any]:
     return {
         "text": _short(group),
-        "hovertext": _told(group),
+        "hovertext": _hover_text(group),
         "showarrow": False,
         "textangle": -90,
         "x": place,
@@ -124,7 +124,7 @@ def _label(place: float, group: Sequence[EventView]) -> dict[str, Any]:
 
 
 def _short(group: Sequence[EventView]) -> str:
-    """One event by its engine, several by their numbers: "died 1", "2 died, 1 joined"."""
+    """Name one event by its engine, several by their numbers: "died 1", "2 died, 1 joined"."""
     if len(group) == 1:
         (event,) = group
         return event.kind if event.engine is None else f"{event.kind} {event.engine}"
@@ -137,7 +137,7 @@ def _short(group: Sequence[EventView]) -> str:
     return ", ".join(f"{counts[kind]} {kind}" for kind in _URGENCY if kind in counts)
 
 
-def _told(group: Sequence[EventView]) -> str:
-    lines = [f"step {event.step:,}: {inert(one_line(event.text, limit=MAX_TEXT))}" for event in group[:MAX_TOLD]]
-    more = len(group) - MAX_TOLD
+def _hover_text(group: Sequence[EventView]) -> str:
+    lines = [f"step {event.step:,}: {inert(one_line(event.text, limit=MAX_TEXT))}" for event in group[:MAX_LISTED]]
+    more = len(group) - MAX_LISTED
     return "<br>".join([*lines, f"and {more} more"] if more > 0 else lines)

@@ -1,6 +1,6 @@
 """The timeline of one step as a Gantt chart: a row for each engine, a bar for each action.
 
-Pure functions, in plotly's terms, like those of `panels`. Nothing here imports plotly.
+Pure functions, in plotly's terms, like those of `subplots`. Nothing here imports plotly.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dnb.notebook.charts import subplots as panels
+from dnb.notebook.charts import subplots
 from dnb.notebook.text.pipeline_text import words_of
 from dnb.notebook.text.summary import inert
 from dnb.planning.step_timeline import Timeline
@@ -33,20 +33,20 @@ LEGEND_PIXELS = 30
 WORDS_PIXELS = 22
 MARGIN_PIXELS = 84  # for the engines' names
 # A narrower bar has no room for the number of its micro-batch.
-MIN_TOLD_SHARE = 0.018
+MIN_LABELLED_SHARE = 0.018
 # More bars than this are not sent to the browser: the shortest of those that are no computing go first.
 MOST_BARS = 1200
 
 
-def alone(timeline: Timeline) -> panels.Figure:
-    """The chart by itself."""
+def alone(timeline: Timeline) -> subplots.Figure:
+    """Draw the chart as a figure of its own."""
     top = LEGEND_PIXELS + WORDS_PIXELS * len(words_of(timeline)) + 8
-    margin = {**panels.MARGIN, "b": 46, "t": top, "l": MARGIN_PIXELS}
+    margin = {**subplots.MARGIN, "b": 46, "t": top, "l": MARGIN_PIXELS}
     plot_pixels = rows_pixels(timeline)
     return {
         "data": traces(timeline),
         "layout": {
-            **panels.frame(height=plot_pixels + margin["t"] + margin["b"], margin=margin),
+            **subplots.frame(height=plot_pixels + margin["t"] + margin["b"], margin=margin),
             **axes(timeline, domain=(0.0, 1.0)),
             "legend3": legend(1.0, plot_pixels),
             "annotations": remarks(timeline, top=1.0, plot_pixels=plot_pixels),
@@ -55,19 +55,19 @@ def alone(timeline: Timeline) -> panels.Figure:
 
 
 def rows_pixels(timeline: Timeline) -> int:
-    """How high all rows are."""
+    """Return the height of all rows together."""
     return min(MOST_ROW_PIXELS, ROW_PIXELS * max(len(timeline), 2))
 
 
 def traces(timeline: Timeline) -> list[dict[str, Any]]:
-    """One for each kind of action, always as many."""
+    """Draw one trace for each kind of action, always as many."""
     shown = _shown(timeline)
     num_laps = -(-(1 if timeline.record is None else timeline.record.num_stages) // timeline.num_stage_engines)
     return [_trace(kind, shown, timeline, num_laps=num_laps) for kind in KINDS]
 
 
 def _shown(timeline: Sequence[EngineTimeline]) -> list[tuple[int, EngineTimeline, Action]]:
-    """Row, engine and action of every bar that is drawn."""
+    """List row, engine and action of every bar that is drawn."""
     bars = [(row, engine, action) for row, engine in enumerate(timeline) for action in engine.actions]
     if len(bars) <= MOST_BARS:
         return bars
@@ -87,7 +87,7 @@ def _trace(
     name, members, color, pattern, width = kind
     bars = [bar for bar in shown if bar[2].kind in members]
     begins = _milliseconds([action.begin for _, _, action in bars])
-    is_told = name in ("forward", "backward", "gradients of weights")
+    is_labelled = name in ("forward", "backward", "gradients of weights")
     return {
         "type": "bar",
         "orientation": "h",
@@ -100,26 +100,26 @@ def _trace(
         "x": _milliseconds([action.end - action.begin for _, _, action in bars]),
         "y": np.array([row for row, _, _ in bars], dtype=np.float32),
         "width": width,
-        "text": [_number(action, timeline.seconds) if is_told else "" for _, _, action in bars],
+        "text": [_number(action, timeline.seconds) if is_labelled else "" for _, _, action in bars],
         "textposition": "inside",
         "insidetextanchor": "middle",
         "textangle": 0,
         "constraintext": "none",
-        "insidetextfont": {"color": panels.INK_ON_BARS, "size": 11},
+        "insidetextfont": {"color": subplots.INK_ON_BARS, "size": 11},
         "marker": {
             "color": color,
             # An engine's later stages are paler, as in Megatron-LM's figures.
             "opacity": 1.0 if num_laps == 1 else [_opacity(action, timeline, num_laps) for _, _, action in bars],
-            "line": {"width": 0.6 if is_told else 0, "color": "rgba(0, 0, 0, 0.55)"},
+            "line": {"width": 0.6 if is_labelled else 0, "color": "rgba(0, 0, 0, 0.55)"},
             "pattern": {
                 "shape": pattern,
                 "fillmode": "overlay",
                 "fgcolor": "rgba(0, 0, 0, 0.28)",
-                "size": panels.PATTERN_SIZE,
-                "solidity": panels.PATTERN_SOLIDITY,
+                "size": subplots.PATTERN_SIZE,
+                "solidity": subplots.PATTERN_SOLIDITY,
             },
         },
-        "hovertext": [_told(engine, action) for _, engine, action in bars],
+        "hovertext": [_hover_text(engine, action) for _, engine, action in bars],
         "hovertemplate": "%{hovertext}<extra></extra>",
     }
 
@@ -129,7 +129,7 @@ def _milliseconds(seconds: Sequence[float]) -> NDArray[np.float32]:
 
 
 def _number(action: Action, seconds: float) -> str:
-    is_wide = seconds > 0 and (action.end - action.begin) / seconds >= MIN_TOLD_SHARE
+    is_wide = seconds > 0 and (action.end - action.begin) / seconds >= MIN_LABELLED_SHARE
     return str(action.micro_batch) if is_wide and action.micro_batch >= 0 else ""
 
 
@@ -138,13 +138,13 @@ def _opacity(action: Action, timeline: Timeline, num_laps: int) -> float:
     return round(1.0 - 0.55 * lap / (num_laps - 1), 2)
 
 
-def _told(engine: EngineTimeline, action: Action) -> str:
+def _hover_text(engine: EngineTimeline, action: Action) -> str:
     what = f", stage {action.stage}, micro-batch {action.micro_batch}" if action.stage >= 0 else ""
     return f"engine {engine.engine}: {action.kind}{what}, {milliseconds(action.end - action.begin)}"
 
 
 def row_labels(timeline: Timeline) -> list[str]:
-    """What stands beside each row."""
+    """Return the labels beside the rows: the engine and its stages."""
     num_stages = 0 if timeline.record is None else timeline.record.num_stages
     size = timeline.num_stage_engines
     return [
@@ -155,10 +155,10 @@ def row_labels(timeline: Timeline) -> list[str]:
 
 
 def axes(timeline: Timeline, *, domain: tuple[float, float]) -> dict[str, Any]:
-    """Milliseconds along, engines down."""
+    """Build the axes: milliseconds along, engines down."""
     rows = max(len(timeline), 1)
     return {
-        "xaxis3": panels.axis(
+        "xaxis3": subplots.axis(
             f"milliseconds in step {timeline.step:,}, until the last gradient",
             anchor="y3",
             domain=[0, 1],
@@ -166,7 +166,7 @@ def axes(timeline: Timeline, *, domain: tuple[float, float]) -> dict[str, Any]:
             nticks=10,
         ),
         "yaxis3": {
-            **panels.axis("", anchor="x3", domain=list(domain), range=[rows - 0.5, -0.5]),
+            **subplots.axis("", anchor="x3", domain=list(domain), range=[rows - 0.5, -0.5]),
             "tickvals": list(range(len(timeline))),
             "ticktext": row_labels(timeline),
             "fixedrange": True,
@@ -177,14 +177,14 @@ def axes(timeline: Timeline, *, domain: tuple[float, float]) -> dict[str, Any]:
 
 
 def legend(top: float, plot_pixels: int) -> dict[str, Any]:
-    """Just above the rows, which end at `top` of the plot's height."""
-    return {**panels.legend(x=0, xanchor="left"), "y": top + 4 / plot_pixels}
+    """Place the legend just above the rows, which end at `top` of the plot's height."""
+    return {**subplots.legend(x=0, xanchor="left"), "y": top + 4 / plot_pixels}
 
 
 def remarks(
     timeline: Timeline, prediction: Prediction | None = None, *, top: float, plot_pixels: int
 ) -> list[dict[str, Any]]:
-    """Words above the legend, one line each."""
+    """Write the words above the legend, one line each."""
     lines = words_of(timeline, prediction)
     return [
         {

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dnb.notebook.charts import subplots as panels
+from dnb.notebook.charts import subplots
 from dnb.notebook.charts.curves import Curve, curve, decimate, running_mean
 from dnb.notebook.charts.event_markers import Ranges, vertical
 from dnb.notebook.charts.subplots import BLUE, SKY_BLUE, VERMILION, SubplotGroup, axis, line, note
@@ -20,15 +20,15 @@ MAX_VALIDATION_POINTS = 300
 def loss_part(
     run: RunView, along: Abscissa, *, domain: tuple[float, float], anchor: str, ranges: Ranges, button_y: float
 ) -> SubplotGroup:
-    """The panel, and the x axis that it shares with those below.
+    """Draw the subplot, and the x axis that it shares with those below.
 
     Args:
         run: as it is now.
         along: what the x axis counts.
         domain: of the loss, in parts of the plot's height.
-        anchor: the y axis of the lowest panel, below which the shared x axis has its figures.
+        anchor: the y axis of the lowest subplot, below which the shared x axis has its figures.
         button_y: where the button for a logarithmic scale has its lower edge, as `domain`.
-        ranges: through which panels a loss that is no number is marked.
+        ranges: the subplots through which a loss that is no number is marked.
     """
     training, validation = curve(run.history, "loss"), curve(run.history, "val_loss")
     last_step = max(training.last_step, validation.last_step)
@@ -49,7 +49,7 @@ def loss_part(
 
 
 def training_traces(training: Curve, along: Abscissa) -> list[dict[str, Any]]:
-    """The loss of each step, thin and light, and its running mean, thick."""
+    """Draw the loss of each step, thin and light, and its running mean, thick."""
     means, window = running_mean(training)
     is_short = window == 1  # nothing to smooth: one line, with markers so that a lone step is seen
     raw = training.at(np.arange(0) if is_short else decimate(training.values, limit=MAX_RAW_POINTS))
@@ -75,7 +75,7 @@ def training_traces(training: Curve, along: Abscissa) -> list[dict[str, Any]]:
 
 
 def validation_trace(validation: Curve, along: Abscissa) -> dict[str, Any]:
-    """The validation loss: dashed, with a marker at each evaluation."""
+    """Draw the validation loss: dashed, with a marker at each evaluation."""
     kept = validation.at(decimate(validation.values, limit=MAX_VALIDATION_POINTS))
     return line(
         "validation",
@@ -88,7 +88,7 @@ def validation_trace(validation: Curve, along: Abscissa) -> dict[str, Any]:
 
 
 def _drawn(last_step: int) -> dict[str, Any]:
-    """Ticks and grid, or none of them while there is nothing to measure."""
+    """Return ticks and grid, or none of them while there is nothing to measure."""
     has_points = last_step > 0
     return {"showticklabels": has_points, "showgrid": has_points, "ticks": "outside" if has_points else ""}
 
@@ -97,13 +97,13 @@ def _steps_axis(along: Abscissa, *, last_step: int, anchor: str) -> dict[str, An
     every_step = 1 if along.kind == "step" and last_step < 9 else None  # there is no step 2.5
     drawn = _drawn(last_step)
     return {
-        **axis("", anchor=anchor, domain=list(panels.LEFT), nticks=8, dtick=every_step, **drawn),
+        **axis("", anchor=anchor, domain=list(subplots.LEFT), nticks=8, dtick=every_step, **drawn),
         **along.axis(),
     }
 
 
-def with_loss_scale(drawing: panels.Figure, *, scale: str, has_button: bool) -> panels.Figure:
-    """The figure of a run with its loss on this scale.
+def with_loss_scale(drawing: subplots.Figure, *, scale: str, has_button: bool) -> subplots.Figure:
+    """Return the figure of a run with its loss on this scale.
 
     Args:
         drawing: with a linear scale.
@@ -117,7 +117,7 @@ def with_loss_scale(drawing: panels.Figure, *, scale: str, has_button: bool) -> 
 
 
 def _log_button(*, y: float, scale: str = "linear") -> dict[str, Any]:
-    """A button of the figure itself: it works in a saved notebook, too."""
+    """Build a button of the figure itself: it works in a saved notebook, too."""
     toggle = [{"yaxis.type": "log"}], [{"yaxis.type": "linear"}]
     first, second = toggle if scale == "linear" else toggle[::-1]
     return {
@@ -130,8 +130,8 @@ def _log_button(*, y: float, scale: str = "linear") -> dict[str, Any]:
         "showactive": False,
         "active": -1,  # else the first click would undo what has not been done
         "bgcolor": "rgba(128, 128, 128, 0.12)",
-        "bordercolor": panels.GRID,
-        "font": {"size": 11, "color": panels.INK},
+        "bordercolor": subplots.GRID,
+        "font": {"size": 11, "color": subplots.INK},
         "buttons": [
             {
                 "label": "log loss",

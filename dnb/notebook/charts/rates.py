@@ -1,4 +1,4 @@
-"""How fast a run learns: samples per second, learning rate and gradient norm, below the loss. Pure functions."""
+"""Samples per second, learning rate and gradient norm of a run, below the loss. Pure functions."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ AXES = {"samples_per_second": "y4", "lr": "y5", "grad_norm": "y6"}
 
 
 def pace_part(run: RunView, along: Abscissa, *, domain: tuple[float, float]) -> SubplotGroup:
-    """Samples per second, as a mean over some steps: single ones tremble."""
+    """Draw samples per second, as a mean over some steps: single ones tremble."""
     means, window = running_mean(curve(run.history, "samples_per_second"), limit=MAX_POINTS)
     over = f", mean of {window} steps" if window > 1 else ""
-    told = f"samples per second{over}{_now(means, ',.0f')}"
-    return _part("samples_per_second", told, means, run, along, domain=domain)
+    text = f"samples per second{over}{_now(means, ',.0f')}"
+    return _part("samples_per_second", text, means, run, along, domain=domain)
 
 
 def rate_part(run: RunView, along: Abscissa, *, domain: tuple[float, float]) -> SubplotGroup:
-    """The learning rate of the first group of parameters."""
+    """Draw the learning rate of the first group of parameters."""
     rates = curve(run.history, "lr")
     kept = rates.at(decimate(rates.values, limit=MAX_POINTS))
     return _part("lr", f"learning rate{_now(kept, '.3g')}", kept, run, along, domain=domain)
 
 
 def norm_part(run: RunView, along: Abscissa, *, domain: tuple[float, float]) -> SubplotGroup:
-    """The norm of the gradient before it is clipped, where it was measured."""
+    """Draw the norm of the gradient before it is clipped, where it was measured."""
     norms = curve(run.history, "grad_norm")
     kept = norms.at(decimate(norms.values, limit=MAX_POINTS))
     return _part("grad_norm", f"gradient norm{_now(kept, '.3g')}", kept, run, along, domain=domain)
@@ -45,14 +45,14 @@ def _now(curve: Curve, form: str) -> str:
     return f": {curve.values[-1]:{form}}" if len(curve) else ""
 
 
-def _part(key: str, told: str, kept: Curve, run: RunView, along: Abscissa, *, domain: Sequence[float]) -> SubplotGroup:
+def _part(key: str, text: str, kept: Curve, run: RunView, along: Abscissa, *, domain: Sequence[float]) -> SubplotGroup:
     name = AXES[key]
     has_points = bool(len(kept))
     return SubplotGroup(
         traces=[_trace(key, kept, along)],
         layout={f"yaxis{name[1:]}": _axis(domain, has_points=has_points)},
         notes=[
-            heading(told, xref="x domain", yref=f"{name} domain"),
+            heading(text, xref="x domain", yref=f"{name} domain"),
             *([] if has_points or not (run.step or has_ended(run)) else [_missing(run, name)]),
         ],
     )

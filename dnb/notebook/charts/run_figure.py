@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dnb.notebook.charts import gantt
-from dnb.notebook.charts import subplots as panels
+from dnb.notebook.charts import gantt, subplots
 from dnb.notebook.charts.event_markers import Ranges, marker_part
 from dnb.notebook.charts.loss import loss_part, with_loss_scale
 from dnb.notebook.charts.rates import norm_part, pace_part, rate_part
@@ -27,28 +26,28 @@ UPPER_PIXELS = LOSS_PIXELS + 3 * (GAP_PIXELS + SMALL_PIXELS)
 
 @dataclass(frozen=True, slots=True)
 class PlotLayout:
-    """Where panels are, in parts of the plot's height; told in pixels from its top."""
+    """The places of subplots, in parts of the plot's height; given in pixels from its top."""
 
     below_pixels: int  # for the timeline, with the gap above it
 
     @property
     def plot_pixels(self) -> int:
-        """How high all panels are together."""
+        """The height of all subplots together."""
         return UPPER_PIXELS + self.below_pixels
 
     def domain(self, first: float, last: float) -> tuple[float, float]:
-        """From pixel `first` down to pixel `last`, as plotly has it: upwards, and up to 1."""
+        """Convert pixel `first` down to pixel `last` to plotly's range: upwards, and up to 1."""
         whole = self.plot_pixels
         return (whole - last) / whole, min(1.0, (whole - first) / whole)
 
     def small(self, place: int) -> tuple[float, float]:
-        """One of the small panels below the loss, counted from 0."""
+        """Return the range of one of the small subplots below the loss, counted from 0."""
         first = LOSS_PIXELS + GAP_PIXELS + place * (SMALL_PIXELS + GAP_PIXELS)
         return self.domain(first, first + SMALL_PIXELS)
 
 
 def room(run: RunView) -> PlotLayout:
-    """As much as the run needs."""
+    """Return a layout with as much room as the run needs."""
     timeline = run.timeline
     if not timeline:
         return PlotLayout(below_pixels=0)
@@ -58,8 +57,8 @@ def room(run: RunView) -> PlotLayout:
     )
 
 
-def figure(run: RunView, *, x: str = "step", loss_scale: str = "linear") -> panels.Figure:
-    """The whole figure for the run as it is now.
+def figure(run: RunView, *, x: str = "step", loss_scale: str = "linear") -> subplots.Figure:
+    """Draw the whole figure for the run as it is now.
 
     Args:
         run: the run.
@@ -74,15 +73,15 @@ def figure(run: RunView, *, x: str = "step", loss_scale: str = "linear") -> pane
     return with_loss_scale(whole, scale=loss_scale, has_button=True)
 
 
-def assembled(parts: dict[str, SubplotGroup], place: PlotLayout) -> panels.Figure:
-    """The figure of all parts."""
+def assembled(parts: dict[str, SubplotGroup], place: PlotLayout) -> subplots.Figure:
+    """Compose the figure of all parts."""
     has_timeline = bool(place.below_pixels)
-    margin = {**panels.MARGIN, **({"b": AXIS_PIXELS, "l": gantt.MARGIN_PIXELS} if has_timeline else {})}
-    return panels.compose(parts.values(), plot_pixels=place.plot_pixels, margin=margin)
+    margin = {**subplots.MARGIN, **({"b": AXIS_PIXELS, "l": gantt.MARGIN_PIXELS} if has_timeline else {})}
+    return subplots.compose(parts.values(), plot_pixels=place.plot_pixels, margin=margin)
 
 
 def structure(run: RunView) -> tuple[Any, ...]:
-    """What decides which panels there are: when it changes, all of them move."""
+    """Return the facts that decide which subplots there are: when they change, all of them move."""
     timeline = run.timeline
     return run.utilisation.engines, is_heat(run), len(timeline) if timeline else 0, bool(run.step)
 

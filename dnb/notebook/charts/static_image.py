@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dnb.notebook.charts import subplots as panels
+from dnb.notebook.charts import subplots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,8 +26,8 @@ _DASHES: Mapping[str, Any] = {"solid": "-", "dash": "--", "dot": ":", "dashdot":
 _SYMBOLS = {"diamond": "D", "square": "s", "triangle-up": "^", "x": "X", "cross": "P", "star": "*"}
 
 
-def png(drawing: panels.Figure) -> str | None:
-    """A figure as a base64 PNG, or None if matplotlib is not installed."""
+def png(drawing: subplots.Figure) -> str | None:
+    """Render a figure as a base64 PNG, or return None if matplotlib is not installed."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure as Picture
@@ -44,9 +44,9 @@ def png(drawing: panels.Figure) -> str | None:
 
 
 class _Drawing:
-    """One picture: plotly's panels, each at its place."""
+    """One picture: plotly's subplots, each at its place."""
 
-    def __init__(self, picture: Picture, drawing: panels.Figure) -> None:
+    def __init__(self, picture: Picture, drawing: subplots.Figure) -> None:
         self._picture = picture
         self._data = drawing["data"]
         self._layout = drawing["layout"]
@@ -71,12 +71,12 @@ class _Drawing:
         self._write_title()
 
     def _x_of(self, y: str) -> str:
-        """The x axis of a y axis: its own, or the one that it shares."""
+        """Return the x axis of a y axis: its own, or the one that it shares."""
         anchor = self._layout[y]["anchor"]
         return f"xaxis{anchor[1:]}"
 
     def _at(self, x: float, y: float) -> tuple[float, float]:
-        """Parts of the plot as parts of the picture."""
+        """Convert parts of the plot to parts of the picture."""
         return self._left + x * (self._right - self._left), self._bottom + y * (self._top - self._bottom)
 
     def _add_axes(self, y: str) -> None:
@@ -105,19 +105,19 @@ class _Drawing:
             _draw_curve(axes, trace)
 
     def _dress(self, y: str, axes: Axes) -> None:
-        """Figures, names and grid as in the layout."""
+        """Set figures, names and grid as in the layout."""
         x, own = self._layout[self._x_of(y)], self._layout[y]
         is_lowest = x["anchor"].replace("y", "yaxis") == y
-        axes.tick_params(colors=panels.INK, labelsize=8, length=3)
+        axes.tick_params(colors=subplots.INK, labelsize=8, length=3)
         axes.spines[:].set_visible(False)
         if x.get("showgrid", True):
             axes.grid(axis="x", color="#808080", alpha=0.25)
         if own.get("showgrid", True) and own.get("visible", True):
             axes.grid(axis="y", color="#808080", alpha=0.25)
         axes.set_axisbelow(True)
-        axes.set_ylabel(own["title"]["text"], color=panels.INK, size=9)
+        axes.set_ylabel(own["title"]["text"], color=subplots.INK, size=9)
         if is_lowest:
-            axes.set_xlabel(x["title"]["text"].replace("<br>", "\n"), color=panels.INK, size=9, parse_math=False)
+            axes.set_xlabel(x["title"]["text"].replace("<br>", "\n"), color=subplots.INK, size=9, parse_math=False)
         self._tick(axes, x=x, y=own, is_lowest=is_lowest)
 
     @staticmethod
@@ -149,16 +149,16 @@ class _Drawing:
         )
 
     def _draw_line_through(self, shape: Mapping[str, Any]) -> None:
-        """One vertical line, in each panel that it crosses."""
-        look = shape["line"]
+        """Draw one vertical line, in each subplot that it crosses."""
+        style = shape["line"]
         for name, axes in self._axes.items():
             low, high = self._layout[name].get("domain", (0, 1))
             if self._x_of(name) == f"xaxis{shape['xref'][1:]}" and shape["y0"] <= low and high <= shape["y1"]:
                 axes.axvline(
                     shape["x0"],
-                    color=look["color"],
-                    linestyle=_DASHES[look["dash"]],
-                    linewidth=look["width"] * 0.8,
+                    color=style["color"],
+                    linestyle=_DASHES[style["dash"]],
+                    linewidth=style["width"] * 0.8,
                     zorder=0.5 if shape.get("layer") == "below" else 3,
                 )
 
@@ -166,7 +166,7 @@ class _Drawing:
         xref, yref = str(note["xref"]), str(note["yref"])
         text = {
             "rotation": -note.get("textangle", 0),
-            "color": note.get("font", {}).get("color", panels.INK),
+            "color": note.get("font", {}).get("color", subplots.INK),
             "size": _POINTS * note.get("font", {}).get("size", 12),
             "ha": note.get("xanchor", "center") if note.get("xanchor") != "auto" else "right",
             "va": {"middle": "center"}.get(note.get("yanchor", "middle"), note.get("yanchor", "center")),
@@ -197,13 +197,13 @@ class _Drawing:
             x, y = self._at(place["x"], place["y"])
             self._picture.legend(
                 handles=handles, labels=[html.unescape(name) for name in order], loc=corners[place["xanchor"]],
-                bbox_to_anchor=(x, y), ncols=2 if "entrywidth" in place else 6, fontsize=8, labelcolor=panels.INK,
+                bbox_to_anchor=(x, y), ncols=2 if "entrywidth" in place else 6, fontsize=8, labelcolor=subplots.INK,
                 frameon=False, handlelength=1.8, columnspacing=1.2, borderaxespad=0.1,
             )  # fmt: skip
         self._draw_scale()
 
     def _draw_scale(self) -> None:
-        """The colours of a heat map."""
+        """Draw the colour bar of a heat map."""
         scale = self._layout.get("coloraxis", {})
         if not scale.get("showscale"):
             return
@@ -214,7 +214,7 @@ class _Drawing:
         axes.imshow(np.linspace(0, 1, 101)[None], aspect="auto", cmap=_colors(scale), extent=(0, 100, 0, 1))
         axes.set_yticks([])
         axes.set_xticks(bar["tickvals"], bar["ticktext"])
-        axes.tick_params(colors=panels.INK, labelsize=7, length=2)
+        axes.tick_params(colors=subplots.INK, labelsize=7, length=2)
         axes.spines[:].set_visible(False)
 
     def _write_title(self) -> None:
@@ -222,7 +222,7 @@ class _Drawing:
         if title:
             self._picture.text(
                 0.01, 1 - 10 / self._layout["height"], html.unescape(title.replace("<br>", "\n")), ha="left", va="top",
-                fontsize=10, color=panels.INK, parse_math=False,
+                fontsize=10, color=subplots.INK, parse_math=False,
             )  # fmt: skip
 
 
@@ -246,7 +246,7 @@ def _draw_curve(axes: Axes, trace: Mapping[str, Any]) -> None:
 
 
 def _draw_area(axes: Axes, trace: Mapping[str, Any], ends: dict[str, np.ndarray[Any, Any]]) -> None:
-    """One share on top of those before it in its engine's strip."""
+    """Draw one share on top of those before it in its engine's strip."""
     group = f"{trace['yaxis']} {trace['stackgroup']}"
     low = ends.get(group, np.zeros(len(trace["x"])))
     high = ends[group] = low + np.asarray(trace["y"], dtype=np.float64)
@@ -257,7 +257,7 @@ def _draw_area(axes: Axes, trace: Mapping[str, Any], ends: dict[str, np.ndarray[
 
 
 def _draw_bars(axes: Axes, trace: Mapping[str, Any], ends: dict[str, np.ndarray[Any, Any]]) -> None:
-    """Bars that begin where the last ones ended, or at a base of their own."""
+    """Draw bars that begin where the last ones ended, or at a base of their own."""
     from matplotlib.colors import to_rgba
 
     marker = trace["marker"]
@@ -272,7 +272,7 @@ def _draw_bars(axes: Axes, trace: Mapping[str, Any], ends: dict[str, np.ndarray[
     for bar, opacity in zip(bars, np.broadcast_to(marker.get("opacity", 1.0), len(bars)), strict=True):
         bar.set_facecolor(to_rgba(marker["color"], float(opacity)))  # not set_alpha: that is the pattern's, too
     size = 8 if "base" not in trace else 7
-    axes.bar_label(bars, trace["text"], label_type="center", color=panels.INK_ON_BARS, size=size)
+    axes.bar_label(bars, trace["text"], label_type="center", color=subplots.INK_ON_BARS, size=size)
     if "base" not in trace:
         axes.set_yticks(rows, [label.replace("<br>", "\n") for label in trace["y"]])
 
@@ -298,7 +298,7 @@ def _colors(scale: Mapping[str, Any]) -> Any:
 
 
 def _handle(trace: Mapping[str, Any]) -> Any:
-    """What stands for a trace in a legend."""
+    """Build the legend's handle of a trace."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

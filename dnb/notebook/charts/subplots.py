@@ -1,4 +1,4 @@
-"""What all panels of a run's figure share: colours, axes, words, and how panels become one figure.
+"""The style that all subplots share (colours, axes, text), and the composition of subplots into one figure.
 
 Pure functions. A figure is a plain `{"data": [...], "layout": {...}}` in plotly's terms, with numpy arrays in it, so
 that the live widget, the stored bundle and the image are drawn from the same facts. Nothing here imports plotly.
@@ -35,7 +35,7 @@ MARGIN = {"l": 58, "r": 22, "t": 30, "b": 72}
 
 @dataclass(frozen=True, slots=True)
 class SubplotGroup:
-    """Some panels of a figure: traces, and what belongs to them in the layout."""
+    """Some subplots of a figure: traces, and the parts of the layout that belong to them."""
 
     traces: list[dict[str, Any]] = field(default_factory=list)
     layout: dict[str, Any] = field(default_factory=dict)  # axes, legends, buttons
@@ -44,7 +44,7 @@ class SubplotGroup:
 
 
 def compose(parts: Iterable[SubplotGroup], *, plot_pixels: int, margin: Mapping[str, int] = MARGIN) -> Figure:
-    """One figure of several parts, whose plotting area is so high."""
+    """Compose one figure of several parts, whose plotting area is `plot_pixels` high."""
     parts = list(parts)
     layout = frame(height=plot_pixels + margin["t"] + margin["b"], margin=margin)
     for part in parts:
@@ -60,7 +60,7 @@ def compose(parts: Iterable[SubplotGroup], *, plot_pixels: int, margin: Mapping[
 
 
 def frame(*, height: int, margin: Mapping[str, int] = MARGIN) -> dict[str, Any]:
-    """What never changes; colours that can be read on white and on black paper."""
+    """Return the layout that never changes; its colours can be read on white and on black paper."""
     return {
         "height": height,
         "autosize": True,
@@ -83,7 +83,7 @@ def frame(*, height: int, margin: Mapping[str, int] = MARGIN) -> dict[str, Any]:
 
 
 def axis(title: str, **properties: Any) -> dict[str, Any]:
-    """One axis as all panels have it."""
+    """Build one axis in the style of all subplots."""
     return {
         "title": {"text": title, "standoff": 6},
         "gridcolor": GRID,
@@ -96,7 +96,7 @@ def axis(title: str, **properties: Any) -> dict[str, Any]:
 
 
 def legend(*, x: float, xanchor: str) -> dict[str, Any]:
-    """One that lies above its panel."""
+    """Build a legend that lies above its subplot."""
     return {
         "orientation": "h",
         "traceorder": "normal",
@@ -110,7 +110,7 @@ def legend(*, x: float, xanchor: str) -> dict[str, Any]:
 
 
 def line(name: str, curve: Curve, x: Any, **properties: Any) -> dict[str, Any]:
-    """One curve through its points at `x`, broken where there is no number."""
+    """Draw one curve through its points at `x`, broken where there is no number."""
     return {
         "type": "scatter",
         "name": name,
@@ -124,7 +124,7 @@ def line(name: str, curve: Curve, x: Any, **properties: Any) -> dict[str, Any]:
 
 
 def note(text: str, *, xref: str = "x", yref: str = "y") -> dict[str, Any]:
-    """Words in the middle of a panel that has nothing else to show."""
+    """Write words in the middle of a subplot that has nothing else to show."""
     return {
         "text": text,
         "showarrow": False,
@@ -136,7 +136,7 @@ def note(text: str, *, xref: str = "x", yref: str = "y") -> dict[str, Any]:
 
 
 def heading(text: str, *, xref: str, yref: str) -> dict[str, Any]:
-    """The name of a small panel, above its left corner."""
+    """Write the name of a small subplot above its left corner."""
     return {
         "text": text,
         "showarrow": False,
@@ -151,7 +151,7 @@ def heading(text: str, *, xref: str, yref: str) -> dict[str, Any]:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
-    """What a refresh has to send, by dotted path; None for what is gone.
+    """Return the layout properties that a refresh has to send, by dotted path; None for those that are gone.
 
     Only what differs inside an axis is sent: the whole of it would undo a user's zoom.
     """
@@ -175,7 +175,7 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> Ite
 
 
 def _are_alike(old: object, new: object) -> bool:
-    """Whether both are as many remarks or lines, of which each may have changed a little."""
+    """Return True if both are lists of as many annotations or shapes, of which each may have changed a little."""
     if not (isinstance(old, list) and isinstance(new, list) and len(old) == len(new) and new):
         return False
     return all(isinstance(item, Mapping) for item in (*old, *new))

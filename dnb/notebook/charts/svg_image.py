@@ -20,7 +20,7 @@ NUM_COLOURS = 64
 
 
 def behind_chart(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A mime bundle whose PNG, if it has one, is in an SVG."""
+    """Return a mime bundle whose PNG, if it has one, is in an SVG."""
     rest = {kind: value for kind, value in content.items() if kind != "image/png"}
     if "image/png" not in content:
         return rest

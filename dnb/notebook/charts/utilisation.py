@@ -1,4 +1,4 @@
-"""How engines spend their time: now as bars, over the run as stacked areas; heat maps for many. Pure functions."""
+"""The use of engines' time: now as bars, over the run as stacked areas; heat maps for many. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dnb.notebook.charts import subplots as panels
+from dnb.notebook.charts import subplots
 from dnb.notebook.charts.subplots import SHARE_COLORS, SHARE_PATTERNS, SubplotGroup, axis, heading, note
 from dnb.notebook.charts.x_axis import Abscissa, Positions
 from dnb.notebook.text.summary import duration
@@ -21,26 +21,26 @@ MAX_SPANS = 48
 MAX_CELLS = 2400  # of a heat map, which travels as text
 _FIRST_AREA_AXIS = 10  # y10, y11, ...: one engine each
 _GAP_PIXELS = 5  # between two engines' areas
-_MIN_TOLD_SHARE = 0.13  # a narrower part has no room for its figure
-_MAX_TOLD_STATES = 6
+_MIN_LABELLED_SHARE = 0.13  # a narrower part has no room for its figure
+_MAX_LISTED_STATES = 6
 _LABEL_PIXELS = 13
 # From little to much, also in grey and for the colour-blind: Nuñez, Anderton, Renslow, "cividis" (2018).
 _HEAT = [[0.0, "#00224e"], [0.25, "#414d6b"], [0.5, "#7c7b78"], [0.75, "#bbae5b"], [1.0, "#fee838"]]
 
 
 def is_heat(run: RunView) -> bool:
-    """Whether there are too many engines for a bar each."""
+    """Return True if there are too many engines for a bar each."""
     return max(len(shown_workers(run)), len(run.utilisation.engines)) > MAX_BARS
 
 
 def now_part(run: RunView, *, domain: tuple[float, float], pixels: float) -> SubplotGroup:
-    """The shares of the last seconds, or of a whole run that has ended: a bar or a row per engine."""
+    """Draw the shares of the last seconds, or of a whole run that has ended: a bar or a row per engine."""
     workers = shown_workers(run)
     is_many = is_heat(run)
     is_known = any(getattr(worker, share) for worker in workers for share in SHARES)
     title = time_axis_title(run)
     layout = _heat_axes(workers, title, pixels) if is_many else _bar_axes(workers, title)
-    layout["xaxis2"] |= {"domain": list(panels.RIGHT)}
+    layout["xaxis2"] |= {"domain": list(subplots.RIGHT)}
     layout["yaxis2"] |= {"domain": list(domain), "showticklabels": bool(workers)}
     return SubplotGroup(
         traces=[_heat_now(workers)] if is_many else share_traces(workers),
@@ -50,20 +50,20 @@ def now_part(run: RunView, *, domain: tuple[float, float], pixels: float) -> Sub
 
 
 def share_traces(workers: Sequence[WorkerView]) -> list[dict[str, Any]]:
-    """One stacked bar per engine: a trace for each share of its time."""
+    """Draw one stacked bar per engine: a trace for each share of its time."""
     labels = [engine_label(worker, num_engines=len(workers)) for worker in workers]
     return [_share_trace(share, workers=workers, labels=labels) for share in SHARES]
 
 
 def engine_label(worker: WorkerView, *, num_engines: int) -> str:
-    """What stands beside an engine's bar; one that is dead, has left, or is a spare is called so."""
+    """Return the label beside an engine's bar; one that is dead, has left, or is a spare is called so."""
     if worker.state not in SET_APART:
         return f"engine {worker.engine}"
     return f"engine {worker.engine}<br>({worker.state})" if num_engines <= 5 else f"{worker.engine} ({worker.state})"
 
 
 def time_axis_title(run: RunView) -> str:
-    """Over which time the bars are meant."""
+    """Return the bars' axis title, which names the time that they cover."""
     if not has_ended(run):
         return "share of time, last seconds"
     return f"share of time, whole run of {duration(run.elapsed_seconds)}"
@@ -72,7 +72,7 @@ def time_axis_title(run: RunView) -> str:
 def over_time_part(
     run: RunView, along: Abscissa, *, domain: tuple[float, float], pixels: float, legend_y: float
 ) -> SubplotGroup:
-    """The shares over the run: for each engine one strip of stacked areas, or one row of a heat map.
+    """Draw the shares over the run: for each engine one strip of stacked areas, or one row of a heat map.
 
     Args:
         run: as it is now.
@@ -90,11 +90,11 @@ def over_time_part(
         traces, axes, last = [_heat_over_time(spans, x)], _heat_rows(engines, domain, pixels), "y10"
     else:
         traces, axes, last = _areas(spans, x), _area_axes(engines, domain, pixels), _area_axis(max(len(engines), 1) - 1)
-    told = "share computing" if is_many else "share of time"
+    text = "share computing" if is_many else "share of time"
     return SubplotGroup(
         traces=traces,
         layout={**axes, **_shared(along, anchor=last, legend_y=legend_y, is_heat=is_many, has_spans=bool(len(spans)))},
-        notes=[heading(f"{told}, over the run", xref="x7 domain", yref="y10 domain"), *_missing(run, spans)],
+        notes=[heading(f"{text}, over the run", xref="x7 domain", yref="y10 domain"), *_missing(run, spans)],
     )
 
 
@@ -105,9 +105,9 @@ def _missing(run: RunView, spans: Spans) -> list[dict[str, Any]]:
 
 
 def _shared(along: Abscissa, *, anchor: str, legend_y: float, is_heat: bool, has_spans: bool) -> dict[str, Any]:
-    right = {**panels.legend(x=panels.RIGHT[1], xanchor="right"), "y": legend_y}
+    right = {**subplots.legend(x=subplots.RIGHT[1], xanchor="right"), "y": legend_y}
     x = {
-        **axis("", anchor=anchor, domain=list(panels.RIGHT), nticks=5, matches="x"),
+        **axis("", anchor=anchor, domain=list(subplots.RIGHT), nticks=5, matches="x"),
         **along.axis(),
         "title": {"text": along.short, "standoff": 6},
         "showticklabels": has_spans,
@@ -121,9 +121,9 @@ def _shared(along: Abscissa, *, anchor: str, legend_y: float, is_heat: bool, has
         "showscale": is_heat,
         "colorbar": {
             "orientation": "h",
-            "x": sum(panels.RIGHT) / 2,
+            "x": sum(subplots.RIGHT) / 2,
             "xanchor": "center",
-            "len": panels.RIGHT[1] - panels.RIGHT[0],
+            "len": subplots.RIGHT[1] - subplots.RIGHT[0],
             "y": legend_y,
             "yanchor": "bottom",
             "thickness": 9,
@@ -153,12 +153,12 @@ def _share_trace(share: str, *, workers: Sequence[WorkerView], labels: list[str]
         "x": values,
         "y": labels,
         "width": min(0.72, 0.3 * max(len(workers), 1)),  # one engine gets no wall of colour
-        "text": [f"{v:.0%}" if v >= _MIN_TOLD_SHARE else "" for v in values],
+        "text": [f"{v:.0%}" if v >= _MIN_LABELLED_SHARE else "" for v in values],
         "textposition": "inside",
         "insidetextanchor": "middle",
         "textangle": 0,
         "constraintext": "none",
-        "insidetextfont": {"color": panels.INK_ON_BARS, "size": 12},
+        "insidetextfont": {"color": subplots.INK_ON_BARS, "size": 12},
         "marker": {"color": SHARE_COLORS[share], "line": {"width": 0}, "pattern": _pattern(share)},
         "hovertemplate": "%{y}: " + share + " %{x:.1%}<extra></extra>",
     }
@@ -169,8 +169,8 @@ def _pattern(share: str) -> dict[str, Any]:
         "shape": SHARE_PATTERNS[share],
         "fillmode": "overlay",
         "fgcolor": "rgba(0, 0, 0, 0.38)",
-        "size": panels.PATTERN_SIZE,
-        "solidity": panels.PATTERN_SOLIDITY,
+        "size": subplots.PATTERN_SIZE,
+        "solidity": subplots.PATTERN_SOLIDITY,
     }
 
 
@@ -192,7 +192,7 @@ def _area_axis(place: int) -> str:
 
 
 def _areas(spans: Spans, x: Positions) -> list[dict[str, Any]]:
-    # without an engine, too, there is an empty strip: plotly makes no panel for words alone
+    # without an engine, too, there is an empty strip: plotly makes no subplot for words alone
     engines = spans.engines or (0,)
     percents = _percents(spans.shares) if spans.engines else np.zeros((0, 1, len(SHARES)), dtype=np.uint8)
     return [
@@ -203,7 +203,7 @@ def _areas(spans: Spans, x: Positions) -> list[dict[str, Any]]:
 
 
 def _percents(shares: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Whole percents that add up to 100, or are all 0 where an engine did not take part: one byte each."""
+    """Return whole percents that add up to 100, or are all 0 where an engine did not take part: one byte each."""
     ends = np.rint(100 * np.cumsum(np.nan_to_num(shares), axis=2))
     return np.diff(ends, axis=2, prepend=0).astype(np.uint8)
 
@@ -229,7 +229,7 @@ def _area(share: str, percents: NDArray[np.uint8], x: Positions, *, engine: int,
 
 
 def _area_axes(engines: Sequence[int], domain: tuple[float, float], pixels: float) -> dict[str, Any]:
-    """The first engine on top, as among the bars."""
+    """Build the strips' axes, the first engine on top, as among the bars."""
     num = max(len(engines), 1)
     bottom, top = domain
     gap = (top - bottom) * _GAP_PIXELS / pixels
@@ -287,9 +287,9 @@ def _heat_now(workers: Sequence[WorkerView]) -> dict[str, Any]:
 
 def _heat_axes(workers: Sequence[WorkerView], title: str, pixels: float) -> dict[str, Any]:
     apart = [f"{worker.engine} {worker.state}" for worker in workers if worker.state in SET_APART]
-    more = [f"and {len(apart) - _MAX_TOLD_STATES} more"] if len(apart) > _MAX_TOLD_STATES else []
-    told = f"<br>engines {', '.join([*apart[:_MAX_TOLD_STATES], *more])}" if apart else ""
-    x = axis(f"{title}{told}", anchor="y2", type="category", fixedrange=True, showgrid=False)
+    more = [f"and {len(apart) - _MAX_LISTED_STATES} more"] if len(apart) > _MAX_LISTED_STATES else []
+    text = f"<br>engines {', '.join([*apart[:_MAX_LISTED_STATES], *more])}" if apart else ""
+    x = axis(f"{title}{text}", anchor="y2", type="category", fixedrange=True, showgrid=False)
     y = axis("", anchor="x2", **_rows([worker.engine for worker in workers], pixels))
     return {"xaxis2": {**x, "ticks": ""}, "yaxis2": y}
 
@@ -314,7 +314,7 @@ def _heat_rows(engines: Sequence[int], domain: tuple[float, float], pixels: floa
 
 
 def _rows(engines: Sequence[int], pixels: float) -> dict[str, Any]:
-    """Rows with as many names beside them as there is room for."""
+    """Build an axis of rows with as many names beside them as there is room for."""
     num = max(len(engines), 1)
     every = 1
     while num / every * _LABEL_PIXELS > pixels:

@@ -1,4 +1,4 @@
-"""What the x axes of a run's panels count: steps, samples or time. Pure functions."""
+"""The x axes of a run's subplots: steps, samples or time. Pure functions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Positions = NDArray[np.int32] | NDArray[np.float32]
 
 
 class Abscissa:
-    """Turns steps and times of one run into positions on an x axis.
+    """The positions of one run's steps and times on an x axis.
 
     Args:
         run: as it is now.
@@ -48,7 +48,7 @@ class Abscissa:
         self.short = f"time ({unit})" if self.kind == "time" else self.kind  # where there is less room
 
     def at(self, steps: NDArray[Any]) -> Positions:
-        """Positions of steps."""
+        """Return the positions of steps."""
         if self.kind == "step":
             return steps.astype(np.int32)
         if self.kind == "samples":
@@ -60,7 +60,7 @@ class Abscissa:
         return self._at_seconds(np.interp(steps, known, seconds, left=0.0 if known[0] > 1 else None))
 
     def at_edges(self, edges: NDArray[np.float64], steps: NDArray[np.int64]) -> Positions:
-        """Positions of the edges of spans: seconds, and the steps committed at the ends of the spans."""
+        """Return the positions of the edges of spans: seconds, and the steps committed at the ends of the spans."""
         if self.kind == "time":
             return self._at_seconds(edges)
         first = 0
@@ -71,13 +71,13 @@ class Abscissa:
         return self.at(np.concatenate([[min(first, int(steps[0]))], steps]))
 
     def at_events(self, events: Sequence[EventView]) -> Positions:
-        """Positions of what happened."""
+        """Return the positions of events."""
         if self.kind == "time" and self._run.started and all(event.time for event in events):
             return self._at_seconds(np.maximum([event.time - self._run.started for event in events], 0.0))
         return self.at(np.array([event.step for event in events], dtype=np.int64))
 
     def axis(self) -> dict[str, Any]:
-        """Properties of an x axis in plotly's terms."""
+        """Return the properties of an x axis in plotly's terms."""
         return {
             "title": {"text": self.title, "standoff": 6},
             "type": "linear",
@@ -94,7 +94,7 @@ class Abscissa:
 
 
 def abscissa(run: RunView, kind: str = "step", *, longest_seconds: float = 0.0) -> Abscissa:
-    """The x axis of a run; by step if it is to be by time, and no times are known.
+    """Return the x axis of a run; by step if it is to be by time, and no times are known.
 
     Args:
         run: as it is now.
@@ -108,7 +108,7 @@ def abscissa(run: RunView, kind: str = "step", *, longest_seconds: float = 0.0) 
 
 
 def checked_kind(kind: str) -> Kind:
-    """`kind` itself, if there is such an x axis.
+    """Return `kind` itself, if there is such an x axis.
 
     Raises:
         ArgumentError: there is none.
@@ -119,7 +119,7 @@ def checked_kind(kind: str) -> Kind:
 
 
 def times_of(run: RunView) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Steps and seconds, as far as they are known: of each step, else of the spans in which engines were watched."""
+    """Return steps and seconds as far as they are known: of each step, else of the spans engines were watched in."""
     steps, seconds = run.history.column("seconds")
     if not len(steps):
         spans = run.utilisation.spans(limit=200)
@@ -129,6 +129,6 @@ def times_of(run: RunView) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
 
 
 def _small(positions: NDArray[Any]) -> Positions:
-    """In four bytes each: of large numbers, more than a screen can show is left out."""
+    """Convert positions to four bytes each: of large numbers, more than a screen can show is left out."""
     is_small = not len(positions) or float(positions.max()) <= _INT32_MAX
     return positions.astype(np.int32) if is_small else positions.astype(np.float32)

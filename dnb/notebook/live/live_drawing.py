@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from dnb.notebook.charts import subplots as panels
+from dnb.notebook.charts import subplots
 from dnb.notebook.charts.loss import with_loss_scale
 from dnb.notebook.charts.run_figure import PARTS, assembled, room, structure
 from dnb.notebook.charts.subplots import SubplotGroup
@@ -36,8 +36,8 @@ class LiveDrawing:
         self._num_events = 0
         self._drawn: tuple[Any, ...] = ()
 
-    def draw(self, *, x: str = "step", loss_scale: str = "linear", is_whole: bool = False) -> panels.Figure:
-        """The figure: all of it the first time, when its panels change, or if asked; else what is new and its turn.
+    def draw(self, *, x: str = "step", loss_scale: str = "linear", is_whole: bool = False) -> subplots.Figure:
+        """The figure: all of it the first time, when its subplots change, or if asked; else what is new and its turn.
 
         Args:
             x: what the x axes count.

@@ -15,7 +15,7 @@ import plotly.graph_objects as go
 import traitlets
 from plotly.basedatatypes import Undefined
 
-from dnb.notebook.charts import subplots as panels
+from dnb.notebook.charts import subplots
 
 # the last is what plotly 7.1 sends under a name that its Python side does not know
 _DEFAULTS = frozenset({"_js2py_traceDeltas", "_js2py_layoutDelta", "_js2py_widget_layoutDelta"})
@@ -23,7 +23,7 @@ _DEFAULTS = frozenset({"_js2py_traceDeltas", "_js2py_layoutDelta", "_js2py_widge
 _LOADER = Path(__file__).with_suffix(".js")
 _CODE = Path(plotly.__file__).parent / "package_data" / "widgetbundle.js"
 
-# plotly.js draws all panels anew at each change, for 50 to 150 ms. No more of a page's time than this is taken for it.
+# plotly.js draws all subplots anew at each change, for 50 to 150 ms. At most this share of a page's time goes into it.
 _PAGE_SHARE = 0.25
 # A page that has not said that it has drawn is waited for so long, then twice as long and so on: it is slow, or gone,
 # or the kernel runs a cell and does not hear it.
@@ -38,7 +38,7 @@ class LiveFigure(go.FigureWidget):
     _still_name = traitlets.Unicode().tag(sync=True)  # by which a reloaded page finds the picture that it left
     was_asked_again = False  # for its whole state, by a page that was reloaded
 
-    def __init__(self, drawing: panels.Figure) -> None:
+    def __init__(self, drawing: subplots.Figure) -> None:
         self._painting = threading.RLock()
         self._shown = drawing
         self._is_built = False
@@ -71,8 +71,8 @@ class LiveFigure(go.FigureWidget):
                     self.fit_to_page()  # changes the layout: else the page could not tell that the rest came
                     self.send_state(["_widget_data", "_widget_layout"])
 
-    def paint(self, drawing: panels.Figure) -> None:
-        """Send what has changed since the last painting, in one message unless panels came or went.
+    def paint(self, drawing: subplots.Figure) -> None:
+        """Send what has changed since the last painting, in one message unless subplots came or went.
 
         Args:
             drawing: what is to be seen. If its x axis counts something else, the user's zoom has an end.
@@ -95,15 +95,15 @@ class LiveFigure(go.FigureWidget):
             self.add_traces(traces[same:])
         self._shown = {**self._shown, "data": [*shown[:same], *traces[same:]]}
 
-    def _change(self, drawing: panels.Figure) -> None:
+    def _change(self, drawing: subplots.Figure) -> None:
         old = self._shown["layout"]
-        layout = panels.changes(_without(old, _renewed(old, drawing["layout"])), drawing["layout"])
+        layout = subplots.changes(_without(old, _renewed(old, drawing["layout"])), drawing["layout"])
         whole = {key: value for key, value in layout.items() if isinstance(value, dict) or _is_of_dicts(value)}
         if whole:  # as many objects as before: plotly must make or forget them
             with self.batch_update():
                 _assign(self.layout, whole)
         pairs = zip(self._shown["data"], drawing["data"], strict=True)
-        traces = {place: panels.changes(old, new) for place, (old, new) in enumerate(pairs)}
+        traces = {place: subplots.changes(old, new) for place, (old, new) in enumerate(pairs)}
         self._update_page({place: new for place, new in traces.items() if new}, _without(layout, whole))
         self._shown = drawing
 

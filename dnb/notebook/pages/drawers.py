@@ -8,7 +8,7 @@ from IPython.core.formatters import DisplayFormatter
 
 
 def register_drawers(formatter: DisplayFormatter) -> None:
-    """Let a shell draw plans and timelines; neither they nor what draws them is imported before one is shown."""
+    """Register the drawers of plans and timelines; nothing of them is imported before one is shown."""
     bundles = formatter.mimebundle_formatter
     bundles.for_type_by_name("dnb.planning.search.plans", "Plan", _draw_plan)
     bundles.for_type_by_name("dnb.planning.step_timeline", "Timeline", _draw_timeline)

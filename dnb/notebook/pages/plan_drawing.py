@@ -32,12 +32,12 @@ _COLUMNS = (
 
 
 def bundle(plan: Plan) -> dict[str, Any]:
-    """The plan as a mime bundle: the drawing, and the same numbers as text."""
+    """Return the plan as a mime bundle: the drawing, and the same numbers as text."""
     return {"text/html": draw(plan), "text/plain": describe(plan)}
 
 
 def draw(plan: Plan) -> str:
-    """The plan as HTML that is safe to show: names of modules and engines are escaped."""
+    """Draw the plan as HTML that is safe to show: names of modules and engines are escaped."""
     parts = [
         f'<div style="font-size:13px"><p style="margin:0 0 6px"><b>{_safe(headline(plan))}</b></p>',
         _strip(plan),
@@ -57,7 +57,7 @@ def _safe(text: str) -> str:
 
 
 def _strip(plan: Plan) -> str:
-    """Every layer as wide as it takes time, in the tint of its stage; a gap is a cut."""
+    """Draw every layer as wide as it takes time, in the tint of its stage; a gap is a cut."""
     seconds = [layer.forward_seconds[-1] + layer.backward_seconds[-1] for layer in plan.profile.layers]
     room = WIDTH - GAP * (len(plan.stages) - 1)
     scale = room / (sum(seconds) or 1.0)
@@ -81,7 +81,7 @@ def _strip(plan: Plan) -> str:
 def _layer(plan: Plan, number: int, rank: int, *, left: float, width: float) -> str:
     layer = plan.profile.layers[number]
     name = one_line(layer.name or plan.profile.model, limit=80)
-    told = (
+    text = (
         f"{name} ({layer.kind}): forward {milliseconds(layer.forward_seconds[-1])}, backward "
         f"{milliseconds(layer.backward_seconds[-1])} for {plan.profile.sizes[-1]} samples, "
         f"parameters {amount(layer.parameter_bytes)}"
@@ -95,11 +95,11 @@ def _layer(plan: Plan, number: int, rank: int, *, left: float, width: float) -> 
         shown = one_line(name, limit=max(2, int(width / LETTER)))
         label = f'<text x="{left + width / 2:.1f}" y="{ROW * 1.55:.1f}" text-anchor="middle" fill="currentColor">'
         label += f"{html.escape(shown)}</text>"
-    return f"<g><title>{_safe(told)}</title>{rect}{label}</g>"
+    return f"<g><title>{_safe(text)}</title>{rect}{label}</g>"
 
 
 def _stage_label(plan: Plan, rank: int, stage: Stage, *, left: float, width: float) -> str:
-    """Over the strip: which stage, and where it runs, as far as there is room."""
+    """Label a stage above the strip with its rank and its engines, as far as there is room."""
     engines = f"engine{'s' if len(stage.engines) > 1 else ''} {shortened(stage.engines)}"
     words = engines if len(plan.stages) == 1 else f"stage {rank}: {engines}"
     room = max(2, int(width / LETTER))

@@ -63,7 +63,7 @@ class SavedRun(RunView, Protocol):
 
     @property
     def folder(self) -> Path:
-        """Of run.json."""
+        """The folder of run.json."""
 
 
 def write_report(run: SavedRun, path: str | Path) -> Path:
@@ -81,7 +81,7 @@ def write_report(run: SavedRun, path: str | Path) -> Path:
 
 
 def report(run: RunView, *, saved: RunSummary | None, plotlyjs: str, now: datetime | None = None) -> str:
-    """The page.
+    """Build the page.
 
     Args:
         run: as it is now.
@@ -119,12 +119,12 @@ def report(run: RunView, *, saved: RunSummary | None, plotlyjs: str, now: dateti
 
 
 def _section(title: str, content: str) -> str:
-    """Nothing if there is no content."""
+    """Write a section; nothing if there is no content."""
     return f"<section><h2>{title}</h2>{content}</section>\n" if content else ""
 
 
 def _chart(content: Mapping[str, Any]) -> str:
-    """The image, which the script replaces by the chart: without JavaScript it stays."""
+    """Write the image, which the script replaces by the chart: without JavaScript it stays."""
     image = content.get("image/png")
     words = _safe(content["text/plain"])
     fallback = (
@@ -147,15 +147,15 @@ def _measured(run: RunView) -> str:
 
 
 def _prediction(run: RunView) -> str:
-    told = run.prediction
-    if told is None:
+    prediction = run.prediction
+    if prediction is None:
         return ""
     facts = {
-        "step": milliseconds(told.step_seconds),
-        "until the last gradient": milliseconds(told.compute_seconds),
-        "bubble": f"{told.bubble:.0%}",
-        "memory of an engine of each stage": ", ".join(amount(each) for each in told.stage_bytes),
-        "for batches of": f"{told.batch_size:,} samples",
+        "step": milliseconds(prediction.step_seconds),
+        "until the last gradient": milliseconds(prediction.compute_seconds),
+        "bubble": f"{prediction.bubble:.0%}",
+        "memory of an engine of each stage": ", ".join(amount(each) for each in prediction.stage_bytes),
+        "for batches of": f"{prediction.batch_size:,} samples",
     }
     return _facts(facts)
 
@@ -249,7 +249,7 @@ def _safe(text: str) -> str:
 
 
 def _in_script(text: str) -> str:
-    """JSON that cannot end its script element, nor begin a comment in it."""
+    """Escape JSON so that it cannot end its script element, nor begin a comment in it."""
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

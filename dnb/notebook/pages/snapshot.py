@@ -13,7 +13,7 @@ import numpy as np
 from IPython.display import display
 from numpy.typing import NDArray
 
-from dnb.notebook.charts import subplots as panels
+from dnb.notebook.charts import subplots
 from dnb.notebook.charts.run_figure import figure
 from dnb.notebook.charts.static_image import png
 from dnb.notebook.text.summary import inert, last_value, number, status_sentence, summary
@@ -28,7 +28,7 @@ _TITLE_TOP_PIXELS, _TITLE_BASELINE_PIXELS = 10, 19
 
 
 def bundle(run: RunView, *, with_image: bool, x: str = "step", loss_scale: str = "linear") -> dict[str, Any]:
-    """The run as a mime bundle: chart, words, and an image if asked.
+    """Return the run as a mime bundle: chart, words, and an image if asked.
 
     Args:
         run: drawn as it is now.
@@ -43,7 +43,7 @@ def bundle(run: RunView, *, with_image: bool, x: str = "step", loss_scale: str =
 
 
 def new_display_id(run: RunView) -> str:
-    """A name for one display of the run, unlike any other."""
+    """Return a unique name for one display of the run."""
     return f"dnb-{run.name}-{uuid.uuid4().hex[:8]}"
 
 
@@ -52,8 +52,8 @@ def publish(content: dict[str, Any], *, display_id: str, update: bool = False) -
     display(content, raw=True, display_id=display_id, update=update)
 
 
-def plotly_json(drawing: panels.Figure) -> dict[str, Any]:
-    """A figure as plain JSON.
+def plotly_json(drawing: subplots.Figure) -> dict[str, Any]:
+    """Convert a figure to plain JSON.
 
     Long columns are base64, as in every figure of plotly 6: a notebook's file has a line for each number of a list.
     """
@@ -65,8 +65,8 @@ def plotly_json(drawing: panels.Figure) -> dict[str, Any]:
     }
 
 
-def _titled(drawing: panels.Figure, *, run: RunView) -> panels.Figure:
-    """The figure with the status as its title: the strip that says it is gone in a saved notebook."""
+def _titled(drawing: subplots.Figure, *, run: RunView) -> subplots.Figure:
+    """Return the figure with the status as its title: the line that says it is missing in a saved notebook."""
     lines = _title_lines(run)
     pixels = _TITLE_PIXELS + 16 * (len(lines) - 1)
     layout = drawing["layout"]
@@ -102,13 +102,13 @@ def _plain(value: Any) -> Any:
 
 
 def _packed(column: NDArray[Any]) -> dict[str, str]:
-    """A column as plotly.js takes it; a number that is none is a gap."""
+    """Encode a column as plotly.js takes it; a number that is none is a gap."""
     kind = "i4" if column.dtype.kind == "i" else "f4"
     return {"dtype": kind, "bdata": base64.b64encode(column.astype(f"<{kind}").tobytes()).decode("ascii")}
 
 
 def _short(value: float | int) -> float | int | None:
-    """Six digits are more than a screen shows; JSON has no NaN."""
+    """Round to six digits, more than a screen shows; None for NaN, which JSON has not."""
     if isinstance(value, int):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else None

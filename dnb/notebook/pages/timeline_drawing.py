@@ -11,7 +11,7 @@ from dnb.planning.step_timeline import Timeline
 
 
 def bundle(timeline: Timeline) -> dict[str, Any]:
-    """A timeline as a mime bundle: the chart, and the same in words."""
+    """Return a timeline as a mime bundle: the chart, and the same in words."""
     if not timeline:
         return {"text/plain": "no timeline: there is one once a step of a divided model was looked at"}
     return {PLOTLY_MIME: plotly_json(gantt.alone(timeline)), "text/plain": "\n".join(words_of(timeline))}

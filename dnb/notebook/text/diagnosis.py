@@ -1,4 +1,4 @@
-"""What a run's numbers say about it, in plain sentences: the first is shown above the chart, all are in its summary.
+"""The meaning of a run's numbers in plain sentences: the first stands above the chart, all in its summary.
 
 Pure functions. A sentence says only what the numbers support; thresholds are constants beside their rules.
 """
@@ -10,42 +10,42 @@ from itertools import islice
 from dnb.notebook.formatting import counted, numbered
 from dnb.notebook.text.engine_text import GONE, heard_words
 from dnb.notebook.text.loss_rules import LOSS_RULES
-from dnb.notebook.text.run_facts import Rule, RuleFinding, RunFacts, held, look
+from dnb.notebook.text.run_facts import RuleFinding, Rule, RunFacts, gather_facts, held
 from dnb.notebook.text.time_rules import TIME_RULES
 from dnb.notebook.views import SET_APART, RunView
 
-# A death is told first for as long.
+# A death is reported first for as long.
 RECENT_DEATH_SECONDS = 30.0
 
 
 def diagnosis(run: RunView) -> RuleFinding:
-    """The one sentence that matters most."""
+    """Return the one sentence that matters most."""
     return findings(run)[0]
 
 
 def findings(run: RunView) -> list[RuleFinding]:
-    """Everything worth a sentence, most important first; at least one."""
-    seen = look(run)
+    """Return everything worth a sentence, most important first; at least one."""
+    facts = gather_facts(run)
     rules = _STANDING if run.status in ("starting", "paused") or not run.step else _GOING
-    found = [finding for rule in rules if (finding := rule(seen)) is not None]
+    found = [finding for rule in rules if (finding := rule(facts)) is not None]
     if rules is _GOING:
         # of how the time was spent one sentence is enough: the others would be its consequences
-        spent = (finding for rule in TIME_RULES if (finding := rule(seen)) is not None)
+        spent = (finding for rule in TIME_RULES if (finding := rule(facts)) is not None)
         found += islice(spent, 1)
-    spend = seen.verb("yet of how the engines spend", "of how the engines spent")
+    spend = facts.verb("yet of how the engines spend", "of how the engines spent")
     return found or [RuleFinding("unknown", f"nothing is known {spend} their time")]
 
 
 # a run that does not go on
 
 
-def _no_step(seen: RunFacts) -> RuleFinding | None:
-    run = seen.run
-    if seen.is_over:
+def _no_step(facts: RunFacts) -> RuleFinding | None:
+    run = facts.run
+    if facts.is_over:
         return RuleFinding("no step", f"nothing was trained: the run {_ended(run)} before its first step")
     if run.status == "paused":
         return None
-    loading = [worker for worker in run.workers if worker.state not in SET_APART and worker.engine not in seen.hung]
+    loading = [worker for worker in run.workers if worker.state not in SET_APART and worker.engine not in facts.hung]
     if not loading:
         return RuleFinding("nobody", "no engine takes part yet, so nothing is computed")
     verb = "is" if len(loading) == 1 else "are"
@@ -53,10 +53,10 @@ def _no_step(seen: RunFacts) -> RuleFinding | None:
     return RuleFinding("loading", f"{counted(len(loading), 'engine')} {verb} getting ready for {step}")
 
 
-def _paused(seen: RunFacts) -> RuleFinding | None:
-    if seen.run.status != "paused":
+def _paused(facts: RunFacts) -> RuleFinding | None:
+    if facts.run.status != "paused":
         return None
-    error = (seen.run.error or "").lower()
+    error = (facts.run.error or "").lower()
     if "run.resume" in error:  # the status already says what to do
         return RuleFinding("paused", "nothing is computed until the run is resumed or stopped")
     return RuleFinding("paused", "nothing is computed while the run is paused; Resume, or run.resume(), goes on")
@@ -65,15 +65,15 @@ def _paused(seen: RunFacts) -> RuleFinding | None:
 # engines
 
 
-def _nobody_left(seen: RunFacts) -> RuleFinding | None:
-    workers = seen.run.workers
-    if seen.is_over or not workers or any(worker.state not in GONE for worker in workers):
+def _nobody_left(facts: RunFacts) -> RuleFinding | None:
+    workers = facts.run.workers
+    if facts.is_over or not workers or any(worker.state not in GONE for worker in workers):
         return None
     return RuleFinding("all gone", "no engine is left, so nothing is computed")
 
 
-def _silence(seen: RunFacts) -> RuleFinding | None:
-    silent = [worker for worker in seen.run.workers if worker.engine in seen.hung]
+def _silence(facts: RunFacts) -> RuleFinding | None:
+    silent = [worker for worker in facts.run.workers if worker.engine in facts.hung]
     if not silent:
         return None
     ids = [worker.engine for worker in silent]
@@ -82,12 +82,12 @@ def _silence(seen: RunFacts) -> RuleFinding | None:
         return RuleFinding(kind, f"{numbered(ids)} are silent")
     (worker,) = silent
     ago = heard_words(worker.heartbeat_age_seconds)
-    told = f" (last heard {ago})" if ago not in ("", "now") else ""
-    return RuleFinding(kind, f"engine {worker.engine} is silent{told}{held(seen, worker.shards)}")
+    text = f" (last heard {ago})" if ago not in ("", "now") else ""
+    return RuleFinding(kind, f"engine {worker.engine} is silent{text}{held(facts, worker.shards)}")
 
 
-def _recent_death(seen: RunFacts) -> RuleFinding | None:
-    run = seen.run
+def _recent_death(facts: RunFacts) -> RuleFinding | None:
+    run = facts.run
     dead = {worker.engine for worker in run.workers if worker.state == "dead"}
     now = run.started + run.elapsed_seconds
     died = [
@@ -95,7 +95,7 @@ def _recent_death(seen: RunFacts) -> RuleFinding | None:
         for event in run.events
         if event.kind == "died" and event.engine in dead and now - event.time < RECENT_DEATH_SECONDS
     ]
-    if seen.is_over or not died:
+    if facts.is_over or not died:
         return None
     ids = sorted({event.engine for event in died if event.engine is not None})
     living = [worker for worker in run.workers if worker.state not in SET_APART]

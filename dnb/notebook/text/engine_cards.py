@@ -56,12 +56,12 @@ font-size:var(--jp-ui-font-size1,13px);line-height:1.45;font-variant-numeric:tab
 
 
 def engines_html(run: RunView) -> str:
-    """All engines of a run, without `STYLE`: cards, a heat map of more than 12, or a sentence if there is none."""
+    """Draw all engines of a run, without `STYLE`: cards, a heat map of more than 12, or a sentence if there is none."""
     workers = shown_workers(run)
     hung = hung_engines(run)
     if not workers:
-        told = "nothing is known of its engines" if has_ended(run) else "no engine yet"
-        return f'<p class="dnb-cards"><span class="dnb-none">{told}</span></p>'
+        text = "nothing is known of its engines" if has_ended(run) else "no engine yet"
+        return f'<p class="dnb-cards"><span class="dnb-none">{text}</span></p>'
     if len(workers) > MOST_CARDS:
         return heat_map(workers, hung=hung, is_over=has_ended(run))
     return cards(workers, hung=hung, num_shards=run.num_shards, is_over=has_ended(run))
@@ -70,7 +70,7 @@ def engines_html(run: RunView) -> str:
 def cards(
     workers: Sequence[WorkerView], *, hung: Collection[int] = (), num_shards: int = 0, is_over: bool = False
 ) -> str:
-    """A list of cards.
+    """Draw a list of cards.
 
     Args:
         workers: one card each.
@@ -106,7 +106,7 @@ def _value(words: str) -> str:
 
 
 def heat_map(workers: Sequence[WorkerView], *, hung: Collection[int] = (), is_over: bool = False) -> str:
-    """A table of ten engines a row: shares of computing, and the marks of those that do not take part.
+    """Draw a table of ten engines a row: shares of computing, and the marks of those that do not take part.
 
     Args:
         workers: one cell each, at its id.
@@ -119,39 +119,39 @@ def heat_map(workers: Sequence[WorkerView], *, hung: Collection[int] = (), is_ov
     rows = "".join(_row(PER_ROW * row, cells) for row in range(first_row, last_row + 1) if _has_any(row, cells))
     verb = "computed" if is_over else "computes"
     caption = f"{counted(len(workers), 'engine')}: share of its time, in %, that each {verb}"
-    told = "; ".join(heat_words(workers, hung=hung))
+    text = "; ".join(heat_words(workers, hung=hung))
     return (
         f'<div class="dnb-heat"><table><caption>{caption}</caption><thead><tr><th scope="col">engine</th>{head}</tr>'
-        f"</thead><tbody>{rows}</tbody></table><p>{escape(told)}</p></div>"
+        f"</thead><tbody>{rows}</tbody></table><p>{escape(text)}</p></div>"
     )
 
 
 def heat_words(workers: Sequence[WorkerView], *, hung: Collection[int] = ()) -> list[str]:
-    """What stands out among many engines: the middle, the extremes, and who does not take part."""
+    """Describe many engines: the median, the extremes, and those that do not take part."""
     states = {worker.engine: state_of(worker, hung=hung) for worker in workers}
     known = {w.engine: w.compute for w in workers if states[w.engine] not in _WITHOUT_SHARE and _has_shares(w)}
-    told = []
+    lines = []
     if known:
         least, most = min(known, key=lambda e: known[e]), max(known, key=lambda e: known[e])
-        told.append(
+        lines.append(
             f"median {median(known.values()):.0%}, lowest {known[least]:.0%} (engine {least}), "
             f"highest {known[most]:.0%} (engine {most})".replace("%", " %")
         )
     for state in sorted(set(states.values()) & _WITHOUT_SHARE):
-        told.append(f"{MARKS[state]} {state}: {numbered([e for e, s in states.items() if s == state], limit=8)}")
+        lines.append(f"{MARKS[state]} {state}: {numbered([e for e, s in states.items() if s == state], limit=8)}")
     unknown = [engine for engine, state in states.items() if state not in _WITHOUT_SHARE and engine not in known]
-    return [*told, f"{_UNKNOWN_MARK} {NOT_KNOWN}: {numbered(unknown, limit=8)}"] if unknown else told
+    return [*lines, f"{_UNKNOWN_MARK} {NOT_KNOWN}: {numbered(unknown, limit=8)}"] if unknown else lines
 
 
 def crowd_lines(workers: Sequence[WorkerView], *, hung: Collection[int] = ()) -> list[str]:
-    """A heat map in words: what stands out, and every figure in it."""
+    """Describe a heat map in words: the extremes, and every figure in it."""
     shares = [
         f"{worker.engine}: {100 * worker.compute:.0f}"
         for worker in workers
         if state_of(worker, hung=hung) not in _WITHOUT_SHARE and _has_shares(worker)
     ]
-    told = [f"{counted(len(workers), 'engine')}, computing: {'; '.join(heat_words(workers, hung=hung))}"]
-    return [*told, f"computing, in % of its time, engine {', '.join(shares)}"] if shares else told
+    lines = [f"{counted(len(workers), 'engine')}, computing: {'; '.join(heat_words(workers, hung=hung))}"]
+    return [*lines, f"computing, in % of its time, engine {', '.join(shares)}"] if shares else lines
 
 
 def _has_any(row: int, cells: dict[int, str]) -> bool:

@@ -31,7 +31,7 @@ class Fact(NamedTuple):
 
 
 def hung_engines(run: RunView) -> frozenset[int]:
-    """Engines that the hub does not hear now, by its own events or by the age of the last heartbeat."""
+    """List the engines that the hub does not hear now, by its own events or by the last heartbeat's age."""
     if has_ended(run):
         return frozenset()
     silent: dict[int, bool] = {
@@ -46,12 +46,12 @@ def hung_engines(run: RunView) -> frozenset[int]:
 
 
 def state_of(worker: WorkerView, *, hung: Collection[int] = ()) -> str:
-    """Its state in one word: the hub's, or hung."""
+    """Return an engine's state in one word: the hub's, or hung."""
     return "hung" if worker.engine in hung and worker.state not in GONE else worker.state
 
 
 def facts_of(worker: WorkerView, *, num_shards: int = 0, is_over: bool = False) -> list[Fact]:
-    """What is known of an engine, and what is not; nothing that could not be known.
+    """List the facts of an engine, known or missing, except those that could not be known.
 
     Args:
         worker: the engine.
@@ -73,31 +73,31 @@ def facts_of(worker: WorkerView, *, num_shards: int = 0, is_over: bool = False) 
 
 
 def worker_words(worker: WorkerView, *, hung: Collection[int] = (), num_shards: int = 0, is_over: bool = False) -> str:
-    """One engine on a line, with its shares of time; what is not known is said at the end."""
+    """Describe one engine on a line, with its shares of time; unknown facts are named at the end."""
     state = state_of(worker, hung=hung)
     mark = f" ({state})" if state in {"spare", "dead", "left", "hung"} else ""
     facts = facts_of(worker, num_shards=num_shards, is_over=is_over)
     missing = [_MISSING.get(fact.name, fact.name) for fact in facts if not fact.words]
-    told = [device_words(worker), *(_told(fact) for fact in facts if fact.words and fact.name != "at most")]
+    lines = [device_words(worker), *(_fact_text(fact) for fact in facts if fact.words and fact.name != "at most")]
     if missing:
-        told.append(f"{NOT_KNOWN}: {', '.join(missing)}")
+        lines.append(f"{NOT_KNOWN}: {', '.join(missing)}")
     if peak := memory_in_words(worker):
-        told.append(peak)
-    return f"engine {worker.engine}{mark} on {host_words(worker)}: {shares_words(worker)}; {'; '.join(told)}"
+        lines.append(peak)
+    return f"engine {worker.engine}{mark} on {host_words(worker)}: {shares_words(worker)}; {'; '.join(lines)}"
 
 
-def _told(fact: Fact) -> str:
+def _fact_text(fact: Fact) -> str:
     is_counted = fact.name == "samples" and fact.words[0].isdecimal()
     return fact.words.replace(" in ", " samples in ", 1) if is_counted else f"{fact.name} {fact.words}"
 
 
 def host_words(worker: WorkerView) -> str:
-    """Its host; not yet escaped for HTML."""
+    """Name an engine's host; not yet escaped for HTML."""
     return one_line(worker.host, limit=MAX_NAME) or "a host without a name"
 
 
 def shares_words(worker: WorkerView) -> str:
-    """The four shares of its time."""
+    """List the four shares of an engine's time."""
     shares = [(name, getattr(worker, name)) for name in SHARES]
     if not any(share for _, share in shares):
         return "no shares of time yet"
@@ -105,14 +105,14 @@ def shares_words(worker: WorkerView) -> str:
 
 
 def device_words(worker: WorkerView) -> str:
-    """Device and torch's threads: "cpu, 2 cores"; what is not known is said."""
+    """Name device and number of torch's threads: "cpu, 2 cores"; it says so where one is not known."""
     device = one_line(worker.device or "", limit=MAX_NAME)
     cores = f"cores {NOT_KNOWN}" if worker.cores is None else counted(worker.cores, "core")
     return f"{device}, {cores}" if device else f"device {NOT_KNOWN}, {cores}"
 
 
 def cpu_words(worker: WorkerView) -> str:
-    """Of one core each 100 %; rounded."""
+    """Return the CPU use in percent, where one core is 100 %; rounded."""
     if worker.cpu_percent is None:
         return ""
     percent = CPU_STEP * round(worker.cpu_percent / CPU_STEP)
@@ -121,14 +121,14 @@ def cpu_words(worker: WorkerView) -> str:
 
 
 def memory_words(worker: WorkerView) -> str:
-    """Resident now, of the host's physical memory."""
+    """Return the resident memory now, of the host's physical memory."""
     if worker.rss_bytes is None:
         return ""
     return amount(worker.rss_bytes) + (f" of {amount(worker.memory_bytes)}" if worker.memory_bytes else "")
 
 
 def samples_words(worker: WorkerView, *, is_exact: bool) -> str:
-    """Samples and steps; while they grow, three digits. Of engines that share a model, one counts for all."""
+    """Count samples and steps, with three digits while they grow; engines that share a model count as one."""
     steps = counted(worker.steps, "step") if is_exact else f"{rounded(worker.steps)} step{'s' * (worker.steps != 1)}"
     if worker.steps and not worker.samples:
         return f"by its team in {steps}"
@@ -136,7 +136,7 @@ def samples_words(worker: WorkerView, *, is_exact: bool) -> str:
 
 
 def shards_words(worker: WorkerView, *, num_shards: int) -> str:
-    """How many shards of each batch it holds."""
+    """Count the shards of each batch that an engine holds."""
     if worker.shards is None:
         return ""
     whole = f" of {num_shards}" if num_shards else ""
@@ -144,7 +144,7 @@ def shards_words(worker: WorkerView, *, num_shards: int) -> str:
 
 
 def heard_words(seconds: float | None) -> str:
-    """How long ago it was heard, in steps that do not change with every look."""
+    """Return the age of the last heartbeat, in steps so coarse that it does not change at every refresh."""
     if seconds is None:
         return ""
     if seconds < _AGES[0]:
@@ -155,7 +155,7 @@ def heard_words(seconds: float | None) -> str:
 
 
 def rounded(count: int) -> str:
-    """Three digits: 12,812 is 12.8 k."""
+    """Write a count with three digits: 12,812 is 12.8 k."""
     for prefix, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size * 0.9995 and count >= 1000:
             return f"{count / size:.3g} {prefix}"

@@ -1,4 +1,4 @@
-"""What a timeline shows, and a plan had predicted, in words; of runs whose model is divided."""
+"""Words for the timeline of a run whose model is divided, and for its plan's prediction."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dnb.planning.step_timeline import FULL_SHARE, Timeline
 from dnb.protocol.measurements import Prediction, StageTraffic
 from dnb.units import amount, milliseconds
 
-# More stages than this are not told one by one.
+# More stages than this are not listed one by one.
 MOST_STAGES = 4
 
 
 def timeline_lines(run: RunView) -> list[str]:
-    """The timeline of a run, a line for each thing, and what was predicted; none of a run that has neither."""
+    """Describe the timeline of a run, a line for each thing, and its prediction; no line if it has neither."""
     lines = words_of(run.timeline, run.prediction) if run.timeline else []
     if run.prediction is not None and (seconds := step_seconds(run, run.prediction)) is not None:
         predicted = milliseconds(run.prediction.step_seconds)
@@ -23,7 +23,7 @@ def timeline_lines(run: RunView) -> list[str]:
 
 
 def words_of(timeline: Timeline, prediction: Prediction | None = None) -> list[str]:
-    """The bubble, what passes between stages, memory, and what to keep in mind."""
+    """Describe the bubble, the traffic between stages, memory, and reservations."""
     lines = [
         headline(timeline, prediction),
         traffic_line(timeline),
@@ -34,33 +34,33 @@ def words_of(timeline: Timeline, prediction: Prediction | None = None) -> list[s
 
 
 def headline(timeline: Timeline, prediction: Prediction | None = None) -> str:
-    """How long the step took, and how much of it went by idle."""
+    """Say how long the step took, and how much of it went by idle."""
     predicted = "" if prediction is None else f" ({milliseconds(prediction.compute_seconds)} predicted)"
     took = f"step {timeline.step:,}: {milliseconds(timeline.seconds)}{predicted} until the last gradient"
     return f"{took}, {bubble(timeline, prediction)}"
 
 
 def bubble(timeline: Timeline, prediction: Prediction | None = None) -> str:
-    """Measured, by the formula, and as predicted."""
-    told = [f"formula {timeline.ideal_bubble:.0%}"]
+    """Write the bubble as measured, by the formula, and as predicted."""
+    lines = [f"formula {timeline.ideal_bubble:.0%}"]
     if prediction is not None and prediction.stage_bytes[1:]:
-        told.append(f"predicted {prediction.bubble:.0%}")
+        lines.append(f"predicted {prediction.bubble:.0%}")
     if timeline.record is not None and timeline.record.num_sampled > 1:
-        told.append(f"median of {timeline.record.num_sampled} steps {timeline.median_bubble:.0%}")
-    return f"bubble {timeline.bubble:.0%} ({', '.join(told)})"
+        lines.append(f"median of {timeline.record.num_sampled} steps {timeline.median_bubble:.0%}")
+    return f"bubble {timeline.bubble:.0%} ({', '.join(lines)})"
 
 
 def traffic_line(timeline: Timeline) -> str:
-    """What passes between stages for every micro-batch."""
+    """List the bytes that pass between stages for every micro-batch."""
     number = max(timeline.num_micro_batches, 1)
     passed = [each for each in timeline.traffic if each.forward_bytes or each.backward_bytes]
     if not passed:
         return "nothing passes between engines"
-    told = list(_stages_in_words(passed, number))
-    if len(told) > MOST_STAGES:
-        told = [*told[:MOST_STAGES], f"{len(told) - MOST_STAGES} more"]
+    lines = list(_stages_in_words(passed, number))
+    if len(lines) > MOST_STAGES:
+        lines = [*lines[:MOST_STAGES], f"{len(lines) - MOST_STAGES} more"]
     whole = sum(each.forward_bytes + each.backward_bytes for each in passed)
-    return f"between stages, per micro-batch: {', '.join(told)}; {amount(whole)} in the step's {number} micro-batches"
+    return f"between stages, per micro-batch: {', '.join(lines)}; {amount(whole)} in the step's {number} micro-batches"
 
 
 def _stages_in_words(passed: Iterable[StageTraffic], number: int) -> Iterator[str]:
@@ -72,7 +72,7 @@ def _stages_in_words(passed: Iterable[StageTraffic], number: int) -> Iterator[st
 
 
 def core_remark(timeline: Timeline) -> str:
-    """Why bars are longer than what is computed in them; empty if engines had their cores to themselves."""
+    """Say why bars are longer than their computing; empty if engines had their cores to themselves."""
     if timeline.core_share >= FULL_SHARE:
         return ""
     return (
@@ -82,25 +82,25 @@ def core_remark(timeline: Timeline) -> str:
 
 
 def memory_line(timeline: Timeline, prediction: Prediction | None = None) -> str:
-    """What each engine held at most; empty if none has said it."""
-    told = []
+    """List the most memory that each engine held; empty if none has reported it."""
+    lines = []
     for engine in [engine for engine in timeline if engine.grown_bytes is not None][:MOST_STAGES]:
         sizes = () if prediction is None else prediction.stage_bytes
         predicted = f" ({amount(sizes[engine.rank])} predicted)" if engine.rank < len(sizes) else ""
-        told.append(f"engine {engine.engine} {amount(max(engine.grown_bytes or 0, 0))}{predicted}")
-    more = f", and {len(timeline) - len(told)} more" if len(told) < len(timeline) else ""
-    return f"memory of the run, at most: {', '.join(told)}{more}" if told else ""
+        lines.append(f"engine {engine.engine} {amount(max(engine.grown_bytes or 0, 0))}{predicted}")
+    more = f", and {len(timeline) - len(lines)} more" if len(lines) < len(timeline) else ""
+    return f"memory of the run, at most: {', '.join(lines)}{more}" if lines else ""
 
 
 def step_seconds(run: RunView, prediction: Prediction) -> float | None:
-    """What a step takes, hub included: the median over the second half of the run so far."""
+    """Return the seconds of a step, hub included: the median over the second half of the run so far."""
     _, speeds = run.history.column("samples_per_second")
     usual = sorted(float(speed) for speed in speeds[len(speeds) // 2 :])
     return prediction.batch_size / usual[len(usual) // 2] if usual and usual[len(usual) // 2] > 0 else None
 
 
 def memory_in_words(worker: WorkerView) -> str:
-    """The most that an engine's process held; empty if it is not known."""
+    """Write the most memory that an engine's process held; empty if it is not known."""
     peak, start = worker.peak_rss_bytes, worker.start_rss_bytes
     if peak is None:
         return ""

@@ -1,4 +1,4 @@
-"""A run as the rules of its diagnosis look at it."""
+"""The facts of a run that the rules of its diagnosis read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RuleFinding:
 
 @dataclass(frozen=True, slots=True)
 class EngineShares:
-    """How an engine spends its time, and which shards it holds; None if that is not known."""
+    """One engine's shares of time, and the shards that it holds; None if those are not known."""
 
     engine: int
     compute: float
@@ -35,13 +35,13 @@ class EngineShares:
 
     @property
     def busy(self) -> float:
-        """Share of the time in which others may have to wait for it."""
+        """The share of the time in which others may have to wait for it."""
         return self.compute + self.data
 
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """A run as the rules look at it.
+    """The facts of a run, as the rules read them.
 
     Args:
         run: the run.
@@ -56,25 +56,25 @@ class RunFacts:
     is_over: bool
 
     def verb(self, now: str, then: str) -> str:
-        """The one that fits."""
+        """Return the form that fits: of now, or of a run that is over."""
         return then if self.is_over else now
 
     def engines(self, one: str, many: str, then: str) -> str:
-        """The active engines, or the only one, with their verb."""
+        """Name the active engines, or the only one, with their verb."""
         if len(self.active) == 1:
             return f"engine {self.active[0].engine} {self.verb(one, then)}"
         return f"engines {self.verb(many, then)}"
 
     def mean(self, share: str) -> float:
-        """Over the active engines."""
+        """Return a share's mean over the active engines."""
         return fmean(getattr(worker, share) for worker in self.active)
 
 
 Rule = Callable[[RunFacts], RuleFinding | None]
 
 
-def look(run: RunView) -> RunFacts:
-    """What the rules need to know of a run."""
+def gather_facts(run: RunView) -> RunFacts:
+    """Gather the facts that the rules need to know of a run."""
     is_over, hung = has_ended(run), hung_engines(run)
     # one that died in the end has spent its time, too: all of a run that has ended count
     apart = {"spare"} if is_over else SET_APART
@@ -83,11 +83,11 @@ def look(run: RunView) -> RunFacts:
         for worker in shown_workers(run)
         if worker.state not in apart and worker.engine not in hung and any(getattr(worker, s) for s in SHARES)
     ]
-    return RunFacts(run, hung, active or (_accounted(run.utilisation) if is_over else []), is_over)
+    return RunFacts(run, hung, active or (_stored_shares(run.utilisation) if is_over else []), is_over)
 
 
-def _accounted(utilisation: Utilisation) -> list[EngineShares]:
-    """How the engines of a run spent its time that is read from its folder, where nothing else is kept of them."""
+def _stored_shares(utilisation: Utilisation) -> list[EngineShares]:
+    """Read the shares of a run that is known from its folder alone, out of its stored utilisation."""
     spans = utilisation.spans(limit=1)
     shares = np.nan_to_num(spans.shares[0]) if len(spans) else np.zeros((0, len(SHARES)))
     return [
@@ -95,13 +95,13 @@ def _accounted(utilisation: Utilisation) -> list[EngineShares]:
     ]
 
 
-def held(seen: RunFacts, shards: tuple[int, ...] | None) -> str:
-    """How many shards that are, as the end of a sentence; empty if it is not known."""
-    if shards is None or not seen.run.num_shards:
+def held(facts: RunFacts, shards: tuple[int, ...] | None) -> str:
+    """Write the number of these shards as the end of a sentence; empty if it is not known."""
+    if shards is None or not facts.run.num_shards:
         return ""
-    return f"; it holds {len(shards)} of {counted(seen.run.num_shards, 'shard')}"
+    return f"; it holds {len(shards)} of {counted(facts.run.num_shards, 'shard')}"
 
 
 def percent(share: float) -> str:
-    """As the sentences write it."""
+    """Write a share as the sentences do."""
     return f"{share:.0%}".replace("%", " %")

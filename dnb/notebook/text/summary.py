@@ -22,7 +22,7 @@ __all__ = [
     "rate", "run_name", "status_sentence", "summary", "time_left", "worker_line",
 ]  # fmt: skip
 
-# As many of the last events are told in a summary.
+# As many of the last events are listed in a summary.
 MAX_EVENTS = 5
 _NAMES = {"lr": "learning rate", "grad_norm": "gradient norm"}
 # Kinds of events by which engines come and go.
@@ -30,23 +30,23 @@ MEMBERSHIP = frozenset({"died", "left", "joined", "removed", "reassigned"})
 
 
 class Stream(Protocol):
-    """Where lines go."""
+    """A text stream, as far as a reporter needs it."""
 
     def write(self, text: str, /) -> object:
-        """Take some text."""
+        """Write some text."""
 
     def flush(self) -> None:
-        """Let it be seen."""
+        """Flush what was written, so that it is seen."""
 
 
 def last_value(run: RunView, key: str) -> float | None:
-    """The newest value under `key`, or None if there is none."""
+    """Return the newest value under `key`, or None if there is none."""
     _, values = run.history.column(key)
     return float(values[-1]) if len(values) else None
 
 
 def rate(run: RunView) -> float | None:
-    """Samples per second: recent while the run goes on, of the whole run when it has ended."""
+    """Return samples per second: recent while the run goes on, of the whole run when it has ended."""
     total = sum(worker.samples for worker in run.workers)
     if has_ended(run) and total and run.elapsed_seconds > 0:
         return total / run.elapsed_seconds
@@ -54,7 +54,7 @@ def rate(run: RunView) -> float | None:
 
 
 def status_sentence(run: RunView) -> str:
-    """How the run is doing, in one sentence of plain text (not yet escaped for HTML)."""
+    """Describe the state of a run in one sentence of plain text (not yet escaped for HTML)."""
     if run.status in {"failed", "paused"}:
         return _reason(run)
     if run.status == "finished":
@@ -65,7 +65,7 @@ def status_sentence(run: RunView) -> str:
 
 
 def progress_line(run: RunView) -> str:
-    """The run on one line, for logs and for front ends without widgets."""
+    """Describe the run on one line, for logs and for front ends without widgets."""
     if run.status not in {"starting", "running"}:
         return f"{run_name(run)}: {status_sentence(run)}"
     parts = [f"{run_name(run)}: step {run.step}/{run.num_steps}"]
@@ -78,7 +78,7 @@ def progress_line(run: RunView) -> str:
 
 
 def pace(run: RunView) -> list[str]:
-    """Samples per second and time left, as far as they are known."""
+    """Write samples per second and time left, as far as they are known."""
     per_second = rate(run)
     known = [] if per_second is None else [f"{per_second:,.0f} samples/s"]
     if run.seconds_left is not None and run.status == "running":
@@ -87,18 +87,18 @@ def pace(run: RunView) -> list[str]:
 
 
 def run_name(run: RunView) -> str:
-    """Its name on one line; not yet escaped for HTML."""
+    """Return the run's name on one line; not yet escaped for HTML."""
     return one_line(run.name, limit=60)
 
 
 def summary(run: RunView) -> str:
-    """All that a chart of the run shows, in words: what is stored beside it, and read out."""
+    """Describe all that a chart of the run shows in words: they are stored beside it, and read out."""
     lines = [f"{run_name(run)}: {status_sentence(run)}"]
     lines += [finding.text for finding in findings(run)]
     values = [text for key in _keys_to_tell(run) if (text := _column_in_words(run, key))]
     lines += values or ["no step was committed" if has_ended(run) else "no step yet"]
-    if told := hash_in_words(run):
-        lines.append(f"{told} over all parameters")
+    if digest := hash_in_words(run):
+        lines.append(f"{digest} over all parameters")
     per_second = rate(run)
     if per_second is not None:
         lines.append(f"{per_second:,.0f} samples/s{' on average' if has_ended(run) else ''}")
@@ -107,7 +107,7 @@ def summary(run: RunView) -> str:
 
 
 def _engines_in_words(run: RunView) -> list[str]:
-    """A line for each, as it has a card; of as many as share a heat map only what that shows."""
+    """Describe each engine on a line, as its card does; engines that share a heat map only by its figures."""
     workers, hung = shown_workers(run), hung_engines(run)
     if len(workers) > MOST_CARDS:
         return crowd_lines(workers, hung=hung)
@@ -116,13 +116,13 @@ def _engines_in_words(run: RunView) -> list[str]:
 
 def _events_in_words(events: Sequence[EventView]) -> list[str]:
     events = [event for event in events if event.kind != "output"]  # those who wait have read it
-    told = [f"step {event.step:,}: {one_line(event.text) or one_line(event.kind)}" for event in events[-MAX_EVENTS:]]
-    more = len(events) - len(told)
-    return [f"last {counted(len(told), 'event')} of {more + len(told):,}:", *told] if more else told
+    lines = [f"step {event.step:,}: {one_line(event.text) or one_line(event.kind)}" for event in events[-MAX_EVENTS:]]
+    more = len(events) - len(lines)
+    return [f"last {counted(len(lines), 'event')} of {more + len(lines):,}:", *lines] if more else lines
 
 
 def hash_in_words(run: RunView) -> str:
-    """The newest hash of the parameters, which every engine's copy was held against; "" before the first."""
+    """Return the newest hash of the parameters, to which every engine's copy was compared; "" before the first."""
     steps, values = run.history.column("digest")
     return f"one hash {int(values[-1]):08x} at step {steps[-1]:,}" if len(values) else ""
 
@@ -177,7 +177,7 @@ class TextReporter:
 
 
 def _reason(run: RunView) -> str:
-    """The error says where it happened, if it knows: in words that begin with the status or with the step."""
+    """Say why the run failed or paused; the error names the step, if it knows it, or the status and step do."""
     error = one_line(run.error or "")
     if not error:
         return f"{run.status} at step {run.step:,}"
@@ -197,13 +197,13 @@ def _going_on(run: RunView) -> str:
     verb = "starting" if run.status == "starting" else "training"
     # engines that join before the first step are what was asked for
     changes = [event for event in run.events if event.kind in MEMBERSHIP and event.step > 0]
-    if told := hash_in_words(run):
-        where += f", {told}"
+    if text := hash_in_words(run):
+        where += f", {text}"
     if not changes:
         return f"{verb}{where}"
     step = changes[-1].step
-    told = ", ".join(one_line(event.text) for event in changes if event.step == step)
-    return f"{verb}{where}; after step {step:,}: {one_line(told)}"
+    text = ", ".join(one_line(event.text) for event in changes if event.step == step)
+    return f"{verb}{where}; after step {step:,}: {one_line(text)}"
 
 
 def _keys_to_tell(run: RunView) -> list[str]:
@@ -212,7 +212,7 @@ def _keys_to_tell(run: RunView) -> list[str]:
 
 
 def _column_in_words(run: RunView, key: str) -> str | None:
-    """The last value, and the best if it is a loss, the range if it is a metric (its good end is not known)."""
+    """Describe the last value, and the best of a loss, the range of a metric (its good end is not known)."""
     steps, values = run.history.column(key)
     if not len(values):
         return None

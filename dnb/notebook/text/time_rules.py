@@ -1,4 +1,4 @@
-"""What the engines' time says of a run; the first rule that finds something is enough."""
+"""Rules that read the engines' time; the first rule that finds something is enough."""
 
 from __future__ import annotations
 
@@ -32,45 +32,46 @@ SHORT_STEP_SECONDS = 0.02
 RECENT_STEPS = 200
 
 
-def _bubble(seen: RunFacts) -> RuleFinding | None:
-    timeline = seen.run.timeline
+def _bubble(facts: RunFacts) -> RuleFinding | None:
+    timeline = facts.run.timeline
     if not timeline or timeline.median_bubble < BUBBLE_SHARE:
         return None
     share, formula = timeline.median_bubble, timeline.ideal_bubble
-    told = (
-        f"the pipeline's engines {seen.verb('stand', 'stood')} still for {percent(share)} of a step "
+    text = (
+        f"the pipeline's engines {facts.verb('stand', 'stood')} still for {percent(share)} of a step "
         f"(formula: {percent(formula)})"
     )
     if share - formula < BUBBLE_GAP:
-        return RuleFinding("bubble", f"{told}: more micro-batches would make that less")
+        return RuleFinding("bubble", f"{text}: more micro-batches would make that less")
     if timeline.core_share < FULL_SHARE:
-        return RuleFinding("bubble, cores", f"{told}: they {seen.verb('share', 'shared')} cores with others")
+        return RuleFinding("bubble, cores", f"{text}: they {facts.verb('share', 'shared')} cores with others")
     busy = {engine.engine: busy_seconds(engine.actions) for engine in timeline}
     slowest = max(busy, key=lambda engine: busy[engine])
     ratio = busy[slowest] / fmean(busy.values())
     if ratio > UNEQUAL_STAGES:
-        verb = seen.verb("computes", "computed")
+        verb = facts.verb("computes", "computed")
         return RuleFinding(
-            f"bubble {slowest}", f"{told}: engine {slowest} {verb} {percent(ratio - 1)} longer than the mean"
+            f"bubble {slowest}", f"{text}: engine {slowest} {verb} {percent(ratio - 1)} longer than the mean"
         )
-    return RuleFinding("bubble", told)
+    return RuleFinding("bubble", text)
 
 
-def _nothing_to_do(seen: RunFacts) -> RuleFinding | None:
-    empty = [worker.engine for worker in seen.active if worker.shards is not None and not worker.shards]
-    if seen.is_over or not empty or len(empty) == len(seen.active) or not seen.run.num_shards:
+def _nothing_to_do(facts: RunFacts) -> RuleFinding | None:
+    empty = [worker.engine for worker in facts.active if worker.shards is not None and not worker.shards]
+    if facts.is_over or not empty or len(empty) == len(facts.active) or not facts.run.num_shards:
         return None
     verb = "holds" if len(empty) == 1 else "hold"
     return RuleFinding(
-        f"no shards {empty}", f"{numbered(empty)} {verb} none of the {counted(seen.run.num_shards, 'shard')} of a batch"
+        f"no shards {empty}",
+        f"{numbered(empty)} {verb} none of the {counted(facts.run.num_shards, 'shard')} of a batch",
     )
 
 
-def _slowest(seen: RunFacts) -> RuleFinding | None:
-    """One engine waits much less than all others: it is the one they wait for."""
-    if len(seen.active) < 2:
+def _slowest(facts: RunFacts) -> RuleFinding | None:
+    """Find one engine that waits much less than all others: it is the one they wait for."""
+    if len(facts.active) < 2:
         return None
-    least, *others = sorted(seen.active, key=lambda worker: worker.wait)
+    least, *others = sorted(facts.active, key=lambda worker: worker.wait)
     waiting = [worker for worker in others if worker.wait >= WAIT_SHARE]
     # if two of them wait equally little, neither is the one
     if len(waiting) < len(others) or others[0].wait - least.wait < SLOWEST_GAP:
@@ -79,59 +80,59 @@ def _slowest(seen: RunFacts) -> RuleFinding | None:
     if least.busy <= max(other.busy for other in others):
         return None
     longest = waiting[-1]
-    why = f"engine {least.engine} {seen.verb('is', 'was')} the slowest"
+    why = f"engine {least.engine} {facts.verb('is', 'was')} the slowest"
     if least.data >= max(least.compute, DATA_SHARE):
-        why += f", as it {seen.verb('loads', 'loaded')} data {percent(least.data)} of the time"
-    who = f"engine {longest.engine} {seen.verb('waits', 'waited')} {percent(longest.wait)} of the time"
+        why += f", as it {facts.verb('loads', 'loaded')} data {percent(least.data)} of the time"
+    who = f"engine {longest.engine} {facts.verb('waits', 'waited')} {percent(longest.wait)} of the time"
     if len(waiting) > 1:
         # the median: one of many that waits most would say little of the others
         typical = median(worker.wait for worker in waiting)
-        who = f"{len(waiting)} engines {seen.verb('wait', 'waited')} {percent(typical)} of the time"
-    shards = "" if seen.is_over else held(seen, least.shards)
+        who = f"{len(waiting)} engines {facts.verb('wait', 'waited')} {percent(typical)} of the time"
+    shards = "" if facts.is_over else held(facts, least.shards)
     return RuleFinding(f"slowest {least.engine}", f"{who}: {why}{shards}")
 
 
-def _data(seen: RunFacts) -> RuleFinding | None:
-    if not seen.active or seen.mean("data") < DATA_SHARE:
+def _data(facts: RunFacts) -> RuleFinding | None:
+    if not facts.active or facts.mean("data") < DATA_SHARE:
         return None
-    told = f"{seen.engines('loads', 'load', 'loaded')} data {percent(seen.mean('data'))} of the time"
-    return RuleFinding("data", f"{told}: try a dataset that does less for each sample, or holds ready tensors")
+    text = f"{facts.engines('loads', 'load', 'loaded')} data {percent(facts.mean('data'))} of the time"
+    return RuleFinding("data", f"{text}: try a dataset that does less for each sample, or holds ready tensors")
 
 
-def _exchange(seen: RunFacts) -> RuleFinding | None:
-    """Even the busiest engine waits."""
-    if not seen.active or min(worker.wait for worker in seen.active) < WAIT_SHARE:
+def _exchange(facts: RunFacts) -> RuleFinding | None:
+    """Find a run in which even the busiest engine waits."""
+    if not facts.active or min(worker.wait for worker in facts.active) < WAIT_SHARE:
         return None
-    least = min(worker.wait for worker in seen.active)
-    many = len(seen.active) > 1
-    who = "every engine" if many else f"engine {seen.active[0].engine}"
-    told = f"{who} {seen.verb('waits', 'waited')} {'at least ' * many}{percent(least)} of the time"
-    seconds = _step_seconds(seen.run)
+    least = min(worker.wait for worker in facts.active)
+    many = len(facts.active) > 1
+    who = "every engine" if many else f"engine {facts.active[0].engine}"
+    text = f"{who} {facts.verb('waits', 'waited')} {'at least ' * many}{percent(least)} of the time"
+    seconds = _step_seconds(facts.run)
     if seconds is not None and seconds < SHORT_STEP_SECONDS:
-        reason = f"steps {seen.verb('are', 'were')} short ({milliseconds(seconds)})"
+        reason = f"steps {facts.verb('are', 'were')} short ({milliseconds(seconds)})"
     else:
         reason = "for the hub, or for each other in turn" if many else "for the hub"
-    return RuleFinding("exchange", f"{told}, {'as ' * reason.startswith('steps')}{reason}: try a larger batch_size")
+    return RuleFinding("exchange", f"{text}, {'as ' * reason.startswith('steps')}{reason}: try a larger batch_size")
 
 
-def _idle(seen: RunFacts) -> RuleFinding | None:
-    if not seen.active or seen.mean("idle") < IDLE_SHARE:
+def _idle(facts: RunFacts) -> RuleFinding | None:
+    if not facts.active or facts.mean("idle") < IDLE_SHARE:
         return None
-    many = len(seen.active) > 1
-    told = f"{seen.engines('is', 'are', 'were' if many else 'was')} idle {percent(seen.mean('idle'))} of the time"
-    return RuleFinding("idle", f"{told}: the run {seen.verb('has', 'had')} no work for {'them' if many else 'it'} then")
+    many = len(facts.active) > 1
+    text = f"{facts.engines('is', 'are', 'were' if many else 'was')} idle {percent(facts.mean('idle'))} of the time"
+    return RuleFinding("idle", f"{text}: the run {facts.verb('has', 'had')} no work for {'them' if many else 'it'} then")
 
 
-def _computing(seen: RunFacts) -> RuleFinding | None:
-    if not seen.active or seen.mean("compute") < COMPUTE_SHARE:
+def _computing(facts: RunFacts) -> RuleFinding | None:
+    if not facts.active or facts.mean("compute") < COMPUTE_SHARE:
         return None
-    told = f"{seen.engines('computes', 'compute', 'computed')} {percent(seen.mean('compute'))} of the time"
-    return RuleFinding("computing", told)
+    text = f"{facts.engines('computes', 'compute', 'computed')} {percent(facts.mean('compute'))} of the time"
+    return RuleFinding("computing", text)
 
 
-def _mixed(seen: RunFacts) -> RuleFinding | None:
-    """No share stands out: all that are worth a word."""
-    if not seen.active:
+def _mixed(facts: RunFacts) -> RuleFinding | None:
+    """List all shares worth a word, when none stands out."""
+    if not facts.active:
         return None
     verbs = {
         "compute": ("computes", "compute", "computed"),
@@ -139,20 +140,20 @@ def _mixed(seen: RunFacts) -> RuleFinding | None:
         "data": ("loads data", "load data", "loaded data"),
         "idle": ("is idle", "are idle", "idled"),
     }
-    one = len(seen.active) == 1
-    means = sorted(((seen.mean(share), share) for share in SHARES), reverse=True)
-    told = [
-        f"{seen.verb(verbs[share][0 if one else 1], verbs[share][2])} {percent(mean)}"
+    one = len(facts.active) == 1
+    means = sorted(((facts.mean(share), share) for share in SHARES), reverse=True)
+    lines = [
+        f"{facts.verb(verbs[share][0 if one else 1], verbs[share][2])} {percent(mean)}"
         for mean, share in means
         if mean >= LEAST_SHARE
     ]
-    first, *rest = told
-    who = f"engine {seen.active[0].engine}" if one else "engines"
+    first, *rest = lines
+    who = f"engine {facts.active[0].engine}" if one else "engines"
     return RuleFinding("mixed", f"{who} {listed([f'{first} of the time', *rest])}")
 
 
 def _step_seconds(run: RunView) -> float | None:
-    """The median of the last steps, by the times at which they were committed; None if that is not known."""
+    """Return the median of the last steps, by the times at which they were committed; None if it is not known."""
     _, seconds = run.history.column("seconds")
     return float(np.median(np.diff(seconds[-RECENT_STEPS:]))) if len(seconds) > 2 else None
 

@@ -5,9 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from dnb.notebook.charts import run_figure as figures
-from dnb.notebook.charts import subplots as panels
-from dnb.notebook.charts import utilisation as usage_panel
+from dnb.notebook.charts import run_figure, subplots, utilisation
 from dnb.notebook.charts.event_markers import MAX_MARKERS, Ranges, marker_part
 from dnb.notebook.charts.x_axis import abscissa
 from dnb.notebook.pages.snapshot import bundle
@@ -64,7 +62,7 @@ def test_a_marker_of_several_kinds_counts_them_with_the_gravest_first():
 
 def test_a_marker_looks_like_the_gravest_of_its_events():
     _, shapes = event_markers([event("joined", 7, 2), event("died", 7, 0)], last_step=20)
-    assert shapes[0]["line"]["color"] == panels.VERMILION
+    assert shapes[0]["line"]["color"] == subplots.VERMILION
 
 
 def test_kinds_differ_by_more_than_colour():
@@ -100,19 +98,19 @@ def test_markers_stay_where_they_are_while_the_curve_grows():
 
 
 def test_a_marker_changes_the_layout_and_no_trace():
-    plain, marked = (figures.figure(run_with(events)) for events in ([], [event("died", 4, 1)]))
-    assert [panels.changes(a, b) for a, b in zip(plain["data"], marked["data"], strict=True)] == [{}] * 14
-    assert set(panels.changes(plain["layout"], marked["layout"])) == {"annotations", "shapes"}
+    plain, marked = (run_figure.figure(run_with(events)) for events in ([], [event("died", 4, 1)]))
+    assert [subplots.changes(a, b) for a, b in zip(plain["data"], marked["data"], strict=True)] == [{}] * 14
+    assert set(subplots.changes(plain["layout"], marked["layout"])) == {"annotations", "shapes"}
 
 
 def test_without_a_step_there_is_no_axis_to_mark():
-    figure = figures.figure(run_with([event("died", 4, 1)], num_steps=0))
+    figure = run_figure.figure(run_with([event("died", 4, 1)], num_steps=0))
     assert figure["layout"]["shapes"] == []
 
 
 def test_markers_of_a_thousand_events_are_under_40_kilobytes():
     events = [event("died", 1 + n, n, "engine died " + "x" * 500) for n in range(1000)]
-    layout = figures.figure(run_with(events, num_steps=1000))["layout"]
+    layout = run_figure.figure(run_with(events, num_steps=1000))["layout"]
     assert len(json.dumps([layout["annotations"], layout["shapes"]])) < 40_000
 
 
@@ -123,4 +121,4 @@ def test_a_stored_picture_shows_the_markers():
 
 @pytest.mark.parametrize(("state", "label"), [("left", "engine 2<br>(left)"), ("spare", "engine 2<br>(spare)")])
 def test_engines_that_do_not_take_part_are_called_what_they_are(state: str, label: str):
-    assert usage_panel.engine_label(FakeWorker(engine=2, state=state), num_engines=4) == label
+    assert utilisation.engine_label(FakeWorker(engine=2, state=state), num_engines=4) == label

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from IPython.core.formatters import DisplayFormatter
 
-from dnb.notebook.charts import gantt
-from dnb.notebook.charts import run_figure as figures
+from dnb.notebook.charts import gantt, run_figure
 from dnb.notebook.pages import snapshot
 from dnb.notebook.pages.drawers import register_drawers
 from dnb.notebook.text.summary import progress_line, summary, worker_line
@@ -24,16 +23,16 @@ def divided_run(**others) -> FakeRun:
 
 
 def rows(run: FakeRun) -> dict[str, dict]:
-    return {trace["name"]: trace for trace in figures.figure(run)["data"] if trace.get("xaxis") == "x3"}
+    return {trace["name"]: trace for trace in run_figure.figure(run)["data"] if trace.get("xaxis") == "x3"}
 
 
 def words(run: FakeRun) -> list[str]:
-    return [note["text"] for note in figures.figure(run)["layout"]["annotations"]]
+    return [note["text"] for note in run_figure.figure(run)["layout"]["annotations"]]
 
 
 def test_the_figure_of_a_run_that_is_not_divided_has_no_timeline():
     run = FakeRun(step=2, history=FakeHistory(loss=[1.0, 0.5]), workers=[FakeWorker()])
-    assert "xaxis3" not in figures.figure(run)["layout"]
+    assert "xaxis3" not in run_figure.figure(run)["layout"]
     assert rows(run) == {}
 
 
@@ -170,10 +169,10 @@ def test_the_live_figure_takes_the_timeline_in_when_it_comes():
 
     run = divided_run()
     timeline, run.timeline = run.timeline, Timeline(None)
-    live = LiveFigure(figures.figure(run))
+    live = LiveFigure(run_figure.figure(run))
     run.timeline = timeline
-    live.paint(figures.figure(run))
-    live.paint(figures.figure(run))
+    live.paint(run_figure.figure(run))
+    live.paint(run_figure.figure(run))
     assert len(live.data) == 14 + len(gantt.KINDS)
-    assert live.layout.height > figures.UPPER_PIXELS
+    assert live.layout.height > run_figure.UPPER_PIXELS
     live.close()

@@ -1,17 +1,17 @@
 import pytest
 
-from dnb.notebook.charts import run_figure as figures
+from dnb.notebook.charts import run_figure
 from tests.fake_runs import FakeHistory, FakeRun, FakeWorker
 from tests.full_runs import full_run
 
 
 def trace(run: FakeRun, axis: str, *, x: str = "step") -> dict:
-    (found,) = [trace for trace in figures.figure(run, x=x)["data"] if trace.get("yaxis") == axis]
+    (found,) = [trace for trace in run_figure.figure(run, x=x)["data"] if trace.get("yaxis") == axis]
     return found
 
 
 def words(run: FakeRun, axis: str) -> list[str]:
-    notes = figures.figure(run)["layout"]["annotations"]
+    notes = run_figure.figure(run)["layout"]["annotations"]
     return [note["text"] for note in notes if note["yref"] == f"{axis} domain"]
 
 
@@ -45,7 +45,7 @@ def test_small_panels_of_a_long_run_have_few_points():
 
 def test_by_samples_the_x_axis_counts_them():
     run = FakeRun(step=3, history=FakeHistory(loss=[3.0, 2.0, 1.0]))
-    assert figures.figure(run, x="samples")["data"][1]["x"].tolist() == [64, 128, 192]
+    assert run_figure.figure(run, x="samples")["data"][1]["x"].tolist() == [64, 128, 192]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_by_samples_the_x_axis_counts_them():
 )
 def test_by_time_the_x_axis_counts_seconds_minutes_or_hours(elapsed_seconds, unit, places):
     run = FakeRun(step=2, history=FakeHistory(loss=[3.0, 2.0], seconds=[36.0, 90.0]), elapsed_seconds=elapsed_seconds)
-    drawn = figures.figure(run, x="time")
+    drawn = run_figure.figure(run, x="time")
     assert drawn["data"][1]["x"] == pytest.approx(places)
     assert drawn["layout"]["xaxis"]["title"]["text"] == f"time since it was submitted ({unit})"
 
@@ -62,25 +62,25 @@ def test_by_time_the_x_axis_counts_seconds_minutes_or_hours(elapsed_seconds, uni
 def test_an_evaluation_stands_at_the_time_of_its_step():
     run = FakeRun(step=2, history=FakeHistory(loss=[3.0, 2.0], seconds=[0.5, 90.0]))
     run.history.set("val_loss", [2.5], steps=[2])
-    assert figures.figure(run, x="time")["data"][2]["x"].tolist() == [90.0]
+    assert run_figure.figure(run, x="time")["data"][2]["x"].tolist() == [90.0]
 
 
 def test_without_times_the_x_axis_says_that_it_counts_steps():
     run = FakeRun(step=2, history=FakeHistory(loss=[3.0, 2.0]), workers=[FakeWorker()])
-    figure = figures.figure(run, x="time")
+    figure = run_figure.figure(run, x="time")
     assert figure["layout"]["xaxis"]["title"]["text"] == "step (times were not measured)"
 
 
 def test_positions_travel_as_four_bytes():
     for kind in ("step", "samples", "time"):
-        assert figures.figure(full_run(), x=kind)["data"][0]["x"].dtype.itemsize == 4
+        assert run_figure.figure(full_run(), x=kind)["data"][0]["x"].dtype.itemsize == 4
 
 
 def test_axes_of_one_quantity_are_matched():
-    layout = figures.figure(full_run())["layout"]
+    layout = run_figure.figure(full_run())["layout"]
     assert layout["xaxis7"]["matches"] == "x"
 
 
 def test_an_unknown_axis_is_refused_with_the_ones_that_there_are():
     with pytest.raises(Exception, match="x='steps' is no x axis"):
-        figures.figure(full_run(), x="steps")
+        run_figure.figure(full_run(), x="steps")

@@ -1,10 +1,7 @@
 import numpy as np
 import pytest
 
-from dnb.notebook.charts import curves
-from dnb.notebook.charts import run_figure as figures
-from dnb.notebook.charts import subplots as panels
-from dnb.notebook.charts import utilisation as usage_panel
+from dnb.notebook.charts import curves, run_figure, subplots, utilisation
 from tests.fake_runs import FakeHistory, FakeRun, FakeWorker, long_run
 
 
@@ -20,14 +17,14 @@ def curve(values: list[float]) -> curves.Curve:
 
 def traces(run: FakeRun) -> dict[str, dict]:
     keys = ["raw", "smooth", "validation", "compute", "wait", "data", "idle"]
-    return dict(zip(keys, figures.figure(run)["data"], strict=False))
+    return dict(zip(keys, run_figure.figure(run)["data"], strict=False))
 
 
 def remarks(run: FakeRun) -> list[str]:
-    """What is said in the panels, but for their names and what is missing in the small ones."""
+    """The words in the subplots, but for their names and what is missing in the small ones."""
     return [
         note["text"]
-        for note in figures.figure(run)["layout"]["annotations"]
+        for note in run_figure.figure(run)["layout"]["annotations"]
         if note["yanchor" if "yanchor" in note else "y"] != "bottom" and note["yref"] in ("y domain", "y2 domain")
     ]
 
@@ -185,7 +182,7 @@ def test_each_engine_has_a_bar():
 
 
 def test_a_dead_engine_is_called_dead():
-    assert usage_panel.engine_label(FakeWorker(engine=2, state="dead"), num_engines=4) == "engine 2<br>(dead)"
+    assert utilisation.engine_label(FakeWorker(engine=2, state="dead"), num_engines=4) == "engine 2<br>(dead)"
 
 
 def test_the_parts_of_a_bar_are_the_shares():
@@ -213,21 +210,21 @@ def test_bars_of_an_ended_run_show_the_whole_of_it():
 
 
 def test_the_zoom_survives_because_uirevision_is_constant():
-    layouts = [figures.figure(run)["layout"] for run in (run_with([0.5]), long_run())]
+    layouts = [run_figure.figure(run)["layout"] for run in (run_with([0.5]), long_run())]
     assert layouts[0]["uirevision"] == layouts[1]["uirevision"]
 
 
 def test_text_has_contrast_on_white_and_on_the_dark_theme():
-    ink = brightness(panels.INK) + 0.05
+    ink = brightness(subplots.INK) + 0.05
     assert min(1.05 / ink, ink / (brightness("#111111") + 0.05)) > 4.2
 
 
 def test_changes_of_equal_figures_are_empty():
-    old, new = (figures.figure(run_with([0.5, float("nan")])) for _ in range(2))
-    assert panels.changes(old["layout"], new["layout"]) == {}
-    assert [panels.changes(a, b) for a, b in zip(old["data"], new["data"], strict=True)] == [{}] * 14
+    old, new = (run_figure.figure(run_with([0.5, float("nan")])) for _ in range(2))
+    assert subplots.changes(old["layout"], new["layout"]) == {}
+    assert [subplots.changes(a, b) for a, b in zip(old["data"], new["data"], strict=True)] == [{}] * 14
 
 
 def test_changes_after_a_step_leave_styles_out():
-    old, new = (figures.figure(run_with([0.5] * size))["data"][1] for size in (2, 3))
-    assert set(panels.changes(old, new)) == {"x", "y"}
+    old, new = (run_figure.figure(run_with([0.5] * size))["data"][1] for size in (2, 3))
+    assert set(subplots.changes(old, new)) == {"x", "y"}

@@ -3,8 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dnb.notebook.charts import run_figure as figures
-from dnb.notebook.charts import utilisation as usage_panel
+from dnb.notebook.charts import run_figure, utilisation
 from dnb.notebook.pages.snapshot import plotly_json
 from dnb.planning.utilisation import Utilisation
 from tests.fake_runs import FakeHistory, FakeRun, FakeWorker, usage_rows
@@ -19,11 +18,11 @@ def run_with(*, num_engines: int = 2, num_rows: int = 4, **others) -> FakeRun:
 
 
 def areas(run: FakeRun, *, x: str = "step") -> list[dict]:
-    return [trace for trace in figures.figure(run, x=x)["data"] if "stackgroup" in trace]
+    return [trace for trace in run_figure.figure(run, x=x)["data"] if "stackgroup" in trace]
 
 
 def heat(run: FakeRun) -> list[dict]:
-    return [trace for trace in figures.figure(run)["data"] if trace["type"] == "heatmap"]
+    return [trace for trace in run_figure.figure(run)["data"] if trace["type"] == "heatmap"]
 
 
 def test_each_engine_has_a_strip_with_an_area_for_each_share():
@@ -50,7 +49,7 @@ def test_where_an_engine_did_not_take_part_its_strip_is_empty():
 
 
 def test_areas_have_the_colours_and_patterns_of_the_bars():
-    bars = [trace for trace in figures.figure(run_with())["data"] if trace["type"] == "bar"]
+    bars = [trace for trace in run_figure.figure(run_with())["data"] if trace["type"] == "bar"]
     for bar, area in zip(bars, areas(run_with()), strict=False):
         assert (bar["marker"]["color"], bar["marker"]["pattern"]) == (area["fillcolor"], area["fillpattern"])
 
@@ -75,27 +74,27 @@ def test_an_engine_that_is_gone_leaves_a_gap_in_a_heat_map():
 
 
 def test_beside_64_rows_stand_as_many_names_as_have_room():
-    layout = figures.figure(run_with(num_engines=64))["layout"]
+    layout = run_figure.figure(run_with(num_engines=64))["layout"]
     assert layout["yaxis2"]["ticktext"][:2] == ["engine 0", "engine 8"]
 
 
 def test_dead_engines_of_a_heat_map_are_named_below_it():
     run = run_with(num_engines=12)
     run.workers = [replace(worker, state="dead" if worker.engine == 5 else "busy") for worker in run.workers]
-    assert "engines 5 dead" in figures.figure(run)["layout"]["xaxis2"]["title"]["text"]
+    assert "engines 5 dead" in run_figure.figure(run)["layout"]["xaxis2"]["title"]["text"]
 
 
 def test_without_spans_the_panel_says_so_in_its_own_place():
     run = FakeRun(step=1, history=FakeHistory(loss=[0.5]), workers=[FakeWorker()])
-    notes = {note["text"]: (note["xref"], note["yref"]) for note in figures.figure(run)["layout"]["annotations"]}
+    notes = {note["text"]: (note["xref"], note["yref"]) for note in run_figure.figure(run)["layout"]["annotations"]}
     assert notes["not recorded yet"] == ("x7 domain", "y10 domain")
     assert len(areas(run)) == 4  # plotly makes no panel that has no trace
 
 
 def test_a_strip_keeps_its_place_while_the_run_grows():
-    few, many = (figures.figure(run_with(num_rows=n))["layout"]["yaxis10"]["domain"] for n in (3, 30))
+    few, many = (run_figure.figure(run_with(num_rows=n))["layout"]["yaxis10"]["domain"] for n in (3, 30))
     assert few == many
 
 
 def test_a_dead_engine_is_called_dead():
-    assert usage_panel.engine_label(FakeWorker(engine=2, state="dead"), num_engines=4) == "engine 2<br>(dead)"
+    assert utilisation.engine_label(FakeWorker(engine=2, state="dead"), num_engines=4) == "engine 2<br>(dead)"

@@ -6,8 +6,7 @@ from typing import Any
 import comm
 import pytest
 
-from dnb.notebook.charts import run_figure as figures
-from dnb.notebook.charts import subplots as panels
+from dnb.notebook.charts import run_figure, subplots
 from dnb.notebook.charts.loss import with_loss_scale
 from dnb.notebook.charts.svg_image import SVG_MIME
 from dnb.notebook.live import display
@@ -102,14 +101,16 @@ def test_no_panel_reaches_below_the_figure_which_plotly_would_refuse():
         engines = tuple(range(num_engines))
         run = FakeRun(workers=[FakeWorker(engine=engine) for engine in engines])
         run.utilisation.extend(usage_rows(3, engines=engines))
-        axes = [part for part in figures.figure(run)["layout"].values() if isinstance(part, dict) and "domain" in part]
+        axes = [
+            part for part in run_figure.figure(run)["layout"].values() if isinstance(part, dict) and "domain" in part
+        ]
         assert all(0 <= end <= 1 for axis in axes for end in axis["domain"])
 
 
 def test_a_page_is_told_of_a_figure_when_it_is_whole(monkeypatch):
     told, make = [], comm.create_comm
     monkeypatch.setattr(comm, "create_comm", lambda **args: told.append(args["data"]["state"]) or make(**args))
-    figure = LiveFigure(figures.figure(long_run(num_steps=100)))
+    figure = LiveFigure(run_figure.figure(long_run(num_steps=100)))
     whole = next(state for state in told if state["_model_name"] == figure._model_name and "_widget_data" in state)
     assert len(whole["_widget_data"]) == len(figure.data) > 0
     assert whole["_widget_layout"]["height"] == figure.layout.height
@@ -118,41 +119,41 @@ def test_a_page_is_told_of_a_figure_when_it_is_whole(monkeypatch):
 
 def test_a_refresh_of_a_long_run_sends_less_than_20_kilobytes():
     run = long_run(num_steps=100_000, num_engines=4)
-    figure, controls = LiveFigure(figures.figure(run)), Controls(run)
+    figure, controls = LiveFigure(run_figure.figure(run)), Controls(run)
     wire = Wire(figure, *controls.widgets)
     advance(run)
-    figure.paint(figures.figure(run))
+    figure.paint(run_figure.figure(run))
     controls.refresh()
     assert 8_000 < wire.num_bytes() < 20_000
 
 
 def test_a_refresh_is_one_update_of_the_figure():
     run = long_run(num_steps=5000)
-    figure = LiveFigure(figures.figure(run))
+    figure = LiveFigure(run_figure.figure(run))
     wire = Wire(figure)
     advance(run)
-    figure.paint(figures.figure(run))
+    figure.paint(run_figure.figure(run))
     assert sum(bool(state.get("_py2js_update")) for state in wire.states()) == 1
 
 
 def test_a_refresh_without_news_sends_nothing():
     run = long_run(num_steps=5000)
-    figure = LiveFigure(figures.figure(run))
+    figure = LiveFigure(run_figure.figure(run))
     wire = Wire(figure)
-    figure.paint(figures.figure(run))
+    figure.paint(run_figure.figure(run))
     assert wire.messages == []
 
 
 def test_a_remark_that_no_longer_holds_disappears():
     run = FakeRun(workers=[FakeWorker()])
-    figure = LiveFigure(figures.figure(run))
+    figure = LiveFigure(run_figure.figure(run))
     add_step(run, 0.5)
-    figure.paint(figures.figure(run))
+    figure.paint(run_figure.figure(run))
     assert "waiting for the first step" not in [note.text for note in figure.layout.annotations]
 
 
 def test_a_figure_is_small_and_gives_a_page_that_asks_the_code_that_draws_it():
-    figure = LiveFigure(figures.figure(FakeRun()))
+    figure = LiveFigure(run_figure.figure(FakeRun()))
     assert len(figure._esm) < 5_000
     wire = Wire(figure)
     figure._handle_custom_msg({"dnb": "code"}, [])
@@ -163,10 +164,10 @@ def test_a_figure_is_small_and_gives_a_page_that_asks_the_code_that_draws_it():
 
 def test_a_page_that_has_loaded_the_code_is_told_what_was_painted_meanwhile():
     run = long_run(num_steps=50)
-    figure = LiveFigure(figures.figure(run))
+    figure = LiveFigure(run_figure.figure(run))
     asked = figure.get_state()
     advance(run)
-    figure.paint(figures.figure(run))
+    figure.paint(run_figure.figure(run))
     wire = Wire(figure)
     figure._handle_custom_msg({"dnb": "loaded"}, [])
     whole = wire.states()[-1]
@@ -176,9 +177,9 @@ def test_a_page_that_has_loaded_the_code_is_told_what_was_painted_meanwhile():
 
 def test_a_reloaded_page_is_given_the_whole_history():
     run = FakeRun(workers=[FakeWorker()])
-    figure = LiveFigure(figures.figure(run))
+    figure = LiveFigure(run_figure.figure(run))
     add_step(run, 0.5)
-    figure.paint(figures.figure(run))
+    figure.paint(run_figure.figure(run))
     assert figure.get_state()["_widget_data"][1]["y"]["shape"] == (1,)
 
 
@@ -193,22 +194,22 @@ def test_an_axis_can_be_chosen_after_the_end_on_a_page_that_was_reloaded(dashboa
 
 
 def test_what_the_browser_tells_of_defaults_is_not_sent_back():
-    figure = LiveFigure(figures.figure(FakeRun()))
+    figure = LiveFigure(run_figure.figure(FakeRun()))
     wire = Wire(figure)
     figure.set_state({"_js2py_traceDeltas": {"trace_deltas": [], "trace_edit_id": 1}})
     assert wire.messages == []
 
 
 def test_a_zoom_of_the_user_is_taken_over():
-    figure = LiveFigure(figures.figure(FakeRun()))
+    figure = LiveFigure(run_figure.figure(FakeRun()))
     relayout = {"relayout_data": {"xaxis.range[0]": 2, "xaxis.range[1]": 5}, "source_view_id": "a"}
     figure.set_state({"_js2py_relayout": relayout})
     assert figure.layout.xaxis.range == (2, 5)
 
 
 def painted_figure():
-    figure = LiveFigure(figures.figure(FakeRun()))
-    figure.paint(figures.figure(FakeRun(step=1, history=FakeHistory(loss=[0.5]))))
+    figure = LiveFigure(run_figure.figure(FakeRun()))
+    figure.paint(run_figure.figure(FakeRun(step=1, history=FakeHistory(loss=[0.5]))))
     return figure
 
 
@@ -238,13 +239,13 @@ def test_a_page_that_has_not_drawn_yet_is_sent_nothing_more_for_a_while_and_then
     assert figure.is_resting
     figure._sent -= 1.6
     assert not figure.is_resting
-    figure.paint(figures.figure(FakeRun(step=2, history=FakeHistory(loss=[0.5, 0.4]))))
+    figure.paint(run_figure.figure(FakeRun(step=2, history=FakeHistory(loss=[0.5, 0.4]))))
     figure._sent -= 1.6
     assert figure.is_resting
     figure._sent -= 1.6
     assert not figure.is_resting
     answer(figure)
-    figure.paint(figures.figure(FakeRun(step=3, history=FakeHistory(loss=[0.5, 0.4, 0.3]))))
+    figure.paint(run_figure.figure(FakeRun(step=3, history=FakeHistory(loss=[0.5, 0.4, 0.3]))))
     figure._sent -= 1.6
     assert not figure.is_resting
 
@@ -256,7 +257,7 @@ def test_a_reloaded_page_is_not_waited_for_as_the_one_before():
 
 
 def test_a_figure_in_a_quiet_run_is_fitted_to_the_page():
-    figure = LiveFigure(figures.figure(FakeRun()))
+    figure = LiveFigure(run_figure.figure(FakeRun()))
     wire = Wire(figure)
     figure.fit_to_page()
     assert any(state.get("_py2js_update") for state in wire.states())
@@ -378,7 +379,7 @@ def test_a_refresh_of_everything_sends_less_than_20_kilobytes():
 
 def without_button(run):
     """The whole figure, as it is below a strip with buttons of its own."""
-    return with_loss_scale(figures.figure(run), scale="linear", has_button=False)
+    return with_loss_scale(run_figure.figure(run), scale="linear", has_button=False)
 
 
 def test_slow_panels_come_to_what_the_whole_figure_would_be():
@@ -389,8 +390,8 @@ def test_slow_panels_come_to_what_the_whole_figure_would_be():
     for _ in TURNS:
         live = drawing.draw()
     whole = without_button(run)
-    assert panels.changes(live["layout"], whole["layout"]) == {}
-    assert [panels.changes(a, b) for a, b in zip(live["data"], whole["data"], strict=True)] == [{}] * 18
+    assert subplots.changes(live["layout"], whole["layout"]) == {}
+    assert [subplots.changes(a, b) for a, b in zip(live["data"], whole["data"], strict=True)] == [{}] * 18
 
 
 def test_a_page_that_is_seldom_painted_has_all_panels_up_to_date_as_soon_as_others():
@@ -399,7 +400,7 @@ def test_a_page_that_is_seldom_painted_has_all_panels_up_to_date_as_soon_as_othe
     drawing = LiveDrawing(run, clock=lambda: next(times))
     drawing.draw()
     advance_all(run)
-    assert panels.changes(drawing.draw()["layout"], without_button(run)["layout"]) == {}
+    assert subplots.changes(drawing.draw()["layout"], without_button(run)["layout"]) == {}
 
 
 def test_a_column_that_did_not_change_is_not_sent_again():
@@ -424,7 +425,7 @@ def test_an_engine_that_joins_gets_a_strip():
 
 def test_more_engines_than_eight_turn_the_figure_into_heat_maps_and_back():
     runs = [full_run(num_steps=200, num_engines=n) for n in (8, 9)]
-    few, many = (figures.figure(run) for run in runs)
+    few, many = (run_figure.figure(run) for run in runs)
     live = LiveFigure(few)
     live.paint(many)
     assert [trace.type for trace in live.data].count("heatmap") == 2
@@ -445,25 +446,25 @@ def test_what_is_painted_is_what_a_reloaded_page_is_given():
 
 def test_a_zoom_is_not_undone_when_the_axis_changes_its_title_or_ticks():
     run = FakeRun(step=8, history=FakeHistory(loss=[0.5] * 8))
-    live = LiveFigure(figures.figure(run))
+    live = LiveFigure(run_figure.figure(run))
     live.set_state(
         {"_js2py_relayout": {"relayout_data": {"xaxis.range[0]": 2, "xaxis.range[1]": 5}, "source_view_id": "a"}}
     )
     add_step(run, 0.25)
-    live.paint(figures.figure(run))
+    live.paint(run_figure.figure(run))
     assert live.layout.xaxis.range == (2, 5)
 
 
 def test_another_quantity_along_the_axis_ends_the_zoom():
     run = full_run(num_steps=200)
-    live = LiveFigure(figures.figure(run))
+    live = LiveFigure(run_figure.figure(run))
     zoom = {"relayout_data": {"xaxis.range[0]": 2, "xaxis.range[1]": 5}, "source_view_id": "a"}
     live.set_state({"_js2py_relayout": zoom})
-    live.paint(figures.figure(run, x="time"))
+    live.paint(run_figure.figure(run, x="time"))
     assert live.layout.xaxis.range is None
     live.set_state({"_js2py_relayout": zoom})
     run.elapsed_seconds = 7000.0
-    live.paint(figures.figure(run, x="time"))
+    live.paint(run_figure.figure(run, x="time"))
     assert live.layout.xaxis.range is None
 
 
