@@ -68,13 +68,13 @@ def wanted_files(manifest: Manifest, *, given: GivenObjects) -> list[str]:
                     f"give {'model=... and train=...' if kind == 'job' else 'train=...'}"
                 )
             wanted += names
-    if has_mended(manifest, given):
+    if has_replaced_functions(manifest, given):
         wanted.append(REPLACED_FUNCTIONS_FILE)
     return wanted
 
 
-def has_mended(manifest: Manifest, given: GivenObjects) -> bool:
-    """Tell whether functions that were mended in mid-run count: not if others are given now."""
+def has_replaced_functions(manifest: Manifest, given: GivenObjects) -> bool:
+    """Tell whether functions that were replaced in mid-run count: not if others are given now."""
     return REPLACED_FUNCTIONS_FILE in manifest.files and given.loss is None and given.step is None
 
 
@@ -97,8 +97,8 @@ def needed_pickles(manifest: Manifest, given: GivenObjects) -> list[str]:
         needed += ["train"] if given.train is None and "train" not in needed else []
         has_val = manifest.spec.num_val_samples > 0
         needed += ["val"] if given.val is None and has_val and "val" not in needed else []
-    if has_mended(manifest, given) and not {"loss", "step"} & set(needed):
-        needed.append("loss")  # or step: they were mended in mid-run
+    if has_replaced_functions(manifest, given) and not {"loss", "step"} & set(needed):
+        needed.append("loss")  # or step: they were replaced in mid-run
     return needed
 
 
@@ -180,7 +180,7 @@ def _plain_job(spec: RunSpec, given: GivenObjects) -> Job:
 
 
 def plain_now(plain: PlainJob | None, given: GivenObjects, job: Job) -> PlainJob | None:
-    """Return what of the new job is words and numbers."""
+    """Return the part of the new job that is words and numbers."""
     if plain is None:
         return None
     others, order = set(plain.others) - given.names, job.order
@@ -218,7 +218,7 @@ def data_of(checkpoint: Checkpoint, given: GivenObjects, sources: dict[str, Sour
 def _unpickle(checkpoint: Checkpoint, kind: str, payload: PayloadRef) -> Any:
     """Unpickle what was kept. It runs code of whoever wrote the checkpoint: that it may was decided before."""
     path = checkpoint.folder / f"{kind}.pickle"
-    with _damage_told():
+    with _damage_refused():
         pickled = bytes(checkpoint.load(path.name))
         memory = None if payload.segment is None else memoryview(checkpoint.load(f"{kind}.buffers"))
     try:
@@ -237,10 +237,10 @@ def _unpickle(checkpoint: Checkpoint, kind: str, payload: PayloadRef) -> Any:
         ) from error
 
 
-def read_mended(checkpoint: Checkpoint) -> dict[str, Any]:
+def read_replaced_functions(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return step and loss function with which the run went on; like `_unpickle`, it runs code of who wrote them."""
     path = checkpoint.folder / REPLACED_FUNCTIONS_FILE
-    with _damage_told():
+    with _damage_refused():
         pickled = bytes(checkpoint.load(REPLACED_FUNCTIONS_FILE))
     try:
         functions: dict[str, Any] = unpack(pickled, NOTHING)
@@ -258,7 +258,7 @@ def _ship_kept(
     checkpoint: Checkpoint, kind: str, payload: PayloadRef, name: str, pool: EnginePool, segments: list[Segment]
 ) -> tuple[bytes, PayloadRef]:
     """Send a payload as it was kept; its memory is laid out anew, and hub and engines unpickle it."""
-    with _damage_told():
+    with _damage_refused():
         pickled = bytes(checkpoint.load(f"{kind}.pickle"))
         if payload.segment is None:
             return pickled, payload
@@ -276,8 +276,8 @@ def _ship_kept(
 
 
 @contextlib.contextmanager
-def _damage_told() -> Iterator[None]:
-    """A file that changes after it was verified is refused like one that was changed before."""
+def _damage_refused() -> Iterator[None]:
+    """Refuse a file that changes after it was verified like one that was changed before."""
     try:
         yield
     except DamagedError as error:

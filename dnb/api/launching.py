@@ -34,13 +34,13 @@ class Pool(EnginePool):
     run: Run | None = None  # the last one that this kernel submitted or attached to
 
     def follow(self, run: Run) -> Run:
-        """Let a run be the one that this kernel looks at, and the pool have what it needs to go on."""
+        """Make a run the one that this kernel watches, and give the pool what it needs to go on."""
         run.add_listener(lambda run: self.fill_up() if run.num_owed else None)
         self.run = run.watch()
         return run
 
     def fit(self, model: torch.nn.Module, train: Any, **options: Any) -> Run:
-        """`dnb.fit` on this pool."""
+        """Run `dnb.fit` on this pool."""
         unknown = next((name for name in options if name not in _FIT_NAMES), None)
         if unknown is not None:
             raise TypeError(f"fit() got an unexpected keyword argument {unknown!r}")

@@ -111,7 +111,7 @@ def plan(
 
 
 def _as_batch(batch: Any, *, batch_size: int | None) -> Any:
-    """The batch as it is; of data that `fit` takes, the first samples."""
+    """Return the batch as it is; of data that `fit` takes, the first samples."""
     if isinstance(batch, Dataset | DataLoader):
         source = read_source(batch, name="batch", seed=0)
         size = source.order.batch_size if source.order is not None else batch_size or USUAL_BATCH_SIZE
@@ -123,12 +123,12 @@ def _as_batch(batch: Any, *, batch_size: int | None) -> Any:
 
 
 def _usual_engines() -> int:
-    """As many as `start` would start."""
+    """Return the number of engines that `start` would start."""
     return min(os.cpu_count() or 1, MOST_BY_DEFAULT)
 
 
 def _notes(pool: EnginePool | None, site: Site) -> list[str]:
-    """Say what the figures rest on."""
+    """Name the sources of the figures."""
     num_hosts = len({engine.host for engine in site.engines})
     notes = []
     if pool is None:

@@ -111,7 +111,7 @@ def _open_pool(request: PoolRequest) -> tuple[Pool, list[str]]:
     profile_dir = profile_folder(request.profile)
     found = find_pools(profile_dir / "security")
     notices = _clear(found, profile_dir)
-    _pool = _adopt_first(found.orphans, profile_dir, told=notices)
+    _pool = _adopt_first(found.orphans, profile_dir, notices=notices)
     if _pool is not None:
         return _pool, [*notices, _adopted(_pool)]
     _pool = start_pool(
@@ -165,9 +165,9 @@ def attach(
     """
     if name is not None and not isinstance(name, str):
         raise ArgumentError(f"a run is found by its name, a text, not {name!r}: dnb.attach('digits')")
-    pool, told = current_pool(), list[str]()
+    pool, notices = current_pool(), list[str]()
     if pool is None or clear:
-        pool, told = _adopt_any(clear=clear)
+        pool, notices = _adopt_any(clear=clear)
     if pool is not None and steer:
         pool.take_over()
     held = None if pool is None else pool.facts.run
@@ -185,7 +185,7 @@ def attach(
     if name is not None:
         with long_work(f"reading run {name!r} from its folder"):
             return Run.open(RUNS_FOLDER / name)
-    found = "; ".join(told) or "no pool holds a run"
+    found = "; ".join(notices) or "no pool holds a run"
     raise PoolError(f"nothing to attach to: {found}. dnb.attach('NAME') reads one that has ended from .dnb/runs")
 
 
@@ -235,11 +235,11 @@ def _adopt_any(*, clear: bool) -> tuple[Pool | None, list[str]]:
     with _changing:
         with long_work("looking for pools that hold a run"):
             found = find_pools(profile_dir / "security")
-        told = [*_clear_dead(found, profile_dir, and_doubtful=clear), *found.doubtful]
+        notices = [*_clear_dead(found, profile_dir, and_doubtful=clear), *found.doubtful]
         if current_pool() is None:
-            _pool = _adopt_first(found.orphans, profile_dir, told=told)
-            _pool = _pool or _adopt_first(found.foreign, profile_dir, wish="watch", told=told)
-        return _pool, told
+            _pool = _adopt_first(found.orphans, profile_dir, notices=notices)
+            _pool = _pool or _adopt_first(found.foreign, profile_dir, wish="watch", notices=notices)
+        return _pool, notices
 
 
 def _adopt_first(
@@ -247,14 +247,14 @@ def _adopt_first(
     profile_dir: Path,
     *,
     wish: Literal["steer", "watch"] = "steer",
-    told: list[str],
+    notices: list[str],
 ) -> Pool | None:
-    """Take over, or watch, a pool that holds a run, if there is one; why others were passed over is added to `told`."""
+    """Take over, or watch, the first pool that holds a run; reasons to pass over others are added to `notices`."""
     for facts in candidates:
         if facts.run is not None:
             try:
                 return adopt_pool(Pool, facts, profile_dir=profile_dir, wish=wish)
             except (HubError, PoolError) as error:
                 log.info("a pool that was found could not be taken: %s", error)
-                told.append(str(error))
+                notices.append(str(error))
     return None

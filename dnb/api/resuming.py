@@ -20,11 +20,11 @@ from dnb.api.arguments.losses import check_metrics_are_computed
 from dnb.api.kept_objects import (
     GivenObjects,
     data_of,
-    has_mended,
+    has_replaced_functions,
     job_of,
     needed_pickles,
     plain_now,
-    read_mended,
+    read_replaced_functions,
     wanted_files,
 )
 from dnb.api.launching import Pool, launch, refuse_busy_or_empty
@@ -129,7 +129,7 @@ def resume(
 
 
 def _find(path: str | Path, given: GivenObjects) -> tuple[Checkpoint, list[str]]:
-    """Return the newest checkpoint that is whole, and what was wrong with later ones."""
+    """Return the newest checkpoint that is whole, and the damages of later ones."""
     place = _locate(path)
     with long_work(f"verifying the checkpoint in {place}"):
         checkpoint, damages = find_checkpoint(place, wants=partial(wanted_files, given=given))
@@ -158,8 +158,8 @@ def _read_request(
     if pickles and not trust:
         _refuse_strangers(checkpoint, pickles)
     num_steps = _num_steps(checkpoint, epochs=epochs, steps=steps)
-    if has_mended(manifest, given):
-        given = replace(given, **read_mended(checkpoint))
+    if has_replaced_functions(manifest, given):
+        given = replace(given, **read_replaced_functions(checkpoint))
     sources = _read_sources(given, old)
     with long_work(f"reading the objects that {checkpoint.folder} keeps"):
         job, ship_job = job_of(checkpoint, given, sources)
@@ -209,7 +209,7 @@ def _read_request(
 
 
 def _metrics_now(manifest: Manifest, given: GivenObjects, job: Job) -> dict[str, Any]:
-    """Return what the new run says of its metrics: those that no rehearsal has looked at are computed whole.
+    """Return the metrics of the new run's spec: those that no rehearsal has looked at are computed whole.
 
     Raises:
         ArgumentError: outputs are not known, as the model returns its own loss.
@@ -267,7 +267,7 @@ def _refuse_strangers(checkpoint: Checkpoint, pickles: list[str]) -> None:
 
 
 def _why_not_own(checkpoint: Checkpoint) -> str:
-    """Say why this user cannot be known to have written a checkpoint; empty if it is so."""
+    """Say why this user cannot be known to have written a checkpoint; empty if there is no such reason."""
     if not checkpoint.signature:
         return "is not signed"
     try:

@@ -64,7 +64,7 @@ class RunRequest:
     """A run that was asked for, and can be launched.
 
     Args:
-        spec: its numbers; its name is a wish, and those that depend on the pool are open.
+        spec: its numbers; its name is the one wanted, and those that depend on the pool are open.
         settle: fills in what depends on the pool, or refuses it.
         own: the notebook's objects, which get the trained state.
         ship_job: sends the job to hub and engines.
@@ -203,8 +203,8 @@ def _read_strategy(
     given: FitArguments, rehearsed: RehearsedRun, *, memory_limit: int | None, batch_size: int
 ) -> StrategyRequest:
     job, data = rehearsed.job, rehearsed.data
-    wished_over = read_loss_over(given.loss_over)
-    loss_over = check_loss_over(wished_over or rehearsed.loss_over, job)
+    wanted_over = read_loss_over(given.loss_over)
+    loss_over = check_loss_over(wanted_over or rehearsed.loss_over, job)
     division, strategy = read_division(given, job, data, batch_size=batch_size)
     return StrategyRequest(
         job=job if division is None else replace(job, stages=division.stages),
@@ -219,7 +219,7 @@ def _read_strategy(
         shards=read_shards(given.shards, batch_size=batch_size) if division is None else None,
         memory_limit=memory_limit,
         loss_over=loss_over,
-        wished_over=wished_over,
+        wanted_over=wanted_over,
         whole_metrics=whole_metrics_of(job, rehearsed.whole_metrics),
         sys_path=own_path(),
     )
@@ -283,7 +283,7 @@ def check_optimizer_fits(optimizer: Any, model: torch.nn.Module, *, lr: Any) -> 
 
 
 def _val_batch_size(job: Job, *, batch_size: int, loss_over: str) -> int | None:
-    """Return the samples of the batches that evaluations compute whole; None: they may be cut anywhere."""
+    """Return the samples of the batches that evaluations compute whole; None if they may be cut anywhere."""
     if job.val_step is None and loss_over != "batch":
         return None
     if job.val_order is None:
@@ -298,7 +298,7 @@ def _val_batch_size(job: Job, *, batch_size: int, loss_over: str) -> int | None:
 
 
 def _plain_job(given: FitArguments, job: Job) -> PlainJob:
-    """Return what of a job is words and numbers; the rest only pickle can keep."""
+    """Return the part of a job that is words and numbers; the rest only pickle can keep."""
     order, metrics = job.order, given.metrics
     is_object = {
         "loss": given.loss is not None and not isinstance(given.loss, str),

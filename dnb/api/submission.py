@@ -30,7 +30,7 @@ def submit(pool: EnginePool, spec: RunSpec, ship_job: Upload, ship_data: Upload)
 
     Args:
         pool: where the run goes.
-        spec: of the run; what it is called is only a wish.
+        spec: of the run; its name is only wanted, and may get a number.
         ship_job: see `upload`.
         ship_data: likewise.
 
@@ -92,6 +92,6 @@ def _why_unpicklable(obj: Job | Data) -> Exception | None:
 
 
 def own_path() -> tuple[str, ...]:
-    """Return where this kernel imports from; folders whose names are no text are left out, as they cannot be sent."""
+    """Return this kernel's import path; folders whose names are no text are left out, as they cannot be sent."""
     found = (os.path.abspath(path) for path in ["", *sys.path])
     return tuple(path for path in found if is_text(path))

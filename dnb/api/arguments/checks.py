@@ -90,12 +90,12 @@ def read_transport(transport: Any) -> dict[str, TransportKind]:
     """
     if transport is None:
         return {}
-    wishes = transport if isinstance(transport, Mapping) else {"": transport}
+    kinds = transport if isinstance(transport, Mapping) else {"": transport}
     known = get_args(TransportKind)
-    for wish in wishes.values():
-        if wish not in known:
-            raise ArgumentError(f"no transport {wish!r}: {nearest(str(wish), known)}")
-    return {str(engine): wish for engine, wish in wishes.items()}
+    for kind in kinds.values():
+        if kind not in known:
+            raise ArgumentError(f"no transport {kind!r}: {nearest(str(kind), known)}")
+    return {str(engine): kind for engine, kind in kinds.items()}
 
 
 def read_checkpoint_policy(

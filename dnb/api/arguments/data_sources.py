@@ -60,7 +60,7 @@ def read_source(value: Any, *, name: str, seed: int) -> Source:
 
 
 def _are_columns(value: Sequence[Any], *, name: str) -> bool:
-    """Tell whether the elements are parts of all samples, rather than samples."""
+    """Return True if the elements are parts of all samples, rather than samples."""
     are_arrays = [_is_array(part) for part in value]
     if isinstance(value, tuple):
         return any(are_arrays) or (bool(value) and all(isinstance(part, list) for part in value))
@@ -91,7 +91,7 @@ def _is_array(part: Any) -> bool:
 
 
 def _is_frame(part: Any) -> bool:
-    """Tell whether it is a frame or series of pandas, polars or the like."""
+    """Return True for a frame or series of pandas, polars or the like."""
     return callable(getattr(part, "to_numpy", None)) and not isinstance(part, type)
 
 
@@ -189,7 +189,7 @@ def _from_list(values: Sequence[Any], *, name: str) -> torch.Tensor:
 
 
 def _from_frame(part: Any, *, name: str) -> torch.Tensor:
-    """The values of a frame or series; columns of several kinds of numbers become the kind that holds all."""
+    """Read the values of a frame or series; columns of several kinds of numbers become the kind that holds all."""
     pandas: Any = sys.modules.get("pandas")
     if pandas is None or not isinstance(part, pandas.DataFrame | pandas.Series):
         return _from_array(np.asarray(part.to_numpy()), name=name)
@@ -286,7 +286,7 @@ def _read_loader(loader: DataLoader[Any], *, name: str, seed: int) -> Source:
 
 
 def _usual_batch_size(batch_sampler: Any, *, num_samples: int) -> int:
-    """Return what a batch sampler says, else the mean over an epoch; without a length, `count_batches` refuses it."""
+    """Return the size that a batch sampler states, else the mean over an epoch; else 1, as there is no length."""
     size = getattr(batch_sampler, "batch_size", None)
     if isinstance(size, int):
         return size

@@ -94,20 +94,20 @@ def check_val_step(val_step: Any, *, has_val: bool) -> None:
         raise ArgumentError("val_step is called with the batches of val, and there is none: give val")
 
 
-def read_loss_over(wish: Any) -> Literal["samples", "batch"] | None:
-    """Return the wish of the user, if there is one.
+def read_loss_over(loss_over: Any) -> Literal["samples", "batch"] | None:
+    """Return the user's choice for `loss_over`, if there is one.
 
     Raises:
         ArgumentError: it is neither.
     """
-    if wish is None:
+    if loss_over is None:
         return None
-    check_choice(wish, name="loss_over", known=LOSS_OVERS, available=LOSS_OVERS)
-    return "batch" if wish == "batch" else "samples"
+    check_choice(loss_over, name="loss_over", known=LOSS_OVERS, available=LOSS_OVERS)
+    return "batch" if loss_over == "batch" else "samples"
 
 
 def check_loss_over(loss_over: Literal["samples", "batch"], job: Job) -> Literal["samples", "batch"]:
-    """Refuse a loss over the whole batch where outputs cannot be told from the loss; else give back what it is over.
+    """Refuse a loss over the whole batch where outputs cannot be separated from it; else return `loss_over`.
 
     Raises:
         ArgumentError: a step function or the model itself computes the loss.

@@ -73,7 +73,7 @@ class Proof:
 
     @property
     def is_same(self) -> bool:
-        """Whether one process has the same losses and gradients, but for rounding."""
+        """True if one process has the same losses and gradients, but for rounding."""
         return all(step.is_same for step in self.steps)
 
     @property
@@ -83,7 +83,7 @@ class Proof:
 
     @property
     def verdict(self) -> str:
-        """What was found, in one sentence."""
+        """The finding in one sentence."""
         first = self.first_difference
         if first is None:
             gap = max((step.loss_gap for step in self.steps), default=0.0)
@@ -158,7 +158,7 @@ def compare(
     sizes: Sequence[int],
     bound: float,
 ) -> ProvedStep:
-    """One step, in the run (loss, norm, elements) and here."""
+    """Compare one step's loss and gradients of the run with those of one process."""
     loss, norm, elements = here
     scale = max(np.abs(elements).max(initial=0.0), np.abs(row[2:]).max(initial=0.0))
     differing: list[Difference] = []

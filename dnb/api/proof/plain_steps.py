@@ -20,7 +20,7 @@ from dnb.user_code.return_values import read_loss, read_step
 
 
 def plain_steps(job: Job, source: DataSource, spec: RunSpec) -> Iterator[float]:
-    """A plain loop; gives the loss of each step when gradients are there, and nothing is clipped or applied yet."""
+    """Train in a plain loop; yield each step's loss when gradients are there, before anything is clipped or applied."""
     model = job.model
     Modes([model]).be_training(mode=True)
     optimizer = build_optimizer(job.optimizer, model.parameters(), lr=job.lr)
@@ -46,7 +46,7 @@ def plain_steps(job: Job, source: DataSource, spec: RunSpec) -> Iterator[float]:
 
 
 def _loss(job: Job, batch: Any, spec: RunSpec) -> tuple[torch.Tensor, float]:
-    """The loss of a whole batch, and its value."""
+    """Return the loss of a whole batch, and its value."""
     with torch.enable_grad(), _autocast(spec):
         loss = apply_loss(job, batch)
     total = loss.total / loss.weight if isinstance(loss, Sum) else loss
@@ -54,7 +54,7 @@ def _loss(job: Job, batch: Any, spec: RunSpec) -> tuple[torch.Tensor, float]:
 
 
 def apply_loss(job: Job, batch: Any) -> torch.Tensor | Sum:
-    """What a run's step function, loss or model gives for a batch."""
+    """Compute a batch's loss as the run does: by its step function, its loss or its model."""
     if job.step is not None:
         return read_step(job.step(job.model, batch), needs_gradient=True)[0]
     given = arguments_of(job.model, batch, has_target=job.loss is not None)

@@ -38,7 +38,7 @@ class Submission:
     data: Data
 
     def open(self) -> Job:
-        """A copy of the job as it was at `fit`.
+        """Return a copy of the job as it was at `fit`.
 
         Raises:
             ArgumentError: the pool has given it up for another run.
@@ -60,7 +60,7 @@ class Submission:
 
 @dataclass(frozen=True, slots=True)
 class ObservedGradients:
-    """What was seen of a run's gradients, by step: its loss, the norm of the gradient, some elements of it."""
+    """The observed part of a run's gradients, by step: its loss, the gradient's norm, some elements of it."""
 
     names: Sequence[str]
     rows: Mapping[int, np.ndarray[Any, np.dtype[np.float64]]]
@@ -120,13 +120,13 @@ def _norm(gradients: Sequence[torch.Tensor | None]) -> float:
 
 
 def _copied(source: DataSource) -> DataSource:
-    """The data as an engine gets it; tensors are shared, as they are only indexed."""
+    """Return the data as an engine gets it; tensors are shared, as they are only indexed."""
     return source if source.collate is None else copy_of(source)
 
 
 @contextmanager
 def _as_it_was() -> Iterator[None]:
-    """Random numbers as they were, whatever is drawn within."""
+    """Leave random numbers as they were, whatever is drawn within."""
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]), torch.enable_grad():

@@ -29,7 +29,7 @@ SETTINGS = ("default_dtype", "deterministic", "matmul_precision", "numpy_errors"
 
 
 def suspects_of(job: Job, source: DataSource, spec: RunSpec, *, first: ProvedStep) -> list[str]:
-    """What may be the reason for a difference, likely ones first.
+    """List likely reasons for a difference, the likeliest first.
 
     Args:
         job: of the run, after some steps in this process.
@@ -103,7 +103,7 @@ def _synced_norms(model: torch.nn.Module, spec: RunSpec) -> list[str]:
 
 
 def _drawing_code(job: Job, source: DataSource, spec: RunSpec) -> list[str]:
-    """Forward, loss or step function that draw random numbers, beside layers of dropout."""
+    """Find a forward, loss or step function that draws random numbers, beside layers of dropout."""
     try:
         copies = copy_together(job, None)
     except KeyboardInterrupt:
@@ -127,7 +127,7 @@ def _drawing_code(job: Job, source: DataSource, spec: RunSpec) -> list[str]:
 
 
 def _holders(model: torch.nn.Module, generators: list[Any]) -> str:
-    """The attributes of a model that are these generators."""
+    """Name the attributes of a model that are these generators."""
     ids = {id(each) for each in generators}
     names = [
         f"{name}.{key}" if name else key
@@ -144,7 +144,7 @@ def _global_states() -> list[bytes]:
 
 
 def _forward(job: Job, source: DataSource, spec: RunSpec) -> bool:
-    """Compute the loss of a few samples as a step does; whether it can be computed."""
+    """Compute the loss of a few samples as a step does; return True if it can be computed."""
     try:
         with torch.enable_grad():
             apply_loss(job, fetch_batch(source, torch.arange(min(MOST_TRIED, spec.num_samples, spec.batch_size))))
@@ -207,7 +207,7 @@ def _drawing_data(source: DataSource, spec: RunSpec) -> list[str]:
 
 
 def _loss_over_batch(job: Job, source: DataSource, spec: RunSpec) -> list[str]:
-    """A loss that is not the mean of those of two halves."""
+    """Find a loss that is not the mean of those of two halves."""
     found = _whole_and_parts(job, source, spec, mode=False)
     if found is None:
         return []
@@ -220,7 +220,7 @@ def _loss_over_batch(job: Job, source: DataSource, spec: RunSpec) -> list[str]:
 
 
 def _model_over_batch(job: Job, source: DataSource, spec: RunSpec) -> list[str]:
-    """A model that looks at the whole batch while it trains, in a way that no layer of torch does."""
+    """Find a model that looks at the whole batch while it trains, in a way that no layer of torch does."""
     if _whole_and_parts(job, source, spec, mode=True) is None:
         return []
     return [
@@ -230,7 +230,7 @@ def _model_over_batch(job: Job, source: DataSource, spec: RunSpec) -> list[str]:
 
 
 def _whole_and_parts(job: Job, source: DataSource, spec: RunSpec, *, mode: bool) -> tuple[float, float, int] | None:
-    """The loss of some samples, and the mean of their halves, if they differ by more than rounding."""
+    """Return the loss of some samples, and the mean of their halves, if they differ by more than rounding."""
     if spec.loss_over == "batch" or spec.reduction == "sum":
         return None
     half = max(1, min(spec.batch_size, spec.num_samples) // 2)

@@ -59,7 +59,7 @@ class Attributes:
 
 
 def _kept_by(function: Any) -> Iterator[tuple[str, Any]]:
-    """What a function has in cells, in globals that it names, and as attributes."""
+    """Yield the values that a function holds in cells, in globals that it names, and as attributes."""
     if isinstance(function, types.MethodType):
         yield from list(getattr(function.__self__, "__dict__", {}).items())
         function = function.__func__
@@ -86,7 +86,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _mark(value: Any) -> tuple[Any, ...]:
-    """A value's own kind and contents, as far as they are cheap to see."""
+    """Return a value's kind and contents, as far as they are cheap to see."""
     if isinstance(value, torch.Tensor):
         if value.layout is not torch.strided or value.is_meta or value.nbytes > MOST_BYTES:
             return torch.Tensor, id(value), value._version

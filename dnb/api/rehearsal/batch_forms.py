@@ -41,7 +41,7 @@ def check_batches(trial: Trial) -> Sequence[Finding]:
 
 
 def _check_accuracy(trial: Trial) -> None:
-    """Refuse the word "accuracy" where a model has its own loss, and it cannot be told what is compared."""
+    """Refuse the word "accuracy" where a model has its own loss, and it is not known what is compared."""
     job, computed = trial.job, trial.computed
     if job.loss is not None or job.step is not None or computed.error is not None:
         return

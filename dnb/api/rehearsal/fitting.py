@@ -21,7 +21,7 @@ from dnb.protocol.run import Finding
 from dnb.user_code.model_call import named_parts, with_parts
 
 _TORCH = str(Path(torch.__file__).parent)
-# What torch says of shapes and dtypes; whatever else user code raises is told by the run, with engine and samples.
+# What torch says of shapes and dtypes; whatever else user code raises is reported by the run, with engine and samples.
 _MISFIT = re.compile(
     r"shape|dtype|size|dimension|scalar type|expected|mat1|channels|broadcast|same type"
     r"|Long|Float|Double|Half|Byte|must match|not implemented for|multi-target",
@@ -118,7 +118,7 @@ def _attempt(trial: Trial, name: str, change: _Change) -> Computed:
 
 
 def _changes(trial: Trial, computed: Computed, name: str, tensor: torch.Tensor) -> list[_Change]:
-    """What may make a tensor fit."""
+    """List the changes that may make a tensor fit."""
     floats = next((each.dtype for each in trial.job.model.parameters() if each.is_floating_point()), torch.float32)
     word = str(floats).removeprefix("torch.")
     found: list[_Change] = []
@@ -234,15 +234,15 @@ def _refuse_broadcast(trial: Trial) -> None:
             f"{'output.squeeze(1)' if output.dim() > target.dim() else 'as many dimensions'}"
         )
     if warned:
-        told = next(text for text in computed.warnings if _BROADCAST in text)
+        warning = next(text for text in computed.warnings if _BROADCAST in text)
         raise ArgumentError(
-            f"step compares tensors of different shapes, every output with every target: {told.partition('. ')[0]}; "
+            f"step compares tensors of different shapes, every output with every target: {warning.partition('. ')[0]}; "
             "reshape the target to the output's shape"
         )
 
 
 def _loss_differs(trial: Trial) -> bool:
-    """Whether the loss is another one when the target has the output's shape."""
+    """Return True if the loss is another one when the target has the output's shape."""
     computed = trial.computed
     change = _Change(lambda each: each.reshape(computed.output.shape), "")
     try:
@@ -271,12 +271,12 @@ def is_misfit(error: BaseException) -> bool:
 
 
 def _raises(code: Any, offset: int) -> bool:
-    """Whether an instruction raises by itself, and not what it calls."""
+    """Return True if an instruction raises by itself, and not in a function that it calls."""
     return any(each.offset == offset and each.opname.startswith("RAISE") for each in dis.get_instructions(code))
 
 
 def _tensors(batch: Any) -> list[tuple[str, torch.Tensor]]:
-    """The tensors of a batch, and their names for people."""
+    """Return the tensors of a batch, and their names for people."""
     named = named_parts(batch)
     if named is not None:
         return [(repr(name), part) for name, part in named.items() if isinstance(part, torch.Tensor)]
@@ -343,7 +343,7 @@ def _described(tensor: torch.Tensor) -> str:
 
 
 def _of_all(tensor: torch.Tensor) -> str:
-    """A shape, whatever the number of samples."""
+    """Write a shape, whatever the number of samples."""
     if not tensor.dim():
         return "()"
     rest = "".join(f", {size}" for size in tensor.shape[1:])

@@ -1,4 +1,4 @@
-"""How the losses of parts come to that of a batch: judged on the samples of a rehearsal."""
+"""The reduction from the losses of parts to that of a batch: judged on the samples of a rehearsal."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def check_loss(trial: Trial) -> list[Finding]:
     Raises:
         ArgumentError: a step function's loss, or the model's own, cannot be put together.
     """
-    job, wish = trial.job, trial.options.loss_over
-    if wish is not None:
+    job, wanted = trial.job, trial.options.loss_over
+    if wanted is not None:
         trial.reduction = "samples"
         return []
     trial.reduction = declared_reduction(job.loss)
-    if trial.computed.loss is None:  # it will be told with engine, step and samples
+    if trial.computed.loss is None:  # it will be reported with engine, step and samples
         return []
     verdict = _verdict_on(trial)
     if verdict.kind == "batch" and job.loss is None:
@@ -89,7 +89,7 @@ def _may_leave_out(data: Data, loss: Any) -> bool:
 
 
 def declared_reduction(loss: Any) -> Reduction:
-    """How losses of parts are put together as far as a loss says so itself."""
+    """Return the reduction over parts that a loss itself declares."""
     owner = getattr(loss, "__self__", loss)  # of a bound method
     stated = getattr(owner, "reduction", None) or getattr(loss, "keywords", {}).get("reduction")
     return "sum" if stated == "sum" else "targets"
@@ -121,7 +121,7 @@ def all_count_the_same(loss: Callable[..., Any], output: Any, target: Any, data:
     try:
         with torch.enable_grad():
             value = loss(with_gradient(output), target)
-    except USER_ERRORS:  # one more call than it stands: its own step will tell
+    except USER_ERRORS:  # one more call than it stands: its own step will report it
         return False
     nodes = nodes_of_targets(value) if isinstance(value, torch.Tensor) else []
     if not nodes or any(node._saved_weight is not None or not _is(node._saved_target, target) for node in nodes):
@@ -131,5 +131,5 @@ def all_count_the_same(loss: Callable[..., Any], output: Any, target: Any, data:
 
 
 def _is(used: torch.Tensor, target: torch.Tensor) -> bool:
-    """Whether a loss took the targets as they are."""
+    """Return True if a loss took the targets as they are."""
     return used.numel() == target.numel() and torch.equal(used.reshape(-1), target.reshape(-1))

@@ -62,12 +62,12 @@ def whole_metrics_of(job: Job, found: Collection[str]) -> tuple[str, ...]:
 
 
 def called(names: Sequence[str]) -> str:
-    """The beginning of a sentence about metrics."""
+    """Write the beginning of a sentence about metrics."""
     return f"metric{'s' * (len(names) > 1)} {', '.join(map(repr, names))} {'are' if len(names) > 1 else 'is'}"
 
 
 def _check_number(trial: Trial, name: str, metric: Callable[..., Any]) -> None:
-    """Refuse before the run what its first step would refuse."""
+    """Refuse a metric before the run that its first step would refuse."""
     try:
         with torch.no_grad():
             value = metric(torch.utils._pytree.tree_map(detached, trial.computed.output), trial.computed.target)

@@ -1,4 +1,4 @@
-"""Training and evaluation mode as a model comes, and what is told of it."""
+"""Training and evaluation mode as a model comes, and the findings about it."""
 
 from __future__ import annotations
 

@@ -43,12 +43,12 @@ CHECKS: tuple[Check, ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RehearsedRun:
-    """A run as it is shipped, and what is told of it.
+    """A run as it is shipped, and its findings.
 
     Args:
         job: with what had to be converted or wrapped.
         data: likewise.
-        findings: told as events when the run begins.
+        findings: reported as events when the run begins.
         reduction: how losses of parts are put together: "targets" where a loss is a mean over targets that may weigh
             differently, and all others are means over samples.
         whole_metrics: names of metrics that are no means over samples.
@@ -99,10 +99,10 @@ def rehearse(job: Job, data: Data, options: Options | None = None) -> RehearsedR
             raise
         except USER_ERRORS as error:  # what cannot be copied cannot be shipped, which says more
             log.info("nothing was rehearsed: %s", summary_of(error))
-            told = Finding(
+            finding = Finding(
                 kind="rehearsal", text=f"nothing was rehearsed, so that no loss was judged: {summary_of(error)}"
             )
-            return RehearsedRun(job=job, data=data, findings=(told,), reduction=declared_reduction(job.loss))
+            return RehearsedRun(job=job, data=data, findings=(finding,), reduction=declared_reduction(job.loss))
         try:
             if recalled is not None:
                 return recalled

@@ -1,4 +1,4 @@
-"""What a forward or a step function does besides computing a loss: gradients, parameters, attributes."""
+"""Side effects of a forward or a step function beside its loss: gradients, parameters, attributes."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def refuse_written_parameters(trial: Trial) -> Sequence[Finding]:
 
 
 def tell_changed_attributes(trial: Trial) -> Sequence[Finding]:
-    """Name what a forward or step function changes and no engine brings home."""
+    """Report attributes that a forward or step function changes and that no engine brings home."""
     found: list[Finding] = []
     inside = [name for name in trial.changed if not name.startswith("step's ")]
     if inside:

@@ -48,7 +48,7 @@ FEWEST_SAMPLES = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Options of a run that matter to its rehearsal.
+    """The other numbers of a run that matter to its rehearsal.
 
     Args:
         seed: of the run.
@@ -63,7 +63,7 @@ class Options:
 
 @dataclass(slots=True, kw_only=True)
 class Computed:
-    """Results of one forward, and of backward, as far as they came.
+    """The result of one forward, and of backward, as far as they came.
 
     Args:
         output: what the model returned; None where a step function called it.
@@ -198,7 +198,7 @@ class Trial:
         return PROBE_SAMPLES if _is_small(self.given.model) else PROBE_SAMPLES_OF_LARGE
 
     def fetch(self) -> None:
-        """Have the batch of the first samples."""
+        """Fetch the batch of the first samples."""
         with undisturbed():
             self.seed()
             try:
@@ -222,7 +222,7 @@ class Trial:
 
     def compute(self) -> Computed:
         """Run forward, loss and backward as a step does."""
-        with undisturbed() as told:
+        with undisturbed() as caught:
             self.seed()
             self.modes.be_training(mode=True)
             before = _buffers_of(self.job.model)
@@ -230,11 +230,11 @@ class Trial:
             for module, key, buffer, value in before:  # engines are probed with those of the beginning
                 buffer.data = value
                 module._buffers[key] = buffer
-        self.computed.warnings = tuple(str(each.message) for each in told)
+        self.computed.warnings = tuple(str(each.message) for each in caught)
         return self.computed
 
     def probe(self) -> float | None:
-        """The loss in evaluation mode, as engines compute it to be held against each other; None if there is none."""
+        """Return the loss in evaluation mode, as engines compute it for comparison; None if there is none."""
         if self.computed.phase == "data" or not self.is_whole:
             return None  # their own random numbers would be others
         watch = _watch(self.job.model, is_shared=self.is_shared)
@@ -258,11 +258,11 @@ class Trial:
                 self.written = watch.written
 
     def fetched(self, begin: int, end: int) -> Any:
-        """The batch of some of the samples, by their places among these."""
+        """Return the batch of some of the samples, by their places among these."""
         return fetch_batch(self.data.train, self.indices[begin:end])
 
     def loss_of(self, batch: Any) -> torch.Tensor | Sum:
-        """The loss of some samples, by step function, loss or model, with its graph."""
+        """Compute the loss of some samples, by step function, loss or model, with its graph."""
         with torch.enable_grad(), self.autocast():
             return _loss(self.job, batch, Computed(), needs_gradient=False)
 
@@ -283,7 +283,7 @@ class Trial:
         np.random.seed(seed & 0xFFFFFFFF)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Around forward, as on engines."""
+        """Return the autocast around forward, as on engines."""
         if self.options.precision == "float32":
             return nullcontext()
         return torch.autocast("cpu", dtype=torch.bfloat16)
@@ -309,7 +309,7 @@ def outputs_to_judge(trial: Trial) -> tuple[Any, Any, int]:
 
 
 def _buffers_of(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str, torch.Tensor, torch.Tensor]]:
-    """Every buffer, where it is, and a copy of its value."""
+    """List every buffer, where it is, and a copy of its value."""
     return [
         (module, key, buffer, buffer.detach().clone())
         for module in model.modules()

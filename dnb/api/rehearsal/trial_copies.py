@@ -43,7 +43,7 @@ def shallow(data: Data) -> Data:
 
 
 def without_optimizer(job: Job) -> Job:
-    """Return what of a job a rehearsal computes with."""
+    """Return the part of a job that a rehearsal computes with."""
     return Job(
         model=job.model,
         loss=job.loss,

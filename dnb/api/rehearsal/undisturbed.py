@@ -27,11 +27,11 @@ def undisturbed() -> Iterator[list[warnings.WarningMessage]]:
         with (
             torch.random.fork_rng(devices=[]),
             _uncompiled(),
-            warnings.catch_warnings(record=True) as told,
+            warnings.catch_warnings(record=True) as caught,
             _hushed(),
         ):
             warnings.simplefilter("always")
-            yield told
+            yield caught
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
@@ -39,7 +39,7 @@ def undisturbed() -> Iterator[list[warnings.WarningMessage]]:
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """Compiled models run as they were written: compiling takes seconds, and engines do it anyway."""
+    """Let compiled models run as they were written: compiling takes seconds, and engines do it anyway."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it takes a second
         return nullcontext()
     stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")

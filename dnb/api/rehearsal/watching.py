@@ -34,7 +34,7 @@ class WriteWatch(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No compiler comes here, and to tell it so torch would import it, which takes a second."""
+        """Return False without asking torch, which would import its compiler for a second: none comes here."""
         return False
 
     def __torch_dispatch__(
@@ -59,7 +59,7 @@ class WriteWatch(TorchDispatchMode):
 
 @functools.cache
 def _written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
-    """Position and name of the arguments that an operation writes."""
+    """Return position and name of the arguments that an operation writes."""
     return tuple(
         (position, argument.name)
         for position, argument in enumerate(func._schema.arguments)

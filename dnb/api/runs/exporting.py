@@ -37,7 +37,7 @@ class ColumnSource(Protocol):
     def __iter__(self) -> Iterator[str]: ...
 
     def column(self, name: str, /) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Steps and values."""
+        """Return steps and values."""
 
 
 class Happening(Protocol):
@@ -45,7 +45,7 @@ class Happening(Protocol):
 
     @property
     def kind(self) -> str:
-        """The sort of event."""
+        """The kind of event."""
 
     @property
     def text(self) -> str:
@@ -127,7 +127,7 @@ def write_tensorboard(
     folder = Path(folder)
     _require_folder(folder.parent, of=folder)
     aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    with _told(folder), _removed(aside):
+    with _system_refusals(folder), _removed(aside):
         writer = FileWriter(str(aside), filename_suffix=EVENTS_SUFFIX)
         with closing(writer), long_work(f"writing TensorBoard's events into {folder}") as report:
             times = _times_of(steps, columns, started=started)
@@ -138,8 +138,8 @@ def write_tensorboard(
                 if number % _TELL_EVERY == 0:
                     report(f"{number:,} of {len(steps):,} steps")
             for event in events:
-                told = as_text(f"events/{event.kind}", _VERBATIM + event.text)
-                writer.add_summary(told, event.step, walltime=event.time)
+                text = as_text(f"events/{event.kind}", _VERBATIM + event.text)
+                writer.add_summary(text, event.step, walltime=event.time)
             for name, text in (texts or {}).items():
                 lines = "\n".join(_VERBATIM + line for line in text.splitlines())
                 writer.add_summary(as_text(name, lines), 0, walltime=times[0])
@@ -149,7 +149,7 @@ def write_tensorboard(
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A file to write beside `path`, which takes its place when it is whole.
+    """Yield a file to write beside `path`, which takes its place when it is whole.
 
     Raises:
         ArgumentError: the folder is not there, or cannot be written.
@@ -160,7 +160,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     if path.is_dir():
         raise ArgumentError(f"{path} is a folder: name a file in it")
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with _told(path):
+    with _system_refusals(path):
         try:
             yield aside
             aside.replace(path)
@@ -169,7 +169,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def _times_of(steps: NDArray[np.int64], columns: ColumnSource, *, started: float) -> list[float]:
-    """When the steps were done, in seconds since the epoch."""
+    """Return the times at which the steps were done, in seconds since the epoch."""
     known, seconds = columns.column("seconds")
     begin = started or time.time()
     times = begin + np.interp(steps, known, seconds) if len(known) else np.full(len(steps), begin)
@@ -183,7 +183,7 @@ def _rows(steps: NDArray[np.int64], table: Table) -> Iterator[tuple[int, list[tu
 
 
 def _table(columns: ColumnSource) -> tuple[NDArray[np.int64], Table]:
-    """All steps of which something is known, and for every column its value there and whether there is one."""
+    """Return all steps that have a value, and for every column its value there and whether there is one."""
     known = {name: columns.column(name) for name in columns}
     if not any(len(steps) for steps, _ in known.values()):
         raise ArgumentError("nothing was measured yet, so that there is nothing to export: run.wait() waits for it")
@@ -213,8 +213,8 @@ def _require_folder(folder: Path, *, of: Path) -> None:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Raise what the system refuses as one error."""
+def _system_refusals(path: Path) -> Iterator[None]:
+    """Raise a refusal of the system as an error of ours."""
     try:
         yield
     except OSError as error:
@@ -239,7 +239,7 @@ def _missing(need: str, *, extra: str) -> str:
 
 
 def kind_of(path: str | Path, *, suffixes: Sequence[str]) -> Any:
-    """The suffix that says what is written, or "" for a folder of event files.
+    """Return the suffix that says what is written, or "" for a folder of event files.
 
     Raises:
         ArgumentError: the suffix says nothing.

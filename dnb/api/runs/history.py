@@ -81,7 +81,7 @@ class History(Mapping[str, list[float]]):
         return write_parquet(self, path)
 
     def append(self, name: str, steps: Iterable[int], values: Iterable[float]) -> None:
-        """Add what is new to one column."""
+        """Add new steps and values to one column."""
         with self._lock:
             self._steps.setdefault(name, array("q")).extend(steps)
             self._values.setdefault(name, array("d")).extend(values)

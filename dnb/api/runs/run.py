@@ -1,4 +1,4 @@
-"""A run as the user holds it: a viewer and remote control of what lives in the hub."""
+"""A run as the user holds it: a viewer and remote control of the run in the hub."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ class Run:
 
     Args:
         name: of the run.
-        hub: where it lives; None if it has ended and is read from its folder.
+        hub: that holds it; None if it has ended and is read from its folder.
         folder: of run.json, history and events.
         own: the notebook's objects, which get the trained state.
-        key: the cluster's, which signs functions that are mended.
+        key: the cluster's, which signs functions that replace others.
         known: of it so far; nothing if left out.
         submission: what it began with, if this kernel called fit.
     """
@@ -82,7 +82,9 @@ class Run:
         self._listeners: list[Listener] = []
         self._hooks: list[Listener] = []
         self._proof: Proof | None = None
-        self._follower = RunFollower(known, hub, folder=folder, own=self._own, tell=lambda: self._call(self._listeners))
+        self._follower = RunFollower(
+            known, hub, folder=folder, own=self._own, notify=lambda: self._call(self._listeners)
+        )
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -247,7 +249,7 @@ class Run:
         return self
 
     def pause(self) -> None:
-        """Stand still after the step under way."""
+        """Pause the run after the step under way."""
         self._follower.control("pause")
 
     def resume(self, step: Callable[..., Any] | None = None, loss: str | Callable[..., Any] | None = None) -> None:
@@ -364,16 +366,16 @@ class Run:
         return write_page(self, path)
 
     def add_listener(self, callback: Listener) -> None:
-        """Call back from the watching thread when something changed, and once more at the end."""
+        """Call `callback` in the watching thread when something changed, and once more at the end."""
         self._listeners.append(callback)
 
     def remove_listener(self, callback: Listener) -> None:
-        """Call back no more."""
+        """Stop calling `callback`."""
         if callback in self._listeners:
             self._listeners.remove(callback)
 
     def add_wait_hook(self, callback: Listener) -> None:
-        """Call back from the thread that waits, several times a second and once at the end."""
+        """Call `callback` in the thread that waits, several times a second and once at the end."""
         self._hooks.append(callback)
 
     def __repr__(self) -> str:

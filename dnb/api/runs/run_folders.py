@@ -21,7 +21,7 @@ MOST_TRIES = 100
 
 
 def check_name(name: Any) -> str | None:
-    """Take what a user wants a run to be called; None leaves it to be called as its model.
+    """Check the name that a user gives a run; None leaves it to be called as its model.
 
     Raises:
         ArgumentError: it is no text, or too long.
@@ -44,9 +44,9 @@ def check_name(name: Any) -> str | None:
     return name
 
 
-def clean_name(wish: str) -> str:
-    """Return the name of a folder that is nearest to a wish, of letters, digits, dots, dashes and underscores."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", wish).strip("-.")[:MOST_LETTERS] or "run"
+def clean_name(wanted: str) -> str:
+    """Return the folder's name nearest to a wanted one: letters, digits, dots, dashes and underscores."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", wanted).strip("-.")[:MOST_LETTERS] or "run"
 
 
 def check_place() -> None:
@@ -69,16 +69,16 @@ def check_place() -> None:
 
 
 @contextlib.contextmanager
-def reserved_folder(wish: str) -> Iterator[Path]:
+def reserved_folder(wanted: str) -> Iterator[Path]:
     """Make a folder for a run that nobody else has; it is gone again if the block fails and nothing was put into it.
 
     Args:
-        wish: as a name; a number is put behind it if that is taken.
+        wanted: as a name; a number is put behind it if that is taken.
 
     Raises:
         ArgumentError: no folder can be made here.
     """
-    base = clean_name(wish)
+    base = clean_name(wanted)
     missing = [each for each in (RUNS_FOLDER.absolute().parent, RUNS_FOLDER.absolute()) if not each.exists()]
     try:
         folder = next(made for number in count(1) if (made := _make(base if number == 1 else f"{base}-{number}")))
@@ -93,7 +93,7 @@ def reserved_folder(wish: str) -> Iterator[Path]:
 
 
 def _make(name: str) -> Path | None:
-    """A new folder of this name; None if there is one, or whatever else."""
+    """Make a new folder of this name; return None if there is one, or anything else."""
     folder = RUNS_FOLDER.absolute() / name
     for tries in count(1):
         try:

@@ -40,10 +40,10 @@ class RunFollower:
 
     Args:
         known: of the run so far; to its columns new values are added.
-        hub: where it lives; None if it has ended and is read from its folder.
+        hub: that holds it; None if it has ended and is read from its folder.
         folder: of the run.
         own: the notebook's objects, which get the trained state.
-        tell: called from the thread when something may have changed, and once more at the end.
+        notify: called from the thread when something may have changed, and once more at the end.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class RunFollower:
         *,
         folder: Path,
         own: NotebookObjects,
-        tell: Callable[[], None],
+        notify: Callable[[], None],
     ) -> None:
         self.snapshot = known.snapshot
         self._history = known.history
@@ -62,7 +62,7 @@ class RunFollower:
         self._own = own
         self._hub = hub
         self._folder = folder
-        self._tell = tell
+        self._notify = notify
         self._past: deque[tuple[float, int, dict[int, WorkerTotals]]] = deque()
         self._brought_home: tuple[str, int] | None = None
         self._changed = threading.Condition()
@@ -72,7 +72,7 @@ class RunFollower:
 
     @property
     def hub(self) -> HubClient:
-        """The hub in which the run lives.
+        """The hub that holds the run.
 
         Raises:
             HubError: there is none any more.
@@ -138,7 +138,7 @@ class RunFollower:
             except Exception as error:  # a thread that ended in silence would leave `wait` waiting
                 log.exception("run %r cannot be followed", self._name)
                 self._give_up(f"the run cannot be followed further: {type(error).__name__}: {error}")
-            self._tell()
+            self._notify()
             with self._changed:
                 self._changed.notify_all()
             if self.snapshot.is_active:
@@ -177,7 +177,7 @@ class RunFollower:
                 self._history.append(column.name, pairs[:, 0].astype(np.int64).tolist(), pairs[:, 1].tolist())
 
     def _advanced(self, before: RunSnapshot, state: RunState) -> RunSnapshot:
-        """Return what is known now, except for the status."""
+        """Return the state of the run now, except for its status."""
         earlier, steps_per_second = self._remember(state)
         return replace(
             before,
@@ -201,7 +201,7 @@ class RunFollower:
         )
 
     def _remember(self, state: RunState) -> tuple[dict[int, WorkerTotals], float | None]:
-        """Return the engines' accounts of a few seconds ago, and the speed since then."""
+        """Remember the engines' counts; return those of a few seconds ago, and the speed since then."""
         now = time.monotonic()
         self._past.append((now, state.step, {totals.engine: totals for totals in state.workers}))
         while now - self._past[0][0] > RECENT_SECONDS:

@@ -57,7 +57,7 @@ class OrderFollower:
                 self._epoch = None
 
     def _draw(self) -> bool:
-        """Draw one batch; say whether there is one."""
+        """Draw one batch; return True if there is one."""
         while True:
             if self._epoch is None:
                 self._epoch, self._num_in_epoch = iter(next(self._epochs)), 0
@@ -150,7 +150,7 @@ class NotebookObjects:
 
 @contextmanager
 def _global_generators_kept() -> Iterator[None]:
-    """A sampler may draw from them, and cells of the notebook count on theirs."""
+    """Keep the global generators as they are: samplers may draw from them, and cells count on theirs."""
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     try:
         yield
@@ -161,7 +161,7 @@ def _global_generators_kept() -> Iterator[None]:
 
 
 def give_scheduler_home(scheduler: LRScheduler, state: Mapping[str, Any]) -> None:
-    """Let the notebook's scheduler be where that of the hub is.
+    """Set the notebook's scheduler to the state of the hub's.
 
     Args:
         scheduler: the notebook's own; functions that its state may hold stay.

@@ -35,7 +35,7 @@ def choose_plan(
     sys_path: tuple[str, ...],
     memory_limit: int | None = None,
 ) -> tuple[Plan | None, str]:
-    """A plan that divides the model, or None for data parallelism; and why, for people.
+    """Return a plan that divides the model, or None for data parallelism; and why, for people.
 
     A model of less than 64 MB, and whatever only data parallelism can do, is not profiled. Otherwise one batch goes
     through the model layer by layer on the engines, about two seconds long, as for `dnb.plan`.

@@ -1,4 +1,4 @@
-"""Divisions of a model over engines, found and checked before anything starts."""
+"""The division of a model over engines that `fit` finds and checks before anything starts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MOST_TRIED = 2
 
 @dataclass(frozen=True, slots=True)
 class ModelDivision:
-    """A division of a run's model.
+    """The division of a run's model over engines.
 
     Args:
         partitions: over one engine of a team, over two, ...
@@ -157,7 +157,7 @@ class ModelDivision:
     def synced(
         cls, model: torch.nn.Module, *, wants_all: bool, strategy: str | Plan, exact: bool, transport: Any
     ) -> tuple[ModelDivision | None, str | Plan]:
-        """Let all engines share every batch, if layers take statistics of the whole of it; and the strategy then.
+        """Let all engines share every batch, if layers take statistics of all of it; return the strategy then, too.
 
         Args:
             model: with its layers.
@@ -262,7 +262,7 @@ class ModelDivision:
 def _refuse_what_no_team_can(
     strategy: str, axes: Mapping[str, int], stages: Any, *, batch_size: int, exact: bool, transport: Any
 ) -> None:
-    """Refuse what tensor parallelism cannot do."""
+    """Refuse arguments that tensor parallelism cannot serve."""
     if axes.get("pipeline", 1) > 1 or stages is not None:
         raise PlanError(
             "pipeline stages whose layers are divided, too, are not in this release: mesh='data=2,tensor=2' or "

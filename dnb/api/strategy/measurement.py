@@ -39,7 +39,7 @@ _exchanges: weakref.WeakKeyDictionary[EnginePool, Exchange] = weakref.WeakKeyDic
 
 
 def working_engines(pool: EnginePool) -> list[Engine]:
-    """Those that are no spares.
+    """List the engines that are no spares.
 
     Raises:
         PoolError: there is none.
@@ -93,7 +93,7 @@ def profile_on(
 
 
 def _engines_at_once(pool: EnginePool) -> list[int]:
-    """As many engines of the first one's host as it has cores for: those that would compute at the same time."""
+    """List as many engines of the first one's host as it has cores for: those that would compute at the same time."""
     first, *others = working_engines(pool)
     beside = [engine.id for engine in others if engine.host == first.host]
     return [first.id, *beside[: max(1, (os.cpu_count() or 1) // max(1, first.cores)) - 1]]
@@ -121,7 +121,7 @@ def _call(pool: EnginePool, engine: int, function: Any, *arguments: Any, **optio
 
 
 def _result(call: Any, *, engine: int) -> Any:
-    """Return what a call comes to; a `PlanError` is raised here as it was there."""
+    """Wait for the result of a call; a `PlanError` is raised here as it was there."""
     call.wait(MEASURE_SECONDS, return_when=FIRST_EXCEPTION)  # a plain get() sits on a dead engine for all of its time
     if not call.ready():
         raise PoolError(
@@ -136,7 +136,7 @@ def _result(call: Any, *, engine: int) -> Any:
 
 
 def exchange_of(pool: EnginePool) -> Exchange:
-    """Return what passing tensors costs in this pool: probed once, then kept for as long as the pool is."""
+    """Return the cost of passing tensors in this pool: probed once, then kept for as long as the pool is."""
     if pool not in _exchanges:
         engines = working_engines(pool)
         memory = msgspec.msgpack.decode(_call(pool, engines[0].id, probe_memory), type=Memory)
@@ -156,7 +156,7 @@ def exchange_of(pool: EnginePool) -> Exchange:
 
 
 def _probe_pair(pool: EnginePool, engines: list[Engine]) -> Passed:
-    """Two engines pass tensors to each other; they meet in a store that lives here, as long as it takes."""
+    """Let two engines pass tensors to each other; they meet in a store that exists here only for the probe."""
     timeout = timedelta(seconds=PROBE_SECONDS)
     dist: Any = torch.distributed
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timeout)
@@ -172,7 +172,7 @@ def _probe_pair(pool: EnginePool, engines: list[Engine]) -> Passed:
 
 
 def site_of(pool: EnginePool, *, memory_limit: int | None, num_engines: int | None = None) -> Site:
-    """The pool's engines as they are, or as many as there might be, each further one like the last.
+    """Describe the pool's engines as they are, or as many as there might be, each further one like the last.
 
     Args:
         pool: its first working engine is the one that was profiled.
@@ -194,7 +194,7 @@ def site_of(pool: EnginePool, *, memory_limit: int | None, num_engines: int | No
 
 
 def site_without_pool(*, num_engines: int, memory_limit: int | None, hosts: int | None = None) -> Site:
-    """A pool that does not exist yet, on hosts like this one.
+    """Describe a pool that does not exist yet, on hosts like this one.
 
     Args:
         num_engines: in all.
@@ -222,7 +222,7 @@ def _imagined(count: int, *, like: EngineTraits, first: int) -> list[EngineTrait
 
 
 def _with_memory(engines: list[EngineTraits], *, limit: int | None) -> tuple[EngineTraits, ...]:
-    """Each with its share of what its host has free, which for other hosts is taken to be as much as here."""
+    """Give each its share of its host's free memory, which for other hosts is taken to be as much as here."""
     crowd = {engine.host: sum(each.host == engine.host for each in engines) for engine in engines}
     free = free_bytes()
     return tuple(

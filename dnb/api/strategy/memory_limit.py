@@ -30,7 +30,7 @@ EXACTLY = 1e-9
 
 
 class Limit:
-    """A limit of what each engine may hold, and the model that is to be held.
+    """The memory that may be held on each engine, and the model that is to be held.
 
     Args:
         num_bytes: of parameters, gradients, activations and inputs, as `dnb.plan` counts them: without what a process
@@ -51,7 +51,7 @@ class Limit:
     def settle(
         self, division: ModelDivision | None, plan: Plan | None, *, num_engines: int, micro_batch: int | None
     ) -> ModelDivision | None:
-        """Return what `fit` may do under this limit: the division, perhaps cut elsewhere.
+        """Return the division under this limit, perhaps cut elsewhere.
 
         Args:
             division: None: every engine has the whole model.
@@ -102,7 +102,7 @@ class Limit:
             )
 
     def within(self, division: ModelDivision, *, num_engines: int, is_settled: bool) -> ModelDivision:
-        """The same without the pipelines that are too short, and with cuts that fit if even ones do not.
+        """Return the division without the pipelines that are too short, and with cuts that fit if even ones do not.
 
         Args:
             division: as found without a limit.
@@ -129,7 +129,7 @@ class Limit:
     def _fitted(
         self, partition: Partition, division: ModelDivision, samples: int, *, is_settled: bool
     ) -> tuple[Partition, tuple[Need, ...]]:
-        """A partition, cut elsewhere if it would not fit as it is."""
+        """Return a partition, cut elsewhere if it would not fit as it is."""
         stages = division.stages if partition.num_stages > 1 else None
         batch = self._batch_of(samples // partition.num_micro_batches)
         needs = self._needs(partition, stages, batch)
@@ -182,7 +182,7 @@ class Limit:
         return fetch_batch(self._data.train, torch.arange(max(1, samples)))
 
     def _loss(self, batch: Any) -> Loss | None:
-        """Return the loss, as what is kept for it counts, too; a step function's own is not known."""
+        """Return the loss, whose memory counts, too; a step function's own is not known."""
         loss = self._job.loss
         if loss is None:
             return None
@@ -195,7 +195,7 @@ def _largest(needs: Iterable[Need]) -> int:
 
 def _in_words(need: Need) -> str:
     activations = need.activation_bytes
-    told = f"{amount(need.parameter_bytes)} of parameters, {amount(need.gradient_bytes)} of gradients"
+    text = f"{amount(need.parameter_bytes)} of parameters, {amount(need.gradient_bytes)} of gradients"
     if activations is None:
-        return f"at least {amount(need.num_bytes)} ({told}; activations are not known)"
-    return f"{amount(need.num_bytes)} ({told}, {amount(activations)} of activations and inputs)"
+        return f"at least {amount(need.num_bytes)} ({text}; activations are not known)"
+    return f"{amount(need.num_bytes)} ({text}, {amount(activations)} of activations and inputs)"

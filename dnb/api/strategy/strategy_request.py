@@ -25,7 +25,7 @@ from dnb.protocol.run import Finding, RunSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StrategyRequest:
-    """A wish of how engines share a model and its batches; a pool settles what is open.
+    """A request for how engines share a model and its batches; a pool settles what is open.
 
     Args:
         job: with the stages of a pipeline, if modules were given as such.
@@ -40,7 +40,7 @@ class StrategyRequest:
         shards: likewise.
         memory_limit: bytes.
         loss_over: of the loss, as it was given or found.
-        wished_over: as it was given; None if it was left out.
+        wanted_over: as it was given; None if it was left out.
         whole_metrics: names of metrics that are computed of all samples at once.
         sys_path: where engines that measure a model import it from.
     """
@@ -57,7 +57,7 @@ class StrategyRequest:
     shards: int | None
     memory_limit: int | None
     loss_over: str
-    wished_over: str | None
+    wanted_over: str | None
     whole_metrics: tuple[str, ...]
     sys_path: tuple[str, ...]
 
@@ -72,7 +72,7 @@ class StrategyRequest:
         division = self._division_for(plan, pool)
         is_divided, has_val = division is not None, self.data.val is not None
         gathers = self.loss_over == "batch" or (
-            division is None and _gathers_for(self.whole_metrics, wished=self.wished_over)
+            division is None and _gathers_for(self.whole_metrics, wanted=self.wanted_over)
         )
         if self.memory_limit is not None:
             division = self._within_memory(self.memory_limit, division, plan, pool)
@@ -201,20 +201,20 @@ def read_shards(shards: Any, *, batch_size: int) -> int | None:
 
 
 def _findings_of_loss(loss_over: str, *, is_divided: bool) -> tuple[Finding, ...]:
-    """Return what the run's events say of a loss that looks at the whole batch."""
+    """Return the run's events about a loss that looks at the whole batch."""
     if loss_over != "batch":
         return ()
     how = "it is computed once, on the outputs of all micro-batches" if is_divided else "outputs are gathered"
     return (Finding(kind="loss", text=f"this loss looks at the whole batch: {how}"),)
 
 
-def _gathers_for(metrics: Sequence[str], *, wished: str | None) -> bool:
+def _gathers_for(metrics: Sequence[str], *, wanted: str | None) -> bool:
     """Tell whether outputs are gathered for metrics alone.
 
     Raises:
         ArgumentError: the user wants no gathering.
     """
-    if metrics and wished == "samples":
+    if metrics and wanted == "samples":
         raise ArgumentError(
             f"{called(metrics)} computed of all samples at once, and loss_over='samples' gathers no outputs: leave "
             "loss_over or the metric out"
@@ -223,7 +223,7 @@ def _gathers_for(metrics: Sequence[str], *, wished: str | None) -> bool:
 
 
 def _findings_of_metrics(names: Sequence[str], *, is_divided: bool, has_val: bool) -> tuple[Finding, ...]:
-    """Return what the run's events say of metrics that are computed of all samples at once."""
+    """Return the run's events about metrics that are computed of all samples at once."""
     if not names:
         return ()
     how = [] if is_divided else ["outputs are gathered"]

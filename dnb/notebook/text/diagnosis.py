@@ -10,7 +10,7 @@ from itertools import islice
 from dnb.notebook.formatting import counted, numbered
 from dnb.notebook.text.engine_text import GONE, heard_words
 from dnb.notebook.text.loss_rules import LOSS_RULES
-from dnb.notebook.text.run_facts import RuleFinding, Rule, RunFacts, gather_facts, held
+from dnb.notebook.text.run_facts import Rule, RuleFinding, RunFacts, gather_facts, held
 from dnb.notebook.text.time_rules import TIME_RULES
 from dnb.notebook.views import SET_APART, RunView
 

@@ -120,7 +120,9 @@ def _idle(facts: RunFacts) -> RuleFinding | None:
         return None
     many = len(facts.active) > 1
     text = f"{facts.engines('is', 'are', 'were' if many else 'was')} idle {percent(facts.mean('idle'))} of the time"
-    return RuleFinding("idle", f"{text}: the run {facts.verb('has', 'had')} no work for {'them' if many else 'it'} then")
+    return RuleFinding(
+        "idle", f"{text}: the run {facts.verb('has', 'had')} no work for {'them' if many else 'it'} then"
+    )
 
 
 def _computing(facts: RunFacts) -> RuleFinding | None:

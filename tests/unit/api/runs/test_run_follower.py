@@ -74,7 +74,7 @@ class Followed:
         self.told: list[RunSnapshot] = []
         self._ended = threading.Event()
         known = KnownRun(name="digits")
-        self.follower = RunFollower(known, self.hub, folder=folder, own=own or NotebookObjects(), tell=self._note)
+        self.follower = RunFollower(known, self.hub, folder=folder, own=own or NotebookObjects(), notify=self._note)
 
     def _note(self) -> None:
         self.told.append(self.follower.snapshot)
