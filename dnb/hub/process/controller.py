@@ -154,15 +154,15 @@ class DnbController(IPController):
     def _prepare_monitor(self, *, kwargs: dict[str, Any], **_options: Any) -> BaseProcess:
         """Stand in for the process class of ipyparallel's heart monitor, which it starts later."""
         self._monitor_options = kwargs
-        return self._make_monitor(heartbeat_monitor=())
+        return self._make_monitor(identities=())
 
-    def _make_monitor(self, *, heartbeat_monitor: Iterable[bytes]) -> BaseProcess:
-        options = {**self._monitor_options, "hearts": set(heartbeat_monitor)}
+    def _make_monitor(self, *, identities: Iterable[bytes]) -> BaseProcess:
+        options = {**self._monitor_options, "hearts": set(identities)}
         return multiprocessing.Process(target=be_heart_monitor, kwargs=options, daemon=True)
 
     def _start_monitor(self) -> BaseProcess:
         """Start another monitor; it misses those whose engines are registered and do not answer it."""
-        monitor = self._make_monitor(heartbeat_monitor=self.hub.heartbeat_monitor)
+        monitor = self._make_monitor(identities=self.hub.hearts)
         monitor.start()
         self.heartmonitor_process = monitor
         return monitor
