@@ -66,10 +66,10 @@ class StatsHandover(Record, frozen=True):
 
 def write_handover(folders: Sequence[Path], name: str, handover: Record) -> bool:
     """Replace a record in the first folder that takes it; whether one did. A pool without room goes on without."""
-    return write_memo_bytes(folders, name, msgspec.msgpack.encode(handover))
+    return write_handover_bytes(folders, name, msgspec.msgpack.encode(handover))
 
 
-def write_memo_bytes(folders: Sequence[Path], name: str, content: bytes) -> bool:
+def write_handover_bytes(folders: Sequence[Path], name: str, content: bytes) -> bool:
     """Replace what is kept under a name likewise."""
     for folder in folders:
         try:
@@ -83,7 +83,7 @@ def write_memo_bytes(folders: Sequence[Path], name: str, content: bytes) -> bool
 
 def read_handover(folders: Sequence[Path], name: str, kind: type[T]) -> T | None:
     """Read a record of the hub before, if it left one."""
-    content = read_memo_bytes(folders, name)
+    content = read_handover_bytes(folders, name)
     if content is None:
         return None
     try:
@@ -93,7 +93,7 @@ def read_handover(folders: Sequence[Path], name: str, kind: type[T]) -> T | None
         return None
 
 
-def read_memo_bytes(folders: Sequence[Path], name: str) -> bytes | None:
+def read_handover_bytes(folders: Sequence[Path], name: str) -> bytes | None:
     """Return the bytes kept under a name, None if there are none."""
     for folder in folders:
         try:

@@ -144,12 +144,12 @@ class Recorder:
         """
         size = os.fstat(self.descriptor).st_size - _HEADER_BYTES
         text = os.pread(self.descriptor, max(size, 0), _HEADER_BYTES)
-        cause, reason, told = _explain(code, text)
+        cause, reason, trace = _explain(code, text)
         run = self._memory[_RUN_OFFSET : _RUN_OFFSET + _RUN_BYTES].rstrip(b"\0").decode(errors="replace")
         return Crash(
             cause=cause,
             reason=reason,
-            traceback=told,
+            traceback=trace,
             time=time.time(),
             lived_seconds=lived_seconds,
             num_commits=self._words[_COMMITS],
@@ -223,9 +223,9 @@ def _explain(code: int, text: bytes) -> tuple[str, str, str]:
             name = signal.Signals(-code).name
         except ValueError:
             name = f"signal {-code}"
-        told = clean_text(text.decode(errors="replace"), length=TRACEBACK_LENGTH)
-        last = _last_line_of_fault(told)
-        return (f"{name} {last}".strip(), f"it was ended by {name}{f' {last}' if last else ''}", told)
+        shown = clean_text(text.decode(errors="replace"), length=TRACEBACK_LENGTH)
+        last = _last_line_of_fault(shown)
+        return (f"{name} {last}".strip(), f"it was ended by {name}{f' {last}' if last else ''}", shown)
     try:
         failure = msgspec.json.decode(text, type=Failure)
     except (msgspec.MsgspecError, ValueError):

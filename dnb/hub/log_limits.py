@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dnb.transport.system.failures import clean_text
 
-# Of each kind so many lines are written in this time; then it is told how many more there were.
+# Of each kind so many lines are written in this time; then a line says how many more there were.
 PERIOD_SECONDS = 60.0
 MOST_LINES = 20
 # A line is cut after so many letters: what strangers send may be quoted in it.
@@ -30,7 +30,7 @@ class LogLimit(logging.Filter):
     """Lets few lines of one kind through; a kind is what one place in the code says.
 
     Args:
-        handler: to which it is added, and which is told the counts.
+        handler: to which it is added, and to which the counts are reported.
         clock: in seconds.
     """
 
@@ -40,7 +40,7 @@ class LogLimit(logging.Filter):
         self._clock = clock
         self._lock = threading.RLock()
         self._counts: dict[_Kind, _Count] = {}
-        self._next_look = clock() + PERIOD_SECONDS
+        self._next_report = clock() + PERIOD_SECONDS
         handler.addFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -48,7 +48,7 @@ class LogLimit(logging.Filter):
         if getattr(record, "is_count", False):
             return True
         with self._lock:
-            self.look()
+            self.report_counts()
             kind = (record.pathname, record.lineno, record.levelno)
             count = self._counts.get(kind)
             if count is None:
@@ -60,33 +60,33 @@ class LogLimit(logging.Filter):
         record.msg, record.args = _message_of(record), ()
         return True
 
-    def look(self) -> None:
-        """Tell the counts of the kinds whose time is over; also to be called when nothing is written."""
+    def report_counts(self) -> None:
+        """Report the counts of the kinds whose time is over; also to be called when nothing is written."""
         now = self._clock()
-        if now < self._next_look:
+        if now < self._next_report:
             return
         with self._lock:
             for kind, count in list(self._counts.items()):
                 if now >= count.began + PERIOD_SECONDS:
                     del self._counts[kind]
-                    self._tell(count)
-            self._next_look = min([count.began for count in self._counts.values()], default=now) + PERIOD_SECONDS
+                    self._report(count)
+            self._next_report = min([count.began for count in self._counts.values()], default=now) + PERIOD_SECONDS
 
     def close(self) -> None:
-        """Tell all counts: the log ends."""
+        """Report all counts: the log ends."""
         counts, self._counts = self._counts, {}
         for count in counts.values():
-            self._tell(count)
+            self._report(count)
 
-    def _tell(self, count: _Count) -> None:
+    def _report(self, count: _Count) -> None:
         num_more = count.num_lines - MOST_LINES
         if num_more <= 0:
             return
         last = count.last
         text = f"... and {num_more:,} more of this kind, the last one: {_message_of(last)}"
-        told = logging.LogRecord(last.name, last.levelno, last.pathname, last.lineno, text, (), None)
-        told.is_count = True
-        self._handler.handle(told)
+        count_record = logging.LogRecord(last.name, last.levelno, last.pathname, last.lineno, text, (), None)
+        count_record.is_count = True
+        self._handler.handle(count_record)
 
 
 def _message_of(record: logging.LogRecord) -> str:
@@ -108,13 +108,13 @@ def limit_logs(*loggers: logging.Logger) -> None:
                 _limits.append(LogLimit(handler))
 
 
-def look_at_logs() -> None:
-    """Tell what was counted, once a minute; for loops."""
+def report_log_counts() -> None:
+    """Report what was counted, once a minute; for loops."""
     for limit in _limits:
-        limit.look()
+        limit.report_counts()
 
 
 def close_logs() -> None:
-    """Tell what was counted, at the end of this process."""
+    """Report what was counted, at the end of this process."""
     for limit in _limits:
         limit.close()

@@ -62,8 +62,8 @@ def decode_peer(decode: Callable[[Any], T], packed: bytes | memoryview) -> T:
     try:
         return decode(packed)
     except Exception as error:
-        told = clean_text(f"{type(error).__name__}: {error}", length=NAME_LENGTH)
-        raise PeerError(f"a record cannot be decoded: {told}") from error
+        reason = clean_text(f"{type(error).__name__}: {error}", length=NAME_LENGTH)
+        raise PeerError(f"a record cannot be decoded: {reason}") from error
 
 
 def check_process(process: Process) -> None:
@@ -232,15 +232,15 @@ def _check_sums(part: Sums) -> None:
                 raise PeerError("a weight is no number of at least 0")
 
 
-def _check_telemetry(told: Telemetry) -> None:
+def _check_telemetry(telemetry: Telemetry) -> None:
     for value in (
-        told.compute_seconds,
-        told.data_seconds,
-        told.rss_bytes,
-        told.cpu_percent,
-        told.start_rss_bytes,
-        told.peak_rss_bytes,
-        told.peak_private_bytes,
+        telemetry.compute_seconds,
+        telemetry.data_seconds,
+        telemetry.rss_bytes,
+        telemetry.cpu_percent,
+        telemetry.start_rss_bytes,
+        telemetry.peak_rss_bytes,
+        telemetry.peak_private_bytes,
     ):
         if value is not None and not 0 <= value <= MOST_COUNT:
             raise PeerError(f"telemetry says {value}")

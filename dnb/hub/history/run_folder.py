@@ -18,7 +18,7 @@ from typing import Any, Self, TypeVar
 import msgspec
 
 from dnb.errors import ArgumentError
-from dnb.hub.handover import read_memo_bytes, remove_handover, write_memo_bytes
+from dnb.hub.handover import read_handover_bytes, remove_handover, write_handover_bytes
 from dnb.hub.history.backlog import Backlog
 from dnb.hub.history.disk_news import DiskNews
 from dnb.hub.history.line_file import PIECE_BYTES, LineFile
@@ -130,7 +130,7 @@ class RunFolder:
     def write_summary(self, summary: RunSummary) -> None:
         """Replace run.json in one move: a reader never sees half of it. The next hub finds it in memory, too."""
         content = msgspec.json.format(self._encoder.encode(summary), indent=2) + b"\n"
-        write_memo_bytes(self._folders, self._name_of(RUN_FILE), content)
+        write_handover_bytes(self._folders, self._name_of(RUN_FILE), content)
         self._replace(RUN_FILE, content)
 
     def write_timeline(self, timeline: StepTimeline) -> None:
@@ -146,7 +146,7 @@ class RunFolder:
             OSError: there is none.
             msgspec.MsgspecError: it is not one.
         """
-        kept = read_memo_bytes(self._folders, self._name_of(RUN_FILE))
+        kept = read_handover_bytes(self._folders, self._name_of(RUN_FILE))
         return read_summary(self.path) if kept is None else msgspec.json.decode(kept, type=RunSummary)
 
     def rows(self) -> list[HistoryRow]:

@@ -25,8 +25,8 @@ from ipyparallel.controller.app import IPController
 from ipyparallel.util import disambiguate_url
 from traitlets import Float, Integer, Unicode
 
-from dnb.hub.log_limits import limit_logs, look_at_logs
-from dnb.hub.process.heart_monitor import MonitorWatch, be_heart_monitor
+from dnb.hub.log_limits import limit_logs, report_log_counts
+from dnb.hub.process.heart_monitor import MonitorWatch, run_heart_monitor
 from dnb.protocol.pool import HubBinding, HubConfig, HubPlace, Process
 from dnb.protocol.versions import POOL_FORMAT, VERSION
 from dnb.transport.sockets.listeners import HANDSHAKE_SECONDS
@@ -158,7 +158,7 @@ class DnbController(IPController):
 
     def _make_monitor(self, *, identities: Iterable[bytes]) -> BaseProcess:
         options = {**self._monitor_options, "hearts": set(identities)}
-        return multiprocessing.Process(target=be_heart_monitor, kwargs=options, daemon=True)
+        return multiprocessing.Process(target=run_heart_monitor, kwargs=options, daemon=True)
 
     def _start_monitor(self) -> BaseProcess:
         """Start another monitor; it misses those whose engines are registered and do not answer it."""
@@ -169,19 +169,19 @@ class DnbController(IPController):
 
     def _watch_monitor(self) -> None:
         if self._monitor is None and self.heartmonitor_process.pid is not None:
-            beats: zmq.Socket[bytes] = self.context.socket(zmq.SUB)
-            beats.linger = 0
-            beats.setsockopt(zmq.SUBSCRIBE, b"")
-            self.connect(beats, disambiguate_url(self.engine_url("hb_ping")))
+            heartbeats: zmq.Socket[bytes] = self.context.socket(zmq.SUB)
+            heartbeats.linger = 0
+            heartbeats.setsockopt(zmq.SUBSCRIBE, b"")
+            self.connect(heartbeats, disambiguate_url(self.engine_url("hb_ping")))
             self._monitor = MonitorWatch(
                 self.heartmonitor_process,
                 start=self._start_monitor,
-                beats=beats,
+                heartbeats=heartbeats,
                 period_seconds=self.hub.heartmonitor_period / 1000,
                 log=self.log,
             )
         if self._monitor is not None and not self._is_ending:
-            self._monitor.look()
+            self._monitor.check()
 
     def save_connection_dict(self, fname: str, cdict: dict[str, Any]) -> None:
         """Write a connection file, with the hub's address for its reader in it."""
@@ -224,7 +224,7 @@ class DnbController(IPController):
     def _watch(self) -> None:
         assert self._hub is not None
         assert self._hub.process is not None
-        look_at_logs()
+        report_log_counts()
         if self._hub.process.poll() is not None:
             self._end_without_hub(self._hub.process.returncode)
             return

@@ -127,7 +127,7 @@ class ForkServer:
         """Listen no more, in a fork that is no supervisor."""
         self._listener.close()
 
-    def bury(self) -> None:
+    def reap(self) -> None:
         """Reap engines that have ended."""
         for pid in list(self._engines):
             ended, status = os.waitpid(pid, os.WNOHANG)
@@ -139,7 +139,7 @@ class ForkServer:
         """Give the engines time to end; the pool does."""
         deadline = time.monotonic() + limit_seconds
         while self._engines and time.monotonic() < deadline:
-            self.bury()
+            self.reap()
             time.sleep(0.02)
 
 

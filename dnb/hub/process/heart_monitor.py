@@ -1,7 +1,7 @@
 """ipyparallel's heart monitor, watched: one that has died or stands still is replaced by another.
 
 It is a process beside the controller. Without it no engine can be registered, none that vanishes is missed, and
-engines that hear no beat for half a minute end.
+engines that get no heartbeat for half a minute end.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from ipyparallel.controller.heartmonitor import start_heartmonitor
 
 from dnb.transport.system.processes import end_with_parent, find_process
 
-# So many beats that were not heard, and at least so long: it stands still. A busy machine may be slow to beat.
+# So many heartbeats that did not come, and at least so long: it stands still. A busy machine may be slow to send.
 MISSED_HEARTBEATS = 20
 STILL_SECONDS = 5.0
 # A new one must import nothing, but may be slow to come up where the machine is busy.
 FIRST_HEARTBEAT_SECONDS = 20.0
-# After one that died without a beat, the next waits so long; twice as long each time, up to the second figure.
+# After one that died without a heartbeat, the next waits so long; twice as long each time, up to the second figure.
 FIRST_WAIT_SECONDS = 0.2
 LONGEST_WAIT_SECONDS = 10.0
 
 
-def be_heart_monitor(**options: Any) -> None:
+def run_heart_monitor(**options: Any) -> None:
     """Run ipyparallel's heart monitor in this process, which ends with its controller, also with a killed one."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGABRT):  # not as the controller's, which ends its children
         signal.signal(number, signal.SIG_DFL)
@@ -43,13 +43,13 @@ def be_heart_monitor(**options: Any) -> None:
 
 
 class MonitorWatch:
-    """Decides when a heart monitor is replaced; `look` is called several times a second.
+    """Decides when a heart monitor is replaced; `check` is called several times a second.
 
     Args:
         process: the first monitor, which has been started.
-        start: starts another one, which takes the engines over whose hearts beat.
-        beats: gets every beat that the monitors send.
-        period_seconds: between two beats.
+        start: starts another one, which takes over the engines that still answer.
+        heartbeats: gets every heartbeat that the monitors send.
+        period_seconds: between two heartbeats.
         log: of the controller.
         clock: monotonic.
     """
@@ -59,41 +59,41 @@ class MonitorWatch:
         process: BaseProcess,
         *,
         start: Callable[[], BaseProcess],
-        beats: zmq.Socket[bytes],
+        heartbeats: zmq.Socket[bytes],
         period_seconds: float,
         log: logging.Logger,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.process = process
         self._start = start
-        self._beats = beats
+        self._heartbeats = heartbeats
         self._still_seconds = max(MISSED_HEARTBEATS * period_seconds, STILL_SECONDS)
         self._log = log
         self._clock = clock
-        self._looked_at = self._heard_at = clock()
+        self._checked_at = self._heard_at = clock()
         self._has_beaten = False
         self._is_gone = False  # and another one is to be started
         self._wait_seconds = FIRST_WAIT_SECONDS
         self._start_at = 0.0
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Replace the monitor if that is necessary."""
         now = self._clock()
-        self._hear(now)
+        self._read_heartbeats(now)
         if not self._is_gone:
-            self._look_at_process(now)
+            self._check_process(now)
         if self._is_gone and now >= self._start_at:
             self._replace(now)
 
-    def _hear(self, now: float) -> None:
-        if now - self._looked_at > STILL_SECONDS / 2:  # it was this process that stood still
+    def _read_heartbeats(self, now: float) -> None:
+        if now - self._checked_at > STILL_SECONDS / 2:  # it was this process that stood still
             self._heard_at = now
-        self._looked_at = now
-        while self._beats.poll(0):
-            self._beats.recv()
+        self._checked_at = now
+        while self._heartbeats.poll(0):
+            self._heartbeats.recv()
             self._heard_at, self._has_beaten, self._wait_seconds = now, True, FIRST_WAIT_SECONDS
 
-    def _look_at_process(self, now: float) -> None:
+    def _check_process(self, now: float) -> None:
         limit = self._still_seconds if self._has_beaten else FIRST_HEARTBEAT_SECONDS
         if not self.process.is_alive():
             self._log.error("the heart monitor ended with code %s: another one is started", self.process.exitcode)

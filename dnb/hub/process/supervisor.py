@@ -28,7 +28,7 @@ from typing import NoReturn
 import msgspec
 
 from dnb.hub.hub_failures import MOST_DEATHS, NUM_KEPT, Crash, Recorder, num_idle_deaths
-from dnb.hub.log_limits import close_logs, limit_logs, look_at_logs
+from dnb.hub.log_limits import close_logs, limit_logs, report_log_counts
 from dnb.hub.pool_files import remove_pool_files
 from dnb.hub.process import fork_server as fork_server
 from dnb.protocol.base import Record
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 0.1
 # How long the supervisor waits before it tries again what the system refuses: another process, say.
 AGAIN_SECONDS = 0.2
-# How long engines may take to end after the hub; they are the supervisor's to bury.
+# How long engines may take to end after the hub; they are the supervisor's to reap.
 FAREWELL_SECONDS = 3.0
 
 
@@ -151,7 +151,7 @@ class Supervisor:
             time.sleep(LOOK_SECONDS)
         else:
             self._attend(self._fork_server, hub=pid)
-        look_at_logs()
+        report_log_counts()
         ended, status = os.waitpid(pid, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if ended else None
 
@@ -165,9 +165,9 @@ class Supervisor:
                 os.close(watched)
             if fork_server.fileno() in ready:
                 fork_server.serve()
-            fork_server.bury()
+            fork_server.reap()
         except Exception:  # whatever it is, the hub lives on, and with it the run
-            log.exception("an engine cannot be started, or buried")
+            log.exception("an engine cannot be started, or reaped")
             time.sleep(LOOK_SECONDS)
 
     def _fork(self, launch: HubLaunch) -> int:
@@ -273,7 +273,7 @@ def main() -> None:
         listeners = {role: socket.socket(fileno=number) for role, number in descriptors.items()}
         warm_up()
         _serve(msgspec.json.decode(sys.stdin.buffer.readline(), type=HubLaunch), listeners, recorder)
-    name_process("dnb-guardian")
+    name_process("dnb-supervisor")
     raise_file_limit()  # for the hubs, too
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=HubConfig)
     supervisor = Supervisor(config)

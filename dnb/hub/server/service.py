@@ -22,7 +22,7 @@ import zmq
 
 from dnb.errors import DnbError, HubError, RunError
 from dnb.hub.hub_failures import Crash, Recorder, restarts_of
-from dnb.hub.log_limits import look_at_logs
+from dnb.hub.log_limits import report_log_counts
 from dnb.hub.message_checks import PeerError, check_request, decode_peer
 from dnb.hub.pool_files import remove_pool_files
 from dnb.hub.run.pool_links import PoolLinks
@@ -199,7 +199,7 @@ class Service:
         self._lifecycle.watch_leavers()
         self._records.flush()
         self.end(self._steering.find_end(self._slot.held))
-        look_at_logs()
+        report_log_counts()
 
     # clients
 

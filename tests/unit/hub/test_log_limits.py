@@ -49,7 +49,7 @@ def test_what_comes_again_and_again_is_not_written(log: Log):
 def test_what_was_not_written_is_counted_and_told_after_a_minute(log: Log):
     log.knock(3_432)
     log.now += 60
-    log.limit.look()
+    log.limit.report_counts()
     assert log.lines[MOST_LINES:] == [
         "WARNING ... and 3,412 more of this kind, the last one: a stranger called: 3431",
     ]
@@ -59,7 +59,7 @@ def test_it_is_told_once(log: Log):
     log.knock(MOST_LINES + 1)
     for _ in range(5):
         log.now += 60
-        log.limit.look()
+        log.limit.report_counts()
     assert len(log.lines) == MOST_LINES + 1
 
 
@@ -76,7 +76,7 @@ def test_it_is_told_by_the_next_line_where_nobody_looks(log: Log):
 def test_nothing_is_told_of_a_kind_that_was_written_whole(log: Log):
     log.knock(MOST_LINES)
     log.now += 60
-    log.limit.look()
+    log.limit.report_counts()
     assert len(log.lines) == MOST_LINES
 
 
@@ -103,7 +103,7 @@ def test_a_day_of_knocking_makes_no_more_than_some_lines_a_minute(log: Log):
     for minute in range(24 * 60):
         log.now = 100.0 + 60 * minute
         log.knock(50)
-        log.limit.look()
+        log.limit.report_counts()
     assert len(log.lines) <= 24 * 60 * (MOST_LINES + 1)
 
 

@@ -30,7 +30,7 @@ class Monitors:
         self.watch = MonitorWatch(
             self.start(),
             start=self.start,
-            beats=self.beats,
+            heartbeats=self.beats,
             period_seconds=PERIOD,
             log=logging.getLogger("test"),
             clock=lambda: self.now,
@@ -52,7 +52,7 @@ class Monitors:
             self.now += 0.2
             if beating:
                 self.beat()
-            self.watch.look()
+            self.watch.check()
 
     def kill(self):
         self.started[-1].kill()
