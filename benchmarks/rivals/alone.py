@@ -25,7 +25,7 @@ def grown_bytes(name: str, *, steps: int) -> int:
         model.zero_grad(set_to_none=False)
         for piece, target in pieces:
             case.loss(model(piece), target).backward()
-    footprint.look()
+    footprint.sample()
     assert footprint.peak_bytes is not None
     assert footprint.start_bytes is not None
     return footprint.peak_bytes - footprint.start_bytes

@@ -56,7 +56,7 @@ class Loaded(Message, frozen=True):
     """An engine holds model and data of a run."""
 
     run: str
-    team: int | None = None  # that it has met, if it has a seat in one
+    team: int | None = None  # that it has joined, if it has a rank in one
 
 
 class LoadFailed(Message, frozen=True):
@@ -150,11 +150,11 @@ class Fault(Message, frozen=True):
 
 
 class Heartbeat(Message, frozen=True):
-    """An engine lives; said about ten times a second, whatever it is computing."""
+    """An engine's sign of life, sent about ten times a second, whatever it is computing."""
 
     engine: int
     process: Process
-    is_at_work: bool = False  # said for it by its watcher: it cannot beat, but works
+    is_at_work: bool = False  # sent for it by its watcher: it cannot send, but works
 
 
 EngineMessage = (
@@ -178,7 +178,7 @@ class Welcome(Message, frozen=True):
 
 
 class Rejoin(Message, frozen=True):
-    """A new hub hears an engine beat that it does not know: it shall join."""
+    """A new hub got a heartbeat of an engine that it does not know: it shall join."""
 
     generation: int  # which hub of the pool asks, counted from 0
 

@@ -23,7 +23,7 @@ class Modes:
         self._still = [module for module in modules if is_any_training and not module.training]
         self._is_training: bool | None = None
 
-    def be_training(self, *, mode: bool) -> None:
+    def set_training(self, *, mode: bool) -> None:
         """Switch the mode when it changes, as a loop does around its evaluation; each switch walks the whole model."""
         if self._is_training is mode:
             return

@@ -28,7 +28,7 @@ class StatefulMetric:
         """Compute the metric of these samples alone."""
         metric = copy.deepcopy(self.metric)
         if isinstance(metric, torch.nn.Module):
-            _be_alone(metric)
+            _disable_sync(metric)
             metric.to(_device_of(output))
         if hasattr(metric, "reset"):
             metric.reset()
@@ -55,7 +55,7 @@ def spread(metrics: Mapping[Any, Any]) -> Iterator[tuple[Any, Any]]:
             yield name, metric
 
 
-def _be_alone(metric: torch.nn.Module) -> None:
+def _disable_sync(metric: torch.nn.Module) -> None:
     for module in metric.modules():
         for name in _JOINING:
             if name in vars(module):

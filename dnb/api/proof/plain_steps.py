@@ -22,7 +22,7 @@ from dnb.user_code.return_values import read_loss, read_step
 def plain_steps(job: Job, source: DataSource, spec: RunSpec) -> Iterator[float]:
     """Train in a plain loop; yield each step's loss when gradients are there, before anything is clipped or applied."""
     model = job.model
-    Modes([model]).be_training(mode=True)
+    Modes([model]).set_training(mode=True)
     optimizer = build_optimizer(job.optimizer, model.parameters(), lr=job.lr)
     scheduler = build_scheduler(job.scheduler, optimizer, every=spec.scheduler_every, has_val=spec.num_val_samples > 0)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

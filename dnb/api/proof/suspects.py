@@ -235,7 +235,7 @@ def _whole_and_parts(job: Job, source: DataSource, spec: RunSpec, *, mode: bool)
         return None
     half = max(1, min(spec.batch_size, spec.num_samples) // 2)
     modes, buffers = Modes([job.model]), [(b, b.detach().clone()) for b in job.model.buffers()]
-    modes.be_training(mode=mode)
+    modes.set_training(mode=mode)
     try:
         with torch.no_grad():
             loss = [_value(job, source, indices) for indices in _halves(half)]
@@ -244,7 +244,7 @@ def _whole_and_parts(job: Job, source: DataSource, spec: RunSpec, *, mode: bool)
     except USER_ERRORS:  # then it is no suspect
         return None
     finally:
-        modes.be_training(mode=True)
+        modes.set_training(mode=True)
         _put_back(buffers)
     (whole, weight), *parts = loss
     mean = sum(total for total, _ in parts) / (sum(each for _, each in parts) or 1.0)

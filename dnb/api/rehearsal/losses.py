@@ -53,7 +53,7 @@ def _verdict_on(trial: Trial) -> Verdict:
             return _verdict_with_model(trial)
         return verdict
     with undisturbed():
-        trial.modes.be_training(mode=False)
+        trial.modes.set_training(mode=False)
         output, target, num_samples = outputs_to_judge(trial)
         with trial.autocast():
             verdict = judge_loss(job.loss, output, target, num_samples=num_samples)
@@ -70,7 +70,7 @@ def _verdict_with_model(trial: Trial) -> Verdict:
     # A sum of two losses is a mean over samples as long as every target counts.
     leaves_out = partial(_may_leave_out, trial.given_data)
     with undisturbed():
-        trial.modes.be_training(mode=False)
+        trial.modes.set_training(mode=False)
         return judge(
             trial.loss_of, trial.batch, num_samples=len(trial.indices), fetch=trial.fetched, leaves_out=leaves_out
         )

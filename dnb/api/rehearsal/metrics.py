@@ -28,7 +28,7 @@ def check_metrics(trial: Trial) -> list[Finding]:
     if trial.computed.loss is None or trial.job.step is not None:
         return []
     with undisturbed():
-        trial.modes.be_training(mode=False)
+        trial.modes.set_training(mode=False)
         for name, metric in trial.job.metrics.items():
             if isinstance(metric, StatefulMetric) and trial.job.loss is not None:
                 _check_number(trial, name, metric)
@@ -95,7 +95,7 @@ def _is_mean(trial: Trial, name: str, metric: Callable[..., Any]) -> bool:
         if job.loss is None:
             found = judge(of_batch, trial.batch, num_samples=len(trial.indices), fetch=trial.fetched)
             if found.kind not in ("samples", "targets") and trial.widen(LOSS_SAMPLES[1]):
-                trial.modes.be_training(mode=False)
+                trial.modes.set_training(mode=False)
                 found = judge(of_batch, trial.batch, num_samples=len(trial.indices), fetch=trial.fetched)
             return found.kind in ("samples", "targets")
         output, target, num_samples = outputs_to_judge(trial)

@@ -224,7 +224,7 @@ class Trial:
         """Run forward, loss and backward as a step does."""
         with undisturbed() as caught:
             self.seed()
-            self.modes.be_training(mode=True)
+            self.modes.set_training(mode=True)
             before = _buffers_of(self.job.model)
             self.computed = _compute(self.job, self.batch, self.autocast(), is_shared=self.is_shared)
             for module, key, buffer, value in before:  # engines are probed with those of the beginning
@@ -239,7 +239,7 @@ class Trial:
             return None  # their own random numbers would be others
         watch = _watch(self.job.model, is_shared=self.is_shared)
         with undisturbed():
-            self.modes.be_training(mode=False)
+            self.modes.set_training(mode=False)
             self.seed()
             try:
                 indices = torch.arange(min(self.probe_samples, self.given.order.num_samples))

@@ -1,7 +1,7 @@
 """The engine's heartbeat: by it the hub tells an engine that computes for long from one that hangs.
 
 A call that holds the interpreter's lock stops this thread, too. The hub looks at the processes of its own host; on
-another host a watcher does, a small process that the beats are told to first, and that speaks up when they stop.
+another host a watcher does, a small process that gets the heartbeats first, and sends its own when they stop.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WATCHER_EXIT_SECONDS = 5.0
 
 
 class HeartbeatThread(threading.Thread):
-    """Beats until it is stopped, over a socket of its own, as the worker's belongs to another thread.
+    """Sends heartbeats until it is stopped, over a socket of its own, as the worker's belongs to another thread.
 
     Args:
         facts: of this engine.
@@ -36,9 +36,9 @@ class HeartbeatThread(threading.Thread):
     """
 
     def __init__(self, facts: EngineFacts, *, address: Address, is_far: bool = False) -> None:
-        super().__init__(name="dnb-heart", daemon=True)
+        super().__init__(name="dnb-heartbeat", daemon=True)
         self._address = address
-        self._identity = b"heart-%d" % facts.engine
+        self._identity = b"heartbeat-%d" % facts.engine
         self._parts = encode(Heartbeat(engine=facts.engine, process=facts.process))
         self._watched = Watched(engine=facts.engine, process=facts.process, address=address) if is_far else None
         self._stopped = threading.Event()

@@ -1,6 +1,6 @@
-"""A small process beside an engine whose hub is on another host: says that it works when it cannot beat itself.
+"""A small process beside an engine whose hub is on another host: reports that it works when it cannot send heartbeats.
 
-It hears the engine's heart through its standard input, and ends with it. It imports no torch: 30 MB.
+It reads the engine's heartbeats from its standard input, and ends with that. It imports no torch: 30 MB.
 """
 
 from __future__ import annotations
@@ -20,30 +20,35 @@ from dnb.protocol.pool import Address, Process
 from dnb.transport.sockets.channels import connect_dealer, encode
 from dnb.transport.system.processes import activity_of, has_worked, name_process
 
-# More than two beats; the hub waits for eight of these.
-LOOK_SECONDS = 0.25
+# More than two heartbeats; the hub waits for eight of these.
+CHECK_SECONDS = 0.25
 
 
 class Watched(Record, frozen=True):
-    """Whom to watch, and whom to tell."""
+    """The engine to watch, and the hub to report to."""
 
     engine: int
     process: Process
     address: Address
 
 
-def watch(watched: Watched, heartbeat_thread: int) -> None:
-    """Look at the engine whenever nothing has come from its heart for a while; until that is closed, or it is gone."""
+def watch(watched: Watched, heartbeats: int) -> None:
+    """Check the engine whenever no heartbeat has come for a while; until their pipe is closed, or it is gone.
+
+    Args:
+        watched: the engine, and the address of its hub.
+        heartbeats: descriptor of the pipe from which they are read.
+    """
     poller = select.poll()
-    poller.register(heartbeat_thread, select.POLLIN)
+    poller.register(heartbeats, select.POLLIN)
     context = zmq.Context()
     dealer = connect_dealer(context, watched.address, identity=b"watcher-%d" % watched.engine)
-    beat = encode(Heartbeat(engine=watched.engine, process=watched.process, is_at_work=True))
+    heartbeat = encode(Heartbeat(engine=watched.engine, process=watched.process, is_at_work=True))
     before, since = None, time.monotonic()
     try:
         while True:
-            if poller.poll(LOOK_SECONDS * 1000):
-                if not os.read(heartbeat_thread, select.PIPE_BUF):
+            if poller.poll(CHECK_SECONDS * 1000):
+                if not os.read(heartbeats, select.PIPE_BUF):
                     return
                 before = None
                 continue
@@ -52,7 +57,7 @@ def watch(watched: Watched, heartbeat_thread: int) -> None:
                 return
             if before is not None and has_worked(before, activity, seconds=now - since):
                 with contextlib.suppress(zmq.Again):  # the hub does not read
-                    dealer.send_multipart(beat, zmq.DONTWAIT)
+                    dealer.send_multipart(heartbeat, zmq.DONTWAIT)
             before, since = activity, now
     finally:
         dealer.close(linger=0)
@@ -62,8 +67,8 @@ def watch(watched: Watched, heartbeat_thread: int) -> None:
 def main() -> None:
     """Run the watcher."""
     name_process("dnb-watcher")
-    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as heartbeat_thread:
-        watched = msgspec.json.decode(heartbeat_thread.readline(), type=Watched)
+    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as heartbeats:
+        watched = msgspec.json.decode(heartbeats.readline(), type=Watched)
     watch(watched, sys.stdin.fileno())
 
 

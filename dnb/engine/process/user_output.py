@@ -28,7 +28,7 @@ class CapturedOutput:
             setattr(sys, name, split)
             self._replaced.append((name, before, split))
 
-    def take(self) -> tuple[str, ...]:
+    def collect(self) -> tuple[str, ...]:
         """Return the lines printed since the last call."""
         if self._rest:
             self._end_line(self._rest)

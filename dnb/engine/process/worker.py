@@ -169,7 +169,7 @@ class TrainingThread(threading.Thread):
                 pass
         except BaseException as error:  # user code's are caught where it is called: this one is our own
             log.critical("engine %d ends of an error of dnb itself", self._facts.engine, exc_info=True)
-            self._tell_of(error)
+            self._report_fault(error)
             linger = LAST_WORD_MILLISECONDS
         finally:
             heartbeat_thread.stop()
@@ -186,13 +186,13 @@ class TrainingThread(threading.Thread):
             return False
         for source, _ in ready:
             if source is self._socket:
-                if not self._take_from_hub():
+                if not self._read_hub():
                     return False
             elif self._wire is not None:
-                self._take_from_wire(self._wire)
+                self._read_wire(self._wire)
         return True
 
-    def _take_from_hub(self) -> bool:
+    def _read_hub(self) -> bool:
         header, *frames = self._socket.recv_multipart(copy=False)
         message = self._decoder.decode(header.buffer)
         match message:
@@ -213,12 +213,12 @@ class TrainingThread(threading.Thread):
                 return False
         return True
 
-    def _take_from_wire(self, wire: Wire) -> None:
+    def _read_wire(self, wire: Wire) -> None:
         try:
             messages = wire.receive()
             if self._session is not None:
                 for packed, raw in messages:
-                    self._session.take(packed, raw)
+                    self._session.handle_message(packed, raw)
         except WireError as error:
             log.warning("engine %d: %s", self._facts.engine, error)
             wire.close()
@@ -259,7 +259,7 @@ class TrainingThread(threading.Thread):
         else:
             release_freed_memory()  # where the parameters lay before they were bound to the hub's
             torch.set_num_threads(self._session.num_threads(self._facts.cores))
-            self._stopwatch.take()
+            self._stopwatch.collect()
             self._session.send(Loaded(run=load.run, team=team))
 
     def _wire_to(self, load: Load) -> Wire:
@@ -293,7 +293,7 @@ class TrainingThread(threading.Thread):
                 log.warning("a run was not closed properly: %s", summary_of(error))
             release_freed_memory()
 
-    def _tell_of(self, error: BaseException) -> None:
+    def _report_fault(self, error: BaseException) -> None:
         """Let the hub say why this engine is gone; it may be past telling."""
         fault = Fault(engine=self._facts.engine, failure=describe_error(error))
         try:

@@ -54,7 +54,7 @@ class Ration:
         if most_bytes is not None and start_bytes is not None and _SIZES.exists():
             self._most_bytes = start_bytes + round(_SHORT_SHARE * most_bytes)
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Give kept memory back if the process is near its limit; ten microseconds if there is a limit."""
         if self._most_bytes is not None and _resident_bytes() > self._most_bytes:
             release_freed_memory()

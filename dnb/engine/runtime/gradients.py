@@ -28,7 +28,7 @@ class _Direct:
         self.is_used = False  # since `begin`
         self.version = 0  # of the view, at `begin`
 
-    def take(self) -> None:
+    def collect(self) -> None:
         gradient = self.parameter.grad
         if gradient is None or gradient is self.view:
             return
@@ -106,10 +106,10 @@ class Gradients:
     def bring_home(self) -> None:
         """Add to the slab, after a backward, gradients that user code has put elsewhere, as `zero_grad` does."""
         for direct in self._direct:
-            direct.take()
+            direct.collect()
         for index in self._small:
             if self._parameters[index].grad is not self._views[index]:
-                self._take_small(index)
+                self._collect_small(index)
 
     def finish(self) -> tuple[int, ...]:
         """Return the slots that got no gradient since `begin`; in a fresh slab they are zero."""
@@ -127,7 +127,7 @@ class Gradients:
         ]
         return tuple(unused)
 
-    def _take_small(self, index: int) -> None:
+    def _collect_small(self, index: int) -> None:
         parameter, view = self._parameters[index], self._views[index]
         if parameter.grad is not None and parameter.grad is not view:
             view.add_(parameter.grad)
@@ -152,7 +152,7 @@ class Gradients:
 
         def hook(_parameter: torch.Tensor) -> None:
             take()
-            ration.look()
+            ration.check()
             direct.is_used = True
             if is_written is not None:
                 is_written(index)
@@ -165,7 +165,7 @@ class Gradients:
 
         def hook(parameter: torch.Tensor) -> None:
             if parameter.grad is not self._views[index]:
-                self._take_small(index)
+                self._collect_small(index)
             is_written(index)
 
         return hook

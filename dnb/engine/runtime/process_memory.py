@@ -34,9 +34,9 @@ class Footprint:
         except OSError:  # no Linux, or a container that forbids it: then only what is seen counts
             self._has_own_peak = False
         self.peak_bytes = self.peak_private_bytes = None
-        self.start_bytes = self.look()
+        self.start_bytes = self.sample()
 
-    def look(self) -> int:
+    def sample(self) -> int:
         """Return the resident memory now, and update the peaks."""
         found = _read_status()
         if "VmRSS" not in found:

@@ -51,7 +51,7 @@ class Stopwatch:
             seconds = time.perf_counter() - begin
         self._seconds[activity] += seconds
 
-    def take(self) -> Telemetry:
+    def collect(self) -> Telemetry:
         """Return the measurements since the last call; the counters start again."""
         self._sample_process()
         seconds, self._seconds = self._seconds, dict.fromkeys(self._seconds, 0.0)
@@ -69,10 +69,10 @@ class Stopwatch:
         now = time.monotonic()
         if self._num_sampled < NUM_FIRST:
             self._num_sampled += 1
-            self._rss_bytes = self._footprint.look()
+            self._rss_bytes = self._footprint.sample()
         if now - self._sampled >= PROCESS_PERIOD_SECONDS:
             self._sampled = now
-            self._rss_bytes = self._footprint.look()
+            self._rss_bytes = self._footprint.sample()
             self._cpu_percent = self._process.cpu_percent()
 
 

@@ -89,7 +89,7 @@ class TensorReplica(TeamReplica):
         """Compute all shards one by one, as the others do; the first that has a gradient here that is not finite."""
         fault: tuple[int, tuple[str, str]] | None = None
         with self._leaving_if_it_fails():
-            self._be_training(mode=True)
+            self._set_training(mode=True)
             for shard, part in zip(request.shards, indices.split(request.shard_sizes), strict=True):
                 self._begin(request.slab, fresh=True)
                 self._seed(request.step, shard)

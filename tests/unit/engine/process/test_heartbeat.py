@@ -143,7 +143,7 @@ def test_a_heart_beats_again_and_again_and_says_whose_it_is(
     for _ in range(3):
         assert router.poll(LIMIT_MILLISECONDS)
         identity, packed = router.recv_multipart()
-        assert identity == b"heart-3"
+        assert identity == b"heartbeat-3"
         beats.append(msgspec.msgpack.decode(packed, type=EngineMessage))
     assert beats == [Heartbeat(engine=3, process=this_process())] * 3
 

@@ -179,7 +179,7 @@ class Hub:
         self._give(record, memoryview(pickled))
 
     def _give(self, record: Message, raw: memoryview) -> None:
-        self._session.take(memoryview(frame_of(record)[16:]), raw)
+        self._session.handle_message(memoryview(frame_of(record)[16:]), raw)
 
     def close(self) -> None:
         self._session.close()

@@ -26,8 +26,8 @@ def test_lines_of_the_training_thread_are_taken_once():
         say("one", 2)
         say("three", end="")
         say("a warning", file=sys.stderr)
-        assert output.take() == ("one 2", "threea warning")
-        assert output.take() == ()
+        assert output.collect() == ("one 2", "threea warning")
+        assert output.collect() == ()
 
 
 def test_what_other_threads_print_goes_where_it_went():
@@ -36,13 +36,13 @@ def test_what_other_threads_print_goes_where_it_went():
         thread.start()
         thread.join()
         assert before.getvalue() == "a cell's\n"
-        assert output.take() == ()
+        assert output.collect() == ()
 
 
 def test_of_a_line_that_is_written_over_the_last_state_is_taken():
     with captured() as (output, _):
         say("10 %\r50 %\r100 %\r")
-        assert output.take() == ("100 %",)
+        assert output.collect() == ("100 %",)
 
 
 def test_many_lines_and_long_ones_are_cut_and_that_is_said():
@@ -50,12 +50,12 @@ def test_many_lines_and_long_ones_are_cut_and_that_is_said():
         say("x" * 10 * LINE_LENGTH)
         for number in range(MOST_LINES + 100):
             say(number)
-        lines = output.take()
+        lines = output.collect()
         assert len(lines) == MOST_LINES + 1
         assert len(lines[0]) <= LINE_LENGTH + 40
         assert lines[-1] == f"(more than {MOST_LINES} lines: the rest is not shown)"
         say("more")
-        assert output.take() == ()
+        assert output.collect() == ()
 
 
 def test_behind_a_run_everything_is_printed_as_before():
@@ -79,4 +79,4 @@ def test_other_attributes_are_those_of_the_stream_that_was_there():
         assert sys.stdout.getvalue() == ""
         sys.stdout.flush()
         sys.stdout.writelines(["a\n", "b\n"])
-        assert output.take() == ("a", "b")
+        assert output.collect() == ("a", "b")

@@ -697,7 +697,7 @@ def test_the_model_does_not_keep_a_buffer_of_a_step_that_was_not_committed(engin
 def test_time_is_counted_for_data_and_compute(engines_of: MakeEngines):
     engines = engines_of(small_model())
     engines.compute(0)
-    telemetry = engines.replica(0)._stopwatch.take()
+    telemetry = engines.replica(0)._stopwatch.collect()
     assert telemetry.compute_seconds > 0
     assert telemetry.data_seconds > 0
 

@@ -63,7 +63,7 @@ for _ in range(20):  # what is freed lies between small blocks that are in use, 
     torch.ones(2 << 20)
 ration.set({limit}, start_bytes=start)
 before = psutil.Process().memory_info().rss
-ration.look()
+ration.check()
 print(before - psutil.Process().memory_info().rss)
 """
 

@@ -27,7 +27,7 @@ def fill(num_bytes: int, *, flags: int) -> mmap.mmap:
 
 def test_the_peak_counts_what_was_given_back_before_anybody_looked(footprint: Footprint):
     fill(PIECE, flags=mmap.MAP_PRIVATE).close()
-    footprint.look()
+    footprint.sample()
     assert footprint.peak_bytes - footprint.start_bytes >= 0.9 * PIECE
 
 
@@ -40,7 +40,7 @@ def test_another_run_begins_with_another_peak(footprint: Footprint):
 def test_shared_memory_counts_as_resident_and_not_as_private(footprint: Footprint):
     private = footprint.peak_private_bytes
     memory = fill(PIECE, flags=mmap.MAP_SHARED)
-    footprint.look()
+    footprint.sample()
     assert footprint.peak_bytes - footprint.start_bytes >= 0.9 * PIECE
     assert footprint.peak_private_bytes - private < 0.5 * PIECE
     memory.close()
@@ -51,7 +51,7 @@ def test_where_the_system_keeps_no_peak_the_most_that_was_seen_counts(monkeypatc
     made = Footprint()
     made.begin()
     fill(PIECE, flags=mmap.MAP_PRIVATE).close()
-    made.look()
+    made.sample()
     assert made.peak_bytes - made.start_bytes < 0.5 * PIECE
 
 
@@ -68,5 +68,5 @@ def test_the_first_steps_of_a_run_tell_their_memory():
     stopwatch = Stopwatch()
     stopwatch.begin_run()
     fill(PIECE, flags=mmap.MAP_PRIVATE).close()
-    telemetry = stopwatch.take()
+    telemetry = stopwatch.collect()
     assert telemetry.peak_rss_bytes - telemetry.start_rss_bytes >= 0.5 * PIECE

@@ -12,7 +12,7 @@ def spin(seconds: float) -> None:
 def measured(stopwatch: Stopwatch, activity: str) -> float:
     with stopwatch.measure(activity):
         spin(0.02)
-    telemetry = stopwatch.take()
+    telemetry = stopwatch.collect()
     return telemetry.compute_seconds if activity == "compute" else telemetry.data_seconds
 
 
