@@ -57,7 +57,7 @@ class Timelines:
         """Return the newest timeline to a viewer that has seen this step's; None if there is nothing else."""
         return None if self.newest is None or self.newest.step == step else self.newest
 
-    def take(self, step: int, parts: Mapping[int, EngineTrace]) -> StepTimeline:
+    def build(self, step: int, parts: Mapping[int, EngineTrace]) -> StepTimeline:
         """Build the timeline of a step that all engines have reported."""
         engines = _aligned(parts)
         first = next(iter(parts.values()))

@@ -32,7 +32,7 @@ class UsageMeter:
         """Leave the time until then, that of loading the run, out of all spans."""
         self._since = seconds
 
-    def take(self, seconds: float, step: int, totals: Sequence[WorkerTotals]) -> UsageRow | None:
+    def close_span(self, seconds: float, step: int, totals: Sequence[WorkerTotals]) -> UsageRow | None:
         """Close the span that is open; None if nobody has been there in it.
 
         Args:

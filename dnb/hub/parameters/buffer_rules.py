@@ -17,29 +17,29 @@ RUNNING_STATISTICS = ("running_mean", "running_var")
 _SHOWN_NAMES = 3
 
 
-def read_buffer_rules(wishes: object, model: torch.nn.Module) -> dict[str, str]:
+def read_buffer_rules(given: object, model: torch.nn.Module) -> dict[str, str]:
     """Return the rule of every buffer for which one is given, by the buffer's whole name.
 
     Args:
-        wishes: rules by whole names, by patterns such as "layers.*.seen", or by a buffer's own name in its module.
+        given: rules by whole names, by patterns such as "layers.*.seen", or by a buffer's own name in its module.
         model: whose buffers they are.
 
     Raises:
         ArgumentError: there is no such rule or buffer, or the rule is not for its dtype.
     """
-    if not isinstance(wishes, Mapping):
+    if not isinstance(given, Mapping):
         raise ArgumentError(
-            f"buffers must be a dictionary of names and rules, not {wishes!r:.60}: buffers={{'queue': 'first'}}"
+            f"buffers must be a dictionary of names and rules, not {given!r:.60}: buffers={{'queue': 'first'}}"
         )
     buffers = dict(model.named_buffers())
     found: dict[str, str] = {}
-    for wish, rule in wishes.items():
+    for pattern, rule in given.items():
         if rule not in BUFFER_RULES:
-            raise ArgumentError(f"buffers={{{wish!r}: {rule!r}}}: {nearest(str(rule), BUFFER_RULES)}")
-        names = [name for name in buffers if _is_meant(str(wish), name)]
+            raise ArgumentError(f"buffers={{{pattern!r}: {rule!r}}}: {nearest(str(rule), BUFFER_RULES)}")
+        names = [name for name in buffers if _matches(str(pattern), name)]
         if not names:
-            known = nearest(str(wish), buffers) if buffers else "the model has no buffers"
-            raise ArgumentError(f"buffers={{{wish!r}: {rule!r}}} names no buffer of the model: {known}")
+            known = nearest(str(pattern), buffers) if buffers else "the model has no buffers"
+            raise ArgumentError(f"buffers={{{pattern!r}: {rule!r}}} names no buffer of the model: {known}")
         for name in names:
             _check_dtype(name, buffers[name].dtype, rule)
             found[name] = rule
@@ -63,8 +63,8 @@ def differing_text(names: list[str]) -> str:
     )
 
 
-def _is_meant(wish: str, name: str) -> bool:
-    return wish in (name, name.rpartition(".")[2]) or fnmatchcase(name, wish)
+def _matches(pattern: str, name: str) -> bool:
+    return pattern in (name, name.rpartition(".")[2]) or fnmatchcase(name, pattern)
 
 
 def _check_dtype(name: str, dtype: torch.dtype, rule: str) -> None:

@@ -41,7 +41,7 @@ class HubStates:
         self._owners = extra_owners(model)
         with user_code("in get_extra_state"):
             self._now = LooseStates(extra={name: module.get_extra_state() for name, module in self._owners.items()})
-        self.version = 0  # of which engines are told
+        self.version = 0  # that engines are sent
         self.packed = b""  # as they are sent
         self._segments: list[Segment] = []  # the one that was written last is the last
         self.is_kept = False  # whether changes are written down
@@ -83,7 +83,7 @@ class HubStates:
         if strangers:
             raise ValueError(f"the model has no state {strangers[0][:100]!r}")
 
-    def take(self, found: LooseStates, *, step: int) -> None:
+    def update(self, found: LooseStates, *, step: int) -> None:
         """Make these the states after a step that is about to be committed.
 
         Raises:

@@ -171,7 +171,7 @@ class Master:
         self.buffer_rules: Mapping[str, str] = {}  # by name; see `dnb.hub.parameters.buffer_rules`
         self.states = HubStates(job.model, folders=folders, prefix=prefix)
         self._noticed: set[str] = set()
-        self._differing: list[str] = []  # that are yet to be told
+        self._differing: list[str] = []  # that are not reported yet
         self._bound: tuple[tuple[int, int], frozenset[int]] | None = None  # whose slab the gradients are views of
         self._is_disturbed = False  # a hook has taken a gradient away
         self._slabs: dict[tuple[int, int], HubSlab] = {}
@@ -217,7 +217,7 @@ class Master:
             self._update_log.keep_freezing()
 
     def restore_freezing(self, toggled: Sequence[str], on_engines: Sequence[str]) -> None:
-        """Let parameters be frozen, or not, as in an earlier life of the run; before slabs are added.
+        """Let parameters be frozen, or not, as the hub before had it; before slabs are added.
 
         Args:
             toggled: as `Freezing.toggled` gave them.
@@ -246,8 +246,8 @@ class Master:
         except (SpaceError, TypeError) as error:
             self.notes.append(f"if the hub dies, the run goes on from its last checkpoint: {error}")
         except UserCodeError as error:
-            told = f"{error.failure.kind}: {error.failure.message} ({error.place})"
-            self.notes.append(f"if the hub dies, the run goes on from its last checkpoint: {told}")
+            cause = f"{error.failure.kind}: {error.failure.message} ({error.place})"
+            self.notes.append(f"if the hub dies, the run goes on from its last checkpoint: {cause}")
 
     def go_on_with(self, update_log: UpdateLog) -> None:
         """Write on in the journal that this state was recovered from."""
@@ -393,7 +393,7 @@ class Master:
     def _take_states(self, states: LooseStates) -> None:
         """Adopt the new states before the step counts, as they are written down with its number."""
         try:
-            self.states.take(states, step=0 if self._update_log is None else self._update_log.step + 1)
+            self.states.update(states, step=0 if self._update_log is None else self._update_log.step + 1)
         except SpaceError as error:
             if self._update_log is not None:
                 self._update_log.give_up(error)

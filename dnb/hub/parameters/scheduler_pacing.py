@@ -66,7 +66,7 @@ class DecayWatch:
         self._last = min(steps_per_epoch, num_steps // 2)
         self._largest = largest
 
-    def look(self, step: int, lr: float) -> str:
+    def check(self, step: int, lr: float) -> str:
         """Return a warning, once, if the rate of this step is next to nothing; else empty."""
         if step > self._last:
             return ""

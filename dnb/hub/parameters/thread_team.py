@@ -57,7 +57,10 @@ class ThreadTeam:
             return [task() for task in tasks]
         if self._others is None:
             self._others = ThreadPoolExecutor(
-                self.num_threads - 1, thread_name_prefix="dnb-crew", initializer=torch.set_num_threads, initargs=(1,)
+                self.num_threads - 1,
+                thread_name_prefix="dnb-thread-team",
+                initializer=torch.set_num_threads,
+                initargs=(1,),
             )
         futures = [self._others.submit(task) for task in tasks[1:]]
         try:

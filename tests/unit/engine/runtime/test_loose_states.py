@@ -124,7 +124,7 @@ def with_count(count: int) -> LooseStates:
 
 def test_the_hubs_model_is_as_engines_have_made_it(tmp_path: Path):
     layer = Layer()
-    hub_of(tmp_path, layer).take(with_count(2), step=1)
+    hub_of(tmp_path, layer).update(with_count(2), step=1)
     assert (layer.seen, layer.table.shape) == ([2], (6,))
 
 
@@ -144,13 +144,13 @@ def test_the_next_hub_has_the_states_of_the_step_that_counts(tmp_path: Path, ste
     hub = hub_of(tmp_path)
     hub.keep(step=0)
     for each in range(1, step + 1):
-        hub.take(with_count(each), step=each)
-    hub.take(with_count(9), step=step + 1)  # which is undone
+        hub.update(with_count(each), step=each)
+    hub.update(with_count(9), step=step + 1)  # which is undone
     layer = Layer()
     recovered = hub_of(tmp_path, layer)
     recovered.recover(step=step)
     assert (layer.seen, layer.table.shape) == ([step], (step + 4,))
-    recovered.take(with_count(step + 1), step=step + 1)
+    recovered.update(with_count(step + 1), step=step + 1)
     again = hub_of(tmp_path)
     again.recover(step=step + 1)
     assert again.now.extra == {"_extra_state": {"seen": [step + 1]}}
@@ -161,8 +161,8 @@ def test_the_next_hub_has_the_states_of_the_step_that_counts(tmp_path: Path, ste
 def test_a_state_that_was_half_written_does_not_count(tmp_path: Path):
     hub = hub_of(tmp_path)
     hub.keep(step=0)
-    hub.take(with_count(1), step=1)
-    hub.take(with_count(2), step=2)
+    hub.update(with_count(1), step=1)
+    hub.update(with_count(2), step=2)
     hub.segments[-1].memory[:8] = (-1).to_bytes(8, "little", signed=True)
     recovered = hub_of(tmp_path)
     recovered.recover(step=1)

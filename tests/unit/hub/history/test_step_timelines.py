@@ -38,7 +38,7 @@ def test_the_first_steps_are_looked_at_and_then_two_a_second():
 def test_times_count_from_whoever_began_first():
     timelines = Timelines()
     timelines.wants(1, 0.0)
-    newest = timelines.take(1, parts(trace(100.5), trace(100.0)))
+    newest = timelines.build(1, parts(trace(100.5), trace(100.0)))
     begins = [(engine.engine, engine.rank, engine.actions[0].begin) for engine in newest.engines]
     assert begins == [(3, 0, 0.5), (5, 1, 0.0)]
 
@@ -47,7 +47,7 @@ def test_the_median_leaves_out_the_very_first_step():
     timelines = Timelines()
     for step, computed in enumerate([0.2, 1.0, 1.5, 2.0], 1):
         timelines.wants(step, step * 10.0)
-        timelines.take(step, parts(trace(0.0, computed=computed), trace(0.0, computed=computed)))
+        timelines.build(step, parts(trace(0.0, computed=computed), trace(0.0, computed=computed)))
     assert timelines.newest is not None
     assert (timelines.newest.num_sampled, timelines.newest.median_bubble) == (3, pytest.approx(0.25))
 
@@ -56,7 +56,7 @@ def test_a_viewer_is_sent_a_timeline_once():
     timelines = Timelines()
     assert timelines.newer_than(0) is None
     timelines.wants(1, 0.0)
-    newest = timelines.take(1, parts(trace(0.0), trace(0.0)))
+    newest = timelines.build(1, parts(trace(0.0), trace(0.0)))
     assert timelines.newer_than(0) == newest
     assert timelines.newer_than(1) is None
 
@@ -64,7 +64,7 @@ def test_a_viewer_is_sent_a_timeline_once():
 def test_a_timeline_is_read_again_from_the_folder_of_its_run(tmp_path):
     timelines = Timelines()
     timelines.wants(1, 0.0)
-    newest = timelines.take(1, parts(trace(0.0), trace(0.0)))
+    newest = timelines.build(1, parts(trace(0.0), trace(0.0)))
     with RunFolder(tmp_path) as folder:
         folder.write_timeline(newest)
     assert read_timeline(tmp_path) == newest
@@ -77,5 +77,5 @@ def test_a_folder_without_a_timeline_has_none(tmp_path):
 def test_a_timeline_travels_as_a_record():
     timelines = Timelines()
     timelines.wants(1, 0.0)
-    newest = timelines.take(1, parts(trace(0.0), trace(0.0)))
+    newest = timelines.build(1, parts(trace(0.0), trace(0.0)))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(newest), type=type(newest)) == newest

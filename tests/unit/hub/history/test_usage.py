@@ -28,8 +28,8 @@ def totals(engine, *, compute=0.0, wait=0.0, data=0.0, alive=0.0, state="busy"):
 
 def test_a_row_holds_what_was_spent_since_the_one_before():
     meter = UsageMeter([], begin_seconds=2.0)
-    meter.take(3.0, 5, [totals(0, compute=0.5, wait=0.25, data=0.125, alive=1.0)])
-    row = meter.take(5.0, 9, [totals(0, compute=1.5, wait=0.5, data=0.125, alive=3.0)])
+    meter.close_span(3.0, 5, [totals(0, compute=0.5, wait=0.25, data=0.125, alive=1.0)])
+    row = meter.close_span(5.0, 9, [totals(0, compute=1.5, wait=0.5, data=0.125, alive=3.0)])
     assert row == UsageRow(
         begin_seconds=3.0,
         end_seconds=5.0,
@@ -44,15 +44,15 @@ def test_a_row_holds_what_was_spent_since_the_one_before():
 
 def test_engines_that_are_gone_are_left_out_of_a_row():
     meter = UsageMeter([], begin_seconds=0.0)
-    row = meter.take(1.0, 1, [totals(0, compute=1.0, alive=1.0), totals(1, compute=0.5, alive=0.5, state="dead")])
+    row = meter.close_span(1.0, 1, [totals(0, compute=1.0, alive=1.0), totals(1, compute=0.5, alive=0.5, state="dead")])
     assert row is not None
     assert row.engines == (0,)
 
 
 def test_counts_that_begin_anew_make_no_negative_time():
     meter = UsageMeter([], begin_seconds=0.0)
-    meter.take(1.0, 1, [totals(0, compute=1.0, alive=1.0)])
-    assert meter.take(2.0, 2, [totals(0, compute=0.25, alive=0.5)]) is None
+    meter.close_span(1.0, 1, [totals(0, compute=1.0, alive=1.0)])
+    assert meter.close_span(2.0, 2, [totals(0, compute=0.25, alive=0.5)]) is None
 
 
 @pytest.mark.parametrize(("seconds", "is_due"), [(100.2, False), (100.3, True)])

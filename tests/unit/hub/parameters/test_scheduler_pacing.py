@@ -57,7 +57,7 @@ def test_a_pace_without_a_scheduler_is_refused():
 
 def test_a_rate_that_falls_to_nothing_in_the_first_epoch_is_told_once():
     watch = DecayWatch(steps_per_epoch=32, num_steps=64)
-    told = [(step, text) for step in range(1, 65) if (text := watch.look(step, 0.7 ** (step - 1)))]
+    told = [(step, text) for step in range(1, 65) if (text := watch.check(step, 0.7 ** (step - 1)))]
     assert [step for step, _ in told] == [21]
     assert told[0][1].startswith(
         "the learning rate has fallen from 1 to 0.000798 within 21 of the 32 steps of the first"
@@ -69,4 +69,4 @@ def test_rates_that_warm_up_and_end_at_nothing_are_not_told(num_epochs):
     num_steps = 32 * num_epochs
     watch = DecayWatch(steps_per_epoch=32, num_steps=num_steps)
     rates = [min(step / 10, (num_steps - step) / num_steps) for step in range(num_steps + 1)]
-    assert not any(watch.look(step, rate) for step, rate in enumerate(rates, 1))
+    assert not any(watch.check(step, rate) for step, rate in enumerate(rates, 1))

@@ -75,8 +75,8 @@ def test_closing_ends_the_threads():
     thread_team = ThreadTeam(2)
     names = {thread.name for thread in thread_team.share([threading.current_thread, threading.current_thread])}
     thread_team.close()
-    assert any(name.startswith("dnb-crew") for name in names)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("dnb-crew")]
+    assert any(name.startswith("dnb-thread-team") for name in names)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("dnb-thread-team")]
 
 
 @pytest.mark.parametrize("divisor", [None, 3.0])
