@@ -238,7 +238,7 @@ def _adopt_any(*, clear: bool) -> tuple[Pool | None, list[str]]:
         notices = [*_clear_dead(found, profile_dir, and_doubtful=clear), *found.doubtful]
         if current_pool() is None:
             _pool = _adopt_first(found.orphans, profile_dir, notices=notices)
-            _pool = _pool or _adopt_first(found.foreign, profile_dir, wish="watch", notices=notices)
+            _pool = _pool or _adopt_first(found.foreign, profile_dir, mode="watch", notices=notices)
         return _pool, notices
 
 
@@ -246,14 +246,14 @@ def _adopt_first(
     candidates: Sequence[PoolFacts],
     profile_dir: Path,
     *,
-    wish: Literal["steer", "watch"] = "steer",
+    mode: Literal["steer", "watch"] = "steer",
     notices: list[str],
 ) -> Pool | None:
     """Take over, or watch, the first pool that holds a run; reasons to pass over others are added to `notices`."""
     for facts in candidates:
         if facts.run is not None:
             try:
-                return adopt_pool(Pool, facts, profile_dir=profile_dir, wish=wish)
+                return adopt_pool(Pool, facts, profile_dir=profile_dir, mode=mode)
             except (HubError, PoolError) as error:
                 log.info("a pool that was found could not be taken: %s", error)
                 notices.append(str(error))

@@ -32,7 +32,7 @@ class Chaos:
         self._ask(ChaosRequest(verb="stop", engine=_id(engine), amount=_positive(seconds, name="seconds")), Done)
 
     def slow(self, engine: int, factor: float) -> None:
-        """Let an engine compute so many times as long, until it is told 1."""
+        """Let an engine compute so many times as long, until the factor is 1 again."""
         amount = _positive(factor, name="factor")
         if amount < 1:
             raise ArgumentError(f"factor must be at least 1, not {factor!r}: pool.chaos.slow(2, 4), and 1 ends it")

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 2.0
 LOOPBACK = ("127.", "localhost", "::1")
 # More sentences would not be read.
-NUM_TOLD = 3
+NUM_SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,11 @@ class PoolsOnDisk:
     @property
     def doubtful(self) -> list[str]:
         """A sentence for each pool that can be neither used nor cleared without being asked to."""
-        told = [_tell_silent(facts, url) for facts, url in self.silent] + [_tell_strange(each) for each in self.strange]
-        more = len(told) - NUM_TOLD
-        return [*told[:NUM_TOLD], *([f"and {more} more such pools"] if more > 0 else [])]
+        sentences = [_describe_silent(facts, url) for facts, url in self.silent] + [
+            _describe_strange(each) for each in self.strange
+        ]
+        more = len(sentences) - NUM_SHOWN
+        return [*sentences[:NUM_SHOWN], *([f"and {more} more such pools"] if more > 0 else [])]
 
 
 def find_pools(security_dir: Path) -> PoolsOnDisk:
@@ -101,7 +103,7 @@ def _read_address(cluster_id: str, security_dir: Path) -> Address | None:
         return None
 
 
-def _tell_silent(facts: PoolFacts, url: str) -> str:
+def _describe_silent(facts: PoolFacts, url: str) -> str:
     supervisor = facts.supervisor
     where = f"host {supervisor.host}"
     if supervisor.host == socket.gethostname():
@@ -120,14 +122,14 @@ def _tell_silent(facts: PoolFacts, url: str) -> str:
     )
 
 
-def _tell_strange(record: StrangeRecord) -> str:
-    told = (
+def _describe_strange(record: StrangeRecord) -> str:
+    subject = (
         f"the pool {record.cluster_id} was started by {record.writer}, and this is {name_this_dnb()}, "
         f"which cannot read its record ({record.reason})"
     )
     if _is_gone(record):
-        return f"{told}: its processes are gone, and %dtrain attach --clear removes what is left of it"
-    return f"{told}: use it, or end it with %dtrain shutdown, from a kernel with that version"
+        return f"{subject}: its processes are gone, and %dtrain attach --clear removes what is left of it"
+    return f"{subject}: use it, or end it with %dtrain shutdown, from a kernel with that version"
 
 
 def _is_gone(record: StrangeRecord) -> bool:

@@ -63,7 +63,7 @@ class EnginePool:
         cluster: that started it; None if another kernel did.
         security_dir: of the profile.
         log_dir: of the profile.
-        wish: to steer it, or only to watch.
+        mode: to steer it, or only to watch.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class EnginePool:
         cluster: ipyparallel.Cluster | None,
         security_dir: Path,
         log_dir: Path,
-        wish: Literal["steer", "watch"] = "steer",
+        mode: Literal["steer", "watch"] = "steer",
     ) -> None:
         self.client = client
         place = msgspec.convert(connection["dnb"], HubPlace)
@@ -90,7 +90,7 @@ class EnginePool:
         self._log_dir = log_dir
         self._is_open = True
         try:
-            self._greet(wish)
+            self._greet(mode)
         except BaseException:
             self.hub.close()
             raise
@@ -103,7 +103,7 @@ class EnginePool:
         self._replacer: EngineReplacer | None = None
         self._size_lock = threading.Lock()  # held by whoever changes how many engines there are
         self.chaos = Chaos(self._ask_settled)
-        if wish == "steer":
+        if mode == "steer":
             self._keep()  # what the kernel before wanted: spares, the dead replaced
 
     @property
@@ -142,8 +142,8 @@ class EnginePool:
         self._greet("take over")
         self._keep()
 
-    def _greet(self, wish: Literal["steer", "take over", "watch"]) -> None:
-        self.hub.ask(Hello(owner=this_process(), wish=wish, format=POOL_FORMAT, version=VERSION), Done)
+    def _greet(self, mode: Literal["steer", "take over", "watch"]) -> None:
+        self.hub.ask(Hello(owner=this_process(), mode=mode, format=POOL_FORMAT, version=VERSION), Done)
 
     @property
     def segment_folders(self) -> list[Path]:

@@ -28,7 +28,7 @@ LOOK_SECONDS = 0.05
 # How often a controller is asked which engines it knows.
 ASK_SECONDS = 0.5
 # How long its answer, and the client's own thread, may take where nothing else waits for them.
-ANSWER_SECONDS, TELL_SECONDS = 5.0, 1.0
+ANSWER_SECONDS, ADD_SECONDS = 5.0, 1.0
 # How long engines that did not come up get to end by themselves, and then their nannies.
 END_SECONDS = 3.0
 # Whose processes are this host's.
@@ -51,9 +51,9 @@ class Registry:
         self._answer: Any = None
         self._asked = float("-inf")
 
-    def look(self) -> list[int]:
+    def poll(self) -> list[int]:
         """Return the engines known by now; asks anew now and then, and never waits. For one thread."""
-        self._take_answer()
+        self._read_answer()
         if self._answer is None and time.monotonic() - self._asked > ASK_SECONDS:
             self._ask()
         return list(self._client.ids)
@@ -64,28 +64,28 @@ class Registry:
         self._ask()
         while self._answer is not None and time.monotonic() < deadline:
             time.sleep(LOOK_SECONDS / 10)
-            self._take_answer()
+            self._read_answer()
         return list(self._client.ids)
 
     def _ask(self) -> None:
         self._asked = time.monotonic()
         self._answer = self._client._send(self._client._query_stream, "connection_request")
 
-    def _take_answer(self) -> None:
+    def _read_answer(self) -> None:
         if self._answer is None or not self._answer.done():
             return
         answer, self._answer = self._answer, None
         engines = answer.result()["content"].get("engines", {})
         missed = {number: name for number, name in engines.items() if int(number) not in self._client.ids}
-        if missed:  # told to the client's own thread, which takes notifications, too
-            told = threading.Event()
+        if missed:  # added by the client's own thread, which takes notifications, too
+            added = threading.Event()
 
-            def tell() -> None:
+            def add() -> None:
                 self._client._update_engines(missed)
-                told.set()
+                added.set()
 
-            self._client._io_loop.add_callback(tell)
-            told.wait(TELL_SECONDS)
+            self._client._io_loop.add_callback(add)
+            added.wait(ADD_SECONDS)
 
 
 class EngineStarter:
@@ -191,7 +191,7 @@ class _Attempt:
     def wait_until_registered(self, report: Report) -> None:
         """Wait until ipyparallel knows all of them."""
         report(lambda: f"{len(self._new_ids())} of {self._num_engines} are there")
-        self._wait(lambda: len(set(self._registry.look()) - self._before) >= self._num_engines)
+        self._wait(lambda: len(set(self._registry.poll()) - self._before) >= self._num_engines)
 
     def join(self, report: Report, *, connection_file: str, num_threads: int) -> None:
         """Let them import torch and meet the hub."""

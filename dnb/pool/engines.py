@@ -1,4 +1,4 @@
-"""Engines of a pool as they are now, and as they are told to people."""
+"""Engines of a pool as they are now, and as they are shown to people."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def describe_added(engines: list[Engine], new: list[int]) -> str:
     """Tell people what has joined, with how many threads, and what that means for the cores."""
     threads = [engine.cores for engine in engines if engine.id in new]
     each = f"{threads[0]} thread{'s' if threads[0] > 1 else ''} each" if threads else "no threads"
-    told = f"engine{'s' if len(new) > 1 else ''} {', '.join(map(str, new))} joined, with {each} as the others have"
+    joined = f"engine{'s' if len(new) > 1 else ''} {', '.join(map(str, new))} joined, with {each} as the others have"
     here = sum(engine.cores for engine in engines if engine.host == socket.gethostname())
     num_cores = os.cpu_count() or 1
-    return told if here <= num_cores else f"{told}; {here} threads share {num_cores} cores"
+    return joined if here <= num_cores else f"{joined}; {here} threads share {num_cores} cores"

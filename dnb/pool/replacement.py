@@ -1,6 +1,6 @@
 """A thread that keeps a pool's number of engines: it starts some in the place of those that died.
 
-Those that a run's work has ended are replaced whatever was wished: the run has paused, and is to go on.
+Those that a run's work has ended are replaced whatever the policy: the run has paused, and is to go on.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class EngineReplacer(threading.Thread):
         size_lock: threading.Lock,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(name="dnb-keeper", daemon=True)
+        super().__init__(name="dnb-replacer", daemon=True)
         self._look = look
         self._start_engines = start
         self._size_lock = size_lock

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 P = TypeVar("P", bound=EnginePool)
 MakePool = Callable[..., P]
 
-# A beat of ipyparallel's heart monitor registers a new engine: its default of 3 s makes every start 3 s longer.
+# A heartbeat of ipyparallel's heart monitor registers a new engine: its default of 3 s makes every start 3 s longer.
 HEARTBEAT_MILLISECONDS = 250
 HEARTBEAT_MISSES = 120  # as long as the default allows: 30 s
 # For a pool that is there to answer; ipyparallel's own 10 s are too short where the machine is busy.
@@ -100,7 +100,7 @@ def start_pool(
 
 
 def adopt_pool(
-    make: MakePool[P], facts: PoolFacts, *, profile_dir: Path, wish: Literal["steer", "watch"] = "steer"
+    make: MakePool[P], facts: PoolFacts, *, profile_dir: Path, mode: Literal["steer", "watch"] = "steer"
 ) -> P:
     """Take over a living pool whose kernel is gone, or look on at one that another kernel steers.
 
@@ -120,7 +120,7 @@ def adopt_pool(
     except (OSError, ValueError, KeyError, msgspec.MsgspecError, ipyparallel.TimeoutError) as error:
         raise PoolError(f"the pool {facts.cluster_id} cannot be reached: {error}") from error
     try:
-        return make(client, connection, cluster=None, wish=wish, **_folders(profile_dir))
+        return make(client, connection, cluster=None, mode=mode, **_folders(profile_dir))
     except BaseException:
         client.close(linger=False)
         raise
@@ -212,7 +212,7 @@ class _Controller:
         folder = str(Path(self._cluster.profile_dir).parent)
         patience = FIRST_CONNECT_SECONDS
         while True:
-            self.look()
+            self.check()
             limit = min(patience, self.seconds_left)
             try:
                 return self._cluster.connect_client_sync(ipython_dir=folder, timeout=limit)
@@ -229,12 +229,12 @@ class _Controller:
             TimeoutError: `missing` is what it says.
         """
         while not holds():
-            self.look()
+            self.check()
             if time.monotonic() > self._deadline:
                 raise TimeoutError(missing())
             time.sleep(LOOK_SECONDS)
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Raise `PoolError` if it has ended."""
         if self._process is None or not is_alive(self._process):
             raise PoolError("its controller has ended")
@@ -270,7 +270,7 @@ def _bring_up(
         report(lambda: f"{len(client.ids)} of {n} are there")
         registered = client.wait_for_engines(n, block=False, interactive=False)  # it sees, too, if they end instead
         controller.wait(
-            lambda: registered.done() or len(registry.look()) >= n,
+            lambda: registered.done() or len(registry.poll()) >= n,
             missing=lambda: f"{n - len(client.ids)} of them have not registered",
         )
         if not registered.cancel():

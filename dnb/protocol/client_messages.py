@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import msgspec
+
 from dnb.protocol.base import Message, Record
 from dnb.protocol.measurements import Prediction, RunEvent, StepTimeline, UsageRow, WorkerTotals
 from dnb.protocol.memory import TensorSlot
@@ -12,10 +14,11 @@ from dnb.protocol.run import RunStatus
 
 
 class Hello(Message, frozen=True):
-    """A kernel says who it is; the pool follows the life of the one that steers it."""
+    """A kernel says who it is; the pool watches whether the one that steers it is alive."""
 
     owner: Process
-    wish: Literal["steer", "take over", "watch"] = "steer"  # "steer" is refused while another kernel does
+    # "steer" is refused while another kernel does
+    mode: Literal["steer", "take over", "watch"] = msgspec.field(default="steer", name="wish")
     format: int = 1
     version: str = ""  # of the kernel's dnb
 

@@ -46,7 +46,7 @@ def test_a_request_of_a_newer_kernel_is_refused_with_both_versions(pool, request
 
 def test_a_kernel_that_speaks_another_format_is_not_let_in(pool):
     with pytest.raises(PoolError) as caught:
-        pool.hub.ask(Hello(owner=this_process(), wish="watch", format=2, version="9.9.9"), Done)
+        pool.hub.ask(Hello(owner=this_process(), mode="watch", format=2, version="9.9.9"), Done)
     assert str(caught.value) == (
         f"the pool's hub is {name_this_dnb()}, and this kernel dnb 9.9.9 (format 2): attach with the hub's version of "
         "dnb, or end the pool with it and %dtrain start one of this version"

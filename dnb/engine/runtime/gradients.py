@@ -148,10 +148,10 @@ class Gradients:
             parameter.grad = None
 
     def _hook_of(self, direct: _Direct) -> Callable[[torch.Tensor], None]:
-        is_written, take, index = self._is_written, direct.take, direct.index
+        is_written, collect, index = self._is_written, direct.collect, direct.index
 
         def hook(_parameter: torch.Tensor) -> None:
-            take()
+            collect()
             ration.check()
             direct.is_used = True
             if is_written is not None:

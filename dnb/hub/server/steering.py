@@ -98,10 +98,10 @@ class Steering:
         self.versions[identity] = f"this kernel, {kernel}"
         self.kernels[identity] = hello.owner
         self.changed = True
-        if hello.wish == "watch":
+        if hello.mode == "watch":
             return False
         owner = self.owner
-        if hello.wish == "steer" and owner is not None and not is_same(owner, hello.owner) and is_alive(owner):
+        if hello.mode == "steer" and owner is not None and not is_same(owner, hello.owner) and is_alive(owner):
             raise ArgumentError(f"the kernel with pid {owner.pid} on {owner.host} steers this pool")
         self.owner = hello.owner
         self._orphaned = None

@@ -99,7 +99,7 @@ def exported(call: ModelCall, inputs: Inputs, dry_run: DryRun, *, refusal: NotTr
         call: the model.
         inputs: an example.
         dry_run: of that model.
-        refusal: why symbols cannot follow it, which is told if torch.export does not know better.
+        refusal: why symbols cannot follow it, which is raised if torch.export does not know better.
 
     Raises:
         PlanError: it cannot be traced.

@@ -19,15 +19,15 @@ from dnb.protocol.run import Partition
 
 # Engines of a team that may come later are planned for, too; with more of them messages outweigh what is saved.
 MOST_ENGINES = 8
-KINDS_TOLD = 3
+KINDS_SHOWN = 3
 # Of larger models a copy in doubles may not find room beside the notebook's own; single precision shows mistakes, too.
 MOST_DOUBLES = 1 << 27
 
-Wish = Mapping[str, Any] | None
+UserPlan = Mapping[str, Any] | None
 
 
 def tensor_partitions(
-    model: nn.Module, trial: ModelTrial, *, wanted: int | None = None, plan: Wish = None
+    model: nn.Module, trial: ModelTrial, *, wanted: int | None = None, plan: UserPlan = None
 ) -> tuple[Partition, ...]:
     """Find the partitions over 1, 2, ... engines; all but the first were tried on simulated ranks.
 
@@ -59,9 +59,9 @@ class _Planner:
         self._faults: dict[str, None] = {}  # what was wrong with what was left out
         self._known: dict[Any, str] = {}
 
-    def partitions(self, wish: LayerGroup | None, *, wanted: int | None, origin: str = "") -> tuple[Partition, ...]:
+    def partitions(self, asked: LayerGroup | None, *, wanted: int | None, origin: str = "") -> tuple[Partition, ...]:
         """Return the partition over one engine, and over all numbers of them that divide what can be divided."""
-        groups = _by_kind(self._found) if wish is None else [wish]
+        groups = _by_kind(self._found) if asked is None else [asked]
         if not groups:
             raise PlanError(
                 "tensor parallelism divides nn.Linear and nn.Embedding, and this model has none that are large enough "
@@ -88,7 +88,7 @@ class _Planner:
                 return _merged(passing)
         raise PlanError(
             f"{f'{origin} cannot be carried out' if origin else 'nothing of this model can be divided'}: "
-            f"{self._told()}; {self._nearest(groups, numbers)}"
+            f"{self._list_faults()}; {self._nearest(groups, numbers)}"
         )
 
     def _best(self, group: LayerGroup, number: int) -> list[LayerGroup]:
@@ -133,10 +133,10 @@ class _Planner:
             self._known[key] = uneven_one or fault_of(self._whole, group.styles, shares, number)
         return self._known[key]
 
-    def _told(self) -> str:
+    def _list_faults(self) -> str:
         faults = list(self._faults)
-        more = f", and {len(faults) - KINDS_TOLD} more" if len(faults) > KINDS_TOLD else ""
-        return "; ".join(faults[:KINDS_TOLD]) + more
+        more = f", and {len(faults) - KINDS_SHOWN} more" if len(faults) > KINDS_SHOWN else ""
+        return "; ".join(faults[:KINDS_SHOWN]) + more
 
     def _nearest(self, groups: Sequence[LayerGroup], numbers: Sequence[int]) -> str:
         if len(numbers) == 1:
@@ -210,6 +210,6 @@ def _numbers(found: Sequence[int]) -> str:
 
 
 def _listed(names: Mapping[str, Any]) -> str:
-    shown = [repr(name) for name in list(names)[:KINDS_TOLD]]
+    shown = [repr(name) for name in list(names)[:KINDS_SHOWN]]
     more = len(names) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")

@@ -37,13 +37,13 @@ def plan_of_model(model: nn.Module) -> dict[str, TensorStyle] | None:
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     styles: dict[str, TensorStyle] = {}
-    for pattern, wish in _said_by(model).items():
+    for pattern, given in _said_by(model).items():
         found = [name for name in modules if name and _matches(pattern, name)]
-        if found and wish not in OTHER_NAMES and wish not in STYLES:
+        if found and given not in OTHER_NAMES and given not in STYLES:
             raise PlanError(
-                f"the model's own tp_plan wants {pattern!r} to be {wish!r}, which is not in this release: {WAY_OUT}"
+                f"the model's own tp_plan wants {pattern!r} to be {given!r}, which is not in this release: {WAY_OUT}"
             )
-        style = _style(wish) if found else None
+        style = _style(given) if found else None
         styles |= {name: style for name in found if style is not None and is_dividable(modules[name])}
     return _with_ties(model, styles) or None
 
@@ -52,7 +52,7 @@ def _said_by(model: nn.Module) -> dict[str, Any]:
     config = getattr(getattr(model, "config", None), "base_model_tp_plan", None)
     prefix = getattr(model, "base_model_prefix", "")
     inside = f"{prefix}." if prefix and hasattr(model, prefix) else ""
-    said = {f"{inside}{name}": wish for name, wish in config.items()} if isinstance(config, Mapping) else {}
+    said = {f"{inside}{name}": given for name, given in config.items()} if isinstance(config, Mapping) else {}
     own = getattr(model, "_tp_plan", None)
     return {**said, **own} if isinstance(own, Mapping) else said
 
@@ -96,8 +96,8 @@ def read_tensor_plan(model: nn.Module, plan: Mapping[str, Any]) -> dict[str, Ten
         raise ArgumentError(f"tensor_plan must be a dictionary from names to styles, not {plan!r}: {WAY_OUT}")
     modules = dict(model.named_modules(remove_duplicate=False))
     styles: dict[str, TensorStyle] = {}
-    for pattern, wish in plan.items():
-        style = _style(wish)
+    for pattern, given in plan.items():
+        style = _style(given)
         found = [name for name in modules if name and _matches(pattern, name)]
         if not found:
             known = [name for name, _ in dividable(model)]
@@ -115,27 +115,27 @@ def read_tensor_plan(model: nn.Module, plan: Mapping[str, Any]) -> dict[str, Ten
     return styles
 
 
-def _style(wish: Any) -> TensorStyle | None:
-    if not isinstance(wish, str):
-        return _style_of_object(wish)
-    if wish in OTHER_NAMES:
-        return OTHER_NAMES[wish]
+def _style(given: Any) -> TensorStyle | None:
+    if not isinstance(given, str):
+        return _style_of_object(given)
+    if given in OTHER_NAMES:
+        return OTHER_NAMES[given]
     for known in STYLES:
-        if wish == known:
+        if given == known:
             return known
-    raise ArgumentError(f"tensor_plan: no style {wish!r}: {nearest(wish, STYLES)}")
+    raise ArgumentError(f"tensor_plan: no style {given!r}: {nearest(given, STYLES)}")
 
 
-def _style_of_object(wish: Any) -> TensorStyle | None:
+def _style_of_object(given: Any) -> TensorStyle | None:
     """Return the style of one of torch's own objects, by its input and output layouts."""
-    name = type(wish).__name__
+    name = type(given).__name__
     is_rep = {
-        "ColwiseParallel": lambda: _is_replicate(wish.output_layouts),
-        "RowwiseParallel": lambda: _is_replicate(wish.input_layouts),
+        "ColwiseParallel": lambda: _is_replicate(given.output_layouts),
+        "RowwiseParallel": lambda: _is_replicate(given.input_layouts),
     }.get(name)
-    if is_rep is None or not wish.use_local_output:
+    if is_rep is None or not given.use_local_output:
         raise ArgumentError(
-            f"tensor_plan: {wish!r} is no style that can be used here: ColwiseParallel and RowwiseParallel with local "
+            f"tensor_plan: {given!r} is no style that can be used here: ColwiseParallel and RowwiseParallel with local "
             f"outputs can, or their names: {', '.join(STYLES)}"
         )
     if name == "ColwiseParallel":

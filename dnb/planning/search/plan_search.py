@@ -23,7 +23,7 @@ from dnb.protocol.run import ScheduleName
 
 # Up to so many engines every mesh is tried, beyond only those that divide their number, and powers of two.
 ALL_MESHES = 8
-# So many meshes are worked out to the end, whether or not they may still be the best: they are told, too.
+# So many meshes are worked out to the end, whether or not they may still be the best: they are shown, too.
 LEAST_WORKED_OUT = 8
 # No more are worked out than this: bounds are loose where stages differ, and planning must end.
 MOST_WORKED_OUT = 24

@@ -15,7 +15,7 @@ from dnb.planning.search.costs import (
 )
 from dnb.planning.search.cut_search import EnginePlace, edges_of
 from dnb.planning.search.profiles import EngineTraits, Profile, Site
-from dnb.planning.search.schedule_simulation import play
+from dnb.planning.search.schedule_simulation import simulate
 from dnb.protocol.base import Record
 from dnb.protocol.run import ScheduleName
 
@@ -322,8 +322,8 @@ def _pipeline(
         hosts = hosts[:1]  # they do not meet
     busy = num_micro_batches * sum(cost.forward_seconds + cost.backward_seconds for cost in costs)
     if 2 * num_micro_batches * len(costs) * len(hosts) <= MOST_ACTIONS:
-        played = play(costs, schedule=schedule, num_micro_batches=num_micro_batches, hosts=hosts, slots=slots)
-        return played.seconds, played.busy_seconds
+        simulated = simulate(costs, schedule=schedule, num_micro_batches=num_micro_batches, hosts=hosts, slots=slots)
+        return simulated.seconds, simulated.busy_seconds
     formula = pipeline_seconds(costs, schedule=schedule, num_micro_batches=num_micro_batches)
     work = dict.fromkeys(slots, 0.0)
     for team in hosts:

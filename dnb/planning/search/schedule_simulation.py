@@ -34,7 +34,7 @@ def actions(schedule: ScheduleName, *, stage: int, num_stages: int, num_micro_ba
     return plan + [("backward", number) for number in range(num_micro_batches - ahead, num_micro_batches)]
 
 
-def play(
+def simulate(
     costs: Sequence[StageCost],
     *,
     schedule: ScheduleName,
@@ -42,7 +42,7 @@ def play(
     hosts: Sequence[Sequence[str]],
     slots: Mapping[str, int],
 ) -> SimulationResult:
-    """Play one step of equal pipelines beside each other.
+    """Simulate one step of equal pipelines beside each other.
 
     Args:
         costs: of the stages.
@@ -51,10 +51,10 @@ def play(
         hosts: for each pipeline, the host of each stage.
         slots: how many stages a host computes at once; a host that is not named, all.
     """
-    return _Game(costs, schedule, num_micro_batches, hosts, slots).play()
+    return _Simulation(costs, schedule, num_micro_batches, hosts, slots).run()
 
 
-class _Game:
+class _Simulation:
     """Stages take the host's slots in the order in which they are ready."""
 
     def __init__(
@@ -80,10 +80,10 @@ class _Game:
         self._queued: set[tuple[int, int]] = set()
         self._end = 0.0
 
-    def play(self) -> SimulationResult:
+    def run(self) -> SimulationResult:
         """Run to the end of the last backward."""
         for assignment in self._next:
-            self._look(assignment)
+            self._queue_next(assignment)
         busy = 0.0
         while self._ready:
             moment, team, stage = heapq.heappop(self._ready)
@@ -106,7 +106,7 @@ class _Game:
         self._idle_since[team, stage] = end
         self._end = max(self._end, end)
         self._pass_on(team, stage, what, number, end)
-        self._look((team, stage))
+        self._queue_next((team, stage))
         return seconds
 
     def _pass_on(self, team: int, stage: int, what: str, number: int, end: float) -> None:
@@ -117,9 +117,9 @@ class _Game:
         else:
             return
         self._arrived[team, neighbour, what, number] = end + link
-        self._look((team, neighbour))
+        self._queue_next((team, neighbour))
 
-    def _look(self, assignment: tuple[int, int]) -> None:
+    def _queue_next(self, assignment: tuple[int, int]) -> None:
         """Queue a stage's next action if what it needs has come, or is on its way."""
         team, stage = assignment
         position = self._next[assignment]

@@ -43,7 +43,7 @@ _SO_ATTACH_FILTER, _SO_DETACH_FILTER = 26, 27
 
 def listen(host: str) -> socket.socket:
     """Open a free port of this host for `open_door`, in this process or in one that inherits it."""
-    host = "0.0.0.0" if host == "*" else host  # as ipyparallel was told
+    host = "0.0.0.0" if host == "*" else host  # as ipyparallel takes it
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     listener.bind((host, 0))
     listener.listen(QUEUE_LENGTH)
@@ -98,7 +98,7 @@ class Turnstile:
     """The count of callers at a port that have neither been let in nor been sent away.
 
     Args:
-        block: told to let nobody call, or anybody again.
+        block: called to drop new calls, or to accept them again.
         clock: in seconds.
     """
 
@@ -117,20 +117,20 @@ class Turnstile:
         """Count a caller."""
         self._callers.pop(file, None)
         self._callers[file] = self._clock()
-        self.look()
+        self.expire()
 
     def come_in(self) -> None:
         """Count one caller less, who has proved to have a key; ZeroMQ does not say who, and one is like the other."""
         if self._callers:
             del self._callers[next(iter(self._callers))]
-        self.look()
+        self.expire()
 
     def leave(self, file: int) -> None:
         """Forget a caller whose connection has ended."""
         self._callers.pop(file, None)
-        self.look()
+        self.expire()
 
-    def look(self) -> None:
+    def expire(self) -> None:
         """Forget those whose time is over: they are sent away by ZeroMQ."""
         limit = self._clock() - HANDSHAKE_SECONDS
         for file in [file for file, called in self._callers.items() if called < limit]:
@@ -167,12 +167,12 @@ class PortWatcher(threading.Thread):
         while watched:
             is_idle = not any(turnstile.has_callers for turnstile in watched.values())
             for events, _ in poller.poll(None if is_idle else round(1000 * LOOK_SECONDS)):
-                if not _take(events, watched[events]):
+                if not _count_events(events, watched[events]):
                     poller.unregister(events)
-                    watched.pop(events).look()
+                    watched.pop(events).expire()
                     events.close(linger=0)
             for turnstile in watched.values():
-                turnstile.look()
+                turnstile.expire()
 
     def stop(self) -> None:
         """Let go of the ROUTERs; before they are closed, by the thread that they belong to."""
@@ -191,7 +191,7 @@ def _watch(router: zmq.Socket[Any]) -> zmq.Socket[Any]:
     return events
 
 
-def _take(events: zmq.Socket[Any], turnstile: Turnstile) -> bool:
+def _count_events(events: zmq.Socket[Any], turnstile: Turnstile) -> bool:
     """Count what is new; False at the end."""
     while events.poll(0):
         message = recv_monitor_message(events)

@@ -76,18 +76,18 @@ def imported_packages() -> dict[str, Package]:
 
 def differing_packages(packages: Mapping[str, Package]) -> str:
     """Say which packages are here in another version, or from another file that both processes see; "" if none is."""
-    told = []
+    found = []
     for name, own in imported_packages().items():
         other = packages.get(name, own)
         if own.version != other.version:
-            told.append(f"{name} {own.version} (the notebook has {other.version})")
+            found.append(f"{name} {own.version} (the notebook has {other.version})")
         elif own.file != other.file and os.path.exists(other.file) and not _is_same_file(own.file, other.file):
-            told.append(f"{name} from {own.file} (the notebook's is {other.file})")
-    if not told:
+            found.append(f"{name} from {own.file} (the notebook's is {other.file})")
+    if not found:
         return ""
-    more = f" and {len(told) - MOST_PACKAGES} more" if len(told) > MOST_PACKAGES else ""
+    more = f" and {len(found) - MOST_PACKAGES} more" if len(found) > MOST_PACKAGES else ""
     return (
-        f"packages differ from the notebook's: {', '.join(told[:MOST_PACKAGES])}{more}; engines that are started anew "
+        f"packages differ from the notebook's: {', '.join(found[:MOST_PACKAGES])}{more}; engines that are started anew "
         "(%dtrain shutdown, %dtrain start) import what is installed now"
     )
 

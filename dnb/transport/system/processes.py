@@ -115,7 +115,7 @@ def is_alive(process: Process) -> bool:
     return not is_of_earlier_boot(process)  # only its connection can tell more
 
 
-def look_at(process: Process) -> Literal["alive", "stopped", "gone"]:
+def liveness(process: Process) -> Literal["alive", "stopped", "gone"]:
     """Return whether this very process runs, or was stopped by a signal; "alive" elsewhere, see `is_here`."""
     if not is_here(process):
         return "alive" if is_alive(process) else "gone"

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterable
 
 from dnb.protocol.pool import Process
-from dnb.transport.system.processes import exit_code_of, look_at
+from dnb.transport.system.processes import exit_code_of, liveness
 
 _EXIT = struct.Struct("<qq")  # pid, exit code as `subprocess` counts
 # More of them than any hub can have missed; a reader who comes late reads the rest then.
@@ -44,14 +44,14 @@ class ExitReader:
     def code_of(self, process: Process) -> int | None:
         """How a process of this host has ended or is ending, as `subprocess` counts; None if it is not known."""
         code = exit_code_of(process)
-        if code is None and look_at(process) == "gone":
+        if code is None and liveness(process) == "gone":
             self._read()
             code = self._codes.pop(process.pid, None)
         return code
 
     def ending(self, processes: Iterable[tuple[int, Process]]) -> list[int]:
         """The keys of those that are gone, or on their way out."""
-        return [key for key, process in processes if exit_code_of(process) is not None or look_at(process) == "gone"]
+        return [key for key, process in processes if exit_code_of(process) is not None or liveness(process) == "gone"]
 
     def _read(self) -> None:
         if self._reader is None:

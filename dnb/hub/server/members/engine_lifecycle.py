@@ -24,7 +24,7 @@ from dnb.protocol.client_messages import InjectFault, Retire
 from dnb.protocol.engine_messages import Attach, EngineMessage, Exit, Fault, Heartbeat, Join, Rejoin, Welcome
 from dnb.protocol.versions import POOL_FORMAT, name_dnb
 from dnb.transport.sockets.channels import encode
-from dnb.transport.system.processes import is_alive, is_here, look_at, signal_process
+from dnb.transport.system.processes import is_alive, is_here, liveness, signal_process
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class EngineLifecycle:
             heartbeats.see_at_work(beat.engine, time.monotonic())
             return
         # The last beat before a signal may come after the tick that saw the engine stopped.
-        if beat.engine in heartbeats.silent and look_at(beat.process) == "stopped":
+        if beat.engine in heartbeats.silent and liveness(beat.process) == "stopped":
             return
         if heartbeats.beat(beat.engine, time.monotonic()):
             self._slot.held.hear_engine(beat.engine)
@@ -196,7 +196,7 @@ class EngineLifecycle:
         process = lost.facts.process
         code, is_wanted = self._exits.code_of(process), process in self._members.killed or lost.is_retiring
         self._members.killed.discard(process)
-        is_gone = code is not None or not is_here(process) or look_at(process) == "gone"
+        is_gone = code is not None or not is_here(process) or liveness(process) == "gone"
         return EngineLost(
             number,
             describe_exit(code, is_wanted=is_wanted),
@@ -291,12 +291,12 @@ class EngineLifecycle:
         for number in sorted(heartbeats.busy - busy):
             self._slot.held.miss_engine(number)
         for number, facts in list(members.returning.items()):
-            if look_at(facts.process) == "gone":
+            if liveness(facts.process) == "gone":
                 self._miss(number)
         for number, engine in list(members.engines.items()):
             if number not in members.engines:
                 continue  # it was lost together with another
-            state = look_at(engine.facts.process)
+            state = liveness(engine.facts.process)
             if state == "gone":
                 self.lose(number)
             elif state == "stopped" and heartbeats.declare_silent(number):

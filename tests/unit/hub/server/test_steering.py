@@ -41,27 +41,27 @@ class Clock:
         return self.now
 
 
-def greet(steering: Steering, owner: Process, *, wish: Any, identity: bytes = b"a") -> bool:
-    return steering.greet(identity, Hello(owner=owner, wish=wish, format=POOL_FORMAT, version="1"))
+def greet(steering: Steering, owner: Process, *, mode: Any, identity: bytes = b"a") -> bool:
+    return steering.greet(identity, Hello(owner=owner, mode=wish, format=POOL_FORMAT, version="1"))
 
 
 def test_a_kernel_that_looks_on_may_not_steer_while_the_one_that_steers_lives():
     steering = Steering(ALIVE)
-    greet(steering, DEAD, wish="watch")
+    greet(steering, DEAD, mode="watch")
     with pytest.raises(ArgumentError, match="steers this pool, this one only watches"):
         steering.check(b"a", STOP)
 
 
 def test_a_kernel_that_looks_on_may_ask_for_whatever_changes_nothing():
     steering = Steering(ALIVE)
-    greet(steering, DEAD, wish="watch")
+    greet(steering, DEAD, mode="watch")
     steering.check(b"a", GetMembers())
     assert steering.owner == ALIVE
 
 
 def test_a_kernel_that_looks_on_takes_over_from_a_dead_one_by_what_it_asks():
     steering = Steering(DEAD)
-    greet(steering, ALIVE, wish="watch")
+    greet(steering, ALIVE, mode="watch")
     steering.changed = False
     steering.check(b"a", STOP)
     assert (steering.owner, steering.changed) == (ALIVE, True)
@@ -69,20 +69,20 @@ def test_a_kernel_that_looks_on_takes_over_from_a_dead_one_by_what_it_asks():
 
 def test_a_kernel_that_wants_to_steer_is_refused_while_another_does():
     with pytest.raises(ArgumentError, match=rf"the kernel with pid {ALIVE.pid} .* steers this pool"):
-        greet(Steering(ALIVE), DEAD, wish="steer")
+        greet(Steering(ALIVE), DEAD, mode="steer")
 
 
 def test_a_kernel_that_is_refused_looks_on():
     steering = Steering(ALIVE)
     with pytest.raises(ArgumentError):
-        greet(steering, DEAD, wish="steer")
+        greet(steering, DEAD, mode="steer")
     assert steering.kernels == {b"a": DEAD}
 
 
 def test_a_kernel_of_another_format_is_not_let_in():
     steering = Steering(None)
     with pytest.raises(PoolError, match=r"attach with the hub's version of dnb, or end the pool"):
-        steering.greet(b"a", Hello(owner=ALIVE, wish="steer", format=POOL_FORMAT + 1, version="99"))
+        steering.greet(b"a", Hello(owner=ALIVE, mode="steer", format=POOL_FORMAT + 1, version="99"))
     assert (steering.owner, steering.kernels) == (None, {})
 
 
@@ -129,6 +129,6 @@ def test_a_pool_whose_run_ends_under_a_kernel_that_has_attached_ends_with_that_o
     steering = Steering(DEAD, clock=clock)
     run: Any = Run()
     steering.find_end(run)
-    greet(steering, DEAD, wish="steer")
+    greet(steering, DEAD, mode="steer")
     run.status, run.is_over = "done", True
     assert steering.find_end(run) == "its kernel is gone"

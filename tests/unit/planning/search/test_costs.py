@@ -2,7 +2,7 @@ import pytest
 
 from dnb.planning.search.costs import StageCost, Workload, hub_seconds, num_in_flight, pipeline_seconds
 from dnb.planning.search.profiles import Exchange, value_at
-from dnb.planning.search.schedule_simulation import actions, play
+from dnb.planning.search.schedule_simulation import actions, simulate
 from tests.unit.planned import FREE, layer, profile
 
 
@@ -14,27 +14,29 @@ def stage(forward=1.0, backward=2.0, *, link=0.0):
 @pytest.mark.parametrize(("num_stages", "num_micro_batches"), [(2, 4), (3, 1), (4, 8)])
 def test_equal_stages_have_the_bubble_of_the_formula(schedule, num_stages, num_micro_batches):
     costs = [stage()] * num_stages
-    played = play(costs, schedule=schedule, num_micro_batches=num_micro_batches, hosts=[["h"] * num_stages], slots={})
-    assert played.seconds == pytest.approx(3.0 * (num_micro_batches + num_stages - 1))
+    simulated = simulate(
+        costs, schedule=schedule, num_micro_batches=num_micro_batches, hosts=[["h"] * num_stages], slots={}
+    )
+    assert simulated.seconds == pytest.approx(3.0 * (num_micro_batches + num_stages - 1))
     expected = (num_stages - 1) / (num_micro_batches + num_stages - 1)
-    assert played.bubble(num_stages) == pytest.approx(expected)
+    assert simulated.bubble(num_stages) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 def test_the_formula_is_what_playing_a_schedule_gives_on_equal_stages(schedule):
     costs = [stage()] * 3
-    played = play(costs, schedule=schedule, num_micro_batches=6, hosts=[["h"] * 3], slots={})
-    assert pipeline_seconds(costs, schedule=schedule, num_micro_batches=6) == pytest.approx(played.seconds)
+    simulated = simulate(costs, schedule=schedule, num_micro_batches=6, hosts=[["h"] * 3], slots={})
+    assert pipeline_seconds(costs, schedule=schedule, num_micro_batches=6) == pytest.approx(simulated.seconds)
 
 
 def test_stages_that_share_one_core_take_the_time_of_all_their_work():
-    played = play([stage()] * 3, schedule="1f1b", num_micro_batches=4, hosts=[["h"] * 3], slots={"h": 1})
-    assert played.seconds == pytest.approx(3 * 4 * 3.0)
+    simulated = simulate([stage()] * 3, schedule="1f1b", num_micro_batches=4, hosts=[["h"] * 3], slots={"h": 1})
+    assert simulated.seconds == pytest.approx(3 * 4 * 3.0)
 
 
 def test_two_cores_for_three_stages_lie_between_one_and_three():
     seconds = [
-        play([stage()] * 3, schedule="1f1b", num_micro_batches=6, hosts=[["h"] * 3], slots={"h": cores}).seconds
+        simulate([stage()] * 3, schedule="1f1b", num_micro_batches=6, hosts=[["h"] * 3], slots={"h": cores}).seconds
         for cores in (1, 2, 3)
     ]
     assert seconds[0] > seconds[1] > seconds[2]
@@ -42,15 +44,15 @@ def test_two_cores_for_three_stages_lie_between_one_and_three():
 
 
 def test_teams_that_share_a_host_slow_each_other():
-    alone = play([stage()] * 2, schedule="1f1b", num_micro_batches=4, hosts=[["h"] * 2], slots={"h": 2})
-    both = play([stage()] * 2, schedule="1f1b", num_micro_batches=4, hosts=[["h"] * 2] * 2, slots={"h": 2})
+    alone = simulate([stage()] * 2, schedule="1f1b", num_micro_batches=4, hosts=[["h"] * 2], slots={"h": 2})
+    both = simulate([stage()] * 2, schedule="1f1b", num_micro_batches=4, hosts=[["h"] * 2] * 2, slots={"h": 2})
     assert both.seconds > alone.seconds
 
 
 def test_a_link_is_paid_there_and_back():
     costs = [stage(), stage(link=5.0)]
-    played = play(costs, schedule="gpipe", num_micro_batches=1, hosts=[["h", "h"]], slots={})
-    assert played.seconds == pytest.approx(2 * 3.0 + 2 * 5.0)
+    simulated = simulate(costs, schedule="gpipe", num_micro_batches=1, hosts=[["h", "h"]], slots={})
+    assert simulated.seconds == pytest.approx(2 * 3.0 + 2 * 5.0)
 
 
 def test_1f1b_alternates_after_filling_the_stages_behind():

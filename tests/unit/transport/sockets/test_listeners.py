@@ -81,7 +81,7 @@ def test_a_file_number_that_comes_again_is_one_caller(port: Port):
 def test_a_port_is_open_again_when_those_who_said_nothing_are_sent_away(port: Port):
     port.call(MOST_CALLERS)
     port.now += HANDSHAKE_SECONDS + 0.1
-    port.turnstile.look()
+    port.turnstile.expire()
     assert port.told == [True, False]
 
 

@@ -23,7 +23,7 @@ from dnb.transport.system.processes import (
     is_alive,
     is_here,
     is_same,
-    look_at,
+    liveness,
     this_process,
 )
 
@@ -123,20 +123,20 @@ def test_a_stopped_process_is_alive(start: Start):
 def test_a_process_is_told_from_one_that_stands_still_and_one_that_is_gone(start: Start):
     child = start(SLEEPER)
     process = describe(child.pid)
-    seen = [look_at(process)]
+    seen = [liveness(process)]
     for number in (signal.SIGSTOP, signal.SIGCONT):
         child.send_signal(number)
         os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WCONTINUED | os.WNOWAIT)
-        seen.append(look_at(process))
+        seen.append(liveness(process))
     child.kill()
     child.wait()
-    assert [*seen, look_at(process)] == ["alive", "stopped", "alive", "gone"]
+    assert [*seen, liveness(process)] == ["alive", "stopped", "alive", "gone"]
 
 
 def test_a_process_of_another_host_is_taken_as_alive():
     elsewhere = Process(host="somewhere-else", pid=1, create_time=0.0)
     assert is_alive(elsewhere)
-    assert look_at(elsewhere) == "alive"
+    assert liveness(elsewhere) == "alive"
 
 
 def test_a_process_whose_thread_computes_in_one_call_is_seen_to_work(start: Start):
@@ -168,13 +168,13 @@ def test_a_process_of_another_container_with_this_hosts_name_is_taken_as_alive_a
     child = start(SLEEPER)
     process = msgspec.structs.replace(describe(child.pid), boot_id=boot_id(), pid_namespace="1")
     assert end_processes([process], patience_seconds=0.1, first_signal=signal.SIGTERM) == []
-    assert (is_here(process), is_alive(process), look_at(process), child.poll()) == (False, True, "alive", None)
+    assert (is_here(process), is_alive(process), liveness(process), child.poll()) == (False, True, "alive", None)
 
 
 def test_a_process_of_an_earlier_boot_is_gone_although_its_pid_and_start_time_fit(start: Start, monkeypatch):
     process = msgspec.structs.replace(describe(start(SLEEPER).pid), boot_id="of-an-earlier-boot")
     monkeypatch.setattr(psutil, "boot_time", lambda: process.create_time + 60)
-    assert (is_here(process), is_alive(process), look_at(process)) == (False, False, "gone")
+    assert (is_here(process), is_alive(process), liveness(process)) == (False, False, "gone")
 
 
 def test_another_host_that_has_this_ones_name_and_started_later_is_not_taken_for_an_earlier_boot():
