@@ -111,8 +111,8 @@ class Session:
             drop_gradient_hooks(job.model)
             data, of_data = adopt(data_bytes, spec.data, memory=payloads[DATA_SLOT])
             # Now that whatever model and data need is imported.
-            if spec.settings is not None and (told := differing_packages(spec.settings.packages)):
-                self._settings.notes.append(told)
+            if spec.settings is not None and (difference := differing_packages(spec.settings.packages)):
+                self._settings.notes.append(difference)
             layouts = {"gradient_layout": self._layouts[0], "buffer_layout": self._layouts[1]}
             context = ReplicaContext(
                 spec=spec,
@@ -131,14 +131,14 @@ class Session:
             self._let_process_go()
             raise
         for packed, raw in self._early:
-            self.take(packed, raw)
+            self.handle_message(packed, raw)
         self._early.clear()
 
     def num_threads(self, usual: int) -> int:
         """Return torch's number of threads: one in an exact run, as it shows in the last bits."""
         return 1 if self._spec.exact else usual
 
-    def take(self, packed: memoryview, raw: memoryview) -> None:
+    def handle_message(self, packed: memoryview, raw: memoryview) -> None:
         """Do what the hub says."""
         message = _decode(packed)
         match message:
@@ -195,21 +195,21 @@ class Session:
             assert isinstance(self._replica, GatheringReplica)
             self._replica.take_gathered(raw[:begin])
         if self._fault is not None:
-            self._tell(work, self._fault, None)
+            self._report_failure(work, self._fault, None)
             return
         try:
             report, raws = self._computed(work, indices)
         except USER_ERRORS as error:  # whatever a user's model raises is the user's to read
-            self._tell_output()
-            self._tell(work, error, indices)
+            self._send_output()
+            self._report_failure(work, error, indices)
             return
-        self._tell_output()
+        self._send_output()
         try:
             for piece in raws[:-1]:
                 self.send(OutputPiece(run=work.run, lease=work.lease), piece)
             self.send(report, raws[-1])
         except (TypeError, ValueError, OverflowError) as error:  # what user code returned cannot be encoded
-            self._tell(work, error, None)
+            self._report_failure(work, error, None)
 
     def _computed(self, work: Work, indices: torch.Tensor) -> tuple[WorkReport, Sequence[bytes]]:
         probe = self._replica.probe() if work.probe else None
@@ -224,7 +224,7 @@ class Session:
             parts=outcome.parts,
             is_sum=outcome.is_sum,
             unused=outcome.unused,
-            telemetry=self._stopwatch.take() if self._spec.telemetry else None,
+            telemetry=self._stopwatch.collect() if self._spec.telemetry else None,
             note=f"engine {self._engine}: {outcome.note}" if outcome.note else "",
             probe=probe,
             digests=self._replica.digests() if work.check_copy else b"",  # of what this work has begun with
@@ -235,15 +235,15 @@ class Session:
             frozen=outcome.frozen,
         ), raws
 
-    def _tell_output(self) -> None:
+    def _send_output(self) -> None:
         """Send what user code has printed, and what of the notebook's settings could not be had here."""
         if self._settings.notes:
             self.send(Printed(run=self.run, lines=tuple(self._settings.notes), kind="data"))
             self._settings.notes = []
-        if lines := self._output.take():
+        if lines := self._output.collect():
             self.send(Printed(run=self.run, lines=lines))
 
-    def _tell(self, work: Work, error: BaseException, indices: torch.Tensor | None) -> None:
+    def _report_failure(self, work: Work, error: BaseException, indices: torch.Tensor | None) -> None:
         """Say that user code failed, and where, if it did with these samples and that can be found."""
         place = ""
         if indices is not None:
@@ -251,7 +251,7 @@ class Session:
                 place = self._replica.find_place(work, indices, error)
             except USER_ERRORS as second:  # what failed once may fail otherwise when it is looked at
                 log.warning("where it failed was not found: %s", summary_of(second))
-            self._output.take()  # what is computed once more is printed once more
+            self._output.collect()  # what is computed once more is printed once more
         self.send(
             WorkFailed(
                 run=work.run,
@@ -303,7 +303,7 @@ class Session:
             for packed, raw in self._wire.wait_for_messages(timeout_seconds=SHIP_SECONDS):
                 message = _decode(packed)
                 if isinstance(message, AddSlabs):
-                    self.take(packed, raw)
+                    self.handle_message(packed, raw)
                 elif isinstance(message, Thaw):  # the run has changed since this engine was asked to load it
                     self._lay_out_anew(message)
                 elif not isinstance(message, Shipped):

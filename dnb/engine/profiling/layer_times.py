@@ -66,21 +66,21 @@ def _time_watched(layers: list[Layer], attempt: Callable[[], torch.Tensor]) -> t
 
     So it does not matter how layers are connected, and what is between two of them counts with the first.
     """
-    moments = [0.0] * (len(layers) + 1)
+    times = [0.0] * (len(layers) + 1)
     numbers = [0] * len(layers)  # of the first node of each layer
 
     def enter(number: int) -> None:
-        moments[number] = time.perf_counter()
+        times[number] = time.perf_counter()
         numbers[number] = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
 
     with entering(layers, enter):
         enter(0)
         loss = attempt()
-        moments[-1] = time.perf_counter()
+        times[-1] = time.perf_counter()
     seconds = [0.0] * len(layers)
     time_nodes(loss, numbers, seconds)
     loss.backward()
-    return [end - begin for begin, end in itertools.pairwise(moments)], seconds
+    return [end - begin for begin, end in itertools.pairwise(times)], seconds
 
 
 def time_nodes(loss: torch.Tensor, numbers: list[int], seconds: list[float]) -> None:

@@ -247,7 +247,7 @@ def _first_try(
     try:
         found = find_beginnings(trial.model, lambda: losses.append(attempt()))
         end, began = time.perf_counter(), [begin for _, begin in found]
-        moments = [begin.seconds for begin in began] + [end]
+        times = [begin.seconds for begin in began] + [end]
         backward = [0.0] * len(found)
         time_nodes(losses[0], [0, *(begin.node for begin in began[1:])], backward)
         losses[0].backward()
@@ -255,7 +255,7 @@ def _first_try(
         raise
     except USER_ERRORS as error:
         raise PlanError(f"the model fails on {num_samples} samples of the batch: {summary_of(error)}") from error
-    forward = [later - earlier for earlier, later in itertools.pairwise(moments)]
+    forward = [later - earlier for earlier, later in itertools.pairwise(times)]
     return [layer for layer, _ in found], (forward, backward)
 
 

@@ -158,7 +158,7 @@ class GatheringReplica(Replica):
         """Compute few samples, and one fewer, and see which tensors have a row for each."""
         most = min(NUM_LEARNED, self._spec.num_samples)
         self._buffers.read()
-        self._be_training(mode=True)
+        self._set_training(mode=True)
         self._seed(0, 0)
         found = []
         with torch.no_grad():
@@ -343,7 +343,7 @@ class GatheringReplica(Replica):
             return super()._evaluate(work, indices)
         size = self._spec.val_batch_size or self._spec.batch_size
         self._buffers.read()
-        self._be_training(mode=False)
+        self._set_training(mode=False)
         parts: list[Sums] = []
         seen: list[tuple[Any, Any]] = []  # outputs and targets that metrics want to see together
         sizes: list[int] = []

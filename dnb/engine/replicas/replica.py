@@ -121,7 +121,7 @@ class Replica:
             evaluated = WorkResult((self._evaluate(work, indices),), is_sum=False)
             self._parameters.guard.check(work.step, thoroughly=work.check_copy)
             return evaluated
-        self._be_training(mode=True)
+        self._set_training(mode=True)
         self._parameters.begin_work()
         try:
             outcome = self._with_states(work, self._compute_step(work, indices))
@@ -137,7 +137,7 @@ class Replica:
 
     def diagnose(self, request: Diagnose, indices: torch.Tensor) -> Diagnosis:
         """Compute the shards one by one, until one has a gradient that is not finite."""
-        self._be_training(mode=True)
+        self._set_training(mode=True)
         for shard, part in zip(request.shards, indices.split(request.shard_sizes), strict=True):
             self._begin(request.slab, fresh=True)
             self._seed(request.step, shard)
@@ -178,7 +178,7 @@ class Replica:
         """The loss of the first samples, to be held against other engines; None if it cannot be had by itself."""
         indices = torch.arange(min(self._spec.probe_samples, self._spec.num_samples))
         self._buffers.read()
-        self._be_training(mode=False)
+        self._set_training(mode=False)
         try:
             with same_python_states(), torch.no_grad():
                 self._seed(0, 0, also_python=True)
@@ -332,7 +332,7 @@ class Replica:
     def _evaluate(self, work: Work, indices: torch.Tensor) -> Sums:  # noqa: ARG002 - see `dnb.engine.replicas.gathered_loss`
         assert self._data.val is not None
         self._buffers.read()
-        self._be_training(mode=False)
+        self._set_training(mode=False)
         size = self._most_at_once or self._spec.batch_size
         if self._job.val_step is not None and self._spec.val_batch_size is not None:
             size = self._spec.val_batch_size  # whole batches, as the hub deals them
@@ -349,8 +349,8 @@ class Replica:
         self._evaluates_gradients = True
         return self._evaluate_piece(source, indices)
 
-    def _be_training(self, *, mode: bool) -> None:
-        self._modes.be_training(mode=mode)
+    def _set_training(self, *, mode: bool) -> None:
+        self._modes.set_training(mode=mode)
 
     def _seed(self, step: int, shard: int, *, also_python: bool = False) -> None:
         """Random numbers depend on the step and the shard, never on the engine."""

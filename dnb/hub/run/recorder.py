@@ -168,7 +168,7 @@ class RunRecorder:
         else:
             self.columns.add_evaluation(step, values)
         self._folder.append_row(HistoryRow(kind=kind, step=step, time=when, values=values, samples=samples))
-        if kind == "step" and self._decay is not None and (text := self._decay.look(step, values["lr"])):
+        if kind == "step" and self._decay is not None and (text := self._decay.check(step, values["lr"])):
             self.add_event(Note("state", text))
 
     def record_digest(self, step: int, digest: float) -> None:
@@ -200,7 +200,7 @@ class RunRecorder:
     def add_timeline(self, step: int, parts: Mapping[int, EngineTrace]) -> None:
         """Keep the timeline of a step, if there is one."""
         if parts:
-            self._folder.write_timeline(self._timelines.take(step, parts))
+            self._folder.write_timeline(self._timelines.build(step, parts))
 
     @property
     def is_usage_due(self) -> bool:
@@ -209,7 +209,7 @@ class RunRecorder:
 
     def add_usage(self) -> None:
         """Close the open span of usage."""
-        row = self._meter.take(self.clock.seconds, self._coordinator.step, self.stats.totals(working=()))
+        row = self._meter.close_span(self.clock.seconds, self._coordinator.step, self.stats.totals(working=()))
         if row is not None:
             self._folder.append_usage(row)
 

@@ -60,7 +60,7 @@ class StageReplica:
         self._failed_samples = self._pipeline.feed.indices
         self._modes = Modes([job.model, *(job.stages or ())])
         self._has_group = False
-        self._be_training(mode=True)
+        self._set_training(mode=True)
         self._parts = StageParts(context, self._pipeline)
         self._slots = StageMemory(job.model, load, context.memory, self._parts.first, assignment)
         placed = [slot.name for slot in load.buffer_layout.slots]
@@ -107,7 +107,7 @@ class StageReplica:
         """Compute the shards one by one; the first that has a gradient here that is not finite."""
         fault: tuple[int, tuple[str, str]] | None = None
         with self._leaving_if_it_fails():
-            self._be_training(mode=True)
+            self._set_training(mode=True)
             for shard, part in zip(request.shards, indices.split(request.shard_sizes), strict=True):
                 self._slots.begin((request.slab,), fresh=True)
                 seed = part_seed(self._spec.seed, request.step, shard)
@@ -168,7 +168,7 @@ class StageReplica:
     # A step ----------------------------------------------------------------------------------------
 
     def _step(self, work: Work, indices: torch.Tensor) -> WorkResult:
-        self._be_training(mode=True)
+        self._set_training(mode=True)
         self._pipeline.whole_metrics.begin()
         self._timeline.is_counting = work.trace
         self._slots.begin(work.slabs, fresh=work.fresh)
@@ -189,7 +189,7 @@ class StageReplica:
         self._slots.read_buffers()
         self._states.begin()
         self._pipeline.whole_metrics.begin()
-        self._be_training(mode=False)
+        self._set_training(mode=False)
         most = max(1, self._spec.batch_size)
         parts = [
             sums
@@ -230,8 +230,8 @@ class StageReplica:
 
     # What surrounds it --------------------------------------------------------------------------------
 
-    def _be_training(self, *, mode: bool) -> None:
-        self._modes.be_training(mode=mode)
+    def _set_training(self, *, mode: bool) -> None:
+        self._modes.set_training(mode=mode)
 
     def _leaving_if_it_fails(self) -> _Leaving:
         return _Leaving(self)

@@ -42,7 +42,7 @@ class Clock:
 
 
 def greet(steering: Steering, owner: Process, *, mode: Any, identity: bytes = b"a") -> bool:
-    return steering.greet(identity, Hello(owner=owner, mode=wish, format=POOL_FORMAT, version="1"))
+    return steering.greet(identity, Hello(owner=owner, mode=mode, format=POOL_FORMAT, version="1"))
 
 
 def test_a_kernel_that_looks_on_may_not_steer_while_the_one_that_steers_lives():
