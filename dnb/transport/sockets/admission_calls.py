@@ -26,7 +26,7 @@ def find_answering(addresses: Sequence[Address], *, limit_seconds: float) -> lis
                 poller.register(call.monitor, zmq.POLLIN)
             poller.poll(1 + round(1000 * max(deadline - time.monotonic(), 0.0)))
             for call in waiting:
-                call.look()
+                call.poll()
         return [call.is_answered is True for call in calls]
     finally:
         context.destroy(linger=0)
@@ -45,7 +45,7 @@ class _AdmissionCall:
         except (zmq.ZMQError, ValueError):  # it is no address
             self.is_answered = False
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Take what the socket tells of its connection."""
         while self.is_answered is None and self.monitor.poll(0):
             event = parse_monitor_message(self.monitor.recv_multipart())["event"]
