@@ -14,7 +14,7 @@ GUARDIAN = Process(host="here", pid=7, create_time=5.0, boot_id="b", pid_namespa
 
 def facts(**changes):
     fields = {
-        "guardian": GUARDIAN,
+        "supervisor": GUARDIAN,
         "hub": GUARDIAN,
         "controller": GUARDIAN,
         "helpers": (),
@@ -63,13 +63,13 @@ def test_a_record_of_another_version_is_seen_with_what_is_not_known_of_it(tmp_pa
 
 
 def test_a_guardian_with_a_field_more_is_still_found(tmp_path):
-    keep(tmp_path, changed(supervisor={**msgspec.to_builtins(GUARDIAN), "zone": 3}))
+    keep(tmp_path, changed(guardian={**msgspec.to_builtins(GUARDIAN), "zone": 3}))
     (read,) = read_pool_files(tmp_path)
     assert (read.supervisor, read.reason) == (GUARDIAN, "the field 'zone' is not known")
 
 
 def test_a_guardian_that_is_described_otherwise_is_not_guessed(tmp_path):
-    keep(tmp_path, changed(supervisor="here:7", format=3))
+    keep(tmp_path, changed(guardian="here:7", format=3))
     assert [each.supervisor for each in read_pool_files(tmp_path)] == [None]
 
 

@@ -45,7 +45,7 @@ def profile(tmp_path, monkeypatch):
 def keep(profile, supervisor, *, owner=None, url=None, keys=None, cluster_id="one", **changes):
     """A pool's record and its connection file."""
     fields = {"hub": supervisor, "controller": supervisor, "helpers": (), "engines": (), "run": "digits"}
-    facts = PoolFacts(**{"cluster_id": cluster_id, "guardian": supervisor, "owner": owner, **fields, **changes})
+    facts = PoolFacts(**{"cluster_id": cluster_id, "supervisor": supervisor, "owner": owner, **fields, **changes})
     write_pool_file(profile / "security", facts)
     (profile / "shm" / f"dnb-{cluster_id}").mkdir(exist_ok=True)
     if url is not None:
@@ -87,7 +87,7 @@ def free_url():
 
 
 @pytest.mark.parametrize(
-    ("guardian", "owner", "kind"),
+    ("supervisor", "owner", "kind"),
     [(HERE, HERE, "ours"), (HERE, GONE, "orphans"), (HERE, None, "orphans"), (GONE, HERE, "dead")],
     ids=["ours", "without its kernel", "without a kernel", "dead"],
 )
