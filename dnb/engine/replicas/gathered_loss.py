@@ -64,7 +64,7 @@ class GatheringReplica(Replica):
         self._batch_memory = memoryview(b"")
 
     def take_gathered(self, memory: memoryview) -> None:
-        """What was gathered for the step that is to be computed next."""
+        """Keep the outputs gathered for the step that is to be computed next."""
         self._batch_memory = memory
 
     def replace_functions(self, *, step: Callable[..., Any] | None, loss: Callable[..., Any] | None) -> None:
@@ -81,7 +81,7 @@ class GatheringReplica(Replica):
         super().replace_functions(step=step, loss=loss)
 
     def _seed(self, step: int, shard: int, *, also_python: bool = True) -> None:
-        """Also what data sets draw from: a forward that is computed again must have the same samples."""
+        """Seed also the generators of data sets: a forward that is computed again must have the same samples."""
         super()._seed(step, shard, also_python=also_python)
 
     # Outputs ------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class GatheringReplica(Replica):
         return join_rows(parts, sizes, form=self._form)
 
     def _forwards(self, work: Work, indices: torch.Tensor) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
-        """The shards that go through forward together, and their samples."""
+        """Yield the shards that go through forward together, and their samples."""
         if not self._spec.exact:
             yield work.shards, indices
             return
@@ -139,7 +139,7 @@ class GatheringReplica(Replica):
     def _forward_tensors(
         self, source: DataSource, indices: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """The tensors of output and target."""
+        """Return the tensors of output and target."""
         output, target = self._forward_pair(source, indices)
         form = self._form
         leaves, spec = pytree.tree_flatten((output, target))
@@ -295,7 +295,7 @@ class GatheringReplica(Replica):
             self._gradients.bring_home()
 
     def _whole_of(self, work: Work) -> GatheredBatch:
-        """The loss of the whole batch, and its gradient by the outputs."""
+        """Compute the loss of the whole batch, and its gradient by the outputs."""
         gathered, form = work.gathered, self._form
         assert gathered is not None
         assert form is not None
@@ -337,7 +337,7 @@ class GatheringReplica(Replica):
     # Evaluations --------------------------------------------------------------------------------------
 
     def _evaluate(self, work: Work, indices: torch.Tensor) -> Sums:
-        """Whole batches, as the hub deals these: each has a loss of its own."""
+        """Evaluate whole batches, as the hub deals these: each has a loss of its own."""
         assert self._data.val is not None
         if self._job.val_step is not None:
             return super()._evaluate(work, indices)
@@ -361,7 +361,7 @@ class GatheringReplica(Replica):
         return added(parts)
 
     def _evaluated(self, indices: torch.Tensor) -> tuple[Any, Any]:
-        """Output and target of a batch."""
+        """Return output and target of a batch."""
         assert self._data.val is not None
         pieces = pieces_of(indices, self._most_at_once)
         pairs = [self._forward_pair(self._data.val, piece) for piece in pieces]

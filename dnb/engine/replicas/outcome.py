@@ -47,7 +47,7 @@ def mean_sums(loss: float, metrics: Metrics, *, num_samples: int) -> Sums:
 
 
 def part_seed(seed: int, step: int, shard: int) -> int:
-    """Return the seed of random numbers in a part of a step; it does not depend on the engine that computes it."""
+    """Return the seed of random numbers in a part of a step; it does not depend on who computes it."""
     digest = hashlib.blake2b(f"{seed}/{step}/{shard}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -87,7 +87,7 @@ def samples_text(samples: torch.Tensor) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that there is not enough memory."""
+    """Return True if an error says that there is not enough memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = text_of(error)
@@ -95,7 +95,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def one_kind(are_sums: Sequence[bool]) -> bool:
-    """Return whether the parts of a step are `Sum`s, as all of them must be, or none.
+    """Return True if the parts of a step are `Sum`s, as all of them must be, or none.
 
     Raises:
         ReturnError: some are.
@@ -123,7 +123,7 @@ def pieces_of(indices: torch.Tensor, size: int | None) -> Sequence[torch.Tensor]
 
 
 def added(parts: Sequence[Sums]) -> Sums:
-    """Add up the sums of several parts."""
+    """Add the sums of several parts."""
     names = {name for part in parts for name in part.metric_totals}
     return Sums(
         loss_total=sum(part.loss_total for part in parts),

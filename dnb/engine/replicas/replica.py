@@ -153,7 +153,7 @@ class Replica:
         self._loss.replace(step=step, loss=loss)
 
     def find_place(self, work: Work, indices: torch.Tensor, error: BaseException) -> str:
-        """The shard and the samples at which an error comes up again, as narrow as can be found, for people.
+        """Name the shard and the samples at which an error comes up again, as narrow as can be found.
 
         Only forward is computed again, by halves; what does not come up again is said to lie somewhere in the work.
         """
@@ -175,7 +175,7 @@ class Replica:
         return failing_place(work, indices, fails)
 
     def probe(self) -> float | None:
-        """The loss of the first samples, to be held against other engines; None if it cannot be had by itself."""
+        """Return the loss of the first samples, for comparison of engines; None if it cannot be computed alone."""
         indices = torch.arange(min(self._spec.probe_samples, self._spec.num_samples))
         self._buffers.read()
         self._set_training(mode=False)
@@ -190,7 +190,7 @@ class Replica:
         return sums.loss_total / weight if weight else None
 
     def digests(self) -> bytes:
-        """Return the CRC-32 of every tensor as the model holds it, as uint32; 0 for the hub's own memory."""
+        """Return CRC-32 of every tensor as the model holds it, as uint32; 0 for those that are the hub's own memory."""
         return self._parameters.digests()
 
     def trace(self) -> StageTrace | None:
@@ -221,7 +221,7 @@ class Replica:
             self._buffers.collect_states(step)
 
     def _compute_together(self, work: Work, indices: torch.Tensor) -> WorkResult:
-        """All shards in one forward, or in as many micro-batches as memory wants."""
+        """Compute all shards in one forward, or in as many micro-batches as memory wants."""
         self._remember(work, indices)
         note = ""
         fresh = work.fresh
@@ -256,7 +256,7 @@ class Replica:
         return sums, is_sum, self._end(slab, publish=publish)
 
     def _compute_each_shard(self, work: Work, indices: torch.Tensor) -> WorkResult:
-        """Every shard from the same beginning into a slab of its own, so that it matters not who computes it."""
+        """Compute every shard from the same beginning into a slab of its own, so that any engine may compute it."""
         parts: list[Sums] = []
         unused: set[int] | None = None
         kinds: list[bool] = []
@@ -299,7 +299,7 @@ class Replica:
         return unused
 
     def _pieces(self, indices: torch.Tensor) -> Sequence[torch.Tensor]:
-        """What goes through forward at once in a step."""
+        """Return the samples that go through forward at once in a step."""
         return pieces_of(indices, self._most_at_once)
 
     def _run_pieces(self, indices: torch.Tensor, *, batch_samples: int) -> tuple[Sums, bool]:
@@ -353,7 +353,7 @@ class Replica:
         self._modes.set_training(mode=mode)
 
     def _seed(self, step: int, shard: int, *, also_python: bool = False) -> None:
-        """Random numbers depend on the step and the shard, never on the engine."""
+        """Seed random numbers by the step and the shard, never by the engine."""
         seed = part_seed(self._spec.seed, step, shard)
         seed_everything(seed, self._generators, also_python=self._spec.exact or also_python)
 

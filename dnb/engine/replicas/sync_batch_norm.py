@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class SharedBatch:
-    """Whether engines share a batch now; if not, statistics are those of the samples at hand."""
+    """A switch for the statistics of a batch that engines share; off, they are those of the samples at hand."""
 
     def __init__(self) -> None:
         self.is_on = False
@@ -76,7 +76,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor, *_: Any) -> Any:
-        """The statistics depend on all samples, so that gradients of all engines come in."""
+        """Compute gradients that come in from all engines, as the statistics depend on all samples."""
         normal, scale, weight = ctx.saved_tensors
         wide = gradient.to(normal.dtype)
         of_bias, of_weight = wide.sum(ctx.axes), (wide * normal).sum(ctx.axes)
@@ -97,7 +97,7 @@ class _Normalize(torch.autograd.Function):
 
 
 def _wide(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """One value for each channel, to be spread over a tensor."""
+    """Shape one value for each channel so that it spreads over a tensor."""
     return values.view(1, -1, *(1,) * (like.dim() - 2))
 
 
@@ -108,5 +108,5 @@ def normalizing_layers(model: nn.Module, *, all_of_them: bool) -> list[tuple[str
 
 
 def has_own_forward(module: _BatchNorm) -> bool:
-    """Whether a layer does more than torch's own, so that it cannot be computed here."""
+    """Return True if a layer does more than torch's own, so that it cannot be computed here."""
     return type(module).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward)

@@ -44,7 +44,7 @@ class SyncReplica(TeamReplica):
             return super().compute(work, self._own_part(indices, is_alone=is_alone))
 
     def diagnose(self, request: Diagnose, indices: torch.Tensor) -> Diagnosis:  # noqa: ARG002
-        """Nothing: a shard has no gradient of its own."""
+        """Return no fault: a shard has no gradient of its own."""
         return Diagnosis(run=request.run, step=request.step, shard=None, parameter="", kind="")
 
     def _own_part(self, indices: torch.Tensor, *, is_alone: bool) -> torch.Tensor:

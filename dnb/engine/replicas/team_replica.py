@@ -44,13 +44,13 @@ class TeamReplica(Replica):
         self._has_group = True
 
     def find_place(self, work: Work, indices: torch.Tensor, error: BaseException) -> str:  # noqa: ARG002
-        """The samples at which user code raised, for people; nothing is computed again, as the others are gone."""
+        """Name the samples at which user code raised; nothing is computed again, as the others are gone."""
         first, last = work.shards[0], work.shards[-1]
         shards = f"one of shards {first} to {last}" if last != first else f"shard {first}"
         return f"{shards}, {samples_text(self._samples)}"
 
     def probe(self) -> float | None:
-        """Nothing: no engine of a team has a loss of its own."""
+        """Return None: no engine of a team has a loss of its own."""
         return None
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ class TeamReplica(Replica):
         """Let go of what belongs to one forward, or to a group that is left."""
 
     def _shrink(self, num_samples: int, error: Exception) -> str:
-        """The others cannot be told to halve their batch, too."""
+        """Refuse: the others cannot be told to halve their batch, too."""
         raise MemoryError(
             f"{min(self._most_at_once or num_samples, num_samples)} samples at once do not fit: "
             f"give micro_batch=, which all engines of a team keep to ({text_of(error)})"

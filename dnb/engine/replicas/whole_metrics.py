@@ -40,7 +40,7 @@ class WholeMetrics:
         self._pairs, self._sizes = [], []
 
     def add(self, output: Any, target: Any, num_samples: int) -> None:
-        """Take outputs and targets of one part; nothing is copied."""
+        """Add outputs and targets of one part; nothing is copied."""
         if self._metrics:
             self._pairs.append(pytree.tree_map(detached, (output, target)))
             self._sizes.append(num_samples)

@@ -1,1 +1,1 @@
-"""Who computes what, and when a step counts: decisions without I/O, clock or tensors."""
+"""The decisions on who computes what, and when a step counts: without I/O, clock or tensors."""

@@ -171,7 +171,7 @@ class Coordinator:
         self._num_told: Counter[tuple[str, int]] = Counter()  # by kind and engine
 
     def start(self) -> list[Action]:
-        """The first actions."""
+        """Return the first actions."""
         return [LoadEngine(engine) for engine in sorted(self._loading)]
 
     def handle(self, event: Event, now: float | None = None) -> list[Action]:  # noqa: C901 - the table of events
@@ -245,16 +245,16 @@ class Coordinator:
         return frozenset(self._leases.by_engine)
 
     def expects(self, report: WorkDone) -> bool:
-        """Whether the lease that is answered is this engine's and open, so that the report will count."""
+        """Return True if the lease that is answered is this engine's and open, so that the report will count."""
         lease = self._leases.behind(report)
         return lease is not None and lease.is_open
 
     def owner_of(self, engine: int) -> int:
-        """The engine whose slab an engine writes into: its own, as it is in no team."""
+        """Return the engine whose slab an engine writes into: its own, as it is in no team."""
         return engine
 
     def assignment_of(self, engine: int) -> tuple[int, int, Partition] | None:  # noqa: ARG002 - see `dnb.hub.scheduling.teams`
-        """No engine has a seat in a team."""
+        """Return None: no engine has a rank in a team."""
         return None
 
     # membership
@@ -299,7 +299,7 @@ class Coordinator:
         ]
 
     def _is_return_awaited(self) -> bool:
-        """Whether engines of this run's former life may still be on their way."""
+        """Return True if engines of the run's last generation may still be on their way."""
         if not self._returning:
             return False
         if self._returning_since is None:
@@ -327,7 +327,7 @@ class Coordinator:
         return [note, *self._drop(engine)]
 
     def _suspected(self, event: EngineLost) -> list[Death]:
-        """The deaths that are no accident, if this one is not the first at its shards, or the last that can be."""
+        """Return the deaths that are no accident, if this one is not the first at its shards, or the last possible."""
         lease, task = self._leases.by_engine.get(event.engine), self._task
         if lease is None or task is None or self._committing or (lease.kind, lease.step) != (task.kind, task.step):
             return []
@@ -339,7 +339,7 @@ class Coordinator:
         return deaths
 
     def _pause_at_deaths(self, deaths: Sequence[Death]) -> list[Action]:
-        """Work has ended engines: nobody else is given it before the user has looked at it."""
+        """Pause: work has ended engines, and nobody else is given it before the user has looked at it."""
         task = self._task
         assert task is not None
         self._give_up()
@@ -351,7 +351,7 @@ class Coordinator:
         return [*self._pause_to_mend(task, detail=told), replacements, *self._release_free()]
 
     def _give_up(self) -> None:
-        """No answer to the task under way will count."""
+        """Give up the task under way: no answer to it will count."""
         for lease in self._leases.open:
             lease.is_open = False
         self._task = None
@@ -364,7 +364,7 @@ class Coordinator:
         return self._pause(note, is_error=True)
 
     def _forget(self, engine: int) -> int:
-        """An engine is gone; how many shards are to be redone for that."""
+        """Forget an engine that is gone; return how many shards are to be redone for that."""
         for group in (self._loading, self._ready, self._retiring, self._resting, self._ending):
             group.discard(engine)
         self._silent.pop(engine, None)
@@ -389,7 +389,7 @@ class Coordinator:
         return since is not None and self._leases.now - since < REFILL_SECONDS
 
     def _end_or_go_on(self) -> list[Action]:
-        """Somebody is gone: others may go on without, or nobody is left."""
+        """Go on without an engine that is gone, or end if nobody is left."""
         if not self._has_engines:
             return self._end_without_engines()
         return self._begin_if_loaded() + self._go_on()
@@ -435,7 +435,7 @@ class Coordinator:
         return [*actions, *self._release_free(), *self._go_on()]
 
     def _miss(self, engine: int) -> list[Action]:
-        """An engine cannot beat, but works."""
+        """Note an engine that cannot beat, but works."""
         if engine in self._silent or (engine not in self._loading and engine not in self._ready):
             return []
         self._busy.setdefault(engine, self._leases.now)
@@ -455,12 +455,12 @@ class Coordinator:
         return [*note, *self._go_on()]
 
     def _is_told(self, kind: str, engine: int) -> bool:
-        """Whether something of that kind is still told of an engine; from now on that is once less."""
+        """Return True if a note of that kind is still written about an engine; from now on that is once less."""
         self._num_told[kind, engine] += 1
         return self._num_told[kind, engine] <= MOST_TOLD
 
     def _go_on(self) -> list[Action]:
-        """Somebody came, went, is silent or is free again: give to those who are free what nobody has, or is late."""
+        """Give free engines the shards that nobody has, or that are late: one came, went, fell silent or got free."""
         task = self._task
         if task is None or self._committing:
             return []
@@ -480,7 +480,7 @@ class Coordinator:
     # leases
 
     def _can_help(self, engine: int) -> bool:
-        """Whether an engine that is ready is free, or will be when it answers."""
+        """Return True if an engine that is ready is free, or will be when it answers."""
         if engine in self._silent or engine in self._retiring or engine in self._resting or engine in self._ending:
             return False
         lease = self._leases.by_engine.get(engine)
@@ -496,7 +496,7 @@ class Coordinator:
         )
 
     def _take_away(self, lease: Lease) -> int:
-        """The answer will be refused; how many shards are to be redone, if nobody else has them."""
+        """Close a lease, whose answer will be refused; return how many shards nobody else has, to be redone."""
         lease.is_open = False
         if self._task is None:
             return 0
@@ -514,7 +514,7 @@ class Coordinator:
         return [self._lease(task, engine, parts[engine]) for engine in free]
 
     def _look_around(self) -> list[Action]:
-        """Time has passed."""
+        """Act on time that has passed."""
         task = self._task
         if self.status == "starting":
             return self._begin_if_loaded()
@@ -560,7 +560,7 @@ class Coordinator:
         return actions
 
     def _take_from_silent(self, task: Task, leases: Iterable[Lease]) -> list[Action]:
-        """Somebody is free but has no slab besides its own: take a lease away from engines that are silent for long."""
+        """Take a lease away from engines that are silent for long, for one that is free but has only its own slab."""
         leases = [lease for lease in leases if lease.engine in self._silent]
         actions: list[Action] = []
         for lease in leases:
@@ -583,7 +583,7 @@ class Coordinator:
     # tasks
 
     def _next_task(self) -> list[Action]:
-        """Between two tasks: the only place where pause, stop, evaluation and the end are decided."""
+        """Begin the next task: here alone pause, stop, evaluation and the end are decided."""
         self._task = None
         if self._wish == "stop":
             return self._end("stopped")
@@ -718,14 +718,14 @@ class Coordinator:
         return self._go_on() + self._release_free()
 
     def _leave_out(self, engine: int, failure: Failure) -> list[Action]:
-        """An engine could not load the run; it fails only if nobody could."""
+        """Leave out an engine that could not load the run, which fails only if nobody could."""
         self._load_failures.append((engine, failure))
         self._was_asked_for = False
         self._last_loss = Note("left", engine=engine, reason="could not load", failures=((engine, failure),))
         return [self._last_loss, *self._drop(engine)]
 
     def _pause_if_answered(self, task: Task) -> list[Action]:
-        """User code has failed: pause, unless somebody may still say that it failed there too."""
+        """Pause, as user code has failed, unless another engine may still report that it failed there too."""
         if any(self._is_awaited(lease, task) for lease in self._leases.open):
             return []
         self._give_up()
@@ -739,7 +739,7 @@ class Coordinator:
         return self._leases.may_be_late(lease) or self._leases.now - task.failed_at <= FAILED_SECONDS
 
     def _end_without_engines(self) -> list[Action]:
-        """The last engine is gone: the run has failed, unless the user took it away, or it stands still anyway."""
+        """End a run whose last engine is gone: it has failed, unless the user took it away, or it is paused."""
         if self.status == "paused":
             return []
         if self._refill_since is not None:

@@ -1,4 +1,4 @@
-"""What goes into the coordinator, and what comes out."""
+"""The events that go into the coordinator, and the actions that come out."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class PeerWasLost:
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What `Commit` asked for is done."""
+    """The answer that a task which `Commit` asked for is committed."""
 
     kind: WorkKind
     step: int

@@ -1,4 +1,4 @@
-"""What failed on several engines, or ended them, as few causes."""
+"""The failures and deaths of several engines, as few causes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _name_places(places: Mapping[int, str], names: Mapping[int, str]) -> str:
 
 
 def describe_deaths(deaths: Sequence[Death], samples: str) -> str:
-    """How engines ended at the same shards.
+    """Describe the deaths of engines at the same shards.
 
     Args:
         deaths: of those engines.
@@ -62,7 +62,7 @@ def describe_deaths(deaths: Sequence[Death], samples: str) -> str:
 
 
 def describe_exit(code: int | None, *, is_wanted: bool = False) -> str:
-    """How a process ended.
+    """Describe the end of a process.
 
     Args:
         code: as `subprocess` counts; None if it is not known.
@@ -81,7 +81,7 @@ def describe_exit(code: int | None, *, is_wanted: bool = False) -> str:
 
 
 def is_crash(code: int | None) -> bool:
-    """Whether a process has ended by itself: no signal that others send, and no unknown end."""
+    """Return True if a process has ended by itself: no signal that others send, and no unknown end."""
     others = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     return code is not None and -code not in others
 

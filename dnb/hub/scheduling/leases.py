@@ -1,4 +1,4 @@
-"""Who was given what and has not answered yet, how much is dealt to whom, and what is late."""
+"""The leases that are not answered yet, the shards dealt to each engine, and the leases that are late."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Leases:
         return Assign(engine, kind, step, shards, fresh, number, in_extra_slab)
 
     def behind(self, report: WorkDone) -> Lease | None:
-        """The lease that is answered, if the answer fits one that this engine holds."""
+        """Return the lease that is answered, if the answer fits one that this engine holds."""
         lease = self.by_engine.get(report.engine)
         if lease is None or lease.number != report.lease:
             return None
@@ -78,7 +78,7 @@ class Leases:
         return lease if fits else None
 
     def close(self, lease: Lease, *, num_samples: int | None) -> None:
-        """The lease is answered; its time counts."""
+        """Close a lease that is answered; its time counts."""
         del self.by_engine[lease.engine]
         if not lease.was_silent:
             self._speeds[lease.kind].add(
@@ -86,13 +86,13 @@ class Leases:
             )
 
     def drop(self, engine: int) -> Lease | None:
-        """An engine is gone; what it held."""
+        """Forget an engine that is gone; return the lease that it held."""
         for speeds in self._speeds.values():
             speeds.forget(engine)
         return self.by_engine.pop(engine, None)
 
     def deal(self, kind: WorkKind, engines: Sequence[int]) -> dict[int, tuple[int, ...]]:
-        """All shards of a task that begins, to engines that are free."""
+        """Deal all shards of a task that begins to engines that are free."""
         costs = self._speeds[kind].plan(engines)
         if costs is not None:
             return deal_by_speed(self._all_shards, costs)
@@ -104,7 +104,7 @@ class Leases:
     def deal_left(
         self, kind: WorkKind, covered: set[int], engines: Sequence[int]
     ) -> tuple[bool, dict[int, tuple[int, ...]]]:
-        """What nobody has, in the midst of a task: whether there is any, and each engine's part of it.
+        """Deal the shards that nobody has in the midst of a task; return True first if there are any.
 
         Args:
             kind: of the task.
@@ -126,12 +126,12 @@ class Leases:
         return True, deal_by_speed(left, costs, delays=delays)
 
     def is_late(self, lease: Lease) -> bool:
-        """Whether it takes far longer than it should."""
+        """Return True if a lease takes far longer than it should."""
         expected = self._expected(lease)
         return expected is not None and self.now - lease.since > max(LATE_RATIO * expected, LATE_SECONDS)
 
     def may_be_late(self, lease: Lease) -> bool:
-        """Whether it is known at all how long it should take."""
+        """Return True if it is known at all how long a lease should take."""
         return self._expected(lease) is not None
 
     def _seconds_left(self, lease: Lease) -> float:

@@ -12,7 +12,7 @@ SILENT_SECONDS, ASLEEP_SECONDS = 1.0, 30.0
 
 
 class MemberWatch:
-    """What the hub has noticed of engines that do not beat."""
+    """The hub's observations of engines that do not beat."""
 
     def __init__(self) -> None:
         self._silent: dict[int, tuple[float, str, float]] = {}  # since when, what the hub says, how long it may be

@@ -71,7 +71,7 @@ def text_of(note: Note, names: Mapping[int, str] = _NOBODY) -> str:
 
 
 def traceback_of(note: Note, names: Mapping[int, str] = _NOBODY) -> str:
-    """Return the tracebacks of what a note tells of: one per cause."""
+    """Return the tracebacks of a note's failures: one per cause."""
     if not note.failures:
         return note.traceback
     return describe_causes(note.failures, names)[1]

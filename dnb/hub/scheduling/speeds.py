@@ -1,4 +1,4 @@
-"""How fast engines are in one kind of task, from the times between lease and answer; and who is given how much."""
+"""The speeds of engines in one kind of task, from the times between lease and answer, and the shares by them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class _EngineSpeed:
 
 
 class Speeds:
-    """What each engine takes per shard.
+    """The seconds that each engine takes per shard.
 
     Args:
         num_shards: of every task.
@@ -71,7 +71,7 @@ class Speeds:
         self._on_trial: int | None = None
 
     def add(self, engine: int, *, seconds: float, num_shards: int, num_samples: int | None) -> None:
-        """An engine has answered."""
+        """Count an answer of an engine."""
         if num_samples is not None:
             per_shard = num_samples / num_shards
             if per_shard > self._fullest:
@@ -87,11 +87,11 @@ class Speeds:
             self._longest = seconds
 
     def forget(self, engine: int) -> None:
-        """What comes back under its number may be another machine."""
+        """Forget an engine: another machine may come back under its number."""
         self._paces.pop(engine, None)
 
     def expect(self, engine: int, num_shards: int) -> float | None:
-        """How many seconds a part should take this engine; None if nobody has been measured."""
+        """Return the seconds that a part should take this engine; None if nobody has been measured."""
         pace = self._paces.get(engine)
         if pace is not None:
             return pace.seconds * num_shards
@@ -107,7 +107,7 @@ class Speeds:
         return {engine: self._paces[engine].seconds if engine in self._paces else typical for engine in engines}
 
     def costs_with_new(self, engines: Sequence[int]) -> dict[int, float] | None:
-        """As `costs`, but those who have joined and not answered yet are given less, so that nobody waits for them."""
+        """Return `costs`, with less for those who have joined and not answered yet, so that nobody waits for them."""
         paces = self._paces
         if not paces or all(engine in paces for engine in engines):
             return self.costs(engines)
@@ -120,7 +120,7 @@ class Speeds:
         return {engine: cost if engine in paces else FIRST_RATIO * cost for engine, cost in costs.items()}
 
     def plan(self, engines: Sequence[int]) -> dict[int, float] | None:
-        """As `costs`, for a task that is about to begin; now and then one engine is tried with more than its share."""
+        """Return `costs` for a task that is about to begin; at times one engine is tried with more than its share."""
         longest, self._longest = self._longest, 0.0
         if not self._is_unequal and longest < UNEQUAL_SECONDS:  # as with small models: no share would be worth it
             self._num_votes = 0

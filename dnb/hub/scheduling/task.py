@@ -45,12 +45,12 @@ class Task:
     num_taken: dict[int, int] = field(default_factory=dict)  # how often a silent engine's lease was taken from it
 
     def add(self, lease: Lease) -> None:
-        """Count what was leased as done."""
+        """Count a lease as done."""
         self.parts.append(ReportedShards(lease.engine, lease.shards, lease.in_extra_slab))
         self.num_done += len(lease.shards)
 
     def invalidate(self, engine: int) -> int:
-        """An engine's slab is not what it reported any more; how many shards are to be redone for that."""
+        """Give up an engine's slab, which is not what it reported any more; return how many shards are to be redone."""
         self.touched.discard(engine)
         torn = sum(len(part.shards) for part in self.parts if part.engine == engine)
         if torn:
@@ -60,11 +60,11 @@ class Task:
         return torn
 
     def shards_of(self, engine: int) -> set[int]:
-        """What an engine has reported, which is redone if its own slab is torn."""
+        """Return the shards that an engine has reported, which are redone if its own slab is torn."""
         return {shard for part in self.parts if part.engine == engine for shard in part.shards}
 
     def forget_engine(self, lease: Lease, engine: int, reason: str) -> list[Death]:
-        """An engine has ended at its work; the deaths at shards that were others' doom before, if it was so."""
+        """Note an engine's death at its work; return all deaths at shards at which others had died before."""
         done = {shard for part in self.parts for shard in part.shards}
         death = Death(engine, reason, frozenset(lease.shards) - done)
         before = next((each for each in reversed(self.deaths) if each.shards & death.shards), None)
@@ -72,7 +72,7 @@ class Task:
         return [] if before is None else [before, death]
 
     def can_redo(self, engine: int) -> bool:
-        """Whether there is a slab for an attempt that may come to nothing: its own if that is empty, or one more."""
+        """Return True if there is a slab for an attempt that may fail: its own if that is empty, or one more."""
         if engine not in self.touched:
             return True
         return engine not in self.without_extra_slab and not any(

@@ -89,7 +89,7 @@ class Teams:
 
     @property
     def status(self) -> RunStatus:
-        """Of the run."""
+        """The status of the run."""
         return self._inner.status
 
     @property
@@ -105,12 +105,12 @@ class Teams:
 
     @property
     def last_word(self) -> str:
-        """How the run has ended, for people."""
+        """The end of the run in words, for people."""
         return text_of(self._inner.last_note, self._formation.names)
 
     @property
     def traceback(self) -> str:
-        """Of what is in `error`."""
+        """The traceback of the failure in `error`."""
         trouble = self._inner.trouble
         return "" if trouble is None else traceback_of(trouble, self._formation.names)
 
@@ -136,12 +136,12 @@ class Teams:
         return None if team is None else (team.number, team.members.index(engine), team.partition)
 
     def owner_of(self, engine: int) -> int:
-        """The engine whose slab an engine writes into."""
+        """Return the engine whose slab an engine writes into."""
         team = self._formation.team_of.get(engine)
         return engine if team is None else team.owner
 
     def expects(self, report: WorkDone) -> bool:
-        """Whether it is of a whole team, and of its open lease."""
+        """Return True if a report is of a whole team, and of its open lease."""
         team = self._formation.team_of.get(report.engine)
         if team is None or not team.is_whole or team.loading:
             return False
@@ -150,12 +150,12 @@ class Teams:
     # events
 
     def start(self) -> list[Action]:
-        """The first actions."""
+        """Return the first actions."""
         plans = [Note("planned", team.plan) for team in self._formation.teams.values()]
         return [*plans, *self._out(self._inner.start())]
 
     def handle(self, event: Event, now: float | None = None) -> list[Action]:  # noqa: C901 - the table of events
-        """As `Coordinator.handle`, of engines and not of teams."""
+        """Handle an event as `Coordinator.handle` does, of engines and not of teams."""
         self._now = self._now if now is None else now
         self._since = self._now if self._since is None else self._since
         if self.status in ENDED:
@@ -217,7 +217,7 @@ class Teams:
         return actions + (self._tell(EngineBusy(team.number)) if self._watch.is_busy(team) else [])
 
     def _grow_if_it_pays(self) -> list[Action]:
-        """Between two tasks: a pipeline over all engines takes in those that have come."""
+        """Let a pipeline over all engines take in those that have come, between two tasks."""
         wider = self._formation.find_wider()
         if wider is None:
             return []
@@ -225,7 +225,7 @@ class Teams:
         return self._replace(team, f"it is formed anew over {wanted} engines")
 
     def _replace(self, team: Team, reason: str, *, dead: EngineLost | None = None) -> list[Action]:
-        """Another team takes a team's place; without enough engines for one, the team is lost.
+        """Put another team in a team's place; without enough engines for one, the team is lost.
 
         Args:
             team: that is broken.
@@ -268,12 +268,12 @@ class Teams:
         return [died, *self._replace(team, event.reason, dead=event)]
 
     def _silence(self, engine: int, reason: str, *, is_asleep: bool) -> list[Action]:
-        """The others of its team are stuck until it ends."""
+        """Note a silent engine; the others of its team are stuck until it ends."""
         is_new = self._watch.note_silent(engine, self._now, reason, is_asleep=is_asleep)
         return self._forget_busy(engine) if is_new else []
 
     def _miss(self, engine: int) -> list[Action]:
-        """It does not beat, but works; whoever was silent before stays so until it is heard."""
+        """Note an engine that does not beat, but works; one that was silent before stays so until it is heard."""
         team = self._formation.team_of.get(engine)
         if not self._watch.note_busy(engine) or team is None:
             return []
@@ -286,7 +286,7 @@ class Teams:
         return self._forget_busy(engine)
 
     def _forget_busy(self, engine: int) -> list[Action]:
-        """A team is busy no more if none of its members is."""
+        """Forget that an engine was busy; a team is busy no more if none of its members is."""
         team = self._formation.team_of.get(engine)
         was_busy = self._watch.end_busy(engine)
         if team is None or not was_busy or self._watch.is_busy(team):
@@ -294,7 +294,7 @@ class Teams:
         return self._tell(EngineHeard(team.number))
 
     def _end_silent(self) -> list[Action]:
-        """Those that are silent for too long are ended."""
+        """End those that are silent for too long."""
         overdue = self._watch.take_overdue(self._formation.team_of, self._now)
         hung = [(Note("hung", reason, engine, "held up its team"), EvictEngine(engine)) for engine, reason in overdue]
         return [action for pair in hung for action in pair]
@@ -328,7 +328,7 @@ class Teams:
         return self._tell(replace(report, engine=team.number, num_samples=num_samples))
 
     def _fail(self, engine: int, event: UserCodeFailed) -> list[Action]:
-        """What one of them raised has freed the others: the step is given up, and the team formed anew."""
+        """Give up the step and form the team anew: the error of one engine has freed the others."""
         team = self._formation.team_of.get(engine)
         if team is None or not team.is_whole:
             return []
@@ -391,7 +391,7 @@ class Teams:
                 return [action]
 
     def _note(self, note: Note) -> list[Action]:
-        """Say it of the team by its name, and not at all if it was told of the engine."""
+        """Note it of the team by its name, and not at all if it was noted of the engine."""
         is_of_team = note.engine in self._formation.names
         if is_of_team and note.kind in ("died", "left"):
             return []

@@ -22,7 +22,7 @@ _UNITS = {"stop": "s", "slow": "x"}
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """What is to be done to which engines, or to the hub."""
+    """An action of `%dtrain chaos` on some engines, or on the hub."""
 
     verb: Literal["kill", "stop", "slow", "hub"]
     engines: tuple[int, ...] = ()
@@ -51,7 +51,7 @@ def read_ids(text: str, *, known: Sequence[int], example: str) -> list[int]:
 
 
 def read_chaos(words: Sequence[str], *, known: Sequence[int]) -> Act:
-    """What `%dtrain chaos` is to do, from the words behind it.
+    """Read the action of `%dtrain chaos` from the words behind it.
 
     Raises:
         ArgumentError: an unknown verb, a missing amount, an engine that is not there; with an example.

@@ -1,4 +1,4 @@
-"""What of a notebook's variables fits where a run wants a model, data, a loss or an optimizer."""
+"""The notebook's variables that fit where a run wants a model, data, a loss or an optimizer."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Choice:
 
 
 def own_names(names: Mapping[str, Any], *, hidden: Mapping[str, Any]) -> dict[str, Any]:
-    """The variables that the user has made: nothing private, no modules, no classes, nothing of IPython's.
+    """Return the variables that the user has made: nothing private, no modules, no classes, nothing of IPython's.
 
     Args:
         names: all variables of the notebook.
@@ -72,7 +72,7 @@ def models(own: Mapping[str, Any]) -> list[Choice]:
 
 
 def data_sets(own: Mapping[str, Any]) -> list[Choice]:
-    """Map-style data sets, loaders, tuples (X, y) of tensors or arrays, and X and y that are variables of their own."""
+    """List map-style data sets, loaders, tuples (X, y) of tensors or arrays, and X and y in two variables."""
     found = [Choice(f"{name} ({told})", name) for name, value in own.items() if (told := _told_of_data(value))]
     return found + [
         Choice(f"({x}, {y}) ({len(own[x]):,} samples)", f"{{({x}, {y})}}")
@@ -83,7 +83,7 @@ def data_sets(own: Mapping[str, Any]) -> list[Choice]:
 
 
 def shape_of(value: Any) -> tuple[int, int] | None:
-    """How many tensors or arrays a tuple has, and how many samples these; None if it is something else."""
+    """Count the tensors or arrays of a tuple, and their samples; None if it is something else."""
     if not isinstance(value, tuple | list) or len(value) < 2 or not all(_holds_numbers(part) for part in value):
         return None
     lengths = {len(part) for part in value}
@@ -118,7 +118,7 @@ def optimizers(own: Mapping[str, Any], *, model: Any, names: Mapping[str, Any]) 
 
 
 def strategies(own: Mapping[str, Any], *, names: Mapping[str, Any]) -> list[Choice]:
-    """How the model is divided: the words that `fit` knows, the default first, and plans."""
+    """List the strategies: the words that `fit` knows, the default first, and plans."""
     plans = [
         Choice(f"{name} (plan)", f"--strategy {{{name}}}") for name, value in own.items() if isinstance(value, Plan)
     ]
@@ -128,7 +128,7 @@ def strategies(own: Mapping[str, Any], *, names: Mapping[str, Any]) -> list[Choi
 
 
 def metrics(own: Mapping[str, Any], *, names: Mapping[str, Any]) -> list[Choice]:
-    """None, the accuracy of classes, or a dictionary of functions."""
+    """List no metrics, the accuracy of classes, and dictionaries of functions."""
     found = [
         Choice(f"{name} ({len(value)} metrics)", f"--metrics {name}")
         for name, value in own.items()
@@ -163,7 +163,7 @@ def _parameters(model: torch.nn.Module) -> str:
 
 
 def _told_of_data(value: Any) -> str:
-    """A data set in words; "" if it is none that `fit` takes."""
+    """Describe a data set in words; "" if it is none that `fit` takes."""
     shape = shape_of(value)
     if shape is not None:
         return f"{shape[1]:,} samples"
@@ -195,7 +195,7 @@ def _holds_numbers(part: Any) -> bool:
 
 
 def _target_name(name: str) -> str:
-    """y_train for X_train, y for X; "" for other names."""
+    """Return y_train for X_train, y for X; "" for other names."""
     is_input = name in ("x", "X") or name.startswith(("x_", "X_"))
     return f"y{name[1:]}" if is_input else ""
 
@@ -221,7 +221,7 @@ def _first_parameter(function: Callable[..., Any]) -> str:
 
 
 def _takes_two(function: Callable[..., Any]) -> bool:
-    """Whether it can be called with two values and nothing else."""
+    """Return True if it can be called with two values and nothing else."""
     try:
         inspect.signature(function).bind(None, None)
     except (TypeError, ValueError):

@@ -83,7 +83,7 @@ class FormWidgets:
         _give_up(self["epochs"], if_so=bool(self["steps"].value.strip()), because="as many as the steps take", hint="1")
 
     def read(self) -> FitForm:
-        """What is chosen and typed; fields that are given up do not count."""
+        """Return the choices and typed values; fields that are disabled do not count."""
         chosen: dict[str, Any] = {
             name: self[name].value
             for name in ("model", "train", "val", "loss", "metrics", "optimizer", "strategy", "exact", "name")
@@ -93,7 +93,7 @@ class FormWidgets:
         return FitForm(**chosen | {name: "" if each.disabled else each.value for name, each in fields.items()})
 
     def plan_line(self, names: Mapping[str, Any]) -> str:
-        """`plan` for what is chosen, on the first samples of the train data."""
+        """Write `plan` for the chosen model, on the first samples of the train data."""
         form = self.read()
         num_parts, num_samples = panel_choices.shape_of(_value_of(form.train, names)) or (0, 0)
         batch = batch_of(form.train, num_parts=num_parts, num_samples=num_samples, batch_size=form.batch_size)
@@ -101,7 +101,7 @@ class FormWidgets:
 
     @property
     def missing(self) -> str:
-        """What has to be there before a line is one; "" if nothing."""
+        """The choice that is missing before there is a line; "" if none is."""
         return NO_MODEL if not self["model"].value else NO_DATA if not self["train"].value else ""
 
 
@@ -113,7 +113,7 @@ def _give_up(text: widgets.Text, *, if_so: bool, because: str, hint: str) -> Non
 
 
 def _value_of(words: str, names: Mapping[str, Any]) -> Any:
-    """The object behind a choice of data: a variable, or a pair of variables in braces."""
+    """Return the object behind a choice of data: a variable, or a pair of variables in braces."""
     if words.startswith("{"):
         return tuple(names.get(name.strip()) for name in words.strip("{()}").split(","))
     return names.get(words)

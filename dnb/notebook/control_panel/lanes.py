@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LineResult:
-    """What came of a line."""
+    """The result of a line: its words and value, or its error."""
 
     line: str
     words: str = ""  # that the verb said
@@ -59,7 +59,7 @@ class Lane:
         self._thread: threading.Thread | None = None
 
     def run(self, line: str) -> bool:
-        """Begin with a line; whether the lane was free."""
+        """Begin with a line; return True if the lane was free."""
         if self.line:
             return False
         self.line = line
@@ -74,7 +74,7 @@ class Lane:
         self.line = self.progress = ""
 
     def join(self, *, timeout_seconds: float) -> bool:
-        """Wait for the line under way; whether it has ended."""
+        """Wait for the line under way; return True if it has ended."""
         if self._thread is not None:
             self._thread.join(timeout_seconds)
         return self._thread is None or not self._thread.is_alive()

@@ -91,7 +91,7 @@ class PanelWidgets:
         }
 
     def _lines(self, now: PanelState, names: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-        """By action: the line, and what has to be chosen or typed before it is one."""
+        """Return by action its line, and the choice or field that is missing before it is one."""
         form, missing = self.form, self.form.missing
         remove, new_lr = remove_line(self.leaving.value), set_line(self.lr.value)
         return {
@@ -112,7 +112,7 @@ class PanelWidgets:
 
 
 def _visible(now: PanelState) -> dict[str, bool]:
-    """Say which rows there are: what makes no sense at all now would only be in the way."""
+    """Say by row if it is shown: one that makes no sense at all now would only be in the way."""
     has_pool, has_run = now.engines is not None, now.is_held
     is_watched = now.steered_by is not None
     shown = {"start": not has_pool, "plan": True, "fit": True, "attach": not has_run or is_watched}

@@ -1,4 +1,4 @@
-"""What the control panel's form stands for: the `%dtrain` lines that do the same."""
+"""The `%dtrain` lines that do the same as the control panel's form."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _TYPED = ("lr", "batch_size", "epochs", "steps", "shards", "seed", "clip_norm", 
 
 
 def fit_line(form: FitForm) -> str:
-    """`fit` with what differs from its defaults."""
+    """Write `fit` with all arguments that differ from their defaults."""
     words = ["fit", form.model, form.train, _flag("val", form.val), form.loss, form.metrics, form.optimizer]
     words += [_flag(name, typed(getattr(form, name))) for name in _TYPED]
     words += [form.strategy, "--exact" if form.exact else "", _flag("name", _own_word(form.name))]
@@ -55,14 +55,14 @@ def fit_line(form: FitForm) -> str:
 
 
 def plan_line(form: FitForm, *, batch: str) -> str:
-    """`plan` for the same model, on a batch; a plan that is chosen as strategy is not planned again."""
+    """Write `plan` for the same model, on a batch; a plan that is chosen as strategy is not planned again."""
     strategy = form.strategy if _LITERAL_STRATEGY.fullmatch(form.strategy) else ""
     size = _flag("batch_size", typed(form.batch_size))
     return _joined(["plan", form.model, batch, form.loss, form.optimizer, size, strategy])
 
 
 def batch_of(train: str, *, num_parts: int, num_samples: int, batch_size: str) -> str:
-    """The first samples of what `train` stands for, as an argument of `plan`.
+    """Write the first samples of `train` as an argument of `plan`.
 
     Args:
         train: a variable, or a pair of variables in braces.
@@ -80,18 +80,18 @@ def batch_of(train: str, *, num_parts: int, num_samples: int, batch_size: str) -
 
 
 def start_line(*, n: str, threads: str) -> str:
-    """`start` with so many engines and threads, if they were given."""
+    """Write `start` with so many engines and threads, if they were given."""
     number = typed(n)
     return _joined(["start", f"-n {number}" if number else "", _flag("threads_per_engine", typed(threads))])
 
 
 def add_line(n: str) -> str:
-    """`add`, one engine if nothing was typed."""
+    """Write `add`, one engine if nothing was typed."""
     return _joined(["add", typed(n)])
 
 
 def remove_line(engines: Sequence[int]) -> str:
-    """`remove` with ids, runs of them shortened; "" for none."""
+    """Write `remove` with ids, runs of them shortened; "" for none."""
     if not engines:
         return ""
     spans: list[list[int]] = []
@@ -104,24 +104,24 @@ def remove_line(engines: Sequence[int]) -> str:
 
 
 def set_line(lr: str) -> str:
-    """`set` for the learning rate; "" if none was typed."""
+    """Write `set` for the learning rate; "" if none was typed."""
     return f"set lr={typed(lr)}" if lr.strip() else ""
 
 
 def checkpoint_line(path: str, *, names: Container[str]) -> str:
-    """`checkpoint`, at a path if one was typed; one that is also a variable's name is quoted."""
+    """Write `checkpoint`, at a path if one was typed; one that is also a variable's name is quoted."""
     text = path.strip()
     is_plain = _PLAIN_PATH.fullmatch(text) and not text.startswith("-") and text not in names
     return _joined(["checkpoint", text if is_plain or not text else quoted(text)])
 
 
 def literal(word: str, *, names: Container[str]) -> str:
-    """A known word, such as a loss; quoted if a variable has its name, for that would come first."""
+    """Write a known word, such as a loss; quoted if a variable has its name, for that would come first."""
     return quoted(word) if word in names else word
 
 
 def typed(text: str) -> str:
-    """What was typed into a field as one word of the line: a number, a variable, or an expression in braces.
+    """Write a field's text as one word of the line: a number, a variable, or an expression in braces.
 
     Anything else becomes a string, which the verb refuses in its own words: never another flag.
     """
@@ -133,13 +133,13 @@ def typed(text: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """A string as an expression in braces, whatever is in it."""
+    """Write a string as an expression in braces, whatever is in it."""
     escaped = repr(text)[1:-1].replace("\\'", "\\x27").replace("'", "\\x27").replace('"', "\\x22")
     return f"{{'{escaped}'}}"
 
 
 def _own_word(text: str) -> str:
-    """Of a parameter that wants just a word: variables do not count."""
+    """Write a parameter that wants just a word: variables do not count."""
     text = text.strip()
     return text if not text or (_PLAIN.fullmatch(text) and not text.startswith("-")) else quoted(text)
 

@@ -90,14 +90,14 @@ class ControlPanel:
         self._displays.show(self.widgets.box)
 
     def close(self) -> None:
-        """Listen no more, and leave a line of text in place of the panel."""
+        """Stop listening, and leave a line of text in place of the panel."""
         self._watcher.close()
         self._displays.close()
         with self._painting:
             self.widgets.close()
 
     def join(self, *, timeout_seconds: float) -> bool:
-        """Wait for the lines under way and, once closed, for the watcher; whether all have ended."""
+        """Wait for the lines under way and, once closed, for the watcher; return True if all have ended."""
         lanes = [lane.join(timeout_seconds=timeout_seconds) for lane in self._lanes.values()]
         has_ended = not self._watcher.is_closed or self._watcher.join(timeout_seconds=timeout_seconds)
         return all(lanes) and has_ended
@@ -105,7 +105,7 @@ class ControlPanel:
     # what the user does
 
     def refill(self, _result: object = None) -> None:
-        """Offer what the notebook's variables are now; called in the main thread after every cell."""
+        """Offer the notebook's variables as they are now; called in the main thread after every cell."""
         with self._painting:
             self._fill(lambda names: self.widgets.form.offer(names, hidden=self._hidden))
         self._watcher.wake()
@@ -132,7 +132,7 @@ class ControlPanel:
     # what comes of it
 
     def _take(self, lane: Lane, outcome: LineResult) -> None:
-        """In the lane's thread: what the line has changed is seen before the next can be pressed."""
+        """Ask for the state that the line has changed before the next can be pressed; called in the lane's thread."""
         try:
             self._look_again()
         finally:
@@ -151,7 +151,7 @@ class ControlPanel:
         self._watcher.wake()
 
     def _settle_view(self) -> None:
-        """The dashboard closes its widgets when the run has ended: what stays in their place is plain."""
+        """Put plain output in place of the widgets that the dashboard closes when the run has ended."""
         shown = self._shown
         if shown is not None and has_ended(shown):
             view = _plain_view(shown)  # an image is drawn: not while others wait to paint
@@ -245,7 +245,7 @@ def _refill(result: object) -> None:
 
 
 def _title_of(line: str) -> str:
-    """The section in which a line's button stands."""
+    """Return the section in which a line's button stands."""
     verb = line.partition(" ")[0]
     if verb in ("plan", "fit"):
         return "Training"

@@ -1,4 +1,4 @@
-"""What the control panel knows of pool and run, in words, and what stands in the way of each action."""
+"""The state of pool and run in the control panel, in words, and the obstacles in the way of each action."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class PanelState:
 
     @property
     def is_active(self) -> bool:
-        """Whether a run has not ended."""
+        """True if there is a run that has not ended."""
         return bool(self.run) and self.status not in ENDED
 
 
@@ -60,7 +60,7 @@ def look(pool: Any) -> PanelState:
 
 
 def pool_sentence(now: PanelState) -> str:
-    """The pool in a sentence."""
+    """Describe the pool in a sentence."""
     if now.engines is None:
         return f"{NO_POOL}{_behind(now.trouble)}"
     count = "1 engine" if len(now.engines) == 1 else f"{len(now.engines)} engines"
@@ -73,14 +73,14 @@ def pool_sentence(now: PanelState) -> str:
 
 
 def run_sentence(now: PanelState) -> str:
-    """What there is to steer, where the run itself does not say it."""
+    """Describe the run that there is to steer, where it does not describe itself."""
     if now.engines is None or not now.run:
         return "no run"
     return f"run {one_line(now.run, limit=60)} is {now.status}; this kernel does not hold it"
 
 
 def obstacles(now: PanelState, *, pool_line: str = "", run_line: str = "") -> dict[str, str]:
-    """Why an action cannot be taken now, by action; "" if it can.
+    """Say by action why it cannot be taken now; "" if it can.
 
     Args:
         now: pool and run.

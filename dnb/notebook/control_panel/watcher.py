@@ -39,20 +39,20 @@ class PanelWatcher:
         return self._closed.is_set()
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start to watch."""
         self._thread.start()
 
     def wake(self) -> None:
-        """Look soon."""
+        """Ask for the state soon."""
         self._wake.set()
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop watching."""
         self._closed.set()
         self._wake.set()
 
     def join(self, *, timeout_seconds: float) -> bool:
-        """Wait for the thread; whether it has ended."""
+        """Wait for the thread; return True if it has ended."""
         self._thread.join(timeout_seconds)
         return not self._thread.is_alive()
 

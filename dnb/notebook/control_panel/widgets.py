@@ -74,7 +74,7 @@ class PanelAction:
 
 
 def field(label: str, *, hint: str = "", width: str = "auto") -> widgets.Text:
-    """A line of text with its label; blank is what the hint says.
+    """Build a line of text with its label; blank is what the hint says.
 
     Args:
         label: in front of it.
@@ -90,7 +90,7 @@ def field(label: str, *, hint: str = "", width: str = "auto") -> widgets.Text:
 
 
 def chooser(label: str) -> widgets.Dropdown:
-    """A list to choose from, filled by `offer`."""
+    """Build a list to choose from, filled by `offer`."""
     return widgets.Dropdown(
         options=[("", "")],
         description=label,
@@ -129,22 +129,22 @@ def section(title: str, children: Sequence[widgets.Widget]) -> widgets.VBox:
 
 
 def sentence(text: str) -> str:
-    """Plain text as HTML that shows it and never runs it."""
+    """Write plain text as HTML that shows it and never runs it."""
     return f'<div style="{_INK};font-variant-numeric:tabular-nums">{escape(text)}</div>'
 
 
 def code(line: str) -> str:
-    """A line as it is typed into a cell; one click chooses all of it."""
+    """Write a line as it is typed into a cell; one click chooses all of it."""
     return f'<code style="{_CODE}">{escape(f"%dtrain {line}")}</code>'
 
 
 def working(line: str, *, progress: str) -> str:
-    """The line that is under way, and how far it is."""
+    """Write the line that is under way, and its progress."""
     return _told("Working", line, f" {escape(progress)}")
 
 
 def told(outcome: LineResult) -> str:
-    """What came of a line: the verb's own words, or its error."""
+    """Write the result of a line: the verb's own words, or its error."""
     if outcome.error is None:
         return _told("Done", outcome.line, _lines(outcome.words))
     message, details = _message(outcome.error)

@@ -68,7 +68,7 @@ def labelled(runs: Iterable[RunView]) -> dict[str, RunView]:
 
 
 def find_run(word: str, *, names: Mapping[str, Any], folder: Path = RUNS_FOLDER) -> RunView:
-    """The run that a word stands for: a variable, the name of a run, or its folder.
+    """Find the run that a word stands for: a variable, the name of a run, or its folder.
 
     Raises:
         ArgumentError: there is none; with those that there are.
@@ -106,7 +106,7 @@ def bundle(runs: Mapping[str, RunView], *, x: str = "step", with_image: bool = F
 
 
 def table_text(runs: Mapping[str, RunView]) -> str:
-    """A line for each run: how it ended, its losses, pace and engines."""
+    """Write a line for each run: how it ended, its losses, pace and engines."""
     rows = [_COLUMNS, *(_row(label, run) for label, run in runs.items())]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
@@ -135,7 +135,7 @@ def _engines(run: RunView) -> str:
 
 
 def _with_table(drawing: dict[str, Any], table: str) -> dict[str, Any]:
-    """The table below the chart, for readers of a saved notebook."""
+    """Put the table below the chart, for readers of a saved notebook."""
     layout = drawing["layout"]
     pixels = 17 * (table.count("\n") + 1) + 16
     plot_pixels = layout["height"] - layout["margin"]["t"] - layout["margin"]["b"]
@@ -219,7 +219,7 @@ class Comparison:
         self._painter.close()
 
     def join(self, *, timeout_seconds: float) -> bool:
-        """Wait for the painter to end; whether it did."""
+        """Wait for the painter to end; return True if it did."""
         return self._painter.join(timeout_seconds=timeout_seconds)
 
     def _is_closed(self) -> bool:

@@ -103,7 +103,7 @@ class Controls:
     # how it looks
 
     def _laid_out(self) -> tuple[widgets.VBox, tuple[widgets.Widget, ...]]:
-        """The box, and all widgets that are to be closed with it."""
+        """Lay out the box, and list all widgets that are to be closed with it."""
         row = widgets.HBox(
             [self.progress, self.pace, *self.buttons.row],
             layout=widgets.Layout(align_items="center", flex_flow="row wrap"),
@@ -156,7 +156,7 @@ class ChartChoices:
 
 
 def _status_kind(run: RunView) -> object:
-    """What is news of a status: not the hash that is in its sentence, nor how long it took."""
+    """Return the part of a status that is news: not the hash that is in its sentence, nor how long it took."""
     return run.status, run.error, sum(event.kind in MEMBERSHIP for event in run.events)
 
 

@@ -63,12 +63,12 @@ class Dashboard:
 
     @property
     def is_closed(self) -> bool:
-        """Whether it stopped before the run ended, since it or its widgets were closed; it cannot be shown again."""
+        """True if it stopped before the run ended, as it or its widgets were closed; it cannot be shown again."""
         return self._painter.is_closed or (not self._is_over and self._has_lost_widgets())
 
     @property
     def was_reloaded(self) -> bool:
-        """Whether a page has asked for the figure again."""
+        """True if a page has asked for the figure again."""
         return self.figure is not None and self.figure.was_asked_again
 
     def show(self) -> None:
@@ -121,11 +121,11 @@ class Dashboard:
         self._painter.close()
 
     def join(self, *, timeout_seconds: float) -> bool:
-        """Wait for the painter to end; whether it did."""
+        """Wait for the painter to end; return True if it did."""
         return self._painter.join(timeout_seconds=timeout_seconds)
 
     def _has_lost_widgets(self) -> bool:
-        """Whether the user has closed one of them: it has no connection to the page any more."""
+        """Return True if the user has closed one of them: it has no connection to the page any more."""
         return any(widget is not None and widget.comm is None for widget in (self.box, self.controls.box, self.figure))
 
     def _fit_to_page(self) -> None:

@@ -56,7 +56,7 @@ def show(run: RunView | str | Path, *, display: str | None = None) -> None:
 
 
 def keep(run: RunView) -> None:
-    """In a cell that saw a run end, show it as plain output if nothing else would be left of it in the notebook.
+    """Show a run as plain output in a cell that saw it end, if nothing else would be left of it in the notebook.
 
     A page that was reloaded has forgotten how to replace an output; what a live view was is then not in the file.
     """
@@ -66,7 +66,7 @@ def keep(run: RunView) -> None:
 
 
 def read_run(run: Any) -> Any:
-    """The run itself, or the one of that name or folder, read from disk.
+    """Return the run itself, or the one of that name or folder, read from disk.
 
     Raises:
         ArgumentError: there is none.
@@ -85,7 +85,7 @@ def warm_up() -> None:
 
 
 def dashboard_of(run: RunView) -> Dashboard:
-    """The one dashboard of a run."""
+    """Return the one dashboard of a run."""
     from dnb.notebook.live.dashboard import Dashboard  # plotly: not before somebody looks
 
     dashboard = _dashboards.get(id(run))
@@ -107,14 +107,14 @@ def _show_as(kind: Display, run: RunView) -> None:
 
 
 def _tell(run: RunView, *, waits: bool) -> None:
-    """Without a kernel there are only words: now, and in a terminal's IPython also while it is waited for."""
+    """Write the run in words, as there is no kernel: now, and in a terminal's IPython also while it is waited for."""
     sys.stdout.write(f"{summary(run) if has_ended(run) or not waits else progress_line(run)}\n")
     if waits and not has_ended(run):
         run.add_wait_hook(TextReporter(run))
 
 
 def _is_unasked(display: str | None) -> bool:
-    """Whether "none" is nobody's wish."""
+    """Return True if nobody asked for "none"."""
     return display is None and not os.environ.get("DNB_DISPLAY")
 
 

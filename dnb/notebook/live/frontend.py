@@ -1,4 +1,4 @@
-"""Which kind of view fits whoever looks at this kernel."""
+"""The choice of a view that fits the front end of this kernel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDGET_PACKAGES = ("ipywidgets", "anywidget")
 
 
 def can_import(name: str) -> bool:
-    """Whether a package is there, without importing it."""
+    """Return True if a package is there, without importing it."""
     return importlib.util.find_spec(name) is not None
 
 
@@ -51,7 +51,7 @@ def choose_display(
 
 
 def checked_display(word: str, *, source: str) -> Display:
-    """`word` itself, if it names a display."""
+    """Return `word` itself, if it names a display."""
     if word not in _CHOICES:
         raise ArgumentError(f"{source}={word!r} is no display; {nearest(word, _CHOICES)}")
     return cast("Display", word)

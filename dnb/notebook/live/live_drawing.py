@@ -37,7 +37,7 @@ class LiveDrawing:
         self._drawn: tuple[Any, ...] = ()
 
     def draw(self, *, x: str = "step", loss_scale: str = "linear", is_whole: bool = False) -> subplots.Figure:
-        """The figure: all of it the first time, when its subplots change, or if asked; else what is new and its turn.
+        """Draw the figure: all of it at first, when its subplots change, or if asked; else new parts and those due.
 
         Args:
             x: what the x axes count.

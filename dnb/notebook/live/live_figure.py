@@ -62,7 +62,7 @@ class LiveFigure(go.FigureWidget):
             super().open()
 
     def _answer_page(self, _figure: object, content: dict[str, Any], _buffers: object) -> None:
-        """A page asks for plotly.js, or has loaded it and is told all that was painted meanwhile."""
+        """Answer a page that asks for plotly.js, or that has loaded it and is sent all that was painted meanwhile."""
         match content:
             case {"dnb": "code"}:
                 self.send({"dnb": "code"}, buffers=[_CODE.read_bytes()])
@@ -108,7 +108,7 @@ class LiveFigure(go.FigureWidget):
         self._shown = drawing
 
     def _update_page(self, traces: dict[int, dict[str, Any]], layout: dict[str, Any]) -> None:
-        """One message; assigning to traces and layout would check each array again, twice, for milliseconds."""
+        """Send one message; assigning to traces and layout would check each array again, twice, for milliseconds."""
         keys = dict.fromkeys(key for new in traces.values() for key in new)
         restyle = {key: [new.get(key, Undefined) for new in traces.values()] for key in keys}
         if restyle or layout:
@@ -138,7 +138,7 @@ class LiveFigure(go.FigureWidget):
                 super().set_state(wanted)
 
     def _measure_page(self, deltas: dict[str, Any]) -> None:
-        """The page answers when it has drawn; an answer that waited for a busy kernel says nothing of the page."""
+        """Measure the page by its answer when it has drawn; one that waited for a busy kernel says nothing of it."""
         if self._sent is None or deltas.get("trace_edit_id") != self._last_trace_edit_id:
             return
         sent, took = self._sent, time.monotonic() - self._sent
@@ -149,7 +149,7 @@ class LiveFigure(go.FigureWidget):
 
     @property
     def is_resting(self) -> bool:
-        """Whether the page still draws what it was sent, or should not be busy with drawing alone."""
+        """True while the page still draws what it was sent, or should not be busy with drawing alone."""
         now, sent = time.monotonic(), self._sent
         return now < self._rested if sent is None else now < sent + self._patience_seconds
 
@@ -183,12 +183,12 @@ def _without(values: dict[str, Any], others: Container[str]) -> dict[str, Any]:
 
 
 def _is_of_dicts(value: object) -> bool:
-    """Whether these are remarks, lines or buttons: a list of plotly's objects, or none of them any more."""
+    """Return True for annotations, shapes or buttons: a list of plotly's objects, or none of them any more."""
     return value is None or (isinstance(value, list) and (not value or isinstance(value[0], dict)))
 
 
 def _renewed(old: dict[str, Any], new: dict[str, Any]) -> set[str]:
-    """The axes on which a user's zoom would say something else: all, if x counts something else or in another unit."""
+    """Return the axes on which a user's zoom would mean something else: all, if x counts other things or units."""
     if old["xaxis"]["title"]["text"] != new["xaxis"]["title"]["text"]:
         return {key for key in old if key.startswith(("xaxis", "yaxis"))}
     return {"yaxis"} if old["yaxis"].get("type") != new["yaxis"].get("type") else set()

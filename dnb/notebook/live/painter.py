@@ -56,16 +56,16 @@ class Painter:
         )
 
     def start(self) -> None:
-        """Begin, once whoever made this is whole."""
+        """Start to paint, once its owner is whole."""
         self._thread.start()
 
     @property
     def is_closed(self) -> bool:
-        """Whether it was told to stop before its subject was over."""
+        """True if it was stopped before its subject was over."""
         return self._closed.is_set()
 
     def wake(self, _source: object = None) -> None:
-        """There is news."""
+        """Note that there is news."""
         self._changed.set()
 
     def hurry(self) -> None:
@@ -74,12 +74,12 @@ class Painter:
         self._hurried.set()
 
     def close(self) -> None:
-        """Paint no more."""
+        """Stop painting."""
         self._closed.set()
         self.hurry()
 
     def join(self, *, timeout_seconds: float) -> bool:
-        """Wait for the thread to end; whether it did."""
+        """Wait for the thread to end; return True if it did."""
         self._thread.join(timeout_seconds)
         return not self._thread.is_alive()
 

@@ -1,4 +1,4 @@
-"""How far long work is, in the cell that waits for it: from two seconds on, and never for what is quick."""
+"""The progress of long work, in the cell that waits for it: from two seconds on, and never for quick work."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def watch(what: str, *, kind: Display | None = None) -> Iterator[Report]:
 
 
 def steady() -> Iterator[float]:
-    """The pauses before a line that is replaced."""
+    """Yield the pauses before a line that is replaced."""
     return chain([LIMIT_SECONDS], repeat(INTERVAL_SECONDS))
 
 
 def ever_longer() -> Iterator[float]:
-    """The pauses before lines that cannot be taken back."""
+    """Yield the pauses before lines that cannot be taken back."""
     pause = LIMIT_SECONDS
     while True:
         yield pause
@@ -103,7 +103,7 @@ class Waiting:
             self._try_to_show(self._last_line if kind is None else self._line_of_failure)
 
     def report(self, figure: str | Callable[[], str]) -> None:
-        """How far it is; a function is asked whenever that is shown."""
+        """Report the progress; a function is asked whenever that is shown."""
         self._figure = figure if callable(figure) else lambda: figure
 
     def _keep_showing(self) -> None:
@@ -152,7 +152,7 @@ def _print_line(line: str) -> None:
 
 
 def _is_in_cell(shell: Any) -> bool:
-    """Whether this thread runs a cell, not a callback, and not a call that a kernel sent to an engine."""
+    """Return True if this thread runs a cell, not a callback, and not a call that a kernel sent to an engine."""
     if threading.current_thread() is not threading.main_thread() or getattr(shell, "kernel", None) is None:
         return False
     parent = getattr(shell.display_pub, "parent_header", {})
@@ -160,4 +160,4 @@ def _is_in_cell(shell: Any) -> bool:
 
 
 def _say_nothing(_figure: str | Callable[[], str]) -> None:
-    """Nobody looks."""
+    """Ignore the progress: nobody looks."""

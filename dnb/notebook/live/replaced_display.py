@@ -79,7 +79,7 @@ class ReplacedDisplay:
         self._changed.set()
 
     def join(self, *, timeout_seconds: float) -> bool:
-        """Wait for the painter to end; whether it did."""
+        """Wait for the painter to end; return True if it did."""
         self._painter.join(timeout_seconds)
         return not self._painter.is_alive()
 
@@ -123,5 +123,5 @@ class ReplacedDisplay:
 
 
 def pause_after(paint_seconds: float) -> float:
-    """How long nothing is painted after a painting that took so long."""
+    """Return the seconds without painting after a painting that took so long."""
     return min(max(INTERVAL_SECONDS, paint_seconds * (1 / MOST_LOAD - 1)), MOST_SECONDS)

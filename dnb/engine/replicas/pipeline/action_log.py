@@ -1,4 +1,4 @@
-"""What an engine of a pipeline did in one step, and when."""
+"""The log of an engine's actions in one step of a pipeline, with their times."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ class ActionLog:
         self._num_micro_batches = 0
 
     def begin(self, num_micro_batches: int) -> None:
-        """A step begins: what was noted before is forgotten."""
+        """Begin a step: earlier actions are forgotten."""
         self._num_micro_batches = num_micro_batches
         self._sent.clear()
         self._cpu_seconds = -time.process_time()
         self._marks = [("wait", -1, -1, time.monotonic())]
 
     def enter(self, kind: ActionKind, stage: int, micro_batch: int) -> None:
-        """From now on the engine does this."""
+        """Note that the engine does this from now on."""
         if kind != "wait" or self._marks[-1][0] != "wait":
             self._marks.append((kind, stage, micro_batch, time.monotonic()))
 
     def send(self, stage: int, direction: Literal["forward", "backward"], num_bytes: int) -> None:
-        """So much of this stage leaves the engine."""
+        """Count bytes of this stage that leave the engine."""
         self._sent[stage, direction] = self._sent.get((stage, direction), 0) + num_bytes
 
     def end(self) -> None:
-        """The step is done."""
+        """End the step."""
         self._end = time.monotonic()
         self._cpu_seconds += time.process_time()
 
     def actions(self) -> tuple[Action, ...]:
-        """Of the last step, in order, without gaps."""
+        """Return the actions of the last step, in order, without gaps."""
         ends = [*(mark[3] for mark in self._marks[1:]), self._end]
         return tuple(Action(*mark, end) for mark, end in zip(self._marks, ends, strict=True) if end > mark[3])
 
     def trace(self) -> StageTrace:
-        """All that was noted of the last step."""
+        """Return all that was noted of the last step."""
         sent = self._sent
         return StageTrace(
             begin=self._marks[0][3],

@@ -17,7 +17,7 @@ from dnb.user_code.return_values import own_loss
 
 
 def model_inputs(job: Job, batch: Any) -> Inputs:
-    """What the model gets of a batch where it is divided or weighed, so that tensors must be told from the rest.
+    """Return the model's inputs in a batch where it is divided or weighed, so that tensors must be told from the rest.
 
     Raises:
         PlanError: it gets the batch whole, and that is an object of the user's own.
@@ -33,7 +33,7 @@ def model_inputs(job: Job, batch: Any) -> Inputs:
 
 
 def fetch_micro_batches(source: DataSource, indices: torch.Tensor, number: int) -> Sequence[Any]:
-    """The batch of these samples in equal parts, all of one shape.
+    """Fetch the batch of these samples in equal parts, all of one shape.
 
     Args:
         source: its collate function sees the whole batch, as in one process, unless its samples are then not on the
@@ -57,13 +57,13 @@ def fetch_micro_batches(source: DataSource, indices: torch.Tensor, number: int) 
 
 
 def shapes_of(batch: Any) -> tuple[Any, ...]:
-    """What stages are built for."""
+    """Return the shapes that stages are built for."""
     leaves = pytree.tree_leaves(batch)
     return tuple(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in leaves)
 
 
 def _cut(batch: Any, num_samples: int, number: int) -> list[Any] | None:
-    """A batch as micro-batches; None if its samples are not on the first axis of everything in it."""
+    """Cut a batch into micro-batches; None if its samples are not on the first axis of everything in it."""
     if number == 1:
         return [batch]
     leaves, spec = pytree.tree_flatten(batch)

@@ -37,7 +37,7 @@ class PipelineFeed:
 
     @property
     def is_sum(self) -> bool:
-        """Whether the losses were `Sum`s."""
+        """True if the losses were `Sum`s."""
         return one_kind(self.are_sums)
 
 

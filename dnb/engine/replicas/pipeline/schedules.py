@@ -30,7 +30,7 @@ logging.getLogger("torch.distributed.pipelining.schedules").setLevel(logging.CRI
 
 @dataclass(slots=True)
 class Trouble:
-    """Where user code raised, if it did."""
+    """The place where user code raised, if it did."""
 
     error: BaseException | None = None
     stage: int = 0
@@ -73,12 +73,12 @@ class WatchedStage(PipelineStage):
         self._trouble = trouble
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """Forward of one micro-batch."""
+        """Compute the forward of one micro-batch."""
         self._body.micro_batch = fwd_chunk_id
         return self._do("forward", fwd_chunk_id, super().forward_one_chunk, *args, **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        """Backward of one micro-batch, of all or of the inputs only."""
+        """Compute the backward of one micro-batch, of all or of the inputs only."""
         if not self.has_backward:
             return
         kind: ActionKind = "backward" if kwargs.get("full_backward", True) else "backward-input"
@@ -90,22 +90,22 @@ class WatchedStage(PipelineStage):
         self.bwd_cache[bwd_chunk_id] = tuple(None if g is None else g.contiguous() for g in gradients)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        """What backward of the inputs has left."""
+        """Compute the part that backward of the inputs has left."""
         if self.has_backward:
             self._do("backward-weight", bwd_chunk_id, super().backward_weight_one_chunk, *args, **kwargs)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> Any:
-        """Where waiting for an activation begins."""
+        """Return torch's receives; waiting for an activation begins here."""
         self._timeline.enter("wait", self.stage_index, fwd_chunk_id)
         return super().get_fwd_recv_ops(fwd_chunk_id)
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> Any:
-        """Where waiting for a gradient begins."""
+        """Return torch's receives; waiting for a gradient begins here."""
         self._timeline.enter("wait", self.stage_index, bwd_chunk_id)
         return super().get_bwd_recv_ops(bwd_chunk_id)
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> Any:
-        """Where sending an activation begins."""
+        """Return torch's sends; sending an activation begins here."""
         self._timeline.enter("send", self.stage_index, fwd_chunk_id)
         operations = super().get_fwd_send_ops(fwd_chunk_id)
         if self._timeline.is_counting:
@@ -113,7 +113,7 @@ class WatchedStage(PipelineStage):
         return operations
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> Any:
-        """Where sending a gradient begins."""
+        """Return torch's sends; sending a gradient begins here."""
         self._timeline.enter("send", self.stage_index, bwd_chunk_id)
         operations = super().get_bwd_send_ops(bwd_chunk_id)
         if self._timeline.is_counting:
@@ -141,13 +141,13 @@ def _bytes_of(operations: Sequence[Any]) -> int:
 
 
 def num_micro_batches_for(num_samples: int, partition: Partition, *, least: int = 1) -> int:
-    """The planned number, or the largest below it that divides the samples into micro-batches of at least `least`."""
+    """Return the planned number, or the largest below it that gives equal micro-batches of at least `least` samples."""
     most = min(partition.num_micro_batches, max(num_samples // least, 1))
     return next(m for m in range(most, 0, -1) if num_samples % m == 0)
 
 
 def schedule_for(partition: Partition, num_micro_batches: int) -> ScheduleName:
-    """The planned schedule, or GPipe where there are too few micro-batches for it, or a number it cannot do."""
+    """Return the planned schedule, or GPipe where micro-batches are too few for it, or of a number it cannot do."""
     rounds = max(1, num_micro_batches // partition.num_engines)
     if num_micro_batches < partition.num_engines or num_micro_batches % rounds:
         return "gpipe"
@@ -157,7 +157,7 @@ def schedule_for(partition: Partition, num_micro_batches: int) -> ScheduleName:
 def build_schedule(
     stages: Sequence[PipelineStage], partition: Partition, num_micro_batches: int, *, loss: Callable[..., Any] | None
 ) -> Any:
-    """A schedule of `torch.distributed.pipelining` for this engine's stages.
+    """Build a schedule of `torch.distributed.pipelining` for this engine's stages.
 
     Args:
         stages: of this engine, in order.

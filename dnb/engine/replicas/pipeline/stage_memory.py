@@ -1,4 +1,4 @@
-"""What of the hub's memory the stages of one engine use: their parameters and buffers, and their slots of a slab."""
+"""The part of the hub's memory that one engine's stages use: parameters, buffers, and slots of a slab."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class StageMemory:
                 refuse_thawed(name, parameter)
 
     def begin(self, slabs: Sequence[int], *, fresh: bool) -> None:
-        """From now on backward writes into these slabs.
+        """Let backward write into these slabs from now on.
 
         Args:
             slabs: where first users of a parameter write, where second users do, ...; if too few are given, those with
@@ -99,7 +99,7 @@ class StageMemory:
             gradients.begin(slab, self._memory.slabs[slab], fresh=fresh)
 
     def finish(self) -> tuple[int, ...]:
-        """All slots of the layout that got no gradient here."""
+        """Return all slots of the layout that got no gradient here."""
         used: set[int] = set()
         for offset, gradients in self._gradients.items():
             left = set(gradients.finish())
@@ -108,7 +108,7 @@ class StageMemory:
         return tuple(index for index in range(len(self._layout.slots)) if index not in used)
 
     def first_fault(self) -> tuple[str, str] | None:
-        """The first of the own slots whose gradient is not finite, by name, and what it holds."""
+        """Return the first of the own slots whose gradient is not finite, by name, and its kind: "NaN" or "inf"."""
         return next((fault for g in self._gradients.values() if (fault := g.first_fault()) is not None), None)
 
     def read_buffers(self) -> None:
@@ -139,7 +139,7 @@ class StageMemory:
             views[name].copy_(now.detach() if now is not None and fits(now, master) else master)
 
     def digests(self) -> bytes:
-        """As of `Replica.digests`, for the parameters that are bound here."""
+        """Return digests as `Replica.digests` does, for the parameters that are bound here."""
         found = []
         for slot in self._memory.layout.slots:
             own, master = self._bound.get(slot.name), self._master[slot.name]
@@ -170,7 +170,7 @@ class StageMemory:
 
 
 def own_layout(layout: Layout, slots: Sequence[TensorSlot]) -> Layout:
-    """A part of a layout: its regions are the runs of small slots among `slots`, which alone are zeroed.
+    """Return a part of a layout: its regions are the runs of small slots among `slots`, which alone are zeroed.
 
     Args:
         layout: of the whole slab.
@@ -201,7 +201,7 @@ def _num_elements(slot: TensorSlot) -> int:
 
 
 def _slabs_of_parameters(parts: Sequence[StagePart], num_engines: int, rank: int) -> dict[str, int]:
-    """In which of the team's slabs this engine writes each of its parameters: the first user in the first, and so on.
+    """Choose the team's slab for each of the parameters here: the first user writes in the first, and so on.
 
     So no two engines write to one place, though they use one weight.
     """
@@ -215,7 +215,7 @@ def _slabs_of_parameters(parts: Sequence[StagePart], num_engines: int, rank: int
 
 
 def _written_buffers(parts: Sequence[StagePart], layout: Layout, num_engines: int, rank: int) -> tuple[str, ...]:
-    """The buffers that this engine writes back: each is its first user's, and the first engine's if nobody uses it."""
+    """List the buffers that this engine writes back: each is its first user's, else the first engine's."""
     owner: dict[str, int] = {}
     for stage, part in enumerate(parts):
         for name in part.buffers:

@@ -79,7 +79,7 @@ class StageReplica:
 
     @property
     def stages(self) -> tuple[int, ...]:
-        """The stages that are here."""
+        """The stages of this engine."""
         return stages_of(self._assignment)
 
     def compute(self, work: Work, indices: torch.Tensor) -> WorkResult:
@@ -130,7 +130,7 @@ class StageReplica:
         self._pipeline.replace_functions(loss)
 
     def find_place(self, work: Work, _indices: torch.Tensor, error: BaseException) -> str:
-        """The stage and the samples at which user code raised, for people; nothing is computed again."""
+        """Name the stage and the samples at which user code raised; nothing is computed again."""
         trouble = self._trouble
         if trouble.error is not error:
             return ""
@@ -144,19 +144,19 @@ class StageReplica:
         return f"{where}, {shards}, {samples_text(self._failed_samples)}"
 
     def probe(self) -> float | None:
-        """Nothing: no engine of a team has a loss of its own."""
+        """Return None: no engine of a team has a loss of its own."""
         return None
 
     def digests(self) -> bytes:
-        """As of `Replica`, for the parameters that are bound here."""
+        """Return digests as `Replica` does, for the parameters that are bound here."""
         return self._slots.digests()
 
     def timeline(self) -> tuple[Action, ...]:
-        """What this engine did in the last step, and when."""
+        """Return this engine's actions in the last step, with their times."""
         return self._timeline.actions()
 
     def trace(self) -> StageTrace:
-        """The same, with what was sent meanwhile."""
+        """Return the same, with the bytes that were sent meanwhile."""
         return self._timeline.trace()
 
     def close(self) -> None:
@@ -200,7 +200,7 @@ class StageReplica:
         return added([*parts, *self._pipeline.whole_metrics.take()]) if parts else NO_SUMS
 
     def _run(self, source: DataSource, indices: torch.Tensor, *, batch_samples: int | None, seed: int) -> PipelineFeed:
-        """One pass of all micro-batches."""
+        """Run all micro-batches through the pipeline once."""
         feed = self._pipeline.feed = PipelineFeed(indices, batch_samples=batch_samples, seed=seed)
         if not len(indices):
             return feed

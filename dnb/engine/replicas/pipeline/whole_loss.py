@@ -32,7 +32,7 @@ class WholeLoss:
 
     @property
     def num_samples(self) -> int:
-        """Of all micro-batches that have come."""
+        """The samples of all micro-batches that have come."""
         return len(self._pairs) * self._micro_samples
 
     def add(self, output: Any, target: Any) -> torch.Tensor:
@@ -81,7 +81,7 @@ class WholeLoss:
         ]
 
     def gradients_of(self, number: int) -> list[torch.Tensor | None]:
-        """The gradient of the loss by the outputs of one micro-batch."""
+        """Return the gradient of the loss by the outputs of one micro-batch."""
         if not self._gradients:
             self.settle(needs_gradient=True)
         return self._gradients[number]
@@ -90,7 +90,7 @@ class WholeLoss:
         return gradient[number * self._micro_samples :][: self._micro_samples]
 
     def _has_rows(self, column: Sequence[torch.Tensor], *, is_output: bool) -> bool:
-        """Whether there is a row for each sample.
+        """Return True if there is a row for each sample.
 
         What is as long by chance, such as prototypes of classes, is the same in all micro-batches, and its rows differ.
         """

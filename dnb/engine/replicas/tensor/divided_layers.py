@@ -66,13 +66,13 @@ class Entrance:
         return self._entered, *others
 
     def forget(self) -> None:
-        """A pass is over."""
+        """Forget the value of a pass that is over."""
         self._value = self._entered = None
 
 
 @dataclass(frozen=True, slots=True)
 class DividedModel:
-    """What was divided, and where values enter it."""
+    """The parameters that were divided, and the entrance of values into them."""
 
     parameters: Sequence[DividedParameter]
     entrance: Entrance
@@ -118,7 +118,7 @@ def divide(
 
 
 def _wait(_layer: nn.Module, _inputs: Any, output: Any) -> None:
-    """A sum that nobody has waited for would keep the group alive if what comes next raises."""
+    """Wait for a sum: one that nobody waited for would keep the group alive if the next layer raises."""
     if isinstance(output, AsyncCollectiveTensor):
         output.wait()
 
@@ -176,7 +176,7 @@ class TeamGradients:
         self._views: dict[int, dict[str, torch.Tensor]] = {}
 
     def begin(self, slab: int, flat: Flat, *, fresh: bool) -> None:
-        """From now on backward writes into this slab; a fresh one starts from zero."""
+        """Let backward write into this slab from now on; a fresh one starts from zero."""
         self._forget_strangers()
         self._gradients.begin(slab, flat, fresh=fresh)
         if slab not in self._views:
@@ -193,7 +193,7 @@ class TeamGradients:
         self._gradients.bring_home()
 
     def finish(self) -> tuple[int, ...]:
-        """All slots of the layout that got no gradient here since `begin`."""
+        """Return all slots of the layout that got no gradient here since `begin`."""
         left = set(self._gradients.finish())
         used = {self._indices[name] for number, name in enumerate(self._names) if number not in left}
         for part in self._parts:
@@ -204,7 +204,7 @@ class TeamGradients:
         return tuple(index for index in range(len(self._layout.slots)) if index not in used)
 
     def first_fault(self) -> tuple[str, str] | None:
-        """The first of the own gradients that is not finite, by name, and what it holds: "NaN" or "inf"."""
+        """Return the first of the own gradients that is not finite, by name, and its kind: "NaN" or "inf"."""
         for part in self._parts:
             if not torch.isfinite(part.view).all():
                 return part.name, "NaN" if torch.isnan(part.view).any() else "inf"
@@ -253,7 +253,7 @@ class _PartialGradient:
 
     @property
     def _is_mine(self) -> bool:
-        """Of what is whole everywhere one engine writes the gradient."""
+        """True if this engine writes the gradient: of a part that is whole everywhere, one does."""
         return self._dim is not None or self._rank == 0
 
     def _take(self, parameter: torch.Tensor) -> None:

@@ -34,7 +34,7 @@ class OwnNoise:
                 model.get_submodule(name).register_forward_pre_hook(self._leave)
 
     def forget(self) -> None:
-        """Another pass begins."""
+        """Forget a pass: another one begins."""
         self._behind.clear()
 
     def _enter(self, layer: nn.Module, _inputs: Any, _output: Any) -> None:

@@ -60,7 +60,7 @@ def form_of(output: Any, target: Any) -> OutputForm:
 
 
 def tree_of(form: OutputForm, tensors: Sequence[torch.Tensor]) -> tuple[Any, Any]:
-    """Build output and target of some tensors."""
+    """Return output and target of these tensors."""
     rest = iter(tensors)
     leaves = [next(rest) if is_one else plain for plain, is_one in zip(form.plain, form.is_tensor, strict=True)]
     output, target = pytree.tree_unflatten(leaves, form.spec)
