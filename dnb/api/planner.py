@@ -30,7 +30,7 @@ SCHEDULES = ("1f1b", "gpipe")
 USUAL_BATCH_SIZE = 64  # of a data set, where nothing says how many; as for `fit`
 
 
-def plan(
+def plan(  # noqa: PLR0913 - the user's own words, each a flag of %dtrain
     model: torch.nn.Module,
     batch: Any,
     *,

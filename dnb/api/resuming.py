@@ -53,7 +53,7 @@ from dnb.user_code.accuracy import accuracy
 log = logging.getLogger(__name__)
 
 
-def resume(
+def resume(  # noqa: PLR0913 - the user's own words, each a flag of %dtrain
     path: str | Path,
     *,
     model: torch.nn.Module | None = None,

@@ -15,7 +15,7 @@ from dnb.api.runs.run import Run
 from dnb.planning.search.plans import Plan
 
 
-def fit(
+def fit(  # noqa: PLR0913 - the user's own words, each a flag of %dtrain
     model: torch.nn.Module,
     train: Any,
     *,

@@ -84,7 +84,7 @@ class ModelDivision:
         return replace(division, partitions=tuple(partitions))
 
     @classmethod
-    def of(
+    def of(  # noqa: PLR0913 - of one call of `fit`
         cls,
         job: Job,
         data: Data,

@@ -122,7 +122,7 @@ class Coordinator:
         gathers: whether outputs are gathered before each step.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a run is begun with
         self,
         *,
         num_steps: int,

@@ -87,11 +87,9 @@ class Wire:
         self._landing = memoryview(b"")
         self.receive_buffers: dict[int, memoryview] = {}
         self.max_record_bytes = MAX_GREETING_BYTES
-        self._turn_bytes = MAX_GREETING_BYTES
         self.is_greeting = False  # what follows the first record waits: it may be sealed
         self._sealing: Seal | None = None  # of what is sent
         self._checking: Seal | None = None  # of what is received
-        self._seal_bytes = 0
         self._is_header_checked = False
         self._owes_seal = False  # the piece that was received last
         self.is_closed = False
@@ -107,7 +105,6 @@ class Wire:
             self._sock.setsockopt(socket.SOL_SOCKET, option, _SOCKET_BUFFER_BYTES)
         self._buffer.extend(bytes(_BUFFER_BYTES - len(self._buffer)))
         self.max_record_bytes = max_record_bytes
-        self._turn_bytes = TURN_BYTES
 
     def fileno(self) -> int:
         """Return the socket's descriptor, for polling."""
@@ -121,7 +118,6 @@ class Wire:
     def seal(self, *, outgoing: bytes, incoming: bytes) -> None:
         """Seal every frame from now on, with one key for each direction."""
         self._sealing, self._checking = Seal(outgoing), Seal(incoming)
-        self._seal_bytes = SEAL_BYTES
 
     @property
     def is_sealed(self) -> bool:
@@ -215,10 +211,11 @@ class Wire:
         """
         messages: list[tuple[memoryview, memoryview]] = []
         taken = 0
+        most = TURN_BYTES if self.max_record_bytes > MAX_GREETING_BYTES else MAX_GREETING_BYTES
         try:
             if self._end - self._start >= _HEADER.size and not len(self._landing):
                 self._parse(messages)  # what came with the greeting
-            while taken < self._turn_bytes:
+            while taken < most:
                 if len(self._landing):
                     got = self._sock.recv_into(self._landing)
                     if self._checking is not None:
@@ -260,7 +257,7 @@ class Wire:
         return messages
 
     def _parse(self, messages: list[tuple[memoryview, memoryview]]) -> None:
-        seal = self._seal_bytes
+        seal = 0 if self._checking is None else SEAL_BYTES
         while self._take_owed_seal() and self._end - self._start >= _HEADER.size + seal:
             kind, slot, size, extra = _HEADER.unpack_from(self._buffer, self._start)
             body = self._start + _HEADER.size + seal
