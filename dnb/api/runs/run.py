@@ -39,9 +39,7 @@ from dnb.transport.sockets.channels import HubClient
 from dnb.user_code.gradient_samples import USUAL_STEPS
 
 log = logging.getLogger(__name__)
-
-# How often a waiting thread looks up, so that hooks can write and an interrupt is heard.
-WAIT_SECONDS = 0.2
+WAIT_SECONDS = 0.2  # between two looks of a waiting thread, so that hooks can write and an interrupt is heard
 
 Listener = Callable[["Run"], None]
 
