@@ -1,4 +1,4 @@
-"""What of a run goes into a checkpoint: its tensors by name, and its states without pickle."""
+"""The contents of a checkpoint of a run: its tensors by name, and its states without pickle."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def named_tensors(master: Master) -> tuple[Tensors, dict[str, str], Tensors]:
 
 
 def extra_of(master: Master) -> tuple[Any, Tensors]:
-    """The extra states of modules without their tensors, and these; None if there are none."""
+    """Return the extra states of modules without their tensors, and these; None if there are none."""
     extra = master.states.now.extra
     return take_apart(extra, root="extra") if extra else (None, {})
 
 
 def extra_file_of(master: Master) -> bytes:
-    """The same as `torch.load` reads it with weights_only; empty if there are none."""
+    """Return the extra states as `torch.load` reads them with weights_only; empty if there are none."""
     extra = master.states.now.extra
     if not extra:
         return b""
@@ -56,7 +56,7 @@ def extra_file_of(master: Master) -> bytes:
 
 
 def state_of(owner: Any, root: str, *, is_strict: bool) -> tuple[StateFacts | None, Tensors, tuple[str, ...]]:
-    """The state of an optimizer or scheduler, its tensors, and what had to be left out."""
+    """Return the state of an optimizer or scheduler, its tensors, and the names that had to be left out."""
     if owner is None:
         return None, {}, ()
     state = owner.state_dict()
@@ -75,11 +75,11 @@ def history_of(columns: HistoryColumns) -> tuple[Tensors, int]:
 
 
 def in_json(values: Mapping[str, float]) -> dict[str, float | str]:
-    """JSON has no NaN and no infinity: they are written as words."""
+    """Write NaN and infinity as words, since JSON has neither."""
     return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
 
 
 @cache
 def versions() -> dict[str, str]:
-    """Of what wrote a checkpoint."""
+    """Return the versions of the software that writes a checkpoint."""
     return {"dnb": version("dnb"), "torch": str(torch.__version__), "python": platform.python_version()}

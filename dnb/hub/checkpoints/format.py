@@ -78,7 +78,7 @@ class StateFacts(Record, frozen=True):
 
 
 class Manifest(Record, frozen=True):
-    """What checkpoint.json says."""
+    """The contents of checkpoint.json."""
 
     digest: str  # SHA-256 of the file with zeros in this place
     format: int
@@ -117,7 +117,7 @@ def facts_of(tensors: Mapping[str, torch.Tensor]) -> tuple[TensorFacts, ...]:
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
-    """Where a run keeps the checkpoint of a step, if no other place is named."""
+    """Return a run's folder for the checkpoint of a step, if no other place is named."""
     return run_folder / CHECKPOINTS_FOLDER / f"step-{step:06d}"
 
 
@@ -128,18 +128,18 @@ class Disk:
     """The calls of the file system that may fail, one method each."""
 
     def make(self, folder: Path) -> None:
-        """A new folder; those above it too."""
+        """Make a new folder; those above it too."""
         if not folder.parent.exists():
             make_private_folder(folder.parent)
         folder.mkdir(mode=FOLDER_MODE)
         close_to_others(folder, FOLDER_MODE)  # also where the umask took more away
 
     def create(self, path: Path) -> int:
-        """A new file, open for writing."""
+        """Create a new file, open for writing."""
         return open_private(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
 
     def write(self, descriptor: int, piece: memoryview) -> int:
-        """As much of a piece as the disk takes at once."""
+        """Write as much of a piece as the disk takes at once."""
         return os.write(descriptor, piece)
 
     def sync(self, descriptor: int) -> None:
@@ -155,15 +155,15 @@ class Disk:
             os.close(descriptor)
 
     def link(self, source: Path, target: Path) -> None:
-        """A second name for a file."""
+        """Make a second name for a file."""
         os.link(source, target)
 
     def rename(self, source: Path, target: Path) -> None:
-        """In one move; an empty folder may stand in its place."""
+        """Rename in one move; an empty folder may stand in the new place."""
         source.rename(target)
 
     def free_bytes(self, folder: Path) -> int:
-        """Room for files of this user where the folder is, or will be."""
+        """Return the room for files of this user where the folder is, or will be."""
         while not folder.exists():
             folder = folder.parent
         return shutil.disk_usage(folder).free
@@ -229,7 +229,7 @@ def write_checkpoint(
 
 @contextlib.contextmanager
 def aside(target: Path, disk: Disk) -> Iterator[Path]:
-    """A hidden folder that takes the target's place if the block ends well, and is gone if not."""
+    """Yield a hidden folder that takes the target's place if the block ends well, and is gone if not."""
     folder = target.with_name(f".{target.name}.{_mark()}")
     try:
         disk.make(folder)
@@ -277,7 +277,7 @@ def remove_torn(folder: Path) -> None:
 
 
 def seal(manifest: Manifest) -> bytes:
-    """checkpoint.json, with its own digest in it."""
+    """Return checkpoint.json with its own digest in it."""
     blank = msgspec.structs.replace(manifest, digest=NO_DIGEST.decode())
     text = msgspec.json.format(msgspec.json.encode(blank), indent=2) + b"\n"
     return text.replace(NO_DIGEST, hashlib.sha256(text).hexdigest().encode(), 1)

@@ -78,7 +78,7 @@ class Checkpoint:
                 self._check(name, hashlib.file_digest(file, "sha256").hexdigest())
 
     def load(self, name: str) -> bytearray:
-        """The bytes of a file: those that have the digest, however the file changes meanwhile.
+        """Return the bytes of a file: those that have the digest, however the file changes meanwhile.
 
         Raises:
             DamagedError: it is missing, or differs in a byte.
@@ -93,7 +93,7 @@ class Checkpoint:
         return data
 
     def load_into(self, target: memoryview, name: str, *, report: Callable[[int], object]) -> None:
-        """As `load`, into memory of the file's size.
+        """Read a file as `load` does, into memory of its size.
 
         Args:
             target: may hold anything if this fails.
@@ -104,7 +104,7 @@ class Checkpoint:
             self._fill(target, name, file, report=report)
 
     def read(self, name: str) -> dict[str, torch.Tensor]:
-        """The tensors of a file, as `load` found it.
+        """Return the tensors of a file, as `load` found it.
 
         Raises:
             DamagedError: it is missing, differs in a byte, or holds no tensors.
@@ -148,7 +148,7 @@ class Checkpoint:
             raise DamagedError(self.folder / name, "does not have the digest with which it was written")
 
     def difference(self, parameters: Mapping[str, torch.Tensor], buffers: Mapping[str, torch.Tensor]) -> str:
-        """Where a model is not the one of this checkpoint: the first name, with both shapes; "" if nowhere."""
+        """Name the first tensor in which a model differs from this checkpoint, with both shapes; "" if none does."""
         for kind, theirs, ours in (
             ("parameter", self.manifest.parameters, parameters),
             ("buffer", self.manifest.buffers, buffers),
@@ -268,7 +268,7 @@ def _check_range(name: str, value: float, *, last: float = LARGEST_NUMBER) -> No
 
 
 def find_checkpoint(path: Path, *, wants: Callable[[Manifest], Iterable[str]]) -> tuple[Checkpoint, list[str]]:
-    """The checkpoint at a path, or the newest in a run's folder; the one before it in its run, if it is damaged.
+    """Find the checkpoint at a path, or the newest whole one in a run's folder.
 
     Args:
         path: a checkpoint, or a run's folder.
@@ -294,7 +294,7 @@ def find_checkpoint(path: Path, *, wants: Callable[[Manifest], Iterable[str]]) -
 
 
 def newest_step(run_folder: Path) -> int | None:
-    """The step of a run's newest checkpoint, by what their manifests say; None if it has none."""
+    """Return the step of a run's newest checkpoint, by the manifests; None if it has none."""
     try:
         folders = _step_folders(run_folder / CHECKPOINTS_FOLDER)
     except OSError:
@@ -308,7 +308,7 @@ def newest_step(run_folder: Path) -> int | None:
 
 
 def _candidates(path: Path) -> list[Path]:
-    """The newest first."""
+    """List the checkpoints at a path, the newest first."""
     if not path.is_dir():
         what = "is a file, not a folder" if path.exists() else "does not exist"
         raise ArgumentError(f"no checkpoint at {path}: it {what}")
@@ -342,7 +342,7 @@ def _is_digest(text: bytes, found: re.Match[bytes]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """Which dnb wrote a checkpoint, as far as it says so."""
+    """The version of dnb that wrote a checkpoint, as far as it is stated."""
 
     format: int
     dnb: str

@@ -61,7 +61,7 @@ def restore(folder: Path, master: Master, columns: HistoryColumns, *, digest: st
 
 
 def rows_of(columns: HistoryColumns, *, time: float) -> list[HistoryRow]:
-    """The history as rows, in the order in which they were once written; all have one time."""
+    """Return the history as rows, in the order in which they were once written; all have one time."""
     num_steps = max((len(values) for values in columns.by_step.values()), default=0)
     rows = [
         HistoryRow(
@@ -81,7 +81,7 @@ def rows_of(columns: HistoryColumns, *, time: float) -> list[HistoryRow]:
 
 
 def rows_between(columns: HistoryColumns, first: int, num_steps: int, *, started: float) -> list[HistoryRow]:
-    """The history of some steps as rows, without who had which samples.
+    """Return the history of some steps as rows, without the samples that each engine had.
 
     Args:
         columns: the whole history.

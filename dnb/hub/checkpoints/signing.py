@@ -30,12 +30,12 @@ class SecretError(Exception):
 
 
 def secret_path() -> Path:
-    """Where the secret of this user lies."""
+    """Return the path of this user's secret."""
     return Path(jupyter_data_dir()) / "dnb" / SECRET_FILE
 
 
 def read_secret(path: Path | None = None) -> bytes:
-    """The secret, if there is one.
+    """Read the secret, if there is one.
 
     Args:
         path: of its file; this user's own if left out.
@@ -62,7 +62,7 @@ def read_secret(path: Path | None = None) -> bytes:
 
 
 def keep_secret(path: Path | None = None) -> bytes:
-    """The secret; made if there is none.
+    """Return the secret; made if there is none.
 
     Raises:
         SecretError: it cannot be made, or others could have read or replaced it.
@@ -77,12 +77,12 @@ def keep_secret(path: Path | None = None) -> bytes:
 
 
 def sign_manifest(secret: bytes, manifest: bytes) -> bytes:
-    """The signature of a manifest's text (HMAC-SHA256, RFC 2104), in hexadecimal digits."""
+    """Return the signature of a manifest's text (HMAC-SHA256, RFC 2104), in hexadecimal digits."""
     return hmac.digest(secret, _CONTEXT + manifest, "sha256").hex().encode()
 
 
 def is_signed(secret: bytes, manifest: bytes, signature: bytes) -> bool:
-    """Whether the holder of the secret signed this very text."""
+    """Return True if the holder of the secret signed this very text."""
     return hmac.compare_digest(sign_manifest(secret, manifest), signature)
 
 
@@ -99,7 +99,7 @@ class Signer:
         self.fault = ""  # why there is no signature
 
     def sign(self, manifest: bytes) -> bytes:
-        """The signature of a manifest's text; empty if there is no secret to sign it with."""
+        """Return the signature of a manifest's text; empty if there is no secret to sign it with."""
         if not self._secret:
             try:
                 self._secret = keep_secret(self._path)

@@ -19,7 +19,7 @@ from dnb.transport.system.process_settings import without_variables
 
 @dataclass(frozen=True, slots=True)
 class RunProgress:
-    """How far a run has come."""
+    """The progress of a run."""
 
     step: int
     evaluated: int
@@ -40,7 +40,7 @@ class StateCopier:
         self._tensors = named_tensors(master)
 
     def copy(self, spec: RunSpec, place: RunProgress, buffers: dict[str, TensorBuffer]) -> tuple[Manifest, bytes]:
-        """Fill the buffers; return what the manifest says, and the extra states."""
+        """Fill the buffers; return the manifest, and the extra states."""
         states = self._master.states
         own, tied, others = named_tensors(self._master) if states.version else self._tensors
         extra, extra_tensors = extra_of(self._master)

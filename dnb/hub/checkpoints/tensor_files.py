@@ -68,11 +68,11 @@ class TensorBuffer:
 
     @property
     def num_bytes(self) -> int:
-        """Of the whole file."""
+        """The size of the whole file."""
         return len(self._header) + len(self._flat)
 
     def pieces(self) -> Iterator[memoryview]:
-        """The file, from its beginning to its end."""
+        """Yield the file in pieces, from its beginning to its end."""
         yield memoryview(self._header)
         whole = self._flat.numpy().data
         for begin in range(0, len(self._flat), PIECE_BYTES):
@@ -107,7 +107,7 @@ class TensorBuffer:
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a file, in memory of its own.
+    """Read every tensor of a file, in memory of its own.
 
     Raises:
         OSError: there is none.
@@ -128,7 +128,7 @@ class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def tensors_in(data: bytearray) -> dict[str, torch.Tensor]:
-    """Every tensor of a file's bytes, as views of them; whatever the bytes are, no tensor reaches beyond its own.
+    """Return every tensor of a file's bytes as a view of them; none reaches beyond its own, whatever the bytes are.
 
     Raises:
         ValueError: they are not those of a whole safetensors file.

@@ -29,14 +29,14 @@ class CheckpointTickets:
         return bool(self._asked)
 
     def ask(self, path: Path | None) -> CheckpointState:
-        """Note a wish."""
+        """Note a request."""
         ticket = self._first + len(self._states) + 1
         self._asked[ticket] = path
         self._states[ticket] = CheckpointState(ticket=ticket, state="waiting")
         return self._states[ticket]
 
     def state_of(self, ticket: int) -> CheckpointState:
-        """Return what became of a wish.
+        """Return the state of a request.
 
         Raises:
             ArgumentError: there was no such wish.
@@ -59,6 +59,6 @@ class CheckpointTickets:
         return path, tickets
 
     def settle(self, tickets: Sequence[int], state: CheckpointState) -> None:
-        """Say what became of wishes."""
+        """Set the state of requests that are served."""
         for ticket in tickets:
             self._states[ticket] = msgspec.structs.replace(state, ticket=ticket)

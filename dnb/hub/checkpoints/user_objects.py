@@ -53,7 +53,7 @@ class Sources:
 
     @property
     def pending_bytes(self) -> int:
-        """What the next checkpoint has to write besides its own."""
+        """The bytes that the next checkpoint has to write besides its own."""
         if self._kept:
             return 0
         return sum(map(len, self._pickles.values())) + sum(map(len, self._memory.values()))
@@ -84,7 +84,7 @@ class Sources:
         return files
 
     def forget_data(self) -> None:
-        """The run has ended: data that nobody has kept until now is let go."""
+        """Forget data that nobody has kept until the end of the run."""
         if not self._kept:
             self._pickles.pop("data.pickle", None)
             self._close("data.buffers")

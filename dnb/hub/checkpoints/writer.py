@@ -87,7 +87,7 @@ class Checkpointer:
     # when
 
     def is_due(self, kind: str, step: int, values: Mapping[str, float], *, owes_evaluation: bool) -> bool:
-        """Whether `take` is to be called now that a step or an evaluation was committed.
+        """Return True if `take` is to be called now that a step or an evaluation was committed.
 
         Args:
             kind: "step" or "evaluation".
@@ -105,11 +105,11 @@ class Checkpointer:
         return self._is_due or bool(self._tickets)
 
     def go_on_with(self, spec: RunSpec) -> None:
-        """The run's numbers have changed: later checkpoints hold these."""
+        """Write the run's changed numbers into later checkpoints."""
         self._spec = spec
 
     def ask(self, path: Path | None) -> CheckpointState:
-        """A checkpoint is wished for, besides those of the policy.
+        """Ask for a checkpoint besides those of the policy.
 
         Raises:
             ArgumentError: it cannot be put there, or the state cannot be kept.
@@ -121,7 +121,7 @@ class Checkpointer:
         return self._tickets.ask(path)
 
     def state_of(self, ticket: int) -> CheckpointState:
-        """What became of a wish.
+        """Return the state of a request.
 
         Raises:
             ArgumentError: there was no such wish.
@@ -130,11 +130,11 @@ class Checkpointer:
         return self._tickets.state_of(ticket)
 
     def replace_functions(self, pickled: bytes) -> None:
-        """Another step or loss function belongs to every later checkpoint."""
+        """Keep another step or loss function in every later checkpoint."""
         self._thread.sources.replace_functions(pickled)
 
     def tick(self, *, is_still: bool) -> None:
-        """Look after the thread; serve wishes, if no commit will come that does it."""
+        """Look after the thread; serve requests, if no commit will come that does it."""
         self.collect()
         if not is_still or self._thread.is_busy:
             return
@@ -145,7 +145,7 @@ class Checkpointer:
 
     @property
     def is_finishing(self) -> bool:
-        """Whether the run has ended, and its last checkpoint is not durable yet."""
+        """True if the run has ended, and its last checkpoint is not durable yet."""
         return self._is_unwritten and time.monotonic() - (self._ended or 0.0) < FINISH_SECONDS
 
     @property
@@ -161,7 +161,7 @@ class Checkpointer:
         return f"the last checkpoint, of step {self._place().step}, is not whole after {seconds:.3g} s"
 
     def end(self) -> None:
-        """The run has ended: keep its last state, if it keeps any."""
+        """Keep the last state of a run that has ended, if it keeps any."""
         self._ended = time.monotonic()
         self._is_due = False
         place = self._place()

@@ -31,7 +31,7 @@ class PendingCheckpoint:
 
 @dataclass(frozen=True, slots=True)
 class WriteResult:
-    """What became of a checkpoint."""
+    """The result of writing a checkpoint."""
 
     checkpoint: PendingCheckpoint
     error: BaseException | None
@@ -57,7 +57,7 @@ class CheckpointThread:
 
     @property
     def is_busy(self) -> bool:
-        """Whether one is being written, or its result was not collected yet."""
+        """True while one is being written, or its result was not collected yet."""
         return self._thread is not None
 
     @property
@@ -71,7 +71,7 @@ class CheckpointThread:
         self._thread.start()
 
     def collect(self) -> WriteResult | None:
-        """Return what became of the one that was being written; None if it still is."""
+        """Return the result of the one that was being written; None if it still is."""
         try:
             result = self._results.get_nowait()
         except Empty:

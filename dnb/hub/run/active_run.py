@@ -146,12 +146,12 @@ class ActiveRun:
 
     @property
     def is_active(self) -> bool:
-        """Whether the run may still change."""
+        """True while the run may still change."""
         return self._coordinator.status not in ENDED
 
     @property
     def is_over(self) -> bool:
-        """Whether the run has ended, and that was said."""
+        """True if the run has ended, and that was reported."""
         return self._recorder.is_over
 
     @property
@@ -170,7 +170,7 @@ class ActiveRun:
 
     @property
     def has_advanced(self) -> bool:
-        """Whether something was committed since the beginning, or will not be."""
+        """True if something was committed since the beginning, or will not be."""
         return self._links.version > 0 or self._coordinator.status not in ("starting", "running")
 
     def start(self) -> None:
@@ -207,14 +207,14 @@ class ActiveRun:
     # engines speak
 
     def attach(self, engine: int, wire: Wire) -> None:
-        """An engine has connected: send what it needs to load the run."""
+        """Send an engine that has connected all that it needs to load the run."""
         if engine in self._links and self.is_active:
             self._links.attach(engine, wire)
         else:
             wire.close()
 
     def take(self, engine: int, message: EngineMessage, raw: memoryview = NO_BYTES) -> None:
-        """Take an engine's message about this run.
+        """Handle an engine's message about this run.
 
         Raises:
             PeerError: it makes no sense; nothing has changed.
@@ -224,32 +224,32 @@ class ActiveRun:
     # what happens to engines
 
     def add_engine(self, facts: EngineFacts) -> None:
-        """An engine joined the pool."""
+        """Let an engine that joined the pool take part."""
         self._links.add(facts)
         self._recorder.stats.open(facts)
         self._dispatcher.dispatch(machine.EngineJoined(facts.engine))
 
     def lose_engine(self, loss: machine.EngineLost) -> None:
-        """An engine died."""
+        """Go on without an engine that died."""
         self._dispatcher.forget_engine(loss.engine, exit_state="dead")
         self._dispatcher.dispatch(loss)
         self._dispatcher.end_search(loss.engine)
 
     def expect_loss(self, engine: int) -> None:
-        """An engine will be lost in a moment."""
+        """Give no more work to an engine that will be lost in a moment."""
         self._dispatcher.dispatch(machine.EngineEnding(engine))
 
     def silence_engine(self, engine: int, reason: str, *, is_asleep: bool = False) -> None:
-        """An engine is not heard any more; one that is asleep was not stopped."""
+        """Note that an engine is not heard any more; one that is asleep was not stopped."""
         self._dispatcher.dispatch(machine.EngineSilent(engine, reason, is_asleep=is_asleep))
         self._dispatcher.end_search(engine)
 
     def miss_engine(self, engine: int) -> None:
-        """An engine is not heard any more, but is at work."""
+        """Note that an engine is not heard any more, but is at work."""
         self._dispatcher.dispatch(machine.EngineBusy(engine))
 
     def hear_engine(self, engine: int) -> None:
-        """An engine that was not heard beats again."""
+        """Note that an engine that was not heard beats again."""
         self._dispatcher.dispatch(machine.EngineHeard(engine))
 
     def retire_engine(self, engine: int) -> None:
@@ -260,17 +260,17 @@ class ActiveRun:
             self._pool.release(engine)
 
     def make_spare(self, engine: int) -> None:
-        """An engine becomes a spare: it loads the run and waits."""
+        """Let an engine become a spare: it loads the run and waits."""
         self._dispatcher.dispatch(machine.MakeSpare(engine))
 
     def activate_spare(self, engine: int) -> None:
-        """A spare takes part, from the shards on that nobody holds."""
+        """Let a spare take part, from the shards on that nobody holds."""
         self._dispatcher.dispatch(machine.ActivateSpare(engine))
 
     # what people want
 
     def tell(self, kind: str, text: str, engine: int | None = None) -> None:
-        """Write something into the run's history that others did."""
+        """Write an event of another part of the hub into the run's history."""
         if self.is_active:
             self._recorder.add_event(machine.Note(kind, text, engine))
 
@@ -305,13 +305,13 @@ class ActiveRun:
         return self._checkpoints.state_of(state.ticket)
 
     def checkpoint_state(self, ticket: int) -> CheckpointState:
-        """How a checkpoint stands that was asked for."""
+        """Return the state of a checkpoint that was asked for."""
         return self._checkpoints.state_of(ticket)
 
     def state(
         self, request: GetRun, *, heartbeats: Mapping[int, float], num_owed: int = 0
     ) -> tuple[RunState, list[bytes]]:
-        """What a viewer does not have yet; changes nothing.
+        """Return the part of the run's state that a viewer does not have yet; changes nothing.
 
         Args:
             request: with what it has.
@@ -323,7 +323,7 @@ class ActiveRun:
         )
 
     def gradients(self) -> tuple[GradientRows, list[bytes]]:
-        """What was seen of the gradients in the first steps."""
+        """Return the samples of the gradients in the first steps."""
         return self._recorder.gradients.read()
 
     @property
@@ -335,7 +335,7 @@ class ActiveRun:
 
     @property
     def handover(self) -> RunHandover:
-        """What the next hub needs to take the run over, should this one die."""
+        """The record with which the next hub recovers the run, should this one die."""
         return RunHandover(
             frames=tuple(self._frames),
             clip_norm=self.spec.clip_norm,
@@ -352,20 +352,20 @@ class ActiveRun:
 
     @property
     def has_deferred(self) -> bool:
-        """Whether `run_deferred` has something to do."""
+        """True if `run_deferred` has something to do."""
         return bool(self._deferred)
 
     def run_deferred(self) -> None:
-        """Write what was put off while engines had to wait for it."""
+        """Write everything that was deferred while engines had to wait for it."""
         self._deferred.run()
 
     def catch_up(self) -> None:
-        """Do what was put off, so that whoever asks now hears of it."""
+        """Do everything that was deferred, so that a client that asks now gets it."""
         self.run_deferred()
         self.tick()
 
     def tick(self) -> None:
-        """Several times a second: somebody may be late, or a checkpoint be due."""
+        """Look for engines that are late, and for checkpoints that are due; called several times a second."""
         self._dispatcher.dispatch(machine.Tick())
         if self._deferred.fault is not None and self.is_active:
             self._dispatcher.dispatch(machine.CommitFailed(self.step + 1, self._deferred.fault))

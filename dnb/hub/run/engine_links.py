@@ -30,7 +30,7 @@ from dnb.transport.sockets.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Fl
 
 @dataclass(slots=True)
 class EngineLink:
-    """How an engine takes part."""
+    """The way in which an engine takes part."""
 
     transport: TransportKind
     is_near: bool  # on the hub's host
@@ -241,7 +241,7 @@ class EngineLinks:
         return states.packed
 
     def slabs_for(self, action: machine.Assign) -> tuple[int, ...]:
-        """Return where an engine writes what it is given; it is told of slabs that are new.
+        """Return the slabs into which an engine writes its shards; it is told of slabs that are new.
 
         Raises:
             SpaceError: there is no room for them.

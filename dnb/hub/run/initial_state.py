@@ -1,4 +1,4 @@
-"""How a run begins in a hub: new, continued from a checkpoint, or taken over from a hub that died."""
+"""The state in which a run begins in a hub: new, continued from a checkpoint, or recovered from a hub that died."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ class InitialState:
 
     @property
     def is_taken_over(self) -> bool:
-        """Whether a hub before this one held the run."""
+        """True if a hub before this one held the run."""
         return bool(self.note)
 
 
 def begin(spec: RunSpec, job: Job, *, folders: Sequence[Path]) -> InitialState:
-    """A new run, which may continue an earlier one.
+    """Make the state of a new run, which may continue an earlier one.
 
     Args:
         spec: of the run.
@@ -119,7 +119,7 @@ def take_over(
     reason: str = "",
     failure: Failure | None = None,
 ) -> InitialState:
-    """A run that a hub held which died: after its last committed step, or from its newest checkpoint.
+    """Recover the state of a run whose hub has died.
 
     Args:
         spec: of the run.
@@ -182,7 +182,7 @@ def _take_over(
 
 
 def _status_after(summary: RunSummary, *, step: int) -> tuple[RunStatus, bool]:
-    """As what a run goes on that the hub before held, and whether only its last checkpoint is missing.
+    """Return the status with which a run goes on that another hub held, and True if only its last checkpoint lacks.
 
     Args:
         summary: as that hub left it.
@@ -195,7 +195,7 @@ def _status_after(summary: RunSummary, *, step: int) -> tuple[RunStatus, bool]:
 
 @dataclass(frozen=True, slots=True)
 class _RecoveredRun:
-    """What of a run is still there."""
+    """The part of a run that could be recovered."""
 
     master: Master
     order: BatchOrder
@@ -210,7 +210,7 @@ class _RecoveredRun:
 def _from_journal(
     spec: RunSpec, handover: RunHandover, job: Job, files: RunFolder, folders: Sequence[Path]
 ) -> _RecoveredRun | None:
-    """From what lies in shared memory, if it is whole."""
+    """Recover a run from shared memory, if it is whole."""
     if handover.journal is None:
         remove_segments(folders, spec.name, but=())
         return None
@@ -237,7 +237,7 @@ def _from_journal(
 def _from_checkpoint(
     spec: RunSpec, handover: RunHandover, job: Job, files: RunFolder, folders: Sequence[Path]
 ) -> _RecoveredRun:
-    """From the newest checkpoint, else from the beginning; the history forgets what is done again."""
+    """Recover a run from the newest checkpoint, else from the beginning; the history forgets repeated steps."""
     before = files.rows()
     last = max((row.step for row in before), default=0)
     master = Master(job, folders=folders, prefix=spec.name, clip_norm=handover.clip_norm, spec=spec)
@@ -261,7 +261,7 @@ def _from_checkpoint(
 
 
 def _summary_of(files: RunFolder, spec: RunSpec) -> RunSummary:
-    """What run.json says; if somebody has spoilt or removed it, that the run was going on."""
+    """Read run.json; if somebody has spoilt or removed it, assume that the run was going on."""
     try:
         return files.summary()
     except (OSError, ValueError, msgspec.MsgspecError) as error:
@@ -272,7 +272,7 @@ def _summary_of(files: RunFolder, spec: RunSpec) -> RunSummary:
 
 
 def rows_in(folder: Path) -> list[HistoryRow]:
-    """The history that can be read in a run's folder."""
+    """Read as much of the history in a run's folder as can be read."""
     try:
         return read_history(folder, skip_broken=True)
     except OSError as error:
@@ -281,7 +281,7 @@ def rows_in(folder: Path) -> list[HistoryRow]:
 
 
 def events_in(folder: Path) -> list[RunEvent]:
-    """The events that can be read there."""
+    """Read as many of the events in a run's folder as can be read."""
     try:
         return read_events(folder, skip_broken=True)
     except OSError as error:
@@ -300,7 +300,7 @@ def _counts(rows: Iterable[HistoryRow]) -> dict[int, tuple[int, int]]:
 
 
 def columns_of(rows: Iterable[HistoryRow]) -> HistoryColumns:
-    """The history in memory, from its lines; a step whose line is missing, as on a full disk, is not a number."""
+    """Build the history in memory from its lines; a step whose line is missing, as on a full disk, is not a number."""
     columns = HistoryColumns()
     for row in rows:
         _add_row(columns, row)
@@ -319,7 +319,7 @@ def _add_row(columns: HistoryColumns, row: HistoryRow) -> None:
 
 
 def _missing_row(columns: HistoryColumns, last: LastCommit) -> HistoryRow | None:
-    """The line of the last commit, which is written a little later."""
+    """Return the line of the last commit, which is written a little later, if it is missing."""
     if last.step == 0 or not last.values:
         return None
     if last.kind == "step":
@@ -335,7 +335,7 @@ def _missing_row(columns: HistoryColumns, last: LastCommit) -> HistoryRow | None
 
 
 def _newest_checkpoint(spec: RunSpec) -> tuple[Path | None, str]:
-    """Its folder, and the digest of its manifest; the one that the run continues if it has none of its own."""
+    """Return the newest checkpoint's folder and manifest digest; that which the run continues if it has none."""
     folder = Path(spec.folder)
     try:
         found = find_checkpoint(folder, wants=lambda _: ())[0]

@@ -1,4 +1,4 @@
-"""What engines say of a run: checked, and handed to whom it concerns."""
+"""The engines' messages about a run: checked, and handed to the parts that they concern."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class RunRecorder:
     # what has happened
 
     def add_event(self, note: Note, *, step: int | None = None) -> None:
-        """Write down what people should know; begin, pause and resumption open and close spans of time."""
+        """Write an event for people; begin, pause and resumption open and close spans of time."""
         event = RunEvent(
             kind=note.kind,
             text=clean_text(text_of(note), length=TRACEBACK_LENGTH),
@@ -109,7 +109,7 @@ class RunRecorder:
             self.write_summary()
 
     def add_checkpoint_event(self, kind: str, text: str, step: int) -> None:
-        """Write down what became of a checkpoint."""
+        """Write an event on the result of a checkpoint."""
         self.add_event(Note(kind, text), step=step)
 
     def add_output(self, engine: int, lines: Sequence[str], *, kind: str) -> None:
@@ -119,7 +119,7 @@ class RunRecorder:
             self.add_event(Note(kind, "\n".join(lines), engine))
 
     def check_memory(self, engine: int) -> None:
-        """Tell once of each engine that it needs more than was allowed; nothing is ended for it."""
+        """Report, once for each engine, that it needs more than was allowed; nothing is ended for it."""
         limit = self._spec.memory_limit
         grown = None if limit is None else self.stats.take_excess(engine, limit)
         if limit is not None and grown is not None:
@@ -188,7 +188,7 @@ class RunRecorder:
         return self._timelines.wants(step, time.monotonic())
 
     def place_traces(self, traces: Mapping[int, StageTrace]) -> dict[int, EngineTrace]:
-        """Return what all engines did in a step, and in which seats; empty if one of them has none."""
+        """Return the actions of all engines in a step, by team and rank; empty if one of them has none."""
         placed: dict[int, EngineTrace] = {}
         for engine, trace in traces.items():
             assignment = self._coordinator.assignment_of(engine)
@@ -204,7 +204,7 @@ class RunRecorder:
 
     @property
     def is_usage_due(self) -> bool:
-        """Whether the open span of usage has lasted long enough."""
+        """True if the open span of usage has lasted long enough."""
         return self._meter.is_due(self.clock.seconds)
 
     def add_usage(self) -> None:
@@ -216,7 +216,7 @@ class RunRecorder:
     # what is on disk
 
     def write_summary(self) -> None:
-        """Write how the run stands; until its end was said, how it is to end."""
+        """Write the run's status; until its end was reported, the status with which it is to end."""
         coordinator = self._coordinator
         is_ending = coordinator.status in ENDED and not self.is_over
         summary = summarize(

@@ -53,7 +53,7 @@ class RunEnd:
         self._is_lateness_told = False
 
     def add_event(self, note: Note) -> None:
-        """Write down what the coordinator says, but keep how the run has ended until that may be said."""
+        """Write the coordinator's note, but keep that of the run's end until it may be reported."""
         if note.kind in ENDED and not self._recorder.is_over:
             self._last_word = note
         else:
@@ -73,7 +73,7 @@ class RunEnd:
             self._recorder.write_summary()  # a hub that takes the run over has its last checkpoint written
 
     def tell(self, *, is_closing: bool = False) -> None:
-        """Say that the run has ended, in events and folder, unless its last checkpoint is still to come."""
+        """Report the end of the run in events and folder, unless its last checkpoint is still to come."""
         if self._recorder.is_over or self._coordinator.status not in ENDED:
             return
         if self._checkpoints.is_finishing and not is_closing:

@@ -98,12 +98,12 @@ class Connections:
         return WireOffer(url=tcp, token=token, sealed=sealed)
 
     def refill(self) -> None:
-        """Another tick has begun: calls are answered again."""
+        """Answer calls again, as another tick has begun."""
         self._keep_spare_file()
         self.num_calls_left = BUSY_CALLS if self._tokens else QUIET_CALLS
 
     def accept_some(self, listening: int) -> Iterator[int]:
-        """Take the next callers of a listener; the file numbers of those who may say who they are."""
+        """Take the next callers of a listener; yield the file numbers of those who may say who they are."""
         for _ in range(min(TURN_CALLS, self.num_calls_left)):
             self.num_calls_left -= 1
             try:
@@ -114,7 +114,7 @@ class Connections:
                 log.warning("a caller of a wire was sent away: %s", error)
 
     def accept(self, listening: int) -> int:
-        """Take a connection; its file number.
+        """Take a connection; return its file number.
 
         Raises:
             OSError: it is gone already, or a process of another user; BlockingIOError if nobody calls.
@@ -160,7 +160,7 @@ class Connections:
         return gone
 
     def hear(self, line: EngineConnection, packed: memoryview) -> int:
-        """Read what a caller says first; the engine that it leads to.
+        """Read a caller's first message; return the engine that it leads to.
 
         Raises:
             WireError: it is no greeting, or not of the engine that it says it is.
@@ -172,7 +172,7 @@ class Connections:
         return self.greet(line, message)
 
     def greet(self, line: EngineConnection, message: EngineMessage) -> int:
-        """Check the first record of a wire; the engine that it leads to.
+        """Check the first record of a wire; return the engine that it leads to.
 
         Raises:
             WireError: it is not the engine that it says it is.
@@ -202,7 +202,7 @@ class Connections:
         return counts
 
     def silent(self) -> list[int]:
-        """Those who called long ago and have not said who they are."""
+        """List those who called long ago and have not said who they are."""
         limit = time.monotonic() - GREETING_SECONDS
         return [place for place, line in self.lines.items() if line.engine is None and line.opened < limit]
 

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class LostRun(Record, frozen=True):
-    """What is left of it: enough for viewers to hear how it ended."""
+    """The remains of a run: enough for viewers to learn how it ended."""
 
     spec: RunSpec
     status: RunStatus
@@ -33,7 +33,7 @@ class LostRun(Record, frozen=True):
     remote_traceback: str
 
     def state(self, request: GetRun) -> tuple[RunState, list[bytes]]:
-        """What a viewer does not have yet."""
+        """Return the part of the state that a viewer does not have yet."""
         folder = Path(self.spec.folder)
         columns, frames = _columns_in(folder).after(request.seen)
         state = RunState(

@@ -44,11 +44,11 @@ class ConsistencyChecks:
         self.disagreement = ""  # engines have found other losses for the same samples, in words
 
     def is_digest_due(self, step: int) -> bool:
-        """Whether the parameters are hashed after this step."""
+        """Return True if the parameters are hashed after this step."""
         return step > 0 and (step % self._every == 0 or step == self._num_steps)
 
     def keep(self, step: int, digests: bytes) -> None:
-        """The hub's hashes after a step, uint32 for each tensor."""
+        """Keep the hub's hashes after a step, uint32 for each tensor."""
         self._digest_step, self._digests = step, np.frombuffer(digests, dtype=np.uint32)
 
     def check(self, engine: int, report: WorkReport) -> bool:
@@ -65,7 +65,7 @@ class ConsistencyChecks:
         return fault
 
     def fault_of_copy(self, engine: int, step: int, digests: bytes) -> str:
-        """What is wrong with an engine's own copies, as they were after a step; "" if nothing is.
+        """Describe the fault in an engine's own copies, as they were after a step; "" if there is none.
 
         Args:
             engine: whose they are.
@@ -86,7 +86,7 @@ class ConsistencyChecks:
         )
 
     def fault_of_probe(self, engine: int, loss: float) -> str:
-        """What is wrong if an engine finds this loss for the first samples; "" if it is that of notebook and others."""
+        """Compare an engine's loss of the first samples with that of notebook and others; "" if they agree."""
         if self._probe is None:
             self._probe = (f"on engine {engine}", loss)
             return ""

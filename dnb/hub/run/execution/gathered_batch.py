@@ -36,7 +36,7 @@ def gathers_outputs(spec: RunSpec) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """What one report has brought."""
+    """The rows of one report."""
 
     leaves: tuple[OutputLeaf, ...]
     tensors: tuple[memoryview, ...]
@@ -135,7 +135,7 @@ class Gatherer:
         self._groups = tuple((shard,) for shards in groups for shard in shards) if exact else tuple(groups)
 
     def of(self, shards: Sequence[int]) -> Gathered:
-        """What an engine needs to know that computes these shards of the step."""
+        """Return the record for an engine that computes these shards of the step."""
         wanted = set(shards)
         groups = tuple(group for group in self._groups if not wanted.isdisjoint(group))
         return Gathered(leaves=self._leaves, shard_sizes=self._sizes, groups=groups)

@@ -39,7 +39,7 @@ class TaskReports:
 
 
 class PendingReports:
-    """What engines were given of the task under way, and what they have reported.
+    """The shards given to engines in the task under way, and the engines' reports of them.
 
     Args:
         is_divided: whether the model is, so that several engines report the same shards.
@@ -66,7 +66,7 @@ class PendingReports:
             self._states[engine, report.shards] = states
 
     def take(self, keys: Sequence[Key]) -> TaskReports:
-        """Return what is to be committed of these engines and shards, and forget the task."""
+        """Return the reports that are committed of these engines and shards, and forget the task."""
         taken = TaskReports(
             contributions=[contribution for key in keys for contribution in self._contributions(*key)],
             states=self._merged_states(keys),

@@ -1,4 +1,4 @@
-"""Where the engines of a team find each other: a key-value store that the hub serves."""
+"""The rendezvous of a team's engines: a key-value store that the hub serves."""
 
 from __future__ import annotations
 

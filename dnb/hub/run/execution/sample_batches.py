@@ -1,4 +1,4 @@
-"""Which samples each shard of a task has."""
+"""The samples of each shard of a task."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Batches:
         self._bounds: dict[int, list[tuple[int, int]]] = {}
 
     def samples_of(self, kind: WorkKind, step: int, shards: Sequence[int]) -> tuple[tuple[int, ...], bytes]:
-        """How many samples each shard has, and the indices of all, one after the other, as bytes."""
+        """Return the number of samples of each shard, and the indices of all, one after the other, as bytes."""
         indices = self._indices(kind, step)
         bounds = self._bounds_of(kind, len(indices))
         ends = [bounds[shard] for shard in shards]
@@ -71,7 +71,7 @@ class Batches:
         return sizes, b"".join(indices[first:last].tobytes() for first, last in ends)
 
     def _bounds_of(self, kind: WorkKind, num_samples: int) -> list[tuple[int, int]]:
-        """First and past the last sample of every shard."""
+        """Return first and past the last sample of every shard."""
         if kind == "evaluation" and self._val_batch is not None:
             if num_samples not in self._val_bounds:
                 size = self._val_batch
@@ -86,7 +86,7 @@ class Batches:
         return bounds
 
     def name_samples(self, kind: WorkKind, step: int, shards: Sequence[int]) -> str:
-        """The samples of some shards of the task under way, for people."""
+        """Name the samples of some shards of the task under way, for people."""
         if not shards:
             return ""
         _, raw = self.samples_of(kind, step, shards)
@@ -111,7 +111,7 @@ class Batches:
             self._fault = error
 
     def take_note(self) -> str:
-        """What is to be told of the user's sampler, once; else empty."""
+        """Return, once, the note on the user's sampler; else empty."""
         note, self._draws.note = self._draws.note, ""
         return note
 
@@ -175,7 +175,7 @@ class _Evaluations:
         self._indices: NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
     def after(self, step: int) -> NDArray[np.int64]:
-        """The indices of the evaluation after this step.
+        """Return the indices of the evaluation after this step.
 
         Raises:
             UserCodeError: the user's sampler raised, or yielded nothing.
@@ -213,7 +213,7 @@ class _Draws:
         self.note = ""
 
     def next(self) -> torch.Tensor:
-        """The next batch.
+        """Draw the next batch.
 
         Raises:
             ArgumentError: it is none, or there is none in a whole epoch.
@@ -237,7 +237,7 @@ class _Draws:
                 self._tell(f"{self._num_in_epoch}")
 
     def look_beyond(self) -> None:
-        """The last batch is drawn: whether its epoch has more of them than was counted on."""
+        """Look, once the last batch is drawn, if its epoch has more of them than was counted on."""
         if self._epoch is not None and self._num_in_epoch == self._steps_per_epoch and has_sampler(self._order):
             if next(self._epoch, None) is not None:
                 self._tell("more")

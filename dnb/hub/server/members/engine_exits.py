@@ -23,7 +23,7 @@ class ExitWriter:
             os.set_blocking(end, False)
 
     def write(self, pid: int, status: int) -> None:
-        """A child was waited for; nobody need ever read it."""
+        """Write the exit of a child that was waited for; nobody need ever read it."""
         try:
             os.write(self._writer, _EXIT.pack(pid, os.waitstatus_to_exitcode(status)))
         except BlockingIOError:
@@ -42,7 +42,7 @@ class ExitReader:
         self._codes: dict[int, int] = {}
 
     def code_of(self, process: Process) -> int | None:
-        """How a process of this host has ended or is ending, as `subprocess` counts; None if it is not known."""
+        """Return the exit code of a process of this host, as `subprocess` counts; None if it is not known."""
         code = exit_code_of(process)
         if code is None and liveness(process) == "gone":
             self._read()
@@ -50,7 +50,7 @@ class ExitReader:
         return code
 
     def ending(self, processes: Iterable[tuple[int, Process]]) -> list[int]:
-        """The keys of those that are gone, or on their way out."""
+        """List the keys of those that are gone, or on their way out."""
         return [key for key, process in processes if exit_code_of(process) is not None or liveness(process) == "gone"]
 
     def _read(self) -> None:

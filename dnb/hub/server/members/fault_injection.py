@@ -32,7 +32,7 @@ class FaultInjector:
         self.num_killed = 0
 
     def act(self, request: InjectFault, facts: EngineFacts) -> str:
-        """Carry a request out; what was done, in words.
+        """Carry a request out; return in words what was done.
 
         Raises:
             ArgumentError: the engine is on another host, where it cannot be signalled.

@@ -1,4 +1,4 @@
-"""Which engines beat, which are at work although they do not, and which are silent; the time is passed in.
+"""The engines that beat, those at work although they do not, and those that are silent; the time is passed in.
 
 A call that holds the interpreter's lock stops every Python thread of an engine, its heartbeat, too: who is not heard is
 looked at, and is silent only if it does not use the processor either. An engine of another host has a watcher there.
@@ -67,17 +67,17 @@ class HeartbeatMonitor:
         return {engine: max(now - self._last_sign(engine, heard), 0.0) for engine, heard in self._heard.items()}
 
     def begin(self, engine: int, now: float) -> None:
-        """An engine has joined: its silence counts from now."""
+        """Count the silence of an engine that has joined from now on."""
         self._forget(engine)
         self._heard[engine] = now
 
     def drop(self, engine: int) -> None:
-        """An engine is gone."""
+        """Forget an engine that is gone."""
         self._forget(engine)
         self._heard.pop(engine, None)
 
     def beat(self, engine: int, now: float) -> bool:
-        """An engine is heard; whether it was not before."""
+        """Count a heartbeat of an engine; return True if it was missed before."""
         if engine not in self._heard:
             return False
         self._heard[engine] = now
@@ -88,7 +88,7 @@ class HeartbeatMonitor:
         return was_missed
 
     def see_at_work(self, engine: int, now: float) -> None:
-        """An engine that cannot be looked at from here is at work, says its watcher."""
+        """Note an engine at work that cannot be observed from here, by its watcher's word."""
         if engine in self._heard and engine not in self._silent:
             watch = self._watches.setdefault(engine, _SilentEngine(now, Activity(0.0)))
             watch.last_at_work = now
@@ -142,7 +142,7 @@ class HeartbeatMonitor:
         return heard if watch is None else max(heard, watch.last_at_work)
 
     def _forget(self, engine: int) -> None:
-        """What was seen of it while it was not heard."""
+        """Forget all that was noted of an engine while it was not heard."""
         self._watches.pop(engine, None)
         self._silent.discard(engine)
         self._busy.discard(engine)

@@ -1,4 +1,4 @@
-"""Who of a pool works, rests as a spare, or is about to leave: decisions without I/O, which the service carries out."""
+"""The engines of a pool that work, are spares, or are about to leave: decisions without I/O for the service."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from dnb.errors import ArgumentError
 
 
 class Standing(Protocol):
-    """What the roster knows of an engine."""
+    """The roster's facts of an engine."""
 
     is_spare: bool
     is_retiring: bool
 
 
 def becomes_spare(others: Iterable[Standing], *, wanted: int) -> bool:
-    """Whether a newcomer rests: spares are missing, and somebody works already."""
+    """Return True if a newcomer becomes a spare: spares are missing, and somebody works already."""
     staying = [other for other in others if not other.is_retiring]
     num_spares = sum(other.is_spare for other in staying)
     return num_spares < wanted and num_spares < len(staying)
 
 
 def choose_successor(engines: Mapping[int, Standing]) -> int | None:
-    """The spare that has been there longest, which is the likeliest to have loaded the run; None if there is none."""
+    """Return the spare that was there first, the likeliest to have loaded the run; None if there is none."""
     spares = (number for number, engine in engines.items() if engine.is_spare and not engine.is_retiring)
     return min(spares, default=None)
 
 
 def lacks_workers(engines: Mapping[int, Standing]) -> bool:
-    """Whether all that stay are spares."""
+    """Return True if all that stay are spares."""
     return all(engine.is_spare or engine.is_retiring for engine in engines.values())
 
 
