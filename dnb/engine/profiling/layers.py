@@ -183,7 +183,7 @@ class _TensorWatch(TorchFunctionMode):
         self._given: dict[int, int] = {}  # to the function that runs: addresses, and the layers that made them
 
     def add_input(self, tensor: torch.Tensor) -> None:
-        """A tensor of the batch: it is there before the first layer."""
+        """Add a tensor of the batch, which is there before the first layer."""
         self._known[tensor] = trace = _TensorUse(-1, -1, tensor.nbytes)
         self.traces.append(trace)
 

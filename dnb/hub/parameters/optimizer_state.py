@@ -176,13 +176,13 @@ def pack_groups(optimizer: torch.optim.Optimizer) -> bytes:
 
 
 def give_groups(optimizer: torch.optim.Optimizer, packed: bytes) -> None:
-    """The reverse of `pack_groups`."""
+    """Give an optimizer the options that `pack_groups` encoded."""
     for group, options in zip(optimizer.param_groups, msgspec.msgpack.decode(packed, type=list[bytes]), strict=True):
         group.update(unpack_state(options))
 
 
 def pack_scheduler(scheduler: LRScheduler | None) -> bytes:
-    """Its state."""
+    """Encode a scheduler's state."""
     return b"" if scheduler is None else _pack(scheduler.state_dict())
 
 
