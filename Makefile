@@ -9,6 +9,8 @@ BIN    := $(VENV)/bin
 # Two times quiet: a machine's own pip configuration may print warnings that are not ours.
 INSTALL := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check -c constraints.txt
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+# A worker of the tests for each core that this process may use, two at least, as most of a test with a pool is waiting.
+WORKERS ?= $(shell $(PYTHON) -c 'import os; print(max(2, min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())))' 2>/dev/null || echo 2)
 # Another processor's: what passes with these kernels and with the machine's own rests on neither. KERNELS=... names others.
 KERNELS := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE
 
@@ -62,11 +64,11 @@ lab: $(VENV)/.demo-stamp | build
 test: lint pytest numerics nbval
 
 pytest: $(VENV)/.dev-stamp | build
-	$(BIN)/python -m pytest tests -n 2 --dist worksteal --durations 15
+	$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal --durations 15
 
 # Only files that have such a test are collected.
 numerics: $(VENV)/.dev-stamp | build
-	env $(KERNELS) $(BIN)/python -m pytest -m numeric -n 2 --dist worksteal \
+	env $(KERNELS) $(BIN)/python -m pytest -m numeric -n $(WORKERS) --dist worksteal \
 	    $$(grep -rl --include='test_*.py' 'mark\.numeric' tests)
 
 soak: $(VENV)/.dev-stamp | build
