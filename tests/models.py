@@ -337,3 +337,46 @@ def twice(make: Callable[[], nn.Module]) -> tuple[nn.Module, nn.Module]:
     first = make()
     torch.manual_seed(0)
     return first, make()
+
+
+class LowRank(nn.Module):
+    """A frozen layer and adapters of low rank beside it, kept by name as peft keeps them."""
+
+    def __init__(self, layer: nn.Linear, *, rank: int, dropout: float) -> None:
+        super().__init__()
+        self.base_layer = layer.requires_grad_(False)
+        self.active = ["default"]
+        self.scaling = {"default": 2.0}
+        self.lora_dropout = nn.ModuleDict({"default": nn.Dropout(dropout) if dropout else nn.Identity()})
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(layer.in_features, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, layer.out_features, bias=False)})
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        output = self.base_layer(inputs)
+        for name in self.active:
+            if name not in self.lora_A:
+                continue
+            narrow, wide = self.lora_A[name], self.lora_B[name]
+            dropped = self.lora_dropout[name](inputs.to(narrow.weight.dtype))
+            output = output + wide(narrow(dropped)) * self.scaling[name]
+        return output
+
+
+class LowRankBlock(nn.Module):
+    """Two adapted layers that look at one value, and what was there before added."""
+
+    def __init__(self, width: int, *, dropout: float) -> None:
+        super().__init__()
+        self.q = LowRank(nn.Linear(width, width), rank=2, dropout=dropout)
+        self.k = nn.Linear(width, width).requires_grad_(False)
+        self.v = LowRank(nn.Linear(width, width), rank=2, dropout=dropout)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs + torch.tanh(self.q(inputs) * self.k(inputs)) + self.v(inputs)
+
+
+def adapted_net(*, dropout: float = 0.0) -> nn.Module:
+    """Frozen but for adapters of low rank."""
+    torch.manual_seed(0)
+    first, head = nn.Linear(64, 24).requires_grad_(False), nn.Linear(24, 10).requires_grad_(False)
+    return nn.Sequential(first, *(LowRankBlock(24, dropout=dropout) for _ in range(3)), head)

@@ -54,9 +54,26 @@ class ModelDivision:
 
     @classmethod
     def of_plan(
-        cls, plan: Plan, job: Job, data: Data, *, batch_size: int, exact: bool, transport: Any
+        cls,
+        plan: Plan,
+        job: Job,
+        data: Data,
+        *,
+        batch_size: int,
+        exact: bool,
+        transport: Any,
+        keeps_cuts: bool = True,
     ) -> ModelDivision:
         """Divide a model as a plan says.
+
+        Args:
+            plan: for this model.
+            job: as it is shipped.
+            data: likewise.
+            batch_size: samples of the global batch.
+            exact: whether the run is.
+            transport: of the run.
+            keeps_cuts: else stages begin where they are about as heavy as each other.
 
         Raises:
             PlanError: the plan is for another model, or cannot be carried out.
@@ -68,7 +85,7 @@ class ModelDivision:
             raise PlanError(
                 f"the plan is for batches of {plan.batch_size} samples, not {batch_size}: give it batch_size"
             )
-        division = cls.of(
+        return cls.of(
             job,
             data,
             strategy="pipeline",
@@ -79,9 +96,8 @@ class ModelDivision:
             micro_batch=batch_size // plan.mesh.data // plan.num_micro_batches,
             exact=exact,
             transport=transport,
+            planned=plan.partition if keeps_cuts else None,
         )
-        partitions = [plan.partition if each.num_engines == size else each for each in division.partitions]
-        return replace(division, partitions=tuple(partitions))
 
     @classmethod
     def of(  # noqa: PLR0913 - of one call of `fit`
@@ -98,6 +114,7 @@ class ModelDivision:
         exact: bool,
         transport: Any,
         tensor_plan: Mapping[str, Any] | None = None,
+        planned: Partition | None = None,
     ) -> ModelDivision:
         """Divide a model, or say why it cannot be.
 
@@ -131,6 +148,7 @@ class ModelDivision:
                 micro_batch=micro_batch,
                 schedule=read_schedule(schedule),
                 stages=own_stages,
+                planned=planned,
             )
         if wanted is not None and len(partitions) < wanted:
             raise PlanError(

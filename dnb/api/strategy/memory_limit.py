@@ -15,11 +15,12 @@ from dnb.api.strategy.division import ModelDivision
 from dnb.engine.replicas.pipeline.micro_batches import model_inputs
 from dnb.errors import PlanError
 from dnb.job import Data, Job
-from dnb.partitioning.pipeline.cut_points import cut_points
 from dnb.partitioning.pipeline.dry_run import no_autocast
 from dnb.partitioning.pipeline.flop_counts import balanced_cuts
 from dnb.partitioning.pipeline.memory_estimate import Loss, Need, needs_of, whole_need
+from dnb.partitioning.pipeline.partitions import ties_of
 from dnb.partitioning.pipeline.stage_builder import StageBuilder
+from dnb.partitioning.pipeline.traced_forward import follow_once
 from dnb.planning.search.plans import Plan
 from dnb.protocol.run import Partition
 from dnb.units import amount
@@ -113,6 +114,7 @@ class Limit:
             PlanError: no pipeline over so many engines fits; with the figures, and how many would do.
         """
         found: list[Partition] = []
+        ties = dict.fromkeys(division.ties)
         needs: dict[int, tuple[Need, ...]] = {}
         samples = self._batch_size // division.num_teams
         for partition in division.partitions:
@@ -122,9 +124,16 @@ class Limit:
             fitted, needs[partition.num_engines] = self._fitted(partition, division, samples, is_settled=is_settled)
             if _largest(needs[partition.num_engines]) <= self._num_bytes:
                 found.append(fitted)
+                if fitted is not partition:
+                    ties.update(dict.fromkeys(self._ties_of(fitted, samples)))
         if not any(partition.num_engines <= num_engines for partition in found):
             self._refuse(needs, [partition.num_engines for partition in found], num_engines=num_engines)
-        return replace(division, partitions=tuple(found))
+        return replace(division, partitions=tuple(found), ties=tuple(ties))
+
+    def _ties_of(self, partition: Partition, samples: int) -> list[str]:
+        """Return the parameters that more than one engine uses where stages begin elsewhere than in even divisions."""
+        inputs = model_inputs(self._job, self._batch_of(samples // partition.num_micro_batches))
+        return ties_of(follow_once(self._job.model, inputs).users(partition.cuts), partition.num_engines)
 
     def _fitted(
         self, partition: Partition, division: ModelDivision, samples: int, *, is_settled: bool
@@ -135,7 +144,7 @@ class Limit:
         needs = self._needs(partition, stages, batch)
         if _largest(needs) <= self._num_bytes or is_settled or stages is not None or partition.num_stages == 1:
             return partition, needs
-        points = cut_points(self._job.model, model_inputs(self._job, batch))
+        points = follow_once(self._job.model, model_inputs(self._job, batch)).points
         layers = msgspec.structs.replace(partition, num_stages=len(points) + 1, cuts=tuple(points))
         parts = StageBuilder(self._job.model, layers, autocast=self._autocast).parts(model_inputs(self._job, batch))
         weights = [sum(each.nbytes for each in part.parameters.values()) + 1 for part in parts]

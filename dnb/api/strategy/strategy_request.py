@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -114,14 +115,28 @@ class StrategyRequest:
     def _division_for(self, plan: Plan | None, pool: EnginePool) -> ModelDivision | None:
         division = self.division
         if plan is not None and self.strategy == "auto":
-            division = ModelDivision.of_plan(
-                plan, self.job, self.data, batch_size=self.batch_size, exact=self.exact, transport=self.transport
-            )
+            division = self._division_by(plan)
         if division is not None:
             division.check_pool(pool)
             division = division.for_loss(self.loss_over, micro_batch=self.micro_batch)
             division.check_metrics(self.whole_metrics)
         return division
+
+    def _division_by(self, plan: Plan) -> ModelDivision:
+        """Return the division of a plan that nobody has read; what was seen of calls does not tell all of a forward."""
+        divide = partial(
+            ModelDivision.of_plan,
+            plan,
+            self.job,
+            self.data,
+            batch_size=self.batch_size,
+            exact=self.exact,
+            transport=self.transport,
+        )
+        try:
+            return divide()
+        except PlanError:
+            return divide(keeps_cuts=False)
 
     def _within_memory(
         self, num_bytes: int, division: ModelDivision | None, plan: Plan | None, pool: EnginePool

@@ -56,6 +56,7 @@ class _LayerCall:
     module: nn.Module
     begin: Begin
     calls: list[_LayerCall] = field(default_factory=list)
+    is_passing: bool = False  # it gives the very tensor that it got, as it does nothing, or works in place
 
 
 @dataclass(slots=True)
@@ -78,15 +79,20 @@ def find_beginnings(model: nn.Module, forward: Forward) -> list[tuple[Layer, Beg
     """Find the chain of modules that a forward runs one after the other, and when each began.
 
     It looks into the model, into sequences within it, and into modules that hold much of it and are not one of several
-    of their kind (those are a chain themselves). A module that is called more than once is no beginning of a layer.
+    of their kind (those are a chain themselves). A module that is called more than once, does nothing or works in place
+    is no beginning of a layer.
     """
     root = _watch_calls(model, forward)
     num_calls: dict[int, int] = {}
     for call in _all_calls(root):
         num_calls[id(call.module)] = num_calls.get(id(call.module), 0) + 1
     chain = list(_chain(root, whole=_parameter_bytes(model)))
-    once = [call for number, call in enumerate(chain) if number == 0 or num_calls[id(call.module)] == 1]
-    return [(Layer(call.name, call.module), call.begin) for call in once]
+    found = [
+        call
+        for number, call in enumerate(chain)
+        if number == 0 or (num_calls[id(call.module)] == 1 and not call.is_passing)
+    ]
+    return [(Layer(call.name, call.module), call.begin) for call in found]
 
 
 def _watch_calls(model: nn.Module, forward: Forward) -> _LayerCall:
@@ -100,14 +106,14 @@ def _watch_calls(model: nn.Module, forward: Forward) -> _LayerCall:
             stack[-1].calls.append(call)
             stack.append(call)
 
-    def leave(module: nn.Module, _: Any, __: Any) -> None:
+    def leave(module: nn.Module, given: Any, named: Any, output: Any) -> None:
         if module is not model:
-            stack.pop()
+            stack.pop().is_passing = any(output is value for value in (*given, *named.values()))
 
     with ExitStack() as hooks:
         for module in model.modules():
             _hold(hooks, module.register_forward_pre_hook(enter))
-            _hold(hooks, module.register_forward_hook(leave))
+            _hold(hooks, module.register_forward_hook(leave, with_kwargs=True))
         forward()
     return root
 

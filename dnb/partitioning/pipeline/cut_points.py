@@ -121,10 +121,11 @@ def _is_container(module: nn.Module) -> bool:
 def points_of(model: nn.Module, trace: ModelTrace) -> list[str]:
     """Return the modules of a traced model at which a stage can begin, in the order in which they run.
 
-    Places at which something could not cross the cut are none, unless all are such: then a refusal can say why.
+    A module that computes nothing is none, as the next one begins there. Places at which something could not cross
+    the cut are none, unless all are such: then a refusal can say why.
     """
     forbidden = forbidden_places(trace)
-    begins = {name: place for name, place in trace.begins.items() if name.startswith(PREFIX)}
+    begins = {name: place for name, place in trace.begins.items() if name.startswith(PREFIX) and name not in trace.idle}
     allowed = {
         name: place for name, place in begins.items() if not any(first <= place <= last for first, last in forbidden)
     }

@@ -30,6 +30,7 @@ def pipelines(
     micro_batch: int | None,
     schedule: ScheduleName,
     stages: Sequence[nn.Module] | None = None,
+    planned: Partition | None = None,
 ) -> tuple[tuple[Partition, ...], tuple[str, ...]]:
     """Find the partitions over 1, 2, ... engines, and the parameters that several engines use in any of them.
 
@@ -41,9 +42,10 @@ def pipelines(
         micro_batch: samples of a micro-batch; None chooses.
         schedule: of all of them.
         stages: the user's own, instead of cuts.
+        planned: stands for the one over as many engines.
 
     Raises:
-        PlanError: the model cannot be divided, or the batch not into such micro-batches.
+        PlanError: the model cannot be divided, or not as planned, or the batch not into such micro-batches.
     """
     followed = None if stages is not None else follow_once(model, inputs)
     num_layers = len(stages) if stages is not None else 1 if followed is None else len(followed.points) + 1
@@ -63,9 +65,15 @@ def pipelines(
             schedule=schedule if num_engines > 1 else "gpipe",
             num_micro_batches=_num_micro_batches(num_samples, micro_batch, num_stages=num_stages),
         )
+        if planned is not None and planned.num_engines == num_engines:
+            partition = planned
         if num_stages > 1:
-            users = _users_of_chain(model, partition, inputs, stages) if followed is None else followed.users(cuts)
-            ties.update(dict.fromkeys(_ties(users, num_engines)))
+            users = (
+                _users_of_chain(model, partition, inputs, stages)
+                if followed is None
+                else followed.users(partition.cuts)
+            )
+            ties.update(dict.fromkeys(ties_of(users, num_engines)))
         found.append(partition)
     if len(found) < 2 and most_engines > 1:
         # Says why it cannot be cut at all.
@@ -161,6 +169,11 @@ def _users_of_chain(
     return users
 
 
-def _ties(users: Mapping[str, set[int]], num_engines: int) -> list[str]:
-    """Return the parameters that more than one engine uses."""
+def ties_of(users: Mapping[str, set[int]], num_engines: int) -> list[str]:
+    """Return the parameters that more than one engine uses.
+
+    Args:
+        users: the stages that use each of them.
+        num_engines: over which stages are dealt out.
+    """
     return [name for name, stages in users.items() if len({stage % num_engines for stage in stages}) > 1]

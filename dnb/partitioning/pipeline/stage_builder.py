@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from dnb.errors import USER_ERRORS, PlanError, nearest
-from dnb.partitioning.pipeline.cut_points import cut_points
+from dnb.partitioning.pipeline.cut_points import cut_points, follow
 from dnb.partitioning.pipeline.dry_run import PREFIX, DryRun, no_autocast
 from dnb.partitioning.pipeline.graph_split import split
 from dnb.partitioning.pipeline.module_chains import divide_chain
@@ -22,6 +22,8 @@ from dnb.partitioning.pipeline.stage_module import WAY_OUT, StagePart
 from dnb.partitioning.pipeline.symbol_tracer import trace_by_symbols
 from dnb.partitioning.pipeline.tracing import Inputs, ModelCall, ModelTrace, NotTraceable, containing, trace_by_export
 from dnb.protocol.run import Partition
+
+_Way = Callable[[ModelCall, Inputs, Sequence[str], DryRun], tuple[ModelTrace, list[str]]]
 
 
 class StageBuilder:
@@ -46,7 +48,8 @@ class StageBuilder:
         self._partition = partition
         self._stages = stages
         self._dry_run = DryRun(model, autocast)
-        self._by_symbols: dict[bool, bool] = {}  # by mode, once it was seen whether symbols tell all that is called
+        # By mode, once it was seen: how symbols tell all that is called; empty if they cannot.
+        self._ways: dict[bool, tuple[_Way, ...]] = {}
 
     def parts(self, inputs: Inputs) -> tuple[StagePart, ...]:
         """Build the stages, in the mode (train or eval) that the model is in, for inputs of these shapes.
@@ -65,31 +68,52 @@ class StageBuilder:
             return _named(model, [StagePart(call, tuple(range(len(inputs.values))), (), (), {}, {})])
         _check_cuts(model, partition, inputs)
         cuts = [PREFIX + cut for cut in partition.cuts]
-        trace = self._trace(call, inputs, containing(cuts))
+        trace = self._trace(call, inputs, cuts)
         check_begun(trace.begun(cuts), cuts)
         begins = ["", *partition.cuts]
         built = split(trace, cuts, inputs)
         return _named(model, [StagePart(*part, {}, {}, begins[stage]) for stage, part in enumerate(built)])
 
-    def _trace(self, call: ModelCall, inputs: Inputs, opened: Iterable[str]) -> ModelTrace:
-        """Trace by symbols if that calls the very operations that the model calls, else by torch.export."""
+    def _trace(self, call: ModelCall, inputs: Inputs, cuts: Sequence[str]) -> ModelTrace:
+        """Trace by symbols if these tell all operations of the model and where stages begin, else by torch.export.
+
+        Where it is not enough to look into the modules in which the cuts lie, as when one that stays whole is given
+        something that no symbol can stand for, all are looked into: so the cuts were chosen.
+        """
+        wanted = None if call.training in self._ways else operations_of(call, inputs, self._dry_run)
         refusal: NotTraceable | None = None
-        is_enough = self._by_symbols.get(call.training)
-        if is_enough is not False:
-            wanted = None if is_enough else operations_of(call, inputs, self._dry_run)
+        incomplete: ModelTrace | None = None  # never comes to some cut
+        for way in self._ways.get(call.training, (_open_around, _open_all)):
             try:
-                trace, operations = trace_by_symbols(call, inputs, opened, self._dry_run)
+                trace, operations = way(call, inputs, cuts, self._dry_run)
             except NotTraceable as error:
-                if self._dry_run.has_data:  # the model looks at values, which torch.export cannot follow, either
-                    raise untraceable(call, error) from error
-                refusal = error
-            else:
-                self._by_symbols[call.training] = is_enough = is_enough or operations == wanted
-                if is_enough:
-                    return trace
-        trace = exported(call, inputs, self._dry_run, refusal=refusal)
-        self._by_symbols[call.training] = False
-        return trace
+                refusal = refusal or error
+                continue
+            if wanted is not None and operations != wanted:
+                continue
+            if trace.begins.keys() >= set(cuts):
+                self._ways[call.training] = (way,)
+                return trace
+            incomplete = trace
+        if incomplete is not None:
+            return incomplete
+        if refusal is not None and self._dry_run.has_data:  # which torch.export cannot follow, either
+            raise untraceable(call, refusal) from refusal
+        self._ways[call.training] = ()
+        return exported(call, inputs, self._dry_run, refusal=refusal)
+
+
+def _open_around(call: ModelCall, inputs: Inputs, cuts: Sequence[str], dry_run: DryRun) -> tuple[ModelTrace, list[str]]:
+    """Look into the modules in which the cuts lie; all others stay whole."""
+    return trace_by_symbols(call, inputs, containing(cuts), dry_run)
+
+
+def _open_all(call: ModelCall, inputs: Inputs, _cuts: Sequence[str], dry_run: DryRun) -> tuple[ModelTrace, list[str]]:
+    """Look into all modules that can be looked into."""
+    found = follow(call.model, inputs, dry_run)
+    if found is None:
+        raise NotTraceable("it cannot be followed", operator="", line="")
+    return found
 
 
 def exported(call: ModelCall, inputs: Inputs, dry_run: DryRun, *, refusal: NotTraceable | None = None) -> ModelTrace:

@@ -75,6 +75,7 @@ class SymbolTracer(fx.Tracer):
         self.trace_asserts = True
         self._opened = {"model", *opened}
         self.begins: dict[str, int] = {}  # every module that is called, and the number of operations before it
+        self.idle: set[str] = set()  # of these, modules that compute nothing when they are first called
         self.values: dict[fx.Node, Any] = {}
         self.last_operation = ""
         self.operations: list[str] = []  # that the graph calls
@@ -120,8 +121,15 @@ class SymbolTracer(fx.Tracer):
         """Record the place at which a module begins."""
         if self._is_computing:
             return forward(*args, **kwargs)
-        self.begins.setdefault(self.path_of_module(m), self._num_nodes)
-        return super().call_module(m, forward, args, kwargs)
+        name = self.path_of_module(m)
+        if name in self.begins:
+            return super().call_module(m, forward, args, kwargs)
+        self.begins[name] = self._num_nodes
+        before = len(self._log)
+        output = super().call_module(m, forward, args, kwargs)
+        if self._has_values and len(self._log) == before:
+            self.idle.add(name)
+        return output
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Return parameters and buffers as symbols to the user's forward only."""
@@ -225,5 +233,7 @@ def trace_by_symbols(
         raise
     except USER_ERRORS as error:
         raise NotTraceable(first_line(error), operator=tracer.last_operation, line=users_line(error)) from error
-    trace = ModelTrace(graph, call, tracer.values, lambda output: output, tracer.begins, tracer.watch.changes)
+    trace = ModelTrace(
+        graph, call, tracer.values, lambda output: output, tracer.begins, tracer.watch.changes, tracer.idle
+    )
     return trace, tracer.operations

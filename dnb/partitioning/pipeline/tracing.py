@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
@@ -88,6 +89,7 @@ class ModelTrace:
         restore: from the graph's output to the model's.
         begins: modules that are called, in that order, and the number of operations before each.
         changes: values that an operation changes in place, and the operation.
+        idle: modules that compute nothing when they are first called, such as `nn.Identity`.
     """
 
     graph: fx.Graph
@@ -96,6 +98,7 @@ class ModelTrace:
     restore: Callable[[Any], Any]
     begins: Mapping[str, int]
     changes: Sequence[tuple[fx.Node, fx.Node]]
+    idle: Set[str] = frozenset()
 
     def begun(self, cuts: Sequence[str]) -> list[str]:
         """Return those of the modules that are called, in that order."""
@@ -157,7 +160,8 @@ def trace_by_export(call: ModelCall, inputs: Inputs, dry_run: DryRun) -> ModelTr
         NotTraceable: `torch.distributed.pipelining.pipeline` could not trace it, either.
     """
     try:
-        program = torch.export.export(call, inputs.values)
+        with _noting_calls(call) as called:
+            program = torch.export.export(call, inputs.values)
         module = program.module(check_guards=False)
     except KeyboardInterrupt:
         raise
@@ -166,7 +170,7 @@ def trace_by_export(call: ModelCall, inputs: Inputs, dry_run: DryRun) -> ModelTr
     for node in list(module.graph.nodes):
         if node.op == "call_module":  # guards on shapes, which are kept per shape anyway
             module.graph.erase_node(node)
-    begins: dict[str, int] = {}
+    first: dict[str, int] = {}  # operation within each module that has some
     attributes: dict[str, Any] = {}
     place = 0
     for node in module.graph.nodes:
@@ -175,7 +179,7 @@ def trace_by_export(call: ModelCall, inputs: Inputs, dry_run: DryRun) -> ModelTr
             attributes[node.target] = _attribute(call, module, node.target)
         elif node.op not in ("placeholder", "output"):
             for name in _scopes(node):
-                begins.setdefault(name, place)
+                first.setdefault(name, place)
             place += 1
     spec = program.call_spec.out_spec
     with dry_run.running():
@@ -185,18 +189,40 @@ def trace_by_export(call: ModelCall, inputs: Inputs, dry_run: DryRun) -> ModelTr
         attributes,
         values,
         lambda flat: pytree.tree_unflatten(list(flat), spec),
-        begins,
+        _begins(called, first, end=place),
         changes,
+        called.keys() - first.keys(),
     )
+
+
+@contextmanager
+def _noting_calls(call: ModelCall) -> Iterator[dict[str, None]]:
+    """Enter around a forward; yield the modules that it calls, in the order of their first calls."""
+    called: dict[str, None] = {}
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.setdefault(name))
+        for name, module in call.named_modules()
+        if name
+    ]
+    try:
+        yield called
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _begins(called: Iterable[str], first: Mapping[str, int], *, end: int) -> dict[str, int]:
+    """Return the places at which modules begin; one without an operation begins with the next one that has some."""
+    begins: dict[str, int] = {}
+    for name in reversed(list(called)):
+        begins[name] = end = min(first.get(name, end), end)
+    return dict(reversed(begins.items()))
 
 
 def _scopes(node: fx.Node) -> list[str]:
     """Return the names of the modules within whose forward an operation was called, outer ones first."""
-    names: dict[str, None] = {}
-    for path, _kind in node.meta.get("nn_module_stack", {}).values():
-        parts = path.removeprefix("L['self'].").split("@")[0].split(".")
-        names.update(dict.fromkeys(".".join(parts[:end]) for end in range(1, len(parts) + 1)))
-    return list(names)
+    stack = node.meta.get("nn_module_stack", {}).values()
+    return [path.removeprefix("L['self'].").split("@")[0] for path, _kind in stack]
 
 
 def _attribute(call: ModelCall, module: nn.Module, target: str) -> Any:
