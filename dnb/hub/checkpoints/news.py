@@ -1,4 +1,4 @@
-"""News of checkpoints: each fault is told once, until one is written again."""
+"""News of checkpoints: each fault is reported once, until one is written again."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CheckpointNews:
 
     def __init__(self, tell: Tell) -> None:
         self._tell = tell
-        self._faults: set[str] = set()  # that were told
+        self._faults: set[str] = set()  # that were reported
         self._is_unsigned_told = False
 
     def tell_written(self, result: WriteResult, *, signer_fault: str) -> None:
@@ -54,14 +54,14 @@ class CheckpointNews:
             step: of the run.
             kind: of the event.
             reason: in words.
-            error: the same for errors that are told once.
+            error: the same for errors that are reported once.
             is_last: the run has ended.
         """
         cause = f"{type(error).__name__} {error.errno if isinstance(error, OSError) else reason}"
         goes_on = "" if is_last else "the run goes on, and "
         text = f"no checkpoint of step {step}: {reason}; {goes_on}earlier checkpoints stay"
         if is_last:
-            self._faults.discard(cause)  # that the last one is missing is told in any case
+            self._faults.discard(cause)  # that the last one is missing is reported in any case
         if cause not in self._faults:
             log.warning(text)
         self._tell_once(cause, kind, text, step)

@@ -55,8 +55,8 @@ def restore(folder: Path, master: Master, columns: HistoryColumns, *, digest: st
     except ArgumentError:
         raise
     except Exception as error:  # whatever the state holds that the user's optimizer or scheduler cannot take
-        told = error.failure if isinstance(error, UserCodeError) else describe_error(error)
-        raise ArgumentError(f"{folder} is not as dnb writes checkpoints: {told.kind}: {told.message}") from error
+        failure = error.failure if isinstance(error, UserCodeError) else describe_error(error)
+        raise ArgumentError(f"{folder} is not as dnb writes checkpoints: {failure.kind}: {failure.message}") from error
     return checkpoint.manifest
 
 

@@ -39,20 +39,20 @@ class CheckpointTickets:
         """Return the state of a request.
 
         Raises:
-            ArgumentError: there was no such wish.
+            ArgumentError: there was no such request.
         """
         if ticket not in self._states:
             raise ArgumentError(f"no checkpoint of run {self._run!r} was asked for with the number {ticket}")
         return self._states[ticket]
 
     def take(self, *, is_own: bool) -> tuple[Path | None, tuple[int, ...]]:
-        """Return where the next one goes, and the tickets of all who wish it there: they wait no more.
+        """Return where the next one goes, and the tickets of all requests for that place: they wait no more.
 
         Args:
             is_own: it goes into the run's own folder in any case, which is None.
         """
         path = None if is_own else next(iter(self._asked.values()))
-        tickets = tuple(ticket for ticket, wished in self._asked.items() if wished == path)
+        tickets = tuple(ticket for ticket, target in self._asked.items() if target == path)
         for ticket in tickets:
             del self._asked[ticket]
             self._states[ticket] = CheckpointState(ticket=ticket, state="writing")

@@ -77,7 +77,7 @@ class Checkpointer:
         self._buffers: dict[str, TensorBuffer] = {}
         self._is_due = False
         self._is_record = False  # what is due is the best so far: it waits in memory rather than being left out
-        # The step whose turn came too early; told once another step has taken its place.
+        # The step whose turn came too early; reported once another step has taken its place.
         self._left_out: int | None = None
         self._waiting: PendingCheckpoint | None = None
         self._last_taken = (-1, -1)
@@ -124,7 +124,7 @@ class Checkpointer:
         """Return the state of a request.
 
         Raises:
-            ArgumentError: there was no such wish.
+            ArgumentError: there was no such request.
         """
         self.collect()
         return self._tickets.state_of(ticket)
@@ -220,7 +220,7 @@ class Checkpointer:
         if target == own:
             self._last_taken = (place.step, place.evaluated)
             self._left_out = None
-        if self._waiting is not None:  # a better one takes its place, and fulfils its wishes
+        if self._waiting is not None:  # a better one takes its place, and serves its requests
             tickets += self._waiting.tickets
         needed = sum(buffer.num_bytes for buffer in buffers.values()) + self._thread.sources.pending_bytes
         checkpoint = PendingCheckpoint(target, manifest, buffers, tickets, is_of_policy, needed + MARGIN_BYTES, extra)
@@ -239,7 +239,7 @@ class Checkpointer:
         is_same = self._last_taken == (place.step, place.evaluated)
         try:
             return is_own and is_same and (target / MANIFEST_FILE).exists()
-        except OSError:  # it is written again, and what is wrong with the folder is told then
+        except OSError:  # it is written again, and what is wrong with the folder is reported then
             return False
 
     def _settle_as_there(self, target: Path, tickets: Sequence[int], step: int) -> None:
@@ -266,7 +266,7 @@ class Checkpointer:
             checkpoint, self._waiting = self._waiting, None
             self._write(checkpoint)
         elif self._retention is None:
-            self._buffers = {}  # as large as model and optimizer: not kept for a wish that may not come
+            self._buffers = {}  # as large as model and optimizer: not kept for a request that may not come
         if self._ended is not None and not self._thread.is_busy and not self._is_due and not self._tickets:
             self._thread.sources.forget_data()
 

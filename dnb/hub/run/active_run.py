@@ -253,7 +253,7 @@ class ActiveRun:
         self._dispatcher.dispatch(machine.EngineHeard(engine))
 
     def retire_engine(self, engine: int) -> None:
-        """Let an engine leave when it has reported what it computes; `release` is told."""
+        """Let an engine leave when it has reported what it computes; `release` is called then."""
         if self.is_active and engine in self._links:
             self._dispatcher.dispatch(machine.RetireEngine(engine))
         else:

@@ -41,7 +41,7 @@ class EngineLink:
     has_loaded: bool = False
     is_written: bool = False  # user code has written into its own copy of the parameters
     states_version: int = 0  # of the loose states that it has
-    gradient_layout: Layout | None = None  # of which it was told
+    gradient_layout: Layout | None = None  # that it was sent
 
 
 class EngineLinks:
@@ -51,7 +51,7 @@ class EngineLinks:
         spec: the run's numbers.
         frames: spec, job, data and signature as the client signed them.
         master: whose parameters and slabs the engines use.
-        coordinator: says which engine has which seat, and whose slabs it writes into.
+        coordinator: knows the team and rank of each engine, and the slabs it writes into.
         pool: sends what goes over no wire, and offers wires.
         engines: those that take part from the start.
         functions: another step or loss function that the run goes on with, as pickle and signature.
@@ -98,11 +98,11 @@ class EngineLinks:
     # who takes part
 
     def add(self, facts: EngineFacts) -> None:
-        """Let an engine take part: reached as was wished, else by memory if it is on this host."""
-        wishes = self._spec.transport
+        """Let an engine take part: reached as was asked for, else by memory if it is on this host."""
+        transports = self._spec.transport
         is_near = facts.process.host == self._host
-        wish = wishes.get(str(facts.engine), wishes.get(""))
-        self._links[facts.engine] = EngineLink(wish or ("memory" if is_near else "socket"), is_near)
+        kind = transports.get(str(facts.engine), transports.get(""))
+        self._links[facts.engine] = EngineLink(kind or ("memory" if is_near else "socket"), is_near)
 
     def add_slabs(self, number: int) -> None:
         """Make slabs for those that take part from the start.

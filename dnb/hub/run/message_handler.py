@@ -33,7 +33,7 @@ class MessageHandler:
     Args:
         spec: the run's numbers.
         master: whose layouts say what an engine can mean.
-        coordinator: knows the engines' seats.
+        coordinator: knows the engines' assignments.
         dispatcher: takes the events that messages become.
         tasks: takes reports of shards.
         links: to the engines.
@@ -89,7 +89,7 @@ class MessageHandler:
             case Loaded(team=team):
                 self._links[engine].has_loaded = True
                 assignment = self._coordinator.assignment_of(engine)
-                if assignment is None or assignment[0] == team:  # else it had sat down before it got another seat
+                if assignment is None or assignment[0] == team:  # else it had joined before it got another assignment
                     self._recorder.stats.begin(engine)
                     self._dispatcher.dispatch(EngineLoaded(engine))
             case LoadFailed():

@@ -1,4 +1,4 @@
-"""The record of a run: its folder, its history in memory, and what viewers are told of it."""
+"""The record of a run: its folder, its history in memory, and the state that viewers get."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MOST_OUTPUT_LINES = 2000
 
 
 class RunRecorder:
-    """Writer of a run's folder, and keeper of what viewers may ask for.
+    """Writer of a run's folder, and holder of the state that viewers ask for.
 
     Args:
         spec: the run's numbers.
@@ -79,7 +79,7 @@ class RunRecorder:
         self.gradients = GradientSamples(
             initial_state.master.gradient_layout, last_step=self.first_step + spec.num_sampled
         )
-        self._num_lines = 0  # that engines have told
+        self._num_lines = 0  # that engines have printed
 
     def go_on_with(self, spec: RunSpec) -> None:
         """Write other numbers of the run from now on."""

@@ -1,4 +1,4 @@
-"""The end of a run, which is told once its last checkpoint is whole."""
+"""The end of a run, which is reported once its last checkpoint is whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The heart of the hub: a state machine without I/O that decides who computes what, and when a step counts.
+"""The coordinator of a run: a state machine without I/O that decides who computes what, and when a step counts.
 
 Events go in, actions come out (`dnb.hub.scheduling.events`); there is no clock, no socket, no thread, no tensor: the
 time comes with the events. One coordinator is one run.
@@ -99,7 +99,7 @@ BUSY_START_SECONDS = 10.0
 BUSY_STOP_SECONDS = 5.0
 # How long a run that is resumed without engines waits for the first that joins.
 REFILL_SECONDS = 60.0
-# A run whose every step is late would fill its history: so often the same is told of an engine.
+# A run whose every step is late would fill its history: so often the same is noted of an engine.
 MOST_TOLD = 3
 
 
@@ -278,7 +278,7 @@ class Coordinator:
         if self.status == "starting":
             return actions + self._begin_if_loaded()
         if self._task is not None and not self._committing:
-            self._task.invalidate(engine)  # what it reported in an earlier life is overwritten now
+            self._task.invalidate(engine)  # what it reported before it came back is overwritten now
         return actions + self._go_on()
 
     def _begin_if_loaded(self) -> list[Action]:
@@ -347,8 +347,8 @@ class Coordinator:
         if self._wish == "stop":
             return [replacements, *self._end("stopped")]
         shards = sorted(frozenset.intersection(*(death.shards for death in deaths)))
-        told = describe_deaths(deaths, self._name_samples(task.kind, task.step, shards))
-        return [*self._pause_to_mend(task, detail=told), replacements, *self._release_free()]
+        detail = describe_deaths(deaths, self._name_samples(task.kind, task.step, shards))
+        return [*self._pause_to_mend(task, detail=detail), replacements, *self._release_free()]
 
     def _give_up(self) -> None:
         """Give up the task under way: no answer to it will count."""
@@ -675,7 +675,7 @@ class Coordinator:
             return self._end("stopped")
         return self._pause(Note("paused", reason, reason="refused", step=step), is_error=True)
 
-    # the user's wishes
+    # requests of the user
 
     def _pause(self, note: Note, *, is_error: bool = False) -> list[Action]:
         self._wish = None
@@ -774,7 +774,7 @@ class Coordinator:
 
     @property
     def error(self) -> str:
-        """The reason why it is paused or has failed, in words; empty if it is neither, or the user's wish."""
+        """The reason why it is paused or has failed, in words; empty if it is neither, or the user asked for it."""
         return "" if self.trouble is None else text_of(self.trouble)
 
     @property

@@ -102,5 +102,5 @@ def ranges_text(numbers: Sequence[int]) -> str:
 def name_engines(engines: Sequence[int], names: Mapping[int, str] = _NOBODY) -> str:
     """Name engines in a sentence; numbers of teams by the teams' names."""
     plain = [engine for engine in engines if engine not in names]
-    told = [f"engine{'s' * (len(plain) > 1)} {', '.join(map(str, plain))}"] if plain else []
-    return " and ".join([*told, *(names[engine] for engine in engines if engine in names)])
+    parts = [f"engine{'s' * (len(plain) > 1)} {', '.join(map(str, plain))}"] if plain else []
+    return " and ".join([*parts, *(names[engine] for engine in engines if engine in names)])

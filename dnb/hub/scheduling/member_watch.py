@@ -38,7 +38,7 @@ class MemberWatch:
         return True
 
     def note_told(self, engine: int) -> bool:
-        """Return whether that an engine is busy was not told before; it is now."""
+        """Return True if it was not noted before that an engine is busy; it is now."""
         is_new = engine not in self._told_busy
         self._told_busy.add(engine)
         return is_new

@@ -2,7 +2,7 @@
 
 Sans I/O, as the coordinator is, and between it and what happens to engines. Engines are *free* until there are enough
 for a team; a team is formed once and never changed. When one of its engines is gone, or its process group is broken,
-another team takes its place: its engines get new *seats*, and the coordinator hears that the new team has joined
+another team takes its place: its engines get new *assignments*, and the coordinator hears that the new team has joined
 before it hears that the old one is lost, so a run whose only team is replaced goes on.
 
     free --enough--> seated --all have loaded--> at work --one died, hung, failed, left--> the others: free
@@ -10,7 +10,7 @@ before it hears that the old one is lost, so a run whose only team is replaced g
                                                     +-- every member has reported --> one report to the coordinator
 
 A member that hangs holds up all others, in a call that nothing but the end of a peer ends: after a while it is
-*condemned*, which means killed. One that is at work is waited for, whether it can beat or not; to the coordinator a
+*evicted*, which means killed. One that is at work is waited for, whether it can beat or not; to the coordinator a
 team is busy if a member is. An answer counts if it comes from a member of a team that is whole.
 """
 

@@ -87,13 +87,13 @@ class Connections:
         token = self._tokens[engine] = secrets.token_hex(32)
         for line in self.lines.values():
             line.is_retired = line.is_retired or line.engine == engine
-        wish = os.environ.get(WIRES_VARIABLE)
-        sealed = self._is_exposed or not is_near or wish == "sealed"
+        wanted = os.environ.get(WIRES_VARIABLE)
+        sealed = self._is_exposed or not is_near or wanted == "sealed"
         self._sealed = self._sealed | {engine} if sealed else self._sealed - {engine}
         local, tcp = self._listener.local_url, self._listener.tcp_url
         if kind == "memory":
             return WireOffer(url=local, token=token, sealed=sealed)
-        if is_near and wish not in ("tcp", "sealed"):
+        if is_near and wanted not in ("tcp", "sealed"):
             return WireOffer(url=local, other_url=tcp, token=token, sealed=sealed)
         return WireOffer(url=tcp, token=token, sealed=sealed)
 

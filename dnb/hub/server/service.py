@@ -1,4 +1,4 @@
-"""The hub's process: sockets, the lives of engines and kernel, and at most one run at a time.
+"""The hub's process: sockets, the processes of engines and kernel, and at most one run at a time.
 
 Started by `dnb.hub.process.supervisor`, again if it dies: then it takes over what the one before has left, and the
 engines that beat are asked to join again. An exception of its own ends a hub as SIGKILL does, in the middle of whatever
@@ -68,7 +68,7 @@ from dnb.transport.system.processes import activity_of, end_processes
 
 log = logging.getLogger(__name__)
 
-# How often lives are looked at; a killed local engine is noticed within this time.
+# How often processes are checked; a killed local engine is noticed within this time.
 TICK_SECONDS = 0.1
 # How long engines get to end by themselves when the pool is shut down.
 EXIT_SECONDS = 3.0

@@ -42,9 +42,9 @@ def _status() -> None:
         return
     facts = pool.facts
     held = "no run" if facts.run is None else f"run {facts.run!r} is {facts.run_status}: %dtrain attach shows it"
-    told = [describe_engines(pool.engines), str(held if pool.run is None else pool.run), pool.trouble]
-    told.append(one_line(describe_restarts(facts.restarts), limit=400))
-    say("\n".join(line for line in told if line))
+    lines = [describe_engines(pool.engines), str(held if pool.run is None else pool.run), pool.trouble]
+    lines.append(one_line(describe_restarts(facts.restarts), limit=400))
+    say("\n".join(line for line in lines if line))
 
 
 @verb("shutdown")

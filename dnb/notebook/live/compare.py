@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dnb.notebook.live.live_figure import LiveFigure
 
 _COLUMNS = ("run", "status", "steps", "loss", "best val_loss", "samples/s", "duration", "engines")
-_MAX_TOLD = 12  # of the runs that there are
+_MAX_LISTED = 12  # of the runs that there are
 
 
 def show_runs(runs: Iterable[RunView] | Mapping[str, RunView], *, x: str = "step") -> None:
@@ -90,10 +90,10 @@ def _known(names: Mapping[str, Any], folder: Path) -> str:
     variables = sorted(name for name, value in names.items() if isinstance(value, Run) and not name.startswith("_"))
     # a name may be any text, thus shown on one line
     stored = sorted(one_line(place.name, limit=60) for place in folder.iterdir()) if folder.is_dir() else []
-    more = [f"and {len(stored) - _MAX_TOLD} more"] if len(stored) > _MAX_TOLD else []
-    told = [f"variables {', '.join(variables)}"] if variables else []
-    told += [f"in {folder}: {', '.join([*stored[:_MAX_TOLD], *more])}"] if stored else []
-    return f"there are {'; '.join(told)}" if told else f"there are no runs yet, neither as variables nor in {folder}"
+    more = [f"and {len(stored) - _MAX_LISTED} more"] if len(stored) > _MAX_LISTED else []
+    parts = [f"variables {', '.join(variables)}"] if variables else []
+    parts += [f"in {folder}: {', '.join([*stored[:_MAX_LISTED], *more])}"] if stored else []
+    return f"there are {'; '.join(parts)}" if parts else f"there are no runs yet, neither as variables nor in {folder}"
 
 
 def bundle(runs: Mapping[str, RunView], *, x: str = "step", with_image: bool = False) -> dict[str, Any]:

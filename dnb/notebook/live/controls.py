@@ -118,8 +118,8 @@ class Controls:
         chart_in_words = widgets.VBox([below, self.words])
         chart_in_words.add_class("dnb-words")
         self.words.add_class("dnb-words-text")
-        told = self.status.html, self.buttons.notice, self.diagnosis.html
-        parts = [style, row, *told, self.cards, chart_in_words]
+        texts = self.status.html, self.buttons.notice, self.diagnosis.html
+        parts = [style, row, *texts, self.cards, chart_in_words]
         box = widgets.VBox(parts)
         inner = (row, chart_in_words, below, choice)
         return box, (box, *parts, *(child for each in inner for child in each.children))

@@ -40,9 +40,9 @@ def choose_display(
     Raises:
         ArgumentError: `DNB_DISPLAY` holds another word.
     """
-    wish = environ.get("DNB_DISPLAY")
-    if wish:
-        return checked_display(wish, source="DNB_DISPLAY")
+    word = environ.get("DNB_DISPLAY")
+    if word:
+        return checked_display(word, source="DNB_DISPLAY")
     if getattr(shell, "kernel", None) is None:
         return "none" if shell is None else "text"
     if not _is_looked_at(environ=environ, modules=modules, shell=shell):

@@ -1,4 +1,4 @@
-"""A thread that paints when it is told of news, not too often, and never lets an error out."""
+"""A thread that paints when it is notified of news, not too often, and never lets an error out."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Painter:
         try:
             action()
         except Exception:
-            # a picture that fails must not hide the next one, nor reach the run; told once, not three times a second
+            # a picture that fails must not hide the next one, nor reach the run; logged once, not three times a second
             if not self._is_failing:
                 log.exception("the dashboard of run %r could not be painted", self._name)
             self._is_failing = True

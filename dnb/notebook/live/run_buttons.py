@@ -16,7 +16,7 @@ from dnb.notebook.views import RunView, has_ended
 
 log = logging.getLogger(__name__)
 
-# If a run does as many steps after it was told to pause, somebody has let it go on.
+# If a run does as many steps after it was asked to pause, somebody has let it go on.
 PAUSE_STEPS = 2
 _UNDER_WAY = {"pause": "Pausing", "resume": "Resuming", "stop": "Stopping", "checkpoint": "Writing"}
 
@@ -98,16 +98,16 @@ class RunButtons:
             result: Any = getattr(self._run, verb)()
         except Exception as error:  # a thread has nobody to raise to: said in the strip, and logged
             log.warning("%s of run %s failed", verb, self._run.name, exc_info=True)
-            told, is_done = f"{verb} failed: {one_line(str(error)) or type(error).__name__}", True
+            text, is_done = f"{verb} failed: {one_line(str(error)) or type(error).__name__}", True
         else:
-            told = f"checkpoint written: {one_line(str(result))}" if verb == "checkpoint" else ""
+            text = f"checkpoint written: {one_line(str(result))}" if verb == "checkpoint" else ""
             is_done = verb == "checkpoint"
         with self._lock:
             if is_done:
                 self._pending.pop(verb, None)
             elif verb in self._pending:
                 self._pending[verb] = self._run.step
-            self.notice.value = as_html(told, role="alert") if told else ""
+            self.notice.value = as_html(text, role="alert") if text else ""
             self._changed()
 
 

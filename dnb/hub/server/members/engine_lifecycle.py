@@ -1,4 +1,4 @@
-"""The life of engines in their pool: they join, beat, are lost, leave; the run and the other engines hear of it."""
+"""The lifecycle of engines in their pool: they join, beat, are lost, leave; run and other engines hear of it."""
 
 from __future__ import annotations
 
