@@ -29,6 +29,8 @@ LARGE_CLASSES = {"Coordinator", "Master", "UpdateLog"}  # one invariant each; pr
 MOST_FUNCTION_LINES = 60
 # Names in pickles of earlier versions, whatever floor they are on now.
 PICKLED = "dnb/transport/pickling/payloads.py: "
+# No subject, no verb: a reader who searches finds neither.
+RIDDLES = {"What", "Who", "Whose", "Whether", "Which", "Of", "That", "How", "Where", "Likewise"}
 
 
 @cache
@@ -125,6 +127,17 @@ def test_no_class_holds_too_much():
 def test_no_function_is_long():
     long = {f"{name_of(path)}: {node.name}": body_lines(node) for path, node in functions()}
     assert {name: lines for name, lines in long.items() if lines > MOST_FUNCTION_LINES} == {}
+
+
+def test_docstrings_begin_with_their_subject():
+    found = []
+    for path in files():
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node) or ""
+                if (re.match(r"\w*", text) or [""])[0] in RIDDLES:
+                    found.append(f"{name_of(path)}:{getattr(node, 'lineno', 1)} {text.splitlines()[0]}")
+    assert found == []
 
 
 def test_every_package_says_in_a_sentence_what_it_holds():
