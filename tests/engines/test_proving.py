@@ -160,3 +160,83 @@ def test_a_proof_says_where_a_scheduler_waits_for_an_evaluation(pool):
     assert [step.step for step in proof.steps] == [1, 2]
     assert proof.is_same, proof.text
     assert "only up to step 2, after which the scheduler waits for an evaluation" in proof.text
+
+
+class Noise(nn.Module):
+    """Noise of a generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = mlp()
+        self.drawn = torch.Generator()
+
+    def forward(self, inputs):
+        return self.inner(inputs + 0.1 * torch.randn(inputs.shape, generator=self.drawn))
+
+
+def test_a_generator_inside_the_model_is_named_where_its_numbers_differ(pool):
+    proof = wait(fit(pool, Noise())).prove(STEPS)
+    assert not proof.is_same
+    assert proof.suspects[0].startswith("a random generator of your own ('drawn') draws other numbers in each part")
+
+
+class Queue(nn.Module):
+    """Compares with the last outputs, which it keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = mlp()
+        self.register_buffer("queue", torch.zeros(8, 10))
+
+    def forward(self, inputs):
+        output = self.inner(inputs) + self.queue.mean(0)
+        if self.training:
+            self.queue = torch.cat([self.queue, output.detach()])[-8:]
+        return output
+
+
+@pytest.mark.parametrize(("rules", "word"), [({}, "first"), ({"queue": "mean"}, "mean")])
+def test_a_buffer_is_named_with_the_rule_by_which_those_of_engines_become_one(pool, rules, word):
+    proof = wait(fit(pool, Queue(), buffers=rules)).prove(STEPS)
+    assert not proof.is_same
+    assert any(f"('queue' by the rule '{word}')" in suspect for suspect in proof.suspects), proof.text
+
+
+def norm_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.Tanh(), nn.Linear(32, 10))
+
+
+def test_statistics_of_the_whole_batch_are_those_of_one_process_and_of_micro_batches_are_named(pool):
+    assert wait(fit(pool, norm_net(), sync_batchnorm=True)).prove(STEPS).is_same
+    proof = wait(fit(pool, norm_net(), sync_batchnorm=True, micro_batch=8)).prove(STEPS)
+    assert not proof.is_same
+    assert any(
+        "SyncBatchNorm ('1') takes its statistics of all engines' micro-batches of at most 8" in suspect
+        for suspect in proof.suspects
+    )
+
+
+def test_statistics_of_each_part_are_named(pool):
+    proof = wait(fit(pool, norm_net())).prove(STEPS)
+    assert not proof.is_same
+    assert any(suspect.startswith("BatchNorm ('1') takes its statistics from each part") for suspect in proof.suspects)
+
+
+def test_a_scheduler_of_epochs_and_evaluations_change_nothing_of_a_proof(pool):
+    run = pool.fit(
+        mlp(),
+        digits(128),
+        val=digits(64),
+        metrics="accuracy",
+        loss="cross_entropy",
+        optimizer="sgd",
+        lr=0.1,
+        micro_batch=16,
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5),
+        scheduler_every="epoch",
+        epochs=3,
+    )
+    proof = wait(run).prove(6)
+    assert len(proof.steps) == 6
+    assert proof.is_same, proof.text
