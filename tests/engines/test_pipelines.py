@@ -11,7 +11,7 @@ from torch.nn import functional
 import dnb
 from dnb.errors import ArgumentError, PlanError
 from tests.engines.pools import go_on_and_stop, wait, wait_until
-from tests.models import digits, largest_gap, largest_relative_gap, mlp, plain_losses
+from tests.models import adapted_net, digits, largest_gap, largest_relative_gap, mlp, plain_losses
 
 pytestmark = pytest.mark.engines
 
@@ -354,3 +354,12 @@ def test_a_plan_for_another_model_is_refused(pool):
     plan = dnb.plan(deep(), (data[0][:64], data[1][:64]), loss="cross_entropy", strategy="pipeline", pool=pool)
     with pytest.raises(PlanError, match="this plan is for another model"):
         fit(pool, mlp(), strategy=plan)
+
+
+@pytest.mark.parametrize("options", [{"strategy": "data"}, {"mesh": "pipeline=2"}, {"mesh": "pipeline=3"}])
+def test_low_rank_adapters_by_name_are_trained_as_one_process_does(pool, options):
+    model = adapted_net()
+    frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
+    run = wait(fit(pool, model, steps=20, **options))
+    assert largest_gap(run.history["loss"], plain(adapted_net, 20)) <= 1e-9
+    assert all(torch.equal(model.get_parameter(name), value) for name, value in frozen.items())
