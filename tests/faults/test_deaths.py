@@ -255,7 +255,7 @@ def test_what_a_dead_pool_left_is_cleared_at_the_next_start(folder):
     kernel = Kernel(
         """
         pool = pools.start(n=1)
-        say(*[process.pid for process in (pool.facts.guardian, pool.facts.hub, pool.facts.controller)])
+        say(*[process.pid for process in (pool.facts.supervisor, pool.facts.hub, pool.facts.controller)])
         """,
         folder=folder,
     )

@@ -115,7 +115,7 @@ def test_a_hub_that_is_killed_while_it_writes_leaves_the_checkpoint_before(folde
     assert (found.folder, damages) == (newest, [])
 
 
-@pytest.mark.parametrize("who", ["guardian", "controller"])
+@pytest.mark.parametrize("who", ["supervisor", "controller"])
 @pytest.mark.parametrize("every", [5, None], ids=["with checkpoints", "without"])
 def test_a_run_whose_pool_is_gone_names_its_last_checkpoint_and_the_line_that_resumes_it(folder, who, every):
     with open_small_pool(1) as pool:

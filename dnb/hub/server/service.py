@@ -172,6 +172,11 @@ class Service:
         while not self._ending:
             has_deferred = self._slot.held.has_deferred
             ready = dict(poller.poll(0 if has_deferred else round(TICK_SECONDS * 1000)))
+            if (
+                os.getppid() != self._supervisor.pid
+            ):  # looked at first: its engines die with it, and shall not be missed
+                self.end("the supervisor is gone")
+                break
             self._connections.serve(ready)
             if engines in ready:
                 _drain(engines, self._lifecycle.take_frames)
@@ -187,8 +192,6 @@ class Service:
         self._end_pool()
 
     def _tick(self) -> None:
-        if os.getppid() != self._supervisor.pid:
-            self.end("the supervisor is gone")
         self._connections.tick()
         self._lifecycle.look()
         self._slot.held.tick()
