@@ -235,9 +235,10 @@ def _follower(sources: dict[str, Source], *, steps_per_epoch: int) -> OrderFollo
 
 
 def _is_loss_new(given: GivenObjects, old: RunSpec) -> bool:
-    """Tell whether a loss is given that is not the one by whose name the run was started."""
+    """Tell whether a step function is given, or a loss that is not the one by whose name the run was started."""
     named = None if old.plain is None else old.plain.loss
-    return given.loss is not None and not (isinstance(given.loss, str) and named == given.loss)
+    is_known = isinstance(given.loss, str) and named == given.loss
+    return given.step is not None or (given.loss is not None and not is_known)
 
 
 def _locate(path: str | Path) -> Path:

@@ -43,7 +43,9 @@ MOST_SPARES = 4096
 MOST_STOP_SECONDS, MOST_SLOWNESS = 86_400.0, 1e6
 # Lines that an engine tells at once, and the kinds of events that they may become.
 MOST_LINES = 1000
-TOLD_KINDS = frozenset({"output", "data"})
+# Means over targets that one loss may add up.
+MOST_TERMS = 1 << 20
+TOLD_KINDS = frozenset({"output", "data", "metrics"})
 # Letters of what names something: a host, a device, a version, a parameter.
 NAME_LENGTH = 1000
 
@@ -224,6 +226,8 @@ def _check_sums(part: Sums) -> None:
         raise PeerError("the unit of a gradient is no number above 0")
     if not 0 <= part.num_samples <= MOST_COUNT:
         raise PeerError(f"a part has {part.num_samples} samples")
+    if len(part.targets_per_sample) > MOST_TERMS or not all(0 <= each < math.inf for each in part.targets_per_sample):
+        raise PeerError("targets for each sample are no few numbers of at least 0")
     if part.metric_weights or part.metric_totals:
         if part.metric_weights.keys() != part.metric_totals.keys():
             raise PeerError("a metric has no weight")

@@ -30,6 +30,8 @@ class Sums(Record, frozen=True):
     metric_weights: dict[str, float]  # samples, or what a step function's Sum weighs
     num_samples: int
     unit: float = 1.0  # the gradient of a Sum's total is so many times that in the slab
+    # Of every mean over targets to which the loss adds something else; all parts must have the same.
+    targets_per_sample: tuple[float, ...] = ()
 
 
 class Telemetry(Record, frozen=True):

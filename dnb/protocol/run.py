@@ -10,8 +10,9 @@ from dnb.protocol.memory import PayloadRef
 
 RunStatus = Literal["starting", "running", "paused", "failed", "stopped", "finished"]
 TransportKind = Literal["memory", "socket"]
-# How losses of parts are put together: a mean over samples, a mean over the weights of targets, or a sum.
-Reduction = Literal["samples", "targets", "sum"]
+# How losses of parts are put together: a mean over samples, a mean over the weights of targets, a sum; or "terms", of
+# which some are means over targets and others over samples, which is right where parts weigh the same by both.
+Reduction = Literal["samples", "targets", "sum", "terms"]
 ENDED: frozenset[str] = frozenset({"failed", "stopped", "finished"})
 
 
@@ -152,8 +153,11 @@ class RunSpec(Record, frozen=True):
     probe: float | None = None  # the notebook's own loss of the first samples; engines are held against it
     probe_samples: int = 8  # so many samples are the first ones
     reduction: Reduction = "samples"
-    is_loss_new: bool = False  # given to a run that is resumed, so that no rehearsal has looked at it: engines do
+    val_reduction: Reduction = "targets"  # of val_step
+    is_loss_new: bool = False  # or step: given to a run that is resumed, so that no rehearsal has seen it: engines do
+    trusts_loss: bool = False  # the user says what a loss is over, so that nobody judges it
     whole_metrics: tuple[str, ...] = ()  # that are no means over samples: computed of whole batches, and of all of val
+    target_metrics: tuple[str, ...] = ()  # of step, or of val_step as "val_...", which weigh as its loss does
     loss_over: str = "samples"  # "batch": the loss is computed on the gathered outputs of the whole batch
     buffers: dict[str, str] = {}  # by name: "first", "sum" or "mean"
     val_batch_size: int | None = None  # of batches that evaluations compute whole; None: any may be cut

@@ -3,35 +3,21 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from dnb.errors import USER_ERRORS
 from dnb.job import Sum
 from dnb.protocol.run import Reduction
-from dnb.user_code.loss_weights import ignored_by, nodes_of_targets, weight_of
-from dnb.user_code.return_values import read_loss
+from dnb.user_code.fixed_chance import WithoutChance, random_states, same_chance
+from dnb.user_code.judged_batches import Cut, JudgedBatches, other_outputs, tolerance_of, with_gradient
+from dnb.user_code.loss_weights import ignored_by, nodes_of_targets, weighed_loss, weight_of
+from dnb.user_code.return_values import number_of, read_loss, weighed
 
 Kind = Reduction | Literal["batch"]
-Take = Callable[[Any, int, int], Any]  # samples of a batch, from one to another
-
-# Relative: the rounding of a sum of some samples in float32, which losses of float64 may use inside, and in 16 bits.
-_TOLERANCE = 2e-5
-_COARSE = 2e-2
-_HALVES = (torch.float16, torch.bfloat16)
-# Of outputs with more elements only what was computed is looked at, and the same with targets that are ignored.
-_MANY_ELEMENTS = 1 << 20
-# Values by which targets say that they do not count, if the loss does not tell its own.
-_MARKS = (-100, -1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +29,14 @@ class Verdict:
         num_samples: that were looked at.
         whole: loss of all of them.
         parts: mean of the losses of their parts, by samples.
+        is_of_terms: whether the loss adds means over targets to something else.
     """
 
     kind: Kind | None
     num_samples: int = 0
     whole: float = math.nan
     parts: float = math.nan
+    is_of_terms: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +44,69 @@ class _Value:
     number: float
     weight: float | None  # of the user's own `Sum`, or of the targets that it is a mean over
     is_sum: bool = False
+    beside: tuple[float, ...] = ()  # of means over targets that something else is added to
+    metrics: Mapping[str, _Value] = field(default_factory=dict, compare=False)
 
 
 @dataclass(slots=True)
 class _Evidence:
     """Kinds that are still possible."""
 
-    kinds: set[Kind]
     tolerance: float
+    kinds: set[Kind] = field(default_factory=lambda: {"samples", "targets", "sum"})
     has_seen: bool = False
     shown: tuple[float, float] | None = None  # whole and parts, where it is no mean over samples
+
+    @property
+    def kind(self) -> Kind:
+        """The kind that is left; "batch" if none is."""
+        order: tuple[Kind, ...] = ("targets", "samples", "sum")
+        return next((kind for kind in order if kind in self.kinds), "batch")
+
+    def kind_of_metric(self, *, weighs_itself: bool) -> Kind:
+        """Return the same; "samples" if nothing has to be done about it."""
+        if "samples" in self.kinds or (weighs_itself and "targets" in self.kinds):
+            return "samples"
+        return self.kind
+
+    def look(self, whole: _Value, parts: Sequence[_Value | None], sizes: Sequence[int]) -> None:
+        """Strike out the kinds by which the parts do not come to the whole."""
+        found = [part for part in parts if part is not None]
+        largest = max(abs(value.number) for value in [whole, *found])
+        if len(found) < len(parts) or largest < 1e-12 or not math.isfinite(whole.number):
+            return
+        self.has_seen = True
+        for kind in list(self.kinds):
+            together = _together(kind, whole, found, sizes)
+            if together is None or not abs(together - _alone(whole)) <= self.tolerance * largest:
+                self.kinds.discard(kind)
+                if kind == "samples":
+                    self.shown = _alone(whole), math.nan if together is None else together
+
+    def look_at_metric(self, name: str, whole: _Value, parts: Sequence[_Value | None], sizes: Sequence[int]) -> None:
+        """Do the same with a metric, if it is there everywhere, and something counts everywhere."""
+        own, found = whole.metrics.get(name), [None if part is None else part.metrics.get(name) for part in parts]
+        if own is not None and not any(part is not None and part.weight == 0 for part in found):
+            self.look(own, found, sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Findings:
+    """Evidence on a loss, and on the metrics that are computed with it."""
+
+    loss: _Evidence
+    metrics: Mapping[str, _Evidence]
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """A loss or a metric that is put together by no rule."""
+        return not all(each.kinds for each in (self.loss, *self.metrics.values()))
+
+    def look(self, whole: _Value, parts: Sequence[_Value | None], sizes: Sequence[int]) -> None:
+        """Look at a batch and its parts."""
+        self.loss.look(whole, parts, sizes)
+        for name, evidence in self.metrics.items():
+            evidence.look_at_metric(name, whole, parts, sizes)
 
 
 def judge_loss(loss: Callable[..., Any], output: Any, target: Any, *, num_samples: int) -> Verdict:
@@ -92,7 +133,6 @@ def judge(
     num_samples: int,
     vary: Callable[[Any, int], Iterator[Any]] | None = None,
     fetch: Callable[[int, int], Any] | None = None,
-    leaves_out: Callable[[Any], bool] = lambda _loss: True,
 ) -> Verdict:
     """Compute the loss of a batch and of parts of it.
 
@@ -102,134 +142,191 @@ def judge(
         num_samples: there; of one alone nothing can be seen.
         vary: makes other batches of it, beside those in which targets do not count, if losses are cheap to compute.
         fetch: samples, from one to another, as a batch of their own, if it is nothing that can be cut.
-        leaves_out: tells of the batch's loss whether targets may come that do not count, though none is so here.
     """
-    cuts = _cuts(num_samples)
-    if not cuts:
-        return Verdict(None)
-    with _same_chance():
+    batches = JudgedBatches(batch, num_samples=num_samples, vary=vary, fetch=fetch)
+    return _judge(lambda batch: (compute(batch), {}), batches)[0]
+
+
+def judge_step(
+    compute: Callable[[Any], tuple[Any, Mapping[str, Any]]],
+    batch: Any,
+    *,
+    num_samples: int,
+    fetch: Callable[[int, int], Any] | None = None,
+    leaves_out: Callable[[Any], bool] = lambda _loss: True,
+    refuses_unlike: bool = False,
+) -> tuple[Verdict, dict[str, Kind]]:
+    """Compute the loss and the metrics of a batch and of parts of it.
+
+    Args:
+        compute: loss of a batch, with its graph, and metrics of it by name.
+        batch: with the samples on the first axis of what depends on them.
+        num_samples: there; of one alone nothing can be seen.
+        fetch: samples, from one to another, as a batch of their own, if it is nothing that can be cut.
+        leaves_out: tells of the batch's loss whether targets may come that do not count, though none is so here.
+        refuses_unlike: whether a step is refused in which terms of the loss weigh differently in its parts, so that it
+            need not be thought of, though the batch itself must have none.
+
+    Returns:
+        The rule for losses, and those for the metrics of which anything could be seen: "samples" also if they bring
+        weights of their own; "targets" by those of the loss; "sum" and "batch" by none.
+    """
+    batches = JudgedBatches(batch, num_samples=num_samples, fetch=fetch, leaves_out=leaves_out)
+    return _judge(compute, batches, refuses_unlike=refuses_unlike)
+
+
+def text_of_step_metrics(kinds: Mapping[str, Kind]) -> str:
+    """Name the metrics of a step function that are shown as means though they are none; empty if all may be.
+
+    Args:
+        kinds: as `judge_step` has found them.
+    """
+    names = [name for name, kind in kinds.items() if kind in ("batch", "sum")]
+    if not names:
+        return ""
+    are = "is no mean" if len(names) == 1 else "are no means"
+    return (
+        f"{', '.join(map(repr, names))} of step {are} over samples: shown is the mean of the parts' values, not that "
+        "of the whole batch; return dnb.Sum(total, weight), or give metrics= beside loss=, which are computed of all "
+        "samples"
+    )
+
+
+def _judge(
+    compute: Callable[[Any], tuple[Any, Mapping[str, Any]]], batches: JudgedBatches, *, refuses_unlike: bool = False
+) -> tuple[Verdict, dict[str, Kind]]:
+    if not batches.cuts:
+        return Verdict(None), {}
+    with same_chance():
         measure = _Measure(compute)
-        whole = measure.first(batch)
+        whole = measure.first(batches.batch)
         if whole is None:
-            return Verdict(None, num_samples)
-        is_dear = vary is None or _num_elements(batch) > _MANY_ELEMENTS
-        take = _taker(batch, num_samples, fetch)
-
-        def variants() -> Iterator[Any]:
-            yield batch
-            marks = list(measure.ignored) if is_dear and measure.ignored else [*_MARKS, *measure.ignored]
-            if leaves_out(measure.loss):
-                yield from _without_some_targets(batch, num_samples, marks)
-            if vary is not None and not is_dear:
-                yield from vary(batch, num_samples)
-
-        first_cuts = cuts[: 1 if _num_elements(batch) > _MANY_ELEMENTS else None]  # of what was computed, and is cheap
-        evidence = _evidence_of(measure, whole, variants(), first_cuts, take)
-        # What comes out otherwise every time does not add up either.
-        if not evidence.kinds and not measure.is_steady(batch, whole):
-            whole = measure.without_chance(batch)
+            return Verdict(None, batches.num_samples), {}
+        found = _findings_of(measure, whole, batches, refuses_unlike=refuses_unlike)
+        if found.is_in_doubt and not measure.is_random:
+            # What comes out otherwise every time does not add up either.
+            whole = measure.steadied(batches.batch, whole)
             if whole is None:
-                return Verdict(None, num_samples)
-            evidence = _evidence_of(measure, whole, variants(), first_cuts, take)
-    if not evidence.has_seen:
-        return Verdict(None, num_samples)
-    kind = next((kind for kind in ("targets", "samples", "sum") if kind in evidence.kinds), "batch")
+                return Verdict(None, batches.num_samples), {}
+            if measure.is_random:
+                found = _findings_of(measure, whole, batches, refuses_unlike=refuses_unlike)
+    kinds = {
+        name: found.metrics[name].kind_of_metric(weighs_itself=value.is_sum)
+        for name, value in whole.metrics.items()
+        if found.metrics[name].has_seen
+    }
+    if not found.loss.has_seen:
+        return Verdict(None, batches.num_samples), kinds
     alone = _alone(whole)
-    return Verdict(kind, num_samples, *(evidence.shown or (alone, alone)))  # type: ignore[arg-type]
+    shown = found.loss.shown or (alone, alone)
+    return Verdict(found.loss.kind, batches.num_samples, *shown, is_of_terms=bool(whole.beside)), kinds
+
+
+def _findings_of(measure: _Measure, whole: _Value, batches: JudgedBatches, *, refuses_unlike: bool) -> _Findings:
+    """Hold batches, of which the first one's loss is known, against their parts, as long as a rule is possible."""
+    tolerance = tolerance_of(batches.batch)
+    found = _Findings(_Evidence(tolerance), {name: _Evidence(tolerance) for name in whole.metrics})
+    for seen, parts, sizes in _compared(measure, batches.batch, whole, batches, batches.first_cuts):
+        found.look(seen, parts, sizes)
+    others = batches.others(measure.loss, measure.ignored)
+    while found.loss.kinds and (batch := next(others, None)) is not None:
+        for seen, parts, sizes in _compared(measure, batch, measure(batch), batches, batches.cuts[:1]):
+            if not (refuses_unlike and _are_unlike(parts, sizes)):
+                found.look(seen, parts, sizes)
+    return found
+
+
+def _compared(
+    measure: _Measure, batch: Any, whole: _Value | None, batches: JudgedBatches, cuts: Sequence[Cut]
+) -> Iterator[tuple[_Value, list[_Value | None], list[int]]]:
+    """Compute the parts of a batch; a value that is none cannot be held against any."""
+    if whole is None or not math.isfinite(whole.number):
+        return
+    for cut in cuts:
+        sizes = [end - begin for begin, end in cut]
+        yield whole, [measure(part) for part in batches.parts(batch, cut)], sizes
 
 
 class _Measure:
     """Computes losses, with the same random numbers every time."""
 
-    def __init__(self, compute: Callable[[Any], Any]) -> None:
+    def __init__(self, compute: Callable[[Any], tuple[Any, Mapping[str, Any]]]) -> None:
         self._compute = compute
-        self._is_random = False
+        self.is_random = False  # so that the same random numbers are given to every sample
         self._last: Any = None
         self.loss: Any = None  # of the batch, as it was computed first
         self.ignored: set[int] = set()  # marks of targets that do not count, as the loss itself says
 
     def first(self, batch: Any) -> _Value | None:
-        """Compute the loss of a batch for the first time; None if that cannot be done."""
-        before = _states()
+        """Return the loss of a batch; None if it cannot be computed."""
+        before = random_states()
         value = self(batch)
         self.loss = self._last
-        return value if value is None or _states() == before else self.without_chance(batch)
+        return value if value is None or random_states() == before else self._without_chance(batch)
 
-    def is_steady(self, batch: Any, value: _Value) -> bool:
-        """Return whether the loss of a batch comes out the same again."""
-        return self._is_random or _is_same(value, self(batch))
+    def steadied(self, batch: Any, value: _Value) -> _Value | None:
+        """Return a batch's loss without metrics that come out otherwise again; see `_without_chance`."""
+        return _stable(value, self(batch)) or self._without_chance(batch)
 
-    def without_chance(self, batch: Any) -> _Value | None:
-        """Compute a batch's loss with the same random numbers from here on; None if it is another one every time."""
-        self._is_random = True
+    def _without_chance(self, batch: Any) -> _Value | None:
+        """Return the loss with the same random numbers from here on; None if it is another one every time."""
+        self.is_random = True
         value = self(batch)
-        return value if value is not None and _is_same(value, self(batch, seed=1)) else None
+        return None if value is None else _stable(value, self(batch, seed=1))
 
     def __call__(self, batch: Any, *, seed: int = 0) -> _Value | None:
-        """Compute the loss of a batch; None if that cannot be done."""
+        """Return the loss of a batch; None if it cannot be computed."""
         try:
-            if self._is_random:
-                with _same_chance(seed), _WithoutChance():
-                    value = self._compute(batch)
+            if self.is_random:
+                with same_chance(seed), WithoutChance():
+                    value, metrics = self._compute(batch)
             else:
-                value = self._compute(batch)
+                value, metrics = self._compute(batch)
             loss = self._last = read_loss(value, needs_gradient=False)
         except KeyboardInterrupt:
             raise
         except USER_ERRORS:  # what cannot be computed says nothing of how it is put together
             return None
         if isinstance(loss, Sum):
-            return _Value(loss.total.item(), loss.weight, is_sum=True)
+            return _Value(loss.total.item(), loss.weight, True, (), _read_metrics(metrics, loss.weight))
         self.ignored |= {ignored_by(node) for node in nodes_of_targets(loss)}
         weight = weight_of(loss)
-        return _Value(0.0 if weight == 0 else loss.item(), weight)
+        beside = weighed_loss(loss)[1]
+        found = _read_metrics(metrics, None if beside else weight)
+        return _Value(0.0 if weight == 0 else loss.item(), weight, False, beside, found)
 
 
-def _is_same(value: _Value, other: _Value | None) -> bool:
-    return other is not None and (value == other or math.isnan(value.number))
-
-
-def _evidence_of(
-    measure: _Measure, whole: _Value, batches: Iterator[Any], cuts: Sequence[Sequence[tuple[int, int]]], take: Take
-) -> _Evidence:
-    """Look at batches, of which the first one's loss is known and all cuts are looked at."""
-    first = next(batches)
-    evidence = _Evidence({"samples", "targets", "sum"}, tolerance=_tolerance(first))
-    _look(measure, first, whole, cuts, take, evidence)
-    while evidence.kinds and (batch := next(batches, None)) is not None:
-        _look(measure, batch, measure(batch), cuts[:1], take, evidence)
-    return evidence
-
-
-def _look(
-    measure: _Measure,
-    batch: Any,
-    whole: _Value | None,
-    cuts: Sequence[Sequence[tuple[int, int]]],
-    take: Take,
-    evidence: _Evidence,
-) -> None:
-    """Strike out the kinds by which the parts do not come to the whole."""
-    if whole is None or not math.isfinite(whole.number):
-        return
-    for cut in cuts:
-        sizes = [end - begin for begin, end in cut]
-        found = [measure(take(batch, begin, end)) for begin, end in cut]
-        parts = [part for part in found if part is not None]
-        largest = max(abs(value.number) for value in [whole, *parts])
-        if len(parts) < len(cut) or largest < 1e-12:
+def _read_metrics(metrics: Mapping[str, Any], weight: float | None) -> dict[str, _Value]:
+    """Read metrics that are numbers, with the weight of the loss, or their own."""
+    found: dict[str, _Value] = {}
+    for name, value in metrics.items():
+        try:
+            if isinstance(value, Sum):
+                total, own = weighed(value, 1, name=name)
+                found[name] = _Value(total, own, is_sum=True)
+            else:
+                found[name] = _Value(number_of(value, what="metric"), weight)
+        except USER_ERRORS:  # its own step will tell
             continue
-        evidence.has_seen = True
-        for kind in list(evidence.kinds):
-            together = _together(kind, whole, parts, sizes)
-            if together is None or not abs(together - _alone(whole)) <= evidence.tolerance * largest:
-                evidence.kinds.discard(kind)
-                if kind == "samples":
-                    evidence.shown = _alone(whole), math.nan if together is None else together
+    return found
+
+
+def _stable(value: _Value, again: _Value | None) -> _Value | None:
+    """Return a value without the metrics that came out otherwise the second time; None if the loss did so."""
+    if again is None or not (value == again or math.isnan(value.number)):
+        return None
+    same = {name: each for name, each in value.metrics.items() if each == again.metrics.get(name)}
+    return replace(value, metrics=same)
+
+
+def _are_unlike(parts: Sequence[_Value | None], sizes: Sequence[int]) -> bool:
+    """Tell whether terms of a loss weigh differently in these parts."""
+    pairs = zip(parts, sizes, strict=True)
+    return len({tuple(each / size for each in part.beside) for part, size in pairs if part is not None}) > 1
 
 
 def _together(kind: Kind, whole: _Value, parts: Sequence[_Value], sizes: Sequence[int]) -> float | None:
-    """Put the losses of parts together; None if they do not say what that takes."""
+    """Return the loss of parts, put together; None if they do not say what that takes."""
     values = [whole, *parts]
     if any(value.is_sum for value in values):
         weights = [part.weight or 0.0 for part in parts]
@@ -252,157 +349,3 @@ def _alone(value: _Value) -> float:
     if not value.is_sum:
         return value.number
     return value.number / value.weight if value.weight else math.nan
-
-
-# Batches --------------------------------------------------------------------------------------------
-
-
-def _cuts(num_samples: int) -> list[list[tuple[int, int]]]:
-    """Return uneven partitions; no part has one sample if it can be helped, as none has on engines."""
-    if num_samples < 2:
-        return []
-    starts = {2: [(1,)], 3: [(1,)], 4: [(2,)], 5: [(2,)]}.get(num_samples, [(2,), (3,), (2, num_samples // 2)])
-    cuts = []
-    for inner in starts:
-        edges = sorted({0, *inner, num_samples})
-        cuts.append(list(pairwise(edges)))
-    return cuts
-
-
-def _taker(batch: Any, num_samples: int, fetch: Callable[[int, int], Any] | None) -> Take:
-    """Take samples of everything that has as many, be it a tensor or a list; or else fetch them."""
-
-    def is_list(node: Any) -> bool:
-        return isinstance(node, list) and _has_samples(node, num_samples)
-
-    def take(batch: Any, begin: int, end: int) -> Any:
-        return pytree.tree_map(
-            lambda leaf: leaf[begin:end] if _has_samples(leaf, num_samples) else leaf, batch, is_leaf=is_list
-        )
-
-    can_be_cut = any(_has_samples(leaf, num_samples) for leaf in pytree.tree_leaves(batch, is_leaf=is_list))
-    return take if can_be_cut or fetch is None else lambda _, begin, end: fetch(begin, end)
-
-
-def _has_samples(leaf: Any, num_samples: int) -> bool:
-    if isinstance(leaf, torch.Tensor | np.ndarray):
-        return leaf.ndim > 0 and len(leaf) == num_samples
-    return isinstance(leaf, list) and len(leaf) == num_samples and not any(_has_samples(e, num_samples) for e in leaf)
-
-
-def _num_elements(batch: Any) -> int:
-    return sum(leaf.numel() for leaf in pytree.tree_leaves(batch) if isinstance(leaf, torch.Tensor))
-
-
-def _tolerance(batch: Any) -> float:
-    leaves = pytree.tree_leaves(batch)
-    return _COARSE if any(getattr(leaf, "dtype", None) in _HALVES for leaf in leaves) else _TOLERANCE
-
-
-def other_outputs(pair: tuple[Any, Any], num_samples: int) -> Iterator[tuple[Any, Any]]:
-    """Yield outputs mixed among the samples, so that they stay what the loss takes, and outputs at random."""
-    output, target = pair
-    generator = torch.Generator().manual_seed(0)
-
-    def mixed(leaf: Any) -> Any:
-        if not _is_floating(leaf, num_samples):
-            return leaf
-        shares = torch.rand(num_samples, generator=generator).to(leaf).reshape(-1, *[1] * (leaf.dim() - 1))
-        return leaf.detach() * shares + leaf.detach().roll(1, 0) * (1 - shares)
-
-    def drawn(leaf: Any) -> Any:
-        if not _is_floating(leaf, num_samples):
-            return leaf
-        return torch.randn(leaf.shape, generator=generator).to(leaf)
-
-    def drawn_as_shares(leaf: Any) -> Any:
-        if not _is_floating(leaf, num_samples):
-            return leaf
-        return torch.rand(leaf.shape, generator=generator).to(leaf) * 0.9 + 0.05
-
-    for change in (mixed, drawn, drawn_as_shares):
-        yield pytree.tree_map(change, output), target
-
-
-def _without_some_targets(batch: Any, num_samples: int, marks_of_classes: Sequence[int]) -> Iterator[Any]:
-    """Yield batches in which targets do not count: all of one sample, and half of another, by each mark."""
-    leaves, spec = pytree.tree_flatten(batch)
-    for index, leaf in enumerate(leaves):
-        if not isinstance(leaf, torch.Tensor) or not _has_samples(leaf, num_samples) or leaf.is_complex():
-            continue
-        marks: Sequence[float] = marks_of_classes
-        if leaf.is_floating_point():
-            marks = (0.0, math.nan) if isinstance(batch, tuple) and index == len(leaves) - 1 else (0.0,)
-        elif leaf.dtype == torch.bool:
-            marks = (False,)
-        for mark in dict.fromkeys(marks):
-            if leaf.dtype == torch.uint8 and mark < 0:
-                continue
-            marked = leaf.detach().clone()
-            marked[1] = mark
-            if marked.dim() > 1:
-                marked[-1].reshape(-1)[: marked[-1].numel() // 2] = mark
-            yield pytree.tree_unflatten([*leaves[:index], marked, *leaves[index + 1 :]], spec)
-
-
-def _is_floating(leaf: Any, num_samples: int) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and _has_samples(leaf, num_samples)
-
-
-def with_gradient(output: Any) -> Any:
-    """Let the graph of what follows begin at an output."""
-    return pytree.tree_map(
-        lambda leaf: (
-            leaf.detach().requires_grad_() if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
-        ),
-        output,
-    )
-
-
-# Chance ---------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _same_chance(seed: int = 0) -> Iterator[None]:
-    """Let random numbers be the same every time, and the user's own be as they were afterwards."""
-    states = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
-def _states() -> tuple[Any, ...]:
-    """Return the states of all generators of random numbers."""
-    kind, keys, *rest = np.random.get_state()
-    return random.getstate(), kind, bytes(keys), rest, bytes(torch.default_generator.get_state().numpy())  # type: ignore[arg-type]
-
-
-class _WithoutChance(TorchFunctionMode):
-    """Lets torch's random numbers be the same for every sample, so that parts have those of the whole."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        before = torch.default_generator.get_state()
-        result = func(*args, **kwargs)
-        if isinstance(kwargs.get("generator"), torch.Generator) or not torch.equal(
-            before, torch.default_generator.get_state()
-        ):
-            for leaf in pytree.tree_leaves(result):
-                if isinstance(leaf, torch.Tensor):
-                    _make_even(func, leaf.detach())
-        return result
-
-
-def _make_even(func: Callable[..., Any], drawn: torch.Tensor) -> None:
-    if func is torch.randperm:
-        drawn.copy_(torch.arange(len(drawn)))
-    else:
-        drawn.fill_(0.5 if drawn.is_floating_point() else 0)

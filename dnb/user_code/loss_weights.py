@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -11,12 +11,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from dnb.job import Sum
+from dnb.protocol.measurements import Sums
 from dnb.protocol.run import Reduction
-from dnb.user_code.return_values import ReturnError
 
 # Autograd's nodes of the negative log likelihood, of which cross_entropy is made, keep the weight that they divide by:
 # that of the classes of all targets that are not ignored.
 _NODES = frozenset({"NllLossBackward0", "NllLoss2DBackward0"})
+NOTHING_BESIDE: tuple[float, ...] = ()
+OVER_TARGETS: tuple[Reduction, ...] = ("targets", "terms")
 _IS_MEAN = 1  # at::Reduction::Mean
 # Between a loss and the means that it is made of lie a few numbers: factors, and terms that are added.
 _MOST_NODES = 64
@@ -86,24 +88,29 @@ def _only(weights: Collection[float]) -> float | None:
     return next(iter(weights)) if len(set(weights)) == 1 else None
 
 
-def weighed_loss(loss: torch.Tensor | Sum, weights: Sequence[float] = ()) -> torch.Tensor | Sum:
+def weighed_loss(
+    loss: torch.Tensor | Sum, weights: Sequence[float] = (), *, is_of_terms: bool = False
+) -> tuple[torch.Tensor | Sum, tuple[float, ...]]:
     """Make a mean over targets a `Sum`, so that it can be put together with those of other parts.
 
     Args:
         loss: as it was returned.
-        weights: as counted while it was computed, if it has no graph.
+        weights: of all means over targets that were computed on the way, if it has no graph.
+        is_of_terms: whether these are added to something else, which only a graph tells.
 
     Returns:
-        The loss itself, if it is no mean over targets; a `Sum` of no targets has no gradient.
+        The loss itself, if it is no mean over targets, or adds such means to other terms; a `Sum` of no targets has no
+        gradient. And, of the latter alone, the weight of each such mean: the loss of parts is that of the whole where
+        these are in proportion to samples.
     """
     if isinstance(loss, Sum):
-        return loss
-    weight = target_weight(loss, weights)
+        return loss, ()
+    weight, beside = target_weight(loss, weights, is_of_terms=is_of_terms)
     if weight is None:
-        return loss
+        return loss, beside
     if weight == 0:  # the mean of no targets is 0/0, and so is its gradient
-        return Sum(torch.zeros_like(loss.detach()), 0.0)
-    return Sum(loss * weight, weight)
+        return Sum(torch.zeros_like(loss.detach()), 0.0), ()
+    return Sum(loss * weight, weight), ()
 
 
 class LossPart(NamedTuple):
@@ -114,6 +121,7 @@ class LossPart(NamedTuple):
     weight: float  # that totals are divided by, once they are added up
     unit: float  # the gradient of the total is divided by it
     is_sum: bool  # whether parts may weigh otherwise than by their samples
+    beside: tuple[float, ...] = ()  # weights of means over targets that something else is added to
 
 
 def part_of(
@@ -132,17 +140,16 @@ def part_of(
         weights: as counted while it was computed, if it has no graph.
         num_samples: of the part.
         batch_samples: of the batch.
-
-    Raises:
-        ReturnError: parts of it cannot be put together.
     """
     if isinstance(loss, Sum):
         return LossPart(loss.total, 1.0, loss.weight, 1.0, True)
     if reduction == "sum":  # reported as a mean over samples of what a batch of as many such samples comes to
         return LossPart(loss, batch_samples, float(num_samples), batch_samples, False)
-    weight = target_weight(loss, weights) if reduction == "targets" else None
+    weight, beside = None, NOTHING_BESIDE
+    if reduction in OVER_TARGETS:
+        weight, beside = target_weight(loss, weights, is_of_terms=reduction == "terms")
     if weight is None:
-        return LossPart(loss, num_samples, float(num_samples), batch_samples, False)
+        return LossPart(loss, num_samples, float(num_samples), batch_samples, False, beside)
     # Where all targets count, the gradients of the parts add up to that of the mean, and nothing is to be divided.
     unit = batch_samples * (1.0 if weight == num_samples or loss.grad_fn is None else num_targets(loss) / num_samples)
     if weight == 0:  # the mean of no targets is 0/0, and so is its gradient
@@ -150,29 +157,32 @@ def part_of(
     return LossPart(loss, weight, weight, unit, True)
 
 
-def target_weight(loss: torch.Tensor, weights: Sequence[float] = ()) -> float | None:
+def target_weight(
+    loss: torch.Tensor, weights: Sequence[float] = (), *, is_of_terms: bool = False
+) -> tuple[float | None, tuple[float, ...]]:
     """Find the weight of all targets that a loss is a mean over.
 
     Args:
         loss: as it was returned.
-        weights: as counted while it was computed, if it has no graph.
+        weights: of all means over targets that were computed on the way, if it has no graph.
+        is_of_terms: whether these are added to something else, which only a graph tells.
 
     Returns:
-        None, if it is no mean over targets.
-
-    Raises:
-        ReturnError: something else is added to it, so that parts cannot be put together.
+        None, if it is no mean over targets, or more than one; of these, and of those to which something else is added,
+        the weights. The loss of parts is that of the whole where they are in proportion to samples.
     """
     root = loss.grad_fn
-    if root is None:
-        return _only(weights)
-    if root.name() in _NODES:  # nearly always
-        is_mean = root._saved_reduction == _IS_MEAN  # type: ignore[attr-defined]
-        return float(root._saved_total_weight) if is_mean else None  # type: ignore[attr-defined]
-    weight = weight_of(loss)
-    if weight is not None:
-        _refuse_other_terms(loss, weight)
-    return weight
+    if root is not None:
+        if root.name() in _NODES:  # nearly always
+            is_mean = root._saved_reduction == _IS_MEAN  # type: ignore[attr-defined]
+            return float(root._saved_total_weight) if is_mean else None, NOTHING_BESIDE  # type: ignore[attr-defined]
+        weights = [float(node._saved_total_weight) for node in nodes_of_targets(loss)]
+        is_of_terms = bool(weights) and _has_other_terms(root)
+    if not weights:
+        return None, NOTHING_BESIDE
+    if is_of_terms or any(other != weights[0] for other in weights):
+        return None, tuple(weights)
+    return weights[0], NOTHING_BESIDE
 
 
 def num_targets(loss: torch.Tensor) -> int:
@@ -181,29 +191,42 @@ def num_targets(loss: torch.Tensor) -> int:
     return count
 
 
-def _refuse_other_terms(loss: torch.Tensor, weight: float) -> None:
-    """Refuse a sum of a mean over targets and of a mean over samples, where targets do not count alike.
-
-    Raises:
-        ReturnError: there is no weight by which both could be put together.
-    """
-    nodes = nodes_of_targets(loss)
-    if all(node._saved_total_weight == node._saved_target.numel() for node in nodes):
-        return
-    assert loss.grad_fn is not None
-    waiting, seen = [loss.grad_fn], {loss.grad_fn}
+def _has_other_terms(root: Any) -> bool:
+    """Tell whether a loss is made of more than means over targets and what is the same for every part."""
+    waiting, seen = [root], {root}
     while waiting:
         node = waiting.pop()
         if node.name() in _NODES or _is_of_parameters(node) or _is_smoothing(node):
             continue
         following = [each for each, _ in node.next_functions if each is not None]
         if not all(_is_number(each) for each in following):
-            raise ReturnError(
-                f"the loss adds a mean over targets, of which {weight:g} count here, to another term, and parts of a "
-                "batch cannot be put together: return dnb.Sum(total, weight), or (loss of targets alone, metrics)"
-            )
+            return True
         waiting += [each for each in following if each not in seen]
         seen.update(following)
+    return False
+
+
+def fault_of_terms(named: Iterable[tuple[str, Sums]]) -> str:
+    """Tell why losses that add means over targets to other terms cannot be put together; empty if they can.
+
+    Args:
+        named: parts of one batch, and where each was computed.
+    """
+    parts = [(place, part) for place, part in named if part.num_samples]
+    if not any(part.targets_per_sample for _, part in parts):
+        return ""
+    found: dict[str, str] = {}
+    for place, part in parts:
+        shown = " and ".join(f"{each:.6g}" for each in part.targets_per_sample)
+        found.setdefault(shown, f"{shown} for each of {part.num_samples} samples{place}")
+    if len(found) < 2:
+        return ""
+    figures = [text for shown, text in found.items() if shown][:2]
+    return (
+        "the loss adds a mean over targets to another term, and parts in which not as many targets count for each "
+        f"sample cannot be put together ({', and '.join(figures)}): return dnb.Sum(total, weight), or (loss of targets "
+        "alone, metrics)"
+    )
 
 
 def _is_of_parameters(node: Any) -> bool:
@@ -239,12 +262,12 @@ def counting_targets(reduction: Reduction) -> AbstractContextManager[Sequence[fl
     """Note how much the targets weigh in whatever is computed without gradients.
 
     Args:
-        reduction: of the run; nothing is counted unless it is over targets.
+        reduction: of the run; nothing is counted unless something is over targets.
 
     Returns:
         A context of a list that fills with the weights of means over targets.
     """
-    if reduction != "targets" or torch.is_grad_enabled():
+    if reduction not in OVER_TARGETS or torch.is_grad_enabled():
         return _NOT_COUNTING
     return _counting()
 

@@ -7,7 +7,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 import dnb
-from dnb.errors import ArgumentError
+from dnb.errors import ArgumentError, RunError
 from dnb.user_code.accuracy import accuracy
 from tests.engines.pools import wait
 from tests.models import adamw, digits, largest_gap, mlp, plain_run, twice
@@ -67,6 +67,57 @@ def test_tokens_that_do_not_count_are_left_out_as_in_one_process(pool_of, transp
     assert largest_gap(run.history["loss"], losses) <= 1e-10
     expected = of_tokens(plain(data.tokens), data.targets).item()
     assert run.history["val_loss"][-1] == pytest.approx(expected, abs=1e-9)
+
+
+def measured_tokens(model, batch):
+    output, counts = model(batch[0]), batch[1] != IGNORED
+    right = (output.argmax(2) == batch[1])[counts].double().mean()
+    return of_tokens(output, batch[1]), {"right": right, "rows": (output.argmax(2) == batch[1]).double().mean()}
+
+
+def test_metrics_of_a_step_count_the_tokens_that_its_loss_counts(pool):
+    model, data = tagger(), Padded()
+    with torch.no_grad():
+        right, rows = measured_tokens(model, (data.tokens, data.targets))[1].values()
+    run = wait(pool.fit(model, data, val=data, step=measured_tokens, lr=1e-9, batch_size=256, steps=1))
+    for prefix in ("", "val_"):
+        assert run.history[f"{prefix}right"] == pytest.approx([right.item()], abs=1e-12)
+        assert run.history[f"{prefix}rows"] == pytest.approx([rows.item()], abs=1e-12)
+    assert not [event for event in run.events if event.kind == "metrics"]
+
+
+class Full(Padded):
+    """The same, of which all tokens count."""
+
+    def __init__(self):
+        super().__init__()
+        self.targets = self.targets.clamp(min=0)
+
+
+def two_terms(model, batch):
+    output = model(batch[0])
+    return of_tokens(output, batch[1]) + 0.1 * output.square().mean()
+
+
+def test_a_mean_over_tokens_may_be_added_to_one_over_samples_where_all_tokens_count(pool):
+    model, plain = twice(tagger)
+    data = Full()
+    run = wait(pool.fit(model, data, val=data, step=two_terms, lr=1e-2, batch_size=32, steps=16))
+    given = {"step": two_terms, "optimizer": adamw(plain.parameters(), 1e-2), "batch_size": 32}
+    losses = plain_run(plain, (data.tokens, data.targets), num_steps=16, **given).losses
+    assert largest_gap(run.history["loss"], losses) <= 1e-10
+    expected = two_terms(plain, (data.tokens, data.targets)).item()
+    assert run.history["val_loss"][-1] == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_the_step_in_which_some_do_not_count_is_refused(pool, part):
+    train, val = (Padded(), Full()) if part == "train" else (Full(), Padded())
+    run = pool.fit(tagger(), train, val=val, step=two_terms, lr=1e-2, batch_size=32, epochs=2, shuffle=False)
+    told = r"the loss adds a mean over targets to another term, and parts .* \([\d.]+ for each of \d+ samples"
+    with pytest.raises(RunError, match=told):
+        wait(run)
+    assert run.step == (0 if part == "train" else 8)
 
 
 @pytest.mark.parametrize("way", ["step", "loss"])

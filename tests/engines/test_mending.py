@@ -165,6 +165,31 @@ def test_a_mended_loss_that_is_no_mean_over_samples_is_refused_and_another_goes_
     assert largest_gap(run.history["loss"], plain.losses) < 1e-10
 
 
+def root_step(model, batch):
+    return cross_entropy_step(model, batch).sqrt()
+
+
+NO_MEAN = r"ReturnError: step's loss is no mean over samples: of 8 of them it is .*dnb\.Sum"
+
+
+def test_a_mended_step_that_is_no_mean_over_samples_is_refused_and_another_goes_on(pool):
+    run = fit_picky(pool)
+    with pytest.raises(RunError):
+        wait(run)
+    run.resume(step=root_step)
+    with pytest.raises(RunError, match=f"step 6: {NO_MEAN}"):
+        wait(run)
+    run.resume(step=clipping_step)
+    assert wait(run).status == "finished"
+    assert largest_gap(run.history["loss"], plain_clipping_losses(10)) < 1e-10
+
+
+def test_so_is_one_that_is_given_to_a_run_that_is_resumed(pool):
+    path = wait(pool.fit(mlp(), digits(256), step=cross_entropy_step, lr=1e-3, epochs=1)).checkpoint()
+    with pytest.raises(RunError, match=f"step 5: {NO_MEAN}"):
+        wait(dnb.resume(path, model=mlp(), train=digits(256), step=root_step, epochs=2, pool=pool))
+
+
 def test_functions_are_replaced_only_while_a_run_is_paused(pool):
     run = pool.fit(mlp(), digits(), loss="cross_entropy", epochs=10_000)
     with pytest.raises(ArgumentError, match="not paused"):

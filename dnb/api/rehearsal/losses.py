@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,10 +12,14 @@ import torch
 from dnb.api.rehearsal.trial import LOSS_SAMPLES, Trial, outputs_to_judge
 from dnb.api.rehearsal.undisturbed import undisturbed
 from dnb.errors import USER_ERRORS, ArgumentError
-from dnb.job import Data
+from dnb.job import Data, DataSource, Sum
 from dnb.protocol.run import Finding, Reduction
-from dnb.user_code.loss_judge import Verdict, judge, judge_loss, with_gradient
+from dnb.transport.pickling.copies import close_files
+from dnb.user_code.judged_batches import with_gradient
+from dnb.user_code.loader import fetch_batch
+from dnb.user_code.loss_judge import Kind, Verdict, judge_loss, judge_step
 from dnb.user_code.loss_weights import ignored_by, nodes_of_targets
+from dnb.user_code.return_values import EVALUATION_PREFIX, read_step
 
 
 def check_loss(trial: Trial) -> list[Finding]:
@@ -27,6 +31,8 @@ def check_loss(trial: Trial) -> list[Finding]:
     job, wanted = trial.job, trial.options.loss_over
     if wanted is not None:
         trial.reduction = "samples"
+        if job.step is not None and trial.computed.loss is not None:
+            _verdict_on(trial)  # as metrics are judged, too
         return []
     trial.reduction = declared_reduction(job.loss)
     if trial.computed.loss is None:  # it will be reported with engine, step and samples
@@ -38,10 +44,60 @@ def check_loss(trial: Trial) -> list[Finding]:
         trial.reduction, trial.loss_over = "samples", "batch"
     elif verdict.kind is not None:
         trial.reduction = verdict.kind
+    if verdict.is_of_terms and trial.reduction == "targets":
+        trial.reduction = "terms"
     if trial.reduction == "sum":
         text = "this loss is a sum over the samples of a batch: those of its parts are added up"
         return [Finding(kind="loss", text=text)]
     return []
+
+
+def check_val_step(trial: Trial) -> list[Finding]:
+    """Judge the loss of evaluations alone: of one that is no mean, each batch has a loss of its own."""
+    val_step, source = trial.job.val_step, trial.data.val
+    if val_step is None or source is None or trial.options.loss_over is not None:
+        return []
+    with undisturbed():
+        verdict, metrics = _verdict_on_val_step(trial, val_step, source)
+        assert trial.given_data.val is not None
+        close_files(source.samples, trial.given_data.val.samples)
+    if verdict.kind in ("batch", "sum"):
+        trial.val_reduction = "samples"
+    trial.target_metrics = tuple(f"{EVALUATION_PREFIX}{name}" for name, kind in metrics.items() if kind == "targets")
+    names = [f"{EVALUATION_PREFIX}{name}" for name, kind in metrics.items() if kind in ("batch", "sum")]
+    if trial.val_reduction == "samples":
+        names.insert(0, f"{EVALUATION_PREFIX}loss")
+    what = "is no mean over samples, and" if len(names) == 1 else "are no means over samples, and each"
+    text = f"{', '.join(names)} of val_step {what} is the mean of its values on whole batches, by their samples"
+    return [Finding(kind="loss", text=text)] if names else []
+
+
+def _verdict_on_val_step(
+    trial: Trial, val_step: Callable[..., Any], source: DataSource
+) -> tuple[Verdict, dict[str, Kind]]:
+    def computed(batch: Any) -> tuple[torch.Tensor | Sum, Mapping[str, Any]]:
+        with torch.enable_grad(), trial.autocast():
+            return read_step(val_step(trial.job.model, batch), needs_gradient=False)
+
+    def fetch(begin: int, end: int) -> Any:
+        return fetch_batch(source, torch.arange(begin, end))
+
+    number = len(trial.indices) if trial.is_slow else max(len(trial.indices), LOSS_SAMPLES[1])
+    num_samples = min(number, _num_samples(source))
+    trial.modes.set_training(mode=False)
+    trial.seed()
+    try:
+        batch = fetch(0, num_samples)
+    except KeyboardInterrupt:
+        raise
+    except USER_ERRORS:  # its own evaluation will tell
+        return Verdict(None), {}
+    leaves_out = partial(_may_leave_out, trial.given_data)
+    return judge_step(computed, batch, num_samples=num_samples, fetch=fetch, leaves_out=leaves_out)
+
+
+def _num_samples(source: DataSource) -> int:
+    return len(source.samples[0] if source.collate is None else source.samples)
 
 
 def _verdict_on(trial: Trial) -> Verdict:
@@ -49,9 +105,8 @@ def _verdict_on(trial: Trial) -> Verdict:
     if job.loss is None:
         trial.widen(LOSS_SAMPLES[0])
         verdict = _verdict_with_model(trial)
-        if verdict.kind in (None, "batch") and trial.widen(LOSS_SAMPLES[1]):
-            return _verdict_with_model(trial)
-        return verdict
+        is_in_doubt = verdict.kind in (None, "batch") or "batch" in trial.step_metrics.values()
+        return _verdict_with_model(trial) if is_in_doubt and trial.widen(LOSS_SAMPLES[1]) else verdict
     with undisturbed():
         trial.modes.set_training(mode=False)
         output, target, num_samples = outputs_to_judge(trial)
@@ -66,14 +121,19 @@ def _verdict_on(trial: Trial) -> Verdict:
 
 
 def _verdict_with_model(trial: Trial) -> Verdict:
-    """Judge a loss that the model is computed for every time."""
-    # A sum of two losses is a mean over samples as long as every target counts.
+    """Judge a loss that the model is computed for every time, and the metrics that a step function returns with it."""
     leaves_out = partial(_may_leave_out, trial.given_data)
     with undisturbed():
         trial.modes.set_training(mode=False)
-        return judge(
-            trial.loss_of, trial.batch, num_samples=len(trial.indices), fetch=trial.fetched, leaves_out=leaves_out
+        verdict, trial.step_metrics = judge_step(
+            trial.loss_and_metrics_of,
+            trial.batch,
+            num_samples=len(trial.indices),
+            fetch=trial.fetched,
+            leaves_out=leaves_out,
+            refuses_unlike=True,
         )
+    return verdict
 
 
 def _may_leave_out(data: Data, loss: Any) -> bool:

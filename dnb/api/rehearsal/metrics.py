@@ -13,7 +13,8 @@ from dnb.engine.replicas.pipeline.whole_loss import detached
 from dnb.errors import USER_ERRORS, ArgumentError
 from dnb.job import Job, Sum
 from dnb.protocol.run import Finding
-from dnb.user_code.loss_judge import judge, other_outputs
+from dnb.user_code.judged_batches import other_outputs
+from dnb.user_code.loss_judge import judge, text_of_step_metrics
 from dnb.user_code.model_call import arguments_of
 from dnb.user_code.return_values import number_of, weighed
 from dnb.user_code.stateful_metrics import StatefulMetric
@@ -25,7 +26,9 @@ def check_metrics(trial: Trial) -> list[Finding]:
     Raises:
         ReturnError: one that keeps a state gives no number.
     """
-    if trial.computed.loss is None or trial.job.step is not None:
+    if trial.job.step is not None:
+        return _tell_of_step(trial)
+    if trial.computed.loss is None:
         return []
     with undisturbed():
         trial.modes.set_training(mode=False)
@@ -76,6 +79,14 @@ def _check_number(trial: Trial, name: str, metric: Callable[..., Any]) -> None:
     except USER_ERRORS:  # of a few samples some cannot be computed
         return
     weighed(value, 1, name=name)
+
+
+def _tell_of_step(trial: Trial) -> list[Finding]:
+    """Say which metrics of a step function are no means; those over targets are weighed as its loss is."""
+    kinds = trial.step_metrics
+    trial.target_metrics += tuple(name for name, kind in kinds.items() if kind == "targets")
+    text = text_of_step_metrics(kinds)
+    return [Finding(kind="metrics", text=text)] if text else []
 
 
 def _is_mean(trial: Trial, name: str, metric: Callable[..., Any]) -> bool:

@@ -12,7 +12,7 @@ import torch
 
 from dnb.api.rehearsal.batch_forms import check_batches
 from dnb.api.rehearsal.fitting import fit_data
-from dnb.api.rehearsal.losses import check_loss, declared_reduction
+from dnb.api.rehearsal.losses import check_loss, check_val_step, declared_reduction
 from dnb.api.rehearsal.metrics import check_metrics
 from dnb.api.rehearsal.side_effects import refuse_own_loop, refuse_written_parameters, tell_changed_attributes
 from dnb.api.rehearsal.trial import PROBE_SAMPLES, Options, Trial
@@ -37,6 +37,7 @@ CHECKS: tuple[Check, ...] = (
     fit_data,
     tell_changed_attributes,
     check_loss,
+    check_val_step,
     check_metrics,
 )
 
@@ -51,7 +52,10 @@ class RehearsedRun:
         findings: reported as events when the run begins.
         reduction: how losses of parts are put together: "targets" where a loss is a mean over targets that may weigh
             differently, and all others are means over samples.
+        val_reduction: likewise, of val_step.
         whole_metrics: names of metrics that are no means over samples.
+        target_metrics: names of metrics that a step function returns, and that weigh as its loss does; those of
+            val_step with "val_" before them.
         loss_over: "samples" if the loss of a batch is the mean of the losses of its parts, "batch" if it is computed on
             the gathered outputs of the whole batch.
         probe: loss of the first samples in evaluation mode, which engines are held against; None: it could not be had.
@@ -62,7 +66,9 @@ class RehearsedRun:
     data: Data
     findings: tuple[Finding, ...] = ()
     reduction: Reduction = "targets"
+    val_reduction: Reduction = "targets"
     whole_metrics: tuple[str, ...] = ()
+    target_metrics: tuple[str, ...] = ()
     loss_over: Literal["samples", "batch"] = "samples"
     probe: float | None = None
     probe_samples: int = PROBE_SAMPLES
@@ -112,7 +118,9 @@ def rehearse(job: Job, data: Data, options: Options | None = None) -> RehearsedR
                 data=trial.given_data,
                 findings=tuple(findings),
                 reduction=trial.reduction,
+                val_reduction=trial.val_reduction,
                 whole_metrics=trial.whole_metrics,
+                target_metrics=trial.target_metrics,
                 loss_over=trial.loss_over,
                 probe=trial.probed,
                 probe_samples=trial.probe_samples,

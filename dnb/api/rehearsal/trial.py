@@ -30,6 +30,7 @@ from dnb.protocol.run import Reduction
 from dnb.transport.pickling.copies import close_files, copy_together
 from dnb.transport.pickling.generators import OwnGenerators
 from dnb.user_code.loader import fetch_batch
+from dnb.user_code.loss_judge import Kind
 from dnb.user_code.model_call import arguments_of
 from dnb.user_code.module_modes import Modes
 from dnb.user_code.return_values import read_loss, read_step
@@ -110,7 +111,10 @@ class Trial:
         changed: attributes and the like that the first forward changed.
         loss_over: what a check has found of the loss; see `Rehearsed`.
         reduction: likewise.
+        val_reduction: likewise.
         whole_metrics: likewise.
+        target_metrics: likewise.
+        step_metrics: how metrics that step returns are put together, by the rules of `judge_step`.
         fingerprint: of everything that findings come from, except for values that training changes; None: unknown.
         probe_shapes: shapes and dtypes of the batch that was last probed.
         is_slow: whether the first probe took long.
@@ -133,7 +137,10 @@ class Trial:
     written: Mapping[str, str] = field(default_factory=dict)
     loss_over: Literal["samples", "batch"] = "samples"
     reduction: Reduction = "targets"
+    val_reduction: Reduction = "targets"
     whole_metrics: tuple[str, ...] = ()
+    target_metrics: tuple[str, ...] = ()
+    step_metrics: Mapping[str, Kind] = field(default_factory=dict)
     fingerprint: bytes | None = None
     probe_shapes: tuple[Any, ...] = ()
     is_slow: bool = False
@@ -261,10 +268,12 @@ class Trial:
         """Return the batch of some of the samples, by their places among these."""
         return fetch_batch(self.data.train, self.indices[begin:end])
 
-    def loss_of(self, batch: Any) -> torch.Tensor | Sum:
-        """Compute the loss of some samples, by step function, loss or model, with its graph."""
+    def loss_and_metrics_of(self, batch: Any) -> tuple[torch.Tensor | Sum, Mapping[str, Any]]:
+        """The loss of some samples, by step function or model, with its graph; and the metrics that step returns."""
+        computed = Computed()
         with torch.enable_grad(), self.autocast():
-            return _loss(self.job, batch, Computed(), needs_gradient=False)
+            loss = _loss(self.job, batch, computed, needs_gradient=False)
+        return loss, {} if self.job.step is None else read_step(computed.returned, needs_gradient=False)[1]
 
     def release(self) -> None:
         """Let the copies go; a file that a data set has opened is closed without a warning."""

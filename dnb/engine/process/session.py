@@ -240,6 +240,8 @@ class Session:
         if self._settings.notes:
             self.send(Printed(run=self.run, lines=tuple(self._settings.notes), kind="data"))
             self._settings.notes = []
+        if news := self._replica.take_news():
+            self.send(Printed(run=self.run, lines=news, kind="metrics"))
         if lines := self._output.collect():
             self.send(Printed(run=self.run, lines=lines))
 

@@ -36,5 +36,8 @@ class EngineReplica(Protocol):
     def trace(self) -> StageTrace | None:
         """Return what was done in the last step, and when; None if there are no stages."""
 
+    def take_news(self) -> tuple[str, ...]:
+        """Return what is to be told of metrics, for the last time."""
+
     def close(self) -> None:
         """Let go of gradients and memory, and leave the team."""

@@ -10,7 +10,7 @@ from dnb.engine.runtime.scaled_backward import ScaledBackward
 from dnb.job import DataSource
 from dnb.protocol.measurements import Sums
 from dnb.user_code.loader import fetch_batch
-from dnb.user_code.loss_weights import counting_targets, part_of, weighed_loss
+from dnb.user_code.loss_weights import OVER_TARGETS, counting_targets, part_of, weighed_loss
 
 
 class ForwardPass:
@@ -49,11 +49,11 @@ class ForwardPass:
         with self._stopwatch.measure("compute"):
             job, step, reduction = self._loss.job, self._loss.job.step, self._loss.reduction
             if job.val_step is not None and source is self._val:
-                step, reduction = job.val_step, "targets"
+                step, reduction = job.val_step, self._spec.val_reduction
             with self._loss.autocast(), counting_targets(reduction) as weights:
                 loss, metrics = self._loss.compute(step, batch, num_samples, needs_gradient=needs_gradient)
-            if self._spec.exact and reduction == "targets":
-                loss = weighed_loss(loss, weights)  # its bits are those of totals, and a product shows in them
+            if self._spec.exact and reduction in OVER_TARGETS:  # its bits are those of totals: a product shows in them
+                loss, _ = weighed_loss(loss, weights, is_of_terms=reduction == "terms")
             part = part_of(
                 loss,
                 reduction=reduction,
@@ -62,6 +62,10 @@ class ForwardPass:
                 batch_samples=batch_samples or self._spec.batch_size,
             )
             unit = part.unit if batch_samples is None else self._backward.run(part)
+            if part.beside and batch_samples is not None:
+                self._loss.reduction = "terms"  # evaluations have no graph that tells
+            if part.is_sum and self._loss.target_metrics:
+                self._loss.weigh_metrics(metrics, num_samples, part.weight, is_evaluation=step is not job.step)
             value = part.tensor.item()
         sums = Sums(
             loss_total=value * part.factor,
@@ -70,5 +74,6 @@ class ForwardPass:
             metric_weights={name: weight for name, (_, weight) in metrics.items()},
             num_samples=num_samples,
             unit=unit if part.is_sum else 1.0,
+            targets_per_sample=tuple(weight / num_samples for weight in part.beside) if part.beside else (),
         )
         return sums, part.is_sum

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 
-from dnb.engine.replicas.new_loss import judge_new_loss
+from dnb.engine.replicas.new_loss import judge_new_loss, judge_new_step
 from dnb.engine.replicas.replica_context import ReplicaContext
-from dnb.job import Sum
+from dnb.job import DataSource, Sum
 from dnb.planning.shards import SAMPLES_AT_LEAST
 from dnb.protocol.run import Reduction
+from dnb.user_code.loader import fetch_batch
 from dnb.user_code.model_call import arguments_of
-from dnb.user_code.return_values import OWN_LOOP, MetricReader, Metrics, ReturnError, read_loss, read_step, weighed
+from dnb.user_code.return_values import (
+    EVALUATION_PREFIX,
+    OWN_LOOP,
+    MetricReader,
+    Metrics,
+    ReturnError,
+    read_loss,
+    read_step,
+    weighed,
+)
+
+# Steps whose samples may show nothing of a step function that came in mid-run, until it is taken as it is.
+MOST_TRIES = 3
 
 
 class Versioned(Protocol):
@@ -40,14 +53,21 @@ class ModelLoss:
         self.measure: Callable[[Any, Any, int], Metrics] | None = None  # in the place of all metrics
         self.reduction: Reduction = spec.reduction
         self._spec = spec
-        self._is_new = spec.is_loss_new
+        self.target_metrics = spec.target_metrics  # that weigh as the loss does
+        self._is_new = spec.is_loss_new and not spec.trusts_loss
+        self._num_tries = 0
+        if self._is_new and spec.reduction == "samples":
+            self.reduction = "targets"  # where it is a mean over targets; the one that was there before was none
         self._step_metrics = MetricReader()
 
     def replace(self, *, step: Callable[..., Any] | None, loss: Callable[..., Any] | None) -> None:
         """Go on with another step function, or another loss; one of them is None."""
         if step is not None or loss is not self.job.loss:  # else what is known of it stays so, to the bit
-            self.reduction = "targets"  # where it is a mean over targets; all else is a mean over samples
-            self._is_new = loss is not None
+            # Where it is a mean over targets; all else is a mean over samples.
+            self.reduction = "samples" if self._spec.trusts_loss else "targets"
+            self._is_new = not self._spec.trusts_loss
+            self._num_tries = 0
+            self.target_metrics = ()
         self.job = dataclasses.replace(self.job, step=step, loss=loss)
         self._step_metrics = MetricReader()
 
@@ -91,6 +111,58 @@ class ModelLoss:
             return loss, {}
         with torch.no_grad():
             return loss, (self.measure or self._measure_all)(output, compared, num_samples)
+
+    @property
+    def has_new_step(self) -> bool:
+        """Whether a step function has come in mid-run, and is yet to be judged."""
+        return self._is_new and self.job.step is not None
+
+    def judge_step(
+        self, compute: Callable[[Any], tuple[Any, Mapping[str, Any]]], source: DataSource, indices: torch.Tensor
+    ) -> str:
+        """Judge a step function that came in mid-run, and return what is to be told of its metrics.
+
+        Args:
+            compute: loss and metrics of a batch.
+            source: of the samples.
+            indices: of the samples.
+
+        Raises:
+            ReturnError: its loss is no mean over samples, or is a sum where a mean was.
+        """
+        found = judge_new_step(
+            compute,
+            fetch_batch(source, indices),
+            num_samples=len(indices),
+            fetch=lambda begin, end: fetch_batch(source, indices[begin:end]),
+            spec=self._spec,
+        )
+        self._num_tries += 1
+        self._is_new = found is None and self._num_tries < MOST_TRIES
+        if found is None:
+            return ""
+        self.reduction, self.target_metrics = found.reduction, found.target_metrics
+        return found.text
+
+    def step_on(self, batch: Any) -> tuple[torch.Tensor | Sum, Mapping[str, Any]]:
+        """Compute loss and metrics of a batch by the step function; no backward follows."""
+        assert self.job.step is not None
+        with torch.enable_grad(), self.autocast():
+            return read_step(self.job.step(self.job.model, batch), needs_gradient=False)
+
+    def weigh_metrics(self, metrics: Metrics, num_samples: int, weight: float, *, is_evaluation: bool) -> None:
+        """Let metrics that are means over what the loss is a mean over weigh as it does.
+
+        Args:
+            metrics: total and weight of each; those that weigh themselves stay as they are.
+            num_samples: that they were computed of.
+            weight: of the loss.
+            is_evaluation: whether val_step has returned them.
+        """
+        prefix = EVALUATION_PREFIX if is_evaluation else ""
+        for name, (total, own) in metrics.items():
+            if prefix + name in self.target_metrics and own == num_samples:
+                metrics[name] = (total / num_samples * weight if weight else 0.0, weight)
 
     def _measure_all(self, output: Any, compared: Any, num_samples: int) -> Metrics:
         return {

@@ -12,6 +12,7 @@ from dnb.errors import text_of
 from dnb.planning.shards import SAMPLES_AT_LEAST
 from dnb.protocol.engine_messages import OutputLeaf, Work
 from dnb.protocol.measurements import Sums
+from dnb.user_code.loss_weights import fault_of_terms
 from dnb.user_code.return_values import Metrics, ReturnError
 
 MOST_SAMPLES_SHOWN = 8
@@ -122,8 +123,23 @@ def pieces_of(indices: torch.Tensor, size: int | None) -> Sequence[torch.Tensor]
     return torch.split(indices, sizes)
 
 
+def refuse_unlike_parts(parts: Sequence[Sums]) -> None:
+    """Refuse parts whose losses have terms that weigh differently in each.
+
+    Raises:
+        ReturnError: says so.
+    """
+    if fault := fault_of_terms(("", part) for part in parts):
+        raise ReturnError(fault)
+
+
 def added(parts: Sequence[Sums]) -> Sums:
-    """Add the sums of several parts."""
+    """Add the sums of several parts.
+
+    Raises:
+        ReturnError: they cannot be put together.
+    """
+    refuse_unlike_parts(parts)
     names = {name for part in parts for name in part.metric_totals}
     return Sums(
         loss_total=sum(part.loss_total for part in parts),
@@ -132,4 +148,5 @@ def added(parts: Sequence[Sums]) -> Sums:
         metric_weights={name: sum(part.metric_weights.get(name, 0.0) for part in parts) for name in names},
         num_samples=sum(part.num_samples for part in parts),
         unit=parts[0].unit if parts else 1.0,
+        targets_per_sample=next((part.targets_per_sample for part in parts if part.num_samples), ()),
     )

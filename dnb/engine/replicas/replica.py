@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from dnb.engine.replicas.forward_pass import ForwardPass
 from dnb.engine.replicas.model_loss import ModelLoss
+from dnb.engine.replicas.new_loss import MOST_SAMPLES as MOST_JUDGED
 from dnb.engine.replicas.outcome import (
     WorkResult,
     added,
@@ -19,6 +20,7 @@ from dnb.engine.replicas.outcome import (
     one_kind,
     part_seed,
     pieces_of,
+    refuse_unlike_parts,
 )
 from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.runtime.bound_parameters import BoundParameters, ModelChangedError
@@ -29,7 +31,7 @@ from dnb.engine.runtime.run_memory import Publisher
 from dnb.engine.runtime.scaled_backward import ScaledBackward
 from dnb.engine.runtime.write_guard import ParameterWrittenError
 from dnb.errors import USER_ERRORS, kind_of, summary_of, text_of
-from dnb.job import DataSource, Job
+from dnb.job import DataSource, Job, Sum
 from dnb.planning.shards import first_filled_shard
 from dnb.protocol.engine_messages import Diagnose, Diagnosis, Work
 from dnb.protocol.measurements import StageTrace, Sums
@@ -64,6 +66,7 @@ class Replica:
         self._most_at_once = spec.micro_batch
         self._modes = Modes([job.model])
         self._evaluates_gradients = False
+        self._news: list[str] = []  # of metrics
         self._loss = ModelLoss(context, self._gradients)
         self._backward = ScaledBackward()
         self._forward_pass = ForwardPass(context, self._loss, self._backward)
@@ -124,6 +127,8 @@ class Replica:
         self._set_training(mode=True)
         self._parameters.begin_work()
         try:
+            if self._loss.has_new_step and work.fresh and work.kind == "step":
+                self._judge_step(work, indices)
             outcome = self._with_states(work, self._compute_step(work, indices))
             self._parameters.guard.check(work.step, thoroughly=work.check_copy)
             thawed, frozen = self._parameters.thawed, self._parameters.frozen
@@ -196,6 +201,11 @@ class Replica:
     def trace(self) -> StageTrace | None:
         """Return nothing: there are no stages."""
         return None
+
+    def take_news(self) -> tuple[str, ...]:
+        """Return what is to be told of metrics, for the last time."""
+        news, self._news = tuple(self._news), []
+        return news
 
     def close(self) -> None:
         """Let go of the gradients."""
@@ -275,6 +285,7 @@ class Replica:
             if sums.num_samples:
                 kinds.append(shard_is_sum)
             parts.append(sums)
+        refuse_unlike_parts(parts)
         return WorkResult(tuple(parts), one_kind(kinds), tuple(sorted(unused or ())))
 
     def _begin(self, slab: int, *, fresh: bool, reads: bool = True) -> None:
@@ -329,6 +340,22 @@ class Replica:
         needs_gradient = needs_gradient or batch_samples is not None
         return self._forward_pass.run(source, indices, batch_samples=batch_samples, needs_gradient=needs_gradient)
 
+    def _judge_step(self, work: Work, indices: torch.Tensor) -> None:
+        """Look at a step function that came in mid-run, by some samples of the first part that it computes."""
+        self._buffers.read()
+        self._set_training(mode=False)
+        try:
+            with same_python_states():
+                self._seed(work.step, work.shards[0])
+                news = self._loss.judge_step(self._step_on, self._data.train, indices[:MOST_JUDGED])
+        finally:
+            self._set_training(mode=True)
+        if news and self._first_shard(work.batch_samples) in work.shards:
+            self._news.append(news)
+
+    def _step_on(self, batch: Any) -> tuple[torch.Tensor | Sum, Mapping[str, Any]]:
+        return self._loss.step_on(batch)
+
     def _evaluate(self, work: Work, indices: torch.Tensor) -> Sums:  # noqa: ARG002 - see `dnb.engine.replicas.gathered_loss`
         assert self._data.val is not None
         self._buffers.read()
@@ -339,10 +366,12 @@ class Replica:
         return added([self._evaluate_piece(self._data.val, piece) for piece in pieces_of(indices, size) if len(piece)])
 
     def _evaluate_piece(self, source: DataSource, indices: torch.Tensor) -> Sums:
-        """Loss and metrics without gradients, unless they are made of gradients, as a penalty on them is."""
+        """Loss and metrics without gradients, unless these tell what they are made of, or are made of gradients."""
         try:
             with torch.set_grad_enabled(self._evaluates_gradients):
-                return self._forward(source, indices, batch_samples=None)[0]
+                sums = self._forward(source, indices, batch_samples=None)[0]
+                if self._evaluates_gradients or not sums.targets_per_sample:
+                    return sums  # else only a graph tells which of the means that were computed are in the loss
         except RuntimeError as error:
             if self._evaluates_gradients or "does not require grad" not in text_of(error):
                 raise

@@ -71,6 +71,13 @@ class SyncReplica(TeamReplica):
         if self._rank == 0:  # which has the first samples
             super()._collect_states(step, shards, batch_samples)
 
+    def _judge_step(self, work: Work, indices: torch.Tensor) -> None:
+        is_on, self._exchange.is_on = self._exchange.is_on, False  # engines need not compute as often as each other
+        try:
+            super()._judge_step(work, indices)
+        finally:
+            self._exchange.is_on = is_on
+
     def _evaluate(self, work: Work, indices: torch.Tensor) -> Sums:
         self._exchange.is_on = False
         return super()._evaluate(work, indices)

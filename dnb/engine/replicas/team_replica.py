@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from dnb.engine.replicas.replica import Replica
 from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.engine.runtime.process_group import PeerLostError, close_group, first_line, is_about_peers, open_group
 from dnb.errors import PlanError, text_of
-from dnb.job import DataSource
+from dnb.job import DataSource, Sum
 from dnb.protocol.engine_messages import Work
 from dnb.protocol.measurements import Sums
 
@@ -68,6 +69,16 @@ class TeamReplica(Replica):
     ) -> tuple[Sums, bool]:
         self._samples = indices
         result = super()._forward(source, indices, batch_samples=batch_samples, needs_gradient=needs_gradient)
+        self._forget()
+        return result
+
+    def _judge_step(self, work: Work, indices: torch.Tensor) -> None:
+        super()._judge_step(work, indices)
+        if self._rank:  # the first engine tells of it
+            self._news.clear()
+
+    def _step_on(self, batch: Any) -> tuple[torch.Tensor | Sum, Mapping[str, Any]]:
+        result = super()._step_on(batch)
         self._forget()
         return result
 

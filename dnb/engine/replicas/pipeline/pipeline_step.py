@@ -18,7 +18,7 @@ from dnb.engine.replicas.whole_metrics import WholeMetrics
 from dnb.job import Job, Sum
 from dnb.protocol.measurements import Sums
 from dnb.protocol.run import Reduction
-from dnb.user_code.loss_weights import counting_targets, nothing_of, weighed_loss
+from dnb.user_code.loss_weights import OVER_TARGETS, counting_targets, nothing_of, weighed_loss
 from dnb.user_code.return_values import Metrics, read_loss, weighed
 
 
@@ -56,7 +56,9 @@ class PipelineStep:
         self._generators = context.generators
         self._num_stages = context.assignment.partition.num_stages
         self._reduction: Reduction = context.spec.reduction
-        self._is_loss_new = context.spec.is_loss_new
+        self._is_loss_new = context.spec.is_loss_new and not context.spec.trusts_loss
+        if self._is_loss_new and context.spec.reduction == "samples":
+            self._reduction = "targets"  # as in `ModelLoss`
         self.whole_metrics = WholeMetrics(context.job.metrics, context.spec.whole_metrics)
         self.feed = PipelineFeed()
 
@@ -68,7 +70,8 @@ class PipelineStep:
     def replace_functions(self, loss: Callable[..., Any] | None) -> None:
         """Go on with another loss."""
         self._job = dataclasses.replace(self._job, loss=loss)
-        self._reduction, self._is_loss_new = "targets", loss is not None
+        trusts = self._spec.trusts_loss
+        self._reduction, self._is_loss_new = "samples" if trusts else "targets", loss is not None and not trusts
 
     def seed(self, seed: int) -> None:
         """Begin with these random numbers."""
@@ -114,8 +117,11 @@ class PipelineStep:
             by="loss" if has_target else "model",
             device=self._device,
         )
-        if self._reduction == "targets":
-            loss = weighed_loss(loss, counted)
+        beside: tuple[float, ...] = ()
+        if self._reduction in OVER_TARGETS:
+            loss, beside = weighed_loss(loss, counted, is_of_terms=self._reduction == "terms")
+        if beside and feed.batch_samples is not None:
+            self._reduction = "terms"  # evaluations have no graph that tells
         is_sum = isinstance(loss, Sum)
         total = loss.total if isinstance(loss, Sum) else loss
         adds_up = is_sum or self._reduction == "sum"
@@ -131,6 +137,7 @@ class PipelineStep:
                 metric_totals={name: total for name, (total, _) in metrics.items()},
                 metric_weights={name: weight for name, (_, weight) in metrics.items()},
                 num_samples=feed.micro_samples,
+                targets_per_sample=tuple(weight / feed.micro_samples for weight in beside),
             )
         )
         scale = 1.0 if adds_up or feed.batch_samples is None else feed.micro_samples / feed.batch_samples

@@ -159,6 +159,10 @@ class StageReplica:
         """Return the same, with the bytes that were sent meanwhile."""
         return self._timeline.trace()
 
+    def take_news(self) -> tuple[str, ...]:
+        """Return nothing: a pipeline has no step function, whose metrics would be told of."""
+        return ()
+
     def close(self) -> None:
         """Leave the group, and let go of gradients, parameters and samples."""
         self._leave(None)

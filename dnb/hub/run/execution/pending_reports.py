@@ -11,6 +11,7 @@ from dnb.hub.parameters.master import Contribution
 from dnb.protocol.engine_messages import WorkReport
 from dnb.protocol.measurements import StageTrace, Sums
 from dnb.transport.pickling.module_states import LooseStates
+from dnb.user_code.loss_weights import fault_of_terms
 
 # Of a member of a team that has no part in the loss.
 NO_SUMS = Sums(loss_total=0.0, loss_weight=0.0, metric_totals={}, metric_weights={}, num_samples=0)
@@ -147,3 +148,13 @@ def describe_mixed_sums(contributions: Iterable[Contribution]) -> str:
         f"step must return dnb.Sum(total, weight) for all samples of a step, or for none: it did on engine "
         f"{found[True]}, and not on engine {found[False]}"
     )
+
+
+def describe_unlike_terms(contributions: Iterable[Contribution]) -> str:
+    """Return why the parts of a loss of several terms cannot be added up; empty if they can."""
+    return fault_of_terms((f" on engine {c.engine}", c.sums) for c in contributions)
+
+
+def describe_mixed_parts(contributions: Sequence[Contribution]) -> str:
+    """Return why the parts of a step or evaluation cannot be added up; empty if they can."""
+    return describe_unlike_terms(contributions) or describe_mixed_sums(contributions)

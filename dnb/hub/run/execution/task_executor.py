@@ -17,7 +17,7 @@ from dnb.hub.run.execution.consistency import ConsistencyChecks
 from dnb.hub.run.execution.deferred_work import DeferredWork
 from dnb.hub.run.execution.gathered_batch import CannotGather, Gatherer, gathers_outputs
 from dnb.hub.run.execution.nan_search import NonFiniteSearch
-from dnb.hub.run.execution.pending_reports import Key, PendingReports, TaskReports, describe_mixed_sums
+from dnb.hub.run.execution.pending_reports import Key, PendingReports, TaskReports, describe_mixed_parts
 from dnb.hub.run.execution.run_coordinator import RunCoordinator
 from dnb.hub.run.execution.sample_batches import Batches
 from dnb.hub.run.execution.trainable_parameters import TrainableParameters
@@ -263,7 +263,7 @@ class TaskExecutor:
             return CommitFailed(step, self._deferred.fault)
         if self._checks.disagreement:
             return CommitFailed(step, Failure(kind="PlanError", message=self._checks.disagreement, traceback=""))
-        if reason := describe_mixed_sums(taken.contributions) or self._checks.take_copy_fault():
+        if reason := describe_mixed_parts(taken.contributions) or self._checks.take_copy_fault():
             return CommitRefused(step, reason)
         return self._trainable.follow(kind, step, taken)
 

@@ -14,8 +14,10 @@ import torch.nn.functional as F  # noqa: N812  # as everybody calls it
 from torch import nn
 
 from dnb.api.rehearsal.losses import all_count_the_same
+from dnb.engine.replicas.replica import added
 from dnb.job import Data, DataSource, Job, Sum
 from dnb.planning.sample_order import BatchOrder
+from dnb.protocol.measurements import Sums
 from dnb.user_code.loss_judge import judge_loss
 from dnb.user_code.loss_weights import weighed_loss
 from dnb.user_code.return_values import ReturnError
@@ -352,13 +354,123 @@ def unlike(output, target):
     return F.cross_entropy(output, target) + 0.1 * output.square().mean()
 
 
-def test_a_mean_over_targets_that_do_not_all_count_is_not_added_to_a_mean_over_samples():
+def test_a_mean_over_targets_that_is_added_to_another_term_goes_by_samples_and_says_how_many_targets_count():
     output = nn.Linear(3, 4)(torch.randn(6, 3))
-    target = torch.tensor([0, 1, 2, 3, 0, 1])
-    assert weighed_loss(unlike(output, target)).weight == 6
-    target[:2] = -100
-    with pytest.raises(ReturnError, match=r"over targets, of which 4 count here, to another term, .* dnb\.Sum"):
-        weighed_loss(unlike(output, target))
+    target = torch.tensor([0, 1, 2, 3, 0, IGNORED])
+    loss = unlike(output, target)
+    assert weighed_loss(loss) == (loss, (5.0,))
+
+
+def test_two_means_over_other_numbers_of_targets_go_by_samples_too():
+    output = nn.Linear(3, 4)(torch.randn(6, 3))
+    loss = F.cross_entropy(output, torch.tensor([0, 1, 2, 3, 0, IGNORED])) + F.cross_entropy(
+        output, torch.arange(6) % 4
+    )
+    assert sorted(weighed_loss(loss)[1]) == [5.0, 6.0]
+
+
+def root_step(model: nn.Module, batch: Any) -> torch.Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1]).sqrt()
+
+
+def plain_step(model: nn.Module, batch: Any) -> Any:
+    output = model(batch[0])
+    return F.cross_entropy(output, batch[1]), {"largest": output.max().item()}
+
+
+def test_a_mended_step_that_is_no_mean_over_samples_is_refused_where_it_is_first_computed(engines_of):
+    engines = engines_of(scores(), classes(), loss=F.cross_entropy, reduction="samples")
+    engines.replica(0).replace_functions(step=root_step, loss=None)
+    with pytest.raises(ReturnError, match=r"step's loss is no mean over samples: of 8 of them it is .*: run\.resume"):
+        engines.compute(0)
+
+
+def test_unless_the_user_says_what_it_is_a_mean_over(engines_of):
+    engines = engines_of(scores(), classes(), loss=F.cross_entropy, reduction="samples", trusts_loss=True)
+    engines.replica(0).replace_functions(step=root_step, loss=None)
+    assert engines.compute(0).parts[0].num_samples == NUM_SAMPLES
+
+
+def test_a_mended_step_is_put_together_by_what_it_is_and_its_metrics_are_judged(engines_of):
+    model, target = scores(), classes()
+    target[4:6] = IGNORED
+    expected, after = one_process(copy.deepcopy(model), target, F.cross_entropy)
+    engines = engines_of(model, target, loss=F.mse_loss, reduction="samples")
+    for number in (0, 1):
+        engines.replica(number).replace_functions(step=plain_step, loss=None)
+    assert_same_step(engines, deal=((0, 1), (2, 3)), loss=expected, after=after)
+    (told,) = engines.replica(0).take_news()
+    assert told.startswith("'largest' of step is no mean over samples: shown is the mean of the parts' values")
+    assert engines.replica(1).take_news() == ()
+
+
+def part(num_samples: int, *targets: float) -> Sums:
+    return Sums(
+        loss_total=1.0,
+        loss_weight=num_samples,
+        metric_totals={},
+        metric_weights={},
+        num_samples=num_samples,
+        targets_per_sample=targets,
+    )
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [(part(3, 0.5), part(2, 0.5)), (part(3, 7.0), part(0)), (part(3), part(2)), (part(3, 1 / 3), part(2, 2 / 6))],
+    ids=["as_many", "nobody", "no_targets", "rounded"],
+)
+def test_parts_with_as_many_targets_for_each_sample_are_put_together(parts):
+    assert added(parts).num_samples == sum(part.num_samples for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("parts", "figures"),
+    [
+        ((part(3, 0.5), part(2, 1.0)), "0.5 for each of 3 samples, and 1 for each of 2 samples"),
+        ((part(3, 0.5, 1.0), part(2)), "0.5 and 1 for each of 3 samples"),
+    ],
+    ids=["fewer", "alone"],
+)
+def test_parts_with_fewer_targets_for_each_sample_are_refused(parts, figures):
+    with pytest.raises(ReturnError, match=rf"mean over targets to another term, .* \({figures}\): return dnb\.Sum"):
+        added(parts)
+
+
+def composite(model: nn.Module, batch: Any) -> torch.Tensor:
+    return unlike(model(batch[0]), batch[1])
+
+
+def test_a_step_that_adds_a_mean_over_targets_to_another_is_that_of_one_process_where_all_count(engines_of):
+    model, target = scores(), classes()
+    expected, after = one_process(copy.deepcopy(model), target, unlike)
+    engines = engines_of(model, target, loss=None, step=composite, reduction="terms")
+    assert_same_step(engines, deal=((0,), (1, 2, 3)), loss=expected, after=after)
+
+
+@pytest.mark.parametrize("reduction", ["targets", "terms"], ids=["not_known", "known"])
+def test_its_evaluation_is_refused_where_some_do_not_count(engines_of, reduction):
+    engines = engines_of(
+        scores(), classes(ignored=IGNORED), loss=None, step=composite, reduction=reduction, batch_size=3
+    )
+    if reduction == "targets":  # an engine finds it out in its first step
+        engines.compute(0, shards=(3,))
+    with pytest.raises(ReturnError, match="the loss adds a mean over targets to another term"):
+        engines.compute(0, shards=(0, 1, 2, 3), kind="evaluation")
+
+
+def measuring(model: nn.Module, batch: Any) -> Any:
+    output = model(batch[0])
+    return F.cross_entropy(output, batch[1]), {"all": F.cross_entropy(output, batch[1].clamp(min=0)).item()}
+
+
+def test_a_mean_over_targets_that_is_a_metric_alone_does_not_weigh_in_an_evaluation(engines_of):
+    model, target = scores(), classes(ignored=IGNORED)
+    engines = engines_of(model, target, loss=None, step=measuring, reduction="targets", batch_size=3)
+    (sums,) = engines.compute(0, shards=(0, 1, 2, 3), kind="evaluation").parts
+    with torch.no_grad():
+        expected = F.cross_entropy(model(inputs()), target).item()
+    assert sums.loss_total / sums.loss_weight == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -371,6 +483,6 @@ def test_a_norm_of_parameters_is_the_same_for_every_part_and_may_be_added(other)
     def loss(part):
         return F.cross_entropy(inputs[part] @ weight, target[part]) + other(weight)
 
-    parts = [weighed_loss(loss(part)) for part in (slice(0, 2), slice(2, 6))]
+    parts = [weighed_loss(loss(part))[0] for part in (slice(0, 2), slice(2, 6))]
     together = sum(part.total for part in parts) / sum(part.weight for part in parts)
     assert together.item() == pytest.approx(loss(slice(0, 6)).item(), rel=1e-6)

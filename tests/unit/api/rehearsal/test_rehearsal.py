@@ -1,5 +1,7 @@
 """A rehearsal computes a few samples on copies, and leaves what the user gave as it was."""
 
+import dataclasses
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from dnb.api.rehearsal import rehearsal as rehearsing
 from dnb.api.rehearsal import trial as trials
@@ -20,6 +22,12 @@ from dnb.planning.sample_order import BatchOrder
 from dnb.transport.pickling.copies import copy_together
 
 X, Y = torch.randn(32, 6), torch.randint(0, 3, (32,))
+
+
+@pytest.fixture(autouse=True)
+def never_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no busy machine make a model one that is tried with two samples alone."""
+    monkeypatch.setattr(trials, "SLOW_SECONDS", math.inf)
 
 
 def job_of(model: nn.Module, *, step: Callable[..., Any] | None = None, loss: Any = None, num_samples: int = 32) -> Job:
@@ -224,8 +232,105 @@ def test_a_step_that_masks_its_targets_by_itself_is_refused_though_no_target_of_
     assert "mean of their parts" in refusal_of(step)
 
 
+class Rows(Dataset):
+    """Pairs, of which some targets may not count."""
+
+    def __init__(self, *, ignored: tuple[int, ...] = ()):
+        self.ignored = ignored
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, index):
+        return X[index], torch.tensor(-100) if index in self.ignored else Y[index]
+
+
+def two_terms(model: nn.Module, batch: Any) -> torch.Tensor:
+    output = model(batch[0])
+    return nn.functional.cross_entropy(output, batch[1]) + 0.1 * output.square().mean()
+
+
+def rows(**options: Any) -> Data:
+    return Data(train=DataSource(samples=Rows(**options), collate=default_collate), val=None)
+
+
+def test_a_step_that_adds_a_mean_over_targets_to_one_over_samples_may_train_as_long_as_all_count():
+    assert rehearsed(nn.Linear(6, 3), rows(), step=two_terms).reduction == "terms"
+
+
+def test_it_is_refused_where_some_of_the_first_samples_do_not_count():
+    with pytest.raises(ArgumentError, match="step's loss is no mean over samples"):
+        rehearsed(nn.Linear(6, 3), rows(ignored=(1, 4)), step=two_terms)
+
+
+def test_a_term_that_masks_by_itself_is_refused_beside_a_mean_over_targets_too():
+    def step(model: nn.Module, batch: Any) -> torch.Tensor:
+        output, counts = model(batch[0]), batch[1] != -100
+        of_counted = (output.square().mean(1) * counts).sum() / counts.sum()
+        return nn.functional.cross_entropy(output, batch[1].clamp(min=0)) + 0.1 * of_counted
+
+    with pytest.raises(ArgumentError, match="step's loss is no mean over samples"):
+        rehearsed(nn.Linear(6, 3), rows(), step=step)
+
+
 def cross_entropy(model: nn.Module, batch: Any) -> torch.Tensor:
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def root(model: nn.Module, batch: Any) -> torch.Tensor:
+    return cross_entropy(model, batch).sqrt()
+
+
+@pytest.mark.parametrize(
+    ("val_step", "reduction"), [(two_terms, "samples"), (root, "samples"), (cross_entropy, "targets")]
+)
+def test_a_val_step_whose_loss_is_no_mean_is_one_of_whole_batches_and_that_is_told(val_step, reduction):
+    job = dataclasses.replace(job_of(nn.Linear(6, 3)), val_step=val_step)
+    found = rehearse(job, dataclasses.replace(rows(), val=rows().train))
+    assert found.val_reduction == reduction
+    assert [each.text for each in found.findings] == [
+        "val_loss of val_step is no mean over samples, and is the mean of its values on whole batches, by their samples"
+    ] * (reduction == "samples")
+
+
+def measuring(model: nn.Module, batch: Any) -> Any:
+    output, target = model(batch[0]), batch[1]
+    counts, right = target != -100, output.argmax(1) == target
+    loss = nn.functional.cross_entropy(output, target)
+    return loss, {
+        "loss again": loss.item(),
+        "right": right[counts].double().mean(),
+        "right of all": right.double().mean(),
+        "weighed": Sum(right.sum(), counts.sum()),
+        "rate": 0.1,
+        "largest": output.max(),
+    }
+
+
+def test_metrics_that_a_step_returns_are_weighed_as_its_loss_or_told_if_they_are_no_means():
+    torch.manual_seed(0)
+    found = rehearse(job_of(nn.Linear(6, 3), step=measuring), rows())
+    assert found.target_metrics == ("loss again", "right")
+    assert [each.text for each in found.findings] == [
+        "'largest' of step is no mean over samples: shown is the mean of the parts' values, not that of the whole "
+        "batch; return dnb.Sum(total, weight), or give metrics= beside loss=, which are computed of all samples"
+    ]
+
+
+def test_metrics_of_val_step_are_judged_too():
+    torch.manual_seed(0)
+    job = dataclasses.replace(job_of(nn.Linear(6, 3)), val_step=measuring)
+    found = rehearse(job, dataclasses.replace(rows(), val=rows().train))
+    assert found.target_metrics == ("val_loss again", "val_right")
+    assert [each.text for each in found.findings] == [
+        "val_largest of val_step is no mean over samples, and is the mean of its values on whole batches, by their "
+        "samples"
+    ]
+
+
+def test_metrics_of_a_step_whose_user_says_what_its_loss_is_are_judged_all_the_same():
+    found = rehearse(job_of(nn.Linear(6, 3), step=measuring), pair(), Options(loss_over="samples"))
+    assert [each.kind for each in found.findings] == ["metrics"]
 
 
 def noisy(model: nn.Module, batch: Any) -> torch.Tensor:
