@@ -42,7 +42,7 @@ from dnb.api.rehearsal.rehearsal import RehearsedRun, rehearse
 from dnb.api.rehearsal.trial import Options
 from dnb.api.runs.run_folders import check_name, check_place
 from dnb.api.runs.write_back import NotebookObjects, OrderFollower
-from dnb.api.strategy.strategy_request import StrategyRequest, read_division, read_shards
+from dnb.api.strategy.strategy_request import StrategyRequest, cuts_batches, read_division, read_shards
 from dnb.api.submission import NOTHING, Upload, own_path, upload
 from dnb.errors import ArgumentError
 from dnb.hub.parameters.buffer_rules import read_buffer_rules
@@ -114,7 +114,12 @@ def read_request(given: FitArguments) -> RunRequest:
     _check_words(given)
     memory_limit, num_sampled = read_bytes(given.memory_limit), _num_sampled(given)
     objects = _read_objects(given, seed=seed)
-    options = Options(seed=seed, precision=given.precision, loss_over=given.loss_over)
+    options = Options(
+        seed=seed,
+        precision=given.precision,
+        loss_over=given.loss_over,
+        cuts_batches=cuts_batches(given.strategy, exact=given.exact),
+    )
     rehearsed = rehearse(objects.job, objects.data, options)
     strategy = _read_strategy(given, rehearsed, memory_limit=memory_limit, batch_size=objects.order.batch_size)
     spec = msgspec.structs.replace(

@@ -14,6 +14,7 @@ from dnb.api.rehearsal.batch_forms import check_batches
 from dnb.api.rehearsal.fitting import fit_data
 from dnb.api.rehearsal.losses import check_loss, check_val_step, declared_reduction
 from dnb.api.rehearsal.metrics import check_metrics
+from dnb.api.rehearsal.padding import check_padding
 from dnb.api.rehearsal.side_effects import refuse_own_loop, refuse_written_parameters, tell_changed_attributes
 from dnb.api.rehearsal.trial import PROBE_SAMPLES, Options, Trial
 from dnb.errors import USER_ERRORS, summary_of
@@ -37,6 +38,7 @@ CHECKS: tuple[Check, ...] = (
     fit_data,
     tell_changed_attributes,
     check_loss,
+    check_padding,
     check_val_step,
     check_metrics,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -55,11 +55,14 @@ class Options:
         seed: of the run.
         precision: likewise.
         loss_over: what the user says of the loss, if he does.
+        cuts_batches: whether parts of a batch are made by themselves: engines that compute one together, as those of a
+            pipeline, make it whole.
     """
 
     seed: int = 0
     precision: str = "float32"
     loss_over: str | None = None
+    cuts_batches: bool = True
 
 
 @dataclass(slots=True, kw_only=True)
@@ -267,6 +270,22 @@ class Trial:
     def fetched(self, begin: int, end: int) -> Any:
         """Return the batch of some of the samples, by their places among these."""
         return fetch_batch(self.data.train, self.indices[begin:end])
+
+    def fetched_of(self, places: Sequence[int]) -> Any:
+        """The batch of some of the samples, by their places among these."""
+        return fetch_batch(self.data.train, self.indices[list(places)])
+
+    def loss_of(self, batch: Any) -> torch.Tensor | Sum:
+        """The loss of some samples, by loss, step function or model, with its graph."""
+        with torch.enable_grad(), self.autocast():
+            return _loss(self.job, batch, Computed(), needs_gradient=False)
+
+    def output_of(self, batch: Any) -> list[torch.Tensor]:
+        """The tensors that the model gives for some samples."""
+        given = arguments_of(self.job.model, batch, has_target=self.job.loss is not None)
+        with torch.no_grad(), self.autocast():
+            leaves = torch.utils._pytree.tree_leaves(self.job.model(*given.positional, **given.keywords))
+        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
     def loss_and_metrics_of(self, batch: Any) -> tuple[torch.Tensor | Sum, Mapping[str, Any]]:
         """The loss of some samples, by step function or model, with its graph; and the metrics that step returns."""

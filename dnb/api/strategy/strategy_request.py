@@ -201,6 +201,13 @@ def read_division(
     return division, strategy
 
 
+def cuts_batches(strategy: str | Plan, *, exact: bool) -> bool:
+    """Tell whether engines make parts of a batch by themselves, which one team makes whole."""
+    if isinstance(strategy, Plan):
+        return strategy.partition is None
+    return strategy not in ("pipeline", "tensor") or exact
+
+
 def read_shards(shards: Any, *, batch_size: int) -> int | None:
     """Return the number of shards that was asked for, if one was.
 

@@ -1,0 +1,126 @@
+"""Padding to the longest sample of a batch, which is another one in each part: found where it counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import default_collate
+
+from dnb.api.rehearsal.fitting import AsFloat32
+from dnb.api.rehearsal.trial import Trial
+from dnb.api.rehearsal.undisturbed import undisturbed
+from dnb.errors import USER_ERRORS, ArgumentError
+from dnb.job import DataSource, Sum
+from dnb.protocol.run import Finding
+from dnb.user_code.judged_batches import tolerance_of
+from dnb.user_code.loss_weights import OVER_TARGETS, weighed_loss
+
+
+def check_padding(trial: Trial) -> list[Finding]:
+    """Refuse a loss that counts what collate_fn pads, and tell of a model that sees it: parts are padded by themselves.
+
+    Raises:
+        ArgumentError: padding counts in the loss.
+    """
+    source = trial.data.train
+    if trial.computed.loss is None or not trial.options.cuts_batches or trial.options.loss_over is not None:
+        return []
+    if trial.loss_over == "batch" or not _may_pad(source) or len(trial.indices) < 2:
+        return []
+    with undisturbed():
+        trial.modes.set_training(mode=False)
+        trial.seed()
+        try:
+            found = _compare(trial)
+        except KeyboardInterrupt:
+            raise
+        except USER_ERRORS:  # one more batch than it stands: its own step will tell
+            return []
+    if found is None:
+        return []
+    whole, parts, counts_in_loss = found
+    figures = f"of {len(trial.indices)} samples it is {whole:.6g}, and of their parts {parts:.6g}"
+    if counts_in_loss:
+        raise ArgumentError(
+            "collate_fn pads samples to the longest of a batch, each part has another longest, and padding counts in "
+            f"the loss: {figures}: leave padding out of it by ignore_index or dnb.Sum(total, weight), or pad all "
+            "samples to one length; loss_over='samples' trains on the mean of the parts"
+        )
+    text = (
+        "collate_fn pads samples to the longest of a batch, each part has another longest, and the model sees padding: "
+        f"the loss is not that of one process ({figures}); a mask, or one length for all samples, would change that"
+    )
+    return [Finding(kind="data", text=text)]
+
+
+def _may_pad(source: DataSource) -> bool:
+    collate = source.collate
+    while isinstance(collate, AsFloat32):
+        collate = collate.collate
+    return collate is not None and collate is not default_collate
+
+
+def _compare(trial: Trial) -> tuple[float, float, bool] | None:
+    """The loss of all samples, that of two parts put together, and whether the loss itself counts padding.
+
+    Returns:
+        None if the samples are of one length, are others every time, or if padding makes no difference.
+    """
+    order = _by_length(trial)
+    if order is None:
+        return None
+    half = len(order) // 2
+    batches = [trial.fetched_of(places) for places in (order, order, order[:half], order[half:])]
+    if _are_others(*batches[:2]):
+        return None
+    whole, again = (_loss_of(trial, batch, len(order)) for batch in batches[:2])
+    if whole != again:
+        return None
+    parts = [_loss_of(trial, batches[2], half), _loss_of(trial, batches[3], len(order) - half)]
+    total, weight = sum(each[0] for each in parts), sum(each[1] for each in parts)
+    if not weight or not whole[1]:
+        return None
+    alone, together = whole[0] / whole[1], total / weight
+    if not abs(alone - together) > tolerance_of(batches[0]) * max(abs(alone), abs(together)):
+        return None
+    counts_in_loss = abs(whole[1] - weight) > 1e-6 * weight if whole[2] else not _is_pooled(trial, batches)
+    return alone, together, counts_in_loss
+
+
+def _is_pooled(trial: Trial, batches: Sequence[Any]) -> bool:
+    """Whether the loss is surely given no padding, as outputs are of one shape however long samples are."""
+    if trial.job.loss is None:
+        return False
+    shapes = [tuple(leaf.shape[1:] for leaf in trial.output_of(batch)) for batch in batches]
+    return len(set(shapes)) == 1
+
+
+def _by_length(trial: Trial) -> list[int] | None:
+    """The places of the samples, the shortest first; None if they are of one length."""
+    sizes = []
+    for place in range(len(trial.indices)):
+        leaves = torch.utils._pytree.tree_leaves(trial.fetched_of([place]))
+        sizes.append(tuple(leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)))
+    if len(set(sizes)) == 1:
+        return None
+    return sorted(range(len(sizes)), key=lambda place: sizes[place])
+
+
+def _are_others(first: Any, second: Any) -> bool:
+    """Whether the same samples came out otherwise the second time."""
+    pairs = zip(*(torch.utils._pytree.tree_leaves(batch) for batch in (first, second)), strict=True)
+    return any(isinstance(a, torch.Tensor) and not (a.shape == b.shape and torch.equal(a, b)) for a, b in pairs)
+
+
+def _loss_of(trial: Trial, batch: Any, num_samples: int) -> tuple[float, float, bool]:
+    """Total and weight of a loss as engines report them, and whether it weighs something else than samples."""
+    loss: torch.Tensor | Sum = trial.loss_of(batch)
+    if trial.reduction in OVER_TARGETS:
+        loss, _ = weighed_loss(loss)
+    if isinstance(loss, Sum):
+        return loss.total.item(), float(loss.weight), True
+    if trial.reduction == "sum":
+        return loss.item(), float(num_samples), False
+    return loss.item() * num_samples, float(num_samples), False
