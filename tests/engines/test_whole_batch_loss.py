@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dnb.errors import ArgumentError, PlanError
+from dnb.errors import ArgumentError, PlanError, RunError
 from tests.engines.pools import go_on_and_stop, wait, wait_until
 from tests.models import digits, dropout_net, largest_gap, largest_relative_gap, plain_run, twice
 from tests.unit.engine.replicas.test_gathered_loss import LOSSES
@@ -20,6 +20,11 @@ NUM_STEPS = 50
 
 def encoder():
     return nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 16))
+
+
+def deep_encoder():
+    layers = [layer for _ in range(6) for layer in (nn.Linear(64, 64), nn.Tanh())]
+    return nn.Sequential(*layers, nn.Linear(64, 16))
 
 
 def contrastive(output, target):
@@ -223,6 +228,25 @@ def test_a_pipeline_computes_the_loss_once_all_micro_batches_are_through(pool):
     with torch.no_grad():
         parts = [contrastive(plain(x), y).item() for x, y in zip(pixels.split(64), targets.split(64), strict=True)]
     assert run.history["val_loss"][-1] == pytest.approx(sum(parts) / 2, abs=1e-10)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+def test_a_pipeline_of_three_engines_does_under_every_schedule(three, schedule):
+    model, plain = twice(deep_encoder)
+    options = {"loss": contrastive, "strategy": "pipeline", "schedule": schedule, "lr": 1e-3, "steps": 10}
+    run = wait(three.fit(model, digits(640), loss_over="batch", **options))
+    losses = plain_run(plain, digits(640), num_steps=10, step=step_of(contrastive)).losses
+    assert largest_gap(run.history["loss"], losses) <= 1e-10
+
+
+def test_a_gathered_loss_that_is_not_finite_names_the_sample(pool):
+    pixels, targets = digits(320)
+    pixels = pixels.clone()
+    pixels[200] = torch.nan
+    run = pool.fit(encoder(), (pixels, targets), loss=contrastive, loss_over="batch", shuffle=False, lr=1e-3)
+    told = r"the loss is nan \(this loss looks at the whole batch, and outputs or targets of sample 200 are not finite"
+    with pytest.raises(RunError, match=f"paused at step 4: {told}"):
+        wait(run)
 
 
 def test_several_pipelines_cannot_have_a_loss_over_the_whole_batch(shared, tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from math import prod
 
+import torch
+
 from dnb.hub.message_checks import PeerError
 from dnb.protocol.engine_messages import Gathered, OutputLeaf, WorkReport
 from dnb.protocol.memory import LEAF_ALIGNMENT
@@ -144,6 +146,23 @@ class Gatherer:
     def memory(self) -> bytes:
         """Indices of the whole batch, and the leaves behind them."""
         return self._memory
+
+    def describe_fault(self) -> str:
+        """Return which sample's outputs or targets are not finite, for people; they are gathered."""
+        num_samples = sum(self._sizes)
+        offset = 8 * num_samples
+        for leaf in self._leaves:
+            offset += -offset % LEAF_ALIGNMENT
+            dtype, count = getattr(torch, leaf.dtype), prod(leaf.shape)
+            if leaf.has_rows and count and (dtype.is_floating_point or dtype.is_complex):
+                rows = torch.frombuffer(bytearray(self._memory), dtype=dtype, count=count, offset=offset)
+                faulty = ~torch.isfinite(rows.view(num_samples, -1)).all(1)
+                if faulty.any():
+                    place = int(faulty.int().argmax())
+                    sample = int.from_bytes(self._memory[8 * place : 8 * place + 8], "little")
+                    return f"outputs or targets of sample {sample} are not finite"
+            offset += count * ITEM_BYTES[leaf.dtype]
+        return "all outputs and targets are finite"
 
     def clear(self) -> None:
         """Forget everything: the step is over, or begins anew."""

@@ -42,11 +42,13 @@ class NonFiniteSearch:
         self._found: NonFiniteStep | None = None
         self._has_whole_loss = bool(spec.partitions) or gathers_outputs(spec)  # no shard has a loss of its own
 
-    def begin(self, step: int, verdict: NotFinite, contributions: Sequence[Contribution]) -> CommitRefused | None:
-        """Ask the engine whose gradient it is; return the refusal at once if nobody can look."""
+    def begin(
+        self, step: int, verdict: NotFinite, contributions: Sequence[Contribution], *, remark: str = ""
+    ) -> CommitRefused | None:
+        """Ask the engine whose gradient it is; return the refusal at once, with a remark, if nobody can look."""
         link = None if self._has_whole_loss else self._links.get(verdict.engine)
         if link is None or link.wire is None:
-            return CommitRefused(step, str(verdict))
+            return CommitRefused(step, f"{verdict}{remark}")
         shards = self._shards_behind(verdict, contributions)
         sizes, raw = self._batches.samples_of("step", step, shards)
         self._found = NonFiniteStep(verdict.engine, step, str(verdict))

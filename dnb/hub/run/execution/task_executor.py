@@ -246,7 +246,7 @@ class TaskExecutor:
             if kind == "evaluation":
                 self._master.commit_evaluation(step, values)
         except NotFinite as verdict:
-            return self.search.begin(step, verdict, taken.contributions)
+            return self.search.begin(step, verdict, taken.contributions, remark=self._whole_batch_remark())
         except UserCodeError as error:
             self._checkpoints.is_torn = True
             return CommitFailed(step, self._recorder.keep_whole(error.failure, step, "hub"))
@@ -256,6 +256,13 @@ class TaskExecutor:
             self._deferred.fault = self._trainable.thaw(names, step + 1)
         self._defer_after_commit(kind, step, values, samples, traces)
         return Committed(kind, step)
+
+    def _whole_batch_remark(self) -> str:
+        """Say of what is not finite that the loss looks at the whole batch, and at which sample, if it does."""
+        if self._spec.loss_over != "batch":
+            return ""
+        fault = "" if self._gatherer is None else f", and {self._gatherer.describe_fault()}"
+        return f" (this loss looks at the whole batch{fault})"
 
     def _obstacle(self, kind: WorkKind, step: int, taken: TaskReports) -> Event | None:
         """Return why what engines have brought is not applied; mostly nothing."""

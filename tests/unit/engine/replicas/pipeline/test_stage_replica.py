@@ -312,6 +312,33 @@ def test_evaluation_leaves_gradients_and_buffers_alone(team_of: MakeTeam):
     assert differing({**team.gradients(), **team.buffers()}, before) == []
 
 
+def root(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """No mean over samples."""
+    return cross_entropy(output, target).sqrt()
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    ("cuts", "num_engines"),
+    [(("2", "6"), 3), (("2", "4", "6"), 4), (("2", "4", "6"), 2)],
+    ids=["three_stages", "four_stages", "two_stages_each"],
+)
+def test_a_loss_over_the_whole_batch_goes_through_many_stages(
+    team_of: MakeTeam, cuts: tuple[str, ...], num_engines: int
+):
+    partition = pipeline(*cuts, num_engines=num_engines, schedule="gpipe")
+    team = team_of(mlp(), partition, loss=root, loss_over="batch")
+    x, y = vectors()
+    whole = mlp()
+    loss = root(whole(x), y)
+    loss.backward()
+    assert last_of(team.compute()).parts[0].loss_total / 24 == pytest.approx(loss.item(), rel=1e-10)
+    wanted = {name: parameter.grad for name, parameter in whole.named_parameters()}
+    torch.testing.assert_close(team.gradients(), wanted, rtol=1e-10, atol=1e-10)
+    found = last_of(team.compute(kind="evaluation")).parts[0].loss_total / 24
+    assert found == pytest.approx(loss.item(), rel=1e-10)
+
+
 @pytest.mark.usefixtures("float64")
 def test_evaluation_goes_through_interleaved_stages(team_of: MakeTeam):
     team = team_of(mlp(), pipeline("2", "4", "6", num_engines=2, schedule="interleaved"))
