@@ -15,7 +15,9 @@ from dnb.errors import USER_ERRORS, ArgumentError
 from dnb.job import DataSource, Sum
 from dnb.protocol.run import Finding
 from dnb.user_code.judged_batches import tolerance_of
+from dnb.user_code.loader import fetch_batch
 from dnb.user_code.loss_weights import OVER_TARGETS, weighed_loss
+from dnb.user_code.model_call import arguments_of
 
 
 def check_padding(trial: Trial) -> list[Finding]:
@@ -63,7 +65,7 @@ def _may_pad(source: DataSource) -> bool:
 
 
 def _compare(trial: Trial) -> tuple[float, float, bool] | None:
-    """The loss of all samples, that of two parts put together, and whether the loss itself counts padding.
+    """Compute the loss of all samples, that of two parts put together, and whether the loss itself counts padding.
 
     Returns:
         None if the samples are of one length, are others every time, or if padding makes no difference.
@@ -72,7 +74,7 @@ def _compare(trial: Trial) -> tuple[float, float, bool] | None:
     if order is None:
         return None
     half = len(order) // 2
-    batches = [trial.fetched_of(places) for places in (order, order, order[:half], order[half:])]
+    batches = [_fetched(trial, places) for places in (order, order, order[:half], order[half:])]
     if _are_others(*batches[:2]):
         return None
     whole, again = (_loss_of(trial, batch, len(order)) for batch in batches[:2])
@@ -90,18 +92,32 @@ def _compare(trial: Trial) -> tuple[float, float, bool] | None:
 
 
 def _is_pooled(trial: Trial, batches: Sequence[Any]) -> bool:
-    """Whether the loss is surely given no padding, as outputs are of one shape however long samples are."""
+    """Tell whether the loss is surely given no padding, as outputs are of one shape however long samples are."""
     if trial.job.loss is None:
         return False
-    shapes = [tuple(leaf.shape[1:] for leaf in trial.output_of(batch)) for batch in batches]
+    shapes = [tuple(leaf.shape[1:] for leaf in _output_of(trial, batch)) for batch in batches]
     return len(set(shapes)) == 1
 
 
+def _fetched(trial: Trial, places: Sequence[int]) -> Any:
+    """Return the batch of some of a trial's samples, by their places among these."""
+    return fetch_batch(trial.data.train, trial.indices[list(places)])
+
+
+def _output_of(trial: Trial, batch: Any) -> list[torch.Tensor]:
+    """Compute the tensors that the model gives for some samples."""
+    model = trial.job.model
+    given = arguments_of(model, batch, has_target=trial.job.loss is not None)
+    with torch.no_grad(), trial.autocast():
+        leaves = torch.utils._pytree.tree_leaves(model(*given.positional, **given.keywords))
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
 def _by_length(trial: Trial) -> list[int] | None:
-    """The places of the samples, the shortest first; None if they are of one length."""
+    """Return the places of the samples, the shortest first; None if they are of one length."""
     sizes = []
     for place in range(len(trial.indices)):
-        leaves = torch.utils._pytree.tree_leaves(trial.fetched_of([place]))
+        leaves = torch.utils._pytree.tree_leaves(_fetched(trial, [place]))
         sizes.append(tuple(leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)))
     if len(set(sizes)) == 1:
         return None
@@ -109,14 +125,14 @@ def _by_length(trial: Trial) -> list[int] | None:
 
 
 def _are_others(first: Any, second: Any) -> bool:
-    """Whether the same samples came out otherwise the second time."""
+    """Tell whether the same samples came out otherwise the second time."""
     pairs = zip(*(torch.utils._pytree.tree_leaves(batch) for batch in (first, second)), strict=True)
     return any(isinstance(a, torch.Tensor) and not (a.shape == b.shape and torch.equal(a, b)) for a, b in pairs)
 
 
 def _loss_of(trial: Trial, batch: Any, num_samples: int) -> tuple[float, float, bool]:
-    """Total and weight of a loss as engines report them, and whether it weighs something else than samples."""
-    loss: torch.Tensor | Sum = trial.loss_of(batch)
+    """Return total and weight of a loss as engines report them, and whether it weighs something else than samples."""
+    loss, _ = trial.loss_and_metrics_of(batch)
     if trial.reduction in OVER_TARGETS:
         loss, _ = weighed_loss(loss)
     if isinstance(loss, Sum):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -271,24 +271,8 @@ class Trial:
         """Return the batch of some of the samples, by their places among these."""
         return fetch_batch(self.data.train, self.indices[begin:end])
 
-    def fetched_of(self, places: Sequence[int]) -> Any:
-        """The batch of some of the samples, by their places among these."""
-        return fetch_batch(self.data.train, self.indices[list(places)])
-
-    def loss_of(self, batch: Any) -> torch.Tensor | Sum:
-        """The loss of some samples, by loss, step function or model, with its graph."""
-        with torch.enable_grad(), self.autocast():
-            return _loss(self.job, batch, Computed(), needs_gradient=False)
-
-    def output_of(self, batch: Any) -> list[torch.Tensor]:
-        """The tensors that the model gives for some samples."""
-        given = arguments_of(self.job.model, batch, has_target=self.job.loss is not None)
-        with torch.no_grad(), self.autocast():
-            leaves = torch.utils._pytree.tree_leaves(self.job.model(*given.positional, **given.keywords))
-        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
     def loss_and_metrics_of(self, batch: Any) -> tuple[torch.Tensor | Sum, Mapping[str, Any]]:
-        """The loss of some samples, by step function or model, with its graph; and the metrics that step returns."""
+        """Compute the loss of some samples, with its graph, and the metrics that a step function returns with it."""
         computed = Computed()
         with torch.enable_grad(), self.autocast():
             loss = _loss(self.job, batch, computed, needs_gradient=False)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dnb.engine.replicas.new_loss import judge_new_loss, judge_new_step
+from dnb.engine.replicas.new_loss import MOST_SAMPLES, judge_new_loss, judge_new_step
 from dnb.engine.replicas.replica_context import ReplicaContext
 from dnb.job import DataSource, Sum
 from dnb.planning.shards import SAMPLES_AT_LEAST
@@ -114,7 +114,7 @@ class ModelLoss:
 
     @property
     def has_new_step(self) -> bool:
-        """Whether a step function has come in mid-run, and is yet to be judged."""
+        """The presence of a step function that came in mid-run, and is yet to be judged."""
         return self._is_new and self.job.step is not None
 
     def judge_step(
@@ -125,16 +125,17 @@ class ModelLoss:
         Args:
             compute: loss and metrics of a batch.
             source: of the samples.
-            indices: of the samples.
+            indices: of the samples, of which the first ones are looked at.
 
         Raises:
             ReturnError: its loss is no mean over samples, or is a sum where a mean was.
         """
+        few = indices[:MOST_SAMPLES]
         found = judge_new_step(
             compute,
-            fetch_batch(source, indices),
-            num_samples=len(indices),
-            fetch=lambda begin, end: fetch_batch(source, indices[begin:end]),
+            fetch_batch(source, few),
+            num_samples=len(few),
+            fetch=lambda begin, end: fetch_batch(source, few[begin:end]),
             spec=self._spec,
         )
         self._num_tries += 1

@@ -11,7 +11,6 @@ import torch
 
 from dnb.engine.replicas.forward_pass import ForwardPass
 from dnb.engine.replicas.model_loss import ModelLoss
-from dnb.engine.replicas.new_loss import MOST_SAMPLES as MOST_JUDGED
 from dnb.engine.replicas.outcome import (
     WorkResult,
     added,
@@ -329,12 +328,7 @@ class Replica:
         return added([sums for sums, _ in parts]), one_kind([is_sum for _, is_sum in parts])
 
     def _forward(
-        self,
-        source: DataSource,
-        indices: torch.Tensor,
-        *,
-        batch_samples: int | None,
-        needs_gradient: bool = False,
+        self, source: DataSource, indices: torch.Tensor, *, batch_samples: int | None, needs_gradient: bool = False
     ) -> tuple[Sums, bool]:
         """Compute loss and metrics of one micro-batch, with backward if it is part of a global batch."""
         needs_gradient = needs_gradient or batch_samples is not None
@@ -344,12 +338,10 @@ class Replica:
         """Look at a step function that came in mid-run, by some samples of the first part that it computes."""
         self._buffers.read()
         self._set_training(mode=False)
-        try:
-            with same_python_states():
-                self._seed(work.step, work.shards[0])
-                news = self._loss.judge_step(self._step_on, self._data.train, indices[:MOST_JUDGED])
-        finally:
-            self._set_training(mode=True)
+        with same_python_states():
+            self._seed(work.step, work.shards[0])
+            news = self._loss.judge_step(self._step_on, self._data.train, indices)
+        self._set_training(mode=True)
         if news and self._first_shard(work.batch_samples) in work.shards:
             self._news.append(news)
 
