@@ -13,8 +13,8 @@ import pytest
 
 from dnb.api.launching import Pool
 from dnb.errors import PoolError
-from dnb.hub.process import fork_server as fork_server
-from dnb.pool import fork_launcher as forking
+from dnb.hub.process import fork_server
+from dnb.pool import fork_launcher
 from dnb.pool.startup import profile_folder, start_pool
 from tests.engines.pools import open_small_pool, until
 
@@ -128,7 +128,7 @@ def let_one_be_born(monkeypatch, *, then):
         born.append(fork_server.fork_engine(*args, **kinds))
         return born[0]
 
-    monkeypatch.setattr(forking, "fork_engine", fork_once)
+    monkeypatch.setattr(fork_launcher, "fork_engine", fork_once)
     return born
 
 

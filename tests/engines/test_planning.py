@@ -6,7 +6,8 @@ from IPython.core.interactiveshell import InteractiveShell
 from torch import nn
 
 import dnb
-from dnb.api.strategy import measurement as surveying
+from dnb.api.strategy import measurement
+from dnb.engine.profiling.profiler import ProfileInput
 from dnb.errors import PlanError
 
 pytestmark = pytest.mark.engines
@@ -33,7 +34,7 @@ def test_a_pool_plans_for_its_engines_with_what_was_measured_on_them(pool):
 
 
 def test_the_exchange_is_probed_once_per_pool(pool):
-    assert surveying.exchange_of(pool) is surveying.exchange_of(pool)
+    assert measurement.exchange_of(pool) is measurement.exchange_of(pool)
 
 
 def test_a_pool_may_plan_for_more_engines_than_it_has(pool):
@@ -48,7 +49,7 @@ def test_a_model_that_fails_on_an_engine_is_refused_here(pool):
 
 
 def test_profiling_leaves_no_segment(pool):
-    surveying.profile_on(pool, surveying.Trial(model=model(), batch=torch.randn(8, 32)), sys_path=())
+    measurement.profile_on(pool, ProfileInput(model=model(), batch=torch.randn(8, 32)), sys_path=())
     assert not [file for folder in pool.segment_folders for file in folder.glob("profile-*")]
 
 

@@ -17,8 +17,7 @@ import zmq
 from dnb.api import pools
 from dnb.api.launching import Pool
 from dnb.errors import ArgumentError, PoolError
-from dnb.pool import fork_launcher as forking
-from dnb.pool import startup as starting
+from dnb.pool import fork_launcher, startup
 from dnb.pool.engines import all_processes, describe_engines
 from dnb.pool.startup import profile_folder, start_pool
 from dnb.protocol.pool import Process
@@ -143,7 +142,7 @@ def test_a_controller_that_ends_while_engines_start_is_told_with_its_last_words(
 ):
     before = set(leftovers.find())
 
-    fork_engine = forking.fork_engine
+    fork_engine = fork_launcher.fork_engine
 
     def fork_and_lose_the_controller(*args, **kinds):
         pid = fork_engine(*args, **kinds)
@@ -153,7 +152,7 @@ def test_a_controller_that_ends_while_engines_start_is_told_with_its_last_words(
         until(lambda: not controller.is_running(), what="the controller has ended")
         return pid
 
-    monkeypatch.setattr(forking, "fork_engine", fork_and_lose_the_controller)
+    monkeypatch.setattr(fork_launcher, "fork_engine", fork_and_lose_the_controller)
     with pytest.raises(PoolError, match=r"(?s)1 engines did not come up: its controller has ended\n.*heartbeat::"):
         fresh_pool(profile_dir=tmp_path)
     until(lambda: set(leftovers.find()) <= before, what="all of it has ended")
@@ -202,7 +201,7 @@ class Deaf:
     """Lets a pool's client miss every notification from the moment on at which it is connected."""
 
     def __init__(self, monkeypatch) -> None:
-        connect = starting._Controller.connect
+        connect = startup._Controller.connect
 
         def connect_deaf(controller):
             client = connect(controller)
@@ -216,7 +215,7 @@ class Deaf:
             assert done.wait(10)
             return client
 
-        monkeypatch.setattr(starting._Controller, "connect", connect_deaf)
+        monkeypatch.setattr(startup._Controller, "connect", connect_deaf)
 
 
 def test_a_pool_starts_and_grows_although_its_client_hears_of_no_engine(monkeypatch, leftovers):

@@ -128,19 +128,19 @@ def test_tcp_carries_the_same_bits_as_the_unix_socket_also_sealed(pool, tmp_path
 
 def hide_shared_memory():
     """As in a container of its own: the hub's memory files are not there."""
-    from dnb.engine.runtime import run_memory as memory
+    from dnb.engine.runtime import run_memory
 
     def missing(ref, **_):
         raise FileNotFoundError(2, "No such file or directory", ref.path)
 
-    memory.kept = memory.open_segment
-    memory.open_segment = missing
+    run_memory.kept = run_memory.open_segment
+    run_memory.open_segment = missing
 
 
 def show_shared_memory():
-    from dnb.engine.runtime import run_memory as memory
+    from dnb.engine.runtime import run_memory
 
-    memory.open_segment = memory.kept
+    run_memory.open_segment = run_memory.kept
 
 
 def test_an_engine_that_cannot_map_the_hub_s_memory_goes_on_over_a_socket(pool):

@@ -621,14 +621,14 @@ def break_at(number):
     """Let the thread of this engine end with the message of a run that has this number."""
     from dnb.engine.process.session import Session
 
-    plain, count = Session.take, itertools.count(1)
+    plain, count = Session.handle_message, itertools.count(1)
 
-    def take(self, packed, raw):
+    def handle_message(self, packed, raw):
         if next(count) == number:
             raise ZeroDivisionError("no user's fault")
         plain(self, packed, raw)
 
-    Session.take = take
+    Session.handle_message = handle_message
 
 
 def test_an_engine_that_ends_of_an_error_of_dnb_itself_says_so(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from dnb.engine.process.worker import engine_facts
 from dnb.errors import DnbError, HubError, RunError
-from dnb.pool import startup as starting
+from dnb.pool import startup
 from dnb.protocol.client_messages import (
     Control,
     Done,
@@ -133,7 +133,7 @@ def throwing_pool(tmp_path_factory):
         patch.setenv(FOLDER_VARIABLE, str(folder))
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
         command = [sys.executable, "-m", "tests.faults.throwing", "controller"]
-        patch.setattr(starting, "CONTROLLER_COMMAND", command)
+        patch.setattr(startup, "CONTROLLER_COMMAND", command)
         with open_small_pool(2) as pool:
             yield pool, folder
 

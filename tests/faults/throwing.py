@@ -58,19 +58,15 @@ def throw_around(owner: Any, name: str, *, key: int | None = None, label: str = 
 
 def arm_everything() -> None:
     """Wrap whatever the hub's loop does."""
-    from dnb.hub.parameters import chunked_adam as chunked_adam
-    from dnb.hub.parameters import durability as keeping
-    from dnb.hub.parameters import journal
-    from dnb.hub.parameters import master as reducer
+    from dnb.hub.parameters import chunked_adam, durability, journal, master
     from dnb.hub.run import active_run, recorder
     from dnb.hub.run.execution import deferred_work, task_executor
     from dnb.hub.scheduling import coordinator
-    from dnb.hub.server import connection_poller, pool_records, run_slot, service
-    from dnb.hub.server import connections as wire_connections
+    from dnb.hub.server import connection_poller, connections, pool_records, run_slot, service
     from dnb.hub.server.members import engine_lifecycle
 
     throw_around(service.Service, "_tick", label="tick")
-    throw_around(wire_connections.Connections, "accept", label="accept")
+    throw_around(connections.Connections, "accept", label="accept")
     throw_around(connection_poller.ConnectionPoller, "_attach", label="attach")
     throw_around(connection_poller.ConnectionPoller, "_drop_connection", label="drop_line")
     throw_around(engine_lifecycle.EngineLifecycle, "_join", label="join")
@@ -90,12 +86,12 @@ def arm_everything() -> None:
     throw_around(recorder.RunRecorder, "record", label="run_record")
     throw_around(recorder.RunRecorder, "add_event", label="run_note")
     throw_around(coordinator.Coordinator, "handle", key=1, label="coordinator")
-    throw_around(reducer.Master, "_reduce", label="reduce")
-    throw_around(keeping.UpdateLog, "_roll_forward", label="roll_forward")
-    throw_around(keeping.UpdateLog, "_roll_back", label="roll_back")
-    throw_around(keeping.UpdateLog, "_copy_aside", label="copy_aside")
-    throw_around(keeping.UpdateLog, "finish_deferred", label="settle")
-    throw_around(keeping.UpdateLog, "recover", label="recover")
+    throw_around(master.Master, "_reduce", label="reduce")
+    throw_around(durability.UpdateLog, "_roll_forward", label="roll_forward")
+    throw_around(durability.UpdateLog, "_roll_back", label="roll_back")
+    throw_around(durability.UpdateLog, "_copy_aside", label="copy_aside")
+    throw_around(durability.UpdateLog, "finish_deferred", label="settle")
+    throw_around(durability.UpdateLog, "recover", label="recover")
     throw_around(chunked_adam.ChunkedAdam, "_raise_steps", label="raise_steps")
     throw_around(chunked_adam.ChunkedAdam, "_update", label="update")
     throw_around(journal.Journal, "write_intent", label="intent")
@@ -111,7 +107,7 @@ def main() -> None:
         HubChild.module = "tests.faults.throwing"
         DnbController.launch_instance(sys.argv[2:])
         return
-    from dnb.hub.process import supervisor as supervisor
+    from dnb.hub.process import supervisor
 
     warm_up = supervisor.warm_up
 

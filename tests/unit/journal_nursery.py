@@ -23,9 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dnb.hub.parameters import chunked_adam as rolling
-from dnb.hub.parameters import durability as keeping
-from dnb.hub.parameters import thread_team as thread_team
+from dnb.hub.parameters import chunked_adam, durability, thread_team
 from dnb.hub.parameters.journal import Unrecoverable
 from dnb.hub.parameters.master import Contribution, Master
 from dnb.hub.parameters.optimizers import warm_up
@@ -101,7 +99,7 @@ class Case:
     num_threads: int = 1
     unused: Callable[[int, str], bool] | None = None
     kind: str = "memory"
-    shadow_bytes: int = keeping.SHADOW_BYTES
+    shadow_bytes: int = durability.SHADOW_BYTES
     thaws: dict[int, tuple[str, ...]] = field(default_factory=dict)  # parameters, by the step that trains them first
 
 
@@ -139,7 +137,7 @@ class Hub:
 
     def __init__(self, case: Case, folder: Path, *, is_plain: bool = False) -> None:
         self.case = case
-        keeping.SHADOW_BYTES = case.shadow_bytes
+        durability.SHADOW_BYTES = case.shadow_bytes
         self._folder = folder
         torch.manual_seed(0)
         self.job = Job(
@@ -264,7 +262,7 @@ def die_at_stores(journal: Any, order: dict[str, Any]) -> None:
 
 
 def die_in_kernels(order: dict[str, Any]) -> None:
-    update, count = rolling.update_adam, 0
+    update, count = chunked_adam.update_adam, 0
 
     def updated(optimizer: Any, options: Any, part: Any) -> None:
         nonlocal count
@@ -275,7 +273,7 @@ def die_in_kernels(order: dict[str, Any]) -> None:
             die()
         update(optimizer, options, part)
 
-    rolling.update_adam = updated
+    chunked_adam.update_adam = updated
 
 
 def die_in_optimizers(hub: Hub, order: dict[str, Any]) -> None:
@@ -451,7 +449,7 @@ def scripts(order: dict[str, Any], rng: random.Random) -> list[list[dict[str, An
 
 
 def main() -> None:
-    rolling.CHUNK_BYTES = 1024
+    chunked_adam.CHUNK_BYTES = 1024
     thread_team.LEAST_ELEMENTS = 256
     thread_team.PART_ELEMENTS = 64
     torch.set_num_threads(1)

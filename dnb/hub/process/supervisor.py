@@ -30,7 +30,7 @@ import msgspec
 from dnb.hub.hub_failures import MOST_DEATHS, NUM_KEPT, Crash, Recorder, num_idle_deaths
 from dnb.hub.log_limits import close_logs, limit_logs, report_log_counts
 from dnb.hub.pool_files import remove_pool_files
-from dnb.hub.process import fork_server as fork_server
+from dnb.hub.process import fork_server
 from dnb.protocol.base import Record
 from dnb.protocol.pool import HubBinding, HubConfig, Process
 from dnb.transport.segments import draw_pool_folders, remove_folders

@@ -6,13 +6,11 @@ from typing import Any
 
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
 
-from dnb.notebook.commands import plan_command as plan_verb
-from dnb.notebook.commands import pool_commands as pool_verbs
-from dnb.notebook.commands import run_commands
+from dnb.notebook.commands import plan_command, pool_commands, run_commands
 from dnb.notebook.commands.verbs import call, run_line
 
 # Each fills the table of verbs where it is imported.
-VERB_MODULES = (pool_verbs, plan_verb, run_commands)
+VERB_MODULES = (pool_commands, plan_command, run_commands)
 
 
 @magics_class
@@ -30,5 +28,5 @@ class DtrainMagics(Magics):
         As a cell magic, %%dtrain [--on 0,2-3|all] [--local] runs the cell on engines.
         """
         if cell is not None:
-            return call(pool_verbs.CELL, line, shell=self.shell, cell=cell)
+            return call(pool_commands.CELL, line, shell=self.shell, cell=cell)
         return run_line(line, shell=self.shell)

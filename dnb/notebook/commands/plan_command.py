@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from dnb.api import planner as advice
+from dnb.api import planner
 from dnb.notebook.commands.verbs import verb
 from dnb.planning.search.plans import Plan
 
 
-@verb("plan", flags_of=advice.plan, more={"dry_run": "int | None"}, left_out={"pool"})
+@verb("plan", flags_of=planner.plan, more={"dry_run": "int | None"}, left_out={"pool"})
 def _plan(model: Any, batch: Any, *, dry_run: int | None = None, **options: Any) -> Plan:
     """Plan who would compute what, before anything runs; `--dry-run 64` plans for so many engines.
 
@@ -17,4 +17,4 @@ def _plan(model: Any, batch: Any, *, dry_run: int | None = None, **options: Any)
     """
     if dry_run is not None:
         options["num_engines"] = dry_run
-    return advice.plan(model, batch, **options)
+    return planner.plan(model, batch, **options)

@@ -8,7 +8,7 @@ from typing import Any
 import ipywidgets as widgets
 from torch.utils.data import DataLoader
 
-from dnb.notebook.control_panel import choices as panel_choices
+from dnb.notebook.control_panel import choices
 from dnb.notebook.control_panel.choices import Choice
 from dnb.notebook.control_panel.lines import FitForm, batch_of, plan_line
 from dnb.notebook.control_panel.widgets import LABEL_WIDTH, chooser, field, grid, offer
@@ -62,20 +62,20 @@ class FormWidgets:
     def offer(self, names: Mapping[str, Any], *, hidden: Mapping[str, Any]) -> None:
         """Offer what fits among the notebook's variables; each choice that still fits stays."""
         self._hidden = hidden
-        own = panel_choices.own_names(names, hidden=hidden)
-        data = panel_choices.data_sets(own)
-        offer(self["model"], panel_choices.models(own), wish="model", nothing=NO_MODEL)
+        own = choices.own_names(names, hidden=hidden)
+        data = choices.data_sets(own)
+        offer(self["model"], choices.models(own), wish="model", nothing=NO_MODEL)
         offer(self["train"], data, wish="train", nothing=NO_DATA)
         offer(self["val"], [Choice("none", ""), *data])
-        offer(self["loss"], [Choice("none: the model returns it", ""), *panel_choices.losses(own, names=names)])
-        offer(self["metrics"], panel_choices.metrics(own, names=names))
-        offer(self["strategy"], panel_choices.strategies(own, names=names))
+        offer(self["loss"], [Choice("none: the model returns it", ""), *choices.losses(own, names=names)])
+        offer(self["metrics"], choices.metrics(own, names=names))
+        offer(self["strategy"], choices.strategies(own, names=names))
         self.adapt(names)
 
     def adapt(self, names: Mapping[str, Any]) -> None:
         """Fit what depends on other choices: optimizers of the model, and numbers that objects bring along."""
-        own = panel_choices.own_names(names, hidden=self._hidden)
-        offer(self["optimizer"], panel_choices.optimizers(own, model=own.get(self["model"].value), names=names))
+        own = choices.own_names(names, hidden=self._hidden)
+        offer(self["optimizer"], choices.optimizers(own, model=own.get(self["model"].value), names=names))
         is_instance = self["optimizer"].value.removeprefix("--optimizer ") in own
         _give_up(self["lr"], if_so=is_instance, because="the optimizer's own", hint="torch's default")
         is_loader = isinstance(names.get(self["train"].value), DataLoader)
@@ -95,7 +95,7 @@ class FormWidgets:
     def plan_line(self, names: Mapping[str, Any]) -> str:
         """Write `plan` for the chosen model, on the first samples of the train data."""
         form = self.read()
-        num_parts, num_samples = panel_choices.shape_of(_value_of(form.train, names)) or (0, 0)
+        num_parts, num_samples = choices.shape_of(_value_of(form.train, names)) or (0, 0)
         batch = batch_of(form.train, num_parts=num_parts, num_samples=num_samples, batch_size=form.batch_size)
         return plan_line(form, batch=batch)
 

@@ -11,7 +11,7 @@ import ipywidgets as widgets
 
 from dnb.notebook.live.run_buttons import RunButtons
 from dnb.notebook.live.spoken_text import SpokenText, as_html
-from dnb.notebook.text import engine_cards as cards
+from dnb.notebook.text import engine_cards
 from dnb.notebook.text.diagnosis import diagnosis
 from dnb.notebook.text.summary import MEMBERSHIP, pace, run_name, status_sentence, summary
 from dnb.notebook.views import RunView
@@ -85,7 +85,7 @@ class Controls:
             if self._is_due("diagnosis"):
                 found = diagnosis(run)
                 self.diagnosis.say(found.text, strong="diagnosis", kind=found.kind)
-            self._send(self.cards, "cards", lambda: cards.engines_html(run))
+            self._send(self.cards, "cards", lambda: engine_cards.engines_html(run))
             self._send(self.words, "words", lambda: _listed(summary(run)))
 
     def _send(self, target: widgets.HTML, name: str, make: Callable[[], str]) -> None:
@@ -96,7 +96,7 @@ class Controls:
         now = self._clock()
         if now < self._due.get(name, now):
             return False
-        is_crowd = name == "cards" and len(self._run.workers) > cards.MOST_CARDS
+        is_crowd = name == "cards" and len(self._run.workers) > engine_cards.MOST_CARDS
         self._due[name] = now + (HEAT_MAP_SECONDS if is_crowd else _SECONDS[name])
         return True
 
@@ -108,7 +108,7 @@ class Controls:
             [self.progress, self.pace, *self.buttons.row],
             layout=widgets.Layout(align_items="center", flex_flow="row wrap"),
         )
-        style = widgets.HTML(cards.STYLE + _STYLE, layout=widgets.Layout(display="none"))
+        style = widgets.HTML(engine_cards.STYLE + _STYLE, layout=widgets.Layout(display="none"))
         head = widgets.HTML(
             "<details><summary>this chart in words</summary></details>",
             layout=widgets.Layout(margin="0 8px", flex="1 1 auto"),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from IPython import get_ipython
 
 from dnb.api.runs.run_folders import find_folder
-from dnb.notebook import output as outlet
+from dnb.notebook import output
 from dnb.notebook.charts.svg_image import behind_chart
 from dnb.notebook.live.frontend import Display, checked_display, choose_display
 from dnb.notebook.live.replaced_display import ReplacedDisplay
@@ -46,7 +46,7 @@ def show(run: RunView | str | Path, *, display: str | None = None) -> None:
     shell = get_ipython()
     kind: Display = choose_display(shell=shell) if display is None else checked_display(display, source="display")
     shown = read_run(run)
-    if kind != "none" and (elsewhere := outlet.current()) is not None:
+    if kind != "none" and (elsewhere := output.current()) is not None:
         elsewhere.show(shown)
         return
     if getattr(shell, "kernel", None) is None and (kind != "none" or _is_unasked(display)):
@@ -61,7 +61,7 @@ def keep(run: RunView) -> None:
     A page that was reloaded has forgotten how to replace an output; what a live view was is then not in the file.
     """
     dashboard = _dashboards.get(id(run))
-    if has_ended(run) and dashboard is not None and dashboard.was_reloaded and outlet.current() is None:
+    if has_ended(run) and dashboard is not None and dashboard.was_reloaded and output.current() is None:
         publish(behind_chart(bundle(run, with_image=True)), display_id=new_display_id(run))
 
 

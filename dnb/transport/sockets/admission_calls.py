@@ -10,8 +10,6 @@ from zmq.utils.monitor import parse_monitor_message
 
 from dnb.protocol.pool import Address
 from dnb.transport.sockets.channels import ANSWERS, _connect
-from dnb.transport.sockets.listeners import listen as listen
-from dnb.transport.sockets.listeners import url_of as url_of
 
 
 def find_answering(addresses: Sequence[Address], *, limit_seconds: float) -> list[bool]:

@@ -1,6 +1,6 @@
 import threading
 
-from dnb.notebook import output as outlet
+from dnb.notebook import output
 from dnb.notebook.live.display import show
 from dnb.notebook.output import Outlet, say, speaking_into
 from tests.fake_runs import FakeRun
@@ -36,4 +36,4 @@ def test_a_run_is_shown_where_the_verb_was_run():
 def test_afterwards_it_is_as_before():
     with speaking_into(Outlet(say=[].append, show=[].append)):
         pass
-    assert outlet.current() is None
+    assert output.current() is None

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, default_collate
 
-from dnb.api.rehearsal import rehearsal as rehearsing
+from dnb.api.rehearsal import rehearsal
 from dnb.api.rehearsal import trial as trials
 from dnb.api.rehearsal.rehearsal import RehearsedRun, rehearse
 from dnb.api.rehearsal.trial import PROBE_SAMPLES, Options, Trial
@@ -378,7 +378,7 @@ def test_what_the_user_says_of_a_loss_counts():
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[Trial]:
     """Trials that were computed, and not only recalled."""
-    monkeypatch.setattr(rehearsing, "_known", {})
+    monkeypatch.setattr(rehearsal, "_known", {})
     found: list[Trial] = []
     run = Trial.run
 

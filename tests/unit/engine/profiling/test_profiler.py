@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.models import CausalTransformer, token_loss
-from dnb.engine.profiling import profiler as profiling
+from dnb.engine.profiling import profiler
 from dnb.engine.profiling.layers import find_layers
 from dnb.engine.profiling.profiler import ProfileInput, choose_sizes, count_samples, profile_trial, take_samples
 from dnb.errors import PlanError
@@ -318,8 +318,8 @@ class Counted(nn.Module):
 
 
 def test_a_model_that_takes_long_is_measured_once_with_the_fewest_samples(monkeypatch):
-    monkeypatch.setattr(profiling, "DEAR_SECONDS", 0.0)
-    monkeypatch.setattr(profiling, "CHEAP_SECONDS", 0.0)
+    monkeypatch.setattr(profiler, "DEAR_SECONDS", 0.0)
+    monkeypatch.setattr(profiler, "CHEAP_SECONDS", 0.0)
     model = Counted()
     made = profile(model, rows(4), sizes=(2, 8), loss=functional.cross_entropy)
     assert made.sizes == (2,)

@@ -2,8 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dnb.api import planner as advice
-from dnb.api import training
+from dnb.api import planner, training
 from dnb.notebook.arguments import bind, flags_of, parse_settings
 from dnb.notebook.control_panel.lines import (
     FitForm,
@@ -113,7 +112,7 @@ def test_the_plan_line_binds():
     batch = batch_of("train", num_parts=2, num_samples=1000, batch_size="8")
     form = FitForm(model="model", train="train", batch_size="8", strategy="--strategy pipeline")
     rest = plan_line(form, batch=batch).removeprefix("plan ")
-    assert bind(flags_of(advice.plan, left_out={"pool"}), rest, names=NAMES, verb="plan") == {
+    assert bind(flags_of(planner.plan, left_out={"pool"}), rest, names=NAMES, verb="plan") == {
         "model": "the model", "batch": (range(8), range(8)), "batch_size": 8, "strategy": "pipeline",
     }  # fmt: skip
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from dnb.errors import PoolError, RunError
-from dnb.notebook import output as outlet
-from dnb.notebook.control_panel import panel as control_panel
+from dnb.notebook import output
+from dnb.notebook.control_panel import panel
 from dnb.notebook.control_panel.panel import ControlPanel, close_panel, open_panel
 from dnb.notebook.control_panel.watcher import FALLBACK
 from dnb.notebook.live import display
@@ -260,7 +260,7 @@ def test_a_second_press_does_not_run_the_line_again(kernel):
 
 
 def test_what_a_verb_says_is_in_the_panel(kernel, capsys):
-    kernel.does = lambda: outlet.say("engine 2 joined, <b>with</b> 1 thread")
+    kernel.does = lambda: output.say("engine 2 joined, <b>with</b> 1 thread")
     kernel.press("start")
     assert "<b>Done</b>" in kernel.told()
     assert "engine 2 joined, &lt;b&gt;with&lt;/b&gt; 1 thread" in kernel.told()
@@ -372,9 +372,9 @@ def test_without_widgets_the_verb_says_what_does_the_same(monkeypatch, capsys):
 
 def test_a_second_panel_is_the_first_one(shell):
     open_panel(shell, dtrain=print)
-    first = control_panel._panel
+    first = panel._panel
     open_panel(shell, dtrain=print)
-    assert control_panel._panel is first
+    assert panel._panel is first
     assert len(shell.callbacks) == 1
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dnb.errors import ArgumentError
 from dnb.notebook.live.controls import Controls
-from dnb.notebook.text import engine_cards as cards
+from dnb.notebook.text import engine_cards
 from dnb.notebook.text.summary import summary
 from tests.fake_runs import FakeEvent, FakeHistory, FakeRun, FakeWorker, advance, long_run, wait_until
 
@@ -316,7 +316,7 @@ def test_the_strip_has_a_sentence_of_diagnosis():
 
 def test_the_strip_has_the_cards():
     run = FakeRun(workers=[FakeWorker(engine=0), FakeWorker(engine=1, state="dead")])
-    assert Controls(run).cards.value == cards.engines_html(run)
+    assert Controls(run).cards.value == engine_cards.engines_html(run)
 
 
 def test_cards_are_sent_at_most_twice_a_second():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dnb.errors import ShippingError
-from dnb.transport.pickling import user_modules as own_code
+from dnb.transport.pickling import user_modules
 from dnb.transport.pickling.module_sources import own_place
 from dnb.transport.pickling.payloads import explain_unpicklable, pickle_payload
 from dnb.transport.pickling.user_modules import dumps, loads
@@ -72,7 +72,7 @@ def test_a_module_is_the_users_own_unless_it_is_installed_or_of_python_or_of_dnb
     own = own_place(write("own_mod", "X = 1"))
     assert own is not None
     assert own.name == "own_mod"
-    assert [own_place(module) for module in (torch, cloudpickle, functools, own_code, sys)] == [None] * 5
+    assert [own_place(module) for module in (torch, cloudpickle, functools, user_modules, sys)] == [None] * 5
 
 
 def test_another_process_computes_with_an_edited_module_and_with_what_was_set_in_it(write, call):

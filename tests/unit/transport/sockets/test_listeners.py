@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import zmq
 
-from dnb.transport.sockets import listeners as doors
+from dnb.transport.sockets import listeners
 from dnb.transport.sockets.channels import ENGINE_ROLE, RoleKeys, bind_router, connect_dealer, start_authenticator
 from dnb.transport.sockets.listeners import (
     HANDSHAKE_SECONDS,
@@ -111,7 +111,7 @@ class Hub:
         self.context: zmq.Context[Any] = zmq.Context()
         self.authenticator = start_authenticator(self.context, self.keys)
         self.port = listen("127.0.0.1")
-        self.local = listen_locally() if doors.HAS_LOCAL_SOCKETS else None
+        self.local = listen_locally() if listeners.HAS_LOCAL_SOCKETS else None
         self.router = bind_router(self.context, self.keys, role=ENGINE_ROLE, listener=self.port, local=self.local)
         self.doorkeeper = PortWatcher({self.router: self.port})
         self.doorkeeper.start()
@@ -244,7 +244,7 @@ def test_a_port_that_was_blocked_is_open_again_when_the_callers_have_left(hub: H
 
 @linux
 def test_a_port_that_a_hub_has_blocked_and_died_is_open_at_the_next_one(hub: Hub):
-    doors._blocker(hub.port)(True)
+    listeners._blocker(hub.port)(True)
     assert not hub.hears(b"engine-1", local=False, timeout_seconds=0.2)
     hub.doorkeeper.stop()
     hub.doorkeeper = PortWatcher({hub.router: hub.port})
