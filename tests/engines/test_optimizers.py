@@ -272,7 +272,7 @@ def test_unequal_weights_are_divided_by_those_of_the_whole_batch(pool, options):
     assert largest_relative_gap(model, plain) < 1e-10
 
 
-def test_a_metric_that_is_a_sum_is_weighed_and_one_that_is_a_number_counts_by_samples(pool):
+def test_a_metric_that_is_a_sum_is_weighed_and_so_is_one_that_is_a_mean_as_the_loss_is(pool):
     model = mlp()
     run = wait(fit(pool, model, loss=None, step=by_target, steps=1, batch_size=1797, shuffle=False, val=digits(300)))
     inputs, targets = digits()
@@ -282,4 +282,5 @@ def test_a_metric_that_is_a_sum_is_weighed_and_one_that_is_a_number_counts_by_sa
     assert run.history["hits"] == pytest.approx([(hits.sum() / (targets + 1.0).sum()).item()], rel=1e-10)
     expected = (val_metrics["hits"].total / val_metrics["hits"].weight).item()
     assert run.history["val_hits"] == pytest.approx([expected], rel=1e-10)
-    assert run.history["share"] != run.history["hits"]
+    assert run.history["share"] == pytest.approx(run.history["hits"], rel=1e-10)
+    assert run.history["val_share"] == pytest.approx([expected], rel=1e-10)

@@ -146,10 +146,10 @@ class ModelLoss:
         return found.text
 
     def step_on(self, batch: Any) -> tuple[torch.Tensor | Sum, Mapping[str, Any]]:
-        """Compute loss and metrics of a batch by the step function; no backward follows."""
+        """Compute loss and metrics of a batch by the step function, as if backward followed."""
         assert self.job.step is not None
         with torch.enable_grad(), self.autocast():
-            return read_step(self.job.step(self.job.model, batch), needs_gradient=False)
+            return read_step(self.job.step(self.job.model, batch), needs_gradient=True)
 
     def weigh_metrics(self, metrics: Metrics, num_samples: int, weight: float, *, is_evaluation: bool) -> None:
         """Let metrics that are means over what the loss is a mean over weigh as it does.

@@ -75,9 +75,9 @@ def test_what_last_happened_to_engines_is_told():
     run = digits(
         workers=[FakeWorker()],
         events=[
-            FakeEvent(kind="joined", summary="engine 0 has model and data", step=0, engine=0),
-            FakeEvent(kind="died", summary="engine 1 closed its connection", step=100, engine=1),
-            FakeEvent(kind="reassigned", summary="2 shards of engine 1 go to others", step=100, engine=1),
+            FakeEvent(kind="joined", text="engine 0 has model and data", step=0, engine=0),
+            FakeEvent(kind="died", text="engine 1 closed its connection", step=100, engine=1),
+            FakeEvent(kind="reassigned", text="2 shards of engine 1 go to others", step=100, engine=1),
         ],
     )
     assert summary.status_sentence(run) == (
@@ -115,7 +115,7 @@ def test_a_summary_tells_all_that_the_view_shows():
     run = digits(status="finished", step=496, elapsed_seconds=4.0, workers=[worker])
     run.history.set("lr", [3e-4] * 120)
     run.history.set("grad_norm", [3.0, 1.5], steps=[50, 100])
-    run.events = [FakeEvent(kind="checkpoint", summary="checkpoint of step 400", step=400)]
+    run.events = [FakeEvent(kind="checkpoint", text="checkpoint of step 400", step=400)]
     assert summary.summary(run).splitlines() == [
         "digits: finished after 496 steps in 4.0 s",
         "engine 0 computed 85 % of the time",
@@ -152,7 +152,7 @@ def test_a_summary_of_many_engines_is_short():
 
 
 def test_a_summary_tells_the_last_events_only():
-    run = digits(events=[FakeEvent(kind="set", summary=f"lr of {i}", step=i) for i in range(12)])
+    run = digits(events=[FakeEvent(kind="set", text=f"lr of {i}", step=i) for i in range(12)])
     assert summary.summary(run).splitlines()[-6:] == [
         "last 5 events of 12:",
         *(f"step {i}: lr of {i}" for i in range(7, 12)),
@@ -178,7 +178,7 @@ def test_text_from_outside_cannot_make_lines_of_its_own(place):
         name=evil if place == "name" else "digits",
         error=evil if place == "error" else None,
         workers=[FakeWorker(host=evil if place == "host" else "h", device=evil if place == "device" else None)],
-        events=[FakeEvent(kind="set", summary=evil if place == "event" else "x")],
+        events=[FakeEvent(kind="set", text=evil if place == "event" else "x")],
         history=FakeHistory(**{f"val_{evil}" if place == "key" else "val_x": [1.0]}),
     )
     lines = summary.summary(run).split("\n")
