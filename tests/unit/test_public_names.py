@@ -63,6 +63,11 @@ def test_a_module_that_must_be_quick_does_not_import_torch(module: str):
     assert run(f"import sys, {module}; print('torch' in sys.modules)") == "False"
 
 
+@pytest.mark.parametrize("module", ["dnb.engine.process.worker", "dnb.hub.server.service"])
+def test_engines_and_hub_do_without_torchs_compiler_which_is_large(module: str):
+    assert run(f"import sys, {module}; print('torch._dynamo' in sys.modules)") == "False"
+
+
 def run(code: str) -> str:
     """What a fresh interpreter prints."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +12,6 @@ import torch
 from dnb.errors import ArgumentError
 
 Hook = Callable[..., Any]
-
-# What every optimizer of torch has, and makes anew when it is unpickled.
-_OPTIMIZERS_OWN = frozenset(vars(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))) | {
-    "step",  # wrapped by a scheduler; it refers to the optimizer itself
-    "_opt_called",
-}
 
 
 class GradientHooks(NamedTuple):
@@ -72,7 +67,7 @@ def reduce_optimizer(optimizer: Any, reduced: tuple[Any, ...]) -> tuple[Any, ...
     has_usual_state = kind.__getstate__ is usual.__getstate__ and len(reduced) > 2
     if not has_usual_state or kind.__reduce_ex__ is not usual.__reduce_ex__:
         return reduced
-    own = {name: value for name, value in vars(optimizer).items() if name not in _OPTIMIZERS_OWN}
+    own = {name: value for name, value in vars(optimizer).items() if name not in _own_attributes()}
     state = (
         {**reduced[2], **own},
         _values(optimizer._optimizer_step_pre_hooks),
@@ -117,3 +112,16 @@ def refuse_global_hooks() -> None:
 
 def _values(hooks: Any) -> tuple[Hook, ...]:
     return tuple(hooks.values()) if hooks else ()
+
+
+@cache
+def _own_attributes() -> frozenset[str]:
+    """Return the attributes that every optimizer of torch has, and makes anew when it is unpickled.
+
+    Not while this module is imported: torch imports its compiler to make an optimizer, which engines do without.
+    """
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    return frozenset(vars(sgd)) | {
+        "step",
+        "_opt_called",
+    }  # "step" is wrapped by a scheduler, and refers to the optimizer
