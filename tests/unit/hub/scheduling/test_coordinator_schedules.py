@@ -612,7 +612,7 @@ class Schedule(RuleBasedStateMachine):
                 self._deliver(number)
             if not is_first_heard and number in self.engines:
                 self._recover(number)
-        else:
+        elif self.silent:  # if it is nobody, those who were to answer have been ended meanwhile
             self._recover(min(self.silent))
         if self.ended is None:
             self._tell(Tick())
