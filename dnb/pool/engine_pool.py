@@ -261,7 +261,7 @@ class EnginePool:
         members = self._members()
         if members.restart == "always" or members.wanted_spares or members.num_owed:
             look, start = self._members_if_steered, self._start_engines
-            self._replacer = EngineReplacer(members.restart, look=look, start=start, size_lock=self._size_lock)
+            self._replacer = EngineReplacer(members.restart, poll=look, start=start, size_lock=self._size_lock)
             self._replacer.start()
 
     def fill_up(self) -> None:

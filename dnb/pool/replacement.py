@@ -81,7 +81,7 @@ class EngineReplacer(threading.Thread):
 
     Args:
         restart: whether the dead are replaced; missing spares always are.
-        look: asks the hub.
+        poll: asks the hub.
         start: starts so many engines; blocks until they have joined.
         size_lock: held while it decides and starts, so that nobody else starts engines for the same reason.
         clock: seconds from any origin.
@@ -91,18 +91,18 @@ class EngineReplacer(threading.Thread):
         self,
         restart: RestartPolicy,
         *,
-        look: Callable[[], Members],
+        poll: Callable[[], Members],
         start: Callable[[int], object],
         size_lock: threading.Lock,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(name="dnb-replacer", daemon=True)
-        self._look = look
+        self._look = poll
         self._start_engines = start
         self._size_lock = size_lock
         self._clock = clock
         self._stopped = threading.Event()
-        self._replacements = ReplacementPolicy(restart, look())
+        self._replacements = ReplacementPolicy(restart, poll())
         self.trouble = ""
         self.is_done = False  # it ends, as there was nothing to keep; set while `size_lock` is held
 

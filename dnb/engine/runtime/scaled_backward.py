@@ -14,7 +14,7 @@ class ScaledBackward:
         self._slab = -1  # that is under way
         self._unit: float | None = None  # of what is added up in it, once there is something
         self._units: dict[int, float | None] = {}  # likewise, of slabs
-        self._initial_state: tuple[object, torch.Tensor] = None, torch.empty(0)  # of backward; mostly the same again
+        self._root_gradient: tuple[object, torch.Tensor] = None, torch.empty(0)  # of backward; mostly the same again
 
     def begin(self, slab: int, *, fresh: bool) -> None:
         """Add up gradients in a slab; in a fresh one, from zero."""
@@ -40,6 +40,6 @@ class ScaledBackward:
             (loss * scale).backward()
             return
         key = scale, loss.dtype, loss.shape
-        if self._initial_state[0] != key:
-            self._initial_state = key, torch.full_like(loss, scale, requires_grad=False)
-        loss.backward(self._initial_state[1])
+        if self._root_gradient[0] != key:
+            self._root_gradient = key, torch.full_like(loss, scale, requires_grad=False)
+        loss.backward(self._root_gradient[1])

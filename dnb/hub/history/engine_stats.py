@@ -168,10 +168,10 @@ class EngineStats:
         """Stop everybody's time, as the run has ended."""
         self._closed = time.monotonic()
 
-    def totals(self, *, working: Collection[int], resting: Collection[int] = ()) -> tuple[WorkerTotals, ...]:
+    def totals(self, *, working: Collection[int], spares: Collection[int] = ()) -> tuple[WorkerTotals, ...]:
         """Return every account, in order of the engines' ids."""
         totals = [
-            self._total(engine, "busy" if engine in working else "spare" if engine in resting else "ready")
+            self._total(engine, "busy" if engine in working else "spare" if engine in spares else "ready")
             for engine in self._workers
         ]
         return tuple(sorted([*totals, *self._former.values()], key=lambda each: each.engine))

@@ -64,7 +64,7 @@ class InitialState:
         return bool(self.note)
 
 
-def begin(spec: RunSpec, job: Job, *, folders: Sequence[Path]) -> InitialState:
+def new_run(spec: RunSpec, job: Job, *, folders: Sequence[Path]) -> InitialState:
     """Make the state of a new run, which may continue an earlier one.
 
     Args:
@@ -110,7 +110,7 @@ def begin(spec: RunSpec, job: Job, *, folders: Sequence[Path]) -> InitialState:
     )
 
 
-def take_over(
+def recovered_run(
     spec: RunSpec,
     handover: RunHandover,
     unpack: Callable[[], Job],
@@ -131,13 +131,13 @@ def take_over(
     """
     files = RunFolder(Path(spec.folder), folders=folders)
     try:
-        return _take_over(spec, handover, unpack, files, folders=folders, reason=reason, failure=failure)
+        return _recovered(spec, handover, unpack, files, folders=folders, reason=reason, failure=failure)
     except BaseException:
         files.close()
         raise
 
 
-def _take_over(
+def _recovered(
     spec: RunSpec,
     handover: RunHandover,
     unpack: Callable[[], Job],
@@ -256,7 +256,7 @@ def _from_checkpoint(
     files.replace_history(rows)
     note = f"the hub died and was started again: the run goes on after step {step}"
     if step < last:
-        note += f", from {source or 'the initial_state'}; steps {step + 1} to {last} are done again"
+        note += f", from {source or 'the beginning'}; steps {step + 1} to {last} are done again"
     return _RecoveredRun(master, job.order, job.val_order, rows, columns, step, evaluated, note)
 
 

@@ -303,7 +303,7 @@ class RunRecorder:
                 heartbeat_age_seconds=heartbeats.get(totals.engine) if totals.engine in present else None,
                 shards=None if held is None or totals.engine not in present else held.get(totals.engine, ()),
             )
-            for totals in self.stats.totals(working=coordinator.working, resting=coordinator.resting)
+            for totals in self.stats.totals(working=coordinator.working, spares=coordinator.spares)
         )
 
 

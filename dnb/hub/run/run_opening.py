@@ -67,11 +67,11 @@ class RunOpener:
         Raises:
             RunError: with what was raised, and its traceback.
         """
-        from dnb.hub.run.initial_state import begin
+        from dnb.hub.run.initial_state import new_run
 
         try:
             self._apply_settings(spec)
-            initial_state = begin(spec, _unpickle_job(frames, spec), folders=self._folders)
+            initial_state = new_run(spec, _unpickle_job(frames, spec), folders=self._folders)
             return self._make_run(spec, frames, initial_state, engines=engines)
         except OSError as error:
             raise HubError(str(error)) from error
@@ -101,7 +101,7 @@ class RunOpener:
             reason: what has ended that hub.
             failure: what the run has failed of, if it has by that.
         """
-        from dnb.hub.run.initial_state import take_over
+        from dnb.hub.run.initial_state import recovered_run
 
         self._apply_settings(spec)
         spec = msgspec.structs.replace(spec, clip_norm=handover.clip_norm)
@@ -109,7 +109,7 @@ class RunOpener:
         def make_job() -> Any:
             return _unpickle_job(handover.frames, spec)
 
-        initial_state = take_over(spec, handover, make_job, folders=self._folders, reason=reason, failure=failure)
+        initial_state = recovered_run(spec, handover, make_job, folders=self._folders, reason=reason, failure=failure)
         engine_stats = read_handover(self._folders, STATS_FILE, StatsHandover)
         return self._make_run(spec, handover.frames, initial_state, engines=engines, engine_stats=engine_stats)
 

@@ -100,7 +100,7 @@ BUSY_STOP_SECONDS = 5.0
 # How long a run that is resumed without engines waits for the first that joins.
 REFILL_SECONDS = 60.0
 # A run whose every step is late would fill its history: so often the same is noted of an engine.
-MOST_TOLD = 3
+MOST_REPORTED = 3
 
 
 class Coordinator:
@@ -153,10 +153,10 @@ class Coordinator:
         self._silent: dict[int, float] = {}  # since when, of those that are loading or ready
         self._busy: dict[int, float] = {}  # likewise
         self._retiring: set[int] = set()
-        self._resting: set[int] = set()  # spares, loaded or not
+        self._spares: set[int] = set()  # spares, loaded or not
         self._leases = Leases(num_shards, first=generation << 32)
         self._task: Task | None = None
-        self._wish: Literal["pause", "stop"] | None = None
+        self._requested: Literal["pause", "stop"] | None = None
         self._committing = False
         self._last_loss: Note | None = None
         self._was_asked_for = False  # the last loss
@@ -166,9 +166,9 @@ class Coordinator:
         self._holders: dict[int, set[int]] = {}  # shards whose outputs each engine has computed for the step under way
         self._refill_since: float | None = None  # resumed without engines, as others are to come
         self._load_failures: list[tuple[int, Failure]] = []
-        self._told_late: set[int] = set()
-        self._told_silent: set[int] = set()
-        self._num_told: Counter[tuple[str, int]] = Counter()  # by kind and engine
+        self._reported_late: set[int] = set()
+        self._reported_silent: set[int] = set()
+        self._num_reported: Counter[tuple[str, int]] = Counter()  # by kind and engine
 
     def start(self) -> list[Action]:
         """Return the first actions."""
@@ -191,7 +191,7 @@ class Coordinator:
             case Committed(kind, step):
                 return self._advance(kind, step)
             case Tick():
-                return self._look_around()
+                return self._poll_engines()
             case EngineJoined(engine):
                 return self._join(engine)
             case EngineLoaded(engine):
@@ -210,10 +210,10 @@ class Coordinator:
             case RetireEngine(engine):
                 return self._retire(engine)
             case MakeSpare(engine):
-                self._resting.add(engine)
+                self._spares.add(engine)
                 return []
             case ActivateSpare(engine):
-                return self._wake(engine)
+                return self._activate_spare(engine)
             case LeaseDeclined(engine, lease):
                 return self._decline(engine, lease)
             case UserCodeFailed():
@@ -235,9 +235,9 @@ class Coordinator:
         return self._evaluated
 
     @property
-    def resting(self) -> frozenset[int]:
+    def spares(self) -> frozenset[int]:
         """Spares of this run."""
-        return frozenset(self._resting)
+        return frozenset(self._spares)
 
     @property
     def working(self) -> frozenset[int]:
@@ -272,7 +272,7 @@ class Coordinator:
         self._loading.discard(engine)
         self._ready.add(engine)
         self._refill_since = None
-        is_spare = engine in self._resting
+        is_spare = engine in self._spares
         loaded = Note("spare", reason="loaded as a spare") if is_spare else Note("joined", reason="loaded")
         actions: list[Action] = [replace(loaded, engine=engine)]
         if self.status == "starting":
@@ -282,7 +282,7 @@ class Coordinator:
         return actions + self._go_on()
 
     def _begin_if_loaded(self) -> list[Action]:
-        workers = self._ready - self._resting
+        workers = self._ready - self._spares
         if self.status != "starting" or not workers:
             return []
         now = self._leases.now
@@ -344,11 +344,11 @@ class Coordinator:
         assert task is not None
         self._give_up()
         replacements = Replace(len(task.deaths))
-        if self._wish == "stop":
+        if self._requested == "stop":
             return [replacements, *self._end("stopped")]
         shards = sorted(frozenset.intersection(*(death.shards for death in deaths)))
         detail = describe_deaths(deaths, self._name_samples(task.kind, task.step, shards))
-        return [*self._pause_to_mend(task, detail=detail), replacements, *self._release_free()]
+        return [*self._pause_for_replacement(task, detail=detail), replacements, *self._release_free()]
 
     def _give_up(self) -> None:
         """Give up the task under way: no answer to it will count."""
@@ -356,7 +356,7 @@ class Coordinator:
             lease.is_open = False
         self._task = None
 
-    def _pause_to_mend(
+    def _pause_for_replacement(
         self, task: Task, *, detail: str = "", failures: Sequence[tuple[int, Failure]] = ()
     ) -> list[Action]:
         reason: Reason = "evaluation failed" if task.kind == "evaluation" else "step failed"
@@ -365,7 +365,7 @@ class Coordinator:
 
     def _forget(self, engine: int) -> int:
         """Forget an engine that is gone; return how many shards are to be redone for that."""
-        for group in (self._loading, self._ready, self._retiring, self._resting, self._ending):
+        for group in (self._loading, self._ready, self._retiring, self._spares, self._ending):
             group.discard(engine)
         self._silent.pop(engine, None)
         self._busy.pop(engine, None)
@@ -410,10 +410,10 @@ class Coordinator:
                 actions += [self._last_loss, Release(engine), *self._drop(engine)]
         return actions
 
-    def _wake(self, engine: int) -> list[Action]:
-        if engine not in self._resting:
+    def _activate_spare(self, engine: int) -> list[Action]:
+        if engine not in self._spares:
             return []
-        self._resting.discard(engine)
+        self._spares.discard(engine)
         if engine not in self._ready:
             return []  # it works as soon as it has loaded
         note = Note("joined", engine=engine, reason="woken")
@@ -429,8 +429,8 @@ class Coordinator:
         if engine in self._leases.by_engine:
             self._leases.by_engine[engine].was_silent = True
         actions: list[Action] = []
-        if not is_asleep or self._is_told("hung", engine):
-            self._told_silent.add(engine)
+        if not is_asleep or self._was_reported("hung", engine):
+            self._reported_silent.add(engine)
             actions.append(Note("hung", reason, engine, "found"))
         return [*actions, *self._release_free(), *self._go_on()]
 
@@ -440,24 +440,24 @@ class Coordinator:
             return []
         self._busy.setdefault(engine, self._leases.now)
         lease = self._leases.by_engine.get(engine)
-        if lease is None or self._num_told["busy", engine]:
+        if lease is None or self._num_reported["busy", engine]:
             return []
-        self._num_told["busy", engine] += 1
+        self._num_reported["busy", engine] += 1
         return [Note("busy", engine=engine, reason="in a call")]
 
     def _hear(self, engine: int) -> list[Action]:
         self._busy.pop(engine, None)
         if self._silent.pop(engine, None) is None or engine in self._loading:
             return []
-        is_told = engine in self._told_silent
-        self._told_silent.discard(engine)
-        note = [Note("recovered", engine=engine, reason="heard")] if is_told else []
+        was_reported = engine in self._reported_silent
+        self._reported_silent.discard(engine)
+        note = [Note("recovered", engine=engine, reason="heard")] if was_reported else []
         return [*note, *self._go_on()]
 
-    def _is_told(self, kind: str, engine: int) -> bool:
+    def _was_reported(self, kind: str, engine: int) -> bool:
         """Return True if a note of that kind is still written about an engine; from now on that is once less."""
-        self._num_told[kind, engine] += 1
-        return self._num_told[kind, engine] <= MOST_TOLD
+        self._num_reported[kind, engine] += 1
+        return self._num_reported[kind, engine] <= MOST_REPORTED
 
     def _go_on(self) -> list[Action]:
         """Give free engines the shards that nobody has, or that are late: one came, went, fell silent or got free."""
@@ -466,7 +466,7 @@ class Coordinator:
             return []
         if task.failures:
             return self._pause_if_answered(task)
-        if self._wish == "stop" and not self._can_advance():
+        if self._requested == "stop" and not self._can_advance():
             return self._end("stopped")
         return self._hand_out(task) + (self._redo_late(task) if self._silent else [])
 
@@ -474,14 +474,14 @@ class Coordinator:
         now = self._leases.now
         return any(
             engine not in self._silent and now - self._busy.get(engine, now) < BUSY_STOP_SECONDS
-            for engine in self._ready - self._resting
+            for engine in self._ready - self._spares
         )
 
     # leases
 
     def _can_help(self, engine: int) -> bool:
         """Return True if an engine that is ready is free, or will be when it answers."""
-        if engine in self._silent or engine in self._retiring or engine in self._resting or engine in self._ending:
+        if engine in self._silent or engine in self._retiring or engine in self._spares or engine in self._ending:
             return False
         lease = self._leases.by_engine.get(engine)
         return lease is None or lease.is_open
@@ -513,7 +513,7 @@ class Coordinator:
         free = [engine for engine in parts if engine not in self._leases.by_engine]
         return [self._lease(task, engine, parts[engine]) for engine in free]
 
-    def _look_around(self) -> list[Action]:
+    def _poll_engines(self) -> list[Action]:
         """Act on time that has passed."""
         task = self._task
         if self.status == "starting":
@@ -522,7 +522,7 @@ class Coordinator:
             return []
         if self._refill_since is not None and not self._has_engines:
             return self._end_without_engines()
-        if self._wish == "stop" and not self._can_advance():
+        if self._requested == "stop" and not self._can_advance():
             return self._end("stopped")
         return self._pause_if_answered(task) if task.failures else self._redo_late(task)
 
@@ -551,9 +551,9 @@ class Coordinator:
         actions: list[Action] = [
             self._lease(task, engine, tuple(sorted(shards)), in_extra_slab=engine in task.touched, root=root)
         ]
-        if late.engine not in self._told_late:
-            self._told_late.add(late.engine)
-            if self._is_told("late", late.engine):
+        if late.engine not in self._reported_late:
+            self._reported_late.add(late.engine)
+            if self._was_reported("late", late.engine):
                 why: Reason = "silent" if late.engine in self._silent else "late"
                 note = Note("reassigned", engine=late.engine, reason=why, count=len(shards), other=engine)
                 actions.append(note)
@@ -585,13 +585,13 @@ class Coordinator:
     def _next_task(self) -> list[Action]:
         """Begin the next task: here alone pause, stop, evaluation and the end are decided."""
         self._task = None
-        if self._wish == "stop":
+        if self._requested == "stop":
             return self._end("stopped")
         if self._owes_evaluation():
             return self._open("evaluation", self.step)
         if self.step == self.num_steps:
             return self._end("finished")
-        if self._wish == "pause":
+        if self._requested == "pause":
             return self._pause(Note("paused", reason="paused, as asked", step=self.step))
         return self._open("outputs" if self._gathers else "step", self.step + 1)
 
@@ -606,7 +606,7 @@ class Coordinator:
         self._task = task = Task(kind, step)
         engines = sorted(self._ready)
         busy = self._leases.by_engine
-        if busy or self._silent or self._retiring or self._resting or self._ending:
+        if busy or self._silent or self._retiring or self._spares or self._ending:
             engines = [engine for engine in engines if engine not in busy and self._can_help(engine)]
         if not engines:
             task.has_gaps = True
@@ -630,7 +630,7 @@ class Coordinator:
         task = self._task
         if not lease.is_open or task is None:
             return self._go_on()
-        self._told_late.discard(lease.engine)
+        self._reported_late.discard(lease.engine)
         task.add(lease)
         if task.has_rivals:
             for rival in self._leases.open:
@@ -671,14 +671,14 @@ class Coordinator:
             return []
         self._committing = False
         self._task = None
-        if self._wish == "stop":
+        if self._requested == "stop":
             return self._end("stopped")
         return self._pause(Note("paused", reason, reason="refused", step=step), is_error=True)
 
     # requests of the user
 
     def _pause(self, note: Note, *, is_error: bool = False) -> list[Action]:
-        self._wish = None
+        self._requested = None
         self.status = "paused"
         self.trouble = note if is_error else None
         return [note]
@@ -688,15 +688,15 @@ class Coordinator:
             return self._end("stopped")
         if verb == "resume":
             return self._resume()
-        if self._wish != "stop":
-            self._wish = verb
+        if self._requested != "stop":
+            self._requested = verb
         return []
 
     def _resume(self) -> list[Action]:
         if self.status != "paused":
-            self._wish = self._wish if self._wish == "stop" else None
+            self._requested = self._requested if self._requested == "stop" else None
             return []
-        self._wish = None
+        self._requested = None
         self.status = "running"
         self.trouble = None
         if not self._has_engines and not self._was_asked_for:
@@ -729,9 +729,9 @@ class Coordinator:
         if any(self._is_awaited(lease, task) for lease in self._leases.open):
             return []
         self._give_up()
-        if self._wish == "stop":
+        if self._requested == "stop":
             return self._end("stopped")
-        return self._pause_to_mend(task, failures=task.failures) + self._release_free()
+        return self._pause_for_replacement(task, failures=task.failures) + self._release_free()
 
     def _is_awaited(self, lease: Lease, task: Task) -> bool:
         if lease.engine in self._silent or self._leases.is_late(lease):

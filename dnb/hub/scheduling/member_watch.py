@@ -17,7 +17,7 @@ class MemberWatch:
     def __init__(self) -> None:
         self._silent: dict[int, tuple[float, str, float]] = {}  # since when, what the hub says, how long it may be
         self._busy: set[int] = set()
-        self._told_busy: set[int] = set()
+        self._reported_busy: set[int] = set()
 
     def is_busy(self, team: Team) -> bool:
         """Return whether a member of a team is busy."""
@@ -37,10 +37,10 @@ class MemberWatch:
         self._busy.add(engine)
         return True
 
-    def note_told(self, engine: int) -> bool:
+    def note_reported(self, engine: int) -> bool:
         """Return True if it was not noted before that an engine is busy; it is now."""
-        is_new = engine not in self._told_busy
-        self._told_busy.add(engine)
+        is_new = engine not in self._reported_busy
+        self._reported_busy.add(engine)
         return is_new
 
     def end_silence(self, engine: int) -> None:

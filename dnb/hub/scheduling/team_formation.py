@@ -86,7 +86,7 @@ class TeamFormation:
         self.teams: dict[int, Team] = {}
         self.team_of: dict[int, Team] = {}
         self.free: set[int] = set(engines)
-        self.resting: set[int] = set()
+        self.spares: set[int] = set()
         self.retiring: set[int] = set()
         self.returning: set[int] = set(returning)
 
@@ -118,7 +118,7 @@ class TeamFormation:
     def forget(self, engine: int) -> bool:
         """Count on an engine no more; return whether it was known. Its team is to be disbanded."""
         is_known = engine in self.free or engine in self.team_of or engine in self.returning
-        for group in (self.free, self.returning, self.resting, self.retiring):
+        for group in (self.free, self.returning, self.spares, self.retiring):
             group.discard(engine)
         return is_known
 
@@ -134,7 +134,7 @@ class TeamFormation:
         if self._size is not None or len(self.teams) != 1:
             return None
         team = next(iter(self.teams.values()))
-        able = len(team.members) + len(self.free - self.resting - self.retiring)
+        able = len(team.members) + len(self.free - self.spares - self.retiring)
         wanted = max((number for number in self._partitions if number <= able), default=0)
         if not team.is_whole or team.loading or wanted <= len(team.members):
             return None
@@ -150,7 +150,7 @@ class TeamFormation:
 
     def _choose(self) -> tuple[int, ...] | None:
         """Return engines for one more team: of the usual size, or of what is left if there is no team at all."""
-        able = sorted(self.free - self.resting - self.retiring)
+        able = sorted(self.free - self.spares - self.retiring)
         if not able:
             return None
         largest = max(self._partitions)

@@ -120,7 +120,7 @@ class Teams:
         return self._inner.evaluated
 
     @property
-    def resting(self) -> frozenset[int]:
+    def spares(self) -> frozenset[int]:
         """Engines that are in no team."""
         return frozenset(self._formation.free)
 
@@ -180,9 +180,9 @@ class Teams:
             case RetireEngine(engine):
                 return self._retire(engine)
             case MakeSpare(engine):
-                return self._rest(engine)
+                return self._make_spare(engine)
             case ActivateSpare(engine):
-                self._formation.resting.discard(engine)
+                self._formation.spares.discard(engine)
                 return self._grow()
             case Tick():
                 return self._tick(event)
@@ -191,11 +191,11 @@ class Teams:
             case LeaseDeclined() | EngineEnding():
                 return []
             case Committed() | CommitRefused() | CommitDeferred() | CommitFailed():
-                return self._tell(event) + self._grow_if_it_pays()
+                return self._pass_on(event) + self._grow_if_it_pays()
             case _:
-                return self._tell(event)
+                return self._pass_on(event)
 
-    def _tell(self, event: Event) -> list[Action]:
+    def _pass_on(self, event: Event) -> list[Action]:
         return self._out(self._inner.handle(event, self._now))
 
     # teams
@@ -213,8 +213,8 @@ class Teams:
         return [action for team in self._form() for action in self._welcome(team)]
 
     def _welcome(self, team: Team) -> list[Action]:
-        actions = [Note("planned", team.plan), *self._tell(EngineJoined(team.number))]
-        return actions + (self._tell(EngineBusy(team.number)) if self._watch.is_busy(team) else [])
+        actions = [Note("planned", team.plan), *self._pass_on(EngineJoined(team.number))]
+        return actions + (self._pass_on(EngineBusy(team.number)) if self._watch.is_busy(team) else [])
 
     def _grow_if_it_pays(self) -> list[Action]:
         """Let a pipeline over all engines take in those that have come, between two tasks."""
@@ -237,7 +237,7 @@ class Teams:
         lost = EngineLost(team.number, reason, is_slab_lost=True)  # the next team may write into the same
         if dead is not None:
             lost = replace(dead, engine=team.number, is_slab_lost=True, member=dead.engine)
-        return actions + self._tell(lost) + self._release_retired()
+        return actions + self._pass_on(lost) + self._release_retired()
 
     # what happens to engines
 
@@ -253,7 +253,7 @@ class Teams:
         if team is None or engine not in team.loading or not team.is_whole:
             return []
         team.loading.discard(engine)
-        return [] if team.loading else self._tell(EngineLoaded(team.number))
+        return [] if team.loading else self._pass_on(EngineLoaded(team.number))
 
     def _lose(self, event: EngineLost) -> list[Action]:
         engine = event.engine
@@ -277,9 +277,9 @@ class Teams:
         team = self._formation.team_of.get(engine)
         if not self._watch.note_busy(engine) or team is None:
             return []
-        is_told = bool(team.loading) or not self._watch.note_told(engine)
-        note = [] if is_told else [Note("busy", engine=engine, reason="in a call")]
-        return [*note, *(a for a in self._tell(EngineBusy(team.number)) if not isinstance(a, Note))]
+        is_reported = bool(team.loading) or not self._watch.note_reported(engine)
+        note = [] if is_reported else [Note("busy", engine=engine, reason="in a call")]
+        return [*note, *(a for a in self._pass_on(EngineBusy(team.number)) if not isinstance(a, Note))]
 
     def _hear(self, engine: int) -> list[Action]:
         self._watch.end_silence(engine)
@@ -291,7 +291,7 @@ class Teams:
         was_busy = self._watch.end_busy(engine)
         if team is None or not was_busy or self._watch.is_busy(team):
             return []
-        return self._tell(EngineHeard(team.number))
+        return self._pass_on(EngineHeard(team.number))
 
     def _end_silent(self) -> list[Action]:
         """End those that are silent for too long."""
@@ -313,7 +313,7 @@ class Teams:
             self._formation.returning.clear()
         if not self._formation.teams:
             actions += self._grow()
-        return actions + self._tell(event)
+        return actions + self._pass_on(event)
 
     def _take(self, engine: int, report: WorkDone) -> list[Action]:
         if not self.expects(report):
@@ -325,7 +325,7 @@ class Teams:
         num_samples = sum(each.num_samples or 0 for each in team.reports.values())  # only one counts them
         team.reports.clear()
         team.lease = None
-        return self._tell(replace(report, engine=team.number, num_samples=num_samples))
+        return self._pass_on(replace(report, engine=team.number, num_samples=num_samples))
 
     def _fail(self, engine: int, event: UserCodeFailed) -> list[Action]:
         """Give up the step and form the team anew: the error of one engine has freed the others."""
@@ -334,7 +334,7 @@ class Teams:
             return []
         if event.lease not in (0, team.lease):
             return []  # of an earlier team: where all have the whole model, all of them raise
-        actions = self._tell(replace(event, engine=team.number))
+        actions = self._pass_on(replace(event, engine=team.number))
         if self.status in ENDED or event.lease == 0:
             return actions
         return actions + self._replace(team, "was ended by a failure")
@@ -352,8 +352,8 @@ class Teams:
             actions += [Note("left", engine=engine, reason="left, as asked"), Release(engine)]
         return actions
 
-    def _rest(self, engine: int) -> list[Action]:
-        self._formation.resting.add(engine)
+    def _make_spare(self, engine: int) -> list[Action]:
+        self._formation.spares.add(engine)
         team = self._formation.team_of.get(engine)
         return [] if team is None else self._replace(team, f"engine {engine} rests")
 
@@ -368,7 +368,7 @@ class Teams:
                 team = self._formation.teams.get(number)
                 return [] if team is None else [LoadEngine(engine) for engine in team.members]
             case Assign(engine=number, in_extra_slab=True, lease=lease):
-                return self._tell(LeaseDeclined(number, lease))  # there is one slab for all members
+                return self._pass_on(LeaseDeclined(number, lease))  # there is one slab for all members
             case Assign(engine=number, lease=lease):
                 team = self._formation.teams.get(number)
                 if team is None:

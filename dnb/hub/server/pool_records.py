@@ -89,13 +89,13 @@ class PoolRecords:
             self.write_pool_file()
         elif (self._members.changed or self._steering.changed or self._slot.changed) and now >= self._keep_again:
             self._keep_again = now + WRITE_AGAIN_SECONDS
-            self.write_memos()
+            self.write_handovers()
 
     def write_pool_file(self) -> None:
         """Write the pool's record, then what the next hub will find."""
         # Looking for children goes over all processes of the host, 13 ms were seen: no step waits for that. The nanny
         # of an engine that has just joined ends with its engine.
-        facts = self._facts(look=not self._slot.held.is_active)
+        facts = self._facts(poll=not self._slot.held.is_active)
         try:
             write_pool_file(Path(self._config.security_dir), facts)
         except OSError as error:
@@ -111,9 +111,9 @@ class PoolRecords:
                 self._disk_fault = ""
                 log.warning("the pool's record is up to date again")
         self._members.changed = True
-        self.write_memos()
+        self.write_handovers()
 
-    def write_memos(self) -> None:
+    def write_handovers(self) -> None:
         """Write what the next hub will find, where it has changed."""
         if self._members.changed or self._steering.changed:
             is_kept = write_handover(self._folders, POOL_FILE, self._handover())
@@ -163,13 +163,13 @@ class PoolRecords:
         returning = sorted(self._members.returning) if is_new else ()
         return PoolState(facts=self._facts(), engines=self._statuses(), returning=tuple(returning))
 
-    def _facts(self, *, look: bool = True) -> PoolFacts:
+    def _facts(self, *, poll: bool = True) -> PoolFacts:
         return PoolFacts(
             cluster_id=self._config.cluster_id,
             supervisor=self._supervisor,
             hub=self._process,
             controller=self._config.controller,
-            helpers=self.helpers(look=look),
+            helpers=self.helpers(poll=poll),
             engines=tuple(self._members.facts),
             owner=self._steering.owner,
             run=self._slot.name,
@@ -181,10 +181,10 @@ class PoolRecords:
             version=VERSION,
         )
 
-    def helpers(self, *, look: bool = True) -> tuple[Process, ...]:
+    def helpers(self, *, poll: bool = True) -> tuple[Process, ...]:
         """Return the processes beside hub, controller and engines that end with the pool."""
         members = self._members
-        if look:
+        if poll:
             # Remembered, as the children of a controller that was killed can no longer be found.
             parents = [self._config.controller, *(facts.process for facts in members.facts)]
             own = {self._process.pid, self._supervisor.pid}

@@ -113,7 +113,7 @@ class Service:
         self._ending = ""
         self._sockets = PoolSockets(keys, listeners)
         self._wire_connections = Connections(config.host)
-        self._members = Membership(look=activity_of)
+        self._members = Membership(poll=activity_of)
         self._steering = Steering(config.owner)
         self._slot = RunSlot(folders=folders, recorder=recorder)
         self._lifecycle = EngineLifecycle(
@@ -193,12 +193,12 @@ class Service:
 
     def _tick(self) -> None:
         self._connections.tick()
-        self._lifecycle.look()
+        self._lifecycle.poll()
         self._slot.held.tick()
         self._slot.note_work()
         if self._is_doomed:
             os.kill(os.getpid(), signal.SIGKILL)
-        self._lifecycle.injector.look()
+        self._lifecycle.injector.poll()
         self._lifecycle.watch_leavers()
         self._records.flush()
         self.end(self._steering.find_end(self._slot.held))
@@ -216,7 +216,7 @@ class Service:
             check_request(request)
             self._steering.check(identity, request)
             reply, out = self._serve_request(identity, request, frames)
-            self._records.write_memos()  # what was answered stays done, whatever becomes of this hub
+            self._records.write_handovers()  # what was answered stays done, whatever becomes of this hub
         except (DnbError, PeerError, msgspec.MsgspecError) as error:
             reply, out = _refusal(error), []
         self._reply(identity, number, reply, out)

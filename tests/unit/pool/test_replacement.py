@@ -113,7 +113,7 @@ class Pool:
 
 
 def keep(pool: Pool, restart: RestartPolicy = "always") -> EngineReplacer:
-    replacer = EngineReplacer(restart, look=pool.look, start=pool.start, size_lock=threading.Lock())
+    replacer = EngineReplacer(restart, poll=pool.look, start=pool.start, size_lock=threading.Lock())
     replacer.start()
     return replacer
 

@@ -48,7 +48,7 @@ class RunCoordinator(Protocol):
         """The engines that compute, even if their answer will be refused."""
 
     @property
-    def resting(self) -> frozenset[int]:
+    def spares(self) -> frozenset[int]:
         """The engines that get no work."""
 
     def assignment_of(self, engine: int) -> tuple[int, int, Partition] | None:

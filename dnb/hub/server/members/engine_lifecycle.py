@@ -281,7 +281,7 @@ class EngineLifecycle:
         self._members.changed = True
         self._slot.held.tell("chaos", text, request.engine)
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Look at all engines, several times a second: whether they live, beat, stand still."""
         members, heartbeats = self._members, self._members.heartbeats
         busy = heartbeats.busy

@@ -50,7 +50,7 @@ class FaultInjector:
                 self._send(request.engine, Slow(factor=request.amount))
                 return f"engine {request.engine} computes {request.amount:g} times as long, on purpose"
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Let those go on whose time is over."""
         for process, until in list(self.stopped.items()):
             if self._clock() >= until:

@@ -33,7 +33,7 @@ class HeartbeatMonitor:
     Args:
         limit_seconds: an engine that was neither heard nor seen at work for longer is silent.
         far_limit_seconds: the same for those that cannot be looked at.
-        look: at an engine's process; None if it cannot be. It is called only for engines whose beats are missing.
+        poll: looks at an engine's process; None if it cannot. It is called only for engines whose beats are missing.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class HeartbeatMonitor:
         *,
         limit_seconds: float = SILENT_SECONDS,
         far_limit_seconds: float = FAR_SILENT_SECONDS,
-        look: Callable[[int], Activity | None],
+        poll: Callable[[int], Activity | None],
     ) -> None:
         self._limit_seconds = limit_seconds
         self._far_limit_seconds = far_limit_seconds
-        self._look = look
+        self._poll = poll
         self._heard: dict[int, float] = {}
         self._watches: dict[int, _SilentEngine] = {}
         self._silent: set[int] = set()
@@ -117,7 +117,7 @@ class HeartbeatMonitor:
 
     def _is_alive(self, engine: int, now: float) -> bool:
         """Look at one whose beats are missing; False if it has given no sign of life for too long."""
-        activity, heard = self._look(engine), self._heard[engine]
+        activity, heard = self._poll(engine), self._heard[engine]
         is_seen_enough, limit = True, self._far_limit_seconds
         if activity is not None:
             is_seen_enough, limit = self._watch(engine, activity, now), self._limit_seconds

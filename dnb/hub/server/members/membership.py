@@ -50,13 +50,13 @@ class Membership:
     """The engines of one pool; the times are passed in.
 
     Args:
-        look: at the process of an engine whose heartbeats are missing; None if it cannot be looked at.
+        poll: looks at the process of an engine whose heartbeats are missing; None if it cannot.
     """
 
-    def __init__(self, *, look: Callable[[Process], Activity | None]) -> None:
+    def __init__(self, *, poll: Callable[[Process], Activity | None]) -> None:
         self.engines: dict[int, PoolEngine] = {}
         self.returning: dict[int, EngineFacts] = {}  # engines of the hub before
-        self.heartbeats = HeartbeatMonitor(look=partial(self._look_at, look))
+        self.heartbeats = HeartbeatMonitor(poll=partial(self._poll_process, poll))
         self.dead: set[int] = set()
         self.killed: set[Process] = set()  # on purpose
         self.leavers: dict[Process, float] = {}  # told to end; when they are killed
@@ -80,9 +80,9 @@ class Membership:
         self.num_owed = handover.num_owed
         self.helpers = set(handover.helpers)
 
-    def _look_at(self, look: Callable[[Process], Activity | None], number: int) -> Activity | None:
+    def _poll_process(self, poll: Callable[[Process], Activity | None], number: int) -> Activity | None:
         engine = self.engines.get(number)
-        return None if engine is None else look(engine.facts.process)
+        return None if engine is None else poll(engine.facts.process)
 
     # who is there
 

@@ -64,12 +64,12 @@ class KeptFar(Kept):
 
     def __init__(self, payloads: dict[int, PayloadRef], after: list[tuple[Message, bytes]]) -> None:
         super().__init__()
-        self._parcels = payloads
+        self._payloads = payloads
         self._after = after
         self.answered = threading.Event()
 
     def wait_for_messages(self, *, timeout_seconds: float) -> list[tuple[memoryview, memoryview]]:
-        for slot, payload in self._parcels.items():
+        for slot, payload in self._payloads.items():
             if payload.segment is not None:
                 self.receive_buffers[slot][:] = Path(payload.segment.path).read_bytes()
         slabs = AddSlabs(run="run", slabs=(SegmentRef(path="", num_bytes=0),))

@@ -13,7 +13,7 @@ from torch import nn
 
 from dnb.hub.message_checks import PeerError
 from dnb.hub.run.active_run import ActiveRun
-from dnb.hub.run.initial_state import begin
+from dnb.hub.run.initial_state import new_run
 from dnb.hub.run.pool_links import PoolLinks
 from dnb.hub.scheduling.events import EngineLost
 from dnb.protocol.client_messages import GetRun
@@ -89,7 +89,7 @@ class PlayedRun:
         self.run = ActiveRun(
             spec,
             [b"spec", b"job", b"data", b"signature"],
-            begin(spec, job, folders=[folder / "shm"]),
+            new_run(spec, job, folders=[folder / "shm"]),
             engines=[facts_of(engine) for engine in range(num_engines)],
             pool=PoolLinks(
                 send=lambda engine, record, _frames: self.sent.append((engine, record)),

@@ -129,7 +129,7 @@ def test_a_run_without_engines_that_is_resumed_pauses_again():
 def test_a_spare_loads_the_run_and_gets_no_shards():
     coordinator, actions = loaded(0, spares=[1])
     assert assigned(actions) == {0: (0, 1, 2, 3)}
-    assert coordinator.resting == {1}
+    assert coordinator.spares == {1}
 
 
 def test_a_spare_that_is_woken_takes_the_shards_of_a_lost_engine():

@@ -19,7 +19,7 @@ def draw(generator):
 @pytest.fixture
 def arrived(tmp_path):
     def arrived(obj):
-        pickled, payload, segment = pickle_payload(obj, name="parcel", folders=[tmp_path])
+        pickled, payload, segment = pickle_payload(obj, name="payload", folders=[tmp_path])
         try:
             return adopt(pickled, payload)
         finally:

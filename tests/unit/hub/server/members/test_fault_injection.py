@@ -50,10 +50,10 @@ def test_a_stopped_engine_goes_on_when_its_time_is_over_and_not_before(victim):
     fault_injector = FaultInjector(lambda *_: None, clock=clock)
     fault_injector.act(InjectFault(verb="stop", engine=1, amount=5.0), facts(find_process(victim.pid)))
     clock.now = 4.9
-    fault_injector.look()
+    fault_injector.poll()
     wait_until(lambda: state_of(victim) == psutil.STATUS_STOPPED)
     clock.now = 5.0
-    fault_injector.look()
+    fault_injector.poll()
     wait_until(lambda: state_of(victim) != psutil.STATUS_STOPPED)
 
 

@@ -20,7 +20,7 @@ class Looks:
 
 def beating(*engines: int, look: Looks | None = None) -> HeartbeatMonitor:
     """Engines that have joined at 0, and a hub that looks every tenth of a second."""
-    heartbeat_monitor = HeartbeatMonitor(limit_seconds=0.5, far_limit_seconds=2.0, look=look or Looks())
+    heartbeat_monitor = HeartbeatMonitor(limit_seconds=0.5, far_limit_seconds=2.0, poll=look or Looks())
     for engine in engines:
         heartbeat_monitor.begin(engine, 0.0)
     heartbeat_monitor.tick(0.0)

@@ -37,7 +37,7 @@ def join(members: Membership, number: int, *, now: float = 0.0, num_wires: int =
 
 
 def pool(*numbers: int, wanted_spares: int = 0) -> Membership:
-    members = Membership(look=nobody)
+    members = Membership(poll=nobody)
     members.wanted_spares = wanted_spares
     for number in numbers:
         join(members, number)
@@ -47,7 +47,7 @@ def pool(*numbers: int, wanted_spares: int = 0) -> Membership:
 
 def taken_over(*numbers: int, spares: tuple[int, ...] = (), leaving: tuple[int, ...] = ()) -> Membership:
     """The members of a pool whose hub has died."""
-    members = Membership(look=nobody)
+    members = Membership(poll=nobody)
     members.restore(
         PoolHandover(
             owner=None,
@@ -257,7 +257,7 @@ def test_an_engine_is_looked_at_by_its_process():
         seen.append(process)
         return Activity(0.0)
 
-    members = Membership(look=look)
+    members = Membership(poll=look)
     join(members, 3, now=0.0)
     members.heartbeats.tick(0.4)
     assert seen == [process_of(3)]
