@@ -21,7 +21,7 @@ from dnb.api.runs.run import Run
 from dnb.errors import ArgumentError, HubError
 from dnb.hub.checkpoints.reader import find_checkpoint
 from tests.engines.pools import until, wait, wait_until
-from tests.models import digits, dropout_net, largest_gap, largest_relative_gap, mlp, plain_run, twice
+from tests.models import adamw, digits, dropout_net, largest_gap, largest_relative_gap, mlp, plain_run, twice
 from tests.unit.kept_runs import rewrite
 
 pytestmark = pytest.mark.engines
@@ -484,3 +484,18 @@ def test_the_magic_without_a_path_resumes_the_paused_run(shell):
     step = run.step
     wait_until(run, lambda run: run.step > step, what="one more step")
     assert run.status == "running"
+
+
+def test_data_given_anew_in_which_some_targets_do_not_count_train_as_in_one_process(pool):
+    inputs, targets = digits()
+    some = torch.where(torch.arange(len(targets)) % 7 < 3, -100, targets)
+    model, plain = twice(mlp)
+    run = pool.fit(
+        model, (inputs, targets), loss="cross_entropy", lr=1e-3, steps=10, checkpoint_every=10, shuffle=False
+    )
+    resumed = wait(dnb.resume(wait(run).folder, model=model, train=(inputs, some), steps=20, pool=pool))
+    optimizer = adamw(plain.parameters())
+    losses = plain_run(plain, (inputs, targets), num_steps=10, shuffle=False, optimizer=optimizer).losses
+    rest = inputs[10 * 64 :], some[10 * 64 :]
+    losses += plain_run(plain, rest, num_steps=10, shuffle=False, optimizer=optimizer).losses
+    assert largest_gap(resumed.history["loss"], losses) < 1e-10

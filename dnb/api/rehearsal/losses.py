@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,9 @@ from dnb.user_code.loader import fetch_batch
 from dnb.user_code.loss_judge import Kind, Verdict, judge_loss, judge_step
 from dnb.user_code.loss_weights import ignored_by, nodes_of_targets
 from dnb.user_code.return_values import EVALUATION_PREFIX, read_step
+
+# As torch's losses have it.
+USUAL_IGNORED = -100
 
 
 def check_loss(trial: Trial) -> list[Finding]:
@@ -153,6 +156,23 @@ def declared_reduction(loss: Any) -> Reduction:
     owner = getattr(loss, "__self__", loss)  # of a bound method
     stated = getattr(owner, "reduction", None) or getattr(loss, "keywords", {}).get("reduction")
     return "sum" if stated == "sum" else "targets"
+
+
+def ignored_by_loss(loss: Any) -> int:
+    """Return the target that a loss says not to count; torch's own where it says none."""
+    owner = getattr(loss, "__self__", loss)
+    stated = getattr(owner, "ignore_index", None)
+    if stated is None:
+        stated = getattr(loss, "keywords", {}).get("ignore_index")
+    return stated if isinstance(stated, int) else USUAL_IGNORED
+
+
+def may_hold(source: DataSource, marks: Collection[int]) -> bool:
+    """Tell whether targets of a data source may be among some; of what lies in memory it can be seen."""
+    if source.collate is not None:
+        return True
+    classes = [part for part in source.samples if not part.is_floating_point()]
+    return any(bool((part == mark).any()) for part in classes for mark in marks)
 
 
 def _refusal(verdict: Verdict, *, of_step: bool) -> str:
