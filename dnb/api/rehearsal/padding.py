@@ -14,6 +14,7 @@ from dnb.api.rehearsal.undisturbed import undisturbed
 from dnb.errors import USER_ERRORS, ArgumentError
 from dnb.job import DataSource, Sum
 from dnb.protocol.run import Finding
+from dnb.transport.pickling.copies import close_files
 from dnb.user_code.judged_batches import tolerance_of
 from dnb.user_code.loader import fetch_batch
 from dnb.user_code.loss_weights import OVER_TARGETS, weighed_loss
@@ -26,22 +27,13 @@ def check_padding(trial: Trial) -> list[Finding]:
     Raises:
         ArgumentError: padding counts in the loss.
     """
-    source = trial.data.train
     if trial.computed.loss is None or not trial.options.cuts_batches or trial.options.loss_over is not None:
         return []
-    if trial.loss_over == "batch" or not _may_pad(source) or len(trial.indices) < 2:
+    if trial.loss_over == "batch":
         return []
-    with undisturbed():
-        trial.modes.set_training(mode=False)
-        trial.seed()
-        try:
-            found = _compare(trial)
-        except KeyboardInterrupt:
-            raise
-        except USER_ERRORS:  # one more batch than it stands: its own step will tell
-            return []
+    found = _found_in(trial, trial.data.train, trial.indices)
     if found is None:
-        return []
+        return _tell_of_val(trial)
     whole, parts, counts_in_loss = found
     figures = f"of {len(trial.indices)} samples it is {whole:.6g}, and of their parts {parts:.6g}"
     if counts_in_loss:
@@ -57,6 +49,39 @@ def check_padding(trial: Trial) -> list[Finding]:
     return [Finding(kind="data", text=text)]
 
 
+def _tell_of_val(trial: Trial) -> list[Finding]:
+    """Tell of validation data in which padding counts; nothing is trained on it, so that it is not refused."""
+    source = trial.data.val
+    if source is None or trial.job.val_step is not None:
+        return []
+    found = _found_in(trial, source, torch.arange(min(len(trial.indices), len(source.samples))))
+    assert trial.given_data.val is not None
+    close_files(source.samples, trial.given_data.val.samples)
+    if found is None:
+        return []
+    text = (
+        "val's collate_fn pads samples to the longest of a batch, and each part has another longest: val_loss is not "
+        f"that of one process (of some samples it is {found[0]:.6g}, and of their parts {found[1]:.6g}); padding that "
+        "neither model nor loss counts, or one length for all samples, would change that"
+    )
+    return [Finding(kind="data", text=text)]
+
+
+def _found_in(trial: Trial, source: DataSource, indices: torch.Tensor) -> tuple[float, float, bool] | None:
+    """Compare the loss of some samples with that of their parts, in evaluation mode, and leave all as it was."""
+    if not _may_pad(source) or len(indices) < 2:
+        return None
+    with undisturbed():
+        trial.modes.set_training(mode=False)
+        trial.seed()
+        try:
+            return _compare(trial, source, indices)
+        except KeyboardInterrupt:
+            raise
+        except USER_ERRORS:  # one more batch than it stands: its own step will tell
+            return None
+
+
 def _may_pad(source: DataSource) -> bool:
     collate = source.collate
     while isinstance(collate, AsFloat32):
@@ -64,17 +89,17 @@ def _may_pad(source: DataSource) -> bool:
     return collate is not None and collate is not default_collate
 
 
-def _compare(trial: Trial) -> tuple[float, float, bool] | None:
+def _compare(trial: Trial, source: DataSource, indices: torch.Tensor) -> tuple[float, float, bool] | None:
     """Compute the loss of all samples, that of two parts put together, and whether the loss itself counts padding.
 
     Returns:
         None if the samples are of one length, are others every time, or if padding makes no difference.
     """
-    order = _by_length(trial)
+    order = _by_length(source, indices)
     if order is None:
         return None
     half = len(order) // 2
-    batches = [_fetched(trial, places) for places in (order, order, order[:half], order[half:])]
+    batches = [fetch_batch(source, indices[places]) for places in (order, order, order[:half], order[half:])]
     if _are_others(*batches[:2]):
         return None
     whole, again = (_loss_of(trial, batch, len(order)) for batch in batches[:2])
@@ -99,11 +124,6 @@ def _is_pooled(trial: Trial, batches: Sequence[Any]) -> bool:
     return len(set(shapes)) == 1
 
 
-def _fetched(trial: Trial, places: Sequence[int]) -> Any:
-    """Return the batch of some of a trial's samples, by their places among these."""
-    return fetch_batch(trial.data.train, trial.indices[list(places)])
-
-
 def _output_of(trial: Trial, batch: Any) -> list[torch.Tensor]:
     """Compute the tensors that the model gives for some samples."""
     model = trial.job.model
@@ -113,11 +133,11 @@ def _output_of(trial: Trial, batch: Any) -> list[torch.Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
-def _by_length(trial: Trial) -> list[int] | None:
+def _by_length(source: DataSource, indices: torch.Tensor) -> list[int] | None:
     """Return the places of the samples, the shortest first; None if they are of one length."""
     sizes = []
-    for place in range(len(trial.indices)):
-        leaves = torch.utils._pytree.tree_leaves(_fetched(trial, [place]))
+    for place in range(len(indices)):
+        leaves = torch.utils._pytree.tree_leaves(fetch_batch(source, indices[place : place + 1]))
         sizes.append(tuple(leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor)))
     if len(set(sizes)) == 1:
         return None

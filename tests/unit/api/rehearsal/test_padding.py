@@ -111,7 +111,8 @@ def rehearsed(model: nn.Module, data: Sentences, options: Options | None = None,
         scheduler=None,
         order=BatchOrder(num_samples=len(data), batch_size=8),
     )
-    return rehearse(job, Data(train=DataSource(samples=data, collate=padded), val=None), options)
+    val = None if "val" not in given else DataSource(samples=given["val"], collate=padded)
+    return rehearse(job, Data(train=DataSource(samples=data, collate=padded), val=val), options)
 
 
 REFUSED = (
@@ -168,3 +169,16 @@ def test_a_model_that_sees_padding_is_told_and_one_that_masks_it_is_right(data, 
 )
 def test_what_the_user_wishes_or_engines_make_whole_is_not_refused(options):
     assert rehearsed(tagger(), Sentences(), options, loss=all_of_them).findings == ()
+
+
+def test_padding_of_validation_data_alone_is_told_and_not_refused():
+    (told,) = rehearsed(tagger(), Sentences((5,) * 8), loss=all_of_them, val=Sentences()).findings
+    assert told.kind == "data"
+    assert told.text.startswith(
+        "val's collate_fn pads samples to the longest of a batch, and each part has another longest: val_loss is not "
+        "that of one process (of some samples it is "
+    )
+
+
+def test_padding_of_validation_data_that_the_loss_leaves_out_is_right():
+    assert rehearsed(tagger(), Sentences((5,) * 8), loss=those_that_count, val=Sentences()).findings == ()
