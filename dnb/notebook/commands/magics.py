@@ -22,8 +22,8 @@ class DtrainMagics(Magics):
     def dtrain(self, line: str, cell: str | None = None) -> Any:
         """%dtrain VERB [ARGUMENTS].
 
-        Of the pool: start, status, add, remove, spares, chaos, shutdown. Of the run: plan, fit, wait, pause, resume,
-        stop, set, prove, checkpoint, attach, dashboard, compare, export. Of both: panel.
+        Of the pool: start, status, add, remove, spares, chaos, doctor, shutdown. Of the run: plan, fit, wait, pause,
+        resume, stop, set, prove, checkpoint, attach, dashboard, compare, export. Of both: panel.
 
         As a cell magic, %%dtrain [--on 0,2-3|all] [--local] runs the cell on engines.
         """

@@ -13,6 +13,7 @@ from dnb.notebook.formatting import one_line
 from dnb.notebook.live.display import warm_up
 from dnb.notebook.live.frontend import choose_display
 from dnb.notebook.output import say
+from dnb.pool.doctor import describe_findings, examine_host
 from dnb.pool.engines import describe_added, describe_engines, describe_restarts
 
 NEXT_AFTER_START = """\
@@ -98,6 +99,12 @@ def _chaos(words: list[str]) -> None:
                 pool.chaos.stop(engine, act.amount)
             case "slow":
                 pool.chaos.slow(engine, act.amount)
+
+
+@verb("doctor")
+def _doctor() -> None:
+    """Tell all that decides if a pool can live on this machine: for a bug report."""
+    say(describe_findings(examine_host()))
 
 
 def _run_cell(shell: Any, cell: str, on: str = "all", *, local: bool = False) -> None:

@@ -88,7 +88,7 @@ def test_the_dashboard_alone_is_that_of_the_last_run(here):
 
 VERBS_TODAY = [
     "start", "status", "shutdown", "add", "remove", "spares", "chaos", "plan", "fit", "wait", "pause", "resume", "stop",
-    "set", "prove", "checkpoint", "attach", "dashboard", "compare", "export", "panel",
+    "doctor", "set", "prove", "checkpoint", "attach", "dashboard", "compare", "export", "panel",
 ]  # fmt: skip
 
 
