@@ -19,12 +19,13 @@ export IPYTHONDIR := $(CURDIR)/build/ipython
 export MPLCONFIGDIR := $(CURDIR)/build/matplotlib
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: help demo test lint pytest numerics soak fuzz nbval format store bench coverage lab clean distclean
+.PHONY: help demo test package lint pytest numerics soak fuzz nbval format store bench coverage lab clean distclean
 
 help:
 	@echo "make demo       run notebooks/quickstart.ipynb headless; leaves build/quickstart.ipynb and .html"
 	@echo "make test       lint, then every test, numeric ones on two kinds of kernels, then every notebook"
 	@echo "make numerics   the numeric tests on the kernels of an older processor, or those that KERNELS= names"
+	@echo "make package    source archive and wheel, as they would be uploaded; in build/dist"
 	@echo "make lint       format, lint, types, floors, notebooks"
 	@echo "make lab        JupyterLab on notebooks/"
 	@echo "make format     rewrite the code as 'make lint' wants it"
@@ -61,7 +62,13 @@ demo: $(VENV)/.demo-stamp | build
 lab: $(VENV)/.demo-stamp | build
 	$(BIN)/python -m jupyterlab --ServerApp.root_dir=notebooks
 
-test: lint pytest numerics nbval
+test: lint package pytest numerics nbval
+
+# What would be uploaded, held against what a package index takes.
+package: $(VENV)/.dev-stamp | build
+	rm -rf build/dist
+	$(BIN)/python -m build --no-isolation --outdir build/dist . >build/package.log || { cat build/package.log; exit 1; }
+	$(BIN)/python -m twine check --strict build/dist/*
 
 pytest: $(VENV)/.dev-stamp | build
 	$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal --durations 15
@@ -83,7 +90,7 @@ fuzz: $(VENV)/.dev-stamp | build
 nbval: $(VENV)/.dev-stamp | build
 ifneq ($(NOTEBOOKS),)
 	$(BIN)/python -m pytest --nbval --nbval-current-env \
-	    --nbval-sanitize-with tests/notebooks/sanitize.cfg $(NOTEBOOKS)
+	    --nbval-sanitize-with dnb/nbval_sanitize.cfg $(NOTEBOOKS)
 endif
 
 lint: $(VENV)/.dev-stamp

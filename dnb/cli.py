@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parent
+RULES = PACKAGE / "nbval_sanitize.cfg"
 ACCURACY_WANTED = 0.97
 
 
@@ -19,8 +20,28 @@ def main(arguments: list[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="run the quickstart notebook headless, on a local pool")
     demo.add_argument("--output", type=Path, default=Path("build"), help="folder for notebook and HTML")
     demo.set_defaults(run=lambda options: run_demo(options.output))
+    doctor = commands.add_parser("doctor", help="tell all that decides if a pool can live here: for a bug report")
+    doctor.add_argument("--profile", help="IPython profile whose pools are looked for")
+    doctor.set_defaults(run=lambda options: run_doctor(options.profile))
+    rules = commands.add_parser("nbval-sanitize", help="print the path of the rules that nbval needs for dnb's outputs")
+    rules.set_defaults(run=lambda _: print_rules())
     options = parser.parse_args(arguments)
     return int(options.run(options))
+
+
+def run_doctor(profile: str | None = None) -> int:
+    """Print the doctor's report; 1 if it names a problem."""
+    from dnb.pool.doctor import describe_findings, examine_host  # not for the other subcommands: torch takes seconds
+
+    findings = examine_host(profile)
+    print(describe_findings(findings))
+    return int(any(each.problem for each in findings))
+
+
+def print_rules() -> int:
+    """Print where the sanitize rules lie: `pytest --nbval --nbval-sanitize-with "$(dnb nbval-sanitize)"`."""
+    print(RULES)
+    return 0
 
 
 def run_demo(output: Path) -> int:
@@ -39,7 +60,7 @@ def run_demo(output: Path) -> int:
         return 1
     output.mkdir(parents=True, exist_ok=True)
     notebook = nbformat.read(quickstart_path(), as_version=4)
-    print("training on 2 engines: notebooks/quickstart.ipynb, headless", flush=True)
+    print("training on 2 engines: the quickstart notebook, headless", flush=True)
     client = NotebookClient(
         notebook,
         timeout=600,
