@@ -1,11 +1,13 @@
 """Run notebooks and store their outputs, as they are committed: text and pictures, no widget state."""
 
+import re
 import sys
 import tempfile
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from nbformat import NotebookNode
 
 
 def store(path: Path) -> None:
@@ -21,8 +23,23 @@ def store(path: Path) -> None:
         ).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # when it ran is of no interest, and differs each time
-    notebook.metadata.language_info = {"name": "python"}
+        if cell.cell_type == "code":
+            cell.outputs = merge_streams(cell.outputs)
     nbformat.write(notebook, path)
+
+
+def merge_streams(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Join what was printed in pieces, without the lines of long work: they are as many as the machine was slow."""
+    merged: list[NotebookNode] = []
+    for output in outputs:
+        if output.output_type == "stream" and merged and merged[-1].get("name") == output.name:
+            merged[-1].text += output.text
+        else:
+            merged.append(output)
+    for output in merged:
+        if output.output_type == "stream":
+            output.text = re.sub(r"(?m)^\.\.\. .*\n+", "", output.text)
+    return [output for output in merged if output.get("text") != ""]
 
 
 if __name__ == "__main__":
