@@ -76,7 +76,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted(__all__)
 
 
 def _open_notebook() -> None:
@@ -99,10 +99,10 @@ def _watch(what: str) -> AbstractContextManager[Any]:
 
 def load_ipython_extension(ipython: Any) -> None:
     """Register `%dtrain` and `%%dtrain`; called by `%load_ext dnb`."""
-    from dnb.notebook.commands.magics import DtrainMagics
+    from dnb.notebook.commands.magics import register
 
     _open_notebook()
-    ipython.register_magics(DtrainMagics)
+    register(ipython)
 
 
 def _write_page(run: Any, path: str | Path) -> Path:

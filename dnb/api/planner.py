@@ -27,6 +27,7 @@ from dnb.protocol.run import ENDED
 from dnb.user_code.loader import fetch_batch
 
 SCHEDULES = ("1f1b", "gpipe")
+STRATEGIES_PLANNED = ("auto", "data", "pipeline", "hybrid")
 USUAL_BATCH_SIZE = 64  # of a data set, where nothing says how many; as for `fit`
 
 
@@ -57,14 +58,15 @@ def plan(  # noqa: PLR0913 - the user's own words, each a flag of %dtrain
         model: a module on the CPU; it can be cut between modules that it runs one after the other.
         batch: a tensor, a tuple (inputs..., target) of tensors or arrays, or a dictionary of the model's arguments; of
             a Dataset or DataLoader the first samples, which draws nothing from a generator.
-        loss: as for `fit`; the mean of the outputs stands for it if left out.
-        step: as for `fit`.
+        loss: callable(output, target) or a name, as for `fit`; the mean of the outputs stands for it if left out.
+        step: instead of loss: callable(model, batch), as for `fit`.
         optimizer: its name; of others the update is taken to cost what AdamW's does.
         batch_size: samples of the global batch; those of `batch` if left out.
         strategy: "auto", or "data", "pipeline" or "hybrid" to choose among those only.
-        mesh: such as "data=2,pipeline=2"; an axis that is not named is open.
-        num_micro_batches: open if left out.
-        schedule: "1f1b" or "gpipe"; 1F1B if left out, which is as fast and needs less memory.
+        mesh: engines along each axis, such as "data=2,pipeline=2"; an axis that is not named is open.
+        num_micro_batches: parts of a batch that follow each other through a pipeline; open if left out.
+        schedule: order of a pipeline's work: "1f1b" or "gpipe"; 1F1B if left out, which is as fast and needs less
+            memory.
         memory_limit: bytes per engine for parameters, gradients, activations and input, a number or such as "2GB";
             never more than the engine's share of what its host has free.
         num_engines: plan for so many, whether or not the pool has them.
@@ -77,7 +79,7 @@ def plan(  # noqa: PLR0913 - the user's own words, each a flag of %dtrain
         PlanError: it cannot be divided so, or does not fit; with the figure and the way out.
     """
     check_model(model)
-    check_choice(strategy, name="strategy", known=STRATEGIES, available=("auto", "data", "pipeline", "hybrid"))
+    check_choice(strategy, name="strategy", known=STRATEGIES, available=STRATEGIES_PLANNED)
     if schedule is not None:
         check_choice(schedule, name="schedule", known=SCHEDULES, available=SCHEDULES)
     batch = _as_batch(batch, batch_size=batch_size)

@@ -153,8 +153,8 @@ def attach(
     """Find a run again, after a kernel restart, beside the kernel that steers it, or in its folder.
 
     Args:
-        name: of the run; the one that a pool's hub holds if left out.
-        model: gets the trained state when the run ends, like the one that was given to `fit`.
+        name: name of the run; the one that a pool's hub holds if left out.
+        model: module that gets the trained state when the run ends, like the one that was given to `fit`.
         steer: take over from a living kernel, which then only watches; from one that is gone anyway.
         clear: first remove the records of pools of other hosts and containers that do not answer from here, and those
             of other versions of dnb whose processes are gone; what has died on this host is cleared anyway.

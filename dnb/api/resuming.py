@@ -87,18 +87,18 @@ def resume(  # noqa: PLR0913 - the user's own words, each a flag of %dtrain
             is damaged is passed over for the one before it in the same run, with a warning.
         model: gets the trained state; if left out, `run.model` is the one that was kept.
         train: the same samples, if not those that were kept.
-        val: likewise.
-        loss: instead of the one that was kept, as for `fit`; likewise `step`, `metrics`.
-        step: see loss.
-        optimizer: of the same kind; gets the state that was kept. Likewise `scheduler`.
-        scheduler: see optimizer.
-        metrics: see loss.
-        after_step: see loss; what the one that was kept had kept itself goes on.
-        val_step: see loss.
+        val: data to validate on, instead of those that were kept.
+        loss: callable(output, target) or a name, instead of the one that was kept.
+        step: callable(model, batch), instead of the one that was kept.
+        optimizer: one of the same kind; gets the state that was kept.
+        scheduler: one of the same kind; gets the state that was kept.
+        metrics: metrics as for `fit`, instead of those that were kept.
+        after_step: callable(model), instead of the one that was kept; what that had kept itself goes on.
+        val_step: callable(model, batch), instead of the one that was kept.
         epochs: passes over the data in all, if more or fewer than were planned.
         steps: optimizer steps in all, instead of epochs.
-        name: of the new run; made from the old one's if left out.
-        trust: whether pickles are read though this user's hub did not sign the checkpoint, or it was changed: they
+        name: name of the new run; made from the old one's if left out.
+        trust: read pickles though this user's hub did not sign the checkpoint, or it was changed: they
             may do anything that this user may.
         pool: where to train; the kernel's own if left out, started if there is none.
 

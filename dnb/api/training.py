@@ -64,7 +64,7 @@ def fit(  # noqa: PLR0913 - the user's own words, each a flag of %dtrain
         model: trained in place: it holds the trained state when the run ends, stops or pauses.
         train: a pair (X, y) of tensors or arrays, a map-style Dataset, or a DataLoader (its data set, batch
             size, sampler and collate_fn count).
-        val: likewise; evaluated at the end of every epoch, over all engines.
+        val: data to validate on, of the same kinds as `train`; evaluated at the end of every epoch, over all engines.
         loss: callable(output, target) that returns a mean over samples, or a name of torch.nn.functional.
         step: instead of loss: callable(model, batch) -> loss | (loss, {"metric": value}) | `Sum`; what models return
             that compute their own loss will do too: (logits, loss), {"loss": loss}, or an object with `.loss`.
@@ -74,11 +74,11 @@ def fit(  # noqa: PLR0913 - the user's own words, each a flag of %dtrain
         batch_size: samples of the global batch, over all engines together.
         epochs: passes over the data.
         steps: optimizer steps, instead of epochs.
-        shuffle: as a DataLoader with a generator seeded by `seed` does.
-        seed: of sample order and of random numbers in the model.
-        shards: logical shards of a global batch; see `dnb.planning.shards.choose_num_shards`.
-        exact: equal to the bit for any number and any change of engines: every shard is computed from the same
-            beginning, and gradients are added up in the order of the shards.
+        shuffle: draw samples in a new order every epoch, as a DataLoader with a generator seeded by `seed` does.
+        seed: start of all random numbers: of sample order and of random numbers in the model.
+        shards: logical shards into which a global batch is cut; by its size and the engines if left out.
+        exact: losses and weights equal to the bit for any number and any change of engines: every shard is computed
+            from the same beginning, and gradients are added up in the order of the shards.
         micro_batch: most samples that go through forward at once.
         clip_norm: largest global norm of the gradient.
         precision: "float32", or "bfloat16" for autocast in forward.
@@ -92,36 +92,36 @@ def fit(  # noqa: PLR0913 - the user's own words, each a flag of %dtrain
         buffers: by name, or by a pattern of names, how what engines make of a buffer becomes one: "first" keeps what
             the engine with the batch's first shard has, "sum" adds up what each part has added, "mean" averages. Left
             out, running statistics are averaged, and the first of all others kept.
-        scheduler_every: "step" or "epoch": when the scheduler is stepped. With "epoch", ReduceLROnPlateau looks at the
-            loss on `val`; a metric takes its place by name, "val_accuracy".
-        sync_batchnorm: whether every BatchNorm takes the statistics of the global batch instead of those of each part,
+        scheduler_every: when the scheduler is stepped: every "step" or every "epoch". With "epoch", ReduceLROnPlateau
+            looks at the loss on `val`; a metric takes its place by name, "val_accuracy".
+        sync_batchnorm: let every BatchNorm take the statistics of the global batch instead of those of each part,
             as nn.SyncBatchNorm does anyway.
-        prove: so many first steps are computed in this process, too, before `fit` returns, and held against those of
-            the run; see `Run.prove`.
+        prove: number of first steps that are computed in this process, too, before `fit` returns, and held against
+            those of the run; see `Run.prove`.
         strategy: "data": every engine has the whole model and a part of the batch; "pipeline": every engine has a part
             of the model; "tensor": every engine has a part of every large layer; "hybrid": several pipelines, or
             several teams that divide layers; or what `dnb.plan` returned. "auto" is "data" for models of less than
             64 MB, and otherwise what `dnb.plan` finds; it takes two seconds to measure, and `run.events` says what was
             chosen and why.
-        stages: of a pipeline: modules of the model, or their names, each of which gets what the one before it gives;
-            cut where the model allows it if left out.
-        schedule: of a pipeline: "gpipe", "1f1b", "interleaved" or "zero-bubble".
+        stages: parts of a pipeline: modules of the model, or their names, each of which gets what the one before it
+            gives; cut where the model allows it if left out.
+        schedule: order of a pipeline's work: "gpipe", "1f1b", "interleaved" or "zero-bubble".
         mesh: engines along each axis, as "data=2,pipeline=2" or "data=2,tensor=2"; all engines in one team if left out.
         tensor_plan: which layers are divided, and how: {"layers.*.up": "colwise", "layers.*.down": "rowwise"}; what the
             model itself says, or what can be shown to be right, if left out.
         memory_limit: bytes per engine for parameters, gradients, activations and input, a number or such as "500 MB":
             what cannot fit is refused, and a pipeline is cut so that it fits. An engine that is measured to hold more
             goes on, and the run's events say so.
-        sync: "hub" in this release.
+        sync: way in which gradients are put together: "hub" in this release.
         checkpoint_every: steps between two checkpoints, which `dnb.resume` continues from; one more is written at
             the end. None writes none by itself.
-        checkpoint_keep: how many of the last checkpoints stay.
+        checkpoint_keep: number of the last checkpoints that stay.
         checkpoint_best: the best one by this stays too: "val_loss" or another loss, "max:accuracy", "min:error". What
             is measured in evaluations ("val_...") gets a checkpoint whenever it is the best so far.
-        transport: "memory" or "socket", how gradients and parameters travel; chosen for each engine if left out; a
+        transport: way of gradients and parameters, "memory" or "socket"; chosen for each engine if left out; a
             dictionary chooses by engine.
-        telemetry: whether engines measure what they do.
-        name: of the run and its folder .dnb/runs/<name>, with a number behind it if that is taken; made from the
+        telemetry: let engines measure their compute, wait, data and idle time, and memory.
+        name: name of the run and its folder .dnb/runs/<name>, with a number behind it if that is taken; made from the
             model's class if left out.
         pool: where to train; the kernel's own if left out, started if there is none.
 

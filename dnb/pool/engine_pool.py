@@ -155,7 +155,9 @@ class EnginePool:
     def add(self, n: int = 1, *, timeout_seconds: float = 60.0) -> list[int]:
         """Start engines and return their ids when they have joined; an active run takes them from its next step.
 
-        They get as many threads as the others have.
+        Args:
+            n: number of engines to start; they get as many threads as the others have.
+            timeout_seconds: how long that may take.
 
         Raises:
             ArgumentError: n is not a number of engines that this host can hold beside what runs.
@@ -210,7 +212,9 @@ class EnginePool:
     def keep_spares(self, n: int, *, timeout_seconds: float = 60.0) -> None:
         """Keep so many extra engines that hold the active run and take over at once when one dies.
 
-        A spare that has taken over is replaced as long as this kernel lives; spares that are too many are ended.
+        Args:
+            n: number of spares; one that took over is replaced while this kernel lives, and what is too many ended.
+            timeout_seconds: how long the start of new ones may take.
 
         Raises:
             ArgumentError: n is negative, or more than this host can hold.

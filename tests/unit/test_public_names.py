@@ -46,8 +46,8 @@ def test_a_name_that_is_not_public_is_not_there():
         _ = dnb.nothing
 
 
-def test_completion_offers_the_public_names_before_they_are_used():
-    code = "import dnb; print(set(dnb.__all__) <= set(dir(dnb)))"
+def test_the_module_names_its_public_names_before_they_are_used_and_no_others():
+    code = "import dnb; print(dir(dnb) == sorted(dnb.__all__))"
     assert run(code) == "True"
 
 
@@ -66,6 +66,21 @@ def test_a_module_that_must_be_quick_does_not_import_torch(module: str):
 @pytest.mark.parametrize("module", ["dnb.engine.process.worker", "dnb.hub.server.service"])
 def test_engines_and_hub_do_without_torchs_compiler_which_is_large(module: str):
     assert run(f"import sys, {module}; print('torch._dynamo' in sys.modules)") == "False"
+
+
+LOAD = """
+import sys
+from IPython.core.interactiveshell import InteractiveShell
+from traitlets.config import Config
+
+shell = InteractiveShell(config=Config(HistoryManager={"enabled": False}))
+shell.run_line_magic("load_ext", "dnb")
+print(sorted({"torch", "plotly", "ipywidgets", "ipyparallel", "numpy"} & set(sys.modules)))
+"""
+
+
+def test_the_extension_is_loaded_without_what_takes_seconds_to_import():
+    assert run(LOAD) == "[]"
 
 
 def run(code: str) -> str:

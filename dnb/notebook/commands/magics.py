@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
 
-from dnb.notebook.commands import plan_command, pool_commands, run_commands
-from dnb.notebook.commands.verbs import call, run_line
+from dnb.notebook.commands.verbs import call, load_verbs, run_line
 
-# Each fills the table of verbs where it is imported.
-VERB_MODULES = (pool_commands, plan_command, run_commands)
+_QUESTION = re.compile(r"^(\s*)%dtrain\s+(\w+)\s*\?{1,2}\s*$", re.MULTILINE)
+
+
+def help_table() -> str:
+    """Return the table of verbs, as the magic's docstring: `%dtrain?` shows it."""
+    from dnb.notebook.commands.help_text import help_on  # torch: not before somebody asks
+
+    return help_on()
 
 
 @magics_class
@@ -20,13 +26,29 @@ class DtrainMagics(Magics):
     @no_var_expand
     @line_cell_magic
     def dtrain(self, line: str, cell: str | None = None) -> Any:
-        """%dtrain VERB [ARGUMENTS].
-
-        Of the pool: start, status, add, remove, spares, chaos, doctor, shutdown. Of the run: plan, fit, wait, pause,
-        resume, stop, set, prove, checkpoint, attach, dashboard, compare, export. Of both: panel.
+        """%dtrain VERB [ARGUMENTS]; %dtrain help lists the verbs.
 
         As a cell magic, %%dtrain [--on 0,2-3|all] [--local] runs the cell on engines.
         """
-        if cell is not None:
-            return call(pool_commands.CELL, line, shell=self.shell, cell=cell)
+        load_verbs()
+        if cell is not None and line.strip() != "--help":
+            from dnb.notebook.commands.pool_commands import CELL  # torch: not before a cell is run
+
+            return call(CELL, line, shell=self.shell, cell=cell)
         return run_line(line, shell=self.shell)
+
+    # IPython asks an object for its docstring by this name before it reads `__doc__`
+    setattr(dtrain, "getdoc", help_table)  # noqa: B010 - no attribute that a type knows
+
+
+def ask_for_help(lines: list[str]) -> list[str]:
+    """Transform `%dtrain fit?`, which IPython takes for a question on `fit`, into `%dtrain help fit`."""
+    return [_QUESTION.sub(r"\g<1>%dtrain help \g<2>", line) for line in lines]
+
+
+def register(shell: Any) -> None:
+    """Make the magics known to a shell, once or again."""
+    shell.register_magics(DtrainMagics)
+    transforms = shell.input_transformers_cleanup
+    if ask_for_help not in transforms:
+        transforms.append(ask_for_help)

@@ -22,7 +22,7 @@ next: %dtrain fit model train --loss cross_entropy    train on these engines
       %dtrain status    %dtrain shutdown"""
 
 
-@verb("start", flags_of=pools.start)
+@verb("start", group="pool", flags_of=pools.start, example="%dtrain start -n 2")
 def _start(shell: Any, **options: Any) -> None:
     """Start a pool of engines, or use the one that runs already."""
     if choose_display(shell=shell) == "widget":
@@ -34,7 +34,7 @@ def _start(shell: Any, **options: Any) -> None:
     say("\n".join([*notices, describe_engines(pool.engines), NEXT_AFTER_START]))
 
 
-@verb("status")
+@verb("status", group="pool")
 def _status() -> None:
     """Tell the pool's engines, its run, and what troubles it."""
     pool = pools.current_pool()
@@ -48,13 +48,13 @@ def _status() -> None:
     say("\n".join(line for line in lines if line))
 
 
-@verb("shutdown")
+@verb("shutdown", group="pool")
 def _shutdown() -> None:
     """End the pool and all its processes."""
     say("the pool is shut down" if pools.shutdown() else "no pool was running")
 
 
-@verb("add", flags_of=Pool.add, operand="n")
+@verb("add", group="pool", flags_of=Pool.add, operand="n", example="%dtrain add 2")
 def _add(**options: Any) -> None:
     """Add engines to the pool; a run under way gives them their share."""
     pool = require_pool()
@@ -62,7 +62,7 @@ def _add(**options: Any) -> None:
     say(describe_added(pool.engines, new))
 
 
-@verb("remove", rest="ids")
+@verb("remove", group="pool", args_of=[Pool.remove], rest="ids", example="%dtrain remove 1,3-4")
 def _remove(ids: list[str], *, force: bool = False) -> None:
     """Remove engines from the pool, such as `1,3-4`, once they have finished what they have."""
     pool = require_pool()
@@ -75,7 +75,7 @@ def _remove(ids: list[str], *, force: bool = False) -> None:
     say(f"engine{'s' if len(leaving) > 1 else ''} {', '.join(map(str, leaving))} left the pool")
 
 
-@verb("spares", flags_of=Pool.keep_spares, operand="n")
+@verb("spares", group="pool", flags_of=Pool.keep_spares, operand="n", example="%dtrain spares 1")
 def _spares(**options: Any) -> None:
     """Keep so many engines out of the run, ready to take a lost one's place."""
     pool = require_pool()
@@ -84,7 +84,7 @@ def _spares(**options: Any) -> None:
     say(f"spares: {', '.join(spares) or 'none'}")
 
 
-@verb("chaos", rest="words")
+@verb("chaos", group="pool", rest="words", example="%dtrain chaos kill 1")
 def _chaos(words: list[str]) -> None:
     """Harm engines or the hub on purpose: `kill 1`, `stop 1 5s`, `slow 2 4x`, `hub`."""
     pool = require_pool()
@@ -101,14 +101,19 @@ def _chaos(words: list[str]) -> None:
                 pool.chaos.slow(engine, act.amount)
 
 
-@verb("doctor")
+@verb("doctor", group="pool")
 def _doctor() -> None:
     """Tell all that decides if a pool can live on this machine: for a bug report."""
     say(describe_findings(examine_host()))
 
 
 def _run_cell(shell: Any, cell: str, on: str = "all", *, local: bool = False) -> None:
-    """Run a cell on the engines, and with `--local` in this kernel, too."""
+    """Run a cell on the engines, and with `--local` in this kernel, too.
+
+    Args:
+        on: ids of engines, such as 0,2-3; all of them if left out.
+        local: also in this kernel.
+    """
     pool = require_pool()
     known = [engine.id for engine in pool.engines]
     targets = known if on == "all" else read_ids(on, known=known, example="--on 0,2-3")

@@ -21,7 +21,15 @@ from dnb.user_code.gradient_samples import USUAL_STEPS
 _DISPLAY = {"display": "str | None"}
 
 
-@verb("fit", flags_of=training.fit, more=_DISPLAY, left_out={"pool"})
+@verb(
+    "fit",
+    group="run",
+    flags_of=training.fit,
+    args_of=[show],
+    more=_DISPLAY,
+    left_out={"pool"},
+    example="run = %dtrain fit model train --val val --loss cross_entropy --metrics accuracy --lr 1e-3 --epochs 5",
+)
 def _fit(model: Any, train: Any, *, display: str | None = None, **options: Any) -> Run:
     """Train a model on the pool's engines, and show the run."""
     run = training.fit(model, train, **options)
@@ -31,16 +39,20 @@ def _fit(model: Any, train: Any, *, display: str | None = None, **options: Any) 
     return run
 
 
-@verb("wait")
+@verb("wait", group="run", example="%dtrain wait --timeout 60")
 def _wait(*, timeout: float | None = None) -> Run:
-    """Wait until the run has ended or paused."""
+    """Wait until the run has ended or paused.
+
+    Args:
+        timeout: seconds after which the waiting ends, while the run goes on.
+    """
     run = _last_run()
     run.wait(timeout)
     keep(run)
     return run
 
 
-@verb("pause")
+@verb("pause", group="run")
 def _pause() -> None:
     """Pause the run after the step under way."""
     _last_run().pause()
@@ -51,7 +63,16 @@ def _resume_paused(*, step: Any = None, loss: Any = None) -> None:
     _last_run().resume(step=step, loss=loss)
 
 
-@verb("resume", flags_of=resuming.resume, more=_DISPLAY, left_out={"pool"}, alone=_resume_paused)
+@verb(
+    "resume",
+    group="run",
+    flags_of=resuming.resume,
+    args_of=[show],
+    more=_DISPLAY,
+    left_out={"pool"},
+    alone=_resume_paused,
+    example="%dtrain resume --loss cross_entropy",
+)
 def _resume(path: Any, *, display: str | None = None, **options: Any) -> Run:
     """Go on from a checkpoint or a run's folder; without a path, the paused run does."""
     run = resuming.resume(path, **options)
@@ -59,7 +80,7 @@ def _resume(path: Any, *, display: str | None = None, **options: Any) -> Run:
     return run
 
 
-@verb("stop")
+@verb("stop", group="run")
 def _stop() -> Run:
     """Stop the run after the step under way."""
     run = _last_run()
@@ -69,25 +90,25 @@ def _stop() -> Run:
     return run
 
 
-@verb("set", has_settings=True)
+@verb("set", group="run", has_settings=True, example="%dtrain set lr=1e-4 clip_norm=1")
 def _set(**settings: Any) -> None:
     """Change settings of the run from the next step on, such as `lr=1e-4`."""
     _last_run().set(**settings)
 
 
-@verb("prove", operand="steps")
+@verb("prove", group="run", args_of=[Run.prove], operand="steps", example="%dtrain prove 20")
 def _prove(steps: int = USUAL_STEPS) -> Proof:
     """Compare the last run's first steps with a plain loop in one process; the table is the cell's value."""
     return _last_run().prove(steps)
 
 
-@verb("checkpoint", operand="path")
+@verb("checkpoint", group="run", args_of=[Run.checkpoint], operand="path")
 def _checkpoint(path: str | Path | None = None) -> None:
     """Write a checkpoint of the run, now."""
     say(f"the checkpoint is in {_last_run().checkpoint(path)}")
 
 
-@verb("attach")
+@verb("attach", group="run", args_of=[pools.attach, show])
 def _attach(
     *,
     name: str | None = None,
@@ -102,29 +123,37 @@ def _attach(
     return run
 
 
-@verb("dashboard", operand="run")
+@verb("dashboard", group="run", args_of=[show], operand="run")
 def _dashboard(run: str | Path | None = None, *, display: str | None = None) -> None:
     """Show the last run; or another one by its variable, its name, or its folder."""
     show(run or _last_run(), display=display)
 
 
-@verb("compare", rest="words")
-def _compare(shell: Any, words: list[str], *, x: str = "step") -> None:
+@verb("compare", group="run", args_of=[compare.show_runs], rest="runs", example="%dtrain compare first second --x time")
+def _compare(shell: Any, runs: list[str], *, x: str = "step") -> None:
     """Draw runs by variable, name or folder, in any number, over each other; `--x time` counts seconds."""
     names = dict(shell.user_ns)
-    compare.show_runs({word: compare.find_run(word, names=names) for word in words}, x=x)
+    compare.show_runs({word: compare.find_run(word, names=names) for word in runs}, x=x)
 
 
-@verb("export")
+@verb("export", group="run", args_of=[Run.export], example="%dtrain export losses.csv")
 def _export(path: str | Path, *, run: str | Path | None = None) -> None:
-    """Write the last run's values, or those of another one, to a file; its ending says the format."""
+    """Write the last run's values, or those of another one, to a file; its ending says the format.
+
+    Args:
+        run: another run than the last one: a variable, its name, or its folder.
+    """
     shown = read_run(run) if run is not None else _last_run()
     say(f"run {shown.name!r} is written to {shown.export(path)}")
 
 
-@verb("panel")
+@verb("panel", group="run")
 def _panel(shell: Any, *, close: bool = False) -> None:
-    """Open the control panel: pool, training and run by mouse or keyboard."""
+    """Open the control panel: pool, training and run by mouse or keyboard.
+
+    Args:
+        close: close it in the place of opening one.
+    """
     from dnb.notebook.control_panel.panel import close_panel, open_panel  # ipywidgets: not before somebody looks
 
     if close:

@@ -92,21 +92,31 @@ def shape_of(value: Any) -> tuple[int, int] | None:
 
 def losses(own: Mapping[str, Any], *, names: Mapping[str, Any]) -> list[Choice]:
     """Losses and step functions: what the notebook has defined, then torch's by name."""
-    known = loss_names()
-    by_name = [name for name in _USUAL_LOSSES if name in known]
-    by_name += [name for name in known if name not in by_name]
+    by_name = loss_words()
     found = [Choice(f"{name} (step)", f"--step {name}") for name, value in own.items() if _may_be_step(value)]
     found = [Choice(f"{name} (loss)", f"--loss {name}") for name, value in own.items() if _may_be_loss(value)] + found
     # a name that was imported is offered once: as the loss that it is
-    taken = {name for name in known if name in own and _may_be_loss(own[name])}
+    taken = {name for name in by_name if name in own and _may_be_loss(own[name])}
     return found + [Choice(name, f"--loss {literal(name, names=names)}") for name in by_name if name not in taken]
+
+
+def loss_words() -> list[str]:
+    """Return the names of torch's losses, the usual ones first."""
+    known = loss_names()
+    usual = [name for name in _USUAL_LOSSES if name in known]
+    return usual + [name for name in known if name not in usual]
+
+
+def optimizer_words() -> list[str]:
+    """Return the names of torch's optimizers, the usual ones first, and of them the default."""
+    known = optimizer_classes()
+    usual = [name for name in _USUAL_OPTIMIZERS if name in known]
+    return usual + sorted(set(known) - set(usual))
 
 
 def optimizers(own: Mapping[str, Any], *, model: Any, names: Mapping[str, Any]) -> list[Choice]:
     """Optimizers by name, the default first, and instances on this model's parameters."""
-    known = optimizer_classes()
-    others = [name for name in _USUAL_OPTIMIZERS[1:] if name in known]
-    others += sorted(set(known) - set(_USUAL_OPTIMIZERS))
+    others = optimizer_words()[1:]
     found = [
         Choice(f"{name} ({_type(value)}, on the model)", f"--optimizer {name}")
         for name, value in own.items()

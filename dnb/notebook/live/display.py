@@ -38,7 +38,7 @@ def show(run: RunView | str | Path, *, display: str | None = None) -> None:
         run: a run, in any cell and as often as wanted; or the name or folder of one that has ended. One that has ended
             is shown as plain output.
         display: "widget", "display" (replaced every few seconds, without widgets), "text" or "none"; chosen by what
-            this kernel is attached to if None.
+            this kernel is attached to if left out.
 
     Raises:
         ArgumentError: there is no such display, or no such run.

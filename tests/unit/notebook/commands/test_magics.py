@@ -4,14 +4,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from IPython.core.oinspect import getdoc
 
 from dnb.api.runs.run import Run
 from dnb.errors import ArgumentError, PoolError
 from dnb.hub.history.run_files import HistoryRow, summarize
 from dnb.hub.history.run_folder import RunFolder
-from dnb.notebook.commands.magics import DtrainMagics
-from dnb.notebook.commands.verbs import VERBS
+from dnb.notebook.commands.magics import DtrainMagics, ask_for_help
+from dnb.notebook.commands.verbs import load_verbs
 from tests.unit.kept_runs import SPEC
+
+VERBS = load_verbs()
 
 
 @pytest.fixture
@@ -88,14 +91,12 @@ def test_the_dashboard_alone_is_that_of_the_last_run(here):
 
 VERBS_TODAY = [
     "start", "status", "shutdown", "add", "remove", "spares", "chaos", "plan", "fit", "wait", "pause", "resume", "stop",
-    "doctor", "set", "prove", "checkpoint", "attach", "dashboard", "compare", "export", "panel",
+    "doctor", "set", "prove", "checkpoint", "attach", "dashboard", "compare", "export", "panel", "help",
 ]  # fmt: skip
 
 
-def test_the_table_holds_every_verb_that_the_magic_names():
+def test_the_table_holds_these_verbs():
     assert sorted(VERBS) == sorted(VERBS_TODAY)
-    named = DtrainMagics.dtrain.__doc__ or ""
-    assert [verb for verb in VERBS if verb not in named] == []
 
 
 @pytest.mark.parametrize("entry", VERBS.values(), ids=VERBS)
@@ -137,3 +138,40 @@ def test_a_cell_on_engines_needs_a_pool(here):
 def test_a_cell_on_engines_has_its_own_flags(here):
     with pytest.raises(ArgumentError, match=r"%dtrain \(cell\) has no flag '--cell'"):
         DtrainMagics(SimpleNamespace(user_ns={})).dtrain("--cell 1", "print(1)")
+
+
+@pytest.mark.parametrize("line", ["", "  ", "help", "--help", "-h", "?"])
+def test_help_lists_the_verbs(line, capsys):
+    dtrain(line)
+    assert "  fit         Train a model" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ["help wait", "wait --help", "wait -h", "wait --timeout 3 --help", "wait?", "wait ??"])
+def test_help_on_a_verb_tells_its_flags(line, capsys):
+    dtrain(line)
+    assert capsys.readouterr().out.startswith("usage: %dtrain wait [FLAGS]\n")
+
+
+def test_help_on_two_verbs_is_refused():
+    with pytest.raises(ArgumentError, match="one verb at a time: %dtrain help fit"):
+        dtrain("help fit wait")
+
+
+def test_help_on_what_is_no_verb_is_refused():
+    with pytest.raises(ArgumentError, match="%dtrain has no verb 'fti': did you mean 'fit'"):
+        dtrain("fti --help")
+
+
+def test_the_docstring_that_ipython_shows_is_the_table():
+    told = getdoc(DtrainMagics(SimpleNamespace(user_ns={})).dtrain)
+    assert "  fit         Train a model" in told
+
+
+@pytest.mark.parametrize("line", ["%dtrain wait?", "%dtrain  wait ??\n"])
+def test_a_question_on_a_verb_asks_for_its_help(line):
+    assert ask_for_help([line]) == ["%dtrain help wait"]
+
+
+@pytest.mark.parametrize("line", ["%dtrain?", "wait?", "print('%dtrain wait?')", "%dtrain fit model train"])
+def test_other_questions_are_left_to_ipython(line):
+    assert ask_for_help([line]) == [line]
