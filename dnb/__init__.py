@@ -86,9 +86,11 @@ def _open_notebook() -> None:
 
         watch_all(_watch)
     if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()) is not None:
+        from dnb.notebook.completion.matchers import register_matchers
         from dnb.notebook.pages.drawers import register_drawers
 
         register_drawers(shell.display_formatter)
+        register_matchers(shell)
 
 
 def _watch(what: str) -> AbstractContextManager[Any]:

@@ -17,6 +17,7 @@ _EXAMPLES = {
     "slow": "%dtrain chaos slow 2 4x",
     "hub": "%dtrain chaos hub",
 }
+CHAOS_VERBS = tuple(_EXAMPLES)
 _UNITS = {"stop": "s", "slow": "x"}
 
 

@@ -84,7 +84,7 @@ def data_sets(own: Mapping[str, Any]) -> list[Choice]:
 
 def shape_of(value: Any) -> tuple[int, int] | None:
     """Count the tensors or arrays of a tuple, and their samples; None if it is something else."""
-    if not isinstance(value, tuple | list) or len(value) < 2 or not all(_holds_numbers(part) for part in value):
+    if not isinstance(value, tuple | list) or len(value) < 2 or not all(holds_numbers(part) for part in value):
         return None
     lengths = {len(part) for part in value}
     return (len(value), lengths.pop()) if len(lengths) == 1 and 0 not in lengths else None
@@ -198,7 +198,8 @@ def _told_of_data_set(value: Any) -> str:
     return f"{_type(value)}, {size:,} samples" if size else ""
 
 
-def _holds_numbers(part: Any) -> bool:
+def holds_numbers(part: Any) -> bool:
+    """Tell whether a value is a tensor or an array of numbers, one for each sample."""
     if isinstance(part, torch.Tensor):
         return part.dim() > 0
     return isinstance(part, np.ndarray) and part.ndim > 0 and part.dtype.kind in "biufc"
@@ -214,15 +215,16 @@ def _may_be_loss(value: Any) -> bool:
     if isinstance(value, torch.nn.Module):
         fits = not any(parameter.requires_grad for parameter in value.parameters()) and _takes_two(value.forward)
     else:
-        fits = _is_function(value) and _takes_two(value) and _first_parameter(value) not in _MODEL_NAMES
+        fits = is_function(value) and _takes_two(value) and _first_parameter(value) not in _MODEL_NAMES
     return fits and _passes(partial(read_loss, step=None), value)
 
 
 def _may_be_step(value: Any) -> bool:
-    return _is_function(value) and _takes_two(value) and _first_parameter(value) not in _LOSS_NAMES
+    return is_function(value) and _takes_two(value) and _first_parameter(value) not in _LOSS_NAMES
 
 
-def _is_function(value: Any) -> bool:
+def is_function(value: Any) -> bool:
+    """Tell whether a value is a function or a method, and no other object that can be called."""
     return isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType | partial)
 
 
