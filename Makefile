@@ -86,10 +86,11 @@ soak: $(VENV)/.dev-stamp | build
 fuzz: $(VENV)/.dev-stamp | build
 	DNB_FUZZ_FRAMES=30000 $(BIN)/python -m pytest --timeout 0 --durations 0 tests/faults/test_strangers.py
 
-# A call of its own: nbval collects by file and has its own options. Each notebook starts its own pool.
+# A call of its own: nbval collects by file and has its own options. Each notebook starts its own pool; DNB_QUICK shrinks
+# what takes long, and leaves outputs that are compared as they are.
 nbval: $(VENV)/.dev-stamp | build
 ifneq ($(NOTEBOOKS),)
-	$(BIN)/python -m pytest --nbval --nbval-current-env \
+	DNB_QUICK=1 $(BIN)/python -m pytest --nbval --nbval-current-env \
 	    --nbval-sanitize-with dnb/nbval_sanitize.cfg $(NOTEBOOKS)
 endif
 
