@@ -51,6 +51,16 @@ class Utilisation:
         """Ids of all that ever took part."""
         return self._held.engines
 
+    @property
+    def last_engines(self) -> tuple[int, ...]:
+        """Ids of those that took part at the end; an engine that only ever stood by is none of them."""
+        held = self._held
+        if not len(held.steps):
+            return ()
+        is_there = ~np.isnan(held.seconds[-1, :, 0])
+        has_worked = np.nansum(held.seconds[:, :, : SHARES.index("idle")], axis=(0, 2)) > 0
+        return tuple(engine for place, engine in enumerate(held.engines) if is_there[place] and has_worked[place])
+
     def extend(self, rows: Sequence[UsageRow]) -> None:
         """Add what is new."""
         if not rows:

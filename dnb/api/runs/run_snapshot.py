@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from dnb.api.runs.history import History
 from dnb.api.runs.workers import EngineUsage, usage_of
 from dnb.hub.checkpoints.reader import newest_step
@@ -19,6 +21,7 @@ from dnb.hub.history.run_files import (
     read_timeline,
     read_usage,
 )
+from dnb.planning.sample_order import samples_after
 from dnb.planning.utilisation import Utilisation
 from dnb.protocol.measurements import Prediction, RunEvent, StepTimeline, WorkerTotals
 from dnb.protocol.pool import Process
@@ -94,9 +97,22 @@ class RunSnapshot:
     def samples_per_second(self) -> float | None:
         """Samples over the last seconds, by second; over the whole run when it has ended."""
         steps_per_second = self.steps_per_second
-        samples = sum(totals.samples for totals in self.totals)
+        samples = sum(totals.samples for totals in self.totals) or self._num_seen
         steps = self.step - self.first_step
         return None if steps_per_second is None or not steps or not samples else steps_per_second * samples / steps
+
+    @property
+    def _num_seen(self) -> int:
+        """Samples of all steps so far, where no engine's account is kept, as in a run's folder."""
+        if self.is_active or not self.num_samples or not self.batch_size or not self.steps_per_epoch:
+            return 0
+        ends = samples_after(
+            np.array([self.first_step, self.step]),
+            num_samples=self.num_samples,
+            batch_size=self.batch_size,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+        return int(ends[1] - ends[0])
 
     @property
     def seconds_left(self) -> float | None:

@@ -22,12 +22,16 @@ from dnb.notebook.live.frontend import choose_display
 from dnb.notebook.live.painter import PAINT_INTERVAL_SECONDS, Painter
 from dnb.notebook.pages.snapshot import PLOTLY_MIME, plotly_json, publish
 from dnb.notebook.text.summary import duration, inert, number, one_line, rate
-from dnb.notebook.views import RunView, has_ended
+from dnb.notebook.views import SET_APART, RunView, has_ended
 
 if TYPE_CHECKING:
     from dnb.notebook.live.live_figure import LiveFigure
 
-_COLUMNS = ("run", "status", "steps", "loss", "best val_loss", "samples/s", "duration", "engines")
+_COLUMNS = ("run", "status", "steps", "loss", "best val_loss")
+_LAST_COLUMNS = ("samples/s", "duration", "engines")
+# Columns of a history that are no metrics of the user's.
+_MEASURED = frozenset({"loss", "val_loss", "lr", "samples_per_second", "grad_norm", "seconds", "digest"})
+_MAX_METRICS = 4
 _MAX_LISTED = 12  # of the runs that there are
 
 
@@ -107,13 +111,21 @@ def bundle(runs: Mapping[str, RunView], *, x: str = "step", with_image: bool = F
 
 def table_text(runs: Mapping[str, RunView]) -> str:
     """Write a line for each run: how it ended, its losses, pace and engines."""
-    rows = [_COLUMNS, *(_row(label, run) for label, run in runs.items())]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(_COLUMNS))]
+    metrics = metric_keys(runs.values())
+    head = (*_COLUMNS, *(one_line(key, limit=30) for key in metrics), *_LAST_COLUMNS)
+    rows = [head, *(_row(label, run, metrics) for label, run in runs.items())]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _row(label: str, run: RunView) -> tuple[str, ...]:
+def metric_keys(runs: Iterable[RunView]) -> list[str]:
+    """Return the metrics of runs: on validation data where any of them has that, else of the training."""
+    keys = [key for key in dict.fromkeys(key for run in runs for key in run.history) if key not in _MEASURED]
+    return [key for key in keys if f"val_{key}" not in keys][:_MAX_METRICS]
+
+
+def _row(label: str, run: RunView, metrics: Sequence[str]) -> tuple[str, ...]:
     losses, validation = run.history.column("loss")[1], run.history.column("val_loss")[1]
     finite = validation[np.isfinite(validation)]
     per_second = rate(run)
@@ -123,6 +135,7 @@ def _row(label: str, run: RunView) -> tuple[str, ...]:
         f"{run.step:,}",
         number(float(losses[-1])) if len(losses) else "none",
         number(float(finite.min())) if len(finite) else "none",
+        *(number(float(last[0])) if len(last := run.history.column(key)[1][-1:]) else "none" for key in metrics),
         f"{per_second:,.0f}" if per_second else "unknown",
         duration(run.elapsed_seconds),
         _engines(run),
@@ -130,8 +143,14 @@ def _row(label: str, run: RunView) -> tuple[str, ...]:
 
 
 def _engines(run: RunView) -> str:
-    num = len({*run.utilisation.engines, *(worker.engine for worker in run.workers)})
-    return str(num) if num else "unknown"
+    """Count the engines that work, or did at the end; and all, if others took part before."""
+    working = {worker.engine for worker in run.workers if worker.state not in SET_APART}
+    if has_ended(run) and not run.workers:  # read from its folder
+        working = set(run.utilisation.last_engines)
+    num_all = len({*run.utilisation.engines, *(worker.engine for worker in run.workers)})
+    if not num_all:
+        return "unknown"
+    return f"{len(working)} (of {num_all})" if len(working) < num_all else str(num_all)
 
 
 def _with_table(drawing: dict[str, Any], table: str) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from dnb.errors import ArgumentError
 from dnb.notebook.charts.compare_figure import comparison
 from dnb.notebook.live import compare
 from dnb.notebook.pages.snapshot import PLOTLY_MIME
-from tests.fake_runs import FakeHistory, FakeRun, FakeWorker, wait_until
+from dnb.planning.utilisation import Utilisation
+from tests.fake_runs import FakeHistory, FakeRun, FakeWorker, usage_rows, wait_until
 from tests.unit.notebook.live.test_dashboard import WIDGET_MIME, Notebook
 
 
@@ -60,6 +61,32 @@ def test_the_table_has_a_line_for_each_run():
         "a    finished  2      1.0000  1.2500         320        2.0 s     1",
         "b    finished  0      none    none           320        2.0 s     1",
     ]
+
+
+def test_the_table_has_the_metrics_on_validation_data_or_else_of_the_training():
+    run = run_of(2.0, 1.0)
+    run.history.set("accuracy", [0.5, 0.6])
+    run.history.set("val_accuracy", [0.7], steps=[2])
+    run.history.set("perplexity", [3.0, 2.0])
+    assert compare.table_text(named(a=run, b=run_of(3.0))).splitlines() == [
+        "run  status    steps  loss    best val_loss  val_accuracy  perplexity  samples/s  duration  engines",
+        "a    finished  2      1.0000  none           0.7000        2.0000      320        2.0 s     1",
+        "b    finished  1      3.0000  none           none          none        320        2.0 s     1",
+    ]
+
+
+def engines_of(**facts) -> str:
+    return compare.table_text(named(a=run_of(1.0, **facts))).splitlines()[1].rpartition("2.0 s     ")[2]
+
+
+def test_engines_are_those_at_the_end_and_all_that_ever_took_part():
+    workers = [FakeWorker(engine=0), FakeWorker(engine=1, state="dead"), FakeWorker(engine=2, state="spare")]
+    assert engines_of(workers=workers) == "1 (of 3)"
+
+
+def test_engines_of_a_run_that_was_read_from_its_folder_are_those_of_its_last_span():
+    ran = Utilisation([*usage_rows(2, engines=(0, 1, 2)), *usage_rows(1, engines=(0, 2))])
+    assert engines_of(workers=[], utilisation=ran) == "2 (of 3)"
 
 
 def test_the_bundle_holds_chart_and_table_under_100_kilobytes():
