@@ -189,6 +189,7 @@ def _read_request(
         is_loss_new=_is_loss_new(given, old) or _may_leave_out_now(sources, old, job),
         probe=None,  # the notebook's was of the parameters with which the first run began
         plain=plain_now(old.plain, given, job),
+        described={name: text for name, text in old.described.items() if name not in given.names},
         settings=settings,
         resumed=_resumed(checkpoint, damages),
     )

@@ -40,6 +40,7 @@ from dnb.api.rehearsal.metrics import whole_metrics_of
 from dnb.api.rehearsal.modes import mode_findings
 from dnb.api.rehearsal.rehearsal import RehearsedRun, rehearse
 from dnb.api.rehearsal.trial import Options
+from dnb.api.run_words import describe_arguments
 from dnb.api.runs.run_folders import check_name, check_place
 from dnb.api.runs.write_back import NotebookObjects, OrderFollower
 from dnb.api.strategy.strategy_request import StrategyRequest, cuts_batches, read_division, read_shards
@@ -272,6 +273,7 @@ def _spec(given: FitArguments, objects: _FitObjects, rehearsed: RehearsedRun, st
         val_batch_size=_val_batch_size(job, batch_size=batch_size, loss_over=strategy.loss_over),
         buffers=objects.buffers,
         sync_batchnorm=bool(given.sync_batchnorm),
+        described=describe_arguments(given, objects.job),
     )
 
 

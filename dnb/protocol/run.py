@@ -164,4 +164,5 @@ class RunSpec(Record, frozen=True):
     scheduler_every: str = "step"  # or "epoch"
     num_sampled: int = 20  # first steps of which some elements of the gradients are kept
     sync_batchnorm: bool = False
+    described: dict[str, str] = {}  # what was given to fit, by argument, in words for people
     settings: Settings | None = None  # of the notebook; None: engines keep theirs

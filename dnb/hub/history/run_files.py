@@ -80,6 +80,7 @@ def summarize(spec: RunSpec, **state: Any) -> RunSummary:
     if spec.plain is not None:
         words = {name: getattr(spec.plain, name) for name in ("loss", "optimizer", "lr", "shuffle", "drop_last")}
         options |= words | {"metrics": list(spec.plain.metrics)}
+    options |= {name: text for name, text in spec.described.items() if options.get(name) in (None, [])}
     return RunSummary(
         format=FORMAT,
         name=spec.name,

@@ -25,6 +25,8 @@ NOT_KNOWN = "not known"
 # Events come by the thousand if an engine dies every second: the first and last ones tell the story.
 MOST_EVENTS = 400
 MAX_CELL = 2000
+# Options that are texts of several lines, and the titles of their sections.
+_TEXTS = {"layers": "Model", "code": "Code of the cell"}
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -92,6 +94,7 @@ def report(run: RunView, *, saved: RunSummary | None, plotlyjs: str, now: dateti
     content = bundle(run, with_image=True)
     when = (now or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M UTC")
     title = one_line(run.name)
+    options = {} if saved is None else saved.options
     parts = [
         f"<h1>{_safe(title)}</h1>",
         f"<p>{_safe(_begun(run))}Report of {when}.</p>",
@@ -101,7 +104,8 @@ def report(run: RunView, *, saved: RunSummary | None, plotlyjs: str, now: dateti
         _section("Prediction of the plan", _prediction(run)),
         _section("Engines", _engines(run.workers)),
         _section("Events", _events(run)),
-        _section("Options", _facts({} if saved is None else saved.options)),
+        _section("Options", _facts({name: value for name, value in options.items() if name not in _TEXTS})),
+        *(_section(title, _text(options.get(name))) for name, title in _TEXTS.items()),
         _section("Versions", _versions(saved)),
     ]
     drawing = json.dumps(content[PLOTLY_MIME], allow_nan=False)
@@ -214,10 +218,14 @@ def _facts(facts: Mapping[str, Any]) -> str:
     return _table(["name", "value"], rows)
 
 
+def _text(value: Any) -> str:
+    return f"<pre><code>{_safe(value)}</code></pre>" if isinstance(value, str) and value else ""
+
+
 def _in_words(value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
-    return ", ".join(map(str, value)) if isinstance(value, list) else value
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else value
 
 
 def _table(columns: Iterable[str], rows: Sequence[Sequence[Any]]) -> str:

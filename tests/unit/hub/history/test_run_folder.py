@@ -231,6 +231,20 @@ def test_the_summary_holds_the_words_of_the_job():
     )
 
 
+def test_the_summary_tells_objects_in_words_and_words_as_they_were_given():
+    plain = PlainJob(loss=None, optimizer="adamw", lr=None, metrics=(), shuffle=True, drop_last=False, others=("loss",))
+    words = {
+        "loss": "my_loss",
+        "optimizer": "not this",
+        "lr": "0.001, torch's default",
+        "metrics": "error",
+        "epochs": "3",
+    }
+    spec = msgspec.structs.replace(SPEC, plain=plain, described=words)
+    told = summarize(spec, **STATE).options
+    assert [told[name] for name in words] == ["my_loss", "adamw", "0.001, torch's default", "error", "3"]
+
+
 def test_the_summary_says_with_which_versions_was_trained():
     assert summary().versions["python"] == platform.python_version()
 
@@ -499,8 +513,8 @@ def test_a_run_whose_hub_ended_in_the_middle_has_failed(tmp_path: Path):
     )
 
 
-def test_an_opened_run_does_not_claim_a_speed_it_does_not_know(tmp_path: Path):
-    assert open_run(tmp_path, status="finished").samples_per_second is None
+def test_an_opened_run_has_the_speed_of_its_whole_time(tmp_path: Path):
+    assert open_run(tmp_path, status="finished").samples_per_second == 64 / 2.5
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b'{"format": 1'], ids=["missing", "empty", "another", "torn"])

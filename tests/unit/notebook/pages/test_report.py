@@ -177,6 +177,28 @@ def test_an_option_that_was_not_given_is_none():
     assert "clip norm | none" in page().text
 
 
+def described(**words) -> RunSummary:
+    return summarize(msgspec.structs.replace(SPEC, described=words), **STATE)
+
+
+def test_the_page_has_model_loss_learning_rate_and_epochs():
+    told = page(saved=described(model="Net, 8 parameters", loss="my_loss", lr="0.1", epochs="3")).text
+    assert "model | Net, 8 parameters" in told
+    assert "loss | my_loss" in told
+    assert "lr | 0.1" in told
+    assert "epochs | 3" in told
+
+
+def test_the_page_has_layers_and_code_in_sections_of_their_own():
+    told = page(saved=described(layers="Net(\n  (0): ReLU()\n)", code="run = dnb.fit(model, train)")).text
+    assert "Model | Net(\n  (0): ReLU()\n)" in told
+    assert "Code of the cell | run = dnb.fit(model, train)" in told
+
+
+def test_the_page_has_no_section_for_code_that_is_not_known():
+    assert "Code of the cell" not in page().text
+
+
 def test_the_page_has_the_versions_that_trained_beside_those_that_wrote_it():
     import torch
 
