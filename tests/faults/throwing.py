@@ -75,7 +75,7 @@ def arm_everything() -> None:
     throw_around(service.Service, "_serve_request", key=2, label="request")
     throw_around(run_slot.RunSlot, "_take_over_run", label="take_over")
     throw_around(pool_records.PoolRecords, "write_pool_file", label="pool_file")
-    throw_around(pool_records.PoolRecords, "write_memos", label="memos")
+    throw_around(pool_records.PoolRecords, "write_handovers", label="memos")
     throw_around(active_run.ActiveRun, "start", label="run_start")
     throw_around(active_run.ActiveRun, "tick", label="run_tick")
     throw_around(task_executor.TaskExecutor, "assign", label="run_assign")
