@@ -23,6 +23,7 @@ class Engine(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int  # physical memory of its host
     rss_bytes: int | None  # resident memory of its process
     device: str
+    slowdown: float = 1.0  # on purpose: computes so many times as long
 
 
 def engine_of(status: EngineStatus) -> Engine:
@@ -37,6 +38,7 @@ def engine_of(status: EngineStatus) -> Engine:
         memory_bytes=facts.memory_bytes,
         rss_bytes=status.rss_bytes,
         device=facts.device,
+        slowdown=status.slowdown,
     )
 
 
@@ -61,7 +63,7 @@ def describe_engines(engines: list[Engine]) -> str:
             engine.id,
             engine.host,
             engine.pid,
-            engine.state,
+            engine.state if engine.slowdown == 1 else f"{engine.state}, {engine.slowdown:g}x slower",
             engine.cores,
             memory,
             engine.device,

@@ -42,6 +42,7 @@ class EngineStatus(Record, frozen=True):
     rss_bytes: int | None = None
     messages_in: int = 0  # from the engine to the hub, since it joined
     messages_out: int = 0  # from the hub to the engine
+    slowdown: float = 1.0  # on purpose: computes so many times as long
 
 
 class Address(Record, frozen=True):

@@ -48,13 +48,30 @@ def test_spares_are_shown_in_the_status_until_they_are_given_up(shell, pool, cap
     assert capsys.readouterr().out == "spares: none\n"
 
 
-def test_chaos_slows_and_stops_engines_and_the_run_s_events_say_so(shell, pool):
+def test_a_run_begins_with_a_word_on_engines_that_are_slow_on_purpose(shell, pool):
+    victim = pool.engines[1].id
+    run(shell, f"%dtrain chaos slow {victim} 2x")
+    fitted = run(shell, "%dtrain fit model train --loss cross_entropy --steps 3")
+    run(shell, "%dtrain wait")
+    run(shell, f"%dtrain chaos slow {victim} 1x")
+    (told,) = [event.text for event in fitted.events if event.kind == "chaos" and not event.step]
+    assert told == f"engine {victim} computes 2 times as long, on purpose, until %dtrain chaos slow {victim} 1x"
+
+
+def test_chaos_slows_and_stops_engines_and_the_run_s_events_say_so(shell, pool, capsys):
     victim = pool.engines[1].id
     fitted = run(shell, "%dtrain fit model train --loss cross_entropy --epochs 5000")
     wait_until(fitted, lambda run: run.step > 3, what="step 3")
+    capsys.readouterr()
     run(shell, f"%dtrain chaos slow {victim} 2x")
+    assert capsys.readouterr().out == (
+        f"engine {victim}: 2 times as slow, also in later runs, until %dtrain chaos slow {victim} 1x\n"
+    )
+    run(shell, "%dtrain status")
+    assert ", 2x slower" in capsys.readouterr().out
     run(shell, f"%dtrain chaos slow {victim} 1x")
     run(shell, f"%dtrain chaos stop {victim} 0.2s")
+    assert capsys.readouterr().out == f"engine {victim}: as fast as ever again\nengine {victim}: stopped for 0.2 s\n"
     wait_until(fitted, lambda run: sum(e.kind == "chaos" for e in run.events) == 3, what="three acts are told")
     at = fitted.step
     wait_until(fitted, lambda run: run.step > at + 3, what="it goes on")
@@ -65,12 +82,12 @@ def test_chaos_slows_and_stops_engines_and_the_run_s_events_say_so(shell, pool):
     ("line", "message"),
     [
         ("%dtrain add 0", "n must be an integer of at least 1, not 0: %dtrain add 1"),
-        ("%dtrain add two engines", "'engines' is one argument too many"),
+        ("%dtrain add two engines", "unexpected 'engines': a value stands behind its flag, as in %dtrain add 2"),
         ("%dtrain add -m 2", "%dtrain add has no flag '-m'"),
         ("%dtrain remove", "%dtrain remove needs engine ids: %dtrain remove 1,3-4"),
         ("%dtrain remove x", "'x' is no engine id or range; such as %dtrain remove 1,3-4"),
         ("%dtrain remove 977", "no engine 977: there are {ids}"),
-        ("%dtrain remove 1 --forse", "has no flag '--forse': did you mean '--force'"),
+        ("%dtrain remove 1 --forse", "has no flag '--forse': did you mean %dtrain remove 1 --force?"),
         ("%dtrain spares", "%dtrain spares needs n: n is missing"),
         ("%dtrain spares -1", "the number of spares must be 0 or more, not -1"),
         ("%dtrain chaos", "%dtrain chaos has no verb ''"),

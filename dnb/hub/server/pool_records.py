@@ -221,4 +221,5 @@ def _status(engine: PoolEngine, *, is_busy: bool, is_silent: bool, num_on_wires:
         rss_bytes=rss_bytes,
         messages_in=engine.messages_in,
         messages_out=engine.messages_out + num_on_wires,
+        slowdown=engine.slowdown,
     )

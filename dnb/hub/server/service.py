@@ -31,6 +31,7 @@ from dnb.hub.server.connection_poller import ConnectionPoller
 from dnb.hub.server.connections import Connections
 from dnb.hub.server.members.engine_exits import ExitReader
 from dnb.hub.server.members.engine_lifecycle import EngineLifecycle
+from dnb.hub.server.members.fault_injection import describe_slowdown
 from dnb.hub.server.members.membership import Membership
 from dnb.hub.server.pool_records import PoolRecords
 from dnb.hub.server.pool_sockets import PoolSockets
@@ -302,6 +303,8 @@ class Service:
         for number, engine in self._members.engines.items():
             if engine.is_spare:
                 run.make_spare(number)
+            if engine.slowdown > 1:
+                run.tell("chaos", describe_slowdown(number, engine.slowdown), number)
         self._records.write_pool_file()
         run.start()
         for number in sorted(self._members.heartbeats.silent):

@@ -274,10 +274,12 @@ class EngineLifecycle:
         Raises:
             ArgumentError: it is not there, or out of reach.
         """
-        facts = self._members.check_known(request.engine).facts
-        text = self.injector.act(request, facts)
+        engine = self._members.check_known(request.engine)
+        text = self.injector.act(request, engine.facts)
         if request.verb == "kill":
-            self._members.killed.add(facts.process)
+            self._members.killed.add(engine.facts.process)
+        if request.verb == "slow":
+            engine.slowdown = request.amount
         self._members.changed = True
         self._slot.held.tell("chaos", text, request.engine)
 

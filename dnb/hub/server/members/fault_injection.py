@@ -48,7 +48,7 @@ class FaultInjector:
                 return f"engine {request.engine} is stopped on purpose, for {request.amount:g} s"
             case "slow":
                 self._send(request.engine, Slow(factor=request.amount))
-                return f"engine {request.engine} computes {request.amount:g} times as long, on purpose"
+                return describe_slowdown(request.engine, request.amount)
 
     def poll(self) -> None:
         """Let those go on whose time is over."""
@@ -72,3 +72,10 @@ class FaultInjector:
             )
         if not signal_process(facts.process, number):
             raise ArgumentError(f"engine {request.engine} has just ended: %dtrain status")
+
+
+def describe_slowdown(engine: int, factor: float) -> str:
+    """Tell how long an engine computes on purpose, and how that ends."""
+    if factor == 1:
+        return f"engine {engine} computes as fast as it can again"
+    return f"engine {engine} computes {factor:g} times as long, on purpose, until %dtrain chaos slow {engine} 1x"

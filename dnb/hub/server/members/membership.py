@@ -36,6 +36,7 @@ class PoolEngine:
     num_wires: int = 0  # that it had lost when it joined
     is_spare: bool = False  # loads the run and rests
     is_retiring: bool = False  # leaves as soon as it owes the run nothing
+    slowdown: float = 1.0  # on purpose: computes so many times as long
 
 
 @dataclass(slots=True)
