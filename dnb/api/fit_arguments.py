@@ -4,11 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from dnb.api.arguments.checks import USUAL_BATCH_SIZE
+from dnb.errors import ArgumentError
 from dnb.planning.search.plans import Plan
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+
+def takes_pairs(*, num_positional: int) -> Callable[[Callable[Given, Result]], Callable[Given, Result]]:
+    """Let a function say what to type where inputs and targets are given as two arguments.
+
+    Args:
+        num_positional: arguments that may be given by position.
+    """
+
+    def decorate(function: Callable[Given, Result]) -> Callable[Given, Result]:
+        @wraps(function)
+        def call(*args: Given.args, **kwargs: Given.kwargs) -> Result:
+            if len(args) > num_positional:
+                raise ArgumentError("inputs and targets go together, as one pair: dnb.fit(model, (X, y))")
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +48,7 @@ class FitArguments:
     optimizer: Any = "adamw"
     lr: float | None = None
     scheduler: Any = None
-    batch_size: int = 64
+    batch_size: int = USUAL_BATCH_SIZE
     epochs: int = 1
     steps: int | None = None
     shuffle: bool = True

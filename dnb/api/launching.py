@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import uuid
 from dataclasses import fields
@@ -11,19 +12,20 @@ from typing import Any
 import msgspec
 import torch
 
-from dnb.api.fit_arguments import FitArguments
+from dnb.api.fit_arguments import FitArguments, takes_pairs
 from dnb.api.proof.proving import Submission
 from dnb.api.run_request import RunRequest, read_request
 from dnb.api.runs.run import Run
 from dnb.api.runs.run_snapshot import KnownRun, RunSnapshot
 from dnb.api.submission import submit
-from dnb.errors import USER_ERRORS, ArgumentError, PoolError, summary_of
+from dnb.errors import USER_ERRORS, ArgumentError, PoolError, RunError, summary_of
 from dnb.pool.engine_pool import EnginePool
-from dnb.protocol.run import ENDED, RunSpec
+from dnb.protocol.run import ENDED, Finding, RunSpec
 
 log = logging.getLogger(__name__)
 
 LINGER_SECONDS = 1800.0
+END_SECONDS = 30.0
 _FIT_NAMES = frozenset(field.name for field in fields(FitArguments))
 
 
@@ -39,6 +41,7 @@ class Pool(EnginePool):
         self.run = run.watch()
         return run
 
+    @takes_pairs(num_positional=3)
     def fit(self, model: torch.nn.Module, train: Any, **options: Any) -> Run:
         """Run `dnb.fit` on this pool."""
         unknown = next((name for name in options if name not in _FIT_NAMES), None)
@@ -55,9 +58,12 @@ def launch(request: RunRequest, pool: Pool) -> Run:
         PlanError: the pool cannot train as is asked.
         PoolError: no engine is there.
     """
+    ended = end_what_never_began(pool)
     refuse_busy_or_empty(pool)
     spec = request.settle(request.spec, pool)
-    spec = msgspec.structs.replace(spec, id=uuid.uuid4().hex, linger_seconds=pool.linger_seconds)
+    spec = msgspec.structs.replace(
+        spec, id=uuid.uuid4().hex, linger_seconds=pool.linger_seconds, findings=(*spec.findings, *ended)
+    )
     spec, job = submit(pool, spec, request.ship_job, request.ship_data)
     run = Run(
         spec.name,
@@ -74,6 +80,18 @@ def launch(request: RunRequest, pool: Pool) -> Run:
 def _initial_state(spec: RunSpec, *, step: int) -> RunSnapshot:
     """Return what is known of a run before its hub was asked."""
     return RunSnapshot(num_steps=spec.num_steps, steps_per_epoch=spec.steps_per_epoch, step=step, first_step=step)
+
+
+def end_what_never_began(pool: EnginePool) -> tuple[Finding, ...]:
+    """End the run that this kernel began and that paused before its first step; return an event of the next one."""
+    facts, run = pool.facts, getattr(pool, "run", None)
+    if run is None or facts.run != run.name or facts.run_status != "paused" or run.step > run.first_step:
+        return ()
+    run.stop()
+    with contextlib.suppress(RunError):  # the one that it paused with
+        run.wait(END_SECONDS)
+    text = f"run {run.name!r}, which paused before its first step, was ended for this one"
+    return (Finding(kind="stopped", text=text),)
 
 
 def refuse_busy_or_empty(pool: EnginePool) -> None:

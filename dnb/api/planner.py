@@ -10,7 +10,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from dnb.api.arguments.checks import STRATEGIES, check_choice, check_model, check_positive, read_bytes
+from dnb.api.arguments.checks import (
+    STRATEGIES,
+    USUAL_BATCH_SIZE,
+    check_choice,
+    check_model,
+    check_positive,
+    read_bytes,
+)
 from dnb.api.arguments.data_sources import read_source
 from dnb.api.arguments.losses import read_loss
 from dnb.api.pools import MOST_BY_DEFAULT, current_pool
@@ -28,7 +35,6 @@ from dnb.user_code.loader import fetch_batch
 
 SCHEDULES = ("1f1b", "gpipe")
 STRATEGIES_PLANNED = ("auto", "data", "pipeline", "hybrid")
-USUAL_BATCH_SIZE = 64  # of a data set, where nothing says how many; as for `fit`
 
 
 def plan(  # noqa: PLR0913 - the user's own words, each a flag of %dtrain

@@ -91,6 +91,8 @@ def start(
 def open_pool(request: PoolRequest) -> tuple[Pool, list[str]]:
     """Do what `start` does; return sentences on what was found, too: a running pool, one that a dead kernel left."""
     check_choice(request.restart, name="restart", known=RESTARTS, available=RESTARTS)
+    if request.n is not None:
+        check_positive(request.n, name="n")
     with _changing:
         pool, notices = _open_pool(request)
     if request.restart == "always":

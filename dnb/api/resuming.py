@@ -27,7 +27,7 @@ from dnb.api.kept_objects import (
     read_replaced_functions,
     wanted_files,
 )
-from dnb.api.launching import Pool, launch, refuse_busy_or_empty
+from dnb.api.launching import Pool, end_what_never_began, launch, refuse_busy_or_empty
 from dnb.api.pools import current_pool, start
 from dnb.api.rehearsal.losses import ignored_by_loss, may_hold
 from dnb.api.rehearsal.metrics import whole_metrics_of
@@ -109,6 +109,7 @@ def resume(  # noqa: PLR0913 - the user's own words, each a flag of %dtrain
     settings = notebook_settings()
     pool = pool or current_pool()
     if pool is not None:
+        end_what_never_began(pool)
         refuse_busy_or_empty(pool)
     given = GivenObjects(
         model=model,

@@ -283,7 +283,9 @@ def check_optimizer_fits(optimizer: Any, model: torch.nn.Module, *, lr: Any) -> 
     if not isinstance(optimizer, torch.optim.Optimizer):
         return
     if lr is not None:
-        raise ArgumentError("lr is for an optimizer given by name: this one has its own learning rate")
+        raise ArgumentError(
+            "lr is for an optimizer given by name, and this one has its own learning rate: leave lr out"
+        )
     own = {id(parameter) for parameter in model.parameters()}
     strangers = sum(id(p) not in own for group in optimizer.param_groups for p in group["params"])
     if strangers:

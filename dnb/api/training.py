@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from dnb.api.fit_arguments import FitArguments
+from dnb.api.arguments.checks import USUAL_BATCH_SIZE
+from dnb.api.fit_arguments import FitArguments, takes_pairs
 from dnb.api.launching import Pool, launch
 from dnb.api.pools import current_pool, start
 from dnb.api.run_request import read_request
@@ -15,6 +16,7 @@ from dnb.api.runs.run import Run
 from dnb.planning.search.plans import Plan
 
 
+@takes_pairs(num_positional=2)
 def fit(  # noqa: PLR0913 - the user's own words, each a flag of %dtrain
     model: torch.nn.Module,
     train: Any,
@@ -25,7 +27,7 @@ def fit(  # noqa: PLR0913 - the user's own words, each a flag of %dtrain
     optimizer: Any = "adamw",
     lr: float | None = None,
     scheduler: Any = None,
-    batch_size: int = 64,
+    batch_size: int = USUAL_BATCH_SIZE,
     epochs: int = 1,
     steps: int | None = None,
     shuffle: bool = True,
@@ -71,7 +73,7 @@ def fit(  # noqa: PLR0913 - the user's own words, each a flag of %dtrain
         optimizer: name, torch Optimizer on model.parameters(), or callable(params) -> Optimizer.
         lr: learning rate of an optimizer given by name; torch's default if left out.
         scheduler: LRScheduler on that optimizer, or callable(optimizer); stepped after every step.
-        batch_size: samples of the global batch, over all engines together.
+        batch_size: samples of the global batch, over all engines together; a DataLoader brings its own.
         epochs: passes over the data.
         steps: optimizer steps, instead of epochs.
         shuffle: draw samples in a new order every epoch, as a DataLoader with a generator seeded by `seed` does.

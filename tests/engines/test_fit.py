@@ -92,7 +92,7 @@ def test_arrays_a_data_set_and_a_loader_train_alike(pool):
     forms = [
         {"train": (inputs.numpy(), targets.numpy())},
         {"train": TensorDataset(inputs, targets)},
-        {"train": DataLoader(TensorDataset(inputs, targets), batch_size=64, shuffle=True), "batch_size": 7},
+        {"train": DataLoader(TensorDataset(inputs, targets), batch_size=64, shuffle=True)},
     ]
     losses = [wait(fit(pool, steps=20, **form)).history["loss"] for form in forms]
     assert losses[0] == losses[1] == losses[2]

@@ -20,14 +20,24 @@ SYNCS = ("allreduce", "hub", "local")
 PRECISIONS = ("bfloat16", "float32")
 
 
+class UsualInt(int):
+    """A default that can be told from the same number given."""
+
+
+# Samples of a global batch, where nobody says how many.
+USUAL_BATCH_SIZE = UsualInt(64)
+
+
 def check_model(model: Any) -> torch.nn.Module:
     """Refuse what cannot be trained.
 
     Raises:
         ArgumentError: not a module, nothing to train in it, or not on the CPU.
     """
+    if isinstance(model, type) and issubclass(model, torch.nn.Module):
+        raise ArgumentError(f"model is the class {model.__name__}: give one object of it, as {model.__name__}(...) is")
     if not isinstance(model, torch.nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+        raise ArgumentError(f"model is of type {type(model).__name__}, not a torch.nn.Module such as nn.Linear(4, 3)")
     parameters = list(model.parameters())
     if any(isinstance(p, torch.nn.parameter.UninitializedParameter) for p in parameters):
         raise ArgumentError("model has lazy parameters without a shape yet: run one batch through it first")

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from dnb.api.arguments.checks import check_positive
+from dnb.api.arguments.checks import USUAL_BATCH_SIZE, UsualInt, check_positive
 from dnb.api.arguments.data_sources import Source, read_source
 from dnb.errors import ArgumentError
 from dnb.planning.sample_order import BatchOrder, count_batches, iterate_batches
 
 
 def batches(
-    train: Any, *, batch_size: int = 64, shuffle: bool = True, seed: int = 0, epochs: int = 1
+    train: Any, *, batch_size: int = USUAL_BATCH_SIZE, shuffle: bool = True, seed: int = 0, epochs: int = 1
 ) -> Iterator[torch.Tensor]:
     """Yield the sample indices of every global batch that `fit` trains on with the same arguments, in order.
 
@@ -25,7 +25,7 @@ def batches(
 
     Args:
         train: as for `fit`.
-        batch_size: samples of the global batch; a `DataLoader`'s own counts.
+        batch_size: samples of the global batch; a `DataLoader` brings its own.
         shuffle: likewise.
         seed: of the order.
         epochs: passes over the data.
@@ -66,9 +66,10 @@ def order_of(source: Source, *, batch_size: Any, shuffle: bool, seed: int) -> Ba
     """Return the order in which global batches are drawn from a data set; a `DataLoader` brings its own.
 
     Raises:
-        ArgumentError: a batch that is none, or larger than the data set.
+        ArgumentError: a batch that is none, or larger than the data set; or other wishes than a loader's own.
     """
     if source.order is not None:
+        _check_loader(source.order, batch_size=batch_size, shuffle=shuffle)
         return source.order
     return BatchOrder(
         num_samples=source.num_samples,
@@ -76,6 +77,18 @@ def order_of(source: Source, *, batch_size: Any, shuffle: bool, seed: int) -> Ba
         shuffle=shuffle,
         seed=seed,
     )
+
+
+def _check_loader(order: BatchOrder, *, batch_size: Any, shuffle: bool) -> None:
+    """Refuse what a `DataLoader` would not do."""
+    own = order.batch_size
+    if not isinstance(batch_size, UsualInt) and batch_size != own:
+        raise ArgumentError(
+            f"train is a DataLoader, whose batches have {own} samples: leave batch_size={batch_size} out, or make the "
+            f"DataLoader with batch_size={batch_size}"
+        )
+    if shuffle is False and order.shuffle:
+        raise ArgumentError("train is a DataLoader that shuffles: make it with shuffle=False, and leave shuffle out")
 
 
 def check_batch_size(batch_size: Any, *, num_samples: int) -> int:

@@ -28,6 +28,8 @@ def read_loss(loss: Any, *, step: Any) -> Callable[..., Any] | None:
         raise ArgumentError("give loss or step, not both: a step function returns its own loss")
     if step is not None and not callable(step):
         raise ArgumentError(f"step is a {type(step).__name__}: give a callable(model, batch) that returns the loss")
+    if isinstance(loss, type) and issubclass(loss, torch.nn.Module):
+        raise ArgumentError(f"loss is the class {loss.__name__}: give one object of it, {loss.__name__}()")
     if getattr(loss, "reduction", "mean") == "none":
         raise ArgumentError(
             "loss has reduction='none', which leaves a number for each sample: use reduction='mean', or 'sum'"
@@ -75,7 +77,7 @@ def check_loss_fits(loss: Any, *, step: Any, model: torch.nn.Module, batch: Any,
             raise ArgumentError(no_target(batch, name=f"a batch of {name}"))
     elif isinstance(batch, tuple | list) and not takes_positional(model, len(batch)):
         raise ArgumentError(
-            "say what to minimise: loss='cross_entropy' (or another), or step=callable(model, batch); or let "
+            "no loss was given: give loss='cross_entropy' (or another), or step=callable(model, batch); or let "
             f"{type(model).__name__}.forward take all {len(batch)} parts of a batch of {name}, and return the loss"
         )
 

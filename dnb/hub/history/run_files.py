@@ -113,6 +113,8 @@ def read_summary(path: Path) -> RunSummary:
     return msgspec.json.decode(text, type=RunSummary)
 
 
+# Runs that a message names.
+MOST_NAMED = 20
 # What reading the files of a run may raise that anybody may have written; a UnicodeDecodeError is a ValueError.
 NOT_READ = (OSError, msgspec.MsgspecError, ValueError, RecursionError, KeyError)
 
@@ -129,7 +131,19 @@ def explain_unreadable_run(path: Path, error: Exception) -> ArgumentError:
         return _other_version(path, header, explain_unreadable(error))
     if header is not None:
         return ArgumentError(f"the run in {path} is damaged: {error or type(error).__name__}")
+    if isinstance(error, FileNotFoundError):
+        return ArgumentError(f"{path} is not the folder of a run: {_runs_beside(path)}")
     return ArgumentError(f"{path} is not the folder of a run: {error or type(error).__name__}")
+
+
+def _runs_beside(path: Path) -> str:
+    """Name the runs of a folder, for a message on one that is not there."""
+    try:
+        names = sorted(file.parent.name for file in path.parent.glob(f"*/{RUN_FILE}"))
+    except OSError:
+        names = []
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return f"in {path.parent} there are {', '.join(names[:MOST_NAMED])}{more}" if names else "there is none"
 
 
 class _Header(msgspec.Struct):

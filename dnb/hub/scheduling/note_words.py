@@ -35,11 +35,11 @@ _SENTENCES: dict[Reason, str] = {
     ),
     "step failed": (
         "paused at step {step}: {causes}; nothing of this step was applied. "
-        "Mend it and run.resume(step=mended) or run.resume(loss=mended), or run.stop() keeps what was trained"
+        "Fix it, then run.resume(loss=fixed) or run.resume(step=fixed), or run.stop() keeps what was trained"
     ),
     "evaluation failed": (
         "paused at the evaluation after step {step}: {causes}; nothing of this evaluation was applied. "
-        "Mend it and run.resume(step=mended) or run.resume(loss=mended), or run.stop() keeps what was trained"
+        "Fix it, then run.resume(loss=fixed) or run.resume(step=fixed), or run.stop() keeps what was trained"
     ),
     "resumed": "resumed after step {step}",
     "commit failed": "step {step}: {causes}",

@@ -52,7 +52,7 @@ def test_a_model_is_returned():
 
 
 def test_what_is_no_module_is_refused():
-    with pytest.raises(ArgumentError, match=r"model is a function, not a torch\.nn\.Module"):
+    with pytest.raises(ArgumentError, match=r"model is of type function, not a torch\.nn\.Module"):
         check_model(own_loss)
 
 
@@ -235,7 +235,7 @@ class OwnLoss(nn.Module):
 
 def test_neither_loss_nor_step_is_refused_where_forward_takes_no_target():
     with pytest.raises(
-        ArgumentError, match=r"say what to minimise: loss='cross_entropy'.*Linear\.forward take all 2 parts"
+        ArgumentError, match=r"no loss was given: give loss='cross_entropy'.*Linear\.forward take all 2 parts"
     ):
         fits(None, (X, Y))
 

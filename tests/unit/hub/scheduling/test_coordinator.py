@@ -714,7 +714,7 @@ def test_the_error_says_step_cause_engines_and_what_to_do():
     coordinator, _ = failed(0, 2, failure=VALUE_ERROR)
     assert coordinator.error == (
         "paused at step 1: ValueError: bad sample (engines 0, 2); nothing of this step was applied. "
-        "Mend it and run.resume(step=mended) or run.resume(loss=mended), or run.stop() keeps what was trained"
+        "Fix it, then run.resume(loss=fixed) or run.resume(step=fixed), or run.stop() keeps what was trained"
     )
     assert coordinator.traceback == "Traceback: line 9"
 
@@ -1370,7 +1370,7 @@ def test_a_second_death_at_the_same_shards_pauses_the_run_and_names_signal_and_s
     coordinator, actions = doomed("died by SIGSEGV", "died by SIGSEGV")
     error = (
         "paused at step 1: engines 0, 1 died by SIGSEGV while both had shard 0: samples of step 1, [0]; nothing of "
-        "this step was applied. Mend it and run.resume(step=mended) or run.resume(loss=mended), or run.stop() keeps "
+        "this step was applied. Fix it, then run.resume(loss=fixed) or run.resume(step=fixed), or run.stop() keeps "
         "what was trained"
     )
     assert actions == [Note("died", "engine 1 died by SIGSEGV", 1), Note("paused", error), Replace(2)]
