@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 
+from dnb.notebook.magic_words import as_magic
 from dnb.notebook.views import RunView
 
 
@@ -25,11 +26,11 @@ _outlet: ContextVar[Outlet | None] = ContextVar("dnb_outlet", default=None)
 
 def say(text: str) -> None:
     """Write something for the verb under way."""
-    outlet = _outlet.get()
+    outlet, words = _outlet.get(), as_magic(text.rstrip())
     if outlet is None:
-        sys.stdout.write(text.rstrip() + "\n")
+        sys.stdout.write(words + "\n")
     else:
-        outlet.say(text.rstrip())
+        outlet.say(words)
 
 
 def current() -> Outlet | None:

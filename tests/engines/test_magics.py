@@ -5,8 +5,10 @@ import signal
 import threading
 
 import pytest
+import torch
 from IPython.core.interactiveshell import InteractiveShell
 
+from dnb.errors import RunError
 from tests.engines.test_fit import wait_for_step
 from tests.models import digits, mlp
 
@@ -46,6 +48,33 @@ def test_fit_takes_variables_and_expressions_and_returns_the_run(shell):
     assert (fitted.status, fitted.step, len(fitted.history["val_loss"])) == ("finished", 3, 1)
 
 
+def test_a_fit_may_stand_on_several_lines(shell):
+    cell = """%%dtrain fit model train   # of all engines
+    --loss cross_entropy
+    --steps 2 --lr $rate"""
+    shell.user_ns["rate"] = 1e-3
+    shell.run_cell(cell, store_history=False).raise_error()
+    fitted = run(shell, "%dtrain wait")
+    assert (fitted.status, fitted.step, fitted.history["lr"][0]) == ("finished", 2, 1e-3)
+
+
+def test_a_run_that_never_made_a_step_makes_room_for_the_next(shell):
+    def broken(output, target):
+        if output.requires_grad and len(output) > 8:
+            raise LookupError("no such thing")
+        return torch.nn.functional.cross_entropy(output, target)
+
+    shell.user_ns["broken"] = broken
+    first = run(shell, "%dtrain fit model train --loss broken --steps 3 --name never")
+    with pytest.raises(RunError, match=r"LookupError: no such thing.* then %dtrain resume --loss fixed or"):
+        run(shell, "%dtrain wait")
+    second = run(shell, "%dtrain fit model train --loss cross_entropy --steps 3")
+    assert run(shell, "%dtrain wait").status == "finished"
+    assert first.status == "stopped"
+    told = [event.text for event in second.events]
+    assert f"run {first.name!r}, which paused before its first step, was ended for this one" in told
+
+
 def test_status_names_the_run(shell, capsys):
     run(shell, "%dtrain fit model train --loss cross_entropy --steps 1 --name told")
     run(shell, "%dtrain wait")
@@ -65,14 +94,21 @@ def test_prove_gives_the_table_as_the_cells_value(shell, capsys):
     assert "the same: 3 steps of run" in capsys.readouterr().out
 
 
-def test_pause_resume_set_and_stop_steer_the_run(shell):
-    fitted = run(shell, "%dtrain fit model train --loss cross_entropy --epochs 5000")
+def test_pause_resume_set_and_stop_steer_the_run_and_say_so_in_a_line(shell, capsys):
+    fitted = run(shell, "%dtrain fit model train --loss cross_entropy --epochs 5000 --name steered")
     wait_for_step(fitted, 1)
+    capsys.readouterr()
     run(shell, "%dtrain pause")
+    assert capsys.readouterr().out.startswith(f"run {fitted.name!r} pauses after the step under way; step ")
     assert run(shell, "%dtrain wait").status == "paused"
-    run(shell, "%dtrain set lr=1e-4")
     at = fitted.step
+    capsys.readouterr()
+    run(shell, "%dtrain set lr=1e-4")
     run(shell, "%dtrain resume")
+    assert capsys.readouterr().out == (
+        f"run {fitted.name!r}: lr=0.0001 from the next step on; step {at:,} is done\n"
+        f"run {fitted.name!r} goes on after step {at:,}\n"
+    )
     wait_for_step(fitted, at + 1)
     assert run(shell, "%dtrain stop").status == "stopped"
     assert fitted.history["lr"][-1] == 1e-4
@@ -118,11 +154,14 @@ def test_a_cell_runs_on_the_engines_that_are_named(shell, pool, capfd):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("%dtrain fti", "%dtrain has no verb 'fti': did you mean 'fit'"),
-        ("%dtrain fit modle train", "no variable 'modle' in this notebook: did you mean 'model'"),
-        ("%dtrain fit model train --lsos mse_loss", "has no flag '--lsos': did you mean '--loss'"),
+        ("%dtrain fti", "%dtrain has no verb 'fti': did you mean %dtrain fit?"),
+        ("%dtrain fit modle train", "no variable 'modle' in this notebook: did you mean %dtrain fit model train?"),
+        (
+            "%dtrain fit model train --lsos mse_loss",
+            "has no flag '--lsos': did you mean %dtrain fit model train --loss mse_loss?",
+        ),
         ("%dtrain fit model", "needs model and train: train is missing"),
-        ("%dtrain start -n 2 --profle x", "has no flag '--profle': did you mean '--profile'"),
+        ("%dtrain start -n 2 --profle x", "has no flag '--profle': did you mean %dtrain start -n 2 --profile x?"),
     ],
 )
 def test_a_wrong_line_is_refused_with_the_nearest_right_one(shell, line, message):
@@ -133,7 +172,7 @@ def test_a_wrong_line_is_refused_with_the_nearest_right_one(shell, line, message
 def test_a_setting_without_a_value_is_refused_with_an_example(shell):
     run(shell, "%dtrain fit model train --loss cross_entropy --epochs 5000")
     result = shell.run_cell("%dtrain set momentum", store_history=False)
-    assert "is not NAME=VALUE, such as lr=1e-4" in str(result.error_in_exec)
+    assert "is not NAME=VALUE, such as in %dtrain set lr=1e-4" in str(result.error_in_exec)
 
 
 def test_an_error_is_shown_as_one_line_without_dnb_s_own_frames(shell, capsys):

@@ -77,6 +77,22 @@ def read_chaos(words: Sequence[str], *, known: Sequence[int]) -> Act:
     return Act(verb, engines, amount)  # type: ignore[arg-type]
 
 
+def describe_act(act: Act) -> str:
+    """Say in one line what was done, and how it ends."""
+    who = "the hub" if act.verb == "hub" else f"engine{'s' * (len(act.engines) > 1)} {', '.join(map(str, act.engines))}"
+    match act.verb:
+        case "kill":
+            return f"{who}: killed; what was under way there is done elsewhere"
+        case "stop":
+            return f"{who}: stopped for {act.amount:g} s"
+        case "slow" if act.amount == 1:
+            return f"{who}: as fast as ever again"
+        case "slow":
+            ids = ",".join(map(str, act.engines))
+            return f"{who}: {act.amount:g} times as slow, also in later runs, until %dtrain chaos slow {ids} 1x"
+    return f"{who}: killed; another one goes on from where it was"
+
+
 def _amount(word: str, *, unit: str, example: str) -> float:
     found = re.fullmatch(rf"(\d+(?:\.\d*)?|\.\d+){unit}", word)
     if found is None or not float(found[1]):

@@ -7,7 +7,9 @@ from typing import Any
 
 from IPython.core.magic import Magics, line_cell_magic, magics_class, no_var_expand
 
-from dnb.notebook.commands.verbs import call, load_verbs, run_line
+from dnb.errors import DnbError
+from dnb.notebook.commands.corrections import corrected
+from dnb.notebook.commands.verbs import VERBS, begin_of, call, load_verbs, run_line
 
 _QUESTION = re.compile(r"^(\s*)%dtrain\s+(\w+)\s*\?{1,2}\s*$", re.MULTILINE)
 
@@ -28,9 +30,19 @@ class DtrainMagics(Magics):
     def dtrain(self, line: str, cell: str | None = None) -> Any:
         """%dtrain VERB [ARGUMENTS]; %dtrain help lists the verbs.
 
-        As a cell magic, %%dtrain [--on 0,2-3|all] [--local] runs the cell on engines.
+        As a cell magic, %%dtrain [--on 0,2-3|all] [--local] runs the cell on engines; %%dtrain VERB takes the lines of
+        the cell for the rest of its own.
         """
         load_verbs()
+        try:
+            return self._run(line, cell)
+        except DnbError as error:
+            error.args = tuple(corrected(each, line) if isinstance(each, str) else each for each in error.args)
+            raise
+
+    def _run(self, line: str, cell: str | None) -> Any:
+        if cell is not None and begin_of(line)[0] in VERBS:
+            return run_line(f"{line}\n{cell}", shell=self.shell)
         if cell is not None and line.strip() != "--help":
             from dnb.notebook.commands.pool_commands import CELL  # torch: not before a cell is run
 

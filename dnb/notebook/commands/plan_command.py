@@ -15,7 +15,7 @@ from dnb.planning.search.plans import Plan
     flags_of=planner.plan,
     more={"dry_run": "int | None"},
     left_out={"pool"},
-    example="%dtrain plan model train --loss cross_entropy",
+    example="%dtrain plan model (X, y)",
 )
 def _plan(model: Any, batch: Any, *, dry_run: int | None = None, **options: Any) -> Plan:
     """Plan who would compute what, before anything runs; `--dry-run 64` plans for so many engines.

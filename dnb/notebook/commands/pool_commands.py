@@ -7,7 +7,7 @@ from typing import Any
 from dnb.api import pools
 from dnb.api.launching import Pool
 from dnb.errors import ArgumentError, PoolError
-from dnb.notebook.commands.engine_arguments import read_chaos, read_ids
+from dnb.notebook.commands.engine_arguments import describe_act, read_chaos, read_ids
 from dnb.notebook.commands.verbs import entry_of, verb
 from dnb.notebook.formatting import one_line
 from dnb.notebook.live.display import warm_up
@@ -22,7 +22,7 @@ next: %dtrain fit model train --loss cross_entropy    train on these engines
       %dtrain status    %dtrain shutdown"""
 
 
-@verb("start", group="pool", flags_of=pools.start, example="%dtrain start -n 2")
+@verb("start", group="pool", flags_of=pools.start, operand="n", example="%dtrain start -n 2")
 def _start(shell: Any, **options: Any) -> None:
     """Start a pool of engines, or use the one that runs already."""
     if choose_display(shell=shell) == "widget":
@@ -99,6 +99,7 @@ def _chaos(words: list[str]) -> None:
                 pool.chaos.stop(engine, act.amount)
             case "slow":
                 pool.chaos.slow(engine, act.amount)
+    say(describe_act(act))
 
 
 @verb("doctor", group="pool")

@@ -15,6 +15,7 @@ from dnb.notebook.commands.pool_commands import require_pool
 from dnb.notebook.commands.verbs import run_line, verb
 from dnb.notebook.live import compare
 from dnb.notebook.live.display import keep, read_run, show
+from dnb.notebook.magic_words import speak_magic
 from dnb.notebook.output import say
 from dnb.user_code.gradient_samples import USUAL_STEPS
 
@@ -28,18 +29,19 @@ _DISPLAY = {"display": "str | None"}
     args_of=[show],
     more=_DISPLAY,
     left_out={"pool"},
-    example="run = %dtrain fit model train --val val --loss cross_entropy --metrics accuracy --lr 1e-3 --epochs 5",
+    example="%dtrain fit model (X, y) --loss cross_entropy --epochs 5",
 )
 def _fit(model: Any, train: Any, *, display: str | None = None, **options: Any) -> Run:
     """Train a model on the pool's engines, and show the run."""
     run = training.fit(model, train, **options)
+    speak_magic(run)
     show(run, display=display)
     if options.get("prove") is not None:
         publish(run.prove(options["prove"]))
     return run
 
 
-@verb("wait", group="run", example="%dtrain wait --timeout 60")
+@verb("wait", group="run", operand="timeout", example="%dtrain wait --timeout 10")
 def _wait(*, timeout: float | None = None) -> Run:
     """Wait until the run has ended or paused.
 
@@ -55,12 +57,17 @@ def _wait(*, timeout: float | None = None) -> Run:
 @verb("pause", group="run")
 def _pause() -> None:
     """Pause the run after the step under way."""
-    _last_run().pause()
+    run = _last_run()
+    run.pause()
+    say(f"run {run.name!r} pauses after the step under way; step {run.step:,} is done")
 
 
 def _resume_paused(*, step: Any = None, loss: Any = None) -> None:
     """Let the paused run go on, with another step or loss function if one is given."""
-    _last_run().resume(step=step, loss=loss)
+    run = _last_run()
+    run.resume(step=step, loss=loss)
+    new = "".join(f" with another {name}" for name, given in (("step", step), ("loss", loss)) if given is not None)
+    say(f"run {run.name!r} goes on after step {run.step:,}{new}")
 
 
 @verb(
@@ -76,6 +83,7 @@ def _resume_paused(*, step: Any = None, loss: Any = None) -> None:
 def _resume(path: Any, *, display: str | None = None, **options: Any) -> Run:
     """Go on from a checkpoint or a run's folder; without a path, the paused run does."""
     run = resuming.resume(path, **options)
+    speak_magic(run)
     show(run, display=display)
     return run
 
@@ -93,7 +101,12 @@ def _stop() -> Run:
 @verb("set", group="run", has_settings=True, example="%dtrain set lr=1e-4 clip_norm=1")
 def _set(**settings: Any) -> None:
     """Change settings of the run from the next step on, such as `lr=1e-4`."""
-    _last_run().set(**settings)
+    if not settings:
+        raise ArgumentError("%dtrain set needs NAME=VALUE: %dtrain set lr=1e-4")
+    run = _last_run()
+    run.set(**settings)
+    new = ", ".join(f"{name}={value}" for name, value in settings.items())
+    say(f"run {run.name!r}: {new} from the next step on; step {run.step:,} is done")
 
 
 @verb("prove", group="run", args_of=[Run.prove], operand="steps", example="%dtrain prove 20")
@@ -108,7 +121,7 @@ def _checkpoint(path: str | Path | None = None) -> None:
     say(f"the checkpoint is in {_last_run().checkpoint(path)}")
 
 
-@verb("attach", group="run", args_of=[pools.attach, show])
+@verb("attach", group="run", args_of=[pools.attach, show], operand="name", example="%dtrain attach digits")
 def _attach(
     *,
     name: str | None = None,
@@ -119,11 +132,12 @@ def _attach(
 ) -> Run:
     """Follow the run of a pool that another kernel has started."""
     run = pools.attach(name, model=model, steer=steer, clear=clear)
+    speak_magic(run)
     show(run, display=display)
     return run
 
 
-@verb("dashboard", group="run", args_of=[show], operand="run")
+@verb("dashboard", group="run", args_of=[show], operand="run", example="%dtrain dashboard digits")
 def _dashboard(run: str | Path | None = None, *, display: str | None = None) -> None:
     """Show the last run; or another one by its variable, its name, or its folder."""
     show(run or _last_run(), display=display)

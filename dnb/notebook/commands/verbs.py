@@ -12,6 +12,7 @@ from typing import Any
 from dnb.errors import ArgumentError, nearest
 from dnb.notebook.arguments import bind, flags_of, parse_settings
 from dnb.notebook.commands.docstrings import argument_sentences, summary_sentence
+from dnb.notebook.magic_words import as_magic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,9 +119,9 @@ def run_line(line: str, *, shell: Any) -> Any:
     Raises:
         ArgumentError: there is no such verb, or the line does not fit its flags.
     """
-    name, _, rest = as_help_line(line).strip().partition(" ")
+    name, rest = begin_of(as_help_line(line))
     if name not in VERBS:
-        raise ArgumentError(f"%dtrain has no verb {name!r}: {nearest(name, sorted(VERBS))}")
+        raise ArgumentError(_no_verb(name, rest, names=shell.user_ns))
     entry = VERBS[name]
     if entry.alone is not None and (not rest.strip() or rest.lstrip().startswith("-")):
         entry = entry.alone
@@ -137,13 +138,49 @@ def as_help_line(line: str) -> str:
     return f"help {name}".strip()
 
 
+def begin_of(line: str) -> tuple[str, str]:
+    """Return the word that a line begins with, and the rest."""
+    name, *rest = line.split(None, 1) or [""]
+    return name, rest[0] if rest else ""
+
+
+# As other tools call them.
+_SYNONYMS = {"train": "fit", "run": "fit", "begin": "start", "up": "start", "init": "start", "launch": "start"}
+_SYNONYMS |= {"kill": "chaos kill", "end": "shutdown", "down": "shutdown", "quit": "shutdown", "exit": "shutdown"}
+_SYNONYMS |= {"info": "status", "ls": "status", "list": "status", "show": "dashboard", "plot": "dashboard"}
+_SYNONYMS |= {"save": "checkpoint", "continue": "resume", "cancel": "stop", "abort": "stop", "scale": "add"}
+_SYNONYMS |= {"workers": "status", "engines": "status", "join": "wait", "report": "export", "connect": "attach"}
+
+
+def _no_verb(name: str, rest: str, *, names: Mapping[str, Any]) -> str:
+    begin = f"%dtrain has no verb {name!r}"
+    called, parenthesis, _ = f"{name} {rest}".partition("(")
+    if parenthesis and called in VERBS:
+        return f"%dtrain takes words, not a call: did you mean {as_magic(f'dnb.{name} {rest}'.strip())}?"
+    meant = _SYNONYMS.get(name.lower(), name.lower() if name.lower() in VERBS else "")
+    if name in names and not meant:  # who begins with the model means to train it
+        return f"{begin}, and {name!r} is a variable: did you mean %dtrain fit {name} {rest}".rstrip() + "?"
+    if meant:
+        line = f"%dtrain {meant} {rest}" if rest else VERBS[meant.split()[0]].example
+        return f"{begin}: did you mean {line}? known: {', '.join(sorted(VERBS))}"
+    return f"{begin}: {nearest(name, sorted(VERBS))}"
+
+
 def call(entry: Verb, line: str, *, shell: Any, **more: Any) -> Any:
     """Call a verb with what the line stands for, and what is no flag of it."""
     names = dict(shell.user_ns)
     if entry.has_settings:
         options = parse_settings(line, names=names)
     else:
-        options = bind(entry.flags, line, names=names, verb=entry.name, operand=entry.operand, rest=entry.rest)
+        options = bind(
+            entry.flags,
+            line,
+            names=names,
+            verb=entry.name,
+            operand=entry.operand,
+            rest=entry.rest,
+            example=entry.example,
+        )
     if "shell" in inspect.signature(entry.function).parameters:
         more["shell"] = shell
     return entry.function(**options, **more)

@@ -5,9 +5,11 @@ Pure functions. A sentence says only what the numbers support; thresholds are co
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 
 from dnb.notebook.formatting import counted, numbered
+from dnb.notebook.magic_words import worded
 from dnb.notebook.text.engine_text import GONE, heard_words
 from dnb.notebook.text.loss_rules import LOSS_RULES
 from dnb.notebook.text.run_facts import Rule, RuleFinding, RunFacts, gather_facts, held
@@ -33,7 +35,8 @@ def findings(run: RunView) -> list[RuleFinding]:
         spent = (finding for rule in TIME_RULES if (finding := rule(facts)) is not None)
         found += islice(spent, 1)
     spend = facts.verb("yet of how the engines spend", "of how the engines spent")
-    return found or [RuleFinding("unknown", f"nothing is known {spend} their time")]
+    found = found or [RuleFinding("unknown", f"nothing is known {spend} their time")]
+    return [replace(finding, text=worded(finding.text, run)) for finding in found]
 
 
 # a run that does not go on

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from dnb.notebook.formatting import counted, duration, inert, number, one_line, time_left
+from dnb.notebook.magic_words import worded
 from dnb.notebook.text.diagnosis import findings
 from dnb.notebook.text.engine_cards import MOST_CARDS, crowd_lines
 from dnb.notebook.text.engine_text import hung_engines
@@ -178,7 +179,7 @@ class TextReporter:
 
 def _reason(run: RunView) -> str:
     """Say why the run failed or paused; the error names the step, if it knows it, or the status and step do."""
-    error = one_line(run.error or "")
+    error = one_line(worded(run.error or "", run))
     if not error:
         return f"{run.status} at step {run.step:,}"
     if error.startswith(run.status):

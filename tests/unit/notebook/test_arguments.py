@@ -111,7 +111,7 @@ def test_a_missing_position_is_named():
 
 
 def test_one_word_too_many_is_named():
-    with pytest.raises(ArgumentError, match="%dtrain fit: 'digits' is one argument too many"):
+    with pytest.raises(ArgumentError, match="%dtrain fit: unexpected 'digits': inputs and targets go together"):
         fitted("digits")
 
 
@@ -292,10 +292,57 @@ def test_settings_are_names_with_values(line, settings):
 
 @pytest.mark.parametrize("line", ["lr", "lr 1e-4", "lr=", "{lr}"])
 def test_what_is_no_setting_is_refused_with_an_example(line):
-    with pytest.raises(ArgumentError, match=r"is not NAME=VALUE, such as lr=1e-4"):
+    with pytest.raises(ArgumentError, match=r"is not NAME=VALUE, such as in %dtrain set lr=1e-4"):
         parse_settings(line, names={})
 
 
 def test_a_setting_given_twice_is_refused():
     with pytest.raises(ArgumentError, match="lr is given twice"):
         parse_settings("lr=1 lr=2", names={})
+
+
+# variables and words -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["metrics", "loss"])
+@pytest.mark.parametrize("held", [0.97, 3, [0.5, 0.25], [], b"x"])
+def test_a_variable_that_can_be_no_choice_leaves_the_word_as_it_is(flag: str, held: Any):
+    bound = bind(flags_of(fit), f"net data --{flag} accuracy", names={**NAMES, "accuracy": held}, verb="fit")
+    assert bound[flag] == "accuracy"
+
+
+@pytest.mark.parametrize("held", [print, {"own": print}, None, "mse_loss", ["accuracy"]])
+def test_a_variable_that_can_be_a_choice_is_taken(held: Any):
+    bound = bind(flags_of(fit), "net data --metrics accuracy", names={**NAMES, "accuracy": held}, verb="fit")
+    assert bound["metrics"] == held
+
+
+def test_a_dollar_names_a_variable_as_elsewhere_in_ipython():
+    assert value("--lr $rate") == 0.25
+    assert value("--lr=$rate") == 0.25
+    assert value("--val $data.val") == "the val set"
+    assert parse_settings("lr=$rate", names=NAMES) == {"lr": 0.25}
+
+
+def test_a_dollar_before_what_is_no_variable_names_the_nearest_one():
+    with pytest.raises(ArgumentError, match="no variable 'rat' in this notebook: did you mean 'rate'"):
+        value("--lr $rat")
+
+
+def test_lines_are_one_and_comments_are_for_people():
+    line = """  # the data
+    --batch-size 32   # of all engines together
+    --lr 1e-3 \\
+    --name "a # b"
+    """
+    assert fitted(line) == {
+        "model": "the net",
+        "train": "the train set",
+        "batch_size": 32,
+        "lr": 0.001,
+        "name": "a # b",
+    }
+
+
+def test_the_learning_rate_may_be_set_by_its_long_name():
+    assert parse_settings("learning_rate=0.1", names=NAMES) == {"lr": 0.1}

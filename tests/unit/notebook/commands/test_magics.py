@@ -120,7 +120,7 @@ def test_a_paused_run_has_flags_of_its_own_to_resume():
 
 
 def test_an_unknown_verb_is_refused_with_the_nearest():
-    with pytest.raises(ArgumentError, match="%dtrain has no verb 'fti': did you mean 'fit'"):
+    with pytest.raises(ArgumentError, match="%dtrain has no verb 'fti': did you mean %dtrain fit model train"):
         dtrain("fti model train")
 
 
@@ -149,7 +149,7 @@ def test_help_lists_the_verbs(line, capsys):
 @pytest.mark.parametrize("line", ["help wait", "wait --help", "wait -h", "wait --timeout 3 --help", "wait?", "wait ??"])
 def test_help_on_a_verb_tells_its_flags(line, capsys):
     dtrain(line)
-    assert capsys.readouterr().out.startswith("usage: %dtrain wait [FLAGS]\n")
+    assert capsys.readouterr().out.startswith("usage: %dtrain wait [TIMEOUT]\n")
 
 
 def test_help_on_two_verbs_is_refused():
@@ -158,7 +158,7 @@ def test_help_on_two_verbs_is_refused():
 
 
 def test_help_on_what_is_no_verb_is_refused():
-    with pytest.raises(ArgumentError, match="%dtrain has no verb 'fti': did you mean 'fit'"):
+    with pytest.raises(ArgumentError, match="%dtrain has no verb 'fti': did you mean %dtrain fit --help"):
         dtrain("fti --help")
 
 
@@ -175,3 +175,14 @@ def test_a_question_on_a_verb_asks_for_its_help(line):
 @pytest.mark.parametrize("line", ["%dtrain?", "wait?", "print('%dtrain wait?')", "%dtrain fit model train"])
 def test_other_questions_are_left_to_ipython(line):
     assert ask_for_help([line]) == [line]
+
+
+def test_a_cell_whose_line_begins_with_a_verb_is_its_line(here, capsys):
+    shell = SimpleNamespace(user_ns={})
+    DtrainMagics(shell).dtrain("export", "losses.csv   # a table\n--run digits\n")
+    assert capsys.readouterr().out == "run 'digits' is written to losses.csv\n"
+
+
+def test_an_error_that_tells_of_python_tells_of_magics_here(here):
+    with pytest.raises(PoolError, match=r"nothing to attach to: .*%dtrain attach NAME reads one that has ended"):
+        dtrain("attach")

@@ -36,7 +36,7 @@ def test_every_flag_has_a_type_unless_it_is_a_switch(flag):
 def test_the_example_of_every_verb_is_a_line_that_its_flags_take(record):
     entry = load_verbs()[record.name]
     verb, _, words = record.example.partition("%dtrain ")[2].partition(" ")
-    names = {"model": object(), "train": object(), "val": object()}
+    names = dict.fromkeys(("model", "train", "val", "X", "y"))
     assert verb == record.name
     if entry.has_settings:
         assert parse_settings(words, names=names)
@@ -68,7 +68,7 @@ def test_few_known_words_stand_in_the_place_of_a_type():
 
 
 def test_flags_are_spelled_as_they_are_typed():
-    assert FLAGS["start", "n"].spelling == "-n"
+    assert FLAGS["start", "n"].spelling == "N"
     assert FLAGS["fit", "batch_size"].spelling == "--batch-size"
     assert FLAGS["fit", "shuffle"].spelling == "--shuffle, --no-shuffle"
     assert FLAGS["fit", "exact"].spelling == "--exact"
