@@ -242,14 +242,14 @@ def kind_of(path: str | Path, *, suffixes: Sequence[str]) -> Any:
     """Return the suffix that says what is written, or "" for a folder of event files.
 
     Raises:
-        ArgumentError: the suffix says nothing.
+        ArgumentError: nothing is written with this suffix.
     """
     suffix = Path(path).suffix.lower()
     if not suffix or str(path).endswith("/") or Path(path).is_dir():
         return ""
     if suffix not in suffixes:
         raise ArgumentError(
-            f"{path}: the ending {suffix!r} says nothing; known: {', '.join(suffixes)}, or a folder, which ends "
+            f"{path}: cannot write {suffix}; known: {', '.join(suffixes)}, or a folder, which ends "
             "with / or has no ending, for TensorBoard"
         )
     return suffix

@@ -1,4 +1,4 @@
-"""A plan drawn as HTML: a strip of its layers, a table of its stages, and what lost. No script, no style of its own.
+"""A plan drawn as HTML: a strip of its layers, a table of its stages, slower alternatives. No script, no own style.
 
 Colours are those of the notebook's theme, so that it is legible on light and dark: ink is `currentColor`, stages are
 tinted, and no sign is colour alone.
@@ -166,7 +166,7 @@ def _alternatives(plan: Plan) -> str:
         )
         for alternative in plan.alternatives
     )
-    return _table(("what lost", "micro-batches", "step", "why"), "".join(rows))
+    return _table(("slower alternatives", "micro-batches", "step", "why"), "".join(rows))
 
 
 def _row(words: Iterable[str], *, style: str) -> str:

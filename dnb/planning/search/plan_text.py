@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dnb.planning.search.prediction import Stage
+from dnb.planning.search.prediction import Mesh, Stage
 from dnb.units import amount, milliseconds
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def describe(plan: Plan) -> str:
     for rank, stage in enumerate(plan.stages):
         lines.append("  " + ", ".join(stage_facts(plan, rank, stage)))
     if plan.alternatives:
-        lines.append("what lost:")
+        lines.append("slower alternatives:")
         lines += [f"  {lost_line(alternative)}" for alternative in plan.alternatives]
     return "\n".join([*lines, *plan.notes])
 
@@ -32,7 +32,19 @@ def headline(plan: Plan) -> str:
     elif plan.num_micro_batches > 1:
         parts.append(f"{plan.num_micro_batches} micro-batches one after the other")
     parts.append(f"hub {milliseconds(plan.hub_seconds)}")
-    return f"{plan.profile.model}, {plan.strategy} on {plan.mesh}: {', '.join(parts)}"
+    return f"{plan.profile.model}, {division_in_words(plan.mesh)}: {', '.join(parts)}"
+
+
+def division_in_words(mesh: Mesh) -> str:
+    """Tell in words what a mesh divides, and over how many engines."""
+    num_engines = mesh.data * mesh.pipeline
+    if num_engines == 1:
+        return "on one engine"
+    if mesh.pipeline == 1:
+        return f"data parallel on {num_engines} engines"
+    if mesh.data == 1:
+        return f"a pipeline of {mesh.pipeline} stages on {num_engines} engines"
+    return f"{mesh.data} pipelines of {mesh.pipeline} stages on {num_engines} engines"
 
 
 def stage_facts(plan: Plan, rank: int, stage: Stage) -> list[str]:

@@ -1,4 +1,4 @@
-"""A plan: who computes which layers, what it is predicted to take, and what lost against it."""
+"""A plan: who computes which layers, what it is predicted to take, and which alternatives are slower."""
 
 from __future__ import annotations
 
@@ -112,8 +112,9 @@ class Plan(Record, frozen=True):
 
         Args:
             changes: `cuts` (names of the layers at which stages 1, 2, ... begin), `num_stages`, `num_micro_batches`,
-                `schedule` ("gpipe" or "1f1b"), `data` (teams), `batch_size`. What is not named stays, but with another
-                mesh cuts and the number of micro-batches are chosen anew.
+                `schedule` ("gpipe" or "1f1b"), `data` (teams), `batch_size`. What is not named stays, but with more
+                stages there are only as many teams as there are engines for, and with another mesh cuts and the number
+                of micro-batches are chosen anew.
 
         Raises:
             PlanError: it cannot be divided so, or does not fit.
@@ -127,10 +128,11 @@ class Plan(Record, frozen=True):
             num_stages = changes.setdefault("num_stages", len(cuts) + 1)
             if num_stages != len(cuts) + 1:
                 raise PlanError(f"{len(cuts)} cuts make {len(cuts) + 1} stages, not {num_stages}: leave num_stages out")
-        is_same_mesh = changes.get("data", self.mesh.data) == self.mesh.data
+        num_teams = len(self.site.engines) // max(changes.get("num_stages", self.mesh.pipeline), 1)
+        changes.setdefault("data", min(self.mesh.data, max(num_teams, 1)))
+        is_same_mesh = changes["data"] == self.mesh.data
         is_same_mesh &= changes.get("num_stages", self.mesh.pipeline) == self.mesh.pipeline
         settled = {
-            "data": self.mesh.data,
             "num_stages": self.mesh.pipeline,
             "num_micro_batches": self.num_micro_batches if is_same_mesh else None,
             "schedule": self.schedule if self.partition is not None else None,

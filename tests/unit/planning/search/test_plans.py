@@ -6,6 +6,7 @@ import torch
 
 from dnb.errors import PlanError
 from dnb.planning.search.plan_search import candidates
+from dnb.planning.search.plan_text import division_in_words
 from dnb.planning.search.plans import Plan, draw_up
 from dnb.planning.search.prediction import Mesh, Question
 from tests.unit.planned import FREE, layer, profile, site
@@ -97,6 +98,37 @@ def test_cuts_can_be_edited():
     edited = plan(strategy="pipeline").with_(cuts=["layers.3"])
     assert edited.layers == (("layers.0", "layers.1", "layers.2"), ("layers.3",))
     assert edited.alternatives[0].why.startswith("before the edit: 0.7")
+
+
+def test_cuts_of_a_plan_for_data_take_as_many_teams_as_there_are_engines_for():
+    made = plan(strategy="data").with_(cuts=["layers.3"])
+    assert (made.mesh.data, made.mesh.pipeline) == (1, 2)
+    wide = plan(engines=4, strategy="data").with_(cuts=["layers.3"])
+    assert (wide.mesh.data, wide.mesh.pipeline) == (2, 2)
+
+
+def test_teams_that_are_asked_for_beside_cuts_need_their_engines():
+    with pytest.raises(PlanError, match="mesh data=2,pipeline=2 needs 4 engines, and there are 2"):
+        plan(strategy="data").with_(data=2, cuts=["layers.3"])
+
+
+@pytest.mark.parametrize(
+    ("mesh", "words"),
+    [
+        (Mesh(data=1, pipeline=1), "on one engine"),
+        (Mesh(data=2, pipeline=1), "data parallel on 2 engines"),
+        (Mesh(data=1, pipeline=3), "a pipeline of 3 stages on 3 engines"),
+        (Mesh(data=2, pipeline=3), "2 pipelines of 3 stages on 6 engines"),
+    ],
+)
+def test_a_division_is_told_in_words(mesh, words):
+    assert division_in_words(mesh) == words
+
+
+def test_the_text_of_a_plan_begins_with_model_and_division_and_ends_with_slower_alternatives():
+    told = str(plan(strategy="data"))
+    assert told.startswith("Net, data parallel on 2 engines: ")
+    assert "\nslower alternatives:\n" in str(plan())
 
 
 def test_the_number_of_micro_batches_can_be_edited_and_cuts_stay():
