@@ -1,5 +1,7 @@
 """`dnb.plan` without a pool: arguments, refusals, and what it rests on."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import dnb
 from dnb.api import pools
 from dnb.api.planner import read_bytes, read_mesh
+from dnb.engine.profiling import profiler
 from dnb.errors import ArgumentError, PlanError
 
 
@@ -16,6 +19,13 @@ from dnb.errors import ArgumentError, PlanError
 def no_pool(monkeypatch):
     """The pool that tests of this process share is not to be asked."""
     monkeypatch.setattr(pools, "_pool", None)
+
+
+@pytest.fixture(autouse=True)
+def all_sizes(monkeypatch):
+    """Which sizes of batch are timed does not depend on what else the machine does."""
+    monkeypatch.setattr(profiler, "CHEAP_SECONDS", math.inf)
+    monkeypatch.setattr(profiler, "DEAR_SECONDS", math.inf)
 
 
 @pytest.fixture
