@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from dnb.api.arguments.checks import STRATEGIES, check_model
 from dnb.api.arguments.losses import are_objects, loss_names, read_loss, read_metrics
@@ -22,6 +22,7 @@ from dnb.hub.parameters.optimizers import check_optimizer, optimizer_classes
 from dnb.notebook.control_panel.lines import literal
 from dnb.notebook.text.summary import one_line
 from dnb.planning.search.plans import Plan
+from dnb.user_code.model_call import takes_positional
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,24 @@ def losses(own: Mapping[str, Any], *, names: Mapping[str, Any]) -> list[Choice]:
     # a name that was imported is offered once: as the loss that it is
     taken = {name for name in by_name if name in own and _may_be_loss(own[name])}
     return found + [Choice(name, f"--loss {literal(name, names=names)}") for name in by_name if name not in taken]
+
+
+def guess_loss(data: Any, *, model: Any = None) -> str:
+    """Return the name of the loss that is usual for the targets of data; "" where they do not tell.
+
+    Args:
+        data: as `fit` takes them; only tensors and arrays are looked at, as reading a sample may take long.
+        model: one that wants the targets, too, has a loss of its own.
+    """
+    if isinstance(data, DataLoader):
+        data = data.dataset
+    parts = data.tensors if isinstance(data, TensorDataset) else data
+    if shape_of(parts) is None or (model is not None and not takes_positional(model, len(parts) - 1)):
+        return ""
+    kind = torch.as_tensor(parts[-1][:1]).dtype
+    if kind.is_floating_point:
+        return "mse_loss"
+    return "" if kind == torch.bool or kind.is_complex or parts[-1].ndim > 1 else "cross_entropy"
 
 
 def loss_words() -> list[str]:

@@ -22,6 +22,7 @@ class FormWidgets:
 
     def __init__(self) -> None:
         self._hidden: Mapping[str, Any] = {}
+        self._guessed_loss = ""  # that was chosen for the user, who may have chosen another since
         self.choosers = {
             "model": chooser("Model"),
             "train": chooser("Train data"),
@@ -75,12 +76,21 @@ class FormWidgets:
     def adapt(self, names: Mapping[str, Any]) -> None:
         """Fit what depends on other choices: optimizers of the model, and numbers that objects bring along."""
         own = choices.own_names(names, hidden=self._hidden)
+        self._guess_loss(own)
         offer(self["optimizer"], choices.optimizers(own, model=own.get(self["model"].value), names=names))
         is_instance = self["optimizer"].value.removeprefix("--optimizer ") in own
         _give_up(self["lr"], if_so=is_instance, because="the optimizer's own", hint="torch's default")
         is_loader = isinstance(names.get(self["train"].value), DataLoader)
         _give_up(self["batch_size"], if_so=is_loader, because="the DataLoader's own", hint="64")
         _give_up(self["epochs"], if_so=bool(self["steps"].value.strip()), because="as many as the steps take", hint="1")
+
+    def _guess_loss(self, own: Mapping[str, Any]) -> None:
+        """Choose the loss that fits the data's targets, unless the user has chosen one."""
+        guess = choices.guess_loss(_value_of(self["train"].value, own), model=own.get(self["model"].value))
+        words = next((words for _, words in self["loss"].options if guess and words == f"--loss {guess}"), "")
+        if self["loss"].value == self._guessed_loss:
+            self["loss"].value = words
+        self._guessed_loss = words
 
     def read(self) -> FitForm:
         """Return the choices and typed values; fields that are disabled do not count."""

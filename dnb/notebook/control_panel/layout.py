@@ -12,6 +12,8 @@ from dnb.notebook.control_panel.lines import add_line, checkpoint_line, fit_line
 from dnb.notebook.control_panel.state import PanelState
 from dnb.notebook.control_panel.widgets import PanelAction, field, grid, section
 
+# What the live view has buttons for, too, or what waits for the run's end anyway and would push the chart down.
+_IN_VIEW = ("pause", "resume", "stop", "dashboard", "plan", "fit")
 _ROW = 400  # pixels that a button, its field and its line need
 
 
@@ -38,11 +40,12 @@ class PanelWidgets:
         self.messages = {title: widgets.HTML() for title in ("Pool", "Training", "Run")}
         self.plan_view = widgets.HTML()
         self.run_view = widgets.VBox([])
+        self.choices = widgets.Accordion([self.form.box], titles=("Choices",), selected_index=0)
         rows = [action.box for action in self.actions.values()]
         self.box = widgets.VBox(
             [
                 section("Pool", [self.pool_state, grid(rows[:4], least=_ROW), self.messages["Pool"]]),
-                section("Training", [self.form.box, *rows[4:6], self.messages["Training"], self.plan_view]),
+                section("Training", [self.choices, *rows[4:6], self.messages["Training"], self.plan_view]),
                 section("Run", [self.run_state, grid(rows[6:], least=_ROW), self.messages["Run"], self.run_view]),
             ]
         )
@@ -59,12 +62,25 @@ class PanelWidgets:
         self.leaving.value = kept
         self.leaving.rows = min(max(len(options), 1), 4)
 
-    def show_actions(self, now: PanelState, *, names: Mapping[str, Any], obstacles: Mapping[str, str]) -> None:
-        """Show each action's line, or what is missing for it, or in its way."""
-        is_there = _visible(now)
+    def show_actions(
+        self, now: PanelState, *, names: Mapping[str, Any], obstacles: Mapping[str, str], has_view: bool
+    ) -> None:
+        """Show each action's line, or what is missing for it, or in its way.
+
+        Args:
+            now: pool and run.
+            names: the notebook's variables.
+            obstacles: by action.
+            has_view: the run's live view is shown below, which has buttons of its own.
+        """
+        is_there = _visible(now) | (dict.fromkeys(_IN_VIEW, False) if has_view else {})
         for name, (line, lacks) in self._lines(now, names).items():
             shown = "" if lacks else line
             self.actions[name].show(shown, obstacle=lacks or obstacles[name], is_there=is_there[name])
+
+    def make_room(self) -> None:
+        """Fold the choices, so that a run's view below them is in sight; a click unfolds them."""
+        self.choices.selected_index = None
 
     def close(self) -> None:
         """Close every widget but the run's view, which may be shown elsewhere, too."""
@@ -85,7 +101,7 @@ class PanelWidgets:
             "resume": action("Resume", icon="play", press=in_run),
             "stop": action("Stop", icon="stop", press=in_run, tooltip="End the run and keep its weights"),
             "set": action("Set", icon="sliders", press=in_run, fields=[self.lr]),
-            "checkpoint": action("Checkpoint", icon="save", press=in_run, fields=[self.path]),
+            "checkpoint": action("Save to", icon="save", press=in_run, fields=[self.path]),
             "attach": action("Attach", icon="link", press=in_pool, tooltip="Find the run that a pool holds"),
             "dashboard": action("Dashboard", icon="line-chart", press=in_run, tooltip="Show the run's view below"),
         }

@@ -148,6 +148,7 @@ class ControlPanel:
         with self._painting:
             self._shown = None if isinstance(view, widgets.Output) else run
             self.widgets.run_view.children = (view,)
+            self.widgets.make_room()
         self._watcher.wake()
 
     def _settle_view(self) -> None:
@@ -206,11 +207,12 @@ class ControlPanel:
             self.widgets.offer_engines(options)
             self._is_filling = was_filling
         self.widgets.pool_state.value = sentence(pool_sentence(now))
+        has_view = self._shown is not None and self._shown is self._run
         told_run = progress_line(self._run) if self._run is not None else run_sentence(now)
-        self.widgets.run_state.value = sentence(told_run)
+        self.widgets.run_state.value = "" if has_view else sentence(told_run)  # the view counts its steps itself
         pool_line, run_line = self._lanes["pool"].line, self._lanes["run"].line
         in_way = obstacles(now, pool_line=pool_line, run_line=run_line)
-        self.widgets.show_actions(now, names=self._names(), obstacles=in_way)
+        self.widgets.show_actions(now, names=self._names(), obstacles=in_way, has_view=has_view)
         lanes = [lane for lane in self._lanes.values() if lane.line]
         busy = {_title_of(lane.line): working(lane.line, progress=lane.progress) for lane in lanes}
         for title, message in self.widgets.messages.items():

@@ -171,3 +171,32 @@ def test_an_object_that_fails_when_it_is_looked_at_is_not_offered():
 
     own = {"angry": Angry(), "space": types.SimpleNamespace()}
     assert panel_choices.models(own) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "loss"),
+    [
+        ((torch.zeros(3, 2), torch.zeros(3).long()), "cross_entropy"),
+        ((np.zeros((3, 2)), np.zeros(3, dtype=np.uint8)), "cross_entropy"),
+        ((torch.zeros(3, 2), torch.zeros(3, 1)), "mse_loss"),
+        ((torch.zeros(3, 2), torch.zeros(3, 2).long()), ""),
+        ((torch.zeros(3, 2), torch.zeros(3, dtype=torch.bool)), ""),
+        (torch.zeros(3, 2), ""),
+        (DataLoader(TensorDataset(torch.zeros(3, 2), torch.zeros(3).long())), "cross_entropy"),
+        ({"x": 1}, ""),
+        (None, ""),
+    ],
+)
+def test_a_loss_is_guessed_from_targets_that_tell(data, loss):
+    assert panel_choices.guess_loss(data) == loss
+
+
+class OwnLoss(nn.Module):
+    def forward(self, x, y):
+        return (x.sum() - y.sum()) ** 2
+
+
+def test_no_loss_is_guessed_for_a_model_that_wants_the_targets():
+    data = (torch.zeros(3, 2), torch.zeros(3).long())
+    assert panel_choices.guess_loss(data, model=nn.Linear(2, 2)) == "cross_entropy"
+    assert panel_choices.guess_loss(data, model=OwnLoss()) == ""

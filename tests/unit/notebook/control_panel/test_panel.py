@@ -133,7 +133,7 @@ def test_an_optimizer_of_the_users_own_brings_its_learning_rate(kernel):
     kernel.panel.widgets.form["lr"].value = "1"
     kernel.panel.widgets.form["optimizer"].value = "--optimizer mine"
     assert kernel.panel.widgets.form["lr"].disabled
-    assert kernel.panel.widgets.actions["fit"].line == "fit model train --optimizer mine"
+    assert kernel.panel.widgets.actions["fit"].line == "fit model train --loss cross_entropy --optimizer mine"
 
 
 def test_a_loader_brings_its_batch_size(kernel):
@@ -141,10 +141,27 @@ def test_a_loader_brings_its_batch_size(kernel):
     kernel.panel.refill()
     kernel.panel.widgets.form["batch_size"].value = "16"
     kernel.panel.widgets.form["train"].value = "loader"
-    assert kernel.panel.widgets.actions["fit"].line == "fit model loader"
+    assert kernel.panel.widgets.actions["fit"].line == "fit model loader --loss cross_entropy"
 
 
 # the choices
+
+
+def test_the_loss_is_guessed_from_the_targets(kernel):
+    assert kernel.panel.widgets.actions["fit"].line == "fit model train --loss cross_entropy"
+    kernel.names["curve"] = torch.zeros(100, 4), torch.zeros(100, 2)
+    kernel.panel.refill()
+    kernel.panel.widgets.form["train"].value = "curve"
+    assert kernel.panel.widgets.actions["fit"].line == "fit model curve --loss mse_loss"
+
+
+def test_a_loss_that_was_chosen_is_not_guessed_anew(kernel):
+    kernel.panel.widgets.form["loss"].value = ""
+    kernel.panel.refill()
+    kernel.names["curve"] = torch.zeros(100, 4), torch.zeros(100, 2)
+    kernel.panel.refill()
+    kernel.panel.widgets.form["train"].value = "curve"
+    assert kernel.panel.widgets.actions["fit"].line == "fit model curve"
 
 
 def test_choices_follow_the_variables_after_a_cell(kernel):
@@ -298,6 +315,40 @@ def test_fit_shows_the_live_view_in_the_panel(kernel):
     kernel.press("start")
     assert kernel.shown == [run]
     assert kernel.panel.widgets.run_view.children[0].value == "live"
+
+
+def shown_live(kernel: Kernel) -> FakeRun:
+    """A run whose live view is in the panel."""
+    run = FakeRun()
+    kernel.pool = FakePool(run=run)
+    kernel.does = lambda: display.show(run, display="widget")
+    kernel.press("start")
+    kernel.look()
+    return run
+
+
+def shown_buttons(kernel: Kernel) -> set[str]:
+    return {name for name, action in kernel.panel.widgets.actions.items() if action.box.layout.display != "none"}
+
+
+def test_beside_the_live_view_stand_only_buttons_that_it_has_not_and_that_do_not_wait_for_the_end(kernel):
+    run = shown_live(kernel)
+    assert shown_buttons(kernel) == {"add", "remove", "shutdown", "set", "checkpoint"}
+    run.end("finished")
+    wait_until(lambda: "dashboard" in shown_buttons(kernel))
+
+
+def test_steps_are_counted_in_one_place(kernel):
+    run = shown_live(kernel)
+    assert kernel.panel.widgets.run_state.value == ""
+    run.end("finished")
+    wait_until(lambda: "finished after" in kernel.panel.widgets.run_state.value)
+
+
+def test_choices_are_folded_when_a_run_is_shown_below_them(kernel):
+    assert kernel.panel.widgets.choices.selected_index == 0
+    shown_live(kernel)
+    assert kernel.panel.widgets.choices.selected_index is None
 
 
 def test_when_the_run_has_ended_its_plain_chart_stays(kernel):
