@@ -113,6 +113,10 @@ class RunView(Protocol):
         """The samples of a batch; 0 before it is known."""
 
     @property
+    def steps_per_epoch(self) -> int:
+        """Steps of one pass over the training set; 0 before it is known."""
+
+    @property
     def num_samples(self) -> int:
         """The size of the training set; 0 before it is known."""
 

@@ -185,7 +185,7 @@ class _Drawing:
 
     def _draw_legends(self) -> None:
         corners: Mapping[str, Any] = {"left": "lower left", "right": "lower right"}
-        for key in ("legend", "legend2", "legend3"):
+        for key in ("legend", "legend2", "legend3", "legend4"):
             place = self._layout.get(key)
             drawn = [trace for trace in self._data if trace.get("legend", "legend") == key]
             named = {trace["name"]: trace for trace in drawn if trace.get("showlegend", True) and trace.get("name")}

@@ -18,7 +18,8 @@ Figure = dict[str, Any]
 
 # Okabe and Ito, "Color Universal Design" (2008).
 BLUE, SKY_BLUE, VERMILION = "#0072B2", "#56B4E9", "#D55E00"
-SHARE_COLORS = {"compute": "#009E73", "wait": "#E69F00", "data": "#56B4E9", "idle": "#999999"}
+# Computing stands out; the rest is quiet on white and on dark, so that the loss is the first to be seen.
+SHARE_COLORS = {"compute": "#2E9E7B", "wait": "#A39B8B", "data": "#7FA9C9", "idle": "#8C8C8C"}
 # Along the pixels: of slanted lines an image, which JupyterLab keeps of a chart in the notebook, is a third larger.
 SHARE_PATTERNS = {"compute": "", "wait": "-", "data": ".", "idle": "+"}
 PATTERN_SIZE, PATTERN_SOLIDITY = 8, 0.125

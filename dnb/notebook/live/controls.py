@@ -13,7 +13,15 @@ from dnb.notebook.live.run_buttons import RunButtons
 from dnb.notebook.live.spoken_text import SpokenText, as_html
 from dnb.notebook.text import engine_cards
 from dnb.notebook.text.diagnosis import diagnosis
-from dnb.notebook.text.summary import MEMBERSHIP, pace, run_name, status_sentence, summary
+from dnb.notebook.text.summary import (
+    MEMBERSHIP,
+    latest_values,
+    pace,
+    place_in_run,
+    run_name,
+    status_sentence,
+    summary,
+)
 from dnb.notebook.views import RunView
 
 AXES = ("step", "samples", "time")
@@ -79,7 +87,7 @@ class Controls:
             self.progress.max = max(run.num_steps, run.step, 1)
             self.progress.value = run.step
             self.progress.bar_style = _BAR_STYLES.get(run.status, "info")
-            self.pace.value = as_html(", ".join([f"step {run.step:,} of {run.num_steps:,}", *pace(run)]))
+            self.pace.value = as_html(" · ".join([*place_in_run(run), *latest_values(run), *pace(run)]))
             self.buttons.show()
             self.status.say(status_sentence(run), strong=run_name(run), kind=_status_kind(run))
             if self._is_due("diagnosis"):

@@ -15,7 +15,7 @@ from dnb.notebook.views import RunView
 
 # The loss, the shares of the last seconds and new events are news at once; the others take turns, so that no refresh
 # costs more than a few milliseconds and 20 kB. For a page that is slow, refreshes are rare, and each has more turns.
-TURNS = ("pace", "over_time", "rate", "events", "norm", "over_time", "timeline")
+TURNS = ("pace", "over_time", "metrics", "rate", "events", "norm", "over_time", "metrics", "timeline")
 TURN_SECONDS = 0.3
 
 

@@ -15,6 +15,7 @@ from dnb.notebook.text.diagnosis import findings
 from dnb.notebook.text.engine_cards import MOST_CARDS, crowd_lines
 from dnb.notebook.text.engine_text import hung_engines
 from dnb.notebook.text.engine_text import worker_words as worker_line
+from dnb.notebook.text.metric_names import metric_names
 from dnb.notebook.text.pipeline_text import timeline_lines
 from dnb.notebook.views import SET_APART, EventView, RunView, has_ended, shown_workers
 
@@ -26,6 +27,8 @@ __all__ = [
 # As many of the last events are listed in a summary.
 MAX_EVENTS = 5
 _NAMES = {"lr": "learning rate", "grad_norm": "gradient norm"}
+# As many metrics stand in one line.
+MAX_METRICS = 3
 # Kinds of events by which engines come and go.
 MEMBERSHIP = frozenset({"died", "left", "joined", "removed", "reassigned"})
 
@@ -69,13 +72,27 @@ def progress_line(run: RunView) -> str:
     """Describe the run on one line, for logs and for front ends without widgets."""
     if run.status not in {"starting", "running"}:
         return f"{run_name(run)}: {status_sentence(run)}"
-    parts = [f"{run_name(run)}: step {run.step}/{run.num_steps}"]
-    for key in ("loss", "val_loss"):
-        value = last_value(run, key)
-        if value is not None:
-            parts.append(f"{key} {number(value)}")
     idle = [f"bubble {run.timeline.bubble:.0%}"] if run.timeline else []
-    return ", ".join(parts + idle + pace(run))
+    return f"{run_name(run)}: " + " · ".join([*place_in_run(run), *latest_values(run), *idle, *pace(run)])
+
+
+def place_in_run(run: RunView) -> list[str]:
+    """Write epoch and step that the run has come to; no epoch where there is one alone."""
+    step = f"step {run.step:,} of {run.num_steps:,}"
+    if not run.steps_per_epoch or run.num_steps <= run.steps_per_epoch:
+        return [step]
+    num_epochs = -(-run.num_steps // run.steps_per_epoch)
+    epoch = min(run.step // run.steps_per_epoch + 1, num_epochs)
+    return [f"epoch {epoch:,} of {num_epochs:,}", step]
+
+
+def latest_values(run: RunView) -> list[str]:
+    """Write the newest losses and metrics; of metrics that are measured twice those of validation."""
+    names = metric_names(run.history)
+    measured = [f"val_{name}" if last_value(run, f"val_{name}") is not None else name for name in names]
+    keys = ["loss", "val_loss", *measured[:MAX_METRICS]]
+    values = [(key, last_value(run, key)) for key in keys]
+    return [f"{one_line(key, limit=40)} {number(value)}" for key, value in values if value is not None]
 
 
 def pace(run: RunView) -> list[str]:
@@ -208,8 +225,8 @@ def _going_on(run: RunView) -> str:
 
 
 def _keys_to_tell(run: RunView) -> list[str]:
-    extra = [key for key in run.history if key.startswith("val_") and key != "val_loss"]
-    return ["loss", "val_loss", *sorted(extra), "lr", "grad_norm"]
+    metrics = [key for name in sorted(metric_names(run.history)) for key in (name, f"val_{name}")]
+    return ["loss", "val_loss", *metrics, "lr", "grad_norm"]
 
 
 def _column_in_words(run: RunView, key: str) -> str | None:

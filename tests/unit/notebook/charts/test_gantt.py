@@ -113,7 +113,7 @@ def test_memory_of_each_stage_is_predicted_and_measured():
 
 
 def test_the_line_of_a_running_divided_run_has_its_bubble():
-    assert "loss 0.7000, bubble 20%" in progress_line(divided_run())
+    assert "loss 0.7000 · bubble 20%" in progress_line(divided_run())
 
 
 def test_an_engine_tells_the_most_memory_that_it_held():
@@ -174,5 +174,5 @@ def test_the_live_figure_takes_the_timeline_in_when_it_comes():
     live.paint(run_figure.figure(run))
     live.paint(run_figure.figure(run))
     assert len(live.data) == 14 + len(gantt.KINDS)
-    assert live.layout.height > run_figure.UPPER_PIXELS
+    assert live.layout.height > run_figure.PlotLayout(below_pixels=0).upper_pixels
     live.close()

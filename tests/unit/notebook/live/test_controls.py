@@ -83,7 +83,7 @@ def test_the_bar_shows_steps_of_all_steps():
 
 def test_the_strip_tells_step_speed_and_time_left():
     controls = Controls(FakeRun(step=1200, num_steps=4960, samples_per_second=2410.4, seconds_left=9.2))
-    assert "step 1,200 of 4,960, 2,410 samples/s, 9 s left" in controls.pace.value
+    assert "epoch 76 of 310 · step 1,200 of 4,960 · 2,410 samples/s · 9 s left" in controls.pace.value
 
 
 def test_the_strip_says_in_words_why_a_run_paused():

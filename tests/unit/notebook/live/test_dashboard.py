@@ -270,7 +270,7 @@ def test_the_strip_is_shown_before_the_figure_is_built(dashboard, notebook):
 
 def test_the_words_beside_the_widgets_are_the_progress_line(dashboard, notebook):
     dashboard.show()
-    assert notebook.shown()[0]["text/plain"].startswith("digits: step 1/496, loss 0.5000")
+    assert notebook.shown()[0]["text/plain"].startswith("digits: epoch 1 of 31 · step 1 of 496 · loss 0.5000")
 
 
 def test_news_are_painted(dashboard, run):

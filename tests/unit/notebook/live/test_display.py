@@ -45,7 +45,7 @@ def text_view(run: FakeRun, published: Published) -> TextView:
 
 def test_a_text_view_shows_a_line_at_once(run, published):
     text_view(run, published)
-    assert published[0][0] == {"text/plain": "digits: step 2/496, loss 0.2500"}
+    assert published[0][0] == {"text/plain": "digits: epoch 1 of 31 · step 2 of 496 · loss 0.2500"}
 
 
 def test_a_text_view_leaves_its_display_alone_while_the_run_goes_on(run, published):
@@ -83,7 +83,7 @@ def test_the_end_is_drawn_once(run, published):
 def test_shown_as_text_a_run_reports_to_whoever_waits(run, shown, capsys):
     show(run, display="text")
     run.wait_hooks[0](run)
-    assert capsys.readouterr().out.splitlines()[-1] == "digits: step 2/496, loss 0.2500"
+    assert capsys.readouterr().out.splitlines()[-1] == "digits: epoch 1 of 31 · step 2 of 496 · loss 0.2500"
 
 
 def test_shown_as_nothing_a_run_gets_no_hooks(run):
@@ -166,7 +166,10 @@ def test_shown_again_a_run_has_a_display_of_its_own_in_each_cell(run, shown):
 def test_in_a_terminal_a_run_is_told_while_it_is_waited_for(run, monkeypatch, capsys):
     monkeypatch.setattr("dnb.notebook.live.display.get_ipython", lambda: SimpleNamespace(user_ns={}))
     show(run)
-    assert (capsys.readouterr().out, len(run.wait_hooks)) == ("digits: step 2/496, loss 0.2500\n", 1)
+    assert (capsys.readouterr().out, len(run.wait_hooks)) == (
+        "digits: epoch 1 of 31 · step 2 of 496 · loss 0.2500\n",
+        1,
+    )
 
 
 def test_an_unknown_display_is_refused_with_the_choices(run):

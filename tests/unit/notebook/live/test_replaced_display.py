@@ -35,7 +35,7 @@ def end(run: FakeRun, display: ReplacedDisplay) -> None:
 
 def test_a_line_is_there_at_once(run):
     display, shown = displayed(run)
-    assert shown[0][0] == {"text/plain": "digits: step 2/496, loss 0.2500"}
+    assert shown[0][0] == {"text/plain": "digits: epoch 1 of 31 · step 2 of 496 · loss 0.2500"}
     end(run, display)
 
 

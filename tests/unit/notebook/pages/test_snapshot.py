@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from dnb.notebook.charts.subplots import SHARE_COLORS
 from dnb.notebook.pages.snapshot import PLOTLY_MIME, bundle
 from tests.fake_runs import FakeHistory, FakeRun, FakeWorker, long_run
 
@@ -92,7 +93,7 @@ def test_plotly_accepts_the_chart():
     import plotly.graph_objects as go
 
     chart = drawing(finished())
-    assert len(go.Figure(data=chart["data"], layout=chart["layout"]).data) == 14
+    assert len(go.Figure(data=chart["data"], layout=chart["layout"]).data) == 17
 
 
 def test_the_title_tells_how_the_run_ended():
@@ -111,7 +112,7 @@ def test_a_long_title_makes_the_figure_higher():
     assert drawing(long)["layout"]["height"] > drawing(short)["layout"]["height"]
 
 
-@pytest.mark.parametrize("color", ["#0072B2", "#D55E00", "#009E73", "#E69F00", "#56B4E9", "#999999"])
+@pytest.mark.parametrize("color", ["#0072B2", "#D55E00", *SHARE_COLORS.values()])
 def test_the_image_has_the_colours_of_the_chart(image, color):
     assert contains(image, color)
 

@@ -34,12 +34,13 @@ def reported(run: FakeRun, *, at: list[float]) -> list[str]:
 
 def test_a_progress_line_has_step_losses_speed_and_time_left():
     assert summary.progress_line(digits()) == (
-        "digits: step 120/496, loss 0.3121, val_loss 0.2980, 2,410 samples/s, 9 s left"
+        "digits: epoch 8 of 31 · step 120 of 496 · loss 0.3121 · val_loss 0.2980 · val_accuracy 0.9500 · "
+        "2,410 samples/s · 9 s left"
     )
 
 
 def test_a_progress_line_leaves_out_what_is_not_known():
-    assert summary.progress_line(FakeRun(status="starting")) == "digits: step 0/496"
+    assert summary.progress_line(FakeRun(status="starting")) == "digits: epoch 1 of 31 · step 0 of 496"
 
 
 def test_a_progress_line_says_why_a_run_paused():
@@ -201,7 +202,11 @@ def test_a_best_validation_loss_is_never_nan():
 
 def test_a_reporter_writes_at_once_and_then_once_per_interval():
     lines = reported(FakeRun(), at=[0.0, 0.2, 4.9, 5.0, 5.2, 10.1])
-    assert lines == ["digits: step 1/496", "digits: step 4/496", "digits: step 6/496"]
+    assert lines == [
+        "digits: epoch 1 of 31 · step 1 of 496",
+        "digits: epoch 1 of 31 · step 4 of 496",
+        "digits: epoch 1 of 31 · step 6 of 496",
+    ]
 
 
 def test_a_reporter_does_not_repeat_a_line_that_says_nothing_new():
@@ -232,4 +237,20 @@ def test_a_reporter_writes_the_summary_once():
 
 def test_a_reporter_without_a_stream_writes_to_what_standard_output_is_now(capsys):
     summary.TextReporter(FakeRun(), clock=Clock())(FakeRun())
-    assert capsys.readouterr().out == "digits: step 0/496\n"
+    assert capsys.readouterr().out == "digits: epoch 1 of 31 · step 0 of 496\n"
+
+
+def test_a_run_of_one_epoch_is_told_by_steps_alone():
+    assert summary.progress_line(FakeRun(step=3, num_steps=16)) == "digits: step 3 of 16"
+
+
+def test_the_last_step_is_in_the_last_epoch():
+    assert summary.place_in_run(FakeRun(step=496)) == ["epoch 31 of 31", "step 496 of 496"]
+
+
+def test_of_metrics_that_are_measured_twice_the_line_has_those_of_validation():
+    run = FakeRun(step=2)
+    run.history.set("accuracy", [0.5, 0.6])
+    run.history.set("val_accuracy", [0.7], steps=[2])
+    run.history.set("f1", [0.1, 0.2])
+    assert summary.latest_values(run) == ["val_accuracy 0.7000", "f1 0.2000"]
