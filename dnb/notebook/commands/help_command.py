@@ -9,7 +9,11 @@ from dnb.notebook.output import say
 
 @enter("help", group="help", rest="verb", example="%dtrain help fit")
 def _help(verb: list[str]) -> None:
-    """List the verbs, or tell the flags of one."""
+    """List the verbs, or tell the flags of one.
+
+    Args:
+        verb: the one whose flags are told; all verbs if left out.
+    """
     from dnb.notebook.commands.help_text import help_on  # it reads the table that this module is a part of
 
     if len(verb) > 1:

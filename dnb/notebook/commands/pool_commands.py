@@ -64,7 +64,11 @@ def _add(**options: Any) -> None:
 
 @verb("remove", group="pool", args_of=[Pool.remove], rest="ids", example="%dtrain remove 1,3-4")
 def _remove(ids: list[str], *, force: bool = False) -> None:
-    """Remove engines from the pool, such as `1,3-4`, once they have finished what they have."""
+    """Remove engines from the pool, such as `1,3-4`, once they have finished what they have.
+
+    Args:
+        ids: engines and ranges of them, as 1,3-4.
+    """
     pool = require_pool()
     if not ids:
         raise ArgumentError("%dtrain remove needs engine ids: %dtrain remove 1,3-4")
@@ -86,7 +90,11 @@ def _spares(**options: Any) -> None:
 
 @verb("chaos", group="pool", rest="words", example="%dtrain chaos kill 1")
 def _chaos(words: list[str]) -> None:
-    """Harm engines or the hub on purpose: `kill 1`, `stop 1 5s`, `slow 2 4x`, `hub`."""
+    """Harm engines or the hub on purpose: `kill 1`, `stop 1 5s`, `slow 2 4x`, `hub`.
+
+    Args:
+        words: kill ENGINE, stop ENGINE SECONDS as 5s, slow ENGINE FACTOR as 4x, where 1x ends it, or hub.
+    """
     pool = require_pool()
     act = read_chaos(words, known=[engine.id for engine in pool.engines])
     if act.verb == "hub":

@@ -31,7 +31,7 @@ class FlagRecord:
     """A flag of a verb, or a word by position."""
 
     name: str  # of the parameter
-    spelling: str  # as it is typed: --batch-size, -n; of a word by position MODEL
+    spelling: str  # as it is typed: --batch-size; of a word by position MODEL, and of one that may be both N or -n
     type: str  # such as INT or NAME|FUNCTION; "" of a switch
     default: str  # "" if there is none, or if leaving it out is a case of its own, which the sentence tells
     sentence: str
@@ -63,6 +63,7 @@ def verb_record(entry: Verb) -> VerbRecord:
         _flag_record(entry, name, parameter, is_positional=name in by_position)
         for name, parameter in entry.flags.items()
     )
+    flags = (*_list_records(entry), *flags)
     return VerbRecord(
         name=entry.name,
         group=entry.group,
@@ -73,6 +74,15 @@ def verb_record(entry: Verb) -> VerbRecord:
     )
 
 
+def _list_records(entry: Verb) -> list[FlagRecord]:
+    """Return the record of words by position in any number, if the verb takes some."""
+    name, spelling = ("options", "NAME=VALUE...") if entry.has_settings else (entry.rest, f"{entry.rest.upper()}...")
+    if not name:
+        return []
+    sentence = entry.sentences.get(name, "")
+    return [FlagRecord(name=name, spelling=spelling, type="TEXT", default="", sentence=sentence, is_positional=True)]
+
+
 def flag_spelling(name: str) -> str:
     """Write a parameter's name as the flag that is typed."""
     return "-n" if name == "n" else f"--{name.replace('_', '-')}"
@@ -80,6 +90,8 @@ def flag_spelling(name: str) -> str:
 
 def _flag_record(entry: Verb, name: str, parameter: inspect.Parameter, *, is_positional: bool) -> FlagRecord:
     spelling = name.upper() if is_positional else flag_spelling(name)
+    if name == entry.operand:
+        spelling = f"{spelling} or {flag_spelling(name)}"
     if parameter.default is True:
         spelling = f"{spelling}, --no-{name.replace('_', '-')}"
     return FlagRecord(
@@ -134,10 +146,6 @@ def _default_of(parameter: inspect.Parameter) -> str:
 def _usages(entry: Verb, flags: Sequence[FlagRecord]) -> list[str]:
     words = [f"%dtrain {entry.name}"]
     words += [_positional(entry, flag) for flag in flags if flag.is_positional]
-    if entry.rest:
-        words.append(f"{entry.rest.upper()}...")
-    if entry.has_settings:
-        words.append("NAME=VALUE...")
     if any(not flag.is_positional for flag in flags):
         words.append("[FLAGS]")
     others = [] if entry.alone is None else [_alone_usage(entry, entry.alone)]
@@ -152,7 +160,7 @@ def _alone_usage(entry: Verb, alone: Verb) -> str:
 
 
 def _positional(entry: Verb, flag: FlagRecord) -> str:
-    return f"[{flag.spelling}]" if flag.name == entry.operand else flag.spelling
+    return f"[{flag.name.upper()}]" if flag.name == entry.operand else flag.spelling
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:

@@ -98,7 +98,7 @@ def _stop() -> Run:
     return run
 
 
-@verb("set", group="run", has_settings=True, example="%dtrain set lr=1e-4 clip_norm=1")
+@verb("set", group="run", args_of=[Run.set], has_settings=True, example="%dtrain set lr=1e-4 clip_norm=1")
 def _set(**settings: Any) -> None:
     """Change settings of the run from the next step on, such as `lr=1e-4`."""
     if not settings:
@@ -145,7 +145,11 @@ def _dashboard(run: str | Path | None = None, *, display: str | None = None) -> 
 
 @verb("compare", group="run", args_of=[compare.show_runs], rest="runs", example="%dtrain compare first second --x time")
 def _compare(shell: Any, runs: list[str], *, x: str = "step") -> None:
-    """Draw runs by variable, name or folder, in any number, over each other; `--x time` counts seconds."""
+    """Draw runs by variable, name or folder, in any number, over each other; `--x time` counts seconds.
+
+    Args:
+        runs: two or more: variables, names of runs, or their folders.
+    """
     names = dict(shell.user_ns)
     compare.show_runs({word: compare.find_run(word, names=names) for word in runs}, x=x)
 

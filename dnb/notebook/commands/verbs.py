@@ -23,7 +23,7 @@ class Verb:
     function: Callable[..., Any]  # takes the flags' values by name, and the shell if it has a parameter of that name
     flags: Mapping[str, inspect.Parameter]
     sentence: str
-    sentences: Mapping[str, str]  # on the flags, by name
+    sentences: Mapping[str, str]  # on the flags, and what else docstrings tell of parameters, by name
     group: str  # under which help lists it
     example: str
     operand: str = ""  # a flag with a default that a word by position may stand for
@@ -107,7 +107,7 @@ def entry_of(
         function=function,
         flags=flags,
         sentence=summary_sentence(function),
-        sentences={flag: sentences[flag] for flag in flags if flag in sentences},
+        sentences=sentences,
         group="",
         example="",
     )

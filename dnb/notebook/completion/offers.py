@@ -99,7 +99,7 @@ def _positions(entry: Verb) -> list[str]:
 
 def _flags(entry: Verb, given: Iterable[str]) -> Iterator[Offer]:
     for name, parameter in entry.flags.items():
-        if name not in given and name not in _positions(entry):
+        if name not in given and parameter.default is not parameter.empty:
             is_on = parameter.default is True
             yield Offer(f"--no-{name.replace('_', '-')}" if is_on else flag_spelling(name), "flag")
     if entry is not CELL:

@@ -68,10 +68,15 @@ def test_few_known_words_stand_in_the_place_of_a_type():
 
 
 def test_flags_are_spelled_as_they_are_typed():
-    assert FLAGS["start", "n"].spelling == "N"
+    assert FLAGS["start", "n"].spelling == "N or -n"
     assert FLAGS["fit", "batch_size"].spelling == "--batch-size"
     assert FLAGS["fit", "shuffle"].spelling == "--shuffle, --no-shuffle"
     assert FLAGS["fit", "exact"].spelling == "--exact"
+
+
+def test_words_in_any_number_and_settings_are_told_too():
+    assert FLAGS["remove", "ids"].spelling == "IDS..."
+    assert FLAGS["set", "options"].sentence.startswith("lr, clip_norm (None does not clip), or another number")
 
 
 def test_usage_has_a_line_for_each_form_of_a_verb():

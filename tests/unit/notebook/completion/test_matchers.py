@@ -59,6 +59,7 @@ def test_flags_are_those_of_the_verb(complete):
 
 def test_flags_that_are_given_are_not_offered_again(complete):
     assert complete("%dtrain fit model train --loss mse_loss --lr=1 --l") == ["--loss-over"]
+    assert "--timeout" not in complete("%dtrain wait 10 ")
 
 
 def test_a_flag_that_is_on_is_offered_with_no(complete):
