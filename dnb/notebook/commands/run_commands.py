@@ -41,7 +41,7 @@ def _fit(model: Any, train: Any, *, display: str | None = None, **options: Any) 
     return run
 
 
-@verb("wait", group="run", example="%dtrain wait --timeout 10")
+@verb("wait", group="run", operand="timeout", example="%dtrain wait --timeout 10")
 def _wait(*, timeout: float | None = None) -> Run:
     """Wait until the run has ended or paused.
 

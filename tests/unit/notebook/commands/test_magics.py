@@ -149,7 +149,7 @@ def test_help_lists_the_verbs(line, capsys):
 @pytest.mark.parametrize("line", ["help wait", "wait --help", "wait -h", "wait --timeout 3 --help", "wait?", "wait ??"])
 def test_help_on_a_verb_tells_its_flags(line, capsys):
     dtrain(line)
-    assert capsys.readouterr().out.startswith("usage: %dtrain wait [FLAGS]\n")
+    assert capsys.readouterr().out.startswith("usage: %dtrain wait [TIMEOUT]\n")
 
 
 def test_help_on_two_verbs_is_refused():
