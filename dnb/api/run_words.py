@@ -49,10 +49,12 @@ def describe_arguments(given: FitArguments, job: Job) -> dict[str, str]:
 
 def code_of_cell() -> str:
     """Return the code of the notebook's cell that runs now; "" in a script, or in a thread that no cell waits for."""
-    cells = getattr(sys.modules.get("__main__"), "In", None)  # IPython's list of all cells
+    notebook = sys.modules.get("__main__")
+    cells = getattr(notebook, "In", None)  # IPython's list of all cells, with magics as the calls that they are
     if threading.current_thread() is not threading.main_thread() or not isinstance(cells, list) or not cells:
         return ""
-    return clean_text(cells[-1], length=_MOST_LETTERS_OF_CODE) if isinstance(cells[-1], str) else ""
+    typed = getattr(notebook, f"_i{len(cells) - 1}", cells[-1])  # as it was typed
+    return clean_text(typed.strip(), length=_MOST_LETTERS_OF_CODE) if isinstance(typed, str) else ""
 
 
 def _differs(value: Any, usual: Any) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dnb.notebook.text.summary import one_line
-from dnb.planning.search.plan_text import describe, headline, layer_span, shortened
+from dnb.planning.search.plan_text import alternatives_heading, describe, headline, layer_span, shortened
 from dnb.planning.search.plans import Plan
 from dnb.planning.search.prediction import Stage
 from dnb.units import amount, milliseconds
@@ -166,7 +166,7 @@ def _alternatives(plan: Plan) -> str:
         )
         for alternative in plan.alternatives
     )
-    return _table(("slower alternatives", "micro-batches", "step", "why"), "".join(rows))
+    return _table((alternatives_heading(plan), "micro-batches", "step", "why"), "".join(rows))
 
 
 def _row(words: Iterable[str], *, style: str) -> str:

@@ -27,6 +27,8 @@ MOST_EVENTS = 400
 MAX_CELL = 2000
 # Options that are texts of several lines, and the titles of their sections.
 _TEXTS = {"layers": "Model", "code": "Code of the cell"}
+# What a reader asks for first; all other options follow.
+_FIRST = ("model", "loss", "step", "optimizer", "lr", "scheduler", "metrics", "epochs", "batch_size", "strategy")
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -104,7 +106,7 @@ def report(run: RunView, *, saved: RunSummary | None, plotlyjs: str, now: dateti
         _section("Prediction of the plan", _prediction(run)),
         _section("Engines", _engines(run.workers)),
         _section("Events", _events(run)),
-        _section("Options", _facts({name: value for name, value in options.items() if name not in _TEXTS})),
+        _section("Options", _options(options)),
         *(_section(title, _text(options.get(name))) for name, title in _TEXTS.items()),
         _section("Versions", _versions(saved)),
     ]
@@ -216,6 +218,11 @@ def _versions(saved: RunSummary | None) -> str:
 def _facts(facts: Mapping[str, Any]) -> str:
     rows = [[name.replace("_", " "), _in_words(value)] for name, value in facts.items()]
     return _table(["name", "value"], rows)
+
+
+def _options(options: Mapping[str, Any]) -> str:
+    order = [*(name for name in _FIRST if name in options), *(name for name in options if name not in _FIRST)]
+    return _facts({name: options[name] for name in order if name not in _TEXTS})
 
 
 def _text(value: Any) -> str:

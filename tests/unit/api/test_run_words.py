@@ -95,6 +95,12 @@ def test_the_code_is_that_of_the_cell_that_runs(monkeypatch):
     assert code_of_cell() == "run = dnb.fit(model, train)"
 
 
+def test_a_magic_is_told_as_it_was_typed(monkeypatch):
+    notebook = SimpleNamespace(In=["", "run_line_magic('dtrain', 'fit model train')"], _i1="%dtrain fit model train\n")
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    assert code_of_cell() == "%dtrain fit model train"
+
+
 def test_in_a_thread_there_is_no_cell(monkeypatch):
     monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(In=["x = 1"]))
     found: list[str] = []

@@ -189,6 +189,11 @@ def test_the_page_has_model_loss_learning_rate_and_epochs():
     assert "epochs | 3" in told
 
 
+def test_options_begin_with_what_a_reader_asks_for_first():
+    told = page(saved=described(model="Net, 8 parameters", loss="my_loss", epochs="3")).text
+    assert "value | model | Net, 8 parameters | loss | my_loss | epochs | 3 | batch size | 4 | num samples" in told
+
+
 def test_the_page_has_layers_and_code_in_sections_of_their_own():
     told = page(saved=described(layers="Net(\n  (0): ReLU()\n)", code="run = dnb.fit(model, train)")).text
     assert "Model | Net(\n  (0): ReLU()\n)" in told

@@ -131,6 +131,10 @@ def test_the_text_of_a_plan_begins_with_model_and_division_and_ends_with_slower_
     assert "\nslower alternatives:\n" in str(plan())
 
 
+def test_the_plan_before_an_edit_that_made_it_slower_is_an_alternative_that_is_not_slower():
+    assert "\nalternatives:\n" in str(plan(strategy="data").with_(cuts=["layers.3"]))
+
+
 def test_the_number_of_micro_batches_can_be_edited_and_cuts_stay():
     edited = plan(strategy="pipeline").with_(cuts=["layers.1"]).with_(num_micro_batches=2)
     assert edited.partition.cuts == ("layers.1",)
