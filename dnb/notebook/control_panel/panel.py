@@ -160,6 +160,7 @@ class ControlPanel:
                 if self._shown is shown and not self._watcher.is_closed:
                     self._shown = None
                     self.widgets.run_view.children = (view,)
+                    self._paint()  # the rows that the live view had in its place
 
     # keeping it true
 

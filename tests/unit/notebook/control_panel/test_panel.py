@@ -335,7 +335,8 @@ def test_beside_the_live_view_stand_only_buttons_that_it_has_not_and_that_do_not
     run = shown_live(kernel)
     assert shown_buttons(kernel) == {"add", "remove", "shutdown", "set", "checkpoint"}
     run.end("finished")
-    wait_until(lambda: "dashboard" in shown_buttons(kernel))
+    kernel.panel._look_and_settle()
+    assert {"plan", "fit", "dashboard"} <= shown_buttons(kernel)
 
 
 def test_steps_are_counted_in_one_place(kernel):
