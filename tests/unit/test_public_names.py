@@ -3,10 +3,14 @@ from __future__ import annotations
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import dnb
+from dnb.api.launching import Pool
+from dnb.api.runs.run import Run
+from dnb.notebook.completion.public_names import public_names
 
 # As design.md, section 4, has it, less what later releases bring; and `batches`, by which the order can be checked.
 PUBLIC = [
@@ -26,6 +30,19 @@ PUBLIC = [
 ]
 # Those, and the functions still to come.
 FUNCTIONS = {"attach", "batches", "fit", "plan", "resume", "show", "start"}
+
+# What TAB offers behind a run and a pool. A public name that is new stands here, or among those that are internal, in
+# dnb/notebook/completion/public_names.py.
+OF_RUN = [
+    "batch_size", "checkpoint", "elapsed_seconds", "error", "events", "export", "first_step", "folder", "history",
+    "is_active", "model", "name", "num_samples", "num_shards", "num_steps", "output", "pause", "prediction", "prove",
+    "recent_workers", "report", "resume", "samples_per_second", "seconds_left", "set", "started", "status", "step",
+    "steps_per_epoch", "stop", "timeline", "to_tensorboard", "utilisation", "wait", "workers",
+]  # fmt: skip
+OF_POOL = [
+    "add", "chaos", "client", "engines", "fit", "is_open", "is_steered_here", "keep_spares", "linger_seconds", "remove",
+    "restart", "restarts", "run", "shutdown", "spares", "trouble",
+]  # fmt: skip
 
 
 def test_the_public_names_are_those_of_the_design():
@@ -66,6 +83,13 @@ def test_a_module_that_must_be_quick_does_not_import_torch(module: str):
 @pytest.mark.parametrize("module", ["dnb.engine.process.worker", "dnb.hub.server.service"])
 def test_engines_and_hub_do_without_torchs_compiler_which_is_large(module: str):
     assert run(f"import sys, {module}; print('torch._dynamo' in sys.modules)") == "False"
+
+
+def test_a_run_and_a_pool_offer_these_names():
+    pool = Pool.__new__(Pool)
+    pool.chaos = pool.client = None  # what it holds itself
+    assert list(public_names(Run("digits", None, folder=Path("nowhere")))) == OF_RUN
+    assert list(public_names(pool)) == OF_POOL
 
 
 LOAD = """

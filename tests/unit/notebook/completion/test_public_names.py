@@ -13,19 +13,9 @@ from dnb.api.runs.history import History
 from dnb.api.runs.run import Run
 from dnb.notebook.completion.matchers import register_matchers
 from dnb.notebook.completion.public_names import _INTERNAL
+from tests.unit.test_public_names import OF_POOL, OF_RUN
 
 PUBLIC = sorted(dnb.__all__, key=str.lower)
-# Every one of them is to be had by a user, and documented; whatever is added to a class is offered, or is internal.
-OF_RUN = [
-    "batch_size", "checkpoint", "elapsed_seconds", "error", "events", "export", "first_step", "folder", "history",
-    "is_active", "model", "name", "num_samples", "num_shards", "num_steps", "output", "pause", "prediction", "prove",
-    "recent_workers", "report", "resume", "samples_per_second", "seconds_left", "set", "started", "status", "step",
-    "steps_per_epoch", "stop", "timeline", "to_tensorboard", "utilisation", "wait", "workers",
-]  # fmt: skip
-OF_POOL = [
-    "add", "chaos", "client", "engines", "fit", "is_open", "is_steered_here", "keep_spares", "linger_seconds", "remove",
-    "restart", "restarts", "run", "shutdown", "spares", "trouble",
-]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["jedi", "no jedi"])
