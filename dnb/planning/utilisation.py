@@ -46,6 +46,10 @@ class Utilisation:
     def __len__(self) -> int:
         return len(self._held.steps)
 
+    def __repr__(self) -> str:
+        seconds = float(self._held.ends[-1, 1]) if len(self) else 0.0
+        return f"<dnb.Utilisation: {len(self.engines)} engines over {seconds:.1f} s, in {len(self)} spans>"
+
     @property
     def engines(self) -> tuple[int, ...]:
         """Ids of all that ever took part."""

@@ -27,5 +27,11 @@ def test_an_engine_that_only_stood_by_is_none_of_the_last():
     assert Utilisation([row(1, e0=0.5, e1=0.0), row(2, e0=0.0, e1=0.0)]).last_engines == (0,)
 
 
+def test_it_says_how_much_it_holds():
+    held = Utilisation([row(1, e0=0.5, e1=0.5), row(2.5, e0=0.5)])
+    assert repr(held) == "<dnb.Utilisation: 2 engines over 2.5 s, in 2 spans>"
+    assert repr(Utilisation()) == "<dnb.Utilisation: 0 engines over 0.0 s, in 0 spans>"
+
+
 def test_without_spans_there_are_no_last_engines():
     assert Utilisation().last_engines == ()
