@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dnb.api.runs.page_writer import write_pages_by
+from dnb.api.runs.run_views import view_runs_by
 
 if TYPE_CHECKING:
     from dnb.api.arguments.data import batches
@@ -87,9 +88,11 @@ def _open_notebook() -> None:
         watch_all(_watch)
     if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()) is not None:
         from dnb.notebook.completion.matchers import register_matchers
+        from dnb.notebook.live.run_values import register_run_values
         from dnb.notebook.pages.drawers import register_drawers
 
         register_drawers(shell.display_formatter)
+        register_run_values(shell.display_formatter)
         register_matchers(shell)
 
 
@@ -113,4 +116,29 @@ def _write_page(run: Any, path: str | Path) -> Path:
     return write_report(run, path)
 
 
+def _show_run(run: Any, *, display: str | None) -> None:
+    from dnb.notebook.live.display import show  # not before somebody looks
+
+    show(run, display=display)
+
+
+def _show_new_run(run: Any, *, display: str | None) -> None:
+    from dnb.notebook.live.display import show_new
+
+    show_new(run, display=display)
+
+
+def _check_display(display: str) -> None:
+    from dnb.notebook.live.frontend import checked_display
+
+    checked_display(display, source="display")
+
+
+def _plot_run(run: Any, **options: Any) -> Any:
+    from dnb.notebook.pages.snapshot import plotly_figure  # not before somebody wants a figure
+
+    return plotly_figure(run, **options)
+
+
 write_pages_by(_write_page)
+view_runs_by(show=_show_run, plot=_plot_run, begin=_show_new_run, check=_check_display)

@@ -35,6 +35,7 @@ from dnb.api.run_request import RunRequest, check_optimizer_fits
 from dnb.api.run_specs import check_kept_spec
 from dnb.api.runs.run import Run
 from dnb.api.runs.run_folders import RUNS_FOLDER, check_name, check_place, clean_name, is_folder
+from dnb.api.runs.run_views import check_display, show_new_run
 from dnb.api.runs.write_back import NotebookObjects, OrderFollower
 from dnb.api.strategy.division import ModelDivision
 from dnb.api.submission import NOTHING, own_path
@@ -71,6 +72,7 @@ def resume(  # noqa: PLR0913 - the user's own words, each a flag of %dtrain
     steps: int | None = None,
     name: str | None = None,
     trust: bool = False,
+    display: str | None = None,
     pool: Pool | None = None,
 ) -> Run:
     """Continue a run from a checkpoint with the very next step; returns at once, as `fit` does.
@@ -100,12 +102,14 @@ def resume(  # noqa: PLR0913 - the user's own words, each a flag of %dtrain
         name: name of the new run; made from the old one's if left out.
         trust: read pickles though this user's hub did not sign the checkpoint, or it was changed: they
             may do anything that this user may.
+        display: how the run is shown, as for `fit`.
         pool: where to train; the kernel's own if left out, started if there is none.
 
     Raises:
         ArgumentError: no checkpoint there is whole, it is of another model or a newer dnb, pickles would have to be
             read of somebody who is not trusted, or a run is active; nothing was started.
     """
+    check_display(display)
     settings = notebook_settings()
     pool = pool or current_pool()
     if pool is not None:
@@ -127,7 +131,9 @@ def resume(  # noqa: PLR0913 - the user's own words, each a flag of %dtrain
     request = _read_request(
         checkpoint, damages, given, epochs=epochs, steps=steps, name=name, trust=trust, settings=settings
     )
-    return launch(request, pool or start())
+    run = launch(request, pool or start())
+    show_new_run(run, display=display)
+    return run
 
 
 def _find(path: str | Path, given: GivenObjects) -> tuple[Checkpoint, list[str]]:

@@ -13,6 +13,7 @@ from dnb.api.launching import Pool, launch
 from dnb.api.pools import current_pool, start
 from dnb.api.run_request import read_request
 from dnb.api.runs.run import Run
+from dnb.api.runs.run_views import check_display, show_new_run
 from dnb.planning.search.plans import Plan
 
 
@@ -58,6 +59,7 @@ def fit(  # noqa: PLR0913 - the user's own words, each a flag of %dtrain
     transport: str | Mapping[int, str] | None = None,
     telemetry: bool = True,
     name: str | None = None,
+    display: str | None = None,
     pool: Pool | None = None,
 ) -> Run:
     """Train a model on the pool's engines; returns at once, while training goes on.
@@ -125,12 +127,15 @@ def fit(  # noqa: PLR0913 - the user's own words, each a flag of %dtrain
         telemetry: let engines measure their compute, wait, data and idle time, and memory.
         name: name of the run and its folder .dnb/runs/<name>, with a number behind it if that is taken; made from the
             model's class if left out.
+        display: "widget", "display" (replaced every few seconds), "text" or "none": how the run is shown; chosen by
+            what this kernel is attached to if left out. In a script, `wait` tells each epoch in a line.
         pool: where to train; the kernel's own if left out, started if there is none.
 
     Raises:
         ArgumentError: an argument is wrong, or a run is active; nothing was started.
         PlanError: what is asked is not in this release.
     """
+    check_display(display)
     given = FitArguments(
         model=model,
         train=train,
@@ -173,4 +178,6 @@ def fit(  # noqa: PLR0913 - the user's own words, each a flag of %dtrain
         name=name,
     )
     request = read_request(given)
-    return launch(request, pool or current_pool() or start())
+    run = launch(request, pool or current_pool() or start())
+    show_new_run(run, display=display)
+    return run

@@ -346,3 +346,29 @@ def test_a_model_that_was_changed_meanwhile_is_told_and_the_run_still_ends(pool)
     with pytest.raises(RunError, match="the trained state could not be copied into the notebook's model: RuntimeError"):
         wait(run)
     assert run.status == "stopped"
+
+
+def test_in_a_script_wait_tells_each_epoch_and_the_end_in_a_line(pool, capsys):
+    run = dnb.fit(mlp(), digits(), loss="cross_entropy", val=digits(200), epochs=2, name="told", pool=pool)
+    wait(run)
+    told = capsys.readouterr().out.splitlines()
+    assert [line.partition(" · ")[0] for line in told if "epoch" in line][-1:] == [f"{run.name}: epoch 2 of 2"]
+    assert told[-1].startswith(f"{run.name}: finished after 58 steps in ")
+
+
+def test_a_run_that_is_not_to_be_shown_is_silent(pool, capsys):
+    wait(dnb.fit(mlp(), digits(), loss="cross_entropy", steps=3, display="none", pool=pool))
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_no_display_is_refused_before_a_run_begins(pool):
+    before = pool.run
+    with pytest.raises(ArgumentError, match=r"display='wigdet' is no display; did you mean 'widget'"):
+        dnb.fit(mlp(), digits(), loss="cross_entropy", display="wigdet", pool=pool)
+    assert pool.run is before
+
+
+def test_a_run_is_plotted_as_a_figure_of_plotly(pool):
+    run = wait(fit(pool, steps=5, val=digits(100), metrics="accuracy"))
+    names = [trace.name for trace in run.plot().data]
+    assert {"training", "validation", "accuracy", "val_accuracy"} <= set(names)

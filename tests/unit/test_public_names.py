@@ -35,9 +35,9 @@ FUNCTIONS = {"attach", "batches", "fit", "plan", "resume", "show", "start"}
 # dnb/notebook/completion/public_names.py.
 OF_RUN = [
     "batch_size", "checkpoint", "elapsed_seconds", "error", "events", "export", "first_step", "folder", "history",
-    "is_active", "model", "name", "num_samples", "num_shards", "num_steps", "output", "pause", "prediction", "prove",
-    "recent_workers", "report", "resume", "samples_per_second", "seconds_left", "set", "started", "status", "step",
-    "steps_per_epoch", "stop", "timeline", "to_tensorboard", "utilisation", "wait", "workers",
+    "is_active", "model", "name", "num_samples", "num_shards", "num_steps", "output", "pause", "plot", "prediction",
+    "prove", "recent_workers", "report", "resume", "samples_per_second", "seconds_left", "set", "show", "started",
+    "status", "step", "steps_per_epoch", "stop", "timeline", "to_tensorboard", "utilisation", "wait", "workers",
 ]  # fmt: skip
 OF_POOL = [
     "add", "chaos", "client", "engines", "fit", "is_open", "is_steered_here", "keep_spares", "linger_seconds", "remove",

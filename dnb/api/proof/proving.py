@@ -23,6 +23,20 @@ from dnb.transport.pickling.payloads import copy_of, unpack
 from dnb.user_code.gradient_samples import positions, take
 
 
+def known_submission(submission: Submission | None, *, run: str) -> Submission:
+    """Return what a run began with.
+
+    Raises:
+        ArgumentError: this kernel did not start it.
+    """
+    if submission is None:
+        raise ArgumentError(
+            f"run {run!r} cannot be proved from here, as only the kernel that called fit has what it began with: prove "
+            "it there, or train it anew with fit(prove=20)"
+        )
+    return submission
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
     """A run as it was submitted: what is needed to compute it again.

@@ -238,6 +238,17 @@ def _missing(need: str, *, extra: str) -> str:
     return f"{need}, which is not installed: pip install 'dnb[{extra}]'"
 
 
+def export_run(run: Any, path: str | Path) -> Path:
+    """Write a run in the format that the ending of a path says.
+
+    Raises:
+        ArgumentError: the ending says nothing, there is nothing to write, or it cannot be written.
+    """
+    writers = {".csv": run.history.to_csv, ".parquet": run.history.to_parquet, ".html": run.report}
+    ending = kind_of(path, suffixes=list(writers))
+    return Path({**writers, "": run.to_tensorboard}[ending](path))
+
+
 def kind_of(path: str | Path, *, suffixes: Sequence[str]) -> Any:
     """Return the suffix that says what is written, or "" for a folder of event files.
 

@@ -19,15 +19,16 @@ from dnb.api.arguments.checks import check_positive
 from dnb.api.arguments.losses import read_loss
 from dnb.api.hub_requests import read_options, replace_functions, seen_gradients, take_checkpoint
 from dnb.api.proof.comparison import Proof
-from dnb.api.proof.proving import Submission, prove
-from dnb.api.runs.exporting import kind_of, write_tensorboard
+from dnb.api.proof.proving import Submission, known_submission, prove
+from dnb.api.runs.exporting import export_run, write_tensorboard
 from dnb.api.runs.history import History
 from dnb.api.runs.page_writer import write_page
 from dnb.api.runs.run_follower import RunFollower
 from dnb.api.runs.run_snapshot import KnownRun, RunSnapshot, printed, read_run
+from dnb.api.runs.run_views import plot_run, show_run
 from dnb.api.runs.workers import EngineUsage
 from dnb.api.runs.write_back import NotebookObjects
-from dnb.errors import USER_ERRORS, ArgumentError, HubError, RunError
+from dnb.errors import USER_ERRORS, HubError, RunError
 from dnb.planning.sample_order import samples_after
 from dnb.planning.step_timeline import Timeline
 from dnb.planning.utilisation import Utilisation
@@ -280,8 +281,7 @@ class Run:
         Raises:
             ArgumentError: an unknown name, not a fitting number, or the run has ended; nothing was changed.
         """
-        numbers = read_options(options)
-        self._follower.hub.ask(SetOptions(run=self.name, options=numbers), Done)
+        self._follower.hub.ask(SetOptions(run=self.name, options=read_options(options)), Done)
 
     def checkpoint(self, path: str | Path | None = None, *, timeout_seconds: float = 300.0) -> Path:
         """Write a checkpoint after the step under way; returns its folder once it is durable.
@@ -315,11 +315,7 @@ class Run:
         number = check_positive(steps, name="steps")
         if self._proof is not None and len(self._proof.steps) >= number:
             return dataclasses.replace(self._proof, steps=self._proof.steps[:number])
-        if (submission := self.submission) is None:
-            raise ArgumentError(
-                f"run {self.name!r} cannot be proved from here, as only the kernel that called fit has what it began "
-                "with: prove it there, or train it anew with fit(prove=20)"
-            )
+        submission = known_submission(self.submission, run=self.name)
         number = min(number, submission.spec.num_steps)
         with long_work(f"waiting until run {self.name!r} has done {number} steps"):
             self._follower.wait_for_step(number)
@@ -329,6 +325,14 @@ class Run:
             raise submission.given_up from error
         self._proof = prove(submission, gradients, notes=notes)
         return self._proof
+
+    def show(self, *, display: str | None = None) -> None:
+        """Show the run in the current cell until it ends, as `display` of `fit` says; in a script, tell it in words."""
+        show_run(self, display=display)
+
+    def plot(self, *, x: str = "step", loss_scale: str = "linear") -> Any:
+        """Return a plotly figure of the run; x counts "step", "samples" or "time", the loss is "linear" or "log"."""
+        return plot_run(self, x=x, loss_scale=loss_scale)
 
     # what can be kept
 
@@ -341,10 +345,7 @@ class Run:
         Raises:
             ArgumentError: the ending says nothing, there is nothing to write, or it cannot be written.
         """
-        writers: dict[str, Callable[[str | Path], Path]]
-        writers = {".csv": self.history.to_csv, ".parquet": self.history.to_parquet}
-        writers |= {".html": self.report, "": self.to_tensorboard}
-        return writers[kind_of(path, suffixes=[suffix for suffix in writers if suffix])](path)
+        return export_run(self, path)
 
     def to_tensorboard(self, folder: str | Path) -> Path:
         """Write an event file into a folder, in the place of one of an earlier export: all columns, events as texts.
@@ -379,8 +380,8 @@ class Run:
     def __repr__(self) -> str:
         known, last = self._known, self.history.column("loss")[1][-1:]
         loss = f", loss {last[0]:.4g}" if len(last) else ""
-        error = f": {known.error}" if known.error else ""
-        return f"<dnb.Run {self.name!r}: {known.status}, step {known.step} of {known.num_steps}{loss}{error}>"
+        end = f"{loss}: {known.error}" if known.error else loss
+        return f"<dnb.Run {self.name!r}: {known.status}, step {known.step} of {known.num_steps}{end}>"
 
     def _show_output(self) -> None:
         """Print what engines have printed, in the cell that waits for them."""

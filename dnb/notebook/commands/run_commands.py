@@ -10,6 +10,7 @@ from IPython.core.display_functions import display as publish
 from dnb.api import pools, resuming, training
 from dnb.api.proof.comparison import Proof
 from dnb.api.runs.run import Run
+from dnb.api.runs.run_views import check_display
 from dnb.errors import ArgumentError
 from dnb.notebook.commands.pool_commands import require_pool
 from dnb.notebook.commands.verbs import run_line, verb
@@ -19,21 +20,18 @@ from dnb.notebook.magic_words import speak_magic
 from dnb.notebook.output import say
 from dnb.user_code.gradient_samples import USUAL_STEPS
 
-_DISPLAY = {"display": "str | None"}
-
 
 @verb(
     "fit",
     group="run",
     flags_of=training.fit,
-    args_of=[show],
-    more=_DISPLAY,
     left_out={"pool"},
     example="%dtrain fit model (X, y) --loss cross_entropy --epochs 5",
 )
 def _fit(model: Any, train: Any, *, display: str | None = None, **options: Any) -> Run:
     """Train a model on the pool's engines, and show the run."""
-    run = training.fit(model, train, **options)
+    check_display(display)
+    run = training.fit(model, train, display="none", **options)
     speak_magic(run)
     show(run, display=display)
     if options.get("prove") is not None:
@@ -74,15 +72,14 @@ def _resume_paused(*, step: Any = None, loss: Any = None) -> None:
     "resume",
     group="run",
     flags_of=resuming.resume,
-    args_of=[show],
-    more=_DISPLAY,
     left_out={"pool"},
     alone=_resume_paused,
     example="%dtrain resume --loss cross_entropy",
 )
 def _resume(path: Any, *, display: str | None = None, **options: Any) -> Run:
     """Go on from a checkpoint or a run's folder; without a path, the paused run does."""
-    run = resuming.resume(path, **options)
+    check_display(display)
+    run = resuming.resume(path, display="none", **options)
     speak_magic(run)
     show(run, display=display)
     return run

@@ -19,6 +19,7 @@ from dnb.notebook.charts.svg_image import behind_chart
 from dnb.notebook.live.frontend import Display, checked_display, choose_display
 from dnb.notebook.live.replaced_display import ReplacedDisplay
 from dnb.notebook.pages.snapshot import bundle, new_display_id, publish
+from dnb.notebook.text.script_progress import ScriptProgress
 from dnb.notebook.text.summary import Stream, TextReporter, progress_line, summary
 from dnb.notebook.views import RunView, has_ended
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 # By id(run): a second look at a run is a second view of the same widgets, for each figure costs the browser 5 MB.
 # A dashboard holds its run, and its painter holds the dashboard until the run ends; then both may go.
 _dashboards: weakref.WeakValueDictionary[int, Dashboard] = weakref.WeakValueDictionary()
+_shown_in: dict[int, tuple[int, str]] = {}  # by id(run): the number of the cell that has shown it, and its name
 _replaced: weakref.WeakValueDictionary[int, ReplacedDisplay] = weakref.WeakValueDictionary()
 
 
@@ -46,6 +48,7 @@ def show(run: RunView | str | Path, *, display: str | None = None) -> None:
     shell = get_ipython()
     kind: Display = choose_display(shell=shell) if display is None else checked_display(display, source="display")
     shown = read_run(run)
+    _shown_in[id(shown)] = getattr(shell, "execution_count", 0), shown.name
     if kind != "none" and (elsewhere := output.current()) is not None:
         elsewhere.show(shown)
         return
@@ -53,6 +56,34 @@ def show(run: RunView | str | Path, *, display: str | None = None) -> None:
         _tell(shown, waits=kind != "none")
     elif kind != "none":
         _show_as(kind, shown)
+
+
+def show_new(run: RunView, *, display: str | None = None) -> None:
+    """Show a run that has just begun; in a script, let whoever waits for it see its progress.
+
+    Raises:
+        ArgumentError: there is no such display.
+    """
+    kind = "" if display is None else checked_display(display, source="display")
+    if get_ipython() is not None:
+        show(run, display=display)
+    elif kind != "none" and os.environ.get("DNB_DISPLAY") != "none":
+        run.add_wait_hook(ScriptProgress(run))
+
+
+def show_value(run: RunView) -> None:
+    """Show a run that is the value of a cell, unless that cell or a live view shows it already.
+
+    Raises:
+        NotImplementedError: its repr says enough: nothing shows widgets, or a view has the end of it.
+    """
+    shell = get_ipython()
+    if _shown_in.get(id(run)) == (shell.execution_count, run.name):
+        return
+    is_seen = id(run) in _dashboards or id(run) in _replaced
+    if choose_display(shell=shell) not in ("widget", "display") or (is_seen and has_ended(run)):
+        raise NotImplementedError
+    show(run)
 
 
 def keep(run: RunView) -> None:

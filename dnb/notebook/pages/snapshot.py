@@ -42,6 +42,14 @@ def bundle(run: RunView, *, with_image: bool, x: str = "step", loss_scale: str =
     return content if image is None else {**content, "image/png": image}
 
 
+def plotly_figure(run: RunView, *, x: str = "step", loss_scale: str = "linear") -> Any:
+    """Return a run's figure as one of plotly, to be shown, changed or written; arguments as of `bundle`."""
+    from plotly.graph_objects import Figure  # a second: not before somebody wants it
+
+    drawing = _titled(figure(run, x=x, loss_scale=loss_scale), run=run)
+    return Figure(data=drawing["data"], layout={**drawing["layout"], "template": "none"})
+
+
 def new_display_id(run: RunView) -> str:
     """Return a unique name for one display of the run."""
     return f"dnb-{run.name}-{uuid.uuid4().hex[:8]}"

@@ -11,7 +11,11 @@ from dnb.api.training import fit
 
 
 def test_a_pool_fits_with_the_defaults_of_fit():
-    of_fit = {name: each.default for name, each in inspect.signature(fit).parameters.items() if name != "pool"}
+    of_fit = {
+        name: each.default
+        for name, each in inspect.signature(fit).parameters.items()
+        if name not in ("pool", "display")
+    }
     of_record = {each.name: each.default for each in fields(FitArguments)}
     assert of_record == {name: MISSING if each is inspect.Parameter.empty else each for name, each in of_fit.items()}
 

@@ -9,7 +9,7 @@ from dnb.errors import ArgumentError
 from dnb.hub.history.run_files import HistoryRow, summarize
 from dnb.hub.history.run_folder import RunFolder
 from dnb.notebook.charts.svg_image import SVG_MIME
-from dnb.notebook.live.display import TextView, dashboard_of, keep, show
+from dnb.notebook.live.display import TextView, dashboard_of, keep, show, show_new, show_value
 from dnb.notebook.pages.snapshot import PLOTLY_MIME
 from tests.fake_runs import FakeHistory, FakeRun, FakeWorker, wait_until
 from tests.unit.kept_runs import SPEC
@@ -197,3 +197,65 @@ def test_a_page_that_was_not_reloaded_has_the_chart_where_the_view_was(run, show
     assert dashboard.join(timeout_seconds=30)
     keep(run)
     assert shown == []
+
+
+class Shell:
+    """An IPython shell with a kernel, in the cell of this number."""
+
+    def __init__(self) -> None:
+        self.kernel = SimpleNamespace(_allow_stdin=True)
+        self.execution_count = 1
+        self.user_ns: dict[str, Any] = {}
+
+
+@pytest.fixture
+def shell(monkeypatch: pytest.MonkeyPatch) -> Shell:
+    shell = Shell()
+    monkeypatch.setattr("dnb.notebook.live.display.get_ipython", lambda: shell)
+    monkeypatch.setenv("DNB_DISPLAY", "display")
+    return shell
+
+
+@pytest.fixture
+def views(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
+    """Runs that were shown, in order."""
+    shown: list[FakeRun] = []
+    monkeypatch.setattr("dnb.notebook.live.display._show_as", lambda _, run: shown.append(run))
+    return shown
+
+
+def test_a_run_as_the_value_of_a_cell_is_its_view(shell, views, run):
+    show_value(run)
+    assert views == [run]
+
+
+def test_a_cell_that_has_shown_a_run_shows_it_once(shell, views, run):
+    show_new(run)
+    show_value(run)
+    assert views == [run]
+    shell.execution_count = 2
+    show_value(run)
+    assert views == [run, run]
+
+
+def test_where_there_are_no_views_a_run_is_its_repr(shell, views, run, monkeypatch):
+    monkeypatch.setenv("DNB_DISPLAY", "text")
+    with pytest.raises(NotImplementedError):
+        show_value(run)
+    assert views == []
+
+
+def test_in_a_script_a_new_run_tells_whoever_waits_and_nothing_at_once(run, capsys, monkeypatch):
+    monkeypatch.setattr("dnb.notebook.live.display.get_ipython", lambda: None)
+    show_new(run)
+    assert capsys.readouterr().out == ""
+    assert len(run.wait_hooks) == 1
+
+
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_a_new_run_that_is_not_to_be_shown_is_not(run, monkeypatch, is_asked):
+    monkeypatch.setattr("dnb.notebook.live.display.get_ipython", lambda: None)
+    if not is_asked:
+        monkeypatch.setenv("DNB_DISPLAY", "none")
+    show_new(run, display="none" if is_asked else None)
+    assert run.wait_hooks == []
