@@ -19,7 +19,9 @@ Matcher = Callable[[CompletionContext], SimpleMatcherResult]
 
 def register_matchers(shell: Any) -> None:
     """Have a shell's completer ask about lines of `%dtrain` and names of dnb, once or again."""
-    completer = shell.Completer
+    completer = getattr(shell, "Completer", None)
+    if completer is None:  # a shell that nobody types into
+        return
     made = [_line_matcher(shell), _attribute_matcher(shell)]
     replaced = {_identifier(matcher) for matcher in made}
     others = [matcher for matcher in completer.custom_matchers if _identifier(matcher) not in replaced]

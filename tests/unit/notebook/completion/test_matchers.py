@@ -183,6 +183,12 @@ def test_objects_that_raise_when_they_are_looked_at_are_left_out(complete, capsy
     assert capsys.readouterr().err == ""
 
 
+def test_a_shell_without_a_completer_is_left_alone():
+    shell = SimpleNamespace()
+    register_matchers(shell)
+    assert vars(shell) == {}
+
+
 def test_matchers_that_are_registered_again_take_the_place_of_the_first(shell):
     register_matchers(shell)
     register_matchers(shell)
