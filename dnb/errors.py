@@ -13,7 +13,14 @@ DnbError
 from __future__ import annotations
 
 import difflib
+import linecache
+import re
 from collections.abc import Iterable
+from pathlib import Path
+
+_RED, _PLAIN = "\x1b[31m", "\x1b[39m"  # as IPython writes the class of an exception
+_PACKAGE = Path(__file__).parent
+_FRAME = re.compile(r'  File "(?P<path>[^"\n]*)", line (?P<line>\d+)')
 
 
 class DnbError(Exception):
@@ -21,7 +28,7 @@ class DnbError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         """Return what a notebook shows: the message, as frames of dnb itself help nobody there."""
-        return [f"{type(self).__name__}: {self}"]
+        return [f"{_RED}{type(self).__name__}{_PLAIN}: {self}"]
 
 
 class ArgumentError(DnbError, ValueError):
@@ -60,9 +67,52 @@ class RunError(DnbError):
         super().__init__(message)
         self.remote_traceback = remote_traceback
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what a notebook shows: the message, and the frames of the user's own code."""
+        lines = [f"{_RED}{type(self).__name__}{_PLAIN}: {super().__str__()}"]
+        return [*lines, "", fold_frames(self.remote_traceback)] if self.remote_traceback else lines
+
     def __str__(self) -> str:
         message = super().__str__()
         return f"{message}\n\n{self.remote_traceback}" if self.remote_traceback else message
+
+
+def fold_frames(traceback: str) -> str:
+    """Return a traceback in which frames of dnb and torch stand in one line; code of cells has its source line.
+
+    Args:
+        traceback: of an engine, as text.
+    """
+    folded: list[str] = []
+    hidden = 0
+    for part in re.split(r'(?m)^(?=  File ")', traceback):
+        frame = _FRAME.match(part)
+        rest = "" if frame is None else "".join(re.findall(r"(?m)^(?! ).*\n?", part))  # what follows the last frame
+        if frame is not None and _is_internal(frame["path"]):
+            hidden += 1
+            part = rest
+        if hidden and part:
+            folded.append(f"  ... {hidden} frame{'s' * (hidden > 1)} of dnb and torch\n")
+            hidden = 0
+        folded.append(_with_source(part, frame))
+    return "".join(folded)
+
+
+def _is_internal(path: str) -> bool:
+    parts = Path(path).parts
+    if "site-packages" in parts and "torch" in parts:
+        return True
+    places = [place for place, part in enumerate(parts) if part == _PACKAGE.name]
+    return any((_PACKAGE / Path(*parts[place + 1 :])).is_file() for place in places)
+
+
+def _with_source(part: str, frame: re.Match[str] | None) -> str:
+    """Add the line of source that an engine could not read, as it stands in a cell of this notebook."""
+    if frame is None or part.count("\n    "):
+        return part
+    source = linecache.getline(frame["path"], int(frame["line"])).strip()
+    head, newline, rest = part.partition("\n")
+    return f"{head}\n    {source}\n{rest}" if source and newline else part
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
