@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import ipywidgets as widgets
 
+from dnb.engine.runtime.allocator import release_freed_memory
 from dnb.notebook.charts.svg_image import behind_chart
 from dnb.notebook.charts.x_axis import checked_kind
 from dnb.notebook.live.controls import Controls
@@ -146,6 +147,7 @@ class Dashboard:
             self.paint()
         finally:  # whatever the widgets would not take, the notebook keeps a picture
             self._replace_by_plain_output()
+            release_freed_memory()  # of drawing and of messages; a small server has other use for 20 MB
 
     def _replace_by_plain_output(self) -> None:
         plain = self._plain()

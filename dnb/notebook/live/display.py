@@ -16,6 +16,7 @@ from IPython import get_ipython
 from dnb.api.runs.run_folders import find_folder
 from dnb.notebook import output
 from dnb.notebook.charts.svg_image import behind_chart
+from dnb.notebook.live.deferred_modules import deferred
 from dnb.notebook.live.frontend import Display, checked_display, choose_display
 from dnb.notebook.live.replaced_display import ReplacedDisplay
 from dnb.notebook.pages.snapshot import bundle, new_display_id, publish
@@ -111,8 +112,13 @@ def read_run(run: Any) -> Any:
 
 def warm_up() -> None:
     """Import in a thread what the first dashboard needs: two seconds and more, while a pool starts anyway."""
-    name = "dnb.notebook.live.live_figure"
-    threading.Thread(target=importlib.import_module, args=(name,), name="dnb-warm-up", daemon=True).start()
+    threading.Thread(target=_import_live_figure, name="dnb-warm-up", daemon=True).start()
+
+
+def _import_live_figure() -> None:
+    # plotly imports nbformat, and so jsonschema, which checks IRIs by a grammar: a second and 16 MB for what few ask.
+    with deferred("rfc3987_syntax", functions=("is_valid_syntax",)):
+        importlib.import_module("dnb.notebook.live.live_figure")
 
 
 def dashboard_of(run: RunView) -> Dashboard:
