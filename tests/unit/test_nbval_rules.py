@@ -51,6 +51,7 @@ def test_an_engine_in_another_state_is_not_the_same():
          "digits: starting\ndigits: finished after 675 steps in 1 s\n"),
         ("digits: epoch 1 of 15 · step 13 of 675\nTrue\n", "digits: epoch 7 of 15 · step 600 of 675\nTrue\n"),
         ("<dnb.Run 'digits': finished, step 9 of 9, loss 0.6>", "<dnb.Run 'digits-3': finished, step 9 of 9, loss 1>"),
+        ("<dnb.Run 'on-a-loader': finished, step 9 of 9>", "<dnb.Run 'on-a-loader-2': finished, step 9 of 9>"),
         ("[stdout:1] engine answers\n", "[stdout:0] engine answers\n"),
         ("measured: .dnb/runs/digits\n", "measured: .dnb/runs/digits-2\n"),
         ("validation accuracy 0.992\n", "validation accuracy 0.983\n"),
