@@ -1,6 +1,7 @@
 """The quickstart in JupyterLab, as a person would run it."""
 
 import os
+import platform
 import shutil
 from pathlib import Path
 
@@ -52,6 +53,19 @@ def keep_picture(lab, name: str, *, index: int | None = None) -> None:
 
 def starting_with(numbers: dict[str, int], text: str) -> int:
     return next(index for source, index in numbers.items() if source.startswith(text))
+
+
+@pytest.mark.parametrize("path", sorted(QUICKSTART.parent.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_stored_notebook_is_clean_on_opening(path, lab, notebook_folder):
+    notebook = nbformat.read(path, as_version=4)
+    notebook.metadata.language_info.version = platform.python_version()  # the one part that another Python changes
+    nbformat.write(notebook, notebook_folder / path.name)
+    lab.open(path.name)
+    lab.wait_for(
+        "return panel.context.model.getMetadata('language_info')?.version === argument;",
+        notebook.metadata.language_info.version,
+    )
+    assert lab.evaluate("return panel.context.model.dirty;") is False
 
 
 def test_the_quickstart_runs_with_a_live_chart_that_stays(lab, notebook_folder):
