@@ -27,9 +27,10 @@ RUN_FILE = "run.json"
 HISTORY_FILE = "history.jsonl"
 EVENTS_FILE = "events.jsonl"
 USAGE_FILE = "usage.jsonl"
+OUTPUT_FILE = "output.log"  # text for people, of which no program reads a record
 TIMELINE_FILE = "timeline.json"
 ERRORS_FOLDER = "errors"  # texts that were cut where they are told
-LINE_FILES = (HISTORY_FILE, EVENTS_FILE, USAGE_FILE)
+LINE_FILES = (HISTORY_FILE, EVENTS_FILE, USAGE_FILE, OUTPUT_FILE)
 FORMAT = 1
 
 

@@ -22,11 +22,13 @@ from dnb.hub.handover import read_handover_bytes, remove_handover, write_handove
 from dnb.hub.history.backlog import Backlog
 from dnb.hub.history.disk_news import DiskNews
 from dnb.hub.history.line_file import PIECE_BYTES, LineFile
+from dnb.hub.history.output_log import OutputLog
 from dnb.hub.history.run_files import (
     ERRORS_FOLDER,
     EVENTS_FILE,
     HISTORY_FILE,
     LINE_FILES,
+    OUTPUT_FILE,
     RUN_FILE,
     TIMELINE_FILE,
     USAGE_FILE,
@@ -83,6 +85,7 @@ class RunFolder:
         self._clock = clock
         self._lines = {name: LineFile(path / name, self._backlog(name)) for name in LINE_FILES}
         self._history = self._lines[HISTORY_FILE]
+        self.output = OutputLog(self._lines[OUTPUT_FILE])
         self._encoder = msgspec.json.Encoder()
         self._contents: dict[str, bytes] = {}  # of the files that are replaced, as they should be
         self._owed: dict[str, OSError] = {}  # of them, those that are not on disk, and why

@@ -113,7 +113,9 @@ class RunRecorder:
         self.add_event(Note(kind, text), step=step)
 
     def add_output(self, engine: int, lines: Sequence[str], *, kind: str) -> None:
-        """Keep what user code has printed as an event, up to a number of lines for the whole run."""
+        """Keep what user code has printed in a file and as an event, up to a number of lines for the whole run."""
+        if lines and kind == "output":
+            self._folder.output.append(lines, engine=engine, step=self._coordinator.step, when=time.time())
         self._num_lines += len(lines)
         if lines and self._num_lines - len(lines) < MOST_OUTPUT_LINES:
             self.add_event(Note(kind, "\n".join(lines), engine))

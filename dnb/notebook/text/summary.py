@@ -16,6 +16,7 @@ from dnb.notebook.text.engine_cards import MOST_CARDS, crowd_lines
 from dnb.notebook.text.engine_text import hung_engines
 from dnb.notebook.text.engine_text import worker_words as worker_line
 from dnb.notebook.text.metric_names import metric_names
+from dnb.notebook.text.output_words import output_lines
 from dnb.notebook.text.pipeline_text import timeline_lines
 from dnb.notebook.views import SET_APART, EventView, RunView, has_ended, shown_workers
 
@@ -121,7 +122,7 @@ def summary(run: RunView) -> str:
     if per_second is not None:
         lines.append(f"{per_second:,.0f} samples/s{' on average' if has_ended(run) else ''}")
     lines += [one_line(line) for line in timeline_lines(run)]
-    return "\n".join(lines + _engines_in_words(run) + _events_in_words(run.events))
+    return "\n".join(lines + _engines_in_words(run) + output_lines(run.events) + _events_in_words(run.events))
 
 
 def _engines_in_words(run: RunView) -> list[str]:
@@ -133,7 +134,7 @@ def _engines_in_words(run: RunView) -> list[str]:
 
 
 def _events_in_words(events: Sequence[EventView]) -> list[str]:
-    events = [event for event in events if event.kind != "output"]  # those who wait have read it
+    events = [event for event in events if event.kind != "output"]  # `output_lines` has it
     lines = [f"step {event.step:,}: {one_line(event.text) or one_line(event.kind)}" for event in events[-MAX_EVENTS:]]
     more = len(events) - len(lines)
     return [f"last {counted(len(lines), 'event')} of {more + len(lines):,}:", *lines] if more else lines

@@ -259,12 +259,13 @@ def test_a_reader_of_run_json_never_sees_half_of_two(tmp_path: Path):
     assert msgspec.json.decode(seen, type=RunSummary) == summary(step=2)
 
 
-def test_nothing_but_the_four_files_is_left(tmp_path: Path):
+def test_nothing_but_the_five_files_is_left(tmp_path: Path):
     with RunFolder(tmp_path) as folder:
         folder.write_summary(summary())
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "events.jsonl",
         "history.jsonl",
+        "output.log",
         "run.json",
         "usage.jsonl",
     ]
@@ -413,8 +414,8 @@ def test_a_folder_that_was_removed_is_written_anew_and_told_once(tmp_path: Path)
     assert [each.step for each in read_history(tmp_path / "run")] == [1, 2, 3]
     assert (read_events(tmp_path / "run"), read_summary(tmp_path / "run").step) == ([joined(0)], 3)
     assert told == [
-        f"history.jsonl, events.jsonl, usage.jsonl, run.json in {tmp_path / 'run'} had been removed or replaced: "
-        "written anew"
+        f"history.jsonl, events.jsonl, usage.jsonl, output.log, run.json in {tmp_path / 'run'} had been removed or "
+        "replaced: written anew"
     ]
 
 
@@ -435,6 +436,7 @@ def test_what_is_written_is_its_users_alone_whatever_the_umask_says(tmp_path: Pa
         "history.jsonl": "0o600",
         "events.jsonl": "0o600",
         "usage.jsonl": "0o600",
+        "output.log": "0o600",
     }
 
 
