@@ -19,7 +19,7 @@ export IPYTHONDIR := $(CURDIR)/build/ipython
 export MPLCONFIGDIR := $(CURDIR)/build/matplotlib
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: help demo test package lint pytest numerics soak fuzz nbval format store bench coverage lab clean distclean
+.PHONY: help demo test package lint pytest numerics soak fuzz nbval twice format store bench coverage lab clean distclean
 
 help:
 	@echo "make demo       run notebooks/quickstart.ipynb headless; leaves build/quickstart.ipynb and .html"
@@ -29,6 +29,7 @@ help:
 	@echo "make lint       format, lint, types, floors, notebooks"
 	@echo "make lab        JupyterLab on notebooks/"
 	@echo "make format     rewrite the code as 'make lint' wants it"
+	@echo "make twice      run every cell of every notebook twice in one kernel"
 	@echo "make store      run the notebooks and keep their outputs, as they are committed"
 	@echo "make bench      benchmarks beside their rivals, about 25 minutes; python -m benchmarks --list says which"
 	@echo "make soak       20,000 random schedules of the coordinator and 20 of a real pool, about 25 minutes"
@@ -93,6 +94,10 @@ ifneq ($(NOTEBOOKS),)
 	DNB_QUICK=1 $(BIN)/python -m pytest --nbval --nbval-current-env \
 	    --nbval-sanitize-with dnb/nbval_sanitize.cfg $(NOTEBOOKS)
 endif
+
+# Every cell of every notebook twice in one kernel.
+twice: $(VENV)/.dev-stamp | build
+	$(BIN)/python .ci/run_twice.py $(NOTEBOOKS)
 
 lint: $(VENV)/.dev-stamp
 	$(BIN)/ruff format --check .
