@@ -97,7 +97,7 @@ endif
 
 # Every cell of every notebook twice in one kernel.
 twice: $(VENV)/.dev-stamp | build
-	$(BIN)/python .ci/run_twice.py $(NOTEBOOKS)
+	DNB_QUICK=1 $(BIN)/python .ci/run_twice.py $(NOTEBOOKS)
 
 lint: $(VENV)/.dev-stamp
 	$(BIN)/ruff format --check .
