@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # By id(run): a second look at a run is a second view of the same widgets, for each figure costs the browser 5 MB.
 # A dashboard holds its run, and its painter holds the dashboard until the run ends; then both may go.
 _dashboards: weakref.WeakValueDictionary[int, Dashboard] = weakref.WeakValueDictionary()
-_shown_in: dict[int, tuple[int, str]] = {}  # by id(run): the number of the cell that has shown it, and its name
+_shown_in: dict[int, tuple[Any, str]] = {}  # by id(run): the cell that has shown it, and its name
 _replaced: weakref.WeakValueDictionary[int, ReplacedDisplay] = weakref.WeakValueDictionary()
 
 
@@ -49,7 +49,7 @@ def show(run: RunView | str | Path, *, display: str | None = None) -> None:
     shell = get_ipython()
     kind: Display = choose_display(shell=shell) if display is None else checked_display(display, source="display")
     shown = read_run(run)
-    _shown_in[id(shown)] = getattr(shell, "execution_count", 0), shown.name
+    _shown_in[id(shown)] = _cell_of(shell), shown.name
     if kind != "none" and (elsewhere := output.current()) is not None:
         elsewhere.show(shown)
         return
@@ -79,12 +79,20 @@ def show_value(run: RunView) -> None:
         NotImplementedError: its repr says enough: nothing shows widgets, or a view has the end of it.
     """
     shell = get_ipython()
-    if _shown_in.get(id(run)) == (shell.execution_count, run.name):
+    cell, name = _shown_in.get(id(run), (None, ""))
+    was_shown = name == run.name
+    if was_shown and cell == _cell_of(shell):
         return
-    is_seen = id(run) in _dashboards or id(run) in _replaced
-    if choose_display(shell=shell) not in ("widget", "display") or (is_seen and has_ended(run)):
+    if choose_display(shell=shell) not in ("widget", "display") or (was_shown and has_ended(run)):
         raise NotImplementedError
     show(run)
+
+
+def _cell_of(shell: Any) -> Any:
+    """Return an id of the cell under way; its number stays the same where no history is kept, as by nbval."""
+    parent = shell.get_parent() if hasattr(shell, "get_parent") else None
+    message = (parent or {}).get("header", {}).get("msg_id")
+    return message or getattr(shell, "execution_count", 0)
 
 
 def keep(run: RunView) -> None:

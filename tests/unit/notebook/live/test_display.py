@@ -238,6 +238,21 @@ def test_a_cell_that_has_shown_a_run_shows_it_once(shell, views, run):
     assert views == [run, run]
 
 
+def test_a_run_that_was_shown_is_its_repr_when_it_has_ended(shell, views, run):
+    show_new(run)
+    shell.execution_count = 2
+    run.status = "finished"
+    with pytest.raises(NotImplementedError):
+        show_value(run)
+    assert views == [run]
+
+
+def test_a_run_that_has_ended_and_was_never_shown_is_its_view(shell, views, run):
+    run.status = "finished"
+    show_value(run)
+    assert views == [run]
+
+
 def test_where_there_are_no_views_a_run_is_its_repr(shell, views, run, monkeypatch):
     monkeypatch.setenv("DNB_DISPLAY", "text")
     with pytest.raises(NotImplementedError):
