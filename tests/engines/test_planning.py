@@ -81,4 +81,5 @@ def test_the_magic_plans_and_draws(shell, capsys):
 
 def test_the_magic_names_the_nearest_flag(shell):
     result = shell.run_cell("%dtrain plan model batch --memry-limit 2GB", store_history=False)
-    assert "has no flag '--memry-limit': did you mean '--memory-limit'" in str(result.error_in_exec)
+    told = "%dtrain plan has no flag '--memry-limit': did you mean %dtrain plan model batch --memory-limit 2GB?"
+    assert str(result.error_in_exec).startswith(told)
