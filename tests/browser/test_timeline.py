@@ -19,6 +19,7 @@ train = torch.randn(4096, 64), torch.randint(0, 10, (4096,))
 FIT = """
 run = %dtrain fit model train --loss cross_entropy --strategy pipeline --batch-size 512 --micro-batch 64 --epochs 200
 """
+PICTURE = "img.plot-img"  # Lab shows the picture of a chart that has one, and the chart itself at a click
 BARS = "svg.main-svg .xy .barlayer .trace.bars, svg.main-svg .x3y3 .barlayer .trace.bars path"
 
 
@@ -32,7 +33,7 @@ def test_the_timeline_is_drawn_below_the_loss_and_by_itself(lab, notebook_folder
     lab.output_area(3).locator("svg.main-svg").get_by_text("bubble").first.wait_for()
     keep_picture(lab, "timeline-live", index=3)
     lab.run_and_wait(4)
-    lab.output_area(4).locator("svg.main-svg .x3y3 .barlayer path").first.wait_for()
+    lab.output_area(4).locator(PICTURE).first.wait_for()
     keep_picture(lab, "timeline-alone", index=4)
     for index in (5, 6):
         lab.run_and_wait(index)
