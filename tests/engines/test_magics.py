@@ -178,5 +178,5 @@ def test_a_setting_without_a_value_is_refused_with_an_example(shell):
 def test_an_error_is_shown_as_one_line_without_dnb_s_own_frames(shell, capsys):
     shell.run_cell("%dtrain fti", store_history=False)
     told = capsys.readouterr().out
-    assert told.startswith("ArgumentError: %dtrain has no verb 'fti'")
+    assert told.startswith("\x1b[31mArgumentError\x1b[39m: %dtrain has no verb 'fti'")
     assert "Traceback" not in told

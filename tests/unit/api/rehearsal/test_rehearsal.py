@@ -21,7 +21,8 @@ from dnb.job import Data, DataSource, Job, Sum
 from dnb.planning.sample_order import BatchOrder
 from dnb.transport.pickling.copies import copy_together
 
-X, Y = torch.randn(32, 6), torch.randint(0, 3, (32,))
+GENERATOR = torch.Generator().manual_seed(1)
+X, Y = torch.randn(32, 6, generator=GENERATOR), torch.randint(0, 3, (32,), generator=GENERATOR)
 
 
 @pytest.fixture(autouse=True)
