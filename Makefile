@@ -19,12 +19,13 @@ export IPYTHONDIR := $(CURDIR)/build/ipython
 export MPLCONFIGDIR := $(CURDIR)/build/matplotlib
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: help demo test package lint pytest numerics soak fuzz nbval twice format store bench coverage lab clean distclean
+.PHONY: help demo test docs package lint pytest numerics soak fuzz nbval twice format store bench coverage lab clean distclean
 
 help:
 	@echo "make demo       run notebooks/quickstart.ipynb headless; leaves build/quickstart.ipynb and .html"
-	@echo "make test       lint, then every test, numeric ones on two kinds of kernels, then every notebook"
+	@echo "make test       lint, pages, then every test, numeric ones on two kinds of kernels, then every notebook"
 	@echo "make numerics   the numeric tests on the kernels of an older processor, or those that KERNELS= names"
+	@echo "make docs       the documentation's pages, with every link checked; in build/site"
 	@echo "make package    source archive and wheel, as they would be uploaded; in build/dist"
 	@echo "make lint       format, lint, types, floors, notebooks"
 	@echo "make lab        JupyterLab on notebooks/"
@@ -63,7 +64,11 @@ demo: $(VENV)/.demo-stamp | build
 lab: $(VENV)/.demo-stamp | build
 	$(BIN)/python -m jupyterlab --ServerApp.root_dir=notebooks
 
-test: lint package pytest numerics nbval
+test: lint docs package pytest numerics nbval
+
+# Any warning, such as a link to nowhere, ends the build. The pages load nothing from elsewhere.
+docs: $(VENV)/.dev-stamp | build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 # What would be uploaded, held against what a package index takes.
 package: $(VENV)/.dev-stamp | build

@@ -24,7 +24,10 @@ _FRAME = re.compile(r'  File "(?P<path>[^"\n]*)", line (?P<line>\d+)')
 
 
 class DnbError(Exception):
-    """Base of all errors raised by dnb for a user to read."""
+    """Base of all errors raised by dnb for a user to read.
+
+    `except dnb.DnbError` catches each of them. What your own code raises on an engine is none: it pauses the run.
+    """
 
     def _render_traceback_(self) -> list[str]:
         """Return what a notebook shows: the message, as frames of dnb itself help nobody there."""
@@ -32,31 +35,61 @@ class DnbError(Exception):
 
 
 class ArgumentError(DnbError, ValueError):
-    """An argument is wrong; nothing was started."""
+    """An argument is wrong; nothing was started.
+
+    Raised by every function and verb while it reads what it was given, and by the rehearsal: a misspelt word, a target
+    of the wrong dtype, a loss that does not fit the model. The message says what to type in its place. Type that, and
+    run the cell again: no engine has seen anything of it.
+    """
 
 
 class ShippingError(ArgumentError):
-    """An object cannot be pickled, so the engines cannot have it."""
+    """An object cannot be pickled, so the engines cannot have it.
+
+    Raised by `fit` when model, loss, data or a callback holds an open file, a lock, a generator or a connection. The
+    message names the part. Open it where it is used, as in `__getitem__` of the data set, or leave it out.
+    """
 
 
 class PlanError(DnbError):
-    """The work cannot be divided over the engines as asked."""
+    """The work cannot be divided over the engines as asked.
+
+    Raised when a pipeline, tensor parallelism, a plan or a memory limit does not fit the model or the pool. The message
+    says what is in the way: add engines (`%dtrain add 2`), ask for fewer stages, or leave `strategy` out.
+    """
 
 
 class PoolError(DnbError):
-    """A pool cannot start, does not answer, or is not there."""
+    """A pool cannot start, does not answer, or is not there.
+
+    Raised by `start`, `attach` and everything that needs engines. `%dtrain start -n 2` starts a pool where none is;
+    `%dtrain status` says what there is; `%dtrain doctor` examines ports, memory and folders of this machine.
+    """
 
 
 class HubError(DnbError):
-    """The hub does not answer in time, or refuses a request."""
+    """The hub does not answer in time, or refuses a request.
+
+    A hub that died is started again within a second: `%dtrain status` says when it is there, and the run goes on.
+    Raised where that is not enough: end the pool (`%dtrain shutdown`), start another one, and resume the run.
+    """
 
 
 class SpaceError(DnbError):
-    """No folder has room for a shared-memory segment, or a disk none for a checkpoint."""
+    """No folder has room for a shared-memory segment, or a disk none for a checkpoint.
+
+    Containers often have 64 MB of shared memory: start them with `--shm-size=2g`. Or name a folder with room, or free
+    some; the message says how much is needed.
+    """
 
 
 class RunError(DnbError):
     """A run failed.
+
+    Raised by `run.wait()` and `%dtrain wait`. Your model, loss or data set has raised: the run is paused, so mend it in
+    a cell, then `%dtrain resume --loss mended` (or `--step`). Or nothing can go on, as a sampler, optimizer or
+    scheduler has raised: `%dtrain resume .dnb/runs/<name>` begins again at its last checkpoint. The message names
+    engine and step, and the traceback begins with your own frame.
 
     Args:
         message: what failed, with engine and step.

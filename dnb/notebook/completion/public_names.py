@@ -59,9 +59,14 @@ def attributes_at(text: str, variables: Mapping[str, Any]) -> FoundNames | None:
 
 def public_names(value: Any) -> dict[str, str]:
     """Return the names of a value that are for users, each with its kind, in alphabetical order."""
-    internal = {name for kind in type(value).__mro__ for name in _INTERNAL.get(kind.__name__, ())}
+    internal = internal_names(type(value))
     names = sorted((name for name in dir(value) if not name.startswith("_") and name not in internal), key=str.lower)
     return {name: _kind_of(value, name) for name in names}
+
+
+def internal_names(kind: type) -> set[str]:
+    """Return the names of a class that have no underscore, and are for dnb itself."""
+    return {name for base in kind.__mro__ for name in _INTERNAL.get(base.__name__, ())}
 
 
 def _beginning_with(start: str, value: Any) -> FoundNames:
