@@ -34,7 +34,7 @@ class Viewer:
 
     def __init__(self) -> None:
         live_figure = importlib.import_module(
-            "dnb.notebook.live.live_figure"
+            "dnb.notebook.live.browser.live_figure"
         )  # seconds, which a short run does not have
         live_figure.LiveFigure.is_resting = False  # a page that draws in no time: every refresh is paid for
         comm.create_comm = Browserless

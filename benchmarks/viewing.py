@@ -42,9 +42,9 @@ LOAD = "early = %dtrain fit model train --val val --loss cross_entropy --epochs 
 FIT = "run = %dtrain fit model train --val val --loss cross_entropy --epochs 20000"
 # As fast as the page draws, so that two thousand refreshes take minutes; `paints` counts them.
 FAST = """
-from dnb.notebook.live import live_figure
+from dnb.notebook.live.browser import live_figure
 from dnb.notebook.live.display import dashboard_of
-from dnb.notebook.live.live_figure import LiveFigure
+from dnb.notebook.live.browser.live_figure import LiveFigure
 dnb.api.runs.run_follower.REFRESH_SECONDS = 0.02
 live_figure._PAGE_SHARE = 1.0
 paints = 0

@@ -61,7 +61,10 @@ ZOOM = """
     const box = plot.querySelector('.nsewdrag').getBoundingClientRect();
     return [box.left, box.right, box.top + box.height / 2];
 """
-AGAIN = "run.step = 10; run.history.append('loss', 10, 0.05); controls._due.clear(); controls.refresh()"
+AGAIN = """
+run.workers = [replace(run.workers[0], samples=1234, steps=10), run.workers[1]]
+run.step = 10; run.history.append('loss', 10, 0.05); controls._due.clear(); controls.refresh()
+"""
 
 
 def see_time_and_zoom(lab, chart):
@@ -93,12 +96,18 @@ def test_the_strip_shows_foreign_text_and_is_reached_by_keyboard(lab, notebook_f
     lab.open("strip.ipynb")
     lab.run_and_wait(0)
     area = lab.output_area(0)
-    area.locator(".dnb-cards li").first.wait_for()
+    area.locator(".dnb-row").nth(1).wait_for()
     keep_picture(lab, "strip", index=0)
     assert area.inner_text().count(EVIL) >= 4
     assert area.locator("img").count() == 0
-    assert "CPU\n180 % of 200 %" in area.inner_text()
+    assert "180 % of 200 %" in area.inner_text()
 
+    row, more = area.locator(".dnb-row > button").first, area.locator(".dnb-more").first
+    assert (more.is_visible(), row.get_attribute("aria-expanded")) == (False, "false")
+    row.focus()
+    lab.page.keyboard.press("Enter")
+    more.wait_for()
+    assert row.get_attribute("aria-expanded") == "true"
     words, opener = area.locator(".dnb-words-text"), area.locator("summary")
     assert not words.is_visible()
     opener.focus()
@@ -106,13 +115,15 @@ def test_the_strip_shows_foreign_text_and_is_reached_by_keyboard(lab, notebook_f
     words.wait_for()
     lab.run_and_wait(1)
     words.get_by_text("loss 0.0500 at step 10").wait_for()
+    more.get_by_text("1.23 k in 10 steps").wait_for()  # as it is now, and still unfolded
 
     area.get_by_role("button", name="Pause").focus()
     reached = []
-    for _ in range(8):
-        reached.append(lab.evaluate("return document.activeElement.innerText.trim();"))
+    for _ in range(10):
+        reached.append(lab.evaluate("return document.activeElement.innerText.trim().split('\\n')[0];"))
         lab.page.keyboard.press("Tab")
-    assert reached == ["Pause", "Stop", "Checkpoint", "this chart in words", "log loss", "step", "samples", "time"]
+    assert reached[:3] == ["Pause", "Stop", "Checkpoint"]
+    assert reached[5:] == ["text summary", "log loss", "step", "samples", "time"]
     area.get_by_role("button", name="Checkpoint").focus()
     lab.page.keyboard.press("Enter")
     area.get_by_text("checkpoint written: /work/checkpoints/step-10").wait_for()

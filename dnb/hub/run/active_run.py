@@ -296,7 +296,7 @@ class ActiveRun:
         """Let all engines, and those that join later, go on with another step or loss function."""
         self._checkpoints.replace_functions(pickled)
         self._links.replace_functions(pickled, signature)
-        self._recorder.add_event(machine.Note("mended", f"another step or loss function from step {self.step + 1}"))
+        self._recorder.add_event(machine.Note("mended", f"loss or step function replaced from step {self.step + 1}"))
 
     def take_checkpoint(self, path: Path | None) -> CheckpointState:
         """Let one be written: after the step under way, or now if none is."""

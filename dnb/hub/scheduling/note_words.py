@@ -11,8 +11,8 @@ from dnb.protocol.run import Failure
 # `who` is the engine or team that a note is about, `other` the one that takes its shards.
 _SENTENCES: dict[Reason, str] = {
     "told": "{detail}",
-    "loaded": "{who} has model and data",
-    "loaded as a spare": "{who} has model and data, and rests",
+    "loaded": "{who} joined",
+    "loaded as a spare": "{who} joined as a standby",
     "woken": "{who}, a spare until now, takes part",
     "silent at the start": "{who} is silent: the run begins without it",
     "busy at the start": "{who} still loads, or is in another call: the run begins without it",

@@ -11,14 +11,19 @@ import numpy as np
 
 from dnb.notebook.charts.subplots import INK_ON_BARS, SubplotGroup
 from dnb.notebook.charts.x_axis import Abscissa
-from dnb.notebook.text.summary import inert, one_line
+from dnb.notebook.formatting import inert, one_line
+from dnb.notebook.text.run_events import news_of
 from dnb.notebook.views import EventView, RunView
 
 # Events that are closer than a part of the axis share a marker: more than this many would hide the curve.
 MAX_MARKERS = 24
+# More of them than this do not go through the small subplots.
+MOST_EVERYWHERE = 8
+_LARGE = ("x", "x8")  # of losses and of metrics
 # Of the events of one marker, as many are listed in full.
 MAX_LISTED = 6
 MAX_TEXT = 120
+MAX_NAME = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +42,27 @@ _STYLES = {
     "paused": _MarkerLook("#E69F00", "dashdot"),
     "left": _MarkerLook("#999999", "dash"),
     "joined": _MarkerLook("#009E73", "dash"),
+    "recovered": _MarkerLook("#E69F00", "longdash"),
+    "chaos": _MarkerLook("#CC79A7", "dot"),
+    "mended": _MarkerLook("#56B4E9", "dash"),
+    "set": _MarkerLook("#56B4E9", "dashdot"),
     "checkpoint": _MarkerLook("#0072B2", "dot"),
 }
+# Of these the words say it better than the kind.
+_NAMES = {"recovered": "hub restarted", "mended": "new loss", "chaos": "fault"}
 _URGENCY = tuple(_STYLES)  # what a marker of several kinds looks like
 
 
 @dataclass(frozen=True, slots=True)
-class Ranges:
-    """The vertical ranges of markers, in parts of the plot's height: through the subplots on the left, on the right."""
+class MarkerRange:
+    """A subplot through which markers go: its x axis, and its range in parts of the plot's height."""
 
-    left: tuple[float, float]
-    right: tuple[float, float]
+    x: str
+    y: tuple[float, float]
+    is_filled: bool = False  # with areas of all colours, which a marker crosses in a dark ink
 
 
-def marker_part(run: RunView, along: Abscissa, *, ranges: Ranges) -> SubplotGroup:
+def marker_part(run: RunView, along: Abscissa, *, ranges: Sequence[MarkerRange]) -> SubplotGroup:
     """Draw the markers of a run's events, on every axis of steps or time.
 
     Events before the first step are left out: those who join then are what was asked for.
@@ -58,10 +70,13 @@ def marker_part(run: RunView, along: Abscissa, *, ranges: Ranges) -> SubplotGrou
     if not run.step:
         return SubplotGroup()
     groups = _group(run.events, along, last_step=run.step)
-    has_spans = bool(len(run.utilisation))
+    if len(groups) > MOST_EVERYWHERE:
+        ranges = [each for each in ranges if each.x in _LARGE]
+    elif not len(run.utilisation):
+        ranges = [each for each in ranges if not each.is_filled]
     return SubplotGroup(
         notes=[_label(place, group) for place, group in groups],
-        shapes=[line for place, group in groups for line in _lines(place, group, ranges, has_spans=has_spans)],
+        shapes=[line for place, group in groups for line in _lines(place, group, ranges)],
     )
 
 
@@ -73,7 +88,7 @@ def vertical(place: float, *, x: str, between: tuple[float, float], **properties
 
 def _group(events: Sequence[EventView], along: Abscissa, *, last_step: int) -> list[tuple[float, list[EventView]]]:
     """Group neighbours; widths are powers of two, so that markers do not jump while the axis grows."""
-    shown = [event for event in events if event.kind in _STYLES and event.step > 0]
+    shown = [event for event in news_of(events) if event.kind in _STYLES and event.step > 0]
     if not shown:
         return []
     places = along.at_events(shown).tolist()
@@ -95,16 +110,18 @@ def _kind(group: Sequence[EventView]) -> str:
     return min((event.kind for event in group), key=_URGENCY.index)
 
 
-def _lines(place: float, group: Sequence[EventView], ranges: Ranges, *, has_spans: bool) -> list[dict[str, Any]]:
+def _lines(place: float, group: Sequence[EventView], ranges: Sequence[MarkerRange]) -> list[dict[str, Any]]:
     style = _STYLES[_kind(group)]
-    left = vertical(
-        place, x="x", between=ranges.left, layer="below", line={"color": style.color, "width": 1, "dash": style.dash}
-    )
-    # dark, for it crosses areas of all colours
-    right = vertical(
-        place, x="x7", between=ranges.right, layer="above", line={"color": INK_ON_BARS, "width": 1, "dash": style.dash}
-    )
-    return [left, right] if has_spans else [left]
+    return [
+        vertical(
+            place,
+            x=each.x,
+            between=each.y,
+            layer="above" if each.is_filled else "below",
+            line={"color": INK_ON_BARS if each.is_filled else style.color, "width": 1, "dash": style.dash},
+        )
+        for each in ranges
+    ]
 
 
 def _label(place: float, group: Sequence[EventView]) -> dict[str, Any]:
@@ -127,14 +144,20 @@ def _short(group: Sequence[EventView]) -> str:
     """Name one event by its engine, several by their numbers: "died 1", "2 died, 1 joined"."""
     if len(group) == 1:
         (event,) = group
-        return event.kind if event.engine is None else f"{event.kind} {event.engine}"
+        return _name(event) if event.engine is None else f"{_name(event)} {event.engine}"
     counts = Counter(event.kind for event in group)
     if len(counts) == 1:
         (kind,) = counts
         engines = [event.engine for event in group]
         if len(group) <= 3 and None not in engines:
-            return f"{kind} {', '.join(map(str, engines))}"
-    return ", ".join(f"{counts[kind]} {kind}" for kind in _URGENCY if kind in counts)
+            return f"{_NAMES.get(kind, kind)} {', '.join(map(str, engines))}"
+    return ", ".join(f"{counts[kind]} {_NAMES.get(kind, kind)}" for kind in _URGENCY if kind in counts)
+
+
+def _name(event: EventView) -> str:
+    if event.kind == "set":  # "lr=0.1 from step 7"
+        return inert(one_line(event.text.partition(" from step ")[0], limit=MAX_NAME)) or event.kind
+    return _NAMES.get(event.kind, event.kind)
 
 
 def _hover_text(group: Sequence[EventView]) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from dnb.notebook.charts import subplots
 from dnb.notebook.charts.curves import Curve, curve, decimate, running_mean
-from dnb.notebook.charts.event_markers import Ranges, vertical
-from dnb.notebook.charts.subplots import BLUE, SKY_BLUE, VERMILION, SubplotGroup, axis, line, note
+from dnb.notebook.charts.event_markers import MarkerRange, vertical
+from dnb.notebook.charts.subplots import BLUE, FAINT, VERMILION, SubplotArea, SubplotGroup, axis, line, note
 from dnb.notebook.charts.x_axis import Abscissa
 from dnb.notebook.views import RunView, has_ended
 
@@ -18,17 +19,16 @@ MAX_VALIDATION_POINTS = 300
 
 
 def loss_part(
-    run: RunView, along: Abscissa, *, domain: tuple[float, float], anchor: str, ranges: Ranges, button_y: float
+    run: RunView, along: Abscissa, *, area: SubplotArea, ranges: Sequence[MarkerRange], button_y: float
 ) -> SubplotGroup:
-    """Draw the subplot, and the x axis that it shares with those below.
+    """Draw the subplot, and the x axis that those of all others match.
 
     Args:
         run: as it is now.
         along: what the x axis counts.
-        domain: of the loss, in parts of the plot's height.
-        anchor: the y axis of the lowest subplot, below which the shared x axis has its figures.
-        button_y: where the button for a logarithmic scale has its lower edge, as `domain`.
+        area: of the loss.
         ranges: the subplots through which a loss that is no number is marked.
+        button_y: where the button for a logarithmic scale has its lower edge, in parts of the plot's height.
     """
     training, validation = curve(run.history, "loss"), curve(run.history, "val_loss")
     last_step = max(training.last_step, validation.last_step)
@@ -39,8 +39,8 @@ def loss_part(
     return SubplotGroup(
         traces=[*training_traces(training, along), validation_trace(validation, along)],
         layout={
-            "xaxis": _steps_axis(along, last_step=last_step, anchor=anchor),
-            "yaxis": axis("loss", anchor="x", nticks=7, domain=list(domain), **_drawn(last_step)),
+            "xaxis": _steps_axis(along, last_step=last_step, domain=area.x),
+            "yaxis": axis("loss", anchor="x", nticks=7, domain=list(area.y), **_drawn(last_step)),
             "updatemenus": [_log_button(y=button_y)] if last_step else [],
         },
         notes=notes,
@@ -60,8 +60,8 @@ def training_traces(training: Curve, along: Abscissa) -> list[dict[str, Any]]:
             raw,
             along.at(raw.steps),
             mode="lines",
-            line={"color": SKY_BLUE, "width": 1},
-            opacity=0.8,
+            line={"color": FAINT, "width": 1},
+            opacity=0.6,
         ),
         line(
             name,
@@ -93,11 +93,11 @@ def _drawn(last_step: int) -> dict[str, Any]:
     return {"showticklabels": has_points, "showgrid": has_points, "ticks": "outside" if has_points else ""}
 
 
-def _steps_axis(along: Abscissa, *, last_step: int, anchor: str) -> dict[str, Any]:
+def _steps_axis(along: Abscissa, *, last_step: int, domain: tuple[float, float]) -> dict[str, Any]:
     every_step = 1 if along.kind == "step" and last_step < 9 else None  # there is no step 2.5
     drawn = _drawn(last_step)
     return {
-        **axis("", anchor=anchor, domain=list(subplots.LEFT), nticks=8, dtick=every_step, **drawn),
+        **axis("", anchor="y", domain=list(domain), nticks=8, dtick=every_step, **drawn),
         **along.axis(),
     }
 
@@ -144,7 +144,8 @@ def _log_button(*, y: float, scale: str = "linear") -> dict[str, Any]:
 
 
 def _empty_note(run: RunView) -> dict[str, Any]:
-    return note("no step was committed" if has_ended(run) else "waiting for the first step")
+    is_stuck = has_ended(run) or (run.status == "paused" and bool(run.error))
+    return note("no step was made" if is_stuck else "waiting for the first step")
 
 
 def _gap_note(bad: Curve, along: Abscissa) -> dict[str, Any]:
@@ -161,10 +162,7 @@ def _gap_note(bad: Curve, along: Abscissa) -> dict[str, Any]:
     }
 
 
-def _gap_lines(bad: Curve, along: Abscissa, ranges: Ranges) -> list[dict[str, Any]]:
+def _gap_lines(bad: Curve, along: Abscissa, ranges: Sequence[MarkerRange]) -> list[dict[str, Any]]:
     place = float(along.at(bad.steps[:1])[0])
     line = {"color": VERMILION, "width": 1.5, "dash": "dot"}
-    return [
-        vertical(place, x="x", between=ranges.left, line=line),
-        vertical(place, x="x7", between=ranges.right, line=line),
-    ]
+    return [vertical(place, x=each.x, between=each.y, line=line) for each in ranges]

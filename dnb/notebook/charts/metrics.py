@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dnb.notebook.charts.curves import Curve, curve, decimate, running_mean
-from dnb.notebook.charts.subplots import SubplotGroup, axis, legend, line
+from dnb.notebook.charts.subplots import SubplotArea, SubplotGroup, axis, legend, line
 from dnb.notebook.charts.x_axis import Abscissa
 from dnb.notebook.text.metric_names import VALIDATION, best_of, metric_names
 from dnb.notebook.views import RunView
@@ -17,25 +17,26 @@ MAX_POINTS = 240
 MAX_METRICS = 5
 # Okabe and Ito's colours but for those of the loss, the most distinct ones first.
 _COLORS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#D55E00")
+X_AXIS = "x8"
 AXIS = "y90"  # behind those of engines, of which each has one
 
 
-def metrics_part(run: RunView, along: Abscissa, *, domain: tuple[float, float], legend_y: float) -> SubplotGroup:
+def metrics_part(run: RunView, along: Abscissa, *, area: SubplotArea) -> SubplotGroup:
     """Draw all metrics in one subplot.
 
     Args:
         run: as it is now.
         along: what the x axis counts.
-        domain: of the subplot, in parts of the plot's height.
-        legend_y: where the legend has its lower edge, likewise.
+        area: of the subplot; its legend is above it.
     """
     names = metric_names(run.history)[:MAX_METRICS]
     traces = [trace for place, name in enumerate(names) for trace in _traces(run, along, name, _COLORS[place])]
     return SubplotGroup(
         traces=traces,
         layout={
-            f"yaxis{AXIS[1:]}": axis("metrics", anchor="x", domain=list(domain), nticks=5, tickfont={"size": 11}),
-            "legend4": {**legend(x=0, xanchor="left"), "y": legend_y, "font": {"size": 11}},
+            f"yaxis{AXIS[1:]}": axis("metrics", anchor=X_AXIS, domain=list(area.y), nticks=6),
+            f"xaxis{X_AXIS[1:]}": along.matched(anchor=AXIS, domain=area.x, nticks=8),
+            "legend4": {**legend(x=area.x[0], xanchor="left"), "y": area.y[1]},
         },
     )
 
@@ -75,4 +76,4 @@ def _traces(run: RunView, along: Abscissa, name: str, color: str) -> list[dict[s
 
 
 def _line(name: str, kept: Curve, along: Abscissa, **properties: Any) -> dict[str, Any]:
-    return {**line(name, kept, along.at(kept.steps), yaxis=AXIS, **properties), "legend": "legend4"}
+    return {**line(name, kept, along.at(kept.steps), xaxis=X_AXIS, yaxis=AXIS, **properties), "legend": "legend4"}

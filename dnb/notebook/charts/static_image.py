@@ -61,6 +61,7 @@ class _Drawing:
         ends: dict[str, np.ndarray[Any, Any]] = {}
         for trace in self._data:
             self._draw_trace(trace, ends)
+        self._match_axes()
         for name, axes in self._axes.items():
             self._dress(name, axes)
         for line in self._layout.get("shapes", ()):
@@ -69,6 +70,13 @@ class _Drawing:
             self._write(note)
         self._draw_legends()
         self._write_title()
+
+    def _match_axes(self) -> None:
+        """Let all axes that match one have its range; not as shared ones of matplotlib: those have the same figures."""
+        matched = [axes for y, axes in self._axes.items() if y == "yaxis" or "matches" in self._layout[self._x_of(y)]]
+        drawn = [axes.get_xlim() for axes in matched if axes.has_data()]
+        for axes in matched if drawn else ():
+            axes.set_xlim(min(first for first, _ in drawn), max(last for _, last in drawn))
 
     def _x_of(self, y: str) -> str:
         """Return the x axis of a y axis: its own, or the one that it shares."""
@@ -302,11 +310,12 @@ def _handle(trace: Mapping[str, Any]) -> Any:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    if trace["type"] == "bar":
-        marker = trace["marker"]
-        return Patch(
-            facecolor=marker["color"], hatch=_HATCHES[marker["pattern"]["shape"]], edgecolor=(0, 0, 0, 0.3), linewidth=0
-        )
+    filled = trace["marker"] if trace["type"] == "bar" else None
+    if "stackgroup" in trace:
+        filled = {"color": trace["fillcolor"], "pattern": trace["fillpattern"]}
+    if filled is not None:
+        hatch = _HATCHES[filled["pattern"]["shape"]]
+        return Patch(facecolor=filled["color"], hatch=hatch, edgecolor=(0, 0, 0, 0.3), linewidth=0)
     line, marker = trace["line"], trace.get("marker", {})
     has_markers = "markers" in trace["mode"]
     return Line2D(

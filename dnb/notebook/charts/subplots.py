@@ -16,8 +16,9 @@ from dnb.notebook.charts.curves import Curve
 
 Figure = dict[str, Any]
 
-# Okabe and Ito, "Color Universal Design" (2008).
-BLUE, SKY_BLUE, VERMILION = "#0072B2", "#56B4E9", "#D55E00"
+# After Okabe and Ito, "Color Universal Design" (2008); their blue is lighter here, to stand out on dark paper, too.
+BLUE, VERMILION = "#1E80C8", "#D55E00"
+FAINT = "#8C9BA8"  # of what trembles behind a mean, on white and on dark
 # Computing stands out; the rest is quiet on white and on dark, so that the loss is the first to be seen.
 SHARE_COLORS = {"compute": "#2E9E7B", "wait": "#A39B8B", "data": "#7FA9C9", "idle": "#8C8C8C"}
 # Along the pixels: of slanted lines an image, which JupyterLab keeps of a chart in the notebook, is a third larger.
@@ -29,9 +30,15 @@ GRID = "rgba(128, 128, 128, 0.22)"
 INK_ON_BARS = "#111111"
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 
-# The two columns of a figure, in parts of its width.
-LEFT, RIGHT = (0.0, 0.575), (0.68, 1.0)
 MARGIN = {"l": 58, "r": 22, "t": 30, "b": 72}
+
+
+@dataclass(frozen=True, slots=True)
+class SubplotArea:
+    """The place of a subplot, in parts of the plot's width and height."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The use of engines' time: now as bars, over the run as stacked areas; heat maps for many. Pure functions."""
+"""The use of engines' time over a run: a strip of stacked areas for each engine, a heat map of many. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,77 +9,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dnb.notebook.charts import subplots
-from dnb.notebook.charts.subplots import SHARE_COLORS, SHARE_PATTERNS, SubplotGroup, axis, heading, note
+from dnb.notebook.charts.subplots import SHARE_COLORS, SHARE_PATTERNS, SubplotArea, SubplotGroup, axis, heading, note
 from dnb.notebook.charts.x_axis import Abscissa, Positions
-from dnb.notebook.text.summary import duration
-from dnb.notebook.views import SET_APART, SHARES, RunView, WorkerView, has_ended, shown_workers
+from dnb.notebook.views import SHARES, RunView, has_ended
 from dnb.planning.utilisation import Spans
 
-# More engines than this are rows of a heat map: areas and bars would be too thin to read.
-MAX_BARS = 8
+# More engines than this are rows of a heat map: areas would be too thin to read.
+MAX_STRIPS = 8
+_STRIP_PIXELS = 14  # of an engine's areas, at least
+_ROW_PIXELS = 5  # of a heat map, at least
+MOST_PIXELS = 200
 MAX_SPANS = 48
 MAX_CELLS = 2400  # of a heat map, which travels as text
 _FIRST_AREA_AXIS = 10  # y10, y11, ...: one engine each
-_GAP_PIXELS = 5  # between two engines' areas
-_MIN_LABELLED_SHARE = 0.13  # a narrower part has no room for its figure
-_MAX_LISTED_STATES = 6
+_GAP_PIXELS = 3  # between two engines' areas
 _LABEL_PIXELS = 13
 # From little to much, also in grey and for the colour-blind: Nuñez, Anderton, Renslow, "cividis" (2018).
 _HEAT = [[0.0, "#00224e"], [0.25, "#414d6b"], [0.5, "#7c7b78"], [0.75, "#bbae5b"], [1.0, "#fee838"]]
 
 
 def is_heat(run: RunView) -> bool:
-    """Return True if there are too many engines for a bar each."""
-    return max(len(shown_workers(run)), len(run.utilisation.engines)) > MAX_BARS
+    """Return True if there are too many engines for a strip each."""
+    return len(run.utilisation.engines) > MAX_STRIPS
 
 
-def now_part(run: RunView, *, domain: tuple[float, float], pixels: float) -> SubplotGroup:
-    """Draw the shares of the last seconds, or of a whole run that has ended: a bar or a row per engine."""
-    workers = shown_workers(run)
-    is_many = is_heat(run)
-    is_known = any(getattr(worker, share) for worker in workers for share in SHARES)
-    title = time_axis_title(run)
-    layout = _heat_axes(workers, title, pixels) if is_many else _bar_axes(workers, title)
-    layout["xaxis2"] |= {"domain": list(subplots.RIGHT)}
-    layout["yaxis2"] |= {"domain": list(domain), "showticklabels": bool(workers)}
-    return SubplotGroup(
-        traces=[_heat_now(workers)] if is_many else share_traces(workers),
-        layout=layout,
-        notes=[] if is_known else [note("no engine has reported yet", xref="x2", yref="y2")],
-    )
+def height_pixels(run: RunView, *, least: int) -> int:
+    """Return the height that the subplot needs, and no less than the ones beside it."""
+    num = len(run.utilisation.engines)
+    return max(least, _STRIP_PIXELS * num if num <= MAX_STRIPS else min(_ROW_PIXELS * num, MOST_PIXELS))
 
 
-def share_traces(workers: Sequence[WorkerView]) -> list[dict[str, Any]]:
-    """Draw one stacked bar per engine: a trace for each share of its time."""
-    labels = [engine_label(worker, num_engines=len(workers)) for worker in workers]
-    return [_share_trace(share, workers=workers, labels=labels) for share in SHARES]
-
-
-def engine_label(worker: WorkerView, *, num_engines: int) -> str:
-    """Return the label beside an engine's bar; one that is dead, has left, or is a spare is called so."""
-    if worker.state not in SET_APART:
-        return f"engine {worker.engine}"
-    return f"engine {worker.engine}<br>({worker.state})" if num_engines <= 5 else f"{worker.engine} ({worker.state})"
-
-
-def time_axis_title(run: RunView) -> str:
-    """Return the bars' axis title, which names the time that they cover."""
-    if not has_ended(run):
-        return "share of time, last seconds"
-    return f"share of time, whole run of {duration(run.elapsed_seconds)}"
-
-
-def over_time_part(
-    run: RunView, along: Abscissa, *, domain: tuple[float, float], pixels: float, legend_y: float
-) -> SubplotGroup:
+def over_time_part(run: RunView, along: Abscissa, *, area: SubplotArea, pixels: float, legend_y: float) -> SubplotGroup:
     """Draw the shares over the run: for each engine one strip of stacked areas, or one row of a heat map.
 
     Args:
         run: as it is now.
         along: what the x axis counts; matched to the one of the loss.
-        domain: of all strips, in parts of the plot's height.
+        area: of all strips.
         pixels: how high that is.
-        legend_y: where the legend of the shares has its lower edge, likewise.
+        legend_y: where the legend of the shares has its lower edge, in parts of the plot's height.
     """
     engines = run.utilisation.engines
     is_many = is_heat(run)
@@ -87,14 +55,20 @@ def over_time_part(
     spans = run.utilisation.spans(limit=limit)
     x = along.at_edges(spans.edges, spans.steps) if len(spans) else np.zeros(0, dtype=np.int32)
     if is_many:
-        traces, axes, last = [_heat_over_time(spans, x)], _heat_rows(engines, domain, pixels), "y10"
+        traces, axes, last = [_heat_over_time(spans, x)], _heat_rows(engines, area.y, pixels), "y10"
     else:
-        traces, axes, last = _areas(spans, x), _area_axes(engines, domain, pixels), _area_axis(max(len(engines), 1) - 1)
-    text = "share computing" if is_many else "share of time"
+        traces, axes, last = _areas(spans, x), _area_axes(engines, area.y, pixels), _area_axis(max(len(engines), 1) - 1)
+    text = "share computing" if is_many else "engines' time"
+    x_axis = along.matched(anchor=last, domain=area.x, nticks=5, has_points=bool(len(spans)))
     return SubplotGroup(
         traces=traces,
-        layout={**axes, **_shared(along, anchor=last, legend_y=legend_y, is_heat=is_many, has_spans=bool(len(spans)))},
-        notes=[heading(f"{text}, over the run", xref="x7 domain", yref="y10 domain"), *_missing(run, spans)],
+        layout={
+            **axes,
+            "xaxis7": {**x_axis, "showgrid": False},
+            "legend2": {**subplots.legend(x=1.0, xanchor="right"), "y": legend_y},
+            "coloraxis": _scale(legend_y, is_shown=is_many),
+        },
+        notes=[heading(text, xref="x7 domain", yref="y10 domain"), *_missing(run, spans)],
     )
 
 
@@ -104,26 +78,17 @@ def _missing(run: RunView, spans: Spans) -> list[dict[str, Any]]:
     return [note("not recorded" if has_ended(run) else "not recorded yet", xref="x7", yref="y10")]
 
 
-def _shared(along: Abscissa, *, anchor: str, legend_y: float, is_heat: bool, has_spans: bool) -> dict[str, Any]:
-    right = {**subplots.legend(x=subplots.RIGHT[1], xanchor="right"), "y": legend_y}
-    x = {
-        **axis("", anchor=anchor, domain=list(subplots.RIGHT), nticks=5, matches="x"),
-        **along.axis(),
-        "title": {"text": along.short, "standoff": 6},
-        "showticklabels": has_spans,
-        "showgrid": False,
-        "ticks": "outside" if has_spans else "",
-    }
-    scale = {
+def _scale(legend_y: float, *, is_shown: bool) -> dict[str, Any]:
+    return {
         "cmin": 0,
         "cmax": 100,
         "colorscale": _HEAT,
-        "showscale": is_heat,
+        "showscale": is_shown,
         "colorbar": {
             "orientation": "h",
-            "x": sum(subplots.RIGHT) / 2,
-            "xanchor": "center",
-            "len": subplots.RIGHT[1] - subplots.RIGHT[0],
+            "x": 1.0,
+            "xanchor": "right",
+            "len": 0.3,
             "y": legend_y,
             "yanchor": "bottom",
             "thickness": 9,
@@ -134,34 +99,9 @@ def _shared(along: Abscissa, *, anchor: str, legend_y: float, is_heat: bool, has
             "tickfont": {"size": 11},
         },
     }
-    return {"xaxis7": x, "legend2": right, "coloraxis": scale}
 
 
-# bars and areas of a few engines
-
-
-def _share_trace(share: str, *, workers: Sequence[WorkerView], labels: list[str]) -> dict[str, Any]:
-    values = np.array([getattr(worker, share) for worker in workers], dtype=np.float32)
-    return {
-        "type": "bar",
-        "orientation": "h",
-        "name": share,
-        "legend": "legend2",
-        "legendgroup": share,
-        "xaxis": "x2",
-        "yaxis": "y2",
-        "x": values,
-        "y": labels,
-        "width": min(0.72, 0.3 * max(len(workers), 1)),  # one engine gets no wall of colour
-        "text": [f"{v:.0%}" if v >= _MIN_LABELLED_SHARE else "" for v in values],
-        "textposition": "inside",
-        "insidetextanchor": "middle",
-        "textangle": 0,
-        "constraintext": "none",
-        "insidetextfont": {"color": subplots.INK_ON_BARS, "size": 12},
-        "marker": {"color": SHARE_COLORS[share], "line": {"width": 0}, "pattern": _pattern(share)},
-        "hovertemplate": "%{y}: " + share + " %{x:.1%}<extra></extra>",
-    }
+# areas of a few engines
 
 
 def _pattern(share: str) -> dict[str, Any]:
@@ -172,19 +112,6 @@ def _pattern(share: str) -> dict[str, Any]:
         "size": subplots.PATTERN_SIZE,
         "solidity": subplots.PATTERN_SOLIDITY,
     }
-
-
-def _bar_axes(workers: Sequence[WorkerView], title: str) -> dict[str, Any]:
-    x = axis(
-        title,
-        anchor="y2",
-        range=[0, 1],
-        tickvals=[0, 0.25, 0.5, 0.75, 1],
-        ticktext=["0%", "25%", "50%", "75%", "100%"],
-        fixedrange=True,
-    )
-    y = axis("", anchor="x2", type="category", range=[max(len(workers), 1) - 0.5, -0.5], fixedrange=True)
-    return {"xaxis2": x, "yaxis2": {**y, "showgrid": False, "ticks": ""}}
 
 
 def _area_axis(place: int) -> str:
@@ -212,8 +139,9 @@ def _area(share: str, percents: NDArray[np.uint8], x: Positions, *, engine: int,
     return {
         "type": "scatter",
         "name": share,
+        "legend": "legend2",
         "legendgroup": share,
-        "showlegend": False,
+        "showlegend": not row,
         "xaxis": "x7",
         "yaxis": _area_axis(row),
         "x": x,
@@ -224,12 +152,12 @@ def _area(share: str, percents: NDArray[np.uint8], x: Positions, *, engine: int,
         "stackgroup": str(row),
         "fillcolor": SHARE_COLORS[share],
         "fillpattern": _pattern(share),
-        "hovertemplate": f"engine {engine}: {share} %{{y}}%<extra></extra>",
+        "hovertemplate": f"%{{y}}%<extra>engine {engine}: {share}</extra>",
     }
 
 
 def _area_axes(engines: Sequence[int], domain: tuple[float, float], pixels: float) -> dict[str, Any]:
-    """Build the strips' axes, the first engine on top, as among the bars."""
+    """Build the strips' axes, the first engine on top."""
     num = max(len(engines), 1)
     bottom, top = domain
     gap = (top - bottom) * _GAP_PIXELS / pixels
@@ -247,6 +175,7 @@ def _area_axes(engines: Sequence[int], domain: tuple[float, float], pixels: floa
             visible=bool(engines),
             ticktext=[f"engine {engine}" for engine in engines[row : row + 1]],
             ticks="",
+            tickfont={"size": 10},
             showgrid=False,
             fixedrange=True,
         )
@@ -268,30 +197,6 @@ def _heat_trace(z: list[list[int | None]], *, x_axis: str, y_axis: str, **proper
         "ygap": 1 if len(z) <= 32 else 0,
         **properties,
     }
-
-
-def _heat_now(workers: Sequence[WorkerView]) -> dict[str, Any]:
-    z = [[round(100 * getattr(worker, share)) for share in SHARES] for worker in workers]
-    known: list[list[int | None]] = [[share if any(row) else None for share in row] for row in z]
-    hover = [[f"engine {worker.engine}"] * len(SHARES) for worker in workers]
-    return _heat_trace(
-        known,
-        x_axis="x2",
-        y_axis="y2",
-        x=list(SHARES),
-        y=np.arange(len(z), dtype=np.int32),
-        text=hover,
-        hovertemplate="%{text}: %{x} %{z}%<extra></extra>",
-    ) | {"xgap": 2}
-
-
-def _heat_axes(workers: Sequence[WorkerView], title: str, pixels: float) -> dict[str, Any]:
-    apart = [f"{worker.engine} {worker.state}" for worker in workers if worker.state in SET_APART]
-    more = [f"and {len(apart) - _MAX_LISTED_STATES} more"] if len(apart) > _MAX_LISTED_STATES else []
-    text = f"<br>engines {', '.join([*apart[:_MAX_LISTED_STATES], *more])}" if apart else ""
-    x = axis(f"{title}{text}", anchor="y2", type="category", fixedrange=True, showgrid=False)
-    y = axis("", anchor="x2", **_rows([worker.engine for worker in workers], pixels))
-    return {"xaxis2": {**x, "ticks": ""}, "yaxis2": y}
 
 
 def _heat_over_time(spans: Spans, x: Positions) -> dict[str, Any]:
@@ -326,5 +231,5 @@ def _rows(engines: Sequence[int], pixels: float) -> dict[str, Any]:
         "fixedrange": True,
         "showgrid": False,
         "ticks": "",
-        "tickfont": {"size": 11},
+        "tickfont": {"size": 10},
     }

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dnb.errors import ArgumentError, nearest
+from dnb.notebook.charts import subplots
 from dnb.notebook.views import EventView, RunView
 
 Kind = Literal["step", "samples", "time"]
@@ -45,7 +46,6 @@ class Abscissa:
             "samples": "samples seen",
             "time": f"time since it was submitted ({unit})",
         }[self.kind]
-        self.short = f"time ({unit})" if self.kind == "time" else self.kind  # where there is less room
 
     def at(self, steps: NDArray[Any]) -> Positions:
         """Return the positions of steps."""
@@ -83,6 +83,19 @@ class Abscissa:
             "type": "linear",
             "tickformat": "," if self.kind != "time" else "",
             "hoverformat": "," if self.kind != "time" else ".4~g",
+        }
+
+    def matched(
+        self, *, anchor: str, domain: tuple[float, float], nticks: int, has_points: bool = True
+    ) -> dict[str, Any]:
+        """Return the properties of an x axis that shows what the loss's does, in plotly's terms, without a title."""
+        return {
+            **subplots.axis("", anchor=anchor, domain=list(domain), nticks=nticks, matches="x", tickfont={"size": 11}),
+            **self.axis(),
+            "title": {"text": ""},
+            "showticklabels": has_points,
+            "showgrid": has_points,
+            "ticks": "outside" if has_points else "",
         }
 
     @cached_property

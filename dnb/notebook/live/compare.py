@@ -25,7 +25,7 @@ from dnb.notebook.text.summary import duration, inert, number, one_line, rate
 from dnb.notebook.views import SET_APART, RunView, has_ended
 
 if TYPE_CHECKING:
-    from dnb.notebook.live.live_figure import LiveFigure
+    from dnb.notebook.live.browser.live_figure import LiveFigure
 
 _COLUMNS = ("run", "status", "steps", "loss", "best val_loss")
 _LAST_COLUMNS = ("samples/s", "duration", "engines")
@@ -228,7 +228,7 @@ class Comparison:
         if self.figure is not None:
             self.figure.paint(drawing)
             return
-        from dnb.notebook.live.live_figure import LiveFigure  # plotly: seconds, in this thread
+        from dnb.notebook.live.browser.live_figure import LiveFigure  # plotly: seconds, in this thread
 
         self.figure = LiveFigure(drawing)
         self.box.children = (self.figure,)

@@ -1,4 +1,4 @@
-"""The strip above the chart: progress, pace, what can be done, how the run is doing, its engines, all in words."""
+"""The strip above the chart: place in the run, what can be done, how it is doing, and a row for each engine."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from html import escape
 
 import ipywidgets as widgets
 
+from dnb.notebook.live.browser.engine_table import EngineTable
 from dnb.notebook.live.run_buttons import RunButtons
 from dnb.notebook.live.spoken_text import SpokenText, as_html
-from dnb.notebook.text import engine_cards
 from dnb.notebook.text.diagnosis import diagnosis
+from dnb.notebook.text.engine_heat import MOST_ROWS
+from dnb.notebook.text.engine_rows import crowd_html, engine_rows
 from dnb.notebook.text.summary import (
     MEMBERSHIP,
     latest_values,
@@ -26,7 +28,7 @@ from dnb.notebook.views import RunView
 
 AXES = ("step", "samples", "time")
 # What takes room on the wire is sent no more often than this.
-_SECONDS = {"cards": 0.5, "diagnosis": 2.0, "words": 2.0}
+_SECONDS = {"engines": 0.5, "diagnosis": 2.0, "words": 2.0}
 HEAT_MAP_SECONDS = 1.0
 _BAR_STYLES = {"paused": "warning", "failed": "danger", "finished": "success"}
 # The element opens and closes by itself, in a widget that is never sent again: one that came with each new text would
@@ -37,6 +39,7 @@ _STYLE = """<style>
 .dnb-words-text ul{margin:0;padding-left:1.4em;line-height:1.5;overflow-wrap:anywhere;
 color:var(--jp-ui-font-color1,inherit)}
 .dnb-notice .widget-html-content:empty{display:none}
+.dnb-progress .progress{margin:0;height:6px;border-radius:3px;width:100%}
 .dnb-chosen .mod-active,.dnb-chosen.mod-active{font-weight:bold;text-decoration:underline}
 </style>"""
 
@@ -65,12 +68,13 @@ class Controls:
         self._shown_status = ""
         self._due: dict[str, float] = {}
         self.progress = widgets.IntProgress(
-            min=0, max=max(run.num_steps, 1), layout=widgets.Layout(width="220px", margin="2px 8px")
+            min=0, max=max(run.num_steps, 1), layout=widgets.Layout(width="auto", height="8px", margin="2px 8px")
         )
+        self.progress.add_class("dnb-progress")
         self.pace = widgets.HTML(layout=widgets.Layout(flex="1 1 auto"))
         self.buttons = RunButtons(run, lock=self._refreshing, changed=self.refresh)
         self.status, self.diagnosis = SpokenText(), SpokenText()
-        self.cards = widgets.HTML()
+        self.engines = EngineTable()
         self.words = widgets.HTML(layout=widgets.Layout(margin="0 8px"))
         self.choices = ChartChoices(on_axis=on_axis, on_loss_scale=on_loss_scale)
         self.box, self.widgets = self._laid_out()
@@ -87,24 +91,24 @@ class Controls:
             self.progress.max = max(run.num_steps, run.step, 1)
             self.progress.value = run.step
             self.progress.bar_style = _BAR_STYLES.get(run.status, "info")
-            self.pace.value = as_html(" · ".join([*place_in_run(run), *latest_values(run), *pace(run)]))
+            known = " · ".join([*place_in_run(run), *latest_values(run), *pace(run)])
+            self.pace.value = as_html(known, strong=run_name(run))
             self.buttons.show()
-            self.status.say(status_sentence(run), strong=run_name(run), kind=_status_kind(run))
+            is_bad = run.status == "failed" or (run.status == "paused" and bool(run.error))
+            self.status.say(status_sentence(run), kind=_status_kind(run), is_error=is_bad)
             if self._is_due("diagnosis"):
                 found = diagnosis(run)
                 self.diagnosis.say(found.text, strong="diagnosis", kind=found.kind)
-            self._send(self.cards, "cards", lambda: engine_cards.engines_html(run))
-            self._send(self.words, "words", lambda: _listed(summary(run)))
-
-    def _send(self, target: widgets.HTML, name: str, make: Callable[[], str]) -> None:
-        if self._is_due(name):
-            target.value = make()
+            if self._is_due("engines"):
+                self.engines.crowd, self.engines.rows = crowd_html(run), engine_rows(run)
+            if self._is_due("words"):
+                self.words.value = _listed(summary(run))
 
     def _is_due(self, name: str) -> bool:
         now = self._clock()
         if now < self._due.get(name, now):
             return False
-        is_crowd = name == "cards" and len(self._run.workers) > engine_cards.MOST_CARDS
+        is_crowd = name == "engines" and len(self._run.workers) > MOST_ROWS
         self._due[name] = now + (HEAT_MAP_SECONDS if is_crowd else _SECONDS[name])
         return True
 
@@ -113,12 +117,12 @@ class Controls:
     def _laid_out(self) -> tuple[widgets.VBox, tuple[widgets.Widget, ...]]:
         """Lay out the box, and list all widgets that are to be closed with it."""
         row = widgets.HBox(
-            [self.progress, self.pace, *self.buttons.row],
-            layout=widgets.Layout(align_items="center", flex_flow="row wrap"),
+            [self.pace, *self.buttons.row],
+            layout=widgets.Layout(align_items="center", flex_flow="row wrap", margin="0 0 0 8px"),
         )
-        style = widgets.HTML(engine_cards.STYLE + _STYLE, layout=widgets.Layout(display="none"))
+        style = widgets.HTML(_STYLE, layout=widgets.Layout(display="none"))
         head = widgets.HTML(
-            "<details><summary>this chart in words</summary></details>",
+            "<details><summary>text summary</summary></details>",
             layout=widgets.Layout(margin="0 8px", flex="1 1 auto"),
         )
         choice = self.choices.box
@@ -127,7 +131,7 @@ class Controls:
         chart_in_words.add_class("dnb-words")
         self.words.add_class("dnb-words-text")
         texts = self.status.html, self.buttons.notice, self.diagnosis.html
-        parts = [style, row, *texts, self.cards, chart_in_words]
+        parts = [style, row, self.progress, *texts, self.engines, chart_in_words]
         box = widgets.VBox(parts)
         inner = (row, chart_in_words, below, choice)
         return box, (box, *parts, *(child for each in inner for child in each.children))
@@ -164,7 +168,7 @@ class ChartChoices:
 
 
 def _status_kind(run: RunView) -> object:
-    """Return the part of a status that is news: not the hash that is in its sentence, nor how long it took."""
+    """Return the part of a status that is news: not how long it took."""
     return run.status, run.error, sum(event.kind in MEMBERSHIP for event in run.events)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import ipywidgets as widgets
 
 from dnb.engine.runtime.allocator import release_freed_memory
+from dnb.notebook.charts.run_figure import WIDE_PIXELS
 from dnb.notebook.charts.svg_image import behind_chart
 from dnb.notebook.charts.x_axis import checked_kind
 from dnb.notebook.live.controls import Controls
@@ -20,7 +21,7 @@ from dnb.notebook.views import RunView, has_ended
 
 if TYPE_CHECKING:
     from dnb.notebook.charts.subplots import Figure
-    from dnb.notebook.live.live_figure import LiveFigure
+    from dnb.notebook.live.browser.live_figure import LiveFigure
 
 
 class Dashboard:
@@ -43,10 +44,14 @@ class Dashboard:
         self._publish = publish
         self._ending = threading.Lock()
         self._is_over = False
+        self._is_fitted = True
+        self._was_kept = False
         self._display_ids: list[str] = []
         self._drawing = LiveDrawing(run)
         self._x, self._loss_scale = "step", "linear"
         self.controls = Controls(run, on_axis=self.choose_axis, on_loss_scale=self.choose_loss_scale)
+        self.controls.engines.observe(self._fit_layout, names="page_width")
+        self.controls.engines.on_gone(self._forget_widgets)
         self.figure: LiveFigure | None = None
         self.box = widgets.VBox([self.controls.box])
         self._painter = Painter(
@@ -66,6 +71,15 @@ class Dashboard:
     def is_closed(self) -> bool:
         """True if it stopped before the run ended, as it or its widgets were closed; it cannot be shown again."""
         return self._painter.is_closed or (not self._is_over and self._has_lost_widgets())
+
+    @property
+    def is_owed(self) -> bool:
+        """True until a cell keeps the chart of a run whose page was reloaded: the view's own output cannot."""
+        return self.was_reloaded and not self._was_kept
+
+    @is_owed.setter
+    def is_owed(self, is_owed: bool) -> None:
+        self._was_kept = not is_owed
 
     @property
     def was_reloaded(self) -> bool:
@@ -98,6 +112,11 @@ class Dashboard:
         self._loss_scale = scale
         self._paint_soon()
 
+    def _fit_layout(self, _change: object) -> None:
+        """Let the chart take the width that there is, in one column or two."""
+        self._is_fitted = False
+        self._paint_soon()
+
     def _paint_soon(self) -> None:
         self._painter.hurry()
         if self._is_over:  # a reloaded page still shows the widgets, and the painter is gone
@@ -111,11 +130,17 @@ class Dashboard:
         self.controls.refresh()
         if self.figure is None and has_ended(self._run):
             return  # nobody would see it
-        drawing = self._drawing.draw(x=self._x, loss_scale=self._loss_scale, is_whole=has_ended(self._run))
+        is_wide = self.controls.engines.page_width >= WIDE_PIXELS
+        drawing = self._drawing.draw(
+            x=self._x, loss_scale=self._loss_scale, is_wide=is_wide, is_whole=has_ended(self._run)
+        )
         if self.figure is None:
             self._add_figure(drawing)
         else:
             self.figure.paint(drawing)
+            if not self._is_fitted:
+                self.figure.fit_to_page()
+        self._is_fitted = True
 
     def close(self) -> None:
         """Stop painting before the run ends; what is displayed stays as it is."""
@@ -134,7 +159,7 @@ class Dashboard:
             self.figure.fit_to_page()
 
     def _add_figure(self, drawing: Figure) -> None:
-        from dnb.notebook.live.live_figure import LiveFigure  # plotly: seconds, in this thread
+        from dnb.notebook.live.browser.live_figure import LiveFigure  # plotly: seconds, in this thread
 
         self.figure = LiveFigure(drawing)
         self.box.children = (self.controls.box, self.figure)
@@ -155,12 +180,18 @@ class Dashboard:
             self._is_over = True
             for display_id in self._display_ids:
                 self._publish(plain, display_id=display_id, update=True)
-        # a reloaded page has forgotten the display ids and still shows the widgets; else they are 5 MB for nothing
-        if self.figure is not None and not self.was_reloaded:
-            self._close_widgets()
 
     def _plain(self) -> dict[str, Any]:
         return behind_chart(bundle(self._run, with_image=True, x=self._x, loss_scale=self._loss_scale))
+
+    def _forget_widgets(self) -> None:
+        """Close the widgets once a page shows plain output in their place: they are 5 MB there, for nothing.
+
+        A page that was reloaded has forgotten the display ids, and still shows them; one that was closed before the
+        end has seen nothing of it, and is to find them when it is opened.
+        """
+        if self._is_over and not self.was_reloaded:
+            self._close_widgets()
 
     def _close_widgets(self) -> None:
         for widget in (self.box, self.figure, *self.controls.widgets):

@@ -98,10 +98,12 @@ def _cell_of(shell: Any) -> Any:
 def keep(run: RunView) -> None:
     """Show a run as plain output in a cell that saw it end, if nothing else would be left of it in the notebook.
 
-    A page that was reloaded has forgotten how to replace an output; what a live view was is then not in the file.
+    A page that was reloaded has forgotten how to replace an output; what a live view was is then not in the file. The
+    first cell that sees the end is enough.
     """
     dashboard = _dashboards.get(id(run))
-    if has_ended(run) and dashboard is not None and dashboard.was_reloaded and output.current() is None:
+    if has_ended(run) and dashboard is not None and dashboard.is_owed and output.current() is None:
+        dashboard.is_owed = False
         publish(behind_chart(bundle(run, with_image=True)), display_id=new_display_id(run))
 
 
@@ -126,7 +128,7 @@ def warm_up() -> None:
 def _import_live_figure() -> None:
     # plotly imports nbformat, and so jsonschema, which checks IRIs by a grammar: a second and 16 MB for what few ask.
     with deferred("rfc3987_syntax", functions=("is_valid_syntax",)):
-        importlib.import_module("dnb.notebook.live.live_figure")
+        importlib.import_module("dnb.notebook.live.browser.live_figure")
 
 
 def dashboard_of(run: RunView) -> Dashboard:

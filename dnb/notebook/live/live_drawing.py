@@ -13,7 +13,7 @@ from dnb.notebook.charts.subplots import SubplotGroup
 from dnb.notebook.charts.x_axis import abscissa
 from dnb.notebook.views import RunView
 
-# The loss, the shares of the last seconds and new events are news at once; the others take turns, so that no refresh
+# The loss and new events are news at once; the others take turns, so that no refresh
 # costs more than a few milliseconds and 20 kB. For a page that is slow, refreshes are rare, and each has more turns.
 TURNS = ("pace", "over_time", "metrics", "rate", "events", "norm", "over_time", "metrics", "timeline")
 TURN_SECONDS = 0.3
@@ -36,15 +36,18 @@ class LiveDrawing:
         self._num_events = 0
         self._drawn: tuple[Any, ...] = ()
 
-    def draw(self, *, x: str = "step", loss_scale: str = "linear", is_whole: bool = False) -> subplots.Figure:
+    def draw(
+        self, *, x: str = "step", loss_scale: str = "linear", is_wide: bool = False, is_whole: bool = False
+    ) -> subplots.Figure:
         """Draw the figure: all of it at first, when its subplots change, or if asked; else new parts and those due.
 
         Args:
             x: what the x axes count.
             loss_scale: "linear" or "log".
+            is_wide: for a page of `WIDE_PIXELS` or more.
             is_whole: leave nothing for the next time, for there is none.
         """
-        along, place = abscissa(self._run, x), room(self._run)
+        along, place = abscissa(self._run, x), room(self._run, is_wide=is_wide)
         state = (along.title, place, structure(self._run))
         is_whole |= state != self._drawn
         due = set(PARTS) if is_whole else self._due()
@@ -60,4 +63,4 @@ class LiveDrawing:
         turns = [TURNS[(self._turn + place) % len(TURNS)] for place in range(num_turns)]
         self._turn += num_turns
         news = {"events"} if len(self._run.events) != self._num_events else set()
-        return {"loss", "now", *turns, *news}
+        return {"loss", *turns, *news}

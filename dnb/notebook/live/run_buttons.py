@@ -57,7 +57,9 @@ class RunButtons:
         is_paused = run.status == "paused"
         can_go_on = run.status in ("running", "paused")
         self.pause.icon = "play" if is_paused else "pause"
-        self._show(self.pause, "Resume" if is_paused else "Pause", when=can_go_on, verbs=("pause", "resume"))
+        # a step that failed is computed again as it is: whether that helps, only its author knows
+        again = "Retry" if run.error else "Resume"
+        self._show(self.pause, again if is_paused else "Pause", when=can_go_on, verbs=("pause", "resume"))
         self._show(self.stop, "Stop", when=not has_ended(run), verbs=("stop",))
         self._show(self.checkpoint, "Checkpoint", when=can_go_on, verbs=("checkpoint",))
 
@@ -112,5 +114,5 @@ class RunButtons:
 
 
 def _button(description: str, *, icon: str, tooltip: str) -> widgets.Button:
-    layout = widgets.Layout(width="auto", min_width="110px", flex="0 0 auto")
+    layout = widgets.Layout(width="auto", min_width="92px", flex="0 0 auto")
     return widgets.Button(description=description, icon=icon, tooltip=tooltip, layout=layout)

@@ -13,7 +13,7 @@ from dnb.notebook.magic_words import worded
 from dnb.notebook.text.engine_text import GONE, heard_words
 from dnb.notebook.text.loss_rules import LOSS_RULES
 from dnb.notebook.text.run_facts import Rule, RuleFinding, RunFacts, gather_facts, held
-from dnb.notebook.text.time_rules import TIME_RULES
+from dnb.notebook.text.time_rules import TIME_RULES, overloaded
 from dnb.notebook.views import SET_APART, RunView
 
 # A death is reported first for as long.
@@ -60,9 +60,15 @@ def _paused(facts: RunFacts) -> RuleFinding | None:
     if facts.run.status != "paused":
         return None
     error = (facts.run.error or "").lower()
-    if "run.resume" in error:  # the status already says what to do
-        return RuleFinding("paused", "nothing is computed until the run is resumed or stopped")
-    return RuleFinding("paused", "nothing is computed while the run is paused; Resume, or run.resume(), goes on")
+    if not error:
+        return RuleFinding("paused", "nothing is computed while the run is paused; Resume, or run.resume(), goes on")
+    if not facts.run.step:
+        return RuleFinding("paused", "stopped by an error before the first step: fix it, and fit again")
+    if "loss=fixed" in error:
+        return RuleFinding(
+            "paused", "stopped by an error in your code: fix it, then run.resume(loss=fixed), or run.stop()"
+        )
+    return RuleFinding("paused", "stopped: nothing is computed until run.resume() or run.stop()")
 
 
 # engines
@@ -112,4 +118,4 @@ def _ended(run: RunView) -> str:
 
 _STANDING: tuple[Rule, ...] = (_nobody_left, _no_step, _paused, _silence)
 # a loss that is no number goes before engines, the rest of what losses say after them
-_GOING: tuple[Rule, ...] = (_nobody_left, LOSS_RULES[0], _silence, _recent_death, *LOSS_RULES[1:])
+_GOING: tuple[Rule, ...] = (_nobody_left, LOSS_RULES[0], _silence, _recent_death, overloaded, *LOSS_RULES[1:])

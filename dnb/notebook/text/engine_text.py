@@ -1,4 +1,4 @@
-"""One engine in words: what its card shows and what is read out are these same words."""
+"""One engine in words: its row shows and a summary reads out these same words."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ NOT_KNOWN = "not known"
 GONE = frozenset({"dead", "left"})
 # Older than this, a heartbeat is missing whatever the events say: the hub takes half of it as silence.
 OVERDUE_SECONDS = 2 * SILENT_SECONDS
+LATE_SECONDS = 2.0  # a younger heartbeat is no news
 MAX_NAME = 60
 # Finer steps would change with every look, and say nothing more.
 CPU_STEP = 5
 _AGES = (0.5, 1, 2, 3, 5, 10, 20, 30)  # seconds; above them whole minutes
-_MISSING = {"at most": "peak memory"}
+_MISSING = {"peak": "peak memory", "share of the batch": "share of the batch"}
 _HEARTS = {"hung": True, "recovered": False, "joined": False, "died": False, "left": False}
 
 
 class Fact(NamedTuple):
-    """One line of a card."""
+    """One thing to say of an engine."""
 
     name: str
     words: str  # empty: not known
@@ -63,12 +64,12 @@ def facts_of(worker: WorkerView, *, num_shards: int = 0, is_over: bool = False) 
     if not is_gone:
         facts.append(Fact("CPU", cpu_words(worker)))
         facts.append(Fact("memory", memory_words(worker)))
-    facts.append(Fact("at most", "" if worker.peak_rss_bytes is None else amount(worker.peak_rss_bytes)))
+    facts.append(Fact("peak", "" if worker.peak_rss_bytes is None else amount(worker.peak_rss_bytes)))
     facts.append(Fact("samples", samples_words(worker, is_exact=is_over or is_gone)))
     if not is_gone:
-        facts.append(Fact("shards", shards_words(worker, num_shards=num_shards)))
-    if not is_gone and not is_over:
-        facts.append(Fact("heartbeat", heard_words(worker.heartbeat_age_seconds)))
+        facts.append(Fact("share of the batch", share_words(worker, num_shards=num_shards)))
+    if not is_gone and not is_over and (late := late_words(worker.heartbeat_age_seconds)):
+        facts.append(Fact("heartbeat", late))
     return facts
 
 
@@ -78,7 +79,7 @@ def worker_words(worker: WorkerView, *, hung: Collection[int] = (), num_shards: 
     mark = f" ({state})" if state in {"spare", "dead", "left", "hung"} else ""
     facts = facts_of(worker, num_shards=num_shards, is_over=is_over)
     missing = [_MISSING.get(fact.name, fact.name) for fact in facts if not fact.words]
-    lines = [device_words(worker), *(_fact_text(fact) for fact in facts if fact.words and fact.name != "at most")]
+    lines = [device_words(worker), *(_fact_text(fact) for fact in facts if fact.words and fact.name != "peak")]
     if missing:
         lines.append(f"{NOT_KNOWN}: {', '.join(missing)}")
     if peak := memory_in_words(worker):
@@ -87,6 +88,8 @@ def worker_words(worker: WorkerView, *, hung: Collection[int] = (), num_shards: 
 
 
 def _fact_text(fact: Fact) -> str:
+    if fact.name == "heartbeat":
+        return fact.words
     is_counted = fact.name == "samples" and fact.words[0].isdecimal()
     return fact.words.replace(" in ", " samples in ", 1) if is_counted else f"{fact.name} {fact.words}"
 
@@ -135,12 +138,32 @@ def samples_words(worker: WorkerView, *, is_exact: bool) -> str:
     return f"{worker.samples:,} in {steps}" if is_exact else f"{rounded(worker.samples)} in {steps}"
 
 
-def shards_words(worker: WorkerView, *, num_shards: int) -> str:
-    """Count the shards of each batch that an engine holds."""
+def share_words(worker: WorkerView, *, num_shards: int) -> str:
+    """Write the share of each batch that an engine holds; its number of shards, if it is not known of how many."""
     if worker.shards is None:
         return ""
-    whole = f" of {num_shards}" if num_shards else ""
-    return f"{len(worker.shards)}{whole}"
+    if not num_shards:
+        return counted(len(worker.shards), "shard")
+    return f"{len(worker.shards) / num_shards:.0%}".replace("%", " %")
+
+
+def stages_of(run: RunView) -> dict[int, str]:
+    """Return the stage of each engine of a pipeline: "stage 1 of 2", counted from 0; empty where there is none."""
+    timeline = run.timeline
+    size = timeline.num_stage_engines if timeline else 0
+    return {each.engine: f"stage {each.rank} of {size}" for each in timeline} if size > 1 else {}
+
+
+def place_words(worker: WorkerView) -> str:
+    """Name host and device of an engine: "node-1 · cpu, 2 cores"."""
+    return f"{host_words(worker)} · {device_words(worker)}"
+
+
+def late_words(seconds: float | None) -> str:
+    """Say for how long an engine was not heard; "" while that says nothing."""
+    if seconds is None or seconds < LATE_SECONDS:
+        return ""
+    return f"no word for {heard_words(seconds).removesuffix(' ago')}"
 
 
 def heard_words(seconds: float | None) -> str:

@@ -60,9 +60,9 @@ def _overfitting(facts: RunFacts) -> RuleFinding | None:
     limit = values[best] + (WORSE - 1) * abs(values[best])
     if len(since) < NUM_WORSE or not (since > limit).all():
         return None
-    text = f"the validation loss was best at step {steps[best]:,} ({number(float(values[best]))})"
+    text = f"overfitting: the validation loss was best at step {steps[best]:,} ({number(float(values[best]))})"
     verb = facts.verb("has been", "was")
     return RuleFinding("validation turned", f"{text} and {verb} worse in all {len(since)} evaluations since")
 
 
-LOSS_RULES: tuple[Rule, ...] = (_not_finite, _no_progress, _overfitting)
+LOSS_RULES: tuple[Rule, ...] = (_not_finite, _overfitting, _no_progress)

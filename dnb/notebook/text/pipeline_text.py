@@ -89,7 +89,7 @@ def memory_line(timeline: Timeline, prediction: Prediction | None = None) -> str
         predicted = f" ({amount(sizes[engine.rank])} predicted)" if engine.rank < len(sizes) else ""
         lines.append(f"engine {engine.engine} {amount(max(engine.grown_bytes or 0, 0))}{predicted}")
     more = f", and {len(timeline) - len(lines)} more" if len(lines) < len(timeline) else ""
-    return f"memory of the run, at most: {', '.join(lines)}{more}" if lines else ""
+    return f"peak memory of the run: {', '.join(lines)}{more}" if lines else ""
 
 
 def step_seconds(run: RunView, prediction: Prediction) -> float | None:
@@ -105,4 +105,4 @@ def memory_in_words(worker: WorkerView) -> str:
     if peak is None:
         return ""
     grown = "" if start is None else f", {amount(max(peak - start, 0))} more than before the run"
-    return f"at most {amount(peak)} of memory{grown}"
+    return f"peak {amount(peak)} of memory{grown}"

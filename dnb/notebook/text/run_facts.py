@@ -8,10 +8,12 @@ from statistics import fmean
 
 import numpy as np
 
-from dnb.notebook.formatting import counted
 from dnb.notebook.text.engine_text import hung_engines
-from dnb.notebook.views import SET_APART, SHARES, RunView, has_ended, shown_workers
+from dnb.notebook.views import SET_APART, SHARES, RunView, WorkerView, has_ended, shown_workers
 from dnb.planning.utilisation import Utilisation
+
+# Of an engine that computes less, nothing is said by its use of a processor.
+LEAST_COMPUTE = 0.15
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,7 @@ class EngineShares:
     data: float
     idle: float
     shards: tuple[int, ...] | None = None
+    core_share: float | None = None  # of the time that it computes on a CPU, the part in which it has a core
 
     @property
     def busy(self) -> float:
@@ -79,11 +82,20 @@ def gather_facts(run: RunView) -> RunFacts:
     # one that died in the end has spent its time, too: all of a run that has ended count
     apart = {"spare"} if is_over else SET_APART
     active = [
-        EngineShares(worker.engine, worker.compute, worker.wait, worker.data, worker.idle, worker.shards)
+        EngineShares(
+            worker.engine, worker.compute, worker.wait, worker.data, worker.idle, worker.shards, _core_share(worker)
+        )
         for worker in shown_workers(run)
         if worker.state not in apart and worker.engine not in hung and any(getattr(worker, s) for s in SHARES)
     ]
     return RunFacts(run, hung, active or (_stored_shares(run.utilisation) if is_over else []), is_over)
+
+
+def _core_share(worker: WorkerView) -> float | None:
+    """Return the processor time that an engine had for each second of computing; None where that says nothing."""
+    if worker.cpu_percent is None or worker.device != "cpu" or worker.compute < LEAST_COMPUTE:
+        return None
+    return worker.cpu_percent / 100 / worker.compute
 
 
 def _stored_shares(utilisation: Utilisation) -> list[EngineShares]:
@@ -96,10 +108,10 @@ def _stored_shares(utilisation: Utilisation) -> list[EngineShares]:
 
 
 def held(facts: RunFacts, shards: tuple[int, ...] | None) -> str:
-    """Write the number of these shards as the end of a sentence; empty if it is not known."""
+    """Write the share of a batch that these are as the end of a sentence; empty if it is not known."""
     if shards is None or not facts.run.num_shards:
         return ""
-    return f"; it holds {len(shards)} of {counted(facts.run.num_shards, 'shard')}"
+    return f"; its share of the batch is {percent(len(shards) / facts.run.num_shards)}"
 
 
 def percent(share: float) -> str:

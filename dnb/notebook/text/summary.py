@@ -12,12 +12,13 @@ import numpy as np
 from dnb.notebook.formatting import counted, duration, inert, number, one_line, time_left
 from dnb.notebook.magic_words import worded
 from dnb.notebook.text.diagnosis import findings
-from dnb.notebook.text.engine_cards import MOST_CARDS, crowd_lines
+from dnb.notebook.text.engine_heat import MOST_ROWS, crowd_lines
 from dnb.notebook.text.engine_text import hung_engines
 from dnb.notebook.text.engine_text import worker_words as worker_line
 from dnb.notebook.text.metric_names import metric_names
 from dnb.notebook.text.output_words import output_lines
 from dnb.notebook.text.pipeline_text import timeline_lines
+from dnb.notebook.text.run_events import MEMBERSHIP, news_of
 from dnb.notebook.views import SET_APART, EventView, RunView, has_ended, shown_workers
 
 __all__ = [
@@ -30,8 +31,6 @@ MAX_EVENTS = 5
 _NAMES = {"lr": "learning rate", "grad_norm": "gradient norm"}
 # As many metrics stand in one line.
 MAX_METRICS = 3
-# Kinds of events by which engines come and go.
-MEMBERSHIP = frozenset({"died", "left", "joined", "removed", "reassigned"})
 
 
 class Stream(Protocol):
@@ -117,7 +116,7 @@ def summary(run: RunView) -> str:
     values = [text for key in _keys_to_tell(run) if (text := _column_in_words(run, key))]
     lines += values or ["no step was committed" if has_ended(run) else "no step yet"]
     if digest := hash_in_words(run):
-        lines.append(f"{digest} over all parameters")
+        lines.append(digest)
     per_second = rate(run)
     if per_second is not None:
         lines.append(f"{per_second:,.0f} samples/s{' on average' if has_ended(run) else ''}")
@@ -126,9 +125,9 @@ def summary(run: RunView) -> str:
 
 
 def _engines_in_words(run: RunView) -> list[str]:
-    """Describe each engine on a line, as its card does; engines that share a heat map only by its figures."""
+    """Describe each engine on a line, as its row does; engines that share a heat map only by its figures."""
     workers, hung = shown_workers(run), hung_engines(run)
-    if len(workers) > MOST_CARDS:
+    if len(workers) > MOST_ROWS:
         return crowd_lines(workers, hung=hung)
     return [worker_line(worker, hung=hung, num_shards=run.num_shards, is_over=has_ended(run)) for worker in workers]
 
@@ -143,7 +142,9 @@ def _events_in_words(events: Sequence[EventView]) -> list[str]:
 def hash_in_words(run: RunView) -> str:
     """Return the newest hash of the parameters, to which every engine's copy was compared; "" before the first."""
     steps, values = run.history.column("digest")
-    return f"one hash {int(values[-1]):08x} at step {steps[-1]:,}" if len(values) else ""
+    if not len(values):
+        return ""
+    return f"all engines have the same parameters at step {steps[-1]:,} (hash {int(values[-1]):08x})"
 
 
 class TextReporter:
@@ -212,12 +213,10 @@ def _going_on(run: RunView) -> str:
     num_working = sum(worker.state not in SET_APART for worker in run.workers)
     where = f" on {counted(num_working, 'engine')}" if num_working else ""
     if num_spares:
-        where += f" and {num_spares} spare{'s' if num_spares > 1 else ''}"
+        where += f" and {counted(num_spares, 'standby engine')}"
     verb = "starting" if run.status == "starting" else "training"
     # engines that join before the first step are what was asked for
-    changes = [event for event in run.events if event.kind in MEMBERSHIP and event.step > 0]
-    if text := hash_in_words(run):
-        where += f", {text}"
+    changes = [event for event in news_of(run.events) if event.kind in MEMBERSHIP and event.step > 0]
     if not changes:
         return f"{verb}{where}"
     step = changes[-1].step

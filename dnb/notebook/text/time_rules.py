@@ -6,7 +6,7 @@ from statistics import fmean, median
 
 import numpy as np
 
-from dnb.notebook.formatting import counted, listed, numbered
+from dnb.notebook.formatting import listed, numbered
 from dnb.notebook.text.run_facts import Rule, RuleFinding, RunFacts, held, percent
 from dnb.notebook.views import SHARES, RunView
 from dnb.planning.step_timeline import FULL_SHARE, busy_seconds
@@ -28,8 +28,21 @@ BUBBLE_GAP = 0.1
 UNEQUAL_STAGES = 1.25
 # Shorter steps are mostly hand-over.
 SHORT_STEP_SECONDS = 0.02
+# An engine with a core for less of its computing waits for other processes.
+FEW_CORES = 0.6
 # Steps over which their length is taken.
 RECENT_STEPS = 200
+
+
+def overloaded(facts: RunFacts) -> RuleFinding | None:
+    """Find engines that all compute and have no core for it: other processes use them."""
+    shares = [worker.core_share for worker in facts.active if worker.core_share is not None]
+    if facts.is_over or not shares or len(shares) < len(facts.active) or max(shares) > FEW_CORES:
+        return None
+    many = len(shares) > 1
+    who = "engines have" if many else f"engine {facts.active[0].engine} has"
+    when = f"{percent(fmean(shares))} of the time that {'they compute' if many else 'it computes'}"
+    return RuleFinding("overloaded", f"this machine is overloaded: {who} a core for only {when}; others use it")
 
 
 def _bubble(facts: RunFacts) -> RuleFinding | None:
@@ -60,10 +73,10 @@ def _nothing_to_do(facts: RunFacts) -> RuleFinding | None:
     empty = [worker.engine for worker in facts.active if worker.shards is not None and not worker.shards]
     if facts.is_over or not empty or len(empty) == len(facts.active) or not facts.run.num_shards:
         return None
-    verb = "holds" if len(empty) == 1 else "hold"
+    working = [worker.engine for worker in facts.active if worker.engine not in empty]
+    verb = "has" if len(empty) == 1 else "have"
     return RuleFinding(
-        f"no shards {empty}",
-        f"{numbered(empty)} {verb} none of the {counted(facts.run.num_shards, 'shard')} of a batch",
+        f"no shards {empty}", f"{numbered(empty)} {verb} no work: all of each batch goes to {numbered(working)}"
     )
 
 
@@ -104,15 +117,13 @@ def _exchange(facts: RunFacts) -> RuleFinding | None:
     if not facts.active or min(worker.wait for worker in facts.active) < WAIT_SHARE:
         return None
     least = min(worker.wait for worker in facts.active)
-    many = len(facts.active) > 1
-    who = "every engine" if many else f"engine {facts.active[0].engine}"
-    text = f"{who} {facts.verb('waits', 'waited')} {'at least ' * many}{percent(least)} of the time"
     seconds = _step_seconds(facts.run)
     if seconds is not None and seconds < SHORT_STEP_SECONDS:
-        reason = f"steps {facts.verb('are', 'were')} short ({milliseconds(seconds)})"
+        reason = f", as steps {facts.verb('are', 'were')} short ({milliseconds(seconds)})"
     else:
-        reason = "for the hub, or for each other in turn" if many else "for the hub"
-    return RuleFinding("exchange", f"{text}, {'as ' * reason.startswith('steps')}{reason}: try a larger batch_size")
+        reason = ": waiting for the hub, or for each other" if len(facts.active) > 1 else ": waiting for the hub"
+    text = f"{percent(least)} of the time {facts.verb('is', 'was')} overhead{reason}"
+    return RuleFinding("exchange", f"{text}; larger batches {facts.verb('help', 'would have helped')}")
 
 
 def _idle(facts: RunFacts) -> RuleFinding | None:

@@ -94,7 +94,7 @@ def test_start_sends_the_run_to_every_engine():
 def test_no_shard_is_assigned_before_all_engines_have_loaded():
     coordinator = Coordinator(num_steps=1, num_shards=2, evaluate_every=None, engines=[0, 1])
     coordinator.start()
-    assert coordinator.handle(EngineLoaded(1)) == [Note("joined", "engine 1 has model and data", 1)]
+    assert coordinator.handle(EngineLoaded(1)) == [Note("joined", "engine 1 joined", 1)]
 
 
 def test_the_status_is_starting_until_all_engines_have_loaded():
@@ -107,7 +107,7 @@ def test_the_status_is_starting_until_all_engines_have_loaded():
 def test_the_last_engine_to_load_opens_the_first_step():
     _, actions = loaded(0, 1)
     assert actions == [
-        Note("joined", "engine 1 has model and data", 1),
+        Note("joined", "engine 1 joined", 1),
         Note("running", "2 engines, 4 shards"),
         Assign(0, "step", 1, (0, 1), fresh=True, lease=1),
         Assign(1, "step", 1, (2, 3), fresh=True, lease=2),
@@ -401,7 +401,7 @@ def test_a_joiner_that_is_known_is_not_sent_the_run_again():
 def test_a_joiner_gets_nothing_of_the_step_under_way():
     coordinator, _ = loaded(0)
     coordinator.handle(EngineJoined(1))
-    assert coordinator.handle(EngineLoaded(1)) == [Note("joined", "engine 1 has model and data", 1)]
+    assert coordinator.handle(EngineLoaded(1)) == [Note("joined", "engine 1 joined", 1)]
 
 
 def test_a_joiner_works_from_the_next_step():

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from dnb.notebook.charts import run_figure, subplots, utilisation
-from dnb.notebook.charts.event_markers import MAX_MARKERS, Ranges, marker_part
+from dnb.notebook.charts import run_figure, subplots
+from dnb.notebook.charts.event_markers import MAX_MARKERS, MOST_EVERYWHERE, MarkerRange, marker_part
 from dnb.notebook.charts.x_axis import abscissa
 from dnb.notebook.pages.snapshot import bundle
 from tests.fake_runs import FakeEvent, FakeHistory, FakeRun, FakeWorker
@@ -18,7 +18,7 @@ def event(kind: str, step: int, engine: int | None = None, text: str = "") -> Fa
 
 def event_markers(events: Sequence[FakeEvent], *, last_step: int, x: str = "step") -> tuple[list[dict], list[dict]]:
     run = FakeRun(step=last_step, events=list(events))
-    part = marker_part(run, abscissa(run, x), ranges=Ranges(left=(0.0, 1.0), right=(0.0, 0.5)))
+    part = marker_part(run, abscissa(run, x), ranges=[MarkerRange("x", (0.0, 1.0))])
     return part.notes, part.shapes
 
 
@@ -43,9 +43,41 @@ def test_pauses_and_checkpoints_are_marked_at_their_step(kind: str):
     assert labels(event(kind, 7)) == [(7, kind)]
 
 
-@pytest.mark.parametrize("kind", ["running", "reassigned", "set", "memory", "finished"])
+@pytest.mark.parametrize("kind", ["running", "reassigned", "memory", "finished"])
 def test_other_events_are_not_marked(kind: str):
     assert labels(event(kind, 7)) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "label"),
+    [
+        ("set", "lr=0.001 from step 8", "lr=0.001"),
+        ("mended", "loss or step function replaced from step 8", "new loss"),
+        ("recovered", "the hub has restarted", "hub restarted"),
+        ("chaos", "the hub is killed on purpose", "fault"),
+    ],
+)
+def test_what_people_change_and_a_hub_that_restarts_are_marked(kind: str, text: str, label: str):
+    assert labels(event(kind, 7, text=text)) == [(7, label)]
+
+
+def test_engines_that_a_restarted_hub_hears_anew_have_not_joined():
+    before = [event("joined", 0, engine) for engine in (0, 3)]
+    again = [event("joined", 7, engine) for engine in (0, 3)]
+    assert labels(*before, event("recovered", 7), *again) == [(7, "hub restarted")]
+
+
+def test_an_engine_that_died_and_comes_back_has_joined():
+    assert labels(event("joined", 0, 1), event("died", 5, 1), event("joined", 15, 1)) == [
+        (5, "died 1"),
+        (15, "joined 1"),
+    ]
+
+
+def test_few_markers_go_through_all_subplots_and_many_through_the_large_ones():
+    for number, num_subplots in ((1, 4), (MOST_EVERYWHERE + 1, 1)):
+        run = run_with([event("died", 2 + place, place) for place in range(number)], num_steps=20)
+        assert len(run_figure.figure(run)["layout"]["shapes"]) == number * num_subplots
 
 
 def test_engines_that_join_before_the_first_step_are_not_marked():
@@ -99,7 +131,7 @@ def test_markers_stay_where_they_are_while_the_curve_grows():
 
 def test_a_marker_changes_the_layout_and_no_trace():
     plain, marked = (run_figure.figure(run_with(events)) for events in ([], [event("died", 4, 1)]))
-    assert [subplots.changes(a, b) for a, b in zip(plain["data"], marked["data"], strict=True)] == [{}] * 14
+    assert [subplots.changes(a, b) for a, b in zip(plain["data"], marked["data"], strict=True)] == [{}] * 10
     assert set(subplots.changes(plain["layout"], marked["layout"])) == {"annotations", "shapes"}
 
 
@@ -117,8 +149,3 @@ def test_markers_of_a_thousand_events_are_under_40_kilobytes():
 def test_a_stored_picture_shows_the_markers():
     plain, marked = (bundle(run_with(events), with_image=True)["image/png"] for events in ([], [event("died", 4, 1)]))
     assert plain != marked
-
-
-@pytest.mark.parametrize(("state", "label"), [("left", "engine 2<br>(left)"), ("spare", "engine 2<br>(spare)")])
-def test_engines_that_do_not_take_part_are_called_what_they_are(state: str, label: str):
-    assert utilisation.engine_label(FakeWorker(engine=2, state=state), num_engines=4) == label

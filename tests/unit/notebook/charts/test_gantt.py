@@ -109,7 +109,7 @@ def test_memory_of_each_stage_is_predicted_and_measured():
     run.timeline = Timeline(
         step_timeline([engine_timeline(7, [Action("forward", 0, 0, 0.0, 1.0)], grown_bytes=41_000_000)])
     )
-    assert "memory of the run, at most: engine 7 41 MB (30 MB predicted)" in summary(run)
+    assert "peak memory of the run: engine 7 41 MB (30 MB predicted)" in summary(run)
 
 
 def test_the_line_of_a_running_divided_run_has_its_bubble():
@@ -118,7 +118,7 @@ def test_the_line_of_a_running_divided_run_has_its_bubble():
 
 def test_an_engine_tells_the_most_memory_that_it_held():
     worker = FakeWorker(start_rss_bytes=200_000_000, peak_rss_bytes=350_000_000)
-    assert worker_line(worker).endswith("; at most 350 MB of memory, 150 MB more than before the run")
+    assert worker_line(worker).endswith("; peak 350 MB of memory, 150 MB more than before the run")
 
 
 def test_of_very_many_bars_all_that_compute_are_drawn():
@@ -165,7 +165,7 @@ def test_an_empty_timeline_says_so_in_a_cell():
 
 def test_the_live_figure_takes_the_timeline_in_when_it_comes():
     pytest.importorskip("plotly")
-    from dnb.notebook.live.live_figure import LiveFigure
+    from dnb.notebook.live.browser.live_figure import LiveFigure
 
     run = divided_run()
     timeline, run.timeline = run.timeline, Timeline(None)
@@ -173,6 +173,6 @@ def test_the_live_figure_takes_the_timeline_in_when_it_comes():
     run.timeline = timeline
     live.paint(run_figure.figure(run))
     live.paint(run_figure.figure(run))
-    assert len(live.data) == 14 + len(gantt.KINDS)
-    assert live.layout.height > run_figure.PlotLayout(below_pixels=0).upper_pixels
+    assert len(live.data) == 10 + len(gantt.KINDS)
+    assert live.layout.height > run_figure.PlotLayout().upper_pixels
     live.close()

@@ -38,7 +38,7 @@ def test_the_best_value_is_marked_where_it_is_known_which_end_is_good():
 
 
 def test_a_run_without_metrics_has_no_room_for_them():
-    assert run_figure.room(measured()).metrics_pixels == 0
+    assert not run_figure.room(measured()).has_metrics
     assert f"yaxis{AXIS[1:]}" not in run_figure.figure(measured())["layout"]
 
 

@@ -17,7 +17,7 @@ def words(run: FakeRun, axis: str) -> list[str]:
 
 def test_samples_per_second_are_told_as_their_latest_mean():
     run = FakeRun(step=3, history=FakeHistory(loss=[1.0] * 3, samples_per_second=[100.0, 200.0, 1234.0]))
-    assert words(run, "y4") == ["samples per second: 1,234"]
+    assert words(run, "y4") == ["samples/s: 1,234"]
 
 
 def test_the_learning_rate_is_drawn_and_told():

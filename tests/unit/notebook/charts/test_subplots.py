@@ -1,8 +1,11 @@
+import itertools
+
 import numpy as np
 import pytest
 
-from dnb.notebook.charts import curves, run_figure, subplots, utilisation
+from dnb.notebook.charts import curves, run_figure, subplots
 from tests.fake_runs import FakeHistory, FakeRun, FakeWorker, long_run
+from tests.full_runs import full_run
 
 
 def run_with(losses: list[float], **columns: list[float]) -> FakeRun:
@@ -16,7 +19,7 @@ def curve(values: list[float]) -> curves.Curve:
 
 
 def traces(run: FakeRun) -> dict[str, dict]:
-    keys = ["raw", "smooth", "validation", "compute", "wait", "data", "idle"]
+    keys = ["raw", "smooth", "validation"]
     return dict(zip(keys, run_figure.figure(run)["data"], strict=False))
 
 
@@ -25,7 +28,7 @@ def remarks(run: FakeRun) -> list[str]:
     return [
         note["text"]
         for note in run_figure.figure(run)["layout"]["annotations"]
-        if note["yanchor" if "yanchor" in note else "y"] != "bottom" and note["yref"] in ("y domain", "y2 domain")
+        if note["yanchor" if "yanchor" in note else "y"] != "bottom" and note["yref"] == "y domain"
     ]
 
 
@@ -122,7 +125,7 @@ def test_one_step_is_drawn_with_a_marker():
 
 
 def test_a_short_run_has_one_training_line_in_the_legend():
-    shown = [trace["name"] for trace in traces(run_with([0.5] * 5)).values() if trace.get("showlegend")]
+    shown = [trace["name"] for trace in traces(run_with([0.5] * 5)).values() if trace["showlegend"]]
     assert shown == ["training"]
 
 
@@ -167,46 +170,34 @@ def test_before_the_first_step_the_figure_says_that_it_waits():
     assert remarks(run) == ["waiting for the first step"]
 
 
-def test_without_workers_the_figure_says_so():
-    assert "no engine has reported yet" in remarks(FakeRun(status="starting"))
+def test_a_run_that_was_stopped_by_an_error_does_not_seem_to_wait():
+    run = FakeRun(status="paused", error="step 1: ValueError: no", workers=[FakeWorker()])
+    assert remarks(run) == ["no step was made"]
 
 
-def test_workers_without_shares_are_said_not_to_have_reported():
-    run = run_with([0.5])
-    run.workers = [FakeWorker(compute=0, wait=0, data=0, idle=0)]
-    assert remarks(run) == ["no engine has reported yet"]
+def test_subplots_do_not_lie_on_each_other_in_one_column_or_two():
+    run = full_run(num_engines=8)
+    run.history.set("accuracy", [0.5] * run.step)
+    for is_wide in (False, True):
+        layout = run_figure.figure(run, is_wide=is_wide)["layout"]
+        areas = {
+            name: (*layout[f"xaxis{layout[name]['anchor'][1:]}"]["domain"], *layout[name]["domain"])
+            for name in layout
+            if name.startswith("yaxis")
+        }
+        for one, other in itertools.combinations(areas.values(), 2):
+            assert one[1] <= other[0] or other[1] <= one[0] or one[3] <= other[2] or other[3] <= one[2]
 
 
-def test_each_engine_has_a_bar():
-    assert traces(run_with([0.5]))["compute"]["y"] == ["engine 0", "engine 1"]
+def test_metrics_are_beside_the_loss_on_a_wide_page_and_below_it_on_a_narrow_one():
+    run = run_with([0.5] * 4, accuracy=[0.5] * 4)
+    narrow, wide = (run_figure.figure(run, is_wide=is_wide)["layout"] for is_wide in (False, True))
+    assert (narrow["xaxis"]["domain"], narrow["xaxis8"]["domain"]) == ([0.0, 1.0], [0.0, 1.0])
+    assert wide["yaxis"]["domain"] == wide["yaxis90"]["domain"]
 
 
-def test_a_dead_engine_is_called_dead():
-    assert utilisation.engine_label(FakeWorker(engine=2, state="dead"), num_engines=4) == "engine 2<br>(dead)"
-
-
-def test_the_parts_of_a_bar_are_the_shares():
-    run = run_with([0.5])
-    run.workers = [FakeWorker(compute=0.5, wait=0.25, data=0.125, idle=0.125)]
-    parts = [float(trace["x"][0]) for trace in list(traces(run).values())[3:]]
-    assert parts == [0.5, 0.25, 0.125, 0.125]
-
-
-def test_every_share_has_its_own_pattern():
-    patterns = [trace["marker"]["pattern"]["shape"] for trace in list(traces(run_with([0.5])).values())[3:]]
-    assert len(set(patterns)) == 4
-
-
-def test_live_bars_show_the_last_seconds():
-    run = run_with([0.5])
-    run.recent = [FakeWorker(compute=0.75)]
-    assert traces(run)["compute"]["x"].tolist() == [0.75]
-
-
-def test_bars_of_an_ended_run_show_the_whole_of_it():
-    run = run_with([0.5])
-    run.recent, run.workers, run.status = [FakeWorker(compute=0.75)], [FakeWorker(compute=0.5)], "finished"
-    assert traces(run)["compute"]["x"].tolist() == [0.5]
+def test_without_metrics_the_loss_has_the_whole_width():
+    assert run_figure.figure(run_with([0.5]), is_wide=True)["layout"]["xaxis"]["domain"] == [0.0, 1.0]
 
 
 def test_the_zoom_survives_because_uirevision_is_constant():
@@ -222,7 +213,7 @@ def test_text_has_contrast_on_white_and_on_the_dark_theme():
 def test_changes_of_equal_figures_are_empty():
     old, new = (run_figure.figure(run_with([0.5, float("nan")])) for _ in range(2))
     assert subplots.changes(old["layout"], new["layout"]) == {}
-    assert [subplots.changes(a, b) for a, b in zip(old["data"], new["data"], strict=True)] == [{}] * 14
+    assert [subplots.changes(a, b) for a, b in zip(old["data"], new["data"], strict=True)] == [{}] * 10
 
 
 def test_changes_after_a_step_leave_styles_out():

@@ -1,9 +1,9 @@
 import json
-from dataclasses import replace
 
 import numpy as np
+import pytest
 
-from dnb.notebook.charts import run_figure, utilisation
+from dnb.notebook.charts import run_figure
 from dnb.notebook.pages.snapshot import plotly_json
 from dnb.planning.utilisation import Utilisation
 from tests.fake_runs import FakeHistory, FakeRun, FakeWorker, usage_rows
@@ -48,19 +48,19 @@ def test_where_an_engine_did_not_take_part_its_strip_is_empty():
     assert set(heights.tolist()) == {0, 100}
 
 
-def test_areas_have_the_colours_and_patterns_of_the_bars():
-    bars = [trace for trace in run_figure.figure(run_with())["data"] if trace["type"] == "bar"]
-    for bar, area in zip(bars, areas(run_with()), strict=False):
-        assert (bar["marker"]["color"], bar["marker"]["pattern"]) == (area["fillcolor"], area["fillpattern"])
+def test_each_share_has_its_colour_its_pattern_and_one_entry_in_the_legend():
+    parts = areas(run_with())
+    assert len({(area["fillcolor"], area["fillpattern"]["shape"]) for area in parts}) == 4
+    assert [area["name"] for area in parts if area["showlegend"]] == ["compute", "wait", "data", "idle"]
 
 
-def test_up_to_eight_engines_have_bars_and_nine_a_heat_map():
-    assert (len(heat(run_with(num_engines=8))), len(heat(run_with(num_engines=9)))) == (0, 2)
+def test_up_to_eight_engines_have_strips_and_nine_a_heat_map():
+    assert (len(heat(run_with(num_engines=8))), len(heat(run_with(num_engines=9)))) == (0, 1)
 
 
 def test_a_heat_map_has_a_row_for_each_engine():
-    now, over_time = heat(run_with(num_engines=64))
-    assert (len(now["z"]), len(now["x"]), len(over_time["z"])) == (64, 4, 64)
+    (over_time,) = heat(run_with(num_engines=64))
+    assert len(over_time["z"]) == 64
 
 
 def test_a_heat_map_of_64_engines_is_small():
@@ -69,19 +69,13 @@ def test_a_heat_map_of_64_engines_is_small():
 
 
 def test_an_engine_that_is_gone_leaves_a_gap_in_a_heat_map():
-    _, over_time = heat(full_run(num_engines=9))
+    (over_time,) = heat(full_run(num_engines=9))
     assert None in over_time["z"][-1]
 
 
 def test_beside_64_rows_stand_as_many_names_as_have_room():
     layout = run_figure.figure(run_with(num_engines=64))["layout"]
-    assert layout["yaxis2"]["ticktext"][:2] == ["engine 0", "engine 8"]
-
-
-def test_dead_engines_of_a_heat_map_are_named_below_it():
-    run = run_with(num_engines=12)
-    run.workers = [replace(worker, state="dead" if worker.engine == 5 else "busy") for worker in run.workers]
-    assert "engines 5 dead" in run_figure.figure(run)["layout"]["xaxis2"]["title"]["text"]
+    assert layout["yaxis10"]["ticktext"][:2] == ["engine 0", "engine 8"]
 
 
 def test_without_spans_the_panel_says_so_in_its_own_place():
@@ -96,5 +90,6 @@ def test_a_strip_keeps_its_place_while_the_run_grows():
     assert few == many
 
 
-def test_a_dead_engine_is_called_dead():
-    assert utilisation.engine_label(FakeWorker(engine=2, state="dead"), num_engines=4) == "engine 2<br>(dead)"
+@pytest.mark.parametrize(("num_engines", "pixels"), [(1, 62), (8, 112), (16, 80), (64, 200)])
+def test_more_engines_have_more_room_up_to_a_limit(num_engines: int, pixels: int):
+    assert run_figure.room(run_with(num_engines=num_engines)).slim_pixels == pixels

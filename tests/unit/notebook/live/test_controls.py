@@ -8,7 +8,7 @@ import pytest
 
 from dnb.errors import ArgumentError
 from dnb.notebook.live.controls import Controls
-from dnb.notebook.text import engine_cards
+from dnb.notebook.text.engine_rows import engine_rows
 from dnb.notebook.text.summary import summary
 from tests.fake_runs import FakeEvent, FakeHistory, FakeRun, FakeWorker, advance, long_run, wait_until
 
@@ -98,7 +98,7 @@ def test_text_from_an_engine_is_shown_and_not_run():
 
 
 def test_the_name_of_a_run_is_shown_and_not_run():
-    assert "&lt;b&gt;digits&lt;/b&gt;" in Controls(FakeRun(name="<b>digits</b>")).status.value
+    assert "&lt;b&gt;digits&lt;/b&gt;" in Controls(FakeRun(name="<b>digits</b>")).pace.value
 
 
 def test_a_press_on_stop_stops_the_run():
@@ -314,16 +314,31 @@ def test_the_strip_has_a_sentence_of_diagnosis():
     assert "<b>diagnosis</b>: engine 0 computes 93 % of the time" in controls.diagnosis.value
 
 
-def test_the_strip_has_the_cards():
+def test_the_strip_has_a_row_for_each_engine():
     run = FakeRun(workers=[FakeWorker(engine=0), FakeWorker(engine=1, state="dead")])
-    assert Controls(run).cards.value == engine_cards.engines_html(run)
+    assert Controls(run).engines.rows == engine_rows(run) != []
 
 
-def test_cards_are_sent_at_most_twice_a_second():
+def test_many_engines_are_a_heat_map_in_the_place_of_rows():
+    controls = Controls(FakeRun(workers=[FakeWorker(engine=engine) for engine in range(13)]))
+    assert (controls.engines.rows, controls.engines.crowd.count("<table>")) == ([], 1)
+
+
+def test_an_error_looks_like_one():
+    run = FakeRun(status="paused", error="step 3: ValueError: no")
+    assert "--jp-error-color1" in Controls(run).status.value
+    assert "--jp-error-color1" not in Controls(FakeRun(status="paused")).status.value
+
+
+def test_a_step_that_failed_can_be_tried_again_and_is_not_said_to_go_on():
+    assert "Retry" in buttons(Controls(FakeRun(status="paused", error="step 3: ValueError: no")))
+
+
+def test_rows_are_sent_at_most_twice_a_second():
     run, clock = FakeRun(workers=[FakeWorker()]), Clock()
     controls = Controls(run, clock=clock)
     seen = []
-    controls.cards.observe(seen.append, names="value")
+    controls.engines.observe(seen.append, names="rows")
     for clock.now in (0.1, 0.2, 0.3, 0.49, 0.5, 0.6, 0.9, 1.0):
         run.workers = [replace(run.workers[0], samples=run.workers[0].samples + 100)]
         controls.refresh()
@@ -335,7 +350,7 @@ def test_an_end_is_shown_without_waiting_for_its_turn():
     controls = Controls(run, clock=clock)
     run.status = "finished"
     controls.refresh()
-    assert "12,345 in 0 steps" in controls.cards.value
+    assert ["samples", "12,345 in 0 steps"] in controls.engines.rows[0]["more"]
 
 
 def test_a_second_of_refreshes_with_four_engines_sends_less_than_12_kilobytes():

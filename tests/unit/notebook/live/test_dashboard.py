@@ -10,10 +10,10 @@ from dnb.notebook.charts import run_figure, subplots
 from dnb.notebook.charts.loss import with_loss_scale
 from dnb.notebook.charts.svg_image import SVG_MIME
 from dnb.notebook.live import display
+from dnb.notebook.live.browser.live_figure import LiveFigure
 from dnb.notebook.live.controls import Controls
 from dnb.notebook.live.dashboard import Dashboard
 from dnb.notebook.live.live_drawing import TURNS, LiveDrawing
-from dnb.notebook.live.live_figure import LiveFigure
 from dnb.notebook.pages.snapshot import PLOTLY_MIME
 from tests.fake_runs import FakeHistory, FakeRun, FakeWorker, advance, long_run, usage_rows, wait_until
 from tests.full_runs import advance_all, full_run
@@ -315,11 +315,36 @@ def test_shown_after_the_end_it_is_plain_output_at_once(dashboard, run, notebook
     assert [PLOTLY_MIME in content for content in notebook.shown()] == [True]
 
 
-def test_at_the_end_the_browser_may_forget_the_widgets(dashboard, run):
+def leave(dashboard):
+    """What a page says when it no longer shows a view: its output was replaced, or it was closed."""
+    dashboard.controls.engines._handle_custom_msg({"dnb": "gone"}, [])
+
+
+def test_widgets_are_closed_when_a_page_has_put_plain_output_in_their_place(dashboard, run):
     wait_until(lambda: dashboard.figure is not None)
     run.end("finished")
     assert dashboard.join(timeout_seconds=30)
+    assert dashboard.figure.comm is not None
+    leave(dashboard)
     assert dashboard.figure.comm is None
+
+
+def test_a_page_that_was_closed_before_the_end_finds_the_finished_chart_when_it_is_opened(dashboard, run):
+    wait_until(lambda: dashboard.figure is not None)
+    leave(dashboard)
+    add_step(run, 0.25)
+    run.end("finished")
+    assert dashboard.join(timeout_seconds=30)
+    assert dashboard.figure.get_state()["_widget_data"][1]["y"]["shape"] == (2,)
+    leave(dashboard)
+    assert dashboard.figure.comm is not None
+
+
+@pytest.mark.parametrize(("width", "domain"), [(999, (0.0, 1.0)), (1000, (0.0, 0.47))])
+def test_a_wide_page_has_losses_and_metrics_beside_each_other(dashboard, run, width, domain):
+    run.history.set("accuracy", [0.5])
+    dashboard.controls.engines.page_width = width
+    wait_until(lambda: dashboard.figure is not None and dashboard.figure.layout.xaxis.domain == domain)
 
 
 def test_widgets_of_a_reloaded_page_are_kept_at_the_end(dashboard, run):
@@ -327,6 +352,7 @@ def test_widgets_of_a_reloaded_page_are_kept_at_the_end(dashboard, run):
     dashboard.figure.get_state()
     run.end("finished")
     assert dashboard.join(timeout_seconds=30)
+    leave(dashboard)
     assert dashboard.figure.comm is not None
 
 
@@ -391,7 +417,7 @@ def test_slow_panels_come_to_what_the_whole_figure_would_be():
         live = drawing.draw()
     whole = without_button(run)
     assert subplots.changes(live["layout"], whole["layout"]) == {}
-    assert [subplots.changes(a, b) for a, b in zip(live["data"], whole["data"], strict=True)] == [{}] * 18
+    assert [subplots.changes(a, b) for a, b in zip(live["data"], whole["data"], strict=True)] == [{}] * 14
 
 
 def test_a_page_that_is_seldom_painted_has_all_panels_up_to_date_as_soon_as_others():
@@ -428,7 +454,7 @@ def test_more_engines_than_eight_turn_the_figure_into_heat_maps_and_back():
     few, many = (run_figure.figure(run) for run in runs)
     live = LiveFigure(few)
     live.paint(many)
-    assert [trace.type for trace in live.data].count("heatmap") == 2
+    assert [trace.type for trace in live.data].count("heatmap") == 1
     live.paint(few)
     assert len(live.data) == len(few["data"])
 

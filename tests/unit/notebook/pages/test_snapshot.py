@@ -93,7 +93,7 @@ def test_plotly_accepts_the_chart():
     import plotly.graph_objects as go
 
     chart = drawing(finished())
-    assert len(go.Figure(data=chart["data"], layout=chart["layout"]).data) == 17
+    assert len(go.Figure(data=chart["data"], layout=chart["layout"]).data) == 13
 
 
 def test_the_title_tells_how_the_run_ended():
@@ -112,7 +112,7 @@ def test_a_long_title_makes_the_figure_higher():
     assert drawing(long)["layout"]["height"] > drawing(short)["layout"]["height"]
 
 
-@pytest.mark.parametrize("color", ["#0072B2", "#D55E00", *SHARE_COLORS.values()])
+@pytest.mark.parametrize("color", ["#1E80C8", "#D55E00", *SHARE_COLORS.values()])
 def test_the_image_has_the_colours_of_the_chart(image, color):
     assert contains(image, color)
 

@@ -35,7 +35,7 @@ FAST, SLOW = engine(3, compute=0.56, wait=0.41), engine(1, compute=0.95, wait=0.
 CASES = {
     "one waits for another": (
         running(FAST, SLOW),
-        "engine 3 waits 41 % of the time: engine 1 is the slowest; it holds 2 of 8 shards",
+        "engine 3 waits 41 % of the time: engine 1 is the slowest; its share of the batch is 25 %",
     ),
     "it waited": (running(FAST, SLOW, status="finished"), "engine 3 waited 41 % of the time: engine 1 was the slowest"),
     "shards are not known": (
@@ -44,12 +44,12 @@ CASES = {
     ),
     "many wait for one": (
         running(SLOW, *(engine(i, compute=0.5, wait=0.5) for i in range(2, 6))),
-        "4 engines wait 50 % of the time: engine 1 is the slowest; it holds 2 of 8 shards",
+        "4 engines wait 50 % of the time: engine 1 is the slowest; its share of the batch is 25 %",
     ),
     "the slowest loads data": (
         running(FAST, engine(1, compute=0.3, data=0.65, shards=(1,))),
         "engine 3 waits 41 % of the time: engine 1 is the slowest, as it loads data 65 % of the time; "
-        "it holds 1 of 8 shards",
+        "its share of the batch is 12 %",
     ),
     "two are equally slow": (
         running(FAST, SLOW, engine(2, compute=0.95, wait=0.04)),
@@ -83,15 +83,15 @@ CASES = {
     ),
     "short steps": (
         running(*(engine(i, compute=0.6, wait=0.35) for i in range(2)), history=short_steps(0.003)),
-        "every engine waits at least 35 % of the time, as steps are short (3 ms): try a larger batch_size",
+        "35 % of the time is overhead, as steps are short (3 ms); larger batches help",
     ),
     "a slow hub": (
         running(engine(0, compute=0.6, wait=0.35), history=short_steps(0.3)),
-        "engine 0 waits 35 % of the time, for the hub: try a larger batch_size",
+        "35 % of the time is overhead: waiting for the hub; larger batches help",
     ),
     "waiting in turn": (
         running(*(engine(i, compute=0.6, wait=0.35) for i in range(2)), history=short_steps(0.3)),
-        "every engine waits at least 35 % of the time, for the hub, or for each other in turn: try a larger batch_size",
+        "35 % of the time is overhead: waiting for the hub, or for each other; larger batches help",
     ),
     "mixed": (
         running(*(engine(i, compute=0.7, wait=0.2, data=0.1) for i in range(2))),
@@ -103,11 +103,11 @@ CASES = {
     ),
     "no shards": (
         running(engine(0, compute=0.9, shards=(0, 1)), engine(1, shards=())),
-        "engine 1 holds none of the 8 shards of a batch",
+        "engine 1 has no work: all of each batch goes to engine 0",
     ),
     "silent": (
         running(SLOW, silent(2, shards=(0,))),
-        "engine 2 is silent (last heard 3 s ago); it holds 1 of 8 shards",
+        "engine 2 is silent (last heard 3 s ago); its share of the batch is 12 %",
     ),
     "silent ones": (
         running(SLOW, *(silent(i) for i in range(4, 10))),
@@ -151,7 +151,32 @@ CASES = {
     ),
     "paused by a fault": (
         running(FAST, SLOW, status="paused", error="the loss is nan; run.set(lr=...) and run.resume() try it again"),
-        "nothing is computed until the run is resumed or stopped",
+        "stopped: nothing is computed until run.resume() or run.stop()",
+    ),
+    "paused by an error in a loss": (
+        running(
+            FAST, SLOW, status="paused", error="step 9: ValueError: no. Fix it, then run.resume(loss=fixed) or ..."
+        ),
+        "stopped by an error in your code: fix it, then run.resume(loss=fixed), or run.stop()",
+    ),
+    "paused before the first step": (
+        FakeRun(status="paused", error="step 1: ValueError: no", workers=[unknown(0)]),
+        "stopped by an error before the first step: fix it, and fit again",
+    ),
+    "overloaded": (
+        running(*(engine(i, compute=0.5, wait=0.5, device="cpu", cpu_percent=15.0) for i in range(2))),
+        "this machine is overloaded: engines have a core for only 30 % of the time that they compute; others use it",
+    ),
+    "one alone is slow to compute": (
+        running(
+            engine(0, compute=0.9, device="cpu", cpu_percent=20.0),
+            engine(1, compute=0.9, device="cpu", cpu_percent=95.0),
+        ),
+        "engines compute 90 % of the time",
+    ),
+    "an accelerator needs no core": (
+        running(engine(0, compute=0.9, device="cuda:0", cpu_percent=5.0)),
+        "engine 0 computes 90 % of the time",
     ),
     "nothing known": (running(unknown(0)), "nothing is known yet of how the engines spend their time"),
     "nothing known at the end": (
@@ -198,8 +223,15 @@ def test_a_validation_loss_that_has_turned_is_told():
     run = running(SLOW)
     run.history.set("val_loss", [0.5, 0.3, 0.4, 0.41, 0.42], steps=[20, 40, 60, 80, 100])
     assert told(run)[0] == (
-        "the validation loss was best at step 40 (0.3000) and has been worse in all 3 evaluations since"
+        "overfitting: the validation loss was best at step 40 (0.3000) and has been worse in all 3 evaluations since"
     )
+
+
+def test_of_an_overloaded_machine_overfitting_and_a_loss_that_stands_still_the_first_comes_first():
+    run = running(engine(0, compute=0.5, device="cpu", cpu_percent=15.0), step=400)
+    run.history = FakeHistory(loss=[0.5] * 100 + [0.25] * 50 + [0.26] * 250)
+    run.history.set("val_loss", [0.5, 0.3, 0.4, 0.41, 0.42], steps=[20, 40, 60, 80, 100])
+    assert [text.split()[0] for text in told(run)[:3]] == ["this", "overfitting:", "the"]
 
 
 def test_a_validation_loss_that_is_hardly_worse_is_not_blamed():
@@ -244,7 +276,7 @@ def test_unequal_stages_are_told():
 
 def test_a_run_from_its_folder_is_judged_by_what_was_counted_of_its_time():
     run = FakeRun(status="finished", step=100, utilisation=Utilisation(usage_rows(9)))
-    assert told(run)[0].startswith("every engine waited at least 50 % of the time")
+    assert told(run)[0].startswith("50 % of the time was overhead")
 
 
 def test_only_one_sentence_is_about_time():

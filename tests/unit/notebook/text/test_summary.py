@@ -76,7 +76,7 @@ def test_what_last_happened_to_engines_is_told():
     run = digits(
         workers=[FakeWorker()],
         events=[
-            FakeEvent(kind="joined", text="engine 0 has model and data", step=0, engine=0),
+            FakeEvent(kind="joined", text="engine 0 joined", step=0, engine=0),
             FakeEvent(kind="died", text="engine 1 closed its connection", step=100, engine=1),
             FakeEvent(kind="reassigned", text="2 shards of engine 1 go to others", step=100, engine=1),
         ],
@@ -127,8 +127,8 @@ def test_a_summary_tells_all_that_the_view_shows():
         "gradient norm 1.5000 at step 100, lowest 1.5000 at step 100, highest 3.0000 at step 50",
         "1,984 samples/s on average",
         "engine 0 on host-a: compute 85%, wait 5%, data 6%, idle 4%; cpu, 2 cores; CPU 180 % of 200 %; "
-        "memory 512 MB of 8 GB; 7,936 samples in 496 steps; shards 3 of 8; "
-        "at most 600 MB of memory, 200 MB more than before the run",
+        "memory 512 MB of 8 GB; 7,936 samples in 496 steps; share of the batch 38 %; "
+        "peak 600 MB of memory, 200 MB more than before the run",
         "step 400: checkpoint of step 400",
     ]
 
@@ -136,7 +136,7 @@ def test_a_summary_tells_all_that_the_view_shows():
 def test_what_is_not_known_of_an_engine_is_said():
     assert summary.worker_line(FakeWorker(engine=2, state="spare")) == (
         "engine 2 (spare) on host-a: compute 60%, wait 25%, data 10%, idle 5%; device not known, cores not known; "
-        "0 samples in 0 steps; not known: CPU, memory, peak memory, shards, heartbeat"
+        "0 samples in 0 steps; not known: CPU, memory, peak memory, share of the batch"
     )
 
 
@@ -163,7 +163,7 @@ def test_a_summary_tells_the_last_events_only():
 def test_a_hung_engine_is_told_in_a_summary():
     run = digits(workers=[FakeWorker(engine=1, heartbeat_age_seconds=3.2)])
     assert "engine 1 (hung) on host-a" in summary.summary(run)
-    assert "heartbeat 3 s ago" in summary.summary(run)
+    assert "no word for 3 s" in summary.summary(run)
 
 
 def test_shares_in_a_summary_are_those_that_are_drawn():

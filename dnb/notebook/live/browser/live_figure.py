@@ -105,6 +105,8 @@ class LiveFigure(go.FigureWidget):
         pairs = zip(self._shown["data"], drawing["data"], strict=True)
         traces = {place: subplots.changes(old, new) for place, (old, new) in enumerate(pairs)}
         self._update_page({place: new for place, new in traces.items() if new}, _without(layout, whole))
+        if "height" in layout:  # plotly.js then takes the width of now for the one that is wanted
+            self._send_relayout_msg({"autosize": True})
         self._shown = drawing
 
     def _update_page(self, traces: dict[int, dict[str, Any]], layout: dict[str, Any]) -> None:

@@ -1,0 +1,1 @@
+"""Widgets with code of their own that runs in the page."""
