@@ -185,6 +185,14 @@ class LabPage:
         tab.open(self.evaluate("return panel.context.path;"))
         return tab
 
+    def wait_until_idle(self) -> None:
+        """Wait until no kernel of the server is at work, whether a page looks at it or not."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while any(session["kernel"]["execution_state"] != "idle" for session in self._server.ask("api/sessions")):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"a kernel was still at work after {PATIENCE_SECONDS} s")
+            time.sleep(0.1)
+
     def restart_kernel(self) -> None:
         """End the kernel's process and start another for the same notebook."""
         self.evaluate("return panel.sessionContext.session.kernel.restart().then(() => null);")

@@ -23,6 +23,8 @@ STILL = "const image = new Image(); image.src = window.still; return image.decod
 NO_STORAGE = """
     Object.defineProperty(window, 'sessionStorage', {get() { throw new DOMException('denied', 'SecurityError'); }});
 """
+STEPS = 120
+SHORT_FIT = f"%dtrain fit model train --val val --loss cross_entropy --steps {STEPS} --name closed"
 SAVED_CHART = "img.plot-img"  # Lab shows its own picture of a saved chart, and the chart itself at a click
 
 
@@ -71,6 +73,28 @@ def test_the_chart_grows_and_a_reloaded_page_and_a_second_tab_have_all_of_it_and
     lab.wait_for_picture(5)  # the reloaded page cannot put it in the fourth cell
     lab.run_and_wait(shutdown)
     assert (lab.problems, tab.problems) == ([], [])
+
+
+def test_a_tab_that_was_closed_before_the_end_has_the_finished_chart_when_it_is_opened_again(lab, notebook_folder):
+    cells = ["%load_ext dnb", "%dtrain start -n 2", SETUP, f"run = {SHORT_FIT}", "%dtrain wait", "%dtrain shutdown"]
+    write_notebook(notebook_folder / "closed.ipynb", cells)
+    lab.open("closed.ipynb")
+    for index in range(4):
+        lab.run_and_wait(index)
+    lab.output_area(3).locator(".dnb-row").first.wait_for()
+    lab.run(4)
+    lab.save()
+    lab.command("application:close")
+    lab.wait_for("return !document.querySelector('.jp-Notebook');")
+    lab.wait_until_idle()
+    lab.open("closed.ipynb")
+    wait_for_curve(lab.page, 3, step=STEPS)
+    lab.output_area(3).get_by_text(f"finished after {STEPS} steps").first.wait_for()
+    keep_picture(lab, "view-opened-after-the-end", index=3)
+    lab.run_and_wait(4)
+    lab.wait_for_picture(4)  # the closed page cannot put it in the fourth cell
+    lab.run_and_wait(5)
+    assert lab.problems == []
 
 
 def test_a_restarted_kernel_attaches_and_the_saved_notebook_shows_the_chart_without_one(lab, notebook_folder):
