@@ -316,7 +316,16 @@ def _value(word: Word, parameter: inspect.Parameter, names: Mapping[str, Any]) -
     try:
         return ast.literal_eval(word.text)
     except (ValueError, SyntaxError):
-        return word.text
+        return _evaluate(word.text, names) if _is_composed(word.text, names) else word.text
+
+
+def _is_composed(text: str, names: Mapping[str, Any]) -> bool:
+    """Tell whether a word is a tuple, a list, a call or the like of what is defined here: `(X[:300], y[:300])`."""
+    if not _parses(text):
+        return False
+    tree = ast.parse(text, mode="eval").body
+    held = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & names.keys()
+    return bool(held) and isinstance(tree, ast.Tuple | ast.List | ast.Dict | ast.Call | ast.Subscript | ast.Lambda)
 
 
 def _may_be_chosen(value: Any) -> bool:

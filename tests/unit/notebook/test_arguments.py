@@ -184,6 +184,11 @@ def test_a_verb_may_have_flags_beyond_those_of_its_function():
         ('--metrics {{"a": rate}}', {"a": 0.25}),
         ("--metrics ['accuracy']", ["accuracy"]),
         ("--metrics {len(net)}", 7),
+        ("--val (rate, rate / 2)", (0.25, 0.125)),
+        ("--val [rate, 'a b']", [0.25, "a b"]),
+        ("--val tuple(net[:2])", ("t", "h")),
+        ("--val (other, words)", "(other, words)"),
+        ("--loss rate-digits", "rate-digits"),
     ],
 )
 def test_the_word_after_a_flag_is_its_value(line: str, wanted: Any):
