@@ -42,7 +42,7 @@ _STYLES = {
     "paused": _MarkerLook("#E69F00", "dashdot"),
     "left": _MarkerLook("#999999", "dash"),
     "joined": _MarkerLook("#009E73", "dash"),
-    "recovered": _MarkerLook("#E69F00", "longdash"),
+    "recovered": _MarkerLook("#E69F00", "dashdot"),
     "chaos": _MarkerLook("#CC79A7", "dot"),
     "mended": _MarkerLook("#56B4E9", "dash"),
     "set": _MarkerLook("#56B4E9", "dashdot"),
@@ -142,14 +142,15 @@ def _label(place: float, group: Sequence[EventView]) -> dict[str, Any]:
 
 def _short(group: Sequence[EventView]) -> str:
     """Name one event by its engine, several by their numbers: "died 1", "2 died, 1 joined"."""
-    if len(group) == 1:
-        (event,) = group
+    told = [event for event in group if event.kind != "chaos"] or group  # the fault is told by what came of it
+    if len(told) == 1:
+        (event,) = told
         return _name(event) if event.engine is None else f"{_name(event)} {event.engine}"
-    counts = Counter(event.kind for event in group)
+    counts = Counter(event.kind for event in told)
     if len(counts) == 1:
         (kind,) = counts
-        engines = [event.engine for event in group]
-        if len(group) <= 3 and None not in engines:
+        engines = [event.engine for event in told]
+        if len(told) <= 3 and None not in engines:
             return f"{_NAMES.get(kind, kind)} {', '.join(map(str, engines))}"
     return ", ".join(f"{counts[kind]} {_NAMES.get(kind, kind)}" for kind in _URGENCY if kind in counts)
 

@@ -71,7 +71,7 @@ class Controls:
             min=0, max=max(run.num_steps, 1), layout=widgets.Layout(width="auto", height="8px", margin="2px 8px")
         )
         self.progress.add_class("dnb-progress")
-        self.pace = widgets.HTML(layout=widgets.Layout(flex="1 1 auto"))
+        self.pace = widgets.HTML(layout=widgets.Layout(flex="1 1 480px"))
         self.buttons = RunButtons(run, lock=self._refreshing, changed=self.refresh)
         self.status, self.diagnosis = SpokenText(), SpokenText()
         self.engines = EngineTable()
@@ -116,8 +116,9 @@ class Controls:
 
     def _laid_out(self) -> tuple[widgets.VBox, tuple[widgets.Widget, ...]]:
         """Lay out the box, and list all widgets that are to be closed with it."""
+        buttons = widgets.HBox(self.buttons.row, layout=widgets.Layout(flex="0 0 auto"))
         row = widgets.HBox(
-            [self.pace, *self.buttons.row],
+            [self.pace, buttons],
             layout=widgets.Layout(align_items="center", flex_flow="row wrap", margin="0 0 0 8px"),
         )
         style = widgets.HTML(_STYLE, layout=widgets.Layout(display="none"))
@@ -133,7 +134,7 @@ class Controls:
         texts = self.status.html, self.buttons.notice, self.diagnosis.html
         parts = [style, row, self.progress, *texts, self.engines, chart_in_words]
         box = widgets.VBox(parts)
-        inner = (row, chart_in_words, below, choice)
+        inner = (row, buttons, chart_in_words, below, choice)
         return box, (box, *parts, *(child for each in inner for child in each.children))
 
 

@@ -57,6 +57,8 @@ def _row(
     worker: WorkerView, *, hung: Collection[int], stages: Mapping[int, str], num_shards: int, is_over: bool
 ) -> Row:
     state = state_of(worker, hung=hung)
+    if state == "ready" and worker.compute:  # between two steps
+        state = "busy"
     is_gone = worker.state in GONE
     late = "" if is_gone or is_over else late_words(worker.heartbeat_age_seconds)
     facts = facts_of(worker, num_shards=num_shards, is_over=is_over)

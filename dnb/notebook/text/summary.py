@@ -220,7 +220,9 @@ def _going_on(run: RunView) -> str:
     if not changes:
         return f"{verb}{where}"
     step = changes[-1].step
-    text = ", ".join(one_line(event.text) for event in changes if event.step == step)
+    last = [event for event in changes if event.step == step]
+    told = [event for event in last if event.kind != "reassigned"] or last  # whose shards go to others, is known
+    text = ", ".join(one_line(event.text) for event in told)
     return f"{verb}{where}; after step {step:,}: {one_line(text)}"
 
 

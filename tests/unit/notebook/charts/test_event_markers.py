@@ -61,6 +61,10 @@ def test_what_people_change_and_a_hub_that_restarts_are_marked(kind: str, text: 
     assert labels(event(kind, 7, text=text)) == [(7, label)]
 
 
+def test_a_fault_is_told_by_what_came_of_it():
+    assert labels(event("chaos", 7, 1), event("died", 7, 1)) == [(7, "died 1")]
+
+
 def test_engines_that_a_restarted_hub_hears_anew_have_not_joined():
     before = [event("joined", 0, engine) for engine in (0, 3)]
     again = [event("joined", 7, engine) for engine in (0, 3)]

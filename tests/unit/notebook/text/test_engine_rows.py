@@ -70,8 +70,12 @@ def test_an_engine_without_shards_has_no_share_and_one_whose_shards_are_not_know
     [("busy", "●", False), ("ready", "○", False), ("spare", "◇", True), ("dead", "✕", True), ("left", "←", True)],
 )
 def test_every_state_has_a_mark_and_unusual_ones_are_told(state: str, mark: str, is_news: bool):
-    found = row(replace(WHOLE, state=state))
+    found = row(replace(WHOLE, state=state, compute=0.0))
     assert (found["kind"], found["mark"], found["word"], found["is_news"]) == (state, mark, state, is_news)
+
+
+def test_an_engine_between_two_steps_is_at_work():
+    assert row(replace(WHOLE, state="ready"))["kind"] == "busy"
 
 
 def test_an_engine_that_is_gone_has_no_figures_of_now():

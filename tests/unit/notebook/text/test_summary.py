@@ -81,9 +81,7 @@ def test_what_last_happened_to_engines_is_told():
             FakeEvent(kind="reassigned", text="2 shards of engine 1 go to others", step=100, engine=1),
         ],
     )
-    assert summary.status_sentence(run) == (
-        "training on 1 engine; after step 100: engine 1 closed its connection, 2 shards of engine 1 go to others"
-    )
+    assert summary.status_sentence(run) == ("training on 1 engine; after step 100: engine 1 closed its connection")
 
 
 def test_text_of_unknown_origin_is_put_on_one_line():
