@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
@@ -140,5 +141,11 @@ def _plot_run(run: Any, **options: Any) -> Any:
     return plotly_figure(run, **options)
 
 
+def _plot_history(history: Any, names: Sequence[str]) -> Any:
+    from dnb.notebook.pages.history_drawing import history_figure  # not before somebody wants a figure
+
+    return history_figure(history, names)
+
+
 write_pages_by(_write_page)
-view_runs_by(show=_show_run, plot=_plot_run, begin=_show_new_run, check=_check_display)
+view_runs_by(show=_show_run, plot=_plot_run, plot_history=_plot_history, begin=_show_new_run, check=_check_display)

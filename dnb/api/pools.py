@@ -133,6 +133,21 @@ def current_pool() -> Pool | None:
     return _pool if _pool is not None and _pool.is_open else None
 
 
+def describe_others() -> str:
+    """Tell of the pools that hold a run and that this kernel does not steer, with the line that finds it; or ""."""
+    found = find_pools(profile_folder(None) / "security")
+    holders = [(facts, "") for facts in found.orphans] + [(facts, " of another kernel") for facts in found.foreign]
+    return "; ".join(
+        f"a pool of {_counted(len(facts.engines))}{whose} holds run {facts.run!r} ({facts.run_status}): %dtrain attach"
+        for facts, whose in holders
+        if facts.run is not None
+    )
+
+
+def _counted(num_engines: int) -> str:
+    return "1 engine" if num_engines == 1 else f"{num_engines} engines"
+
+
 def last_pool() -> Pool | None:
     """Return the pool that this kernel has, also one whose hub has died; None once it was shut down."""
     return _pool
@@ -197,7 +212,7 @@ def _already(pool: Pool, *, asked: int | None) -> str:
     change = f"; %dtrain shutdown first to start {asked}" if differs else ""
     if asked is not None and asked > num_engines:
         change = f"; %dtrain add {asked - num_engines} makes them {asked}"
-    return f"a pool of {num_engines} engines is already running, and is used{change}"
+    return f"using the running pool of {_counted(num_engines)}{change}"
 
 
 def _adopted(pool: Pool) -> str:

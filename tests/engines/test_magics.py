@@ -35,7 +35,7 @@ def run(shell, line):
 def test_start_tells_the_running_pool_its_engines_and_what_to_type_next(shell, capsys):
     run(shell, "%dtrain start -n 2")
     told = capsys.readouterr().out
-    assert "a pool of 2 engines is already running, and is used" in told
+    assert "using the running pool of 2 engines" in told
     assert "ready" in told
     assert "%dtrain fit model train --loss cross_entropy" in told
 

@@ -69,7 +69,7 @@ def test_the_table_has_one_line_per_engine_with_its_pid(pool):
 def test_a_second_start_returns_the_running_pool_and_says_so(pool, caplog):
     with caplog.at_level(logging.WARNING):
         assert pools.start(n=3) is pool
-    assert "a pool of 2 engines is already running, and is used; %dtrain add 1 makes them 3" in caplog.text
+    assert "using the running pool of 2 engines; %dtrain add 1 makes them 3" in caplog.text
 
 
 def test_status_is_answered_while_the_engines_are_busy(pool):

@@ -2,12 +2,15 @@
 
 import contextlib
 import os
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dnb.api import pools, training
 from dnb.errors import ArgumentError, PoolError
+from dnb.notebook.commands.magics import DtrainMagics
 from dnb.pool.discovery import find_pools
 from dnb.pool.startup import profile_folder
 from tests.engines.pools import wait, wait_until
@@ -107,6 +110,25 @@ def test_a_kernel_that_watches_leaves_the_pool_as_it_is_when_it_goes(other_kerne
     run = pools.attach()
     before = run.step
     wait_until(run, lambda run: run.step > before + 3, what="3 more steps")
+
+
+@pytest.mark.parametrize("line", ["wait", "dashboard", "stop", "add 1"])
+def test_a_kernel_without_a_pool_is_told_of_the_one_that_goes_on(other_kernel, line):
+    said = "this kernel has no pool, but a pool of 1 engine of another kernel holds run 'shared' "
+    with pytest.raises(PoolError, match=rf"{said}\(\w+\): %dtrain attach"):
+        DtrainMagics(SimpleNamespace(user_ns={})).dtrain(line)
+
+
+def test_a_pool_whose_kernel_was_restarted_is_told_by_status(other_kernel, capsys):
+    other_kernel.kill()
+    DtrainMagics(SimpleNamespace(user_ns={})).dtrain("status")
+    told = capsys.readouterr().out
+    assert re.match(r"this kernel has no pool, but a pool of 1 engine holds run 'shared' \(\w+\): %dtrain attach", told)
+
+
+def test_who_attaches_without_a_model_is_told_how_to_get_the_weights(other_kernel, capsys):
+    DtrainMagics(SimpleNamespace(user_ns={})).dtrain("attach --display none")
+    assert "run.state_dict() returns them, and %dtrain attach --model model fills one" in capsys.readouterr().out
 
 
 def test_another_kernel_s_pool_is_told_and_left_alone(other_kernel):

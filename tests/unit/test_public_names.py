@@ -34,10 +34,11 @@ FUNCTIONS = {"attach", "batches", "fit", "plan", "resume", "show", "start"}
 # What TAB offers behind a run and a pool. A public name that is new stands here, or among those that are internal, in
 # dnb/notebook/completion/public_names.py.
 OF_RUN = [
-    "batch_size", "checkpoint", "elapsed_seconds", "error", "events", "export", "first_step", "folder", "history",
-    "is_active", "model", "name", "num_samples", "num_shards", "num_steps", "output", "pause", "plot", "prediction",
-    "prove", "recent_workers", "report", "resume", "samples_per_second", "seconds_left", "set", "show", "started",
-    "status", "step", "steps_per_epoch", "stop", "timeline", "to_tensorboard", "utilisation", "wait", "workers",
+    "batch_size", "checkpoint", "elapsed_seconds", "error", "error_traceback", "events", "export", "first_step",
+    "folder", "history", "is_active", "model", "name", "num_samples", "num_shards", "num_steps", "output", "pause",
+    "plot", "prediction", "prove", "recent_workers", "report", "resume", "samples_per_second", "seconds_left", "set",
+    "show", "started", "state_dict", "status", "step", "steps_per_epoch", "stop", "timeline", "to_tensorboard",
+    "utilisation", "wait", "workers",
 ]  # fmt: skip
 OF_POOL = [
     "add", "chaos", "client", "engines", "fit", "is_open", "is_steered_here", "keep_spares", "linger_seconds", "remove",

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dnb.api.runs.exporting import write_csv, write_parquet
+from dnb.api.runs.run_views import plot_columns
 
 
 class History(Mapping[str, list[float]]):
@@ -50,6 +51,14 @@ class History(Mapping[str, list[float]]):
         with self._lock:  # whole buffers are copied, not number by number: a chart asks several times a second
             steps = np.frombuffer(self._steps[name] or b"", dtype=np.int64).copy()
             return steps, np.frombuffer(self._values[name] or b"", dtype=np.float64).copy()
+
+    def plot(self, *names: str) -> Any:
+        """Return a plotly figure of some columns over the steps; of losses, if none is named.
+
+        Raises:
+            ArgumentError: one of them was not measured; with those that were.
+        """
+        return plot_columns(self, names)
 
     def to_pandas(self) -> Any:
         """Return one row per step, indexed by it; what was not measured at a step is NaN.

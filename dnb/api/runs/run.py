@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,22 +16,24 @@ from numpy.typing import NDArray
 
 from dnb.api.arguments.checks import check_positive
 from dnb.api.arguments.losses import read_loss
-from dnb.api.hub_requests import read_options, replace_functions, seen_gradients, take_checkpoint
+from dnb.api.hub_requests import read_options, replace_functions, take_checkpoint
 from dnb.api.proof.comparison import Proof
-from dnb.api.proof.proving import Submission, known_submission, prove
+from dnb.api.proof.proving import Submission
 from dnb.api.runs.exporting import export_run, write_tensorboard
 from dnb.api.runs.history import History
+from dnb.api.runs.observed_run import ObservedRun
 from dnb.api.runs.page_writer import write_page
+from dnb.api.runs.proofs import prove_run
 from dnb.api.runs.run_follower import RunFollower
 from dnb.api.runs.run_snapshot import KnownRun, RunSnapshot, printed, read_run
 from dnb.api.runs.run_views import plot_run, show_run
+from dnb.api.runs.weights import state_dict_of
 from dnb.api.runs.workers import EngineUsage
 from dnb.api.runs.write_back import NotebookObjects
-from dnb.errors import USER_ERRORS, HubError, RunError
+from dnb.errors import RunError
 from dnb.planning.sample_order import samples_after
 from dnb.planning.step_timeline import Timeline
 from dnb.planning.utilisation import Utilisation
-from dnb.progress import long_work
 from dnb.protocol.client_messages import Done, SetOptions
 from dnb.protocol.measurements import Prediction, RunEvent
 from dnb.protocol.run import RunStatus
@@ -42,10 +43,8 @@ from dnb.user_code.gradient_samples import USUAL_STEPS
 log = logging.getLogger(__name__)
 WAIT_SECONDS = 0.2  # between two looks of a waiting thread, so that hooks can write and an interrupt is heard
 
-Listener = Callable[["Run"], None]
 
-
-class Run:
+class Run(ObservedRun):
     """One training; made by `dnb.fit`. It goes on whether or not anybody looks.
 
     Args:
@@ -69,6 +68,7 @@ class Run:
         known: KnownRun | None = None,
         submission: Submission | None = None,
     ) -> None:
+        super().__init__()
         self.name = name
         self.folder = folder
         known = known or KnownRun(name=name)
@@ -78,12 +78,8 @@ class Run:
         self._key = key
         self._own = own or NotebookObjects()
         self._num_shown = 0  # events whose output was printed
-        self._listeners: list[Listener] = []
-        self._hooks: list[Listener] = []
         self._proof: Proof | None = None
-        self._follower = RunFollower(
-            known, hub, folder=folder, own=self._own, notify=lambda: self._call(self._listeners)
-        )
+        self._follower = RunFollower(known, hub, folder=folder, own=self._own, notify=self._tell_listeners)
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -120,6 +116,11 @@ class Run:
     def error(self) -> str | None:
         """The failure, or the reason for a pause."""
         return self._known.error or None
+
+    @property
+    def error_traceback(self) -> str:
+        """The traceback of the failure where it happened: on an engine, or in the hub; "" if there is none."""
+        return self._known.remote_traceback
 
     @property
     def step(self) -> int:
@@ -235,12 +236,12 @@ class Run:
         try:
             while not self._known.is_settled and (deadline is None or time.monotonic() < deadline):
                 self._follower.wait_for_change(WAIT_SECONDS)
-                self._call(self._hooks)
+                self._call_hooks()
                 self._show_output()
         except KeyboardInterrupt:
             log.warning("run %r goes on; %%dtrain stop ends it, %%dtrain wait waits again", self.name)
             return self
-        self._call(self._hooks)
+        self._call_hooks()
         self._show_output()
         known = self._known
         if known.is_settled and known.error:
@@ -300,6 +301,16 @@ class Run:
         self._follower.hurry()
         return written
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the trained parameters and buffers by name, as `model.state_dict()` would, on the CPU.
+
+        They are copies, of the last step that is done; if the pool is gone, of the run's last checkpoint.
+
+        Raises:
+            ArgumentError: the pool is gone, and the run has no checkpoint.
+        """
+        return state_dict_of(self.name, self._follower.hub_or_none, self.folder)
+
     def prove(self, steps: int = USUAL_STEPS) -> Proof:
         """Compute the run's first steps in this process, too, and show losses and gradients side by side.
 
@@ -313,18 +324,9 @@ class Run:
             ArgumentError: this kernel did not start the run, or the pool does not hold it any more.
         """
         number = check_positive(steps, name="steps")
-        if self._proof is not None and len(self._proof.steps) >= number:
-            return dataclasses.replace(self._proof, steps=self._proof.steps[:number])
-        submission = known_submission(self.submission, run=self.name)
-        number = min(number, submission.spec.num_steps)
-        with long_work(f"waiting until run {self.name!r} has done {number} steps"):
-            self._follower.wait_for_step(number)
-        try:
-            gradients, notes = seen_gradients(self._follower.hub, self.name, number, events=lambda: self.events)
-        except HubError as error:
-            raise submission.given_up from error
-        self._proof = prove(submission, gradients, notes=notes)
-        return self._proof
+        if self._proof is None or len(self._proof.steps) < number:
+            self._proof = prove_run(self.name, number, self.submission, self._follower)
+        return dataclasses.replace(self._proof, steps=self._proof.steps[:number])
 
     def show(self, *, display: str | None = None) -> None:
         """Show the run in the current cell until it ends, as `display` of `fit` says; in a script, tell it in words."""
@@ -364,19 +366,6 @@ class Run:
         """
         return write_page(self, path)
 
-    def add_listener(self, callback: Listener) -> None:
-        """Call `callback` in the watching thread when something changed, and once more at the end."""
-        self._listeners.append(callback)
-
-    def remove_listener(self, callback: Listener) -> None:
-        """Stop calling `callback`."""
-        if callback in self._listeners:
-            self._listeners.remove(callback)
-
-    def add_wait_hook(self, callback: Listener) -> None:
-        """Call `callback` in the thread that waits, several times a second and once at the end."""
-        self._hooks.append(callback)
-
     def __repr__(self) -> str:
         known, last = self._known, self.history.column("loss")[1][-1:]
         loss = f", loss {last[0]:.4g}" if len(last) else ""
@@ -389,12 +378,3 @@ class Run:
         self._num_shown += len(new)
         for line in printed(new):
             sys.stdout.write(f"{line}\n")
-
-    def _call(self, callbacks: list[Listener]) -> None:
-        for callback in list(callbacks):
-            try:
-                callback(self)
-            except USER_ERRORS as error:  # a callback of the user's may raise anything
-                if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
-                    raise
-                log.exception("a viewer of run %r failed", self.name)

@@ -81,6 +81,11 @@ class RunFollower:
             raise HubError(f"run {self._name!r} has ended and its hub is gone")
         return self._hub
 
+    @property
+    def hub_or_none(self) -> HubClient | None:
+        """The hub that holds the run; None if it is read from its folder."""
+        return self._hub
+
     def start(self) -> None:
         """Follow the hub from now on, until the run has ended."""
         self._thread.start()

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _views: dict[str, Callable[..., Any]] = {}
 
 
 def view_runs_by(
-    *, show: Callable[..., None], plot: Callable[..., Any], begin: Callable[..., None], check: Callable[..., None]
+    *,
+    show: Callable[..., None],
+    plot: Callable[..., Any],
+    plot_history: Callable[..., Any],
+    begin: Callable[..., None],
+    check: Callable[..., None],
 ) -> None:
     """Let these show every run from now on.
 
     Args:
         show: takes a run, and `display`.
         plot: takes a run, and options; returns a figure.
+        plot_history: takes a history, and names of columns; returns a figure.
         begin: takes a run that has just begun, and `display`.
         check: refuses what is no display.
     """
-    _views.update(show=show, plot=plot, begin=begin, check=check)
+    _views.update(show=show, plot=plot, plot_history=plot_history, begin=begin, check=check)
 
 
 def check_display(display: str | None) -> None:
@@ -40,6 +46,11 @@ def show_run(run: Any, *, display: str | None) -> None:
 def plot_run(run: Any, **options: Any) -> Any:
     """Return a run's figure."""
     return _views["plot"](run, **options)
+
+
+def plot_columns(history: Any, names: Sequence[str]) -> Any:
+    """Return a figure of some columns of a history."""
+    return _views["plot_history"](history, names)
 
 
 def show_new_run(run: Any, *, display: str | None) -> None:

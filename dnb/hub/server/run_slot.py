@@ -309,9 +309,13 @@ def _verdict(crashes: Sequence[Crash]) -> str:
 
 
 def _tensors_of(run: ActiveRun, request: GetState) -> tuple[Message, Sequence[Any]]:
+    from dnb.hub.checkpoints.contents import named_tensors
     from dnb.transport.state_trees import encode_state, put_together, take_items_apart
 
+    own, tied, _ = named_tensors(run.master)
     state: dict[str, Any] = {
+        "names": [*own, *tied],  # of a state_dict
+        "tied": tied,
         "parameters": dict(run.master.model.named_parameters()),
         "buffers": dict(run.master.model.named_buffers()),
         "loose": run.master.states.as_tensor(),

@@ -39,7 +39,7 @@ def _status() -> None:
     """Tell the pool's engines, its run, and what troubles it."""
     pool = pools.current_pool()
     if pool is None:
-        say("no pool is running: %dtrain start -n 2")
+        say(_without_pool())
         return
     facts = pool.facts
     held = "no run" if facts.run is None else f"run {facts.run!r} is {facts.run_status}: %dtrain attach shows it"
@@ -147,5 +147,11 @@ def require_pool() -> Pool:
     """
     pool = pools.current_pool()
     if pool is None:
-        raise PoolError("no pool is running: %dtrain start -n 2")
+        raise PoolError(_without_pool())
     return pool
+
+
+def _without_pool() -> str:
+    """Say that this kernel has no pool, and where there is one that goes on."""
+    others = pools.describe_others()
+    return f"this kernel has no pool, but {others}" if others else "no pool is running: %dtrain start -n 2"

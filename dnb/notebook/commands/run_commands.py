@@ -131,6 +131,8 @@ def _attach(
     run = pools.attach(name, model=model, steer=steer, clear=clear)
     speak_magic(run)
     show(run, display=display)
+    if run.model is None:
+        say("no model here gets the weights: run.state_dict() returns them, and %dtrain attach --model model fills one")
     return run
 
 
