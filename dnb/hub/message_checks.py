@@ -43,6 +43,8 @@ MOST_SPARES = 4096
 MOST_STOP_SECONDS, MOST_SLOWNESS = 86_400.0, 1e6
 # Lines that an engine tells at once, and the kinds of events that they may become.
 MOST_LINES = 1000
+# Kinds of lines that an engine counts at once, with the one for all others.
+MOST_COUNTED = 101
 # Means over targets that one loss may add up.
 MOST_TERMS = 1 << 20
 TOLD_KINDS = frozenset({"output", "data", "metrics"})
@@ -157,7 +159,7 @@ def check_message(message: EngineMessage, rules: Rules) -> EngineMessage:
             _require(len(lines) <= MOST_LINES, f"{len(lines)} lines at once")
             _require(kind in TOLD_KINDS, "an engine tells of output, or of its files")
             cut = tuple(clean_text(line, length=MESSAGE_LENGTH) for line in lines)
-            return msgspec.structs.replace(message, lines=cut)
+            return msgspec.structs.replace(message, lines=cut, more=_checked_counts(message.more))
         case NoSharedMemory(reason=reason):
             return msgspec.structs.replace(message, reason=clean_text(reason, length=MESSAGE_LENGTH))
         case _:
@@ -213,9 +215,17 @@ def _checked_report(report: WorkReport, rules: Rules) -> WorkReport:
         _check_telemetry(report.telemetry)
     if report.trace is not None:
         _check_trace(report.trace, rules)
+    if report.more_output:
+        report = msgspec.structs.replace(report, more_output=_checked_counts(report.more_output))
     if not report.note:
         return report
     return msgspec.structs.replace(report, note=clean_text(report.note, length=MESSAGE_LENGTH))
+
+
+def _checked_counts(more: dict[str, int]) -> dict[str, int]:
+    _require(len(more) <= MOST_COUNTED, f"lines of {len(more)} kinds are counted")
+    _require(all(0 < number <= MOST_COUNT for number in more.values()), "less than one line is counted")
+    return {clean_text(kind, length=NAME_LENGTH): number for kind, number in more.items()}
 
 
 def _check_sums(part: Sums) -> None:

@@ -107,6 +107,7 @@ class WorkReport(Message, frozen=True):
     )
     thawed: tuple[str, ...] = ()  # parameters without a slot that got a gradient, as user code lets them train by now
     frozen: tuple[int, ...] = ()  # slots of the gradient layout that user code has frozen, in one of the parts at least
+    more_output: dict[str, int] = {}  # printed lines since the last report that were only counted, by kind
 
 
 # Kind of the failure of an engine that could not go on because another one of its team was gone: its error's class.
@@ -140,6 +141,7 @@ class Printed(Message, frozen=True):
     run: str
     lines: tuple[str, ...]
     kind: str = "output"  # of the run's event
+    more: dict[str, int] = {}  # lines that were only counted, by kind, where no report says it
 
 
 class Fault(Message, frozen=True):

@@ -236,7 +236,7 @@ def test_what_user_code_prints_on_engines_is_shown_by_who_waits(pool, capsys, tr
     shown = capsys.readouterr().out.splitlines()
     assert [line for line in shown if line.startswith("engine")] == run.output
     assert run.output.count(f"engine {pool.engines[0].id}: hello from 16") >= 3
-    assert {event.kind for event in run.events if "hello" in event.text} == {"output"}
+    assert {event.kind for event in run.events if "hello" in event.text} == {"output", "repeated"}
     written = (run.folder / "output.log").read_text().splitlines()
     assert [
         f"{line.split(' ', 2)[2].partition(' step ')[0]}: {line.split(': ', 1)[1]}" for line in written

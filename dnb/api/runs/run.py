@@ -214,7 +214,7 @@ class Run(ObservedRun):
 
     @property
     def output(self) -> list[str]:
-        """The lines that user code has printed on engines, each with its engine; `wait` prints them, too."""
+        """The lines that user code has printed, each with its engine or "hub"; `wait` prints them, too."""
         return printed(self._known.events)
 
     def samples_at(self, steps: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -26,6 +26,7 @@ from dnb.planning.utilisation import Utilisation
 from dnb.protocol.measurements import Prediction, RunEvent, StepTimeline, WorkerTotals
 from dnb.protocol.pool import Process
 from dnb.protocol.run import ENDED, RunStatus
+from dnb.user_code.output_kinds import COUNTED, FIRST, REPEATED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,13 +192,15 @@ def _ending(summary: RunSummary, folder: Path) -> tuple[RunStatus, str]:
 
 
 def printed(events: Iterable[RunEvent]) -> list[str]:
-    """Return the lines that user code has printed on engines, each with its engine."""
-    return [
-        f"engine {event.engine}: {line}"
-        for event in events
-        if event.kind == "output"
-        for line in event.text.split("\n")
-    ]
+    """Return the lines that user code has printed, each with its engine or "hub", and how many more there were."""
+    lines = []
+    for event in events:
+        if event.kind in (FIRST, REPEATED):
+            who = "hub" if event.engine is None else f"engine {event.engine}"
+            lines += [f"{who}: {line}" for line in event.text.split("\n")]
+        elif event.kind == COUNTED:
+            lines += [f"({line})" for line in event.text.split("\n")]
+    return lines
 
 
 def way_back(folder: Path) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 import msgspec
 import torch
 
-from dnb.engine.process.user_output import CapturedOutput
 from dnb.engine.replicas.engine_replica import EngineReplica
 from dnb.engine.replicas.gathered_loss import GatheringReplica
 from dnb.engine.replicas.replica import Replica
@@ -44,6 +43,7 @@ from dnb.transport.pickling.user_modules import loads
 from dnb.transport.sockets.wires import DATA_SLOT, JOB_SLOT, PARAMETERS_SLOT, Outbox, Wire
 from dnb.transport.system.failures import describe_error
 from dnb.transport.system.process_settings import AppliedSettings, differing_packages
+from dnb.user_code.captured_output import CapturedOutput
 
 # How long the hub may take to send model and data, and to read what is sent to it.
 SHIP_SECONDS = 300.0
@@ -200,7 +200,7 @@ class Session:
         try:
             report, raws = self._computed(work, indices)
         except USER_ERRORS as error:  # whatever a user's model raises is the user's to read
-            self._send_output()
+            self._send_output(with_counts=True)
             self._report_failure(work, error, indices)
             return
         self._send_output()
@@ -233,27 +233,34 @@ class Session:
             states=outcome.states,
             thawed=outcome.thawed,
             frozen=outcome.frozen,
+            more_output=self._output.take_counts(),
         ), raws
 
-    def _send_output(self) -> None:
-        """Send what user code has printed, and what of the notebook's settings could not be had here."""
+    def _send_output(self, *, with_counts: bool = False) -> None:
+        """Send what user code has printed, and what of the notebook's settings could not be had here.
+
+        Args:
+            with_counts: no report follows that has them.
+        """
         if self._settings.notes:
             self.send(Printed(run=self.run, lines=tuple(self._settings.notes), kind="data"))
             self._settings.notes = []
         if news := self._replica.take_news():
             self.send(Printed(run=self.run, lines=news, kind="metrics"))
-        if lines := self._output.collect():
-            self.send(Printed(run=self.run, lines=lines))
+        lines = self._output.collect()
+        more = self._output.take_counts() if with_counts else {}
+        if lines or more:
+            self.send(Printed(run=self.run, lines=lines, more=more))
 
     def _report_failure(self, work: Work, error: BaseException, indices: torch.Tensor | None) -> None:
         """Say that user code failed, and where, if it did with these samples and that can be found."""
         place = ""
         if indices is not None:
             try:
-                place = self._replica.find_place(work, indices, error)
+                with self._output.muted():  # what is computed once more is printed once more
+                    place = self._replica.find_place(work, indices, error)
             except USER_ERRORS as second:  # what failed once may fail otherwise when it is looked at
                 log.warning("where it failed was not found: %s", summary_of(second))
-            self._output.collect()  # what is computed once more is printed once more
         self.send(
             WorkFailed(
                 run=work.run,

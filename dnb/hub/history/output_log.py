@@ -1,4 +1,4 @@
-"""The file of a run in which everything stands that user code has printed on engines."""
+"""The file of a run in which everything stands that user code has printed on engines and in the hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MOST_OUTPUT_BYTES = 16 << 20
 
 
 class OutputLog:
-    """Writes what engines print, each line with its time, engine and step, up to a number of bytes for the run.
+    """Writes what engines and the hub print, each line with time, engine and step, up to a number of bytes for the run.
 
     Args:
         file: to which lines are added.
@@ -25,18 +25,19 @@ class OutputLog:
         self._most_bytes = most_bytes
         self._num_bytes = len(file.content())  # a hub before may have written some
 
-    def append(self, lines: Sequence[str], *, engine: int, step: int, when: float) -> None:
+    def append(self, lines: Sequence[str], *, engine: int | None, step: int, when: float) -> None:
         """Add lines that an engine has sent.
 
         Args:
             lines: without line feeds at their ends.
-            engine: that printed them.
+            engine: that printed them; None: the hub.
             step: that was committed last.
             when: they came, in seconds since the epoch.
         """
         if self._num_bytes > self._most_bytes:
             return
-        head = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(when))} engine {engine} step {step}: "
+        who = "hub" if engine is None else f"engine {engine}"
+        head = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(when))} {who} step {step}: "
         text = "".join(f"{head}{' '.join(line.splitlines())}\n" for line in lines)
         self._num_bytes += len(text.encode())
         if self._num_bytes > self._most_bytes:

@@ -78,11 +78,16 @@ class MessageHandler:
         message = check_message(message, self._current_rules())
         match message:
             case WorkReport():
+                if message.more_output:
+                    self._recorder.output.count(engine, message.more_output)
                 self._dispatcher.dispatch(self._tasks.take_report(engine, message, raw))
             case OutputPiece(lease=lease):
                 self._tasks.take_outputs(engine, lease, raw)
+            case Printed(kind="output"):
+                self._recorder.output.add(engine, message.lines)
+                self._recorder.output.count(engine, message.more)
             case Printed(lines=lines, kind=kind):
-                self._recorder.add_output(engine, lines, kind=kind)
+                self._recorder.output.add_news(engine, lines, kind=kind)
             case NoSharedMemory(reason=reason):
                 if not self._links[engine].has_loaded:  # else what lies in its slabs may count already
                     self._dispatcher.change_to_socket(engine, reason)

@@ -19,6 +19,7 @@ from dnb.hub.run.execution.gradient_samples import GradientSamples
 from dnb.hub.run.execution.pending_reports import Key
 from dnb.hub.run.execution.run_coordinator import RunCoordinator
 from dnb.hub.run.initial_state import InitialState
+from dnb.hub.run.output_recorder import OutputRecorder
 from dnb.hub.run.run_clock import RunClock
 from dnb.hub.scheduling.events import Note
 from dnb.hub.scheduling.note_words import text_of
@@ -32,9 +33,6 @@ from dnb.units import amount
 from dnb.user_code.return_values import STEP_COLUMNS
 
 log = logging.getLogger(__name__)
-
-# Of all engines together; each is told when it prints more than its own part of that.
-MOST_OUTPUT_LINES = 2000
 
 
 class RunRecorder:
@@ -79,7 +77,9 @@ class RunRecorder:
         self.gradients = GradientSamples(
             initial_state.master.gradient_layout, last_step=self.first_step + spec.num_sampled
         )
-        self._num_lines = 0  # that engines have printed
+        self.output = OutputRecorder(
+            self._folder.output, add_event=self.add_event, step=lambda: self._coordinator.step, events=self._events
+        )
 
     def go_on_with(self, spec: RunSpec) -> None:
         """Write other numbers of the run from now on."""
@@ -102,6 +102,8 @@ class RunRecorder:
             self._meter.skip_to(self.clock.seconds)
         if note.kind in ("paused", "resumed"):
             self.add_usage()
+        if note.kind == "paused":
+            self.output.tell_counts()
         if note.kind in ("running", "resumed"):
             self.clock.begin_task()
             self.stats.begin_task()
@@ -111,14 +113,6 @@ class RunRecorder:
     def add_checkpoint_event(self, kind: str, text: str, step: int) -> None:
         """Write an event on the result of a checkpoint."""
         self.add_event(Note(kind, text), step=step)
-
-    def add_output(self, engine: int, lines: Sequence[str], *, kind: str) -> None:
-        """Keep what user code has printed in a file and as an event, up to a number of lines for the whole run."""
-        if lines and kind == "output":
-            self._folder.output.append(lines, engine=engine, step=self._coordinator.step, when=time.time())
-        self._num_lines += len(lines)
-        if lines and self._num_lines - len(lines) < MOST_OUTPUT_LINES:
-            self.add_event(Note(kind, "\n".join(lines), engine))
 
     def check_memory(self, engine: int) -> None:
         """Report, once for each engine, that it needs more than was allowed; nothing is ended for it."""

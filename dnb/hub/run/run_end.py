@@ -80,6 +80,7 @@ class RunEnd:
             self._tell_lateness()
             return
         self._recorder.is_over = True
+        self._recorder.output.tell_counts()
         if shortfall := self._checkpoints.shortfall:
             text = f"{shortfall}: the run ends without it, earlier checkpoints stay"
             self._recorder.add_event(Note("checkpoint", text))

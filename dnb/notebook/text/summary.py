@@ -20,6 +20,7 @@ from dnb.notebook.text.output_words import output_lines
 from dnb.notebook.text.pipeline_text import timeline_lines
 from dnb.notebook.text.run_events import MEMBERSHIP, news_of
 from dnb.notebook.views import SET_APART, EventView, RunView, has_ended, shown_workers
+from dnb.user_code.output_kinds import OUTPUT_EVENTS
 
 __all__ = [
     "MEMBERSHIP", "TextReporter", "duration", "inert", "last_value", "number", "one_line", "pace", "progress_line",
@@ -133,7 +134,7 @@ def _engines_in_words(run: RunView) -> list[str]:
 
 
 def _events_in_words(events: Sequence[EventView]) -> list[str]:
-    events = [event for event in events if event.kind != "output"]  # `output_lines` has it
+    events = [event for event in events if event.kind not in OUTPUT_EVENTS]  # `output_lines` has them
     lines = [f"step {event.step:,}: {one_line(event.text) or one_line(event.kind)}" for event in events[-MAX_EVENTS:]]
     more = len(events) - len(lines)
     return [f"last {counted(len(lines), 'event')} of {more + len(lines):,}:", *lines] if more else lines

@@ -39,3 +39,9 @@ def test_the_next_hub_counts_what_is_there(tmp_path: Path):
     OutputLog(opened(tmp_path), most_bytes=40).append(["x" * 60], engine=0, step=1, when=1000.0)
     OutputLog(opened(tmp_path), most_bytes=40).append(["y"], engine=0, step=1, when=1000.0)
     assert len(written(tmp_path)) == 1
+
+
+def test_a_line_of_the_hub_bears_its_name(tmp_path: Path):
+    OutputLog(opened(tmp_path)).append(["norm 3"], engine=None, step=7, when=1000.0)
+    (line,) = written(tmp_path)
+    assert line.endswith(":40 hub step 7: norm 3")

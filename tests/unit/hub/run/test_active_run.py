@@ -258,11 +258,14 @@ def test_a_step_is_refused_without_a_place_if_the_engine_that_looks_for_it_dies(
     assert "(engine 1)" in played.texts("paused")[0]
 
 
-def test_what_user_code_prints_is_an_event_until_there_are_too_many_lines(play):
-    played = play()
-    for _ in range(3):
-        played.run.take(0, Printed(run="0", lines=("line",) * 1000))
-    assert [text.count("line") for text in played.texts("output")] == [1000, 1000]
+def test_the_first_line_of_a_kind_is_an_event_and_the_end_counts_those_that_were_not_sent(play):
+    played = play(num_engines=1).load(0)
+    played.run.take(0, Printed(run="0", lines=("loss 1", "loss 2"), more={"loss0": 5}))
+    played.run.take(0, Printed(run="0", lines=("loss 3",), more={"loss0": 1_000}))
+    played.run.ask("stop")
+    played.answer(0)
+    assert (played.texts("output"), played.texts("repeated")) == (["loss 1"], ["loss 2", "loss 3"])
+    assert played.texts("counted") == ["1,005 more like loss 1"]
 
 
 def test_memory_beyond_the_limit_is_told_once(play):
