@@ -8,15 +8,12 @@ nbconvert's pages, without a network.
 from __future__ import annotations
 
 import base64
-import io
 import struct
 from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 SVG_MIME = "image/svg+xml"
-# A chart has a dozen colours and their shades at the edges. A third of the bytes: JupyterLab adds a picture of its own.
-NUM_COLOURS = 64
 
 
 def behind_chart(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,23 +25,11 @@ def behind_chart(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _svg(png: str, *, words: str) -> str:
-    image = _with_few_colours(base64.b64decode(png))
+    image = base64.b64decode(png)
     # width and height are the first two numbers of a PNG's first chunk: its specification, section 11.2.2
     width, height = struct.unpack(">II", image[16:24])
-    shown = base64.b64encode(image).decode("ascii")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" role="img" width="{width}" height="{height}" '
         f'viewBox="0 0 {width} {height}" style="max-width:100%;height:auto"><title>{escape(words)}</title>'
-        f'<image width="{width}" height="{height}" href="data:image/png;base64,{shown}"/></svg>'
+        f'<image width="{width}" height="{height}" href="data:image/png;base64,{png}"/></svg>'
     )
-
-
-def _with_few_colours(png: bytes) -> bytes:
-    from PIL import Image  # matplotlib, which drew it, needs it
-
-    picture = Image.open(io.BytesIO(png)).convert("RGBA")
-    buffer = io.BytesIO()
-    picture.quantize(NUM_COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(
-        buffer, "png", optimize=True
-    )
-    return buffer.getvalue()
