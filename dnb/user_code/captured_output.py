@@ -30,7 +30,7 @@ class CapturedOutput:
     """The output of this thread while a run is loaded; other threads print as before.
 
     Args:
-        of_all_threads: takes what every thread of the process prints.
+        of_all_threads: takes what every thread of the process prints, and what its loggers tell of, but dnb's own.
     """
 
     def __init__(self, *, of_all_threads: bool = False) -> None:
@@ -51,6 +51,9 @@ class CapturedOutput:
             setattr(sys, name, split)
             self._replaced.append((name, before, split))
         self._handlers = [] if of_all_threads else self._adopt_handlers()
+        self._root_handler = _UserLogHandler(sys.stderr) if of_all_threads else None
+        if self._root_handler is not None:
+            logging.getLogger().addHandler(self._root_handler)
 
     def collect(self) -> tuple[str, ...]:
         """Return the lines printed since the last call; indented ones that belong to one are in its text."""
@@ -87,6 +90,8 @@ class CapturedOutput:
             split.is_open = False
             if getattr(sys, name) is split:
                 setattr(sys, name, before)
+        if self._root_handler is not None:
+            logging.getLogger().removeHandler(self._root_handler)
         for handler, stream in self._handlers:
             if isinstance(handler.stream, _Split):
                 handler.setStream(stream)
@@ -179,6 +184,15 @@ class _Split:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._target, name)
+
+
+class _UserLogHandler(logging.StreamHandler[Any]):
+    """Writes what loggers of user code tell of as Python does where no handler is."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.setLevel(logging.WARNING)
+        self.addFilter(lambda record: record.name.partition(".")[0] != "dnb")
 
 
 def _fit(line: str) -> str:

@@ -131,3 +131,45 @@ def test_of_a_killed_engine_only_the_step_in_flight_is_lost(shared, tmp_path, mo
     lines = [line for line in run.output if line.startswith(f"engine {victim.id}:")]
     assert lines == [f"engine {victim.id}: begins {'x' * number}" for number in (1, 2, 3)]
     shared.calm()
+
+
+def talking_scheduler(optimizer):
+    def rate(step):
+        say(f"the rate at step {step}")
+        return 1.0
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+
+def talking_after_step(model):
+    logging.getLogger(LOGGER).warning("norm %.3f", sum(each.norm() for each in model.parameters()))
+    warnings.warn("careful in the hub", UserWarning, stacklevel=1)
+
+
+def test_what_functions_of_the_user_print_in_the_hub_comes_back_by_its_name(pool):
+    run = fit(pool, loss_of, scheduler=talking_scheduler, after_step=talking_after_step, steps=3)
+    run.wait(PATIENCE_SECONDS)
+    assert {event.engine for event in events_of(run, "output")} == {None}
+    assert next(line for line in run.output if "norm" in line).startswith("hub: norm ")
+    assert sum("the rate at step" in line for line in run.output) >= 3
+    assert sum("UserWarning: careful in the hub" in line for line in run.output) == 1
+    assert " hub step 1: norm " in (run.folder / "output.log").read_text()
+
+
+def failing_after_step(model):
+    say("before the hub's error")
+    raise ValueError("on purpose")
+
+
+def test_what_is_printed_in_the_hub_before_an_error_comes_before_it(pool):
+    run = fit(pool, loss_of, after_step=failing_after_step, steps=3)
+    wait_until(run, lambda run: not run.is_active or run.status == "paused", what="the update has failed")
+    texts = [event.text for event in run.events]
+    assert texts.index("before the hub's error") < min(i for i, text in enumerate(texts) if "on purpose" in text)
+
+
+def test_a_second_run_begins_to_count_anew(pool):
+    for _ in range(2):
+        run = fit(pool, loss_of, scheduler=talking_scheduler, steps=2).wait(PATIENCE_SECONDS)
+        assert run.output[0] == "hub: the rate at step 0"
+        assert events_of(run, "counted") == []

@@ -29,6 +29,7 @@ from dnb.protocol.measurements import WorkerTotals
 from dnb.protocol.pool import EngineFacts
 from dnb.protocol.run import ENDED, Failure, RunSpec, RunStatus
 from dnb.transport.sockets.wires import Wire
+from dnb.user_code.captured_output import CapturedOutput
 
 NO_BYTES = memoryview(b"")
 
@@ -44,6 +45,7 @@ class ActiveRun:
         pool: the functions by which it reaches the pool.
         generation: how many hubs the pool had before this one.
         departed: accounts of engines that are gone, of a run that was taken over.
+        output: takes what user code prints in the hub.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class ActiveRun:
         pool: PoolLinks,
         generation: int = 0,
         departed: Iterable[WorkerTotals] = (),
+        output: CapturedOutput | None = None,
     ) -> None:
         engines = list(engines)
         self.spec = spec
@@ -78,7 +81,9 @@ class ActiveRun:
             functions=initial_state.mended,
         )
         self._make_slabs(len(engines))
-        self._recorder = RunRecorder(spec, initial_state, self._coordinator, engines=engines, departed=departed)
+        self._recorder = RunRecorder(
+            spec, initial_state, self._coordinator, engines=engines, departed=departed, output=output
+        )
         self._checkpoints = self._open_checkpoints(generation)
         self._deferred = DeferredWork(self._keep_whole)
         self._ending = RunEnd(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dnb.hub.history.output_log import OutputLog
 from dnb.hub.scheduling.events import Note
 from dnb.protocol.measurements import RunEvent
+from dnb.user_code.captured_output import CapturedOutput
 from dnb.user_code.output_kinds import COUNTED, FIRST, OTHER_KINDS, REPEATED, kind_of_line, write_count
 
 # Of the whole run: kinds whose first line is an event, and lines beyond these that are in events.
@@ -25,6 +26,7 @@ class OutputRecorder:
         add_event: writes an event.
         step: returns the step that was committed last.
         events: of a run that was taken over, from which known kinds are read.
+        own: takes what user code prints in the hub.
     """
 
     def __init__(
@@ -34,10 +36,12 @@ class OutputRecorder:
         add_event: Callable[[Note], None],
         step: Callable[[], int],
         events: Iterable[RunEvent] = (),
+        own: CapturedOutput | None = None,
     ) -> None:
         self._log = log
         self._add_event = add_event
         self._step = step
+        self._own = own
         first_lines = [event.text for event in events if event.kind == FIRST]
         self._firsts = {kind_of_line(text): text for text in first_lines}
         self._num_repeated = 0
@@ -64,6 +68,11 @@ class OutputRecorder:
                 self._more[OTHER_KINDS] = self._more.get(OTHER_KINDS, 0) + 1
         self._add_repeated(engine, repeated)
 
+    def add_own(self) -> None:
+        """Add what was printed in the hub since the last call; called in every step."""
+        if self._own is not None and (texts := self._own.collect()):
+            self.add(None, texts)
+
     def add_news(self, engine: int, lines: Sequence[str], *, kind: str) -> None:
         """Write an event of what an engine tells of its files or metrics."""
         if lines and self._num_news < MOST_NEWS:
@@ -79,6 +88,9 @@ class OutputRecorder:
 
     def tell_counts(self) -> None:
         """Write how many lines there were beyond those that were shown, in one event, and in the log by engine."""
+        self.add_own()
+        if self._own is not None:
+            self.count(None, self._own.take_counts())
         for (engine, kind), number in self._unwritten.items():
             line = f"({write_count(number, self._first_line(kind))})"
             self._log.append([line], engine=engine, step=self._step(), when=time.time())
@@ -87,6 +99,11 @@ class OutputRecorder:
             more, self._more = self._more, {}
             lines = [write_count(number, self._first_line(kind)) for kind, number in more.items()]
             self._add_event(Note(COUNTED, "\n".join(lines)))
+
+    def close(self) -> None:
+        """Let the hub print as before."""
+        if self._own is not None:
+            self._own.close()
 
     def _add_repeated(self, engine: int | None, texts: Sequence[str]) -> None:
         shown = texts[: max(MOST_REPEATED - self._num_repeated, 0)]

@@ -30,6 +30,7 @@ from dnb.protocol.run import ENDED, Failure, RunSpec, RunStatus
 from dnb.transport.system.failures import TRACEBACK_LENGTH, clean_text
 from dnb.transport.system.processes import this_process
 from dnb.units import amount
+from dnb.user_code.captured_output import CapturedOutput
 from dnb.user_code.return_values import STEP_COLUMNS
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class RunRecorder:
         coordinator: says how the run stands.
         engines: those that take part from the start; of a run that was taken over, those that are to come back.
         departed: accounts of engines that are gone, of a run that was taken over.
+        output: takes what user code prints in the hub.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class RunRecorder:
         *,
         engines: Sequence[EngineFacts],
         departed: Iterable[WorkerTotals],
+        output: CapturedOutput | None = None,
     ) -> None:
         is_over = initial_state.status in ENDED
         self._process = this_process()
@@ -78,7 +81,11 @@ class RunRecorder:
             initial_state.master.gradient_layout, last_step=self.first_step + spec.num_sampled
         )
         self.output = OutputRecorder(
-            self._folder.output, add_event=self.add_event, step=lambda: self._coordinator.step, events=self._events
+            self._folder.output,
+            add_event=self.add_event,
+            step=lambda: self._coordinator.step,
+            events=self._events,
+            own=output,
         )
 
     def go_on_with(self, spec: RunSpec) -> None:
@@ -89,6 +96,8 @@ class RunRecorder:
 
     def add_event(self, note: Note, *, step: int | None = None) -> None:
         """Write an event for people; begin, pause and resumption open and close spans of time."""
+        if note.kind == "paused":
+            self.output.tell_counts()
         event = RunEvent(
             kind=note.kind,
             text=clean_text(text_of(note), length=TRACEBACK_LENGTH),
@@ -102,8 +111,6 @@ class RunRecorder:
             self._meter.skip_to(self.clock.seconds)
         if note.kind in ("paused", "resumed"):
             self.add_usage()
-        if note.kind == "paused":
-            self.output.tell_counts()
         if note.kind in ("running", "resumed"):
             self.clock.begin_task()
             self.stats.begin_task()
@@ -164,6 +171,7 @@ class RunRecorder:
         else:
             self.columns.add_evaluation(step, values)
         self._folder.append_row(HistoryRow(kind=kind, step=step, time=when, values=values, samples=samples))
+        self.output.add_own()
         if kind == "step" and self._decay is not None and (text := self._decay.check(step, values["lr"])):
             self.add_event(Note("state", text))
 
@@ -229,6 +237,7 @@ class RunRecorder:
 
     def tick(self) -> None:
         """Let the disk take what it has not taken before."""
+        self.output.add_own()
         self._tell_of_disk(self._folder.tick())
 
     def finish(self) -> None:
@@ -237,6 +246,7 @@ class RunRecorder:
 
     def close(self) -> None:
         """Close the folder; nothing of the run is left for another hub."""
+        self.output.close()
         self._folder.finish()
         self._folder.forget()
         self._folder.close()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: the sockets are bound first
     from dnb.hub.run.active_run import ActiveRun
     from dnb.hub.run.initial_state import InitialState
     from dnb.transport.system.process_settings import AppliedSettings
+    from dnb.user_code.captured_output import CapturedOutput
 
 
 class RunOpener:
@@ -71,8 +73,9 @@ class RunOpener:
 
         try:
             self._apply_settings(spec)
-            initial_state = new_run(spec, _unpickle_job(frames, spec), folders=self._folders)
-            return self._make_run(spec, frames, initial_state, engines=engines)
+            with _captured_output() as output:
+                initial_state = new_run(spec, _unpickle_job(frames, spec), folders=self._folders)
+                return self._make_run(spec, frames, initial_state, engines=engines, output=output)
         except OSError as error:
             raise HubError(str(error)) from error
         except UserCodeError as error:
@@ -109,9 +112,14 @@ class RunOpener:
         def make_job() -> Any:
             return _unpickle_job(handover.frames, spec)
 
-        initial_state = recovered_run(spec, handover, make_job, folders=self._folders, reason=reason, failure=failure)
-        engine_stats = read_handover(self._folders, STATS_FILE, StatsHandover)
-        return self._make_run(spec, handover.frames, initial_state, engines=engines, engine_stats=engine_stats)
+        with _captured_output() as output:
+            initial_state = recovered_run(
+                spec, handover, make_job, folders=self._folders, reason=reason, failure=failure
+            )
+            stats = read_handover(self._folders, STATS_FILE, StatsHandover)
+            return self._make_run(
+                spec, handover.frames, initial_state, engines=engines, engine_stats=stats, output=output
+            )
 
     def _apply_settings(self, spec: RunSpec) -> None:
         from dnb.transport.system.process_settings import AppliedSettings
@@ -129,6 +137,7 @@ class RunOpener:
         initial_state: InitialState,
         *,
         engines: Sequence[EngineFacts],
+        output: CapturedOutput,
         engine_stats: StatsHandover | None = None,
     ) -> ActiveRun:
         from dnb.hub.run.active_run import ActiveRun
@@ -141,7 +150,21 @@ class RunOpener:
             pool=self._links,
             generation=self._generation,
             departed=() if engine_stats is None else engine_stats.departed,
+            output=output,
         )
+
+
+@contextmanager
+def _captured_output() -> Iterator[CapturedOutput]:
+    """Take what user code prints from now on; given to a run, which closes it, or closed if there is none."""
+    from dnb.user_code.captured_output import CapturedOutput
+
+    output = CapturedOutput(of_all_threads=True)
+    try:
+        yield output
+    except BaseException:
+        output.close()
+        raise
 
 
 def _unpickle_job(frames: Sequence[bytes], spec: RunSpec) -> Any:

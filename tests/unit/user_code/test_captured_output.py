@@ -134,6 +134,7 @@ def logger():
     found.propagate = False
     yield found
     found.handlers.clear()
+    found.propagate = True
 
 
 def test_a_logger_that_holds_the_stream_of_before_writes_to_the_run_until_its_end(logger):
@@ -229,3 +230,14 @@ def test_other_attributes_are_those_of_the_stream_that_was_there():
         sys.stdout.flush()
         sys.stdout.writelines(["a\n", "b\n"])
         assert output.collect() == ("a", "b")
+
+
+def test_where_all_threads_are_heard_warnings_of_loggers_are_taken_but_dnb_has_its_own_log():
+    with captured(of_all_threads=True) as (output, _):
+        logging.getLogger("tests.of_output").warning("norm %d", 3)
+        logging.getLogger("tests.of_output").info("unheard")
+        logging.getLogger("dnb.tests").warning("own")
+        assert output.collect() == ("norm 3",)
+        output.close()
+        logging.getLogger("tests.of_output").warning("after")
+        assert output.collect() == ()

@@ -1,21 +1,23 @@
 import itertools
 import string
+import sys
 
 from dnb.hub.history.backlog import Backlog
 from dnb.hub.history.line_file import LineFile
 from dnb.hub.history.output_log import OutputLog
 from dnb.hub.run.output_recorder import MOST_KINDS, MOST_NEWS, MOST_REPEATED, OutputRecorder
 from dnb.protocol.measurements import RunEvent
+from dnb.user_code.captured_output import LINES_OF_A_KIND, CapturedOutput
 
 
 class Recording:
     """A recorder, its events and its log."""
 
-    def __init__(self, path, events=()):
+    def __init__(self, path, events=(), own=None):
         self.notes = []
         self._path = path / "output.log"
         log = OutputLog(LineFile(self._path, Backlog((), "kept-output")))
-        self.recorder = OutputRecorder(log, add_event=self.notes.append, step=lambda: 4, events=events)
+        self.recorder = OutputRecorder(log, add_event=self.notes.append, step=lambda: 4, events=events, own=own)
 
     @property
     def events(self):
@@ -97,3 +99,17 @@ def test_what_engines_tell_of_their_files_ends_at_a_number_of_lines(tmp_path):
     for _ in range(3):
         recording.recorder.add_news(0, ["line"] * MOST_NEWS, kind="data")
     assert [kind for kind, _, _ in recording.events] == ["data"]
+
+
+def test_what_is_printed_in_the_hub_has_no_engine(tmp_path, capsys):
+    own = CapturedOutput(of_all_threads=True)
+    recording = Recording(tmp_path, own=own)
+    sys.stdout.write("norm 1\n" * (LINES_OF_A_KIND + 7))
+    recording.recorder.tell_counts()
+    recording.recorder.close()
+    sys.stdout.write("after")
+    assert [kind for kind, _, _ in recording.events] == ["output", "repeated", "counted"]
+    assert recording.events[0] == ("output", "norm 1", None)
+    assert recording.log[0] == "hub step 4: norm 1"
+    assert recording.log[-1] == "hub step 4: (7 more like norm 1)"
+    assert capsys.readouterr().out == "after"
