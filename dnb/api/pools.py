@@ -60,6 +60,8 @@ def start(
 ) -> Pool:
     """Start a pool of engines with a hub, or return the one that is running.
 
+    `with dnb.start() as pool:` ends the pool behind the block, unless it was running before.
+
     Args:
         n: number of engines; one per core, at most 4, if left out.
         profile: IPython profile whose folder holds the connection files.
@@ -94,7 +96,9 @@ def open_pool(request: PoolRequest) -> tuple[Pool, list[str]]:
     if request.n is not None:
         check_positive(request.n, name="n")
     with _changing:
+        held = _pool
         pool, notices = _open_pool(request)
+        pool.ends_with_block = pool is not held
     if request.restart == "always":
         pool.restart = "always"
     return pool, notices

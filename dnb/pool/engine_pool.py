@@ -103,6 +103,7 @@ class EnginePool:
         self._replacer: EngineReplacer | None = None
         self._size_lock = threading.Lock()  # held by whoever changes how many engines there are
         self.chaos = Chaos(self._ask_settled)
+        self.ends_with_block = True  # of a with statement; not of a pool that was running before it
         if mode == "steer":
             self._keep()  # what the kernel before wanted: spares, the dead replaced
 
@@ -374,7 +375,9 @@ class EnginePool:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.shutdown()
+        if self.ends_with_block:
+            self.shutdown()
+        self.ends_with_block = True
 
     def __repr__(self) -> str:
         if not self.is_open:

@@ -226,3 +226,9 @@ def test_a_pool_starts_and_grows_although_its_client_hears_of_no_engine(monkeypa
         assert sorted(pool.client.ids) == [engine.id for engine in pool.engines]
         assert len(set(pool.client[:].apply_sync(os.getpid))) == 3
     leftovers.wait_until_none()
+
+
+def test_a_block_does_not_end_a_pool_that_was_running_before_it(pool):
+    with pools.start(n=2) as same:
+        assert same is pool
+    assert pool.is_open

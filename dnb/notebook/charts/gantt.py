@@ -5,6 +5,7 @@ Pure functions, in plotly's terms, like those of `subplots`. Nothing here import
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,8 @@ KINDS = (
 ROW_PIXELS = 42
 MOST_ROW_PIXELS = 420  # of all rows
 LEGEND_PIXELS = 30
-WORDS_PIXELS = 22
+WORDS_PIXELS = 20
+WORDS_COLUMNS = 96
 MARGIN_PIXELS = 84  # for the engines' names
 # A narrower bar has no room for the number of its micro-batch.
 MIN_LABELLED_SHARE = 0.018
@@ -40,7 +42,7 @@ MOST_BARS = 1200
 
 def alone(timeline: Timeline) -> subplots.Figure:
     """Draw the chart as a figure of its own."""
-    top = LEGEND_PIXELS + WORDS_PIXELS * len(words_of(timeline)) + 8
+    top = LEGEND_PIXELS + WORDS_PIXELS * len(word_lines(timeline)) + 8
     margin = {**subplots.MARGIN, "b": 46, "t": top, "l": MARGIN_PIXELS}
     plot_pixels = rows_pixels(timeline)
     return {
@@ -181,11 +183,16 @@ def legend(top: float, plot_pixels: int) -> dict[str, Any]:
     return {**subplots.legend(x=0, xanchor="left"), "y": top + 4 / plot_pixels}
 
 
+def word_lines(timeline: Timeline, prediction: Prediction | None = None) -> list[str]:
+    """Return the words above the chart, on lines that a narrow page has room for."""
+    return [line for words in words_of(timeline, prediction) for line in textwrap.wrap(words, WORDS_COLUMNS)]
+
+
 def remarks(
     timeline: Timeline, prediction: Prediction | None = None, *, top: float, plot_pixels: int
 ) -> list[dict[str, Any]]:
     """Write the words above the legend, one line each."""
-    lines = words_of(timeline, prediction)
+    lines = word_lines(timeline, prediction)
     return [
         {
             "text": inert(line),

@@ -14,7 +14,6 @@ from dnb.notebook.charts.subplots import SubplotArea, SubplotGroup
 from dnb.notebook.charts.utilisation import height_pixels, is_heat, over_time_part
 from dnb.notebook.charts.x_axis import Abscissa, abscissa
 from dnb.notebook.text.metric_names import metric_names
-from dnb.notebook.text.pipeline_text import words_of
 from dnb.notebook.views import RunView
 
 LOSS_PIXELS = 200
@@ -105,7 +104,7 @@ def room(run: RunView, *, is_wide: bool = False) -> PlotLayout:
     """Return a layout with as much room as the run needs."""
     timeline, below = run.timeline, 0
     if timeline:
-        words = len(words_of(timeline, run.prediction)) * gantt.WORDS_PIXELS
+        words = len(gantt.word_lines(timeline, run.prediction)) * gantt.WORDS_PIXELS
         below = FIGURES_PIXELS + LEGEND_PIXELS + HEADING_PIXELS + words + gantt.LEGEND_PIXELS
         below += gantt.rows_pixels(timeline)
     return PlotLayout(
@@ -138,7 +137,10 @@ def assembled(parts: dict[str, SubplotGroup], place: PlotLayout) -> subplots.Fig
     has_timeline = bool(place.below_pixels)
     bottom = AXIS_PIXELS if has_timeline else FIGURES_PIXELS + LEGEND_PIXELS + 4
     margin = {**subplots.MARGIN, "b": bottom, **({"l": gantt.MARGIN_PIXELS} if has_timeline else {})}
-    return subplots.compose(parts.values(), plot_pixels=place.plot_pixels, margin=margin)
+    whole = subplots.compose(parts.values(), plot_pixels=place.plot_pixels, margin=margin)
+    # of a bar of the timeline its own facts are told, of curves all values at one step
+    whole["layout"]["hovermode"] = "closest" if has_timeline else "x unified"
+    return whole
 
 
 def structure(run: RunView) -> tuple[Any, ...]:

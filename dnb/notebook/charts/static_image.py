@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-WIDTH_PIXELS = 1000
+WIDTH_PIXELS = 760  # a page that shows it as it is has room for it
 # A chart has a dozen colours and their shades at the edges; with these alone, it has a quarter of the bytes.
 NUM_COLOURS = 64
 _POINTS = 0.72  # of matplotlib, at 100 dots per inch, in one pixel

@@ -83,7 +83,7 @@ def frame(*, height: int, margin: Mapping[str, int] = MARGIN) -> dict[str, Any]:
             "bgcolor": "rgba(0, 0, 0, 0)",
             "color": INK,
             "activecolor": BLUE,
-            "orientation": "v",
+            "orientation": "h",
             "remove": ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
         },
         "legend": legend(x=0, xanchor="left"),

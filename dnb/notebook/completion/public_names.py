@@ -17,7 +17,7 @@ _INTERNAL: Mapping[str, Collection[str]] = {
     },
     "EnginePool": {
         "hub", "key", "facts", "statuses", "cluster_id", "segment_folders", "await_engines", "fill_up", "take_over",
-        "follow",
+        "follow", "ends_with_block",
     },
     "History": {"append", "num_rows"},
 }  # fmt: skip

@@ -48,6 +48,7 @@ class LiveFigure(go.FigureWidget):
         self._rested = 0.0  # when the page has had time for other things
         self._still_name = uuid.uuid4().hex
         super().__init__(data=drawing["data"], layout={**drawing["layout"], "template": "none"})
+        self._config = {**self._config, "displaylogo": False}  # type: ignore[has-type]
         self._is_built = True
         self.on_msg(self._answer_page)
         self.open()

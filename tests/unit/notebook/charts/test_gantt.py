@@ -78,17 +78,18 @@ def test_what_is_not_in_the_step_is_not_in_the_legend():
 
 def test_the_panel_says_the_bubble_beside_the_formula_and_the_bytes_between_stages():
     told = words(divided_run())
-    assert told[-2] == "step 12: 10 ms until the last gradient, bubble 20% (formula 20%, median of 5 steps 25%)"
-    assert told[-1] == (
-        "between stages, per micro-batch: 0 to 1 131 kB, 1 back to 0 131 kB; 1.05 MB in the step's 4 micro-batches"
-    )
+    assert told[-3:] == [
+        "step 12: 10 ms until the last gradient, bubble 20% (formula 20%, median of 5 steps 25%)",
+        "between stages, per micro-batch: 0 to 1 131 kB, 1 back to 0 131 kB; 1.05 MB in the step's 4",
+        "micro-batches",  # what a narrow page has no room for, goes on below
+    ]
 
 
 def test_engines_that_share_cores_are_told_of():
     run = divided_run()
     engine = engine_timeline(0, [Action("forward", 0, 0, 0.0, 1.0)])
     run.timeline = Timeline(step_timeline([msgspec.structs.replace(engine, cpu_seconds=0.5)]))
-    assert words(run)[-1].startswith("engines had a core for 50% of their forwards and backwards")
+    assert any(line.startswith("engines had a core for 50% of their forwards and backwards") for line in words(run))
 
 
 def test_predicted_stands_beside_measured():
@@ -96,8 +97,8 @@ def test_predicted_stands_beside_measured():
         batch_size=64, step_seconds=0.012, compute_seconds=0.01, bubble=0.18, stage_bytes=(30_000_000, 28_000_000)
     )
     run = divided_run(prediction=prediction)
-    assert "predicted 18%" in words(run)[-2]
-    assert "step 12: 10 ms (10 ms predicted) until the last gradient" in words(run)[-2]
+    assert "predicted 18%" in " ".join(words(run))
+    assert "step 12: 10 ms (10 ms predicted) until the last gradient" in " ".join(words(run))
     assert "12 ms per step predicted, 10 ms measured (median), hub included" in summary(run)
 
 
