@@ -102,10 +102,11 @@ def watch_in_browser(settings: Settings, *, home: Path) -> Iterator[Row]:
         playwright.chromium.launch(executable_path=find_chromium(), args=CHROMIUM_FLAGS) as chromium,
     ):
         context = chromium.new_context(viewport={"width": 1400, "height": 1000})
+        context.set_default_timeout(120_000)
         lab = LabPage(context, server)
         lab.open("view.ipynb")
         for index in range(cell("fit")):
-            lab.run_and_wait(index, timeout_seconds=120)
+            lab.run_and_wait(index)
             if index == cell("early"):
                 lab.output_area(index).locator(POINTS).first.wait_for(timeout=60_000)
                 presses = [_press(lab, turn) for turn in range(PRESSES)]  # this run's chart is full of marks then
@@ -115,7 +116,7 @@ def watch_in_browser(settings: Settings, *, home: Path) -> Iterator[Row]:
         yield from _live_rows(lab, context.new_cdp_session(lab.page))
         yield _saved_row(lab, root / "view.ipynb")
         yield from _memory_rows(settings, lab, context.new_cdp_session(lab.page))
-        lab.run_and_wait(cell("shutdown"), timeout_seconds=60)
+        lab.run_and_wait(cell("shutdown"))
         server.shut_down_kernels()
 
 
@@ -134,7 +135,7 @@ def _live_rows(lab: LabPage, devtools: CDPSession) -> Iterator[Row]:
     _wait_for_step(lab, step)
     yield _seconds_row("page and kernel ready to a picture of the chart", [picture_seconds], reach=None)
     yield _seconds_row("page and kernel ready to the whole history, live", [time.monotonic() - begin], reach=2.0)
-    lab.run_and_wait(cell("stop"), timeout_seconds=60)
+    lab.run_and_wait(cell("stop"))
     lab.wait_for_picture(cell("stop"))
 
 
@@ -187,12 +188,12 @@ def _saved_row(lab: LabPage, path: Path) -> Row:
 
 
 def _memory_rows(settings: Settings, lab: LabPage, devtools: CDPSession) -> Iterator[Row]:
-    lab.run_and_wait(cell("fast"), timeout_seconds=120)
+    lab.run_and_wait(cell("fast"))
     lab.output_area(cell("fast")).locator(POINTS).first.wait_for(timeout=60_000)
     times = QUICK_REFRESHES if settings.is_quick else REFRESHES
     before = _memory_after(lab, devtools, refreshes=WARM_REFRESHES)
     after = _memory_after(lab, devtools, refreshes=WARM_REFRESHES + times)
-    lab.run_and_wait(cell("end"), timeout_seconds=60)
+    lab.run_and_wait(cell("end"))
     for name, old, new in zip(("kernel", "browser"), before, after, strict=True):
         yield Row(
             name=f"{name}'s memory after {times:,} live refreshes / before",
