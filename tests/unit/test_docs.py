@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
+from IPython.core.inputtransformer2 import TransformerManager
 
 import dnb
 from dnb import errors
 from dnb.notebook.commands.reference import reference
 from docs import generated_pages
+from tests.documents import CodeBlock, blocks_of
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+BLOCKS = [block for path in [ROOT / "README.md", *PAGES] for block in blocks_of(path)]
+TEXTS = {"text", "cfg", "toml", "yaml"}
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +106,33 @@ def test_the_site_loads_nothing_from_elsewhere():
     text = (ROOT / "mkdocs.yml").read_text()
     assert yaml.safe_load(text)["theme"]["font"] is False
     assert "http" not in text
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.place)
+def test_a_block_is_python_a_line_of_dtrain_or_shell_that_parses(block: CodeBlock):
+    if block.is_cell:
+        compile(TransformerManager().transform_cell(block.text), block.place, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    elif block.is_shell:
+        checked = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, check=False)
+        assert (checked.returncode, checked.stderr) == (0, "")
+    else:
+        assert block.language in TEXTS
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda path: path.stem)
+def test_verbs_and_flags_that_a_page_names_are_there(path: Path):
+    flags = {each.name: {word for flag in each.flags for word in words_of(flag.spelling)} for each in reference()}
+    for verb, rest in re.findall(r"%dtrain[ \\]+([a-z]\w*)([^`\n]*)", path.read_text()):
+        assert verb in flags
+        wrong = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", rest.partition("#")[0])) - flags[verb] - {"--help"}
+        assert wrong == set(), f"%dtrain {verb}{rest}"
+
+
+def words_of(spelling: str) -> list[str]:
+    return re.findall(r"--?[a-z][\w-]*", spelling)
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", *PAGES], ids=lambda path: path.stem)
+def test_what_a_mark_before_a_block_says_is_understood(path: Path):
+    for block in blocks_of(path):
+        assert re.fullmatch(r"|first|not run: .+|raises: \w+|generated: .*", block.mark), block.place
