@@ -9,9 +9,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from dnb.errors import clean_text
+from dnb.user_code.descriptor_tail import tail_of_streams
 from dnb.user_code.output_kinds import OTHER_KINDS, kind_of_line
 
 # Of each process and run: kinds that are told apart, lines of each that come whole, and whole lines beyond the first of
@@ -29,6 +31,8 @@ _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\
 class CapturedOutput:
     """The output of this thread while a run is loaded; other threads print as before.
 
+    C code and child processes write to the file of descriptors 1 and 2: what is appended to it is read, too.
+
     Args:
         of_all_threads: takes what every thread of the process prints, and what its loggers tell of, but dnb's own.
     """
@@ -38,6 +42,7 @@ class CapturedOutput:
         self._pid = os.getpid()
         self._lock = threading.RLock()  # user code may print where an object is collected, in the midst of a write
         self._is_muted = False
+        self._tail = None if of_all_threads else tail_of_streams()
         self._texts: list[str] = []
         self._num_whole: dict[str, int] = {}  # lines that came whole, by kind
         self._num_repeated = 0
@@ -50,6 +55,7 @@ class CapturedOutput:
             split = _Split(before, self)
             setattr(sys, name, split)
             self._replaced.append((name, before, split))
+        self._lines = [*(split.line for _, _, split in self._replaced), _Line()]
         self._handlers = [] if of_all_threads else self._adopt_handlers()
         self._root_handler = _UserLogHandler(sys.stderr) if of_all_threads else None
         if self._root_handler is not None:
@@ -57,13 +63,15 @@ class CapturedOutput:
 
     def collect(self) -> tuple[str, ...]:
         """Return the lines printed since the last call; indented ones that belong to one are in its text."""
-        if not self._texts and not any(split.rest for _, _, split in self._replaced):
+        if self._tail is not None and (raw := self._tail.read()):
+            self.write(raw, self._lines[-1])
+        if not self._texts and not any(line.rest for line in self._lines):
             return ()
         with self._lock:
-            for _, _, split in self._replaced:
-                rest, split.rest = split.rest, ""
-                self._take_line(rest, split)
-                split.has_head = False
+            for line in self._lines:
+                rest, line.rest = line.rest, ""
+                self._take_line(rest, line)
+                line.has_head = False
             found, self._texts = tuple(self._texts), []
         return found
 
@@ -82,10 +90,14 @@ class CapturedOutput:
         try:
             yield
         finally:
+            if self._tail is not None:
+                self._tail.read()
             self._is_muted = False
 
     def close(self) -> None:
         """Let everything be printed as before, unless user code has put something else in our place."""
+        if self._tail is not None:
+            self._tail.close()
         for name, before, split in self._replaced:
             split.is_open = False
             if getattr(sys, name) is split:
@@ -100,25 +112,25 @@ class CapturedOutput:
         """Say whether the caller's thread is one of which output is taken; a forked child has nobody to give it to."""
         return self._thread in (None, threading.get_ident()) and os.getpid() == self._pid
 
-    def write(self, text: str, split: _Split) -> None:
-        """Take what is printed to one of the two streams."""
+    def write(self, text: str, line: _Line) -> None:
+        """Take what is printed to one of the streams, behind what its last line has so far."""
         if self._is_muted:
             return
         with self._lock:
-            if "\n" not in text and len(split.rest) <= 4 * LINE_LENGTH:  # print writes each of its words by itself
-                split.rest += text
+            if "\n" not in text and len(line.rest) <= 4 * LINE_LENGTH:  # print writes each of its words by itself
+                line.rest += text
                 return
-            *lines, rest = (split.rest + text).split("\n")
-            for line in lines:
-                self._take_line(line, split)
-            split.has_head = split.has_head and bool(rest)
-            split.rest = rest if len(rest) <= 4 * LINE_LENGTH else _trimmed(rest)
+            *ended, rest = (line.rest + text).split("\n")
+            for each in ended:
+                self._take_line(each, line)
+            line.has_head = line.has_head and bool(rest)
+            line.rest = rest if len(rest) <= 4 * LINE_LENGTH else _trimmed(rest)
 
-    def _take_line(self, line: str, split: _Split) -> None:
-        if split.has_head and line[:1] in (" ", "\t"):
-            self._continue(line)
+    def _take_line(self, text: str, line: _Line) -> None:
+        if line.has_head and text[:1] in (" ", "\t"):
+            self._continue(text)
         else:
-            split.has_head = self._end_line(line)
+            line.has_head = self._end_line(text)
 
     def _end_line(self, line: str) -> bool:
         """Keep or count a line, unless it is empty: that says nothing."""
@@ -158,6 +170,14 @@ class CapturedOutput:
         return found
 
 
+@dataclass(slots=True)
+class _Line:
+    """The last line of a stream, which has not ended yet."""
+
+    rest: str = ""
+    has_head: bool = False  # it was written with a line to which it may belong
+
+
 class _Split:
     """A stream that gives what the training thread writes to a run, and all else to the stream that was there."""
 
@@ -165,12 +185,11 @@ class _Split:
         self._target = target
         self._output = output
         self.is_open = True
-        self.rest = ""  # of a line that has not ended yet
-        self.has_head = False  # what follows was written with a line to which it may belong
+        self.line = _Line()
 
     def write(self, text: str) -> int:
         if self.is_open and self._output.takes_from_here():
-            self._output.write(str(text), self)
+            self._output.write(str(text), self.line)
             return len(text)
         return self._target.write(text)
 

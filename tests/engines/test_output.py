@@ -1,9 +1,11 @@
 """Output of user code comes back: the first of each kind with engine and step, floods with a count."""
 
+import ctypes
 import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import warnings
@@ -15,7 +17,7 @@ from tqdm import tqdm
 
 from dnb.api.runs.run import Run
 from dnb.notebook.text.summary import summary
-from tests.engines.pools import PATIENCE_SECONDS, wait_until
+from tests.engines.pools import PATIENCE_SECONDS, open_small_pool, wait_until
 
 pytestmark = pytest.mark.engines
 
@@ -173,3 +175,25 @@ def test_a_second_run_begins_to_count_anew(pool):
         run = fit(pool, loss_of, scheduler=talking_scheduler, steps=2).wait(PATIENCE_SECONDS)
         assert run.output[0] == "hub: the rate at step 0"
         assert events_of(run, "counted") == []
+
+
+def writing_step(model, batch):
+    os.write(1, b"of descriptor 1\n")
+    os.write(2, b"of descriptor 2\n")
+    ctypes.CDLL(None).puts(b"of C's own buffer")
+    subprocess.run(["echo", "of a child"], check=True)
+    return loss_of(model, batch)
+
+
+def test_what_c_code_and_children_write_on_engines_comes_back_and_is_in_their_log(leftovers, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTEST_CURRENT_TEST")  # where it is, ipykernel does not put its pipes before the log
+    pool = open_small_pool(1, profile_dir=tmp_path / "profile")
+    try:
+        run = fit(pool, writing_step, steps=30).wait(PATIENCE_SECONDS)
+        lines = {line.partition(": ")[2] for line in run.output}
+        assert lines >= {"of descriptor 1", "of descriptor 2", "of C's own buffer", "of a child"}
+        (log,) = (tmp_path / "profile").rglob("ipengine-*.log")
+        assert "of a child" in log.read_text()
+    finally:
+        pool.shutdown()
