@@ -45,6 +45,12 @@ def test_its_events_and_the_use_of_its_engines_are_read():
     assert run.utilisation.engines == (0, 1)
 
 
+def test_a_folder_of_before_there_was_a_log_of_output_has_none():
+    run = Run.open(RUN)
+    assert not (RUN / "output.log").exists()
+    assert run.output == []
+
+
 def test_it_is_found_by_its_name_compared_and_shown(tmp_path, monkeypatch, capsys):
     shutil.copytree(RUN, tmp_path / ".dnb" / "runs" / "before")
     monkeypatch.chdir(tmp_path)
