@@ -177,6 +177,33 @@ def test_a_second_run_begins_to_count_anew(pool):
         assert events_of(run, "counted") == []
 
 
+class Talking(torch.utils.data.Dataset):
+    """A data set that says something where it is unpickled, and fails on engines."""
+
+    def __init__(self):
+        self.owner = os.getpid()
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return torch.zeros(6), torch.tensor(0)
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        say("unpickled")
+        if self.owner != os.getpid():
+            raise ValueError("on purpose")
+
+
+@pytest.mark.parametrize("transport", ["memory", "socket"])
+def test_what_is_printed_while_a_run_is_loaded_comes_back_also_if_that_fails(pool, transport):
+    run = pool.fit(nn.Linear(6, 3), Talking(), loss="cross_entropy", batch_size=32, steps=3, transport=transport)
+    wait_until(run, lambda run: not run.is_active, what="nobody could load it")
+    assert "on purpose" in run.error
+    wait_until(run, lambda run: "unpickled" in [event.text for event in events_of(run, "output")], what="it is told")
+
+
 def writing_step(model, batch):
     os.write(1, b"of descriptor 1\n")
     os.write(2, b"of descriptor 2\n")

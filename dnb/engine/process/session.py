@@ -68,6 +68,7 @@ class Session:
         wire: to the hub; parameters and payloads come over it where no memory is shared.
         memory: parameters and slabs.
         stopwatch: counts data and compute time.
+        tell: sends what was printed if loading fails, on the way of the message that says so.
 
     Raises:
         HubError: the frames are not signed, or the hub does not send what it should.
@@ -83,6 +84,7 @@ class Session:
         wire: Wire,
         memory: EngineMemory,
         stopwatch: Stopwatch,
+        tell: Callable[[EngineMessage], None],
     ) -> None:
         spec_bytes, job_bytes, data_bytes, signature = frames
         verify(key, [spec_bytes, job_bytes, data_bytes], signature)
@@ -126,6 +128,8 @@ class Session:
             )
             self._replica: EngineReplica = _kind_of_replica(load, spec)(context)
         except BaseException:
+            if lines := self._output.collect():  # what was unpickled may say why it fails
+                tell(Printed(run=self.run, lines=lines))
             if self._outbox is not None:
                 self._outbox.stop()
             self._let_process_go()

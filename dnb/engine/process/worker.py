@@ -253,6 +253,7 @@ class TrainingThread(threading.Thread):
                 wire=wire,
                 memory=memory,
                 stopwatch=self._stopwatch,
+                tell=self._send,
             )
         except USER_ERRORS as error:  # whatever a user's class raises is the user's to read
             self._send(LoadFailed(run=load.run, failure=describe_error(error), team=team))

@@ -155,6 +155,7 @@ class Hub:
             wire=wire,
             memory=memory,
             stopwatch=Stopwatch(),
+            tell=self.wire.send,
         )
 
     def work(self) -> Message:
