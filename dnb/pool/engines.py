@@ -89,8 +89,8 @@ def describe_restarts(restarts: Sequence[HubRestart]) -> str:
 def describe_added(engines: list[Engine], new: list[int]) -> str:
     """Tell people what has joined, with how many threads, and what that means for the cores."""
     threads = [engine.cores for engine in engines if engine.id in new]
-    each = f"{threads[0]} thread{'s' if threads[0] > 1 else ''} each" if threads else "no threads"
-    joined = f"engine{'s' if len(new) > 1 else ''} {', '.join(map(str, new))} joined, with {each} as the others have"
-    here = sum(engine.cores for engine in engines if engine.host == socket.gethostname())
+    each = f"{threads[0]} thread{'s' if threads[0] > 1 else ''}{' each' if len(new) > 1 else ''}" if threads else "gone"
+    joined = f"engine{'s' if len(new) > 1 else ''} {', '.join(map(str, new))} joined ({each})"
+    here = [engine.cores for engine in engines if engine.host == socket.gethostname()]
     num_cores = os.cpu_count() or 1
-    return joined if here <= num_cores else f"{joined}; {here} threads share {num_cores} cores"
+    return joined if sum(here) <= num_cores else f"{joined}; {len(here)} engines now share {num_cores} cores"

@@ -32,7 +32,7 @@ def test_add_and_remove_change_the_pool_and_say_what_was_done(shell, pool, capsy
     told = capsys.readouterr().out
     new = [engine.id for engine in pool.engines if engine.id not in before]
     assert len(new) == 1
-    assert told.startswith(f"engine {new[0]} joined, with 1 thread each as the others have")
+    assert told.startswith(f"engine {new[0]} joined (1 thread)")
     run(shell, f"%dtrain remove {new[0]}")
     assert capsys.readouterr().out == f"engine {new[0]} left the pool\n"
     assert [engine.id for engine in pool.engines] == before
