@@ -66,9 +66,10 @@ lab: $(VENV)/.demo-stamp | build
 
 test: lint docs package pytest numerics nbval
 
-# Any warning, such as a link to nowhere, ends the build. The pages load nothing from elsewhere.
+# Any warning, such as a link to nowhere, ends the build (with --quiet mkdocs would count none). The pages load nothing
+# from elsewhere.
 docs: $(VENV)/.dev-stamp | build
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # What would be uploaded, held against what a package index takes.
 package: $(VENV)/.dev-stamp | build

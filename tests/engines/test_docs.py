@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
+from dnb.api import pools
 from tests.documents import PAGES, CodeBlock, blocks_of, first_cells
 
 pytestmark = [pytest.mark.engines, pytest.mark.float32]
@@ -19,6 +20,9 @@ def shell(pool) -> Iterator[InteractiveShell]:
     shell = InteractiveShell.instance()
     shell.run_line_magic("load_ext", "dnb")
     yield shell
+    left = pools._pool  # of a page that has ended the shared one, and begun another
+    if left is not None and left is not pool and left.is_open:
+        left.shutdown()
     shell.history_manager.end_session()
     InteractiveShell.clear_instance()
 

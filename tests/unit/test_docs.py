@@ -136,3 +136,9 @@ def words_of(spelling: str) -> list[str]:
 def test_what_a_mark_before_a_block_says_is_understood(path: Path):
     for block in blocks_of(path):
         assert re.fullmatch(r"|first|not run: .+|raises: \w+|generated: .*", block.mark), block.place
+
+
+def test_a_warning_ends_the_build():
+    (command,) = re.findall(r"mkdocs build.*", (ROOT / "Makefile").read_text())
+    assert "--strict" in command
+    assert "--quiet" not in command  # mkdocs counts only the warnings that it writes
