@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import stat
 import sys
 import termios
@@ -23,6 +24,9 @@ PIPE_SECONDS = 0.05
 LOOK_SECONDS = 0.0005
 # How often it is looked whether something lies in buffers and pipes: short steps shall not become longer.
 BETWEEN_LOOKS_SECONDS = 0.02
+
+# As ipyparallel formats them: time, and the name of the engine's program.
+_LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} \[\w*Engine\w*(?:\.\d+)?\][^\n]*\n?", re.MULTILINE)
 
 
 @dataclass(slots=True)
@@ -68,7 +72,7 @@ class DescriptorTail:
             self._flush()
             if self._pipes and (num_bytes := self._num_on_the_way()):
                 self._wait_for(num_bytes)
-        return "".join([self._read(place) for place in self._places])
+        return _without_log("".join([self._read(place) for place in self._places]))
 
     def close(self) -> None:
         """Let the files go."""
@@ -96,6 +100,11 @@ class DescriptorTail:
         text = os.pread(place.descriptor, min(size - begin, MOST_BYTES), begin).decode("utf-8", "backslashreplace")
         rest = size - begin - MOST_BYTES
         return f"{text}\n({amount(rest)} more of that are in the engine's log alone)\n" if rest > 0 else text
+
+
+def _without_log(text: str) -> str:
+    """Leave out what the engine's program writes of itself to the same file."""
+    return _LOG_LINE.sub("", text)
 
 
 def tail_of_streams() -> DescriptorTail:

@@ -57,6 +57,7 @@ def test_a_failure_names_engine_step_shard_and_sample(pool):
     assert "step 6" in str(caught.value)
     assert f"engine {pool.engines[0].id}: shard 2, sample {BAD_SAMPLE}" in str(caught.value)
     assert "picky_step" in caught.value.remote_traceback
+    assert run.error_traceback == caught.value.remote_traceback
 
 
 def test_a_run_that_failed_goes_on_from_that_step_with_a_mended_function(pool):

@@ -76,3 +76,11 @@ def test_what_is_on_its_way_through_a_pipe_is_waited_for(written):
     tail.close()
     os.close(reader)
     os.close(writer)
+
+
+def test_what_the_engine_s_program_writes_of_itself_is_left_out(written, tail):
+    of_itself = "2026-12-01 16:01:06.143 [_ForkedEngine.1] Handling execute_request: ab15656c\n"
+    warned = "2026-12-01 16:01:06.150 [IPEngine.12] | WARNING | No heartbeat in the last 3010 ms\n"
+    own = "2026-12-01 16:01:06.150 [solver] converged\n"
+    os.write(written, f"first\n{of_itself}{own}{warned}last".encode())
+    assert tail.read() == f"first\n{own}last"
