@@ -76,6 +76,12 @@ class GetGradients(Message, frozen=True):
     run: str
 
 
+class GetJob(Message, frozen=True):
+    """A request for what `fit` has sent, of a kernel that found the run again. Answered by `JobFrames`."""
+
+    run: str
+
+
 class TakeCheckpoint(Message, frozen=True):
     """Write a checkpoint after the step under way. Answered by CheckpointState, before it is durable."""
 
@@ -145,6 +151,7 @@ Request = (
     | ReplaceFunctions
     | GetState
     | GetGradients
+    | GetJob
     | TakeCheckpoint
     | GetCheckpoint
     | Shutdown
@@ -164,6 +171,7 @@ Repeatable = (
     | ReplaceFunctions
     | GetState
     | GetGradients
+    | GetJob
     | TakeCheckpoint
     | GetCheckpoint
     | Shutdown
@@ -252,6 +260,10 @@ class GradientRows(Message, frozen=True):
     names: tuple[str, ...]  # of the parameters, in the order of their elements
 
 
+class JobFrames(Message, frozen=True):
+    """Frames: spec, job, data and signature as a client signed them, and the memory with the job's tensors."""
+
+
 class CheckpointState(Message, frozen=True):
     """The progress of a requested checkpoint."""
 
@@ -263,4 +275,4 @@ class CheckpointState(Message, frozen=True):
     message: str = ""
 
 
-Reply = Done | Refused | PoolState | Members | RunState | StateTree | CheckpointState | GradientRows
+Reply = Done | Refused | PoolState | Members | RunState | StateTree | CheckpointState | GradientRows | JobFrames

@@ -6,7 +6,7 @@ from torch import nn
 
 from dnb.api.runs.run import Run
 from dnb.errors import ArgumentError
-from tests.engines.pools import wait
+from tests.engines.pools import wait, wait_until
 from tests.models import digits
 
 pytestmark = pytest.mark.engines
@@ -67,7 +67,6 @@ def test_the_weights_of_a_run_are_those_that_its_model_gets(pool):
 def test_a_run_that_is_found_again_without_a_model_has_its_weights(pool):
     model, run = train(pool, name="found-again")
     found = Run("found-again", pool.hub, folder=run.folder, key=pool.key)
-    assert found.model is None
     assert torch.equal(found.state_dict()["first.weight"], model.first.weight)
 
 
@@ -87,3 +86,36 @@ def test_without_pool_and_checkpoint_the_weights_are_nowhere(pool):
     _, run = train(pool)
     with pytest.raises(ArgumentError, match=r"the weights of run '.*' are nowhere any more: its pool is gone, and .*"):
         Run.open(run.folder).state_dict()
+
+
+def test_the_model_of_a_run_that_is_found_again_is_made_of_what_fit_has_sent(pool):
+    model, run = train(pool, name="made-anew")
+    found = Run("made-anew", pool.hub, folder=run.folder, key=pool.key)
+    assert found.model is not model
+    assert type(found.model).__name__ == "TiedNet"
+    assert_same(found.state_dict(), found.model)
+    assert torch.equal(found.model.last.weight, model.last.weight)
+    assert found.model.second.weight is found.model.first.weight
+    assert found.model is found.model
+
+
+def test_a_model_that_was_made_anew_in_mid_run_gets_the_weights_of_the_end(pool):
+    model = TiedNet()
+    run = pool.fit(model, digits(64), loss="cross_entropy", batch_size=32, steps=1_000_000, name="goes-on")
+    wait_until(run, lambda run: run.step > 3, what="3 steps")
+    found = Run("goes-on", pool.hub, folder=run.folder, key=pool.key).watch()
+    assert found.model.last.weight.isfinite().all()
+    run.stop()
+    wait(run)
+    wait(found)
+    assert torch.equal(found.model.last.weight, model.last.weight)
+
+
+def test_a_model_whose_pickle_another_key_has_signed_is_not_read(pool):
+    _, run = train(pool, name="other-key")
+    assert Run("other-key", pool.hub, folder=run.folder, key=b"another").model is None
+
+
+def test_without_a_pool_there_is_no_model(pool):
+    _, run = train(pool)
+    assert Run.open(run.folder).model is None

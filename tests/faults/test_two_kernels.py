@@ -128,7 +128,10 @@ def test_a_pool_whose_kernel_was_restarted_is_told_by_status(other_kernel, capsy
 
 def test_who_attaches_without_a_model_is_told_how_to_get_the_weights(other_kernel, capsys):
     DtrainMagics(SimpleNamespace(user_ns={})).dtrain("attach --display none")
-    assert "run.state_dict() returns them, and %dtrain attach --model model fills one" in capsys.readouterr().out
+    assert (
+        "run.model is the model with the weights of now, run.state_dict() these alone; --model model"
+        in capsys.readouterr().out
+    )
 
 
 def test_another_kernel_s_pool_is_told_and_left_alone(other_kernel):

@@ -27,7 +27,7 @@ from dnb.api.runs.proofs import prove_run
 from dnb.api.runs.run_follower import RunFollower
 from dnb.api.runs.run_snapshot import KnownRun, RunSnapshot, printed, read_run
 from dnb.api.runs.run_views import plot_run, show_run
-from dnb.api.runs.weights import state_dict_of
+from dnb.api.runs.weights import model_of, state_dict_of
 from dnb.api.runs.workers import EngineUsage
 from dnb.api.runs.write_back import NotebookObjects
 from dnb.errors import RunError
@@ -204,7 +204,14 @@ class Run(ObservedRun):
 
     @property
     def model(self) -> torch.nn.Module | None:
-        """The notebook's model, which gets the trained state; the one that `dnb.resume` read, if it was given none."""
+        """The notebook's model, which gets the trained state; the one that `dnb.resume` read, if it was given none.
+
+        After `dnb.attach` without one it is made of what `fit` had sent, with the weights of the step that is done:
+        None if that cannot be read here, as a class of it cannot be imported, or if the pool is gone.
+        """
+        hub = self._follower.hub_or_none
+        if self._own.model is None and hub is not None and (model := model_of(self.name, hub, self._key)) is not None:
+            self._own = self._follower.own = NotebookObjects.of(model)
         return self._own.model
 
     @property

@@ -59,7 +59,7 @@ class RunFollower:
         self._history = known.history
         self._utilisation = known.utilisation
         self._name = known.name
-        self._own = own
+        self.own = own
         self._hub = hub
         self._folder = folder
         self._notify = notify
@@ -216,11 +216,11 @@ class RunFollower:
 
     def _try_to_bring_home(self, status: str, step: int) -> str:
         """Bring the trained state home, once per end or pause; say why not, if that fails."""
-        if self._own.model is None or self._brought_home == (status, step):
+        if self.own.model is None or self._brought_home == (status, step):
             return ""
         self._brought_home = (status, step)
         try:
-            self._own.bring_home(self.hub, self._name, step)
+            self.own.bring_home(self.hub, self._name, step)
         except (DnbError, KeyError, RuntimeError, TypeError, ValueError) as error:  # a model that was changed, say
             return f"the trained state could not be copied into the notebook's model: {type(error).__name__}: {error}"
         return ""

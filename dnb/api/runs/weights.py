@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
-from dnb.api.runs.write_back import STATE_SECONDS
-from dnb.errors import ArgumentError, HubError
+from dnb.api.runs.write_back import STATE_SECONDS, NotebookObjects
+from dnb.errors import USER_ERRORS, ArgumentError, HubError, summary_of
 from dnb.hub.checkpoints.format import EXTRA_FILE, MODEL_FILE
 from dnb.hub.checkpoints.reader import DamagedError, find_checkpoint
 from dnb.progress import long_work
-from dnb.protocol.client_messages import GetState, StateTree
+from dnb.protocol.client_messages import GetJob, GetState, JobFrames, StateTree
+from dnb.protocol.run import RunSpec
 from dnb.transport.pickling.module_states import LooseStates
+from dnb.transport.pickling.payloads import unpack, verify
 from dnb.transport.sockets.channels import HubClient
 from dnb.transport.state_trees import decode_state
+
+log = logging.getLogger(__name__)
 
 
 def state_dict_of(run: str, hub: HubClient | None, folder: Path) -> dict[str, Any]:
@@ -31,6 +37,28 @@ def state_dict_of(run: str, hub: HubClient | None, folder: Path) -> dict[str, An
             if hub.is_alive:
                 raise
     return _read(run, folder)
+
+
+def model_of(run: str, hub: HubClient, key: bytes) -> torch.nn.Module | None:
+    """Make the model of a run anew of what `fit` has sent, with the weights of now; None if that cannot be read here.
+
+    Classes of the notebook travel by value; a class of a module must be one that can be imported.
+    """
+    try:
+        _, (spec_bytes, *pickles, signature, memory) = hub.ask(
+            GetJob(run=run), JobFrames, timeout_seconds=STATE_SECONDS
+        )
+        verify(key, [spec_bytes, *pickles], signature)
+        spec = msgspec.msgpack.decode(spec_bytes, type=RunSpec)
+        held = memoryview(bytearray(memory)) if spec.job.segment is not None else None
+        model: torch.nn.Module = unpack(pickles[0], spec.job, memory=held).model
+        NotebookObjects.of(model).bring_home(hub, run, 0)
+    except KeyboardInterrupt:
+        raise
+    except USER_ERRORS as error:  # unpickling runs user code
+        log.info("the model of run %r cannot be made here: %s", run, summary_of(error))
+        return None
+    return model
 
 
 def _ask(run: str, hub: HubClient) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class ActiveRun:
         self.spec = spec
         self.master = initial_state.master
         self.master.buffer_rules = spec.buffers
-        self._frames = frames
+        self.frames = frames
         self._initial_state = initial_state
         self._pool = pool
         batches = batches_of(spec, initial_state.order, num_done=initial_state.step, val_order=initial_state.val_order)
@@ -138,7 +138,7 @@ class ActiveRun:
     def _open_checkpoints(self, generation: int) -> Checkpointer:
         checkpoints = Checkpointer(
             self.spec,
-            self._frames,
+            self.frames,
             self.master,
             self._recorder.columns,
             place=self._place,
@@ -342,7 +342,7 @@ class ActiveRun:
     def handover(self) -> RunHandover:
         """The record with which the next hub recovers the run, should this one die."""
         return RunHandover(
-            frames=tuple(self._frames),
+            frames=tuple(self.frames),
             clip_norm=self.spec.clip_norm,
             mended=self._links.functions,
             journal=self.master.journal_ref,

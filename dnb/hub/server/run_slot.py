@@ -24,9 +24,10 @@ from dnb.hub.handover import (
 from dnb.hub.hub_failures import Caution, Crash, Recorder, caution_after
 from dnb.hub.server.no_run import NoRun
 from dnb.protocol.base import Message
-from dnb.protocol.client_messages import CheckpointState, GetCheckpoint, GetRun, GetState, TakeCheckpoint
+from dnb.protocol.client_messages import CheckpointState, GetCheckpoint, GetRun, GetState, JobFrames, TakeCheckpoint
 from dnb.protocol.pool import EngineFacts
 from dnb.protocol.run import Failure, RunSpec, RunStatus
+from dnb.transport.segments import open_segment
 from dnb.transport.system.failures import describe_error
 
 if TYPE_CHECKING:  # torch takes seconds to import: the sockets are bound first
@@ -271,6 +272,10 @@ class RunSlot:
         """Return what was seen of the gradients of the run of a name."""
         return read(self.named(name).gradients)
 
+    def job(self, name: str) -> tuple[Message, Sequence[Any]]:
+        """Return what was sent for the run of a name."""
+        return JobFrames(), read(partial(_sent, self.named(name)))
+
     def serve_checkpoint(self, request: TakeCheckpoint | GetCheckpoint) -> CheckpointState:
         """Let a checkpoint be written, or return how one stands."""
         run = self.named(request.run)
@@ -330,6 +335,12 @@ def _tensors_of(run: ActiveRun, request: GetState) -> tuple[Message, Sequence[An
     if request.kept:
         state["kept"] = run.master.functions.read()
     return encode_state(state)
+
+
+def _sent(run: ActiveRun) -> list[Any]:
+    """Return the frames as the client signed them, and the memory in which the job's tensors came."""
+    segment = run.spec.job.segment
+    return [*run.frames, b"" if segment is None else open_segment(segment).memory]
 
 
 def _standing(run: ActiveRun) -> str:

@@ -43,6 +43,7 @@ from dnb.protocol.client_messages import (
     Done,
     GetCheckpoint,
     GetGradients,
+    GetJob,
     GetMembers,
     GetPool,
     GetRun,
@@ -285,6 +286,8 @@ class Service:
                 return self._slot.tensors(request)
             case GetGradients(run=name):
                 return self._slot.gradients(name)
+            case GetJob(run=name):
+                return self._slot.job(name)
             case TakeCheckpoint() | GetCheckpoint():
                 return self._slot.serve_checkpoint(request), []
             case Shutdown():

@@ -12,6 +12,7 @@ from dnb.hub.server.no_run import NoRun
 from dnb.protocol.client_messages import (
     GetCheckpoint,
     GetGradients,
+    GetJob,
     GetMembers,
     GetPool,
     GetRun,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from dnb.hub.run.active_run import ActiveRun
 
 # Requests that change nothing: they are any kernel's.
-Watching = Hello | GetPool | GetMembers | GetRun | GetState | GetGradients | GetCheckpoint
+Watching = Hello | GetPool | GetMembers | GetRun | GetState | GetGradients | GetJob | GetCheckpoint
 
 
 class Steering:

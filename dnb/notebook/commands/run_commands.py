@@ -131,8 +131,10 @@ def _attach(
     run = pools.attach(name, model=model, steer=steer, clear=clear)
     speak_magic(run)
     show(run, display=display)
-    if run.model is None:
-        say("no model here gets the weights: run.state_dict() returns them, and %dtrain attach --model model fills one")
+    if model is None:
+        say(
+            "run.model is the model with the weights of now, run.state_dict() these alone; --model model fills your own"
+        )
     return run
 
 
