@@ -65,6 +65,8 @@ class EnginePool:
         mode: to steer it, or only to watch.
     """
 
+    ends_with_block = True  # of a with statement; not one that was running before it
+
     def __init__(
         self,
         client: ipyparallel.Client,
@@ -102,7 +104,6 @@ class EnginePool:
         self._replacer: EngineReplacer | None = None
         self._size_lock = threading.Lock()  # held by whoever changes how many engines there are
         self.chaos = Chaos(self._ask_settled)
-        self.ends_with_block = True  # of a with statement; not of a pool that was running before it
         if mode == "steer":
             self._keep()  # what the kernel before wanted: spares, the dead replaced
 
