@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -25,7 +26,8 @@ def open_rendezvous(host: str = "127.0.0.1") -> Rendezvous:
     """Serve a store on one interface."""
     listener = socket.create_server((host, 0))
     port = listener.getsockname()[1]
-    store = TCPStore(
+    serve = partial(
+        TCPStore,
         host,
         port,
         is_master=True,
@@ -33,4 +35,8 @@ def open_rendezvous(host: str = "127.0.0.1") -> Rendezvous:
         timeout=timedelta(seconds=WAIT_SECONDS),
         master_listen_fd=listener.detach(),
     )
+    try:
+        store = serve()
+    except NotImplementedError:  # torch 2.6: its libuv takes no socket that listens already
+        store = serve(use_libuv=False)
     return Rendezvous(store, host, port)
