@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from packaging.version import Version
 
 from dnb.errors import ArgumentError, PlanError, is_text, nearest
 from dnb.planning.checkpoint_policy import read_goal
@@ -152,3 +153,16 @@ def read_bytes(amount: Any) -> int | None:
     if isinstance(amount, bool) or found is None or found[2] not in _UNITS or float(found[1]) <= 0:
         raise ArgumentError(f"memory_limit={amount!r} is no number of bytes: such as 2GB, 512MB or 2000000000")
     return round(float(found[1]) * _UNITS[found[2]])
+
+
+def check_can_divide(strategy: str) -> None:
+    """Refuse to divide a model where torch lacks what that takes.
+
+    Raises:
+        ArgumentError: this torch is older than 2.7.
+    """
+    if strategy in ("pipeline", "tensor", "hybrid") and Version(torch.__version__) < Version("2.7"):
+        raise ArgumentError(
+            f"strategy={strategy!r} needs torch 2.7 or later, and this is {torch.__version__}: pip install -U torch, "
+            "or strategy='data'"
+        )
