@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import torch
 
+from dnb.api.arguments.checks import check_can_divide
 from dnb.api.fit_arguments import FitArguments, takes_pairs
 from dnb.api.proof.proving import Submission
 from dnb.api.run_request import RunRequest, read_request
@@ -61,6 +62,7 @@ def launch(request: RunRequest, pool: Pool) -> Run:
     ended = end_what_never_began(pool)
     refuse_busy_or_empty(pool)
     spec = request.settle(request.spec, pool)
+    check_can_divide(spec.partitions)
     spec = msgspec.structs.replace(
         spec, id=uuid.uuid4().hex, linger_seconds=pool.linger_seconds, findings=(*spec.findings, *ended)
     )

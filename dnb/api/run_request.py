@@ -14,7 +14,6 @@ from dnb.api.arguments.checks import (
     PRECISIONS,
     STRATEGIES,
     SYNCS,
-    check_can_divide,
     check_choice,
     check_flags,
     check_model,
@@ -152,7 +151,6 @@ def read_request(given: FitArguments) -> RunRequest:
 def _check_words(given: FitArguments) -> None:
     if not isinstance(given.strategy, Plan):
         check_choice(given.strategy, name="strategy", known=STRATEGIES, available=STRATEGIES)
-        check_can_divide(given.strategy)
     check_choice(given.sync, name="sync", known=SYNCS, available=("hub",))
     check_choice(given.precision, name="precision", known=PRECISIONS, available=PRECISIONS)
 

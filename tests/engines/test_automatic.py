@@ -87,3 +87,11 @@ def test_a_model_that_cannot_be_profiled_is_data_parallel_and_says_so(pool, monk
 
     monkeypatch.setattr(automatic, "profile_on", refuse)
     assert choose(pool) == (None, "data parallel, as the model could not be profiled: it looks at values")
+
+
+def test_a_torch_that_cannot_divide_models_is_told_and_leaves_the_pool_as_it_was(pool, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
+    with pytest.raises(PlanError, match=r"needs torch 2\.7 or later"):
+        pool.fit(mlp(), digits(64), loss="cross_entropy", batch_size=32, steps=4, strategy="pipeline")
+    run = wait(pool.fit(mlp(), digits(64), loss="cross_entropy", batch_size=32, steps=4))
+    assert run.status == "finished"

@@ -13,7 +13,7 @@ from packaging.version import Version
 
 from dnb.errors import ArgumentError, PlanError, is_text, nearest
 from dnb.planning.checkpoint_policy import read_goal
-from dnb.protocol.run import CheckpointPolicy, TransportKind
+from dnb.protocol.run import CheckpointPolicy, Partition, TransportKind
 
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 STRATEGIES = ("auto", "data", "hybrid", "pipeline", "tensor")
@@ -155,14 +155,20 @@ def read_bytes(amount: Any) -> int | None:
     return round(float(found[1]) * _UNITS[found[2]])
 
 
-def check_can_divide(strategy: str) -> None:
-    """Refuse to divide a model where torch lacks what that takes.
+def can_divide() -> bool:
+    """Say whether this torch has what pipelines and tensor parallelism call: 2.6 has not."""
+    return Version(torch.__version__).release >= (2, 7)
+
+
+def check_can_divide(partitions: Sequence[Partition]) -> None:
+    """Refuse to divide a model where torch lacks what that takes, whoever chose it: the user, a plan, a checkpoint.
 
     Raises:
-        ArgumentError: this torch is older than 2.7.
+        PlanError: it does.
     """
-    if strategy in ("pipeline", "tensor", "hybrid") and Version(torch.__version__) < Version("2.7"):
-        raise ArgumentError(
-            f"strategy={strategy!r} needs torch 2.7 or later, and this is {torch.__version__}: pip install -U torch, "
+    kinds = sorted({each.kind for each in partitions} & {"pipeline", "tensor"})
+    if kinds and not can_divide():
+        raise PlanError(
+            f"strategy={kinds[0]!r} needs torch 2.7 or later, and this is {torch.__version__}: pip install -U torch, "
             "or strategy='data'"
         )

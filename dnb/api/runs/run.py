@@ -77,6 +77,7 @@ class Run(ObservedRun):
         self.submission = submission
         self._key = key
         self._own = own or NotebookObjects()
+        self._is_unreadable = False  # what fit has sent, in this kernel
         self._num_shown = 0  # events whose output was printed
         self._proof: Proof | None = None
         self._follower = RunFollower(known, hub, folder=folder, own=self._own, notify=self._tell_listeners)
@@ -210,7 +211,9 @@ class Run(ObservedRun):
         None if that cannot be read here, as a class of it cannot be imported, or if the pool is gone.
         """
         hub = self._follower.hub_or_none
-        if self._own.model is None and hub is not None and (model := model_of(self.name, hub, self._key)) is not None:
+        if self._own.model is None and hub is not None and not self._is_unreadable:
+            model = model_of(self.name, hub, self._key)
+            self._is_unreadable = model is None  # all of it would be sent again at each look
             self._own = self._follower.own = NotebookObjects.of(model)
         return self._own.model
 

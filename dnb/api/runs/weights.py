@@ -56,7 +56,9 @@ def model_of(run: str, hub: HubClient, key: bytes) -> torch.nn.Module | None:
     except KeyboardInterrupt:
         raise
     except USER_ERRORS as error:  # unpickling runs user code
-        log.info("the model of run %r cannot be made here: %s", run, summary_of(error))
+        log.warning(
+            "the model of run %r cannot be made here (run.state_dict() has its weights): %s", run, summary_of(error)
+        )
         return None
     return model
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from dnb.api.arguments.checks import check_positive
+from dnb.api.arguments.checks import can_divide, check_positive
 from dnb.api.fit_arguments import FitArguments
 from dnb.api.rehearsal.metrics import called
 from dnb.api.strategy.automatic import choose_plan
@@ -98,7 +98,7 @@ class StrategyRequest:
         """Return the plan that the run follows, if it follows one, and why it was chosen, if nobody gave it."""
         if isinstance(self.strategy, Plan):
             return self.strategy, ""
-        if self.strategy != "auto" or self.loss_over != "samples":
+        if self.strategy != "auto" or self.loss_over != "samples" or not can_divide():
             return None, ""
         return choose_plan(
             self.job,
